@@ -1,0 +1,51 @@
+"""recurx: fused kernels for recursive reasoning models (HRM, TRM and their kin).
+
+Names load on first use, so that `import recurx` costs little more than `import torch`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Public name -> module that defines it.
+_EXPORTS = {
+    "Step": "recurx.schedule",
+    "Schedule": "recurx.schedule",
+    "Net": "recurx.nets",
+    "NetSpec": "recurx.nets",
+    "BlockSpec": "recurx.nets",
+    "rope_tables": "recurx.nets",
+    "Problem": "recurx.problem",
+    "recurse": "recurx.api",
+    "explain": "recurx.explain",
+    "patch": "recurx.patch",
+    "load_checkpoint": "recurx.checkpoint",
+    "save_checkpoint": "recurx.checkpoint",
+    "solve": "recurx.solve",
+    "Answers": "recurx.solve",
+    "RecurxError": "recurx.errors",
+    "BackendUnavailable": "recurx.errors",
+    "InvalidArgument": "recurx.errors",
+    "CheckpointError": "recurx.errors",
+    "UnsupportedModel": "recurx.errors",
+}
+_MODULES = ("models", "reference", "backends", "kernels", "tasks", "train")
+
+__all__ = [*_EXPORTS, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        value = getattr(importlib.import_module(_EXPORTS[name]), name)
+        globals()[name] = value
+        return value
+    if name in _MODULES:
+        return importlib.import_module(f"recurx.{name}")
+    raise AttributeError(f"module 'recurx' has no attribute {name!r}; it has {sorted(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -1,0 +1,112 @@
+"""The registry of backends: one file each, chosen by name or by `auto`.
+
+A backend is asked three questions: can it run on this machine, can it run this problem, and run
+it. An explicit backend never falls back. `auto` takes the first backend of `ORDER` for the device
+that answers yes to both, so its choice is deterministic and `recurx.explain` can retell it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from recurx.errors import BackendUnavailable, bad_argument
+from recurx.problem import Problem
+
+
+class Backend:
+    """What each backend implements. Tensors come checked, contiguous and on one device."""
+
+    name: str
+    device_types: tuple[str, ...]  # devices it can ever run on; () means any
+
+    def why_unavailable(self) -> str | None:
+        """None if this machine can run the backend, else one sentence saying what is missing."""
+        raise NotImplementedError
+
+    def why_unsupported(self, problem: Problem) -> str | None:
+        """None if it can run `problem`, else one sentence saying which property it refuses."""
+        raise NotImplementedError
+
+    def run(
+        self,
+        problem: Problem,
+        x: Tensor,
+        states: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        cos: Tensor | None,
+        sin: Tensor | None,
+        start: int,
+        stop: int,
+    ) -> list[Tensor]:
+        """Run calls start..stop-1 without gradient.
+
+        Args:
+            x, states: [B, T, D] in the problem's dtype; states in the order of
+                `problem.schedule.states`. Not modified.
+            weights: flat, net after net in the order of `problem.nets`, master dtype.
+            cos, sin: fp32 [T, head_dim], or None.
+
+        Returns:
+            All states in the same order, in fresh contiguous tensors that alias no input.
+        """
+        raise NotImplementedError
+
+
+# Fastest first; `auto` walks this list. Kept in one place: no other file ranks backends.
+ORDER = ("cpu", "eager")
+NAMES = ("auto", *ORDER)
+
+
+@functools.cache
+def get(name: str) -> Backend:
+    """The backend called `name`; an unknown name lists the known ones."""
+    if name not in ORDER:
+        raise bad_argument("recurse", "backend", f"one of {', '.join(NAMES)}", repr(name))
+    module = importlib.import_module(f"recurx.backends.{name}")
+    return module.BACKEND
+
+
+def why_not(name: str, problem: Problem) -> str | None:
+    """None if backend `name` runs `problem` on this machine, else the reason in one sentence."""
+    backend = get(name)
+    device = problem.device_type
+    if backend.device_types and device not in backend.device_types:
+        return f"runs on {', '.join(backend.device_types)} tensors, these are on {device}"
+    return backend.why_unavailable() or backend.why_unsupported(problem)
+
+
+def select(name: str, problem: Problem) -> Backend:
+    """The backend that runs `problem` under the requested `name`.
+
+    Raises:
+        BackendUnavailable: an explicit backend cannot; the message says what is missing.
+    """
+    if name == "auto":
+        name = next(candidate for candidate in ORDER if why_not(candidate, problem) is None)
+        return get(name)
+    reason = why_not(name, problem)
+    if reason is not None:
+        raise BackendUnavailable(
+            f"recurx.recurse: backend {name!r} {reason}. "
+            f'Use backend="auto" to let recurx choose, or see recurx.explain(...).'
+        )
+    return get(name)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def has_fused(device_type: str) -> bool:
+    """Whether `auto` has anything beyond the reference for this type of device.
+
+    A constant of the process, so torch.compile does not trace the look-up.
+    """
+    return any(
+        (not get(name).device_types or device_type in get(name).device_types)
+        and get(name).why_unavailable() is None
+        for name in ORDER
+        if name != "eager"
+    )

@@ -1,0 +1,215 @@
+"""What a reasoning net is to recurx: a hashable description and a flat list of weights.
+
+A net is a stack of post-norm blocks (DESIGN of HRM/TRM): an attention block or a token-MLP block,
+each followed by a SwiGLU over the hidden dimension. Weights stay the caller's own tensors (fp32
+masters as a rule); every backend casts or packs them as it needs, and never modifies them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recurx.errors import bad_argument
+
+ATTENTION = "attention"
+TOKEN_MLP = "token_mlp"
+KINDS = (ATTENTION, TOKEN_MLP)
+
+# Weights of one block, in the flat order of the op. All are [out, in], no biases.
+WEIGHT_NAMES = {
+    ATTENTION: ("qkv", "o", "gate_up", "down"),
+    TOKEN_MLP: ("t_gate_up", "t_down", "gate_up", "down"),
+}
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """Shape of one block.
+
+    Args:
+        kind: `"attention"` or `"token_mlp"`.
+        hidden: D, the width of the states.
+        inner: F, inner width of the SwiGLU over D; `gate_up` is [2F, D] (gate first), `down` [D, F].
+        num_heads: H of an attention block, which divides D; 0 for a token-MLP block.
+        tokens: T that a token-MLP block is built for; 0 for attention (any T).
+        token_inner: inner width of the SwiGLU over T; 0 for attention.
+        eps: added to the mean square inside the rms norm.
+    """
+
+    kind: str
+    hidden: int
+    inner: int
+    num_heads: int = 0
+    tokens: int = 0
+    token_inner: int = 0
+    eps: float = 1e-5
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.num_heads if self.num_heads else 0
+
+    @property
+    def weight_shapes(self) -> tuple[tuple[int, int], ...]:
+        """Shapes in the order of `WEIGHT_NAMES[kind]`."""
+        d, f = self.hidden, self.inner
+        if self.kind == ATTENTION:
+            mixer = ((3 * d, d), (d, d))
+        else:
+            mixer = ((2 * self.token_inner, self.tokens), (self.tokens, self.token_inner))
+        return (*mixer, (2 * f, d), (d, f))
+
+    @property
+    def key(self) -> str:
+        """All fields as one string; `from_key` reads it back."""
+        sizes = f"{self.hidden},{self.inner},{self.num_heads},{self.tokens},{self.token_inner}"
+        return f"{self.kind},{sizes},{self.eps}"
+
+    @classmethod
+    def from_key(cls, key: str) -> BlockSpec:
+        kind, *sizes, eps = key.split(",")
+        return cls(kind, *(int(size) for size in sizes), eps=float(eps))
+
+
+@dataclass(frozen=True)
+class NetSpec:
+    """Shape of one net: its blocks, first to last, all of one hidden width."""
+
+    blocks: tuple[BlockSpec, ...]
+
+    @property
+    def hidden(self) -> int:
+        return self.blocks[0].hidden
+
+    @property
+    def num_weights(self) -> int:
+        return sum(len(WEIGHT_NAMES[block.kind]) for block in self.blocks)
+
+    @property
+    def key(self) -> str:
+        """All blocks as one string; `from_key` reads it back."""
+        return ";".join([block.key for block in self.blocks])
+
+    @classmethod
+    def from_key(cls, key: str) -> NetSpec:
+        return cls(tuple(BlockSpec.from_key(block) for block in key.split(";")))
+
+
+class Net:
+    """A `NetSpec` with its weights (flat, block after block, in the order of `WEIGHT_NAMES`).
+
+    Raises:
+        InvalidArgument: a weight is missing or has another shape than the spec says.
+    """
+
+    def __init__(self, spec: NetSpec, weights: Sequence[Tensor]) -> None:
+        self.spec = spec
+        self.weights = list(weights)
+        if len(self.weights) != spec.num_weights:
+            raise bad_argument(
+                "Net", "weights", f"{spec.num_weights} tensors", f"{len(self.weights)}"
+            )
+        index = 0
+        for number, block in enumerate(spec.blocks):
+            for name, shape in zip(WEIGHT_NAMES[block.kind], block.weight_shapes, strict=True):
+                weight = self.weights[index]
+                if tuple(weight.shape) != shape or not weight.is_floating_point():
+                    raise bad_argument(
+                        "Net",
+                        f"weights[{index}] (block {number}, {name})",
+                        f"a floating [out, in] = {list(shape)} tensor",
+                        f"{weight.dtype} {list(weight.shape)}",
+                    )
+                index += 1
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(block.kind for block in self.spec.blocks)
+        return f"Net(D={self.spec.hidden}, [{kinds}])"
+
+
+def _block_of(layer: Any, where: str) -> tuple[BlockSpec, list[Tensor]]:
+    """Read one block with the official attribute names (self_attn | mlp_t, mlp, norm_eps)."""
+    mlp, attn, mlp_t = layer.mlp, getattr(layer, "self_attn", None), getattr(layer, "mlp_t", None)
+    gate_up, down = mlp.gate_up_proj.weight, mlp.down_proj.weight
+    hidden, inner = down.shape
+    eps = float(getattr(layer, "norm_eps", 1e-5))
+    if attn is not None:
+        if attn.num_key_value_heads != attn.num_heads or attn.causal:
+            raise bad_argument(
+                "recurse",
+                f"nets[{where}].self_attn",
+                "non-causal attention with as many K/V heads as heads",
+                f"causal={attn.causal}, {attn.num_key_value_heads} K/V heads of {attn.num_heads}",
+            )
+        spec = BlockSpec(ATTENTION, hidden, inner, num_heads=attn.num_heads, eps=eps)
+        mixer = [attn.qkv_proj.weight, attn.o_proj.weight]
+    else:
+        tokens, token_inner = mlp_t.down_proj.weight.shape
+        spec = BlockSpec(
+            TOKEN_MLP, hidden, inner, tokens=tokens, token_inner=token_inner, eps=eps
+        )
+        mixer = [mlp_t.gate_up_proj.weight, mlp_t.down_proj.weight]
+    return spec, [*mixer, gate_up, down]
+
+
+def is_block_stack(module: Any) -> bool:
+    """Whether `module` is a stack of blocks under the official attribute names."""
+    layers = getattr(module, "layers", None)
+    return (
+        isinstance(layers, (nn.ModuleList, nn.Sequential, list, tuple))
+        and len(layers) > 0
+        and all(
+            hasattr(layer, "mlp")
+            and hasattr(layer.mlp, "gate_up_proj")
+            and (hasattr(layer, "self_attn") or hasattr(layer, "mlp_t"))
+            for layer in layers
+        )
+    )
+
+
+def as_net(module: Any, where: str = "?") -> Net | Callable[[Tensor], Tensor]:
+    """A `Net` from a `Net` or a module of official layout; any other callable comes back as it is.
+
+    A plain callable `h -> h` ([B, T, D] to [B, T, D]) runs on the eager backend only.
+    """
+    if isinstance(module, Net):
+        return module
+    if is_block_stack(module):
+        specs: list[BlockSpec] = []
+        weights: list[Tensor] = []
+        for number, layer in enumerate(module.layers):
+            spec, block_weights = _block_of(layer, f"{where!r}].layers[{number}")
+            specs.append(spec)
+            weights.extend(block_weights)
+        return Net(NetSpec(tuple(specs)), weights)
+    if callable(module):
+        return module
+    raise bad_argument(
+        "recurse",
+        f"nets[{where!r}]",
+        "a recurx.Net, a stack of TRM/HRM blocks, or a callable [B, T, D] -> [B, T, D]",
+        type(module).__name__,
+    )
+
+
+def rope_tables(
+    tokens: int,
+    head_dim: int,
+    base: float = 10000.0,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of rotary position embeddings, both fp32 [T, head_dim], rotate-half pairing.
+
+    Source: RoFormer (arXiv 2104.09864), section 3.2, in the pairing (j, j + head_dim/2).
+    """
+    if head_dim % 2:
+        raise bad_argument("rope_tables", "head_dim", "an even number", head_dim)
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    position = torch.arange(tokens, dtype=torch.float32, device=device)
+    angle = torch.outer(position, 1.0 / (base**exponent))
+    angle = torch.cat((angle, angle), dim=-1)
+    return angle.cos(), angle.sin()

@@ -1,0 +1,176 @@
+"""The backward of `reference`, written out, with the names that the kernels mirror.
+
+Each function takes what its forward took, plus the gradient of its result (`d_out`), and returns
+the gradients of its inputs. Forward values are recomputed, so a call keeps only its input h.
+Sums are taken in the dtype of the values, weight gradients in that of the master weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from recurx import reference
+from recurx.nets import ATTENTION, WEIGHT_NAMES, BlockSpec, Net
+from recurx.problem import Problem
+from recurx.reference import CosSin
+from recurx.schedule import INPUT
+
+
+def rms_norm_backward(x: Tensor, eps: float, d_out: Tensor) -> Tensor:
+    """d_x = r (d_out - y mean(d_out y)) with r = rsqrt(mean(x^2) + eps), y = r x."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    d_wide = d_out.to(wide.dtype)
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    y = wide * scale
+    return (scale * (d_wide - y * (d_wide * y).mean(-1, keepdim=True))).to(x.dtype)
+
+
+def linear_backward(x: Tensor, weight: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor]:
+    """d_x = d_out W; d_W = d_out^T x over all rows."""
+    d_weight = d_out.flatten(0, -2).T @ x.flatten(0, -2)
+    return d_out @ weight.to(d_out.dtype), d_weight.to(weight.dtype)
+
+
+def rope_backward(d_out: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The transpose of a rotation: rotate back by the same angle."""
+    return reference.rope_rotate(d_out, cos, -sin)
+
+
+def swiglu_backward(
+    x: Tensor, gate_up: Tensor, down: Tensor, d_out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d_x, d_gate_up, d_down of down(silu(gate x) * (up x))."""
+    gate, up = reference.linear(x, gate_up).chunk(2, dim=-1)
+    silu = F.silu(gate)
+    d_mid, d_down = linear_backward(silu * up, down, d_out)
+    sigmoid = torch.sigmoid(gate)
+    d_gate = d_mid * up * (sigmoid * (1 + gate * (1 - sigmoid)))
+    d_x, d_gate_up = linear_backward(x, gate_up, torch.cat((d_gate, d_mid * silu), dim=-1))
+    return d_x, d_gate_up, d_down
+
+
+def attention_backward(
+    h: Tensor, qkv: Tensor, o: Tensor, num_heads: int, cos_sin: CosSin | None, d_out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d_h, d_qkv, d_o; softmax and its products in fp32 (fp64 for fp64), as fused attention does."""
+    batch, tokens, hidden = h.shape
+    wide = torch.promote_types(h.dtype, torch.float32)
+    heads = reference.linear(h, qkv).view(batch, tokens, 3 * num_heads, hidden // num_heads)
+    query, key, value = heads.split(num_heads, dim=2)
+    if cos_sin is not None:
+        query = reference.rope_rotate(query, *cos_sin)
+        key = reference.rope_rotate(key, *cos_sin)
+    q, k, v = (t.transpose(1, 2).to(wide) for t in (query, key, value))  # [B, H, T, head_dim]
+    scale = 1.0 / math.sqrt(q.shape[-1])
+    p = torch.softmax(q @ k.transpose(-1, -2) * scale, dim=-1)
+    mixed = (p @ v).transpose(1, 2).reshape(batch, tokens, hidden).to(h.dtype)
+
+    d_mixed, d_o = linear_backward(mixed, o, d_out)
+    d_mixed = d_mixed.view(batch, tokens, num_heads, -1).transpose(1, 2).to(wide)
+    d_v = p.transpose(-1, -2) @ d_mixed
+    d_p = d_mixed @ v.transpose(-1, -2)
+    d_s = p * (d_p - (d_p * p).sum(-1, keepdim=True)) * scale
+    d_q, d_k, d_v = (
+        t.transpose(1, 2).to(h.dtype) for t in (d_s @ k, d_s.transpose(-1, -2) @ q, d_v)
+    )
+    if cos_sin is not None:
+        d_q, d_k = rope_backward(d_q, *cos_sin), rope_backward(d_k, *cos_sin)
+    d_heads = torch.cat((d_q, d_k, d_v), dim=2).reshape(batch, tokens, 3 * hidden)
+    d_h, d_qkv = linear_backward(h, qkv, d_heads)
+    return d_h, d_qkv, d_o
+
+
+def block_backward(
+    h: Tensor, spec: BlockSpec, weights: Sequence[Tensor], cos_sin: CosSin | None, d_out: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """d_h and the weight gradients of one block, the latter in the order of its weights."""
+    mixer_in, mixer_out, gate_up, down = weights
+    if spec.kind == ATTENTION:
+        x = h
+        mixed = reference.attention(x, mixer_in, mixer_out, spec.num_heads, cos_sin)
+    else:
+        x = h.transpose(1, 2)
+        mixed = reference.swiglu(x, mixer_in, mixer_out)
+    pre_mix = x + mixed
+    mid = reference.rms_norm(pre_mix, spec.eps)
+    mid = mid if spec.kind == ATTENTION else mid.transpose(1, 2)
+    pre_out = mid + reference.swiglu(mid, gate_up, down)
+
+    d_pre_out = rms_norm_backward(pre_out, spec.eps, d_out)
+    d_swiglu, d_gate_up, d_down = swiglu_backward(mid, gate_up, down, d_pre_out)
+    d_mid = d_pre_out + d_swiglu
+    d_mid = d_mid if spec.kind == ATTENTION else d_mid.transpose(1, 2)
+    d_pre_mix = rms_norm_backward(pre_mix, spec.eps, d_mid)
+    if spec.kind == ATTENTION:
+        d_x, d_in, d_proj = attention_backward(
+            x, mixer_in, mixer_out, spec.num_heads, cos_sin, d_pre_mix
+        )
+        d_h = d_pre_mix + d_x
+    else:
+        d_x, d_in, d_proj = swiglu_backward(x, mixer_in, mixer_out, d_pre_mix)
+        d_h = (d_pre_mix + d_x).transpose(1, 2)
+    return d_h, [d_in, d_proj, d_gate_up, d_down]
+
+
+def call_backward(
+    h: Tensor, net: Net, cos_sin: CosSin | None, d_out: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """d_h and all weight gradients of one net call."""
+    inputs, weights = [], []  # input and weights of each block
+    index = 0
+    for spec in net.spec.blocks:
+        count = len(WEIGHT_NAMES[spec.kind])
+        weights.append(net.weights[index : index + count])
+        inputs.append(h)
+        h = reference.block(h, spec, weights[-1], cos_sin)
+        index += count
+    grads: list[Tensor] = []
+    for spec, block_h, block_weights in zip(
+        reversed(net.spec.blocks), reversed(inputs), reversed(weights), strict=True
+    ):
+        d_out, d_weights = block_backward(block_h, spec, block_weights, cos_sin, d_out)
+        grads = d_weights + grads
+    return d_out, grads
+
+
+def run(
+    problem: Problem,
+    x: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    cos_sin: CosSin | None,
+    d_states: Sequence[Tensor],
+    start: int,
+    stop: int,
+) -> list[Tensor]:
+    """Backward of calls start..stop-1: [d_x, d_state.., d_weight..], zeros where nothing flows.
+
+    `states` entered at call `start`; `d_states` are the gradients of what left, both in the order
+    of `problem.schedule.states`.
+    """
+    schedule, nets = problem.schedule, problem.bind(weights)
+    values = {INPUT: x, **dict(zip(schedule.states, states, strict=True))}
+    call_inputs = []
+    for step in schedule.steps[start:stop]:
+        call_inputs.append(reference.call_input(step, values))
+        values[step.write] = reference.call(call_inputs[-1], nets[step.net], cos_sin)
+
+    d_values = {INPUT: torch.zeros_like(x), **dict(zip(schedule.states, d_states, strict=True))}
+    d_weights = {name: [torch.zeros_like(w) for w in net.weights] for name, net in nets.items()}
+    for step, h in zip(
+        reversed(schedule.steps[start:stop]), reversed(call_inputs), strict=True
+    ):
+        d_h, d_net = call_backward(h, nets[step.net], cos_sin, d_values[step.write])
+        for total, part in zip(d_weights[step.net], d_net, strict=True):
+            total += part
+        d_values[step.write] = torch.zeros_like(d_h)
+        for name in step.reads:
+            d_values[name] = d_values[name] + d_h
+    # A custom op may not return its inputs: a state that no call touched passes its gradient on.
+    flat = [d_values[INPUT], *(d_values[name].clone() for name in schedule.states)]
+    return flat + [grad for name, _ in problem.nets for grad in d_weights[name]]

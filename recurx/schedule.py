@@ -1,0 +1,266 @@
+"""A recursion as data: which net is called on which states, in which order.
+
+One call is `write <- N(sum(state) + (sum(inject)))`, sums taken left to right in the dtype of the
+states. Every published variant is a list of such calls, so adding one needs a builder of a few
+lines here and no kernel. `"x"` names the embedded input; all other names are states of the carry.
+
+The order of the additions is part of the contract: floating-point addition is not associative,
+and a flat `(z_L + z_H) + x` drifts visibly from `z_L + (z_H + x)` within one recursion.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from recurx.errors import bad_argument
+
+INPUT = "x"  # the embedded input: readable by every step, written by none
+
+
+def _names(step_field: str, value: str | Iterable[str]) -> tuple[str, ...]:
+    names = (value,) if isinstance(value, str) else tuple(value)
+    for name in names:
+        if not isinstance(name, str) or not name.isidentifier():
+            raise bad_argument("Step", step_field, "identifiers like 'z_L'", repr(name))
+    return names
+
+
+@dataclass(frozen=True)
+class Step:
+    """One net call: `write <- net(sum(state) + (sum(inject)))`.
+
+    Args:
+        net: name of the net that is called, e.g. `"L"`.
+        write: name of the state that receives the result; not `"x"`.
+        state: names that are summed first, left to right; at least one.
+        inject: names that are summed apart and added to that sum; may be empty.
+
+    Raises:
+        InvalidArgument: a name is no identifier, `state` is empty, or `write` is `"x"`.
+    """
+
+    net: str
+    write: str
+    state: tuple[str, ...]
+    inject: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _names("net", (self.net,))
+        _names("write", (self.write,))
+        object.__setattr__(self, "state", _names("state", self.state))
+        object.__setattr__(self, "inject", _names("inject", self.inject))
+        if self.write == INPUT:
+            raise bad_argument(
+                "Step", "write", "the name of a state", repr(INPUT), "`x` is the input: read-only."
+            )
+        if not self.state:
+            raise bad_argument("Step", "state", "at least one name", "()", "Put `x` there if alone.")
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """All names that the call reads, in the order of the additions."""
+        return self.state + self.inject
+
+    def __str__(self) -> str:
+        terms = " + ".join(self.state)
+        if self.inject:
+            terms += f" + ({' + '.join(self.inject)})"
+        return f"{self.write} <- {self.net}({terms})"
+
+
+@dataclass(frozen=True, repr=False)
+class Schedule:
+    """The net calls of one supervision step, and where the gradient starts.
+
+    Args:
+        steps: the calls, in order.
+        grad_from: index of the first call inside the gradient window; calls before it run without
+            gradient. 0 is full back-propagation through the recursion. NOTE: the window is
+            invisible in the forward; only gradients tell a wrong one.
+        detach_carry: with True (the detached carry of HRM and TRM) no gradient flows into the
+            states that enter. False is allowed with `grad_from=0` only.
+        name: how the schedule calls itself when printed.
+
+    Raises:
+        InvalidArgument: no steps, or a `grad_from` outside them.
+    """
+
+    steps: tuple[Step, ...]
+    grad_from: int = 0
+    detach_carry: bool = True
+    name: str = "custom"
+    key: str = field(init=False, repr=False, compare=False)  # all of it as one string
+
+    def __post_init__(self) -> None:
+        steps = tuple(self.steps)
+        object.__setattr__(self, "steps", steps)
+        if not steps or not all(isinstance(step, Step) for step in steps):
+            raise bad_argument("Schedule", "steps", "one Step or more", repr(self.steps))
+        if not isinstance(self.name, str) or set(self.name) & set("/|="):
+            raise bad_argument("Schedule", "name", "a str without '/', '|', '='", repr(self.name))
+        if isinstance(self.grad_from, bool) or not isinstance(self.grad_from, int):
+            raise bad_argument("Schedule", "grad_from", "an int", repr(self.grad_from))
+        if not 0 <= self.grad_from < len(steps):
+            raise bad_argument(
+                "Schedule",
+                "grad_from",
+                f"0 <= grad_from < {len(steps)} (the number of steps)",
+                self.grad_from,
+                "Run under torch.no_grad() when no call shall have gradient.",
+            )
+        if not self.detach_carry and self.grad_from != 0:
+            raise bad_argument(
+                "Schedule",
+                "detach_carry",
+                "True when grad_from > 0",
+                f"False with grad_from={self.grad_from}",
+                "No gradient can pass the calls before the window; set grad_from=0.",
+            )
+        calls = [f"{s.net},{s.write},{'+'.join(s.state)},{'+'.join(s.inject)}" for s in steps]
+        head = f"{self.name}/{self.grad_from}/{int(self.detach_carry)}"
+        object.__setattr__(self, "key", "/".join([head, *calls]))
+
+    @classmethod
+    def from_key(cls, key: str) -> Schedule:
+        """The schedule whose `key` is given."""
+        name, grad_from, detach_carry, *calls = key.split("/")
+        steps = []
+        for call in calls:
+            net, write, state, inject = call.split(",")
+            reads = tuple(state.split("+")), tuple(inject.split("+")) if inject else ()
+            steps.append(Step(net, write, *reads))
+        return cls(tuple(steps), int(grad_from), detach_carry == "1", name)
+
+    # ---- builders, one a published system -------------------------------------------------
+
+    @classmethod
+    def trm(cls, h_cycles: int, l_cycles: int, window: int | str | None = None) -> Schedule:
+        """TRM: per cycle n x `z_L <- L(z_L + (z_H + x))`, then `z_H <- L(z_H + (z_L))`.
+
+        The window is the last whole cycle. Source: "Less is More: Recursive Reasoning with Tiny
+        Networks" (arXiv 2510.04871), section 4 and its pseudocode.
+        """
+        cycle = [Step("L", "z_L", ("z_L",), ("z_H", INPUT))] * _count("trm", "l_cycles", l_cycles)
+        cycle += [Step("L", "z_H", ("z_H",), ("z_L",))]
+        return cls._cycles(f"trm({h_cycles}, {l_cycles})", "trm", cycle, h_cycles, window)
+
+    @classmethod
+    def hrm(cls, h_cycles: int, l_cycles: int, window: int | str | None = None) -> Schedule:
+        """HRM: like TRM with two nets, `z_H <- H(z_H + (z_L))`; the window is the last two calls.
+
+        Source: "Hierarchical Reasoning Model" (arXiv 2506.21734), section 2, the 1-step gradient.
+        """
+        cycle = [Step("L", "z_L", ("z_L",), ("z_H", INPUT))] * _count("hrm", "l_cycles", l_cycles)
+        cycle += [Step("H", "z_H", ("z_H",), ("z_L",))]
+        window = 2 if window is None else window
+        return cls._cycles(f"hrm({h_cycles}, {l_cycles})", "hrm", cycle, h_cycles, window)
+
+    @classmethod
+    def single_z(cls, h_cycles: int, l_cycles: int, window: int | str | None = None) -> Schedule:
+        """TRM with one state: per cycle n x `z <- L(z + (x))`, then `z <- L(z)` (TRM, ablations)."""
+        cycle = [Step("L", "z", ("z",), (INPUT,))] * _count("single_z", "l_cycles", l_cycles)
+        cycle += [Step("L", "z", ("z",))]
+        return cls._cycles(f"single_z({h_cycles}, {l_cycles})", "single_z", cycle, h_cycles, window)
+
+    @classmethod
+    def hier(
+        cls,
+        n: int,
+        h_cycles: int = 3,
+        l_cycles: int | None = None,
+        window: int | str | None = None,
+    ) -> Schedule:
+        """TRM with n low-level states: call k writes z_Lk from the sum of all n (TRM, ablations).
+
+        `l_cycles` calls a cycle (default n, at most n), then `z_H <- L(z_H + (z_L1+..+z_Ln))`.
+        """
+        n = _count("hier", "n", n)
+        calls = n if l_cycles is None else _count("hier", "l_cycles", l_cycles)
+        if calls > n:
+            raise bad_argument("Schedule.hier", "l_cycles", f"at most n={n}", calls)
+        lows = tuple(f"z_L{k}" for k in range(1, n + 1))
+        cycle = [Step("L", low, lows, ("z_H", INPUT)) for low in lows[:calls]]
+        cycle += [Step("L", "z_H", ("z_H",), lows)]
+        return cls._cycles(f"hier({n}, {h_cycles}, {calls})", "hier", cycle, h_cycles, window)
+
+    @classmethod
+    def _cycles(
+        cls, name: str, op: str, cycle: list[Step], repeat: int, window: int | str | None
+    ) -> Schedule:
+        steps = tuple(cycle) * _count(op, "h_cycles", repeat)
+        schedule = cls(steps, grad_from=len(steps) - len(cycle), name=name)
+        return schedule if window is None or window == "cycle" else schedule.with_window(window)
+
+    # ---- derived --------------------------------------------------------------------------
+
+    def with_window(self, window: int | str) -> Schedule:
+        """The same calls with the gradient window on the last `window` of them, or `"full"`."""
+        calls = len(self.steps)
+        if window == "full":
+            window = calls
+        if isinstance(window, bool) or not isinstance(window, int) or not 1 <= window <= calls:
+            raise bad_argument(
+                "Schedule.with_window", "window", f"1..{calls} or 'full'", repr(window)
+            )
+        return dataclasses.replace(self, grad_from=calls - window)
+
+    @property
+    def window(self) -> int:
+        """Number of calls inside the gradient window."""
+        return len(self.steps) - self.grad_from
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Names of the states, in order of first appearance (the order of the flat op)."""
+        seen: dict[str, None] = {}
+        for step in self.steps:
+            for name in (*step.reads, step.write):
+                if name != INPUT:
+                    seen.setdefault(name)
+        return tuple(seen)
+
+    @property
+    def nets(self) -> tuple[str, ...]:
+        """Names of the nets, in order of first call."""
+        return tuple(dict.fromkeys(step.net for step in self.steps))
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __repr__(self) -> str:
+        last = len(self.steps) - 1
+        head = f"<Schedule {self.name}: {len(self)} net calls, gradient from call {self.grad_from}"
+        head += f" (window {self.window} of {len(self)})"
+        head += "" if self.detach_carry else ", gradient flows into the carry"
+        period = _period(self.steps)
+        repeat = len(self.steps) // period
+        body = ";\n                   ".join(_run_lengths(self.steps[:period]))
+        body = f"{repeat} x [ {body} ]" if repeat > 1 else body
+        return f"{head}>\n  calls 0..{last}: {body}"
+
+
+def _count(op: str, arg: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise bad_argument(f"Schedule.{op}", arg, "an int >= 1", repr(value))
+    return value
+
+
+def _period(steps: Sequence[Step]) -> int:
+    """Length of the shortest prefix that, repeated, gives all of `steps`."""
+    total = len(steps)
+    for length in range(1, total + 1):
+        if total % length == 0 and tuple(steps[:length]) * (total // length) == tuple(steps):
+            return length
+    return total
+
+
+def _run_lengths(steps: Sequence[Step]) -> list[str]:
+    runs: list[tuple[Step, int]] = []
+    for step in steps:
+        if runs and runs[-1][0] == step:
+            runs[-1] = (step, runs[-1][1] + 1)
+        else:
+            runs.append((step, 1))
+    return [f"{count} x {step}" if count > 1 else str(step) for step, count in runs]
