@@ -1,0 +1,165 @@
+"""out = rms(residual + A @ W^T), one launch: the tail of the attention, SwiGLU and token-MLP blocks.
+
+    rms(x) = x * rsqrt(mean(x^2) + eps) over the N columns, in fp32, no weight
+    A [M, K], W [N, K], residual and out [M, N]; bf16 or fp32 storage, fp32 accumulation
+
+One program owns `rows` whole rows, so the mean of squares needs no second pass: the accumulator
+stays in registers from the product to the store. W is streamed in slabs of `depth` columns. N need
+not be a power of two: it is covered by up to three power-of-two chunks (`tiles.split_columns`).
+
+A, residual and out may be 2-D, or 3-D [B, R, N] with any strides and M = B * R rows; the token-MLP
+passes `h.transpose(1, 2)` ([B, D, T]) and so normalises over T without a copy. `out` may be
+`residual`: a program reads its rows before it writes them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from recurx.errors import bad_argument
+
+from . import tiles
+
+DTYPES = (torch.bfloat16, torch.float32)
+MAX_COLUMNS = 1024  # beyond it a row's accumulator no longer fits the registers of a block
+
+
+@triton.jit
+def _accumulate(
+    acc, a_slab, w, cols, ks, K: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr
+):
+    """acc + a_slab @ W[cols, ks]^T."""
+    inside = (cols[None, :] < N) & (ks[:, None] < K)
+    w_slab = tl.load(w + cols[None, :] * K + ks[:, None], mask=inside, other=0.0)
+    return tl.dot(a_slab, w_slab, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _load_residual(residual, row_offset, cols, live, N: tl.constexpr, COL: tl.constexpr):
+    inside = live[:, None] & (cols[None, :] < N)
+    return tl.load(residual + row_offset[:, None] + cols[None, :] * COL, mask=inside, other=0.0)
+
+
+@triton.jit
+def _store(out, row_offset, cols, live, value, N: tl.constexpr, COL: tl.constexpr):
+    inside = live[:, None] & (cols[None, :] < N)
+    pointers = out + row_offset[:, None] + cols[None, :] * COL
+    tl.store(pointers, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def linear_residual_rms_kernel(
+    a, w, residual, out,
+    M, a_batch, r_batch, o_batch,
+    R: tl.constexpr, K: tl.constexpr, N: tl.constexpr, EPS: tl.constexpr,
+    A_ROW: tl.constexpr, A_COL: tl.constexpr,
+    R_ROW: tl.constexpr, R_COL: tl.constexpr,
+    O_ROW: tl.constexpr, O_COL: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, CHUNKS: tl.constexpr, DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = rows < M
+    batch, row = (rows // R).to(tl.int64), (rows % R).to(tl.int64)
+    a_rows = a + (batch * a_batch + row * A_ROW)[:, None]
+    n0 = tl.arange(0, COLS)
+    n1 = n0 + COLS
+    n2 = n1 + COLS
+
+    acc0 = tl.zeros((ROWS, COLS), tl.float32)
+    acc1 = tl.zeros((ROWS, COLS), tl.float32)
+    acc2 = tl.zeros((ROWS, COLS), tl.float32)
+    for start in range(0, K, DEPTH):
+        ks = start + tl.arange(0, DEPTH)
+        inside = live[:, None] & (ks[None, :] < K)
+        slab = tl.load(a_rows + ks[None, :] * A_COL, mask=inside, other=0.0)
+        acc0 = _accumulate(acc0, slab, w, n0, ks, K, N, PRECISION)
+        if CHUNKS == 3:
+            acc1 = _accumulate(acc1, slab, w, n1, ks, K, N, PRECISION)
+            acc2 = _accumulate(acc2, slab, w, n2, ks, K, N, PRECISION)
+
+    # Masked columns hold 0 in both terms, so they add nothing to the sum of squares.
+    r_rows = batch * r_batch + row * R_ROW
+    acc0 += _load_residual(residual, r_rows, n0, live, N, R_COL).to(tl.float32)
+    squares = tl.sum(acc0 * acc0, 1)
+    if CHUNKS == 3:
+        acc1 += _load_residual(residual, r_rows, n1, live, N, R_COL).to(tl.float32)
+        acc2 += _load_residual(residual, r_rows, n2, live, N, R_COL).to(tl.float32)
+        squares += tl.sum(acc1 * acc1, 1) + tl.sum(acc2 * acc2, 1)
+    scale = tl.rsqrt(squares / N + EPS)[:, None]
+
+    o_rows = batch * o_batch + row * O_ROW
+    _store(out, o_rows, n0, live, acc0 * scale, N, O_COL)
+    if CHUNKS == 3:
+        _store(out, o_rows, n1, live, acc1 * scale, N, O_COL)
+        _store(out, o_rows, n2, live, acc2 * scale, N, O_COL)
+
+
+def linear_residual_rms(
+    a: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor,
+    *,
+    eps: float = 1e-5,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """rms(residual + a @ weight^T) over the last axis.
+
+    a [..., K] and residual [..., N] with one or two leading axes (any strides), weight [N, K]
+    contiguous, N at most 1024; all of one dtype, bfloat16 or float32, on one device. Returns `out`
+    (new, laid out like `residual`, if not given). Raises InvalidArgument on anything else.
+    """
+    _check(a, weight, residual, out)
+    out = torch.empty_like(residual) if out is None else out
+    n, k = weight.shape
+    if residual.numel() == 0:
+        return out
+    args, constants, options = launch_arguments(a, weight, residual, out, eps)
+    m = residual.numel() // n
+    linear_residual_rms_kernel[(triton.cdiv(m, constants["ROWS"]),)](*args, **constants, **options)
+    return out
+
+
+def launch_arguments(
+    a: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, out: torch.Tensor, eps: float
+) -> tuple[tuple, dict, dict]:
+    """(runtime arguments, compile-time arguments, compiler options) of one launch."""
+    n, k = weight.shape
+    tile = tiles.row_tile(n, k, a.element_size(), tiles.shared_bytes(a.device))
+    a3, r3, o3 = (t.unsqueeze(0) if t.ndim == 2 else t for t in (a, residual, out))
+    args = (a, weight, residual, out, r3.shape[0] * r3.shape[1])
+    args += (a3.stride(0), r3.stride(0), o3.stride(0))
+    constants = {
+        "R": r3.shape[1], "K": k, "N": n, "EPS": eps,
+        "A_ROW": a3.stride(1), "A_COL": a3.stride(2),
+        "R_ROW": r3.stride(1), "R_COL": r3.stride(2),
+        "O_ROW": o3.stride(1), "O_COL": o3.stride(2),
+        "ROWS": tile.rows, "COLS": tile.cols, "CHUNKS": tile.chunks, "DEPTH": tile.depth,
+        "PRECISION": "ieee",  # read for fp32 only: tf32 would lose 13 of its 23 mantissa bits
+    }  # fmt: skip
+    return args, constants, {"num_warps": tile.warps, "num_stages": tile.stages}
+
+
+def _check(
+    a: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, out: torch.Tensor | None
+) -> None:
+    op = "kernels.linear_residual_rms"
+    if weight.ndim != 2 or not weight.is_contiguous():
+        raise bad_argument(op, "weight", "contiguous [N, K]", tuple(weight.shape))
+    n, k = weight.shape
+    if n > MAX_COLUMNS:
+        raise bad_argument(op, "weight", f"at most {MAX_COLUMNS} output columns", n)
+    if a.ndim not in (2, 3) or a.shape[-1] != k:
+        raise bad_argument(op, "a", f"[M, {k}] or [B, R, {k}]", tuple(a.shape))
+    for name, tensor in (("residual", residual), ("out", out)):
+        if tensor is not None and tensor.shape != (*a.shape[:-1], n):
+            raise bad_argument(op, name, f"shape {(*a.shape[:-1], n)}", tuple(tensor.shape))
+    for name, tensor in (("a", a), ("weight", weight), ("residual", residual), ("out", out)):
+        if tensor is None:
+            continue
+        if tensor.dtype not in DTYPES or tensor.dtype != a.dtype:
+            raise bad_argument(op, name, "bfloat16 or float32, the same for all", tensor.dtype)
+        if tensor.device != a.device:
+            raise bad_argument(op, name, f"a tensor on {a.device}", tensor.device)

@@ -1,0 +1,69 @@
+"""Tile sizes of the Triton kernels: the only place where they are chosen.
+
+A tile is picked from the shape, the storage type and the shared memory one block may use, never
+from a device's name, so that the same choice can be compiled and inspected without that device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# Shared memory a block may use (bytes), by compute capability: CUDA C programming guide, table of
+# technical specifications per compute capability, "maximum amount of shared memory per block".
+SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+
+# The part of it the compiler takes for its own scratch beside the pipeline's buffers.
+SCRATCH_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One launch configuration: the tile is `rows` x `cols * chunks`, stepped by `depth`."""
+
+    rows: int
+    cols: int
+    chunks: int
+    depth: int
+    warps: int
+    stages: int
+
+    def stage_bytes(self, itemsize: int) -> int:
+        """Shared memory of one pipeline stage: a slab of A and one of W."""
+        return (self.rows + self.cols * self.chunks) * self.depth * itemsize
+
+
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory per block of `device`; on the CPU (the interpreter) that of an sm_80."""
+    if device.type != "cuda":
+        return SHARED_BYTES[80]
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def split_columns(n: int) -> tuple[int, int]:
+    """(power of two, count) covering n columns with the least padding, at most 3 pieces.
+
+    64 -> (64, 1), 384 -> (128, 3), 512 -> (512, 1), 768 -> (256, 3), 97 -> (128, 1).
+    """
+    whole = max(16, 1 << (n - 1).bit_length())
+    third = max(16, 1 << (-(-n // 3) - 1).bit_length())
+    return (third, 3) if 3 * third < whole else (whole, 1)
+
+
+def row_tile(n: int, k: int, itemsize: int, shared: int) -> Tile:
+    """The tile of a kernel whose program owns whole rows of n columns (a row sum stays local)."""
+    cols, chunks = split_columns(n)
+    width = cols * chunks
+    # The fp32 accumulator is rows * width / (32 * warps) registers a thread: 128 of the 255 at
+    # most, 64 where operands are fp32 and go through the ordinary multiply-add units.
+    rows = 64 if width <= 512 else 32
+    if itemsize == 4:
+        rows = max(16, rows // 2)
+    warps = 8 if rows * width >= 64 * 128 else 4
+    for depth in (64, 32, 16) if itemsize == 2 else (32, 16):
+        tile = Tile(rows, cols, chunks, depth, warps, stages=1)
+        stages = min(4, (shared - SCRATCH_BYTES) // tile.stage_bytes(itemsize))
+        if depth <= max(16, k) and stages >= 3:
+            break
+    return Tile(rows, cols, chunks, depth, warps, max(1, stages))
