@@ -1,0 +1,87 @@
+# recurx: `make` lists the commands. `make setup` runs by itself before those that need it.
+
+PYTHON ?= python3
+VENV   ?= .venv
+PY     ?= $(VENV)/bin/python
+# Where torch comes from, if not the default index. Without a GPU this saves gigabytes:
+#   make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+
+PIP     = "$(PY)" -m pip --disable-pip-version-check
+SOURCES = $(wildcard csrc/*.py csrc/*.cpp csrc/*.h csrc/*.hpp csrc/*/*.cpp csrc/*/*.h \
+            csrc/*/*.hpp csrc/*/*.cu csrc/*/*.cuh)
+CPP     = $(filter-out %.py,$(SOURCES))
+
+# PY=python3 uses an interpreter that already has torch, and installs nothing.
+ifeq ($(PY),$(VENV)/bin/python)
+DEPS  = $(VENV)/.installed
+BUILT = $(VENV)/.built
+else
+DEPS  =
+BUILT = build-with-given-python
+endif
+
+.PHONY: help setup test test-fast demo lint format bench clean build-with-given-python
+.DEFAULT_GOAL = help
+
+help:
+	@echo 'make setup      create $(VENV), install what recurx needs, compile its engines'
+	@echo 'make demo       watch a tiny recursive model learn and refine (about three minutes)'
+	@echo 'make test       all tests;  make test-fast leaves the slow ones out'
+	@echo 'make lint       ruff and clang-format, check only;  make format rewrites'
+	@echo 'make bench      the benchmarks that this machine can run'
+	@echo 'make clean      remove $(VENV) and everything that was built'
+	@echo
+	@echo 'PYTHON=python3.12 picks the interpreter for $(VENV). PY=python3 uses that interpreter'
+	@echo 'as it is, without $(VENV). TORCH_INDEX=URL takes torch from another index.'
+	@echo 'RECURX_CUDA=0 leaves CUDA out; csrc/native_build.py lists the other switches.'
+
+setup: $(BUILT)
+
+test: $(BUILT)
+	"$(PY)" -m pytest -q
+
+test-fast: $(BUILT)
+	"$(PY)" -m pytest -q -m 'not slow'
+
+demo: $(BUILT)
+	"$(PY)" -m recurx demo
+
+bench: $(BUILT)
+	"$(PY)" -m recurx bench
+
+lint: $(DEPS)
+	"$(PY)" -m ruff check .
+	"$(PY)" -m ruff format --check .
+	$(if $(CPP),"$(PY)" -m clang_format --dry-run --Werror $(CPP))
+
+format: $(DEPS)
+	"$(PY)" -m ruff check --fix .
+	"$(PY)" -m ruff format .
+	$(if $(CPP),"$(PY)" -m clang_format -i $(CPP))
+
+clean:
+	rm -rf "$(VENV)" build dist *.egg-info recurx/_build_info.py recurx/_C.*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo 'recurx needs Python 3.10 or newer: make setup PYTHON=python3.12' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+	  { echo 'This Python cannot create environments: install its venv package' >&2; \
+	    echo '(Debian, Ubuntu: apt install python3-venv), or name another with PYTHON=' >&2; exit 1; }
+	$(PYTHON) -m venv "$(VENV)"
+
+# Two stamps: dependencies change seldom, csrc/ often. The first step installs recurx editable
+# without compiling, the second compiles what changed.
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt | $(VENV)/bin/python
+	$(if $(TORCH_INDEX),$(PIP) install -q -c constraints.txt --index-url "$(TORCH_INDEX)" torch)
+	RECURX_NATIVE=0 $(PIP) install -q -c constraints.txt --editable '.[dev]'
+	@touch "$@"
+
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	"$(PY)" csrc/native_build.py
+	@touch "$@"
+
+build-with-given-python:
+	"$(PY)" csrc/native_build.py

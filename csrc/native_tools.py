@@ -1,0 +1,174 @@
+"""What this machine can compile: the C++ compiler, its instruction sets, the CUDA toolkit.
+
+Standard library only, so that it runs in pip's build isolation before anything is installed.
+Every "no" is a sentence that ends up in what the build prints and in `python -m recurx env`.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+CXX_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread")
+
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
+# File suffix -> flags and the macro that proves the compiler really targets it: some compilers
+# for other processors merely warn about an unknown -m flag. Lowest level first.
+ISA_FLAGS = {
+    "avx2": (("-mavx2", "-mfma"), "__AVX2__"),
+    "avx512": (_AVX512, "__AVX512DQ__"),
+    "amx": ((*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"), "__AMX_BF16__"),
+}
+
+# SASS for every generation that has cp.async and bf16 mma, PTX of the first for all the rest.
+# "90a" kernels (wgmma) run on nothing but sm_90 and are compiled for that alone.
+CUDA_ARCHS = ("80", "90", "100", "120")
+
+
+class NotFound(Exception):
+    """The tool is missing; the message is one clause saying what was looked for."""
+
+
+@dataclass(frozen=True)
+class Compiler:
+    command: str
+    version: str
+    isas: tuple[str, ...]  # keys of ISA_FLAGS that it accepts
+
+
+@dataclass(frozen=True)
+class Cuda:
+    nvcc: Path
+    version: str
+    include: Path
+    cudart: Path  # libcudart_static.a: the module then imports without a driver or a toolkit
+    archs: tuple[str, ...]  # as nvcc lists them: "80", "90", ...
+    found_by: str
+
+
+def find_compiler() -> Compiler:
+    """The C++17 compiler that can build a Python extension, or NotFound saying what is missing."""
+    wanted = os.environ.get("CXX")
+    names = [wanted] if wanted else ["c++", "g++", "clang++"]
+    command = next((name for name in names if shutil.which(name)), None)
+    if command is None:
+        raise NotFound(f"no C++ compiler (tried {', '.join(names)})")
+    headers = sysconfig.get_path("include")
+    python = "#include <Python.h>\n#include <string_view>\nint main() { return 0; }\n"
+    if not _compiles(command, ["-std=c++17"], "#include <string_view>\n"):
+        raise NotFound(f"{command} does not compile C++17")
+    if not _compiles(command, ["-std=c++17", f"-I{headers}"], python):
+        raise NotFound(f"no Python.h under {headers} (on Debian: apt install python3-dev)")
+    isas = tuple(isa for isa in ISA_FLAGS if _targets(command, isa))
+    return Compiler(command, _first_version(_output(command, "--version")), isas)
+
+
+def _targets(command: str, isa: str) -> bool:
+    flags, macro = ISA_FLAGS[isa]
+    source = f"#include <immintrin.h>\n#ifndef {macro}\n#error other target\n#endif\n"
+    return _compiles(command, list(flags), source)
+
+
+def _compiles(command: str, flags: list[str], source: str) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "probe.cpp")
+        path.write_text(source)
+        line = [command, *flags, "-c", str(path), "-o", str(path.with_suffix(".o"))]
+        return subprocess.run(line, capture_output=True).returncode == 0
+
+
+def find_cuda() -> Cuda:
+    """The CUDA toolkit: CUDA_HOME, else nvcc on PATH, else NVIDIA's PyPI wheels, else NotFound."""
+    looked: list[str] = []
+    for root, found_by in _cuda_roots(looked):
+        nvcc = root / "bin" / "nvcc"
+        if not nvcc.is_file():
+            looked.append(f"{found_by} has no bin/nvcc")
+            continue
+        cudart = next(_glob(root, "lib64", "lib", "targets/*/lib", name="libcudart_static.a"), None)
+        header = next(_glob(root, "include", "targets/*/include", name="cuda_runtime.h"), None)
+        if cudart is None or header is None:
+            missing = "libcudart_static.a" if cudart is None else "cuda_runtime.h"
+            looked.append(f"{found_by} has no {missing}")
+            continue
+        version = _first_version(_output(str(nvcc), "--version"))
+        listed = re.findall(r"compute_(\d+)", _output(str(nvcc), "--list-gpu-arch"))
+        archs = tuple(arch for arch in _wanted_archs() if arch in listed)
+        if not archs:
+            looked.append(f"nvcc {version} ({found_by}) knows none of sm_{_wanted_archs()}")
+            continue
+        return Cuda(nvcc, version, header.parent, cudart, archs, found_by)
+    raise NotFound("; ".join(looked))
+
+
+def _cuda_roots(looked: list[str]) -> Iterator[tuple[Path, str]]:
+    """Candidate toolkit folders in order of preference; what is absent is noted in `looked`."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        yield Path(home), "CUDA_HOME"
+    else:
+        looked.append("CUDA_HOME is unset")
+    on_path = shutil.which("nvcc")
+    if on_path:
+        yield _toolkit_of(on_path), "nvcc on PATH"
+    else:
+        looked.append("no nvcc on PATH")
+    # In build isolation sys.path lacks the environment that pip installs into; sysconfig has it.
+    sites = dict.fromkeys([*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+    wheels = [root for site in sites if site for root in glob.glob(f"{site}/nvidia/cu1[2-9]")]
+    for root in wheels:
+        yield Path(root), "NVIDIA's PyPI wheels"
+    if not wheels:
+        looked.append("no NVIDIA wheel with nvcc")
+
+
+def _toolkit_of(nvcc: str) -> Path:
+    """The toolkit folder behind `nvcc`, which may be a shell script that calls the real one."""
+    dryrun = subprocess.run([nvcc, "-v", "--dryrun", "x.cu"], capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.*)$", dryrun.stderr, re.MULTILINE)
+    return Path(top.group(1)).resolve() if top else Path(nvcc).resolve().parents[1]
+
+
+def _wanted_archs() -> tuple[str, ...]:
+    """RECURX_CUDA_ARCHS="90" (or "80;90") narrows the list: a shorter build for one machine."""
+    return tuple(re.findall(r"\d+", os.environ.get("RECURX_CUDA_ARCHS", ""))) or CUDA_ARCHS
+
+
+def gencode(source: str, archs: tuple[str, ...]) -> list[str]:
+    """nvcc's target flags for one file; empty if none of `archs` can hold it.
+
+    `name_sm90a.cu` holds instructions of that generation alone. Always -gencode: the -arch=sm_90a
+    shorthand also asks for plain sm_90 code, which has no wgmma.
+    """
+    own = re.search(r"_sm(\d+)([af])\.cu$", source)
+    if own:
+        number, kind = own.groups()
+        code = f"{number}{kind}"
+        return [f"-gencode=arch=compute_{code},code=sm_{code}"] if number in archs else []
+    lowest = min(archs, key=int)
+    sass = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [*sass, f"-gencode=arch=compute_{lowest},code=compute_{lowest}"]
+
+
+def _glob(root: Path, *folders: str, name: str) -> Iterator[Path]:
+    for folder in folders:
+        yield from sorted(root.glob(f"{folder}/{name}"))
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True).stdout
+
+
+def _first_version(text: str) -> str:
+    """`g++ (Debian 12.2.0-14) 12.2.0` -> 12.2.0; `... release 13.0, V13.0.88` -> 13.0.88."""
+    found = re.search(r"\d+\.\d+\.\d+", text)
+    return found.group() if found else "of unknown version"
