@@ -8,6 +8,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from recurx import _checkout
+
+_checkout.install()
+
 __version__ = "0.1.0"
 
 # Public name -> module that defines it.
