@@ -8,8 +8,7 @@ PY     ?= $(VENV)/bin/python
 TORCH_INDEX ?=
 
 PIP     = "$(PY)" -m pip --disable-pip-version-check
-SOURCES = $(wildcard csrc/*.py csrc/*.cpp csrc/*.h csrc/*.hpp csrc/*/*.cpp csrc/*/*.h \
-            csrc/*/*.hpp csrc/*/*.cu csrc/*/*.cuh)
+SOURCES = $(shell find csrc -name '*.[ch]pp' -o -name '*.h' -o -name '*.cu*' -o -name '*.py')
 CPP     = $(filter-out %.py,$(SOURCES))
 
 # PY=python3 uses an interpreter that already has torch, and installs nothing.

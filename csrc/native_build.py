@@ -116,7 +116,16 @@ def ninja_file(plan: Plan, pybind_include: str) -> str:
 def _nvcc(cuda: Cuda, compiler: Compiler) -> list[str]:
     host = ["-ccbin", compiler.command, "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     include = ["-I", str(cuda.include)]  # NVIDIA's PyPI wheels have no nvcc.profile that says so
-    return [str(cuda.nvcc), "-std=c++17", "-O3", "-cudart", "static", *host, *include, "-DRX_CUDA=1"]
+    return [
+        str(cuda.nvcc),
+        "-std=c++17",
+        "-O3",
+        "-cudart",
+        "static",
+        *host,
+        *include,
+        "-DRX_CUDA=1",
+    ]
 
 
 def _rule(name: str, command: list[str]) -> list[str]:
@@ -167,7 +176,7 @@ def build(destination: Path) -> str:
                 f"{f' and nvcc {cuda.version}' if cuda else ''}; the compiler's words are above. "
                 f"RECURX_NATIVE=0 installs pure Python instead, RECURX_CUDA=0 leaves CUDA out."
             )
-        why_cpu_only = f"nvcc {cuda.version} failed on csrc/cuda, see above (RECURX_CUDA=1 stops)"
+        why_cpu_only = f"nvcc {cuda.version} does not compile csrc/cuda, its words are above"
         plan = Plan(compiler, None)
     _install(_build_folder() / MODULE, destination / MODULE)
     return _record(destination, _sentence(plan, why_cpu_only), plan)

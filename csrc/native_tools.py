@@ -63,19 +63,18 @@ def find_compiler() -> Compiler:
     if command is None:
         raise NotFound(f"no C++ compiler (tried {', '.join(names)})")
     headers = sysconfig.get_path("include")
-    python = "#include <Python.h>\n#include <string_view>\nint main() { return 0; }\n"
-    if not _compiles(command, ["-std=c++17"], "#include <string_view>\n"):
+    cxx17 = "#include <string_view>\n"
+    if not _compiles(command, ["-std=c++17", f"-I{headers}"], f"#include <Python.h>\n{cxx17}"):
+        if _compiles(command, ["-std=c++17"], cxx17):
+            raise NotFound(f"no Python.h under {headers} (on Debian: apt install python3-dev)")
         raise NotFound(f"{command} does not compile C++17")
-    if not _compiles(command, ["-std=c++17", f"-I{headers}"], python):
-        raise NotFound(f"no Python.h under {headers} (on Debian: apt install python3-dev)")
     isas = tuple(isa for isa in ISA_FLAGS if _targets(command, isa))
     return Compiler(command, _first_version(_output(command, "--version")), isas)
 
 
 def _targets(command: str, isa: str) -> bool:
     flags, macro = ISA_FLAGS[isa]
-    source = f"#include <immintrin.h>\n#ifndef {macro}\n#error other target\n#endif\n"
-    return _compiles(command, list(flags), source)
+    return _compiles(command, list(flags), f"#ifndef {macro}\n#error other target\n#endif\n")
 
 
 def _compiles(command: str, flags: list[str], source: str) -> bool:

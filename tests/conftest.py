@@ -1,0 +1,29 @@
+"""What every test shares: a fixed seed, reproducible fuzzing, and the meaning of `gpu`."""
+
+import hypothesis
+import pytest
+import torch
+
+# No deadline: the first example of a test pays for lazy imports and compiled kernels. Derandomised:
+# the same commit must pass or fail every time; `--hypothesis-profile=explore` looks further.
+hypothesis.settings.register_profile("recurx", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
+
+
+def pytest_configure(config):
+    if config.getoption("--hypothesis-profile", default=None) is None:
+        hypothesis.settings.load_profile("recurx")
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device, torch sees none")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)

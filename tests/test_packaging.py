@@ -1,0 +1,320 @@
+"""What a user installs: wheel, editable and bare checkout, with and without a compiler."""
+
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Stands in for csrc/*.cpp, so that these tests build in seconds and test the build, not the engine.
+MODULE = """
+#include <Python.h>
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+PyMODINIT_FUNC PyInit__C() {
+    PyObject* module = PyModule_Create(&definition);
+#ifdef RX_CUDA
+    PyModule_AddIntConstant(module, "cuda", 1);
+#endif
+    return module;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of what the package is made of, under a path with a space, with a small csrc/."""
+    return copy_checkout(tmp_path_factory.mktemp("packaging") / "a checkout")
+
+
+def copy_checkout(target):
+    unbuilt = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.py")
+    for folder in ("recurx", "kernels"):
+        shutil.copytree(ROOT / folder, target / folder, ignore=unbuilt)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, target)
+    (target / "csrc" / "cpu").mkdir(parents=True)
+    for script in ROOT.glob("csrc/*.py"):
+        shutil.copy(script, target / "csrc")
+    (target / "csrc" / "bindings.cpp").write_text(MODULE)
+    return target
+
+
+def run(*command, cwd, check=True, **environment):
+    """Run in a process of its own, with a PATH and variables of our choosing."""
+    unset = {"RECURX_NATIVE", "RECURX_CUDA", "RECURX_CUDA_ARCHS", "CXX", "CXXFLAGS", "PYTHONPATH"}
+    inherited = {name: value for name, value in os.environ.items() if name not in unset}
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+    )
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def python(source, *, cwd, **environment):
+    return run(sys.executable, "-c", textwrap.dedent(source), cwd=cwd, **environment).stdout
+
+
+def unpacked_wheel(checkout, kind, **environment):
+    """Build a wheel ("wheel" or "editable") as pip does, and unpack it into a fresh folder."""
+    out = checkout / "dist" / f"{kind}-{'-'.join(environment.values())}"
+    out.mkdir(parents=True)
+    build = f"import setuptools.build_meta as b; b.build_{kind}({str(out)!r})"
+    run(sys.executable, "-c", build, cwd=checkout, **environment)
+    (wheel,) = out.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(out / "site")
+    return out / "site"
+
+
+@pytest.fixture(scope="module")
+def installed(checkout):
+    return unpacked_wheel(checkout, "wheel", RECURX_CUDA="0")
+
+
+@pytest.fixture(scope="module")
+def installed_pure(checkout):
+    return unpacked_wheel(checkout, "wheel", CXX="no-such-compiler")
+
+
+WHERE = "import recurx, recurx.kernels as k; print(recurx.__file__, k.__file__, sep='\\n')"
+
+
+def test_wheel_holds_the_package_the_kernels_and_the_module(installed):
+    files = {str(path.relative_to(installed)) for path in installed.rglob("*") if path.is_file()}
+    assert {"recurx/py.typed", "recurx/_build_info.py", "recurx/kernels/__init__.py"} <= files
+    assert any(re.fullmatch(r"recurx/_C\..*\.so", name) for name in files)
+    for source in ROOT.glob("kernels/**/*.py"):
+        assert f"recurx/kernels/{source.relative_to(ROOT / 'kernels')}" in files
+    for source in ROOT.glob("recurx/**/*.py"):
+        assert str(source.relative_to(ROOT)) in files
+    assert {name.split("/")[0].split("-")[0] for name in files} == {"recurx"}
+
+
+def test_wheel_imports_away_from_the_checkout(installed, tmp_path):
+    where = python(WHERE + "; import recurx._C", cwd=tmp_path, PYTHONPATH=str(installed))
+    assert where.split("\n")[:2] == [
+        f"{installed}/recurx/__init__.py",
+        f"{installed}/recurx/kernels/__init__.py",
+    ]
+
+
+def test_install_without_a_compiler_is_pure_python_and_says_so(installed_pure, tmp_path):
+    assert not list(installed_pure.rglob("*.so"))
+    source = "import recurx.kernels; from recurx._build_info import INFO; print(INFO['sentence'])"
+    said = python(source, cwd=tmp_path, PYTHONPATH=str(installed_pure))
+    assert "pure Python" in said and "no-such-compiler" in said
+
+
+def test_metadata_is_that_of_the_project_and_not_of_the_build_host(installed, installed_pure):
+    (path,), (pure,) = installed.glob("*.dist-info"), installed_pure.glob("*.dist-info")
+    assert (path / "METADATA").read_text() == (pure / "METADATA").read_text()
+    distribution = importlib.metadata.PathDistribution(path)
+    metadata = distribution.metadata
+    assert metadata["License-Expression"] == "MIT"
+    assert metadata["Requires-Python"] == ">=3.10"
+    runtime = [line for line in distribution.requires or [] if "extra ==" not in line]
+    assert {re.match(r"[\w-]+", line).group() for line in runtime} == {
+        "torch",
+        "numpy",
+        "safetensors",
+        "rich",
+    }
+    assert "torch>=2.6" in runtime  # and no upper bound
+    (script,) = distribution.entry_points.select(group="console_scripts")
+    assert (script.name, script.value) == ("recurx", "recurx.cli:main")
+
+
+def test_editable_install_finds_the_kernels(checkout, tmp_path):
+    site = unpacked_wheel(checkout, "editable", RECURX_NATIVE="0")
+    where = python(f"import site; site.addsitedir({str(site)!r}); {WHERE}", cwd=tmp_path)
+    assert where.split("\n")[:2] == [
+        f"{checkout}/recurx/__init__.py",
+        f"{checkout}/kernels/__init__.py",
+    ]
+
+
+def test_bare_checkout_finds_the_kernels(checkout, tmp_path):
+    where = python(WHERE, cwd=tmp_path, PYTHONPATH=str(checkout))
+    assert where.split("\n")[1] == f"{checkout}/kernels/__init__.py"
+
+
+# ------------------------------------------------------------------ the native build
+
+
+def build(checkout, check=True, **environment):
+    script = checkout / "csrc" / "native_build.py"
+    done = run(sys.executable, script, cwd=checkout, check=check, **environment)
+    return done.returncode, done.stdout + done.stderr
+
+
+def fake_nvcc(folder, *, compiles):
+    """A toolkit whose nvcc is a shell script, behind a second script, as on some machines."""
+    for name in ("bin", "include", "lib64", "path"):
+        (folder / name).mkdir(parents=True)
+    (folder / "include" / "cuda_runtime.h").touch()
+    run("ar", "rc", folder / "lib64" / "libcudart_static.a", cwd=folder)
+    # It compiles by handing the file to the host compiler, the arguments after the last -c.
+    compile_it = 'shift $(($#-4)); exec c++ -fPIC -x c++ "$@"' if compiles else "exit 1"
+    (folder / "bin" / "nvcc").write_text(
+        f"""#!/bin/sh
+        case "$*" in
+        *--dryrun*) echo '#$ TOP={folder}/bin/..' >&2 ;;
+        *--list-gpu-arch*) echo compute_80; echo compute_90 ;;
+        *--version*) echo 'release 13.0, V13.0.88' ;;
+        *) {compile_it} ;;
+        esac
+        """
+    )
+    (folder / "path" / "nvcc").write_text(f'#!/bin/sh\nexec "{folder}/bin/nvcc" "$@"\n')
+    for script in ("bin/nvcc", "path/nvcc"):
+        (folder / script).chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def cuda_checkout(tmp_path):
+    checkout = copy_checkout(tmp_path / "checkout")
+    (checkout / "csrc" / "cuda").mkdir()
+    (checkout / "csrc" / "cuda" / "kernel.cu").write_text("int kernel() { return 0; }\n")
+    return checkout
+
+
+HAS_CUDA = "import recurx._C; print(hasattr(recurx._C, 'cuda'))"
+
+
+def test_nvcc_behind_a_shell_script_is_found_and_used(cuda_checkout, tmp_path, monkeypatch):
+    toolkit = fake_nvcc(tmp_path / "toolkit", compiles=True)
+    path = f"{toolkit}/path:{os.environ['PATH']}"
+    _, said = build(cuda_checkout, PATH=path, CUDA_HOME="", CUDA_PATH="")
+    assert "CUDA engine (sm_80, sm_90; nvcc 13.0.88 from nvcc on PATH)" in said
+    ninja = next(cuda_checkout.glob("build/*/build.ninja")).read_text()
+    assert f"{toolkit}/bin/nvcc" in ninja and f"{toolkit}/path" not in ninja
+    assert python(HAS_CUDA, cwd=cuda_checkout).strip() == "True"
+
+
+def test_cuda_that_does_not_compile_leaves_the_cpu_engine(cuda_checkout, tmp_path):
+    toolkit = fake_nvcc(tmp_path / "toolkit", compiles=False)
+    _, said = build(cuda_checkout, CUDA_HOME=str(toolkit))
+    assert "without CUDA: nvcc 13.0.88 does not compile csrc/cuda" in said
+    assert python(HAS_CUDA, cwd=cuda_checkout).strip() == "False"
+
+
+def test_cuda_asked_for_and_not_to_be_had_is_an_error(cuda_checkout, tmp_path):
+    toolkit = fake_nvcc(tmp_path / "toolkit", compiles=False)
+    status, said = build(cuda_checkout, check=False, CUDA_HOME=str(toolkit), RECURX_CUDA="1")
+    assert status != 0 and "do not compile" in said
+    assert not list(cuda_checkout.glob("recurx/_C*"))
+
+
+def test_sources_that_do_not_compile_are_an_error_not_a_pure_install(checkout, tmp_path):
+    broken = copy_checkout(tmp_path / "broken")
+    (broken / "csrc" / "cpu" / "wrong.cpp").write_text("this is no C++\n")
+    status, said = build(broken, check=False, RECURX_CUDA="0")
+    assert status != 0 and "do not compile" in said and "RECURX_NATIVE=0" in said
+
+
+def test_a_later_pure_build_removes_the_module(tmp_path):
+    checkout = copy_checkout(tmp_path / "checkout")
+    build(checkout, RECURX_CUDA="0")
+    assert list(checkout.glob("recurx/_C*.so"))
+    build(checkout, RECURX_NATIVE="0")
+    assert not list(checkout.glob("recurx/_C*.so"))
+
+
+def test_instruction_sets_come_from_the_file_name(tmp_path):
+    """Each file sees its own flags, all see which were compiled, the lowest is linked first."""
+    checkout = copy_checkout(tmp_path / "checkout")
+    for isa, macro in {"amx": "__AMX_BF16__", "avx512": "__AVX512BW__", "avx2": "__FMA__"}.items():
+        guard = f"#if !defined({macro}) || !defined(RX_HAVE_AVX2)\n#error flags\n#endif\n"
+        (checkout / "csrc" / "cpu" / f"gemm_{isa}.cpp").write_text(guard)
+    (checkout / "csrc" / "cpu" / "plain.cpp").write_text(
+        "#if defined(__AVX2__) || !defined(RX_HAVE_AVX2)\n#error flags\n#endif\n"
+    )
+    build(checkout, RECURX_CUDA="0")
+    ninja = next(checkout.glob("build/*/build.ninja")).read_text()
+    linked = re.search(r"^build _C\S+: link (.*)$", ninja, re.MULTILINE).group(1).split()
+    assert [Path(name).stem for name in linked] == [
+        "bindings.cpp",
+        "plain.cpp",
+        "gemm_avx2.cpp",
+        "gemm_avx512.cpp",
+        "gemm_amx.cpp",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("file", "archs", "targets"),
+    [
+        ("block.cu", ("80", "90"), ["80,code=sm_80", "90,code=sm_90", "80,code=compute_80"]),
+        ("block.cu", ("90",), ["90,code=sm_90", "90,code=compute_90"]),
+        ("block_sm90a.cu", ("80", "90"), ["90a,code=sm_90a"]),
+        ("block_sm90a.cu", ("80",), []),
+    ],
+)
+def test_gpu_targets_come_from_the_file_name(file, archs, targets, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "csrc")
+    import native_tools
+
+    assert native_tools.gencode(file, archs) == [f"-gencode=arch=compute_{t}" for t in targets]
+
+
+def test_csrc_includes_no_torch_header():
+    sources = [path for path in ROOT.glob("csrc/**/*") if path.suffix in {".cpp", ".hpp", ".cu"}]
+    assert ROOT / "csrc" / "bindings.cpp" in sources
+    for path in sources:
+        assert not re.search(r"#\s*include\s*[<\"](torch|ATen|c10)/", path.read_text()), path
+
+
+# ------------------------------------------------------------------ what `import recurx` costs
+
+
+def test_import_is_lazy_and_quick():
+    """Beyond torch it loads two small modules: under 0.3 s, which this leaves far below."""
+    source = """
+        import json, sys, time, torch
+        before, start = set(sys.modules), time.perf_counter()
+        import recurx
+        print(json.dumps([time.perf_counter() - start, sorted(set(sys.modules) - before)]))
+    """
+    seconds, modules = json.loads(python(source, cwd=ROOT))
+    assert modules == ["recurx", "recurx._checkout"]
+    assert seconds < 0.3
+
+
+def test_every_public_name_loads_without_the_optional_parts():
+    """No triton, no compiled module, no build tools: all of recurx's names still import."""
+    source = """
+        import sys
+
+        class Absent:
+            names = ("triton", "recurx._C", "recurx._build_info", "pybind11", "ninja", "pytest")
+
+            def find_spec(self, name, path=None, target=None):
+                if name in self.names:
+                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+        sys.meta_path.insert(0, Absent())
+        import recurx
+        for name in recurx.__all__:
+            getattr(recurx, name)
+        import recurx.kernels, recurx.envinfo
+        facts = {fact.name: fact for fact in recurx.envinfo.collect()}
+        assert facts["eager"].ok, facts["eager"]
+        for name in ("triton", "recurx._C", "build", "cpu"):
+            assert not facts[name].ok and facts[name].value, facts[name]
+    """
+    python(source, cwd=ROOT)
