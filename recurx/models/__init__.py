@@ -1,0 +1,24 @@
+"""TRM and HRM with the official parameter names, built on `recurx.recurse`."""
+
+from recurx.models.act import HRM, TRM, Carry, RecursiveModel
+from recurx.models.config import VARIANTS, HRMConfig, ModelConfig, TRMConfig, Variant
+from recurx.models.inner import Inner
+from recurx.models.losses import ACTLossHead, softmax_cross_entropy, stablemax_cross_entropy
+from recurx.models.puzzle_embedding import PuzzleEmbedding
+
+__all__ = [
+    "HRM",
+    "TRM",
+    "VARIANTS",
+    "ACTLossHead",
+    "Carry",
+    "HRMConfig",
+    "Inner",
+    "ModelConfig",
+    "PuzzleEmbedding",
+    "RecursiveModel",
+    "TRMConfig",
+    "Variant",
+    "softmax_cross_entropy",
+    "stablemax_cross_entropy",
+]

@@ -1,0 +1,335 @@
+"""Configurations of TRM and HRM: frozen values with the official key names.
+
+Four published systems are one configurable model here. What tells them apart is data: the
+`Variant` (states, init buffers, nets, schedule) and the fields below.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from recurx.errors import bad_argument
+from recurx.schedule import Schedule
+
+POS_ENCODINGS = ("rope", "learned", "none")
+DTYPES = ("bfloat16", "float32", "float16", "float64")
+
+# Keys of official configurations that say nothing about the model's arithmetic.
+_OFFICIAL_EXTRAS = ("name", "loss", "causal")
+# Their `arch.name` values: "recursive_reasoning.trm_singlez@Class" and the like.
+_OFFICIAL_NAMES = {"trm_singlez": "single_z", "trm_hier6": "hier6", "trm": "trm", "hrm": "hrm"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What distinguishes one published system from another.
+
+    Args:
+        init: {state: name of its init buffer in the state_dict}, in the order of creation.
+        nets: {net of the schedule: name of its module}, in the order of creation.
+        schedule: (H_cycles, L_cycles, grad_window) -> Schedule.
+        output: the state that the heads read.
+    """
+
+    init: Mapping[str, str]
+    nets: Mapping[str, str]
+    schedule: Callable[[int, int, int | str | None], Schedule]
+    output: str = "z_H"
+
+
+_TWO_STATES = {"z_H": "H_init", "z_L": "L_init"}
+_SIX_LOW = {"z_H": "H_init", **{f"z_L{k}": f"L{k}_init" for k in range(1, 7)}}
+
+VARIANTS = {
+    "trm": Variant(_TWO_STATES, {"L": "L_level"}, Schedule.trm),
+    "single_z": Variant({"z": "L_init"}, {"L": "L_level"}, Schedule.single_z, output="z"),
+    "hier6": Variant(
+        _SIX_LOW, {"L": "L_level"}, lambda h, low, window: Schedule.hier(6, h, low, window)
+    ),
+    "hrm": Variant(_TWO_STATES, {"H": "H_level", "L": "L_level"}, Schedule.hrm),
+}
+
+Self = TypeVar("Self", bound="ModelConfig")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """All that makes a model, under the official names.
+
+    Args:
+        vocab_size: number of token ids, input and output.
+        seq_len: tokens of a puzzle, without the prefix of the puzzle embedding.
+        variant: "trm", "single_z", "hier6" or "hrm".
+        H_cycles, L_cycles: cycles a supervision step, and low-level calls a cycle.
+        H_layers, L_layers: blocks of the H net (HRM only) and of the L net.
+        hidden_size, num_heads: D and H; D is a multiple of H.
+        expansion: of the SwiGLUs: inner width = expansion * width * 2/3, rounded, then rounded up
+            to a multiple of `inner_multiple` (official: 256).
+        pos_encodings: "rope", "learned" or "none".
+        mlp_t: token-MLP blocks instead of attention blocks.
+        puzzle_emb_ndim: width of one puzzle's embedding; 0 for none.
+        puzzle_emb_len: tokens that it fills before the puzzle; 0 for just enough of them.
+        num_puzzle_identifiers: rows of the puzzle embedding.
+        batch_size: largest training batch of the puzzle embedding (its local rows).
+        halt_max_steps: supervision steps at most; evaluation always takes all of them.
+        halt_exploration_prob: how often a training sample draws a minimum number of steps.
+        no_ACT_continue: halt on q_halt > 0; False is HRM's Q-learning with a bootstrapped target.
+        forward_dtype: dtype of states and activations; weights stay fp32 masters.
+        grad_window: None for the published window, "full", or a number of calls.
+
+    Raises:
+        InvalidArgument: a value is of the wrong type or range; the message names it.
+    """
+
+    vocab_size: int
+    seq_len: int
+    variant: str = "trm"
+    H_cycles: int = 3
+    L_cycles: int = 6
+    H_layers: int = 0
+    L_layers: int = 2
+    hidden_size: int = 512
+    num_heads: int = 8
+    expansion: float = 4.0
+    inner_multiple: int = 256
+    pos_encodings: str = "rope"
+    mlp_t: bool = False
+    puzzle_emb_ndim: int = 0
+    puzzle_emb_len: int = 16
+    num_puzzle_identifiers: int = 1
+    batch_size: int = 1
+    halt_max_steps: int = 16
+    halt_exploration_prob: float = 0.1
+    no_ACT_continue: bool = True
+    forward_dtype: str = "bfloat16"
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    grad_window: int | str | None = None
+
+    ALLOWED_VARIANTS: ClassVar[tuple[str, ...]] = tuple(VARIANTS)
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._check_ranges()
+        self._check_fit()
+
+    # ---- derived ---------------------------------------------------------------------------
+
+    @property
+    def prefix_len(self) -> int:
+        """Tokens that the puzzle embedding puts before the puzzle (official: puzzle_emb_len)."""
+        if self.puzzle_emb_ndim == 0:
+            return 0
+        return self.puzzle_emb_len or -(-self.puzzle_emb_ndim // self.hidden_size)
+
+    @property
+    def tokens(self) -> int:
+        """T, the tokens of a state: prefix and puzzle."""
+        return self.prefix_len + self.seq_len
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """`forward_dtype` as a torch.dtype."""
+        dtype: torch.dtype = getattr(torch, self.forward_dtype)
+        return dtype
+
+    @property
+    def schedule(self) -> Schedule:
+        """The net calls of one supervision step."""
+        return VARIANTS[self.variant].schedule(self.H_cycles, self.L_cycles, self.grad_window)
+
+    def inner_width(self, width: int) -> int:
+        """Inner width F of a SwiGLU over `width`."""
+        wanted = round(self.expansion * width * 2 / 3)
+        return -(-wanted // self.inner_multiple) * self.inner_multiple
+
+    def replace(self: Self, **changes: Any) -> Self:
+        """A copy with some fields changed, validated again."""
+        return dataclasses.replace(self, **_known(type(self), changes))
+
+    # ---- reading and writing ---------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        """One line of JSON; `from_json` reads it back."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls: type[Self], text: str) -> Self:
+        """The configuration that `to_json` wrote."""
+        return cls.from_dict(json.loads(text))
+
+    @classmethod
+    def from_dict(cls: type[Self], values: Mapping[str, Any]) -> Self:
+        """From plain values, those of an official configuration (`arch` section) included.
+
+        The official `name` picks the variant; `loss` and `causal` are ignored; numbers may come
+        as integral floats. An unknown key raises InvalidArgument.
+        """
+        values = dict(values)
+        module = str(values.get("name", "")).partition("@")[0].rpartition(".")[2]
+        if module in _OFFICIAL_NAMES:
+            values.setdefault("variant", _OFFICIAL_NAMES[module])
+        for key in _OFFICIAL_EXTRAS:
+            values.pop(key, None)
+        return cls(**_known(cls, values))
+
+    # ---- checks ----------------------------------------------------------------------------
+
+    def _check_types(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (isinstance(value, bool) or not isinstance(value, int)):
+                raise self._bad(field.name, "an int", value)
+            if field.type == "float":
+                if isinstance(value, bool) or not isinstance(value, (int, float)):
+                    raise self._bad(field.name, "a number", value)
+                object.__setattr__(self, field.name, float(value))
+            if field.type == "bool" and not isinstance(value, bool):
+                raise self._bad(field.name, "True or False", value)
+
+    def _check_ranges(self) -> None:
+        for name, choices in (
+            ("variant", self.ALLOWED_VARIANTS),
+            ("pos_encodings", POS_ENCODINGS),
+            ("forward_dtype", DTYPES),
+        ):
+            if getattr(self, name) not in choices:
+                raise self._bad(name, f"one of {', '.join(choices)}", getattr(self, name))
+        at_least_one = (
+            "vocab_size", "seq_len", "H_cycles", "L_cycles", "L_layers", "hidden_size",
+            "num_heads", "inner_multiple", "num_puzzle_identifiers", "batch_size",
+            "halt_max_steps",
+        )  # fmt: skip
+        for name in at_least_one:
+            if getattr(self, name) < 1:
+                raise self._bad(name, "at least 1", getattr(self, name))
+        for name in ("puzzle_emb_ndim", "puzzle_emb_len", "H_layers"):
+            if getattr(self, name) < 0:
+                raise self._bad(name, "at least 0", getattr(self, name))
+        for name in ("expansion", "rms_norm_eps", "rope_theta"):
+            if not getattr(self, name) > 0:
+                raise self._bad(name, "a positive number", getattr(self, name))
+        if not 0 <= self.halt_exploration_prob <= 1:
+            raise self._bad("halt_exploration_prob", "within 0..1", self.halt_exploration_prob)
+
+    def _check_fit(self) -> None:
+        if not self.mlp_t and self.hidden_size % self.num_heads:
+            raise self._bad(
+                "num_heads", f"a divisor of hidden_size={self.hidden_size}", self.num_heads
+            )
+        if (
+            self.pos_encodings == "rope"
+            and not self.mlp_t
+            and self.hidden_size // self.num_heads % 2
+        ):
+            head_dim = self.hidden_size // self.num_heads
+            raise self._bad("num_heads", "an even head_dim for rope", f"head_dim={head_dim}")
+        if self.variant == "hrm" and self.H_layers < 1:
+            raise self._bad("H_layers", "at least 1 for HRM", self.H_layers)
+        if self.prefix_len * self.hidden_size < self.puzzle_emb_ndim:
+            room = f"{self.prefix_len} x {self.hidden_size}"
+            raise self._bad(
+                "puzzle_emb_ndim", f"at most puzzle_emb_len x hidden_size = {room}",
+                self.puzzle_emb_ndim,
+            )  # fmt: skip
+        _ = self.schedule  # its own checks: L_cycles of hier6, grad_window
+
+    def _bad(self, name: str, expected: str, got: object) -> Exception:
+        return bad_argument(type(self).__name__, name, expected, repr(got))
+
+
+def _known(cls: type[ModelConfig], values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with integral floats as ints; refuses keys that are no fields of `cls`."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    known: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise bad_argument(
+                cls.__name__, name, f"one of the fields {', '.join(fields)}", "an unknown name"
+            )
+        integral = isinstance(value, float) and value.is_integer() and fields[name].type == "int"
+        known[name] = int(value) if integral else value
+    return known
+
+
+@dataclass(frozen=True)
+class TRMConfig(ModelConfig):
+    """Configuration of a TRM (also single-z and hier6); the defaults are the published ones."""
+
+    ALLOWED_VARIANTS: ClassVar[tuple[str, ...]] = ("trm", "single_z", "hier6")
+
+    @classmethod
+    def sudoku_att(cls, **changes: Any) -> TRMConfig:
+        """Attention on 9x9 Sudoku: T = 97 (81 + 16), D = 512, 21 calls; 11 tokens (pad, 0..9)."""
+        base = cls(vocab_size=11, seq_len=81, puzzle_emb_ndim=512)
+        return base.replace(**changes)
+
+    @classmethod
+    def sudoku_mlp(cls, **changes: Any) -> TRMConfig:
+        """Token-MLP blocks on 9x9 Sudoku, without position encodings: the best published TRM."""
+        base = cls.sudoku_att(mlp_t=True, pos_encodings="none")
+        return base.replace(**changes)
+
+    @classmethod
+    def maze(cls, **changes: Any) -> TRMConfig:
+        """Attention on 30x30 mazes: T = 916, 15 calls; 6 tokens (pad and five symbols)."""
+        base = cls(vocab_size=6, seq_len=900, L_cycles=4, puzzle_emb_ndim=512)
+        return base.replace(**changes)
+
+    @classmethod
+    def arc(cls, **changes: Any) -> TRMConfig:
+        """Attention on ARC-AGI grids: T = 916, 15 calls; 12 tokens (pad, end, ten colours).
+
+        Give `num_puzzle_identifiers`: the rows of the puzzle embedding.
+        """
+        base = cls(vocab_size=12, seq_len=900, L_cycles=4, puzzle_emb_ndim=512)
+        return base.replace(**changes)
+
+    @classmethod
+    def tiny(cls, vocab_size: int, seq_len: int, **changes: Any) -> TRMConfig:
+        """A small fp32 TRM for laptops and tests: D = 64, two heads, no puzzle embedding."""
+        base = cls(
+            vocab_size, seq_len, hidden_size=64, num_heads=2, inner_multiple=32,
+            forward_dtype="float32",
+        )  # fmt: skip
+        return base.replace(**changes)
+
+
+@dataclass(frozen=True)
+class HRMConfig(ModelConfig):
+    """Configuration of an HRM: two nets, 1-step gradient, Q-learning halting."""
+
+    variant: str = "hrm"
+    H_cycles: int = 2
+    L_cycles: int = 2
+    H_layers: int = 4
+    L_layers: int = 4
+    puzzle_emb_len: int = 0
+    no_ACT_continue: bool = False
+
+    ALLOWED_VARIANTS: ClassVar[tuple[str, ...]] = ("hrm",)
+
+    @classmethod
+    def sudoku(cls, **changes: Any) -> HRMConfig:
+        """HRM on 9x9 Sudoku: T = 82 (81 + 1), D = 512, two nets of 4 blocks, 6 calls."""
+        base = cls(vocab_size=11, seq_len=81, puzzle_emb_ndim=512)
+        return base.replace(**changes)
+
+    @classmethod
+    def tiny(cls, vocab_size: int, seq_len: int, **changes: Any) -> HRMConfig:
+        """A small fp32 HRM for laptops and tests: D = 64, two heads, two nets of one block."""
+        base = cls(
+            vocab_size, seq_len, hidden_size=64, num_heads=2, inner_multiple=32,
+            H_layers=1, L_layers=1, forward_dtype="float32",
+        )  # fmt: skip
+        return base.replace(**changes)
