@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 
 PIP     = "$(PY)" -m pip --disable-pip-version-check
 SOURCES = $(shell find csrc -name '*.[ch]pp' -o -name '*.h' -o -name '*.cu*' -o -name '*.py')
-CPP     = $(filter-out %.py,$(SOURCES))
+CPP     = $(shell find csrc tests -name '*.[ch]pp' -o -name '*.h' -o -name '*.cu*')
 
 # PY=python3 uses an interpreter that already has torch, and installs nothing.
 ifeq ($(PY),$(VENV)/bin/python)
