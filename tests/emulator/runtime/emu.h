@@ -24,7 +24,7 @@ struct ThreadContext {
   dim3 tid, bid, bdim, gdim, cdim;  // threadIdx, blockIdx, blockDim, gridDim, cluster shape
   unsigned lane, warp, cta_rank;    // within the warp, the CTA, the cluster
 };
-extern thread_local ThreadContext* cur;
+extern __thread ThreadContext* cur;  // __thread: no initialisation check at each use
 
 // ---- host side ----------------------------------------------------------------------------------
 struct Error : std::runtime_error {  // a fault of the kernel: race, deadlock, misuse, bad address
@@ -33,23 +33,26 @@ struct Error : std::runtime_error {  // a fault of the kernel: race, deadlock, m
 [[noreturn]] void die(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 enum class Async { kEager = 0, kLazy = 1, kRandom = 2 };  // when asynchronous work is carried out
-struct Config {  // defaults come from EMU_ASYNC, EMU_RANDOM, EMU_SEED, EMU_RACE, EMU_YIELD, EMU_WORKERS
+struct Config {  // defaults come from EMU_ASYNC, EMU_RANDOM, EMU_SEED, EMU_RACE, EMU_YIELD,
+                 // EMU_WORKERS
   Async async = Async::kRandom;
   bool random_order = true;  // random choice of the next warp; false: round robin
   unsigned seed = 1;
-  bool race = true;         // vector-clock race checker (plain ld/st need -fsanitize=thread, see hooks.cpp)
-  double yield_chance = 0;  // chance of a switch at each instrumented access
-  int workers = 2;          // OS threads
+  bool race =
+      true;  // vector-clock race checker (plain ld/st need -fsanitize=thread, see hooks.cpp)
+  double yield_chance = 0;                // chance of a switch at each instrumented access
+  int workers = 2;                        // OS threads
   uint64_t max_switches = 2'000'000'000;  // a launch that needs more is reported as a livelock
 };
 Config& config();
 
 struct Launch {
   dim3 grid, block;
-  unsigned cluster = 1;       // CTAs a cluster, along x
-  size_t smem = 0;            // dynamic shared memory, bytes
-  size_t static_smem = 0;     // bytes of static shared memory, placed at kSharedBase (PTX only)
-  bool cooperative = false;   // schedule the whole grid together, so that CTAs may wait for each other
+  unsigned cluster = 1;    // CTAs a cluster, along x
+  size_t smem = 0;         // dynamic shared memory, bytes
+  size_t static_smem = 0;  // bytes of static shared memory, placed at kSharedBase (PTX only)
+  bool cooperative =
+      false;  // schedule the whole grid together, so that CTAs may wait for each other
   const char* name = "kernel";
 };
 void launch(const Launch&, const std::function<void()>& body);  // throws Error
@@ -74,12 +77,13 @@ constexpr uint32_t dyn_offset(size_t static_smem) {
 constexpr size_t kMaxShared = 232448;  // the most a CTA of sm_90 may ask for
 uint8_t* dyn_smem();
 uint32_t cvta_shared(const void* generic);
-uint8_t* shared_ptr(uint32_t addr);               // checks the rank and that the offset is inside
-uint32_t mapa(uint32_t addr, unsigned rank);      // shared::cluster address of the same variable in CTA `rank`
+uint8_t* shared_ptr(uint32_t addr);  // checks the rank and that the offset is inside
+uint32_t mapa(uint32_t addr,
+              unsigned rank);  // shared::cluster address of the same variable in CTA `rank`
 void access(const void* p, size_t n, bool write, const char* what = "ld/st");  // race hook
 
 // ---- synchronisation ----------------------------------------------------------------------------
-void bar_sync(int id, int threads);    // threads -1: every live thread of the CTA
+void bar_sync(int id, int threads);  // threads -1: every live thread of the CTA
 void bar_arrive(int id, int threads);
 void syncwarp(uint32_t mask);
 void cluster_arrive();
@@ -87,14 +91,15 @@ void cluster_arrive_relaxed();
 void cluster_wait();
 void yield();
 enum class Order { kRelaxed, kAcquire, kRelease, kAcqRel };
-void atomic_order(const void* p, size_t n, Order);  // call before an atomic (or ld.acquire/st.release)
-void fence();                                       // membar / fence.acq_rel, any scope
-void proxy_fence();                                 // fence.proxy.async
-void mbar_init_fence();                             // fence.mbarrier_init.release.cluster
+void atomic_order(const void* p, size_t n,
+                  Order);  // call before an atomic (or ld.acquire/st.release)
+void fence();              // membar / fence.acq_rel, any scope
+void proxy_fence();        // fence.proxy.async
+void mbar_init_fence();    // fence.mbarrier_init.release.cluster
 
 void mbar_init(uint32_t bar, uint32_t count);
 void mbar_inval(uint32_t bar);
-void mbar_arrive(uint32_t bar, uint32_t n = 1);     // local or mapa'd address
+void mbar_arrive(uint32_t bar, uint32_t n = 1);  // local or mapa'd address
 void mbar_expect_tx(uint32_t bar, uint32_t bytes);
 void mbar_arrive_expect_tx(uint32_t bar, uint32_t bytes);
 bool mbar_test(uint32_t bar, uint32_t parity);
@@ -124,12 +129,14 @@ struct alignas(64) TensorMap {  // fits in the 128 bytes of a CUtensorMap; strid
 static_assert(sizeof(TensorMap) == 128, "must fit in a CUtensorMap");
 // cta_mask 0: no multicast, destination and barrier are the addresses given.
 void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar, uint32_t cta_mask);
-void tensor_load(uint32_t dst, const TensorMap*, int x, int y, int z, uint32_t bar, uint32_t cta_mask);
+void tensor_load(uint32_t dst, const TensorMap*, int x, int y, int z, uint32_t bar,
+                 uint32_t cta_mask);
 void bulk_to_cluster(uint32_t dst, uint32_t src, uint32_t bytes, uint32_t bar);
 void st_async(uint32_t dst, const void* value, uint32_t bytes, uint32_t bar);
 void bulk_store(void* dst, uint32_t src, uint32_t bytes);
 void bulk_commit();
-void bulk_wait(int groups_left, bool read_only = false);  // read_only: sources may be reused, no more
+void bulk_wait(int groups_left,
+               bool read_only = false);  // read_only: sources may be reused, no more
 
 // ---- warpgroup ----------------------------------------------------------------------------------
 void setmaxnreg(int registers, bool increase);
@@ -137,7 +144,8 @@ void wgmma_fence();
 void wgmma_commit();
 void wgmma_wait(int groups_left);
 // D[64, n] (fp32, 128 threads) += A[64, 16] * B[16, n], bf16. a_regs null: A from descriptor a.
-// The emulator keeps `d` until wgmma_wait and fills it with NaN until then: keep the array in place.
+// The emulator keeps `d` until wgmma_wait and fills it with NaN until then: keep the array in
+// place.
 struct WgmmaArgs {
   float* d;
   const uint32_t* a_regs;

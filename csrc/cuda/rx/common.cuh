@@ -1,0 +1,58 @@
+// common.cuh - what the wrappers and the kernels share: memory declarations, bf16, named constants.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#ifdef RX_EMU
+#include "cuda_names.h"
+#define RX_EITHER(emulated, ...) emulated
+#define RX_DYN_SMEM(name) unsigned char* name = emu::dyn_smem()
+#else
+#include <cuda_runtime.h>
+#define RX_EITHER(emulated, ...) __VA_ARGS__
+#define RX_DYN_SMEM(name) extern __shared__ __align__(1024) unsigned char name[]
+#endif
+#define RX_DEVICE __device__ __forceinline__
+
+namespace rx {
+
+constexpr uint32_t kFullWarp = 0xffffffffu;
+constexpr uint32_t kMaxSharedSm80 = 163 * 1024;  // bytes a CTA may ask for: A100
+constexpr uint32_t kMaxSharedSm89 = 99 * 1024;   // sm_86, sm_89, sm_120
+constexpr uint32_t kMaxSharedSm90 = 227 * 1024;  // sm_90, sm_100
+
+using bf16 = uint16_t;  // storage only; arithmetic is fp32
+
+RX_DEVICE uint32_t smem_u32(const void* p) {
+  return RX_EITHER(emu::cvta_shared(p), (uint32_t)__cvta_generic_to_shared(p));
+}
+
+// Two floats, rounded to nearest even, as bf16 in the low and the high half.
+RX_DEVICE uint32_t pack_bf16(float lo, float hi) {
+#ifdef RX_EMU
+  return emu::float_to_bf16(lo) | uint32_t(emu::float_to_bf16(hi)) << 16;
+#else
+  uint32_t r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+  return r;
+#endif
+}
+
+RX_DEVICE float2 unpack_bf16(uint32_t v) {
+  union {
+    uint32_t bits;
+    float value;
+  } lo = {v << 16}, hi = {v & 0xffff0000u};
+  return make_float2(lo.value, hi.value);
+}
+
+RX_DEVICE void bar_sync(int id, int threads) {
+  RX_EITHER(emu::bar_sync(id, threads),
+            asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"));
+}
+RX_DEVICE void bar_arrive(int id, int threads) {
+  RX_EITHER(emu::bar_arrive(id, threads),
+            asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"));
+}
+
+}  // namespace rx

@@ -1,0 +1,119 @@
+// launch.cuh - the one way to start a kernel, and tensor maps: host code.
+//
+// Kernels are launched through rx::launch instead of <<<>>>: clusters need cudaLaunchKernelEx, more
+// than 48 KB of shared memory needs an attribute, and the emulator needs to be the one who calls.
+#pragma once
+#include <string>
+
+#include "../api.h"
+#include "bulk.cuh"
+
+namespace rx {
+
+// What rx_cuda_last_error() returns for the calling thread.
+inline std::string& last_error() {
+  static thread_local std::string text;
+  return text;
+}
+inline int fail(int code, const std::string& text) {
+  last_error() = text;
+  return code;
+}
+
+struct LaunchShape {
+  const char* name;  // for error messages
+  dim3 grid, block;
+  uint32_t smem = 0;         // dynamic shared memory, bytes
+  unsigned cluster = 1;      // CTAs a cluster, along x
+  bool cooperative = false;  // all CTAs run at once and may wait for each other
+};
+
+#ifdef RX_EMU
+
+template <class... Params, class... Args>
+int launch(const LaunchShape& s, void*, void (*kernel)(Params...), const Args&... args) {
+  emu::Launch l;
+  l.grid = s.grid, l.block = s.block, l.cluster = s.cluster, l.smem = s.smem;
+  l.cooperative = s.cooperative, l.name = s.name;
+  last_error().clear();
+  try {
+    emu::launch(l, [&] { kernel(args...); });
+  } catch (const emu::Error& e) {
+    return fail(kRxEmulatorError, std::string(s.name) + ": " + e.what());
+  }
+  return 0;
+}
+
+#else
+
+inline int fail(const char* what, cudaError_t e) {
+  return fail(int(e),
+              std::string(what) + ": " + cudaGetErrorName(e) + ": " + cudaGetErrorString(e));
+}
+
+template <class... Params, class... Args>
+int launch(const LaunchShape& s, void* stream, void (*kernel)(Params...), const Args&... args) {
+  auto set = [&](cudaFuncAttribute attribute, int value) {
+    return cudaFuncSetAttribute(kernel, attribute, value);
+  };
+  last_error().clear();
+  if (cudaError_t e = set(cudaFuncAttributeMaxDynamicSharedMemorySize, int(s.smem)))
+    return fail(
+        (std::string(s.name) + ": " + std::to_string(s.smem) + " bytes of shared memory").c_str(),
+        e);
+  if (s.cluster > 8)  // 8 is what every device of the architecture supports
+    if (cudaError_t e = set(cudaFuncAttributeNonPortableClusterSizeAllowed, 1))
+      return fail(s.name, e);
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t c{};
+  c.gridDim = s.grid, c.blockDim = s.block, c.dynamicSmemBytes = s.smem;
+  c.stream = static_cast<cudaStream_t>(stream), c.attrs = attributes;
+  if (s.cluster > 1) {
+    attributes[c.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[c.numAttrs++].val.clusterDim = {s.cluster, 1, 1};
+  }
+  if (s.cooperative) {
+    attributes[c.numAttrs].id = cudaLaunchAttributeCooperative;
+    attributes[c.numAttrs++].val.cooperative = 1;
+  }
+  if (cudaError_t e = cudaLaunchKernelEx(&c, kernel, Params(args)...)) return fail(s.name, e);
+  return 0;
+}
+
+#endif
+
+// A row-major bf16 matrix [rows, columns] that is copied in boxes of box_rows x 64 columns with the
+// 128-byte swizzle; what lies outside the matrix arrives as zeros. Returns 0 or an error code.
+inline int make_tensor_map(TensorMap* map, const void* base, uint64_t rows, uint64_t columns,
+                           uint32_t box_rows) {
+#ifdef RX_EMU
+  *map = {static_cast<const uint8_t*>(base),
+          2,
+          2,
+          {columns, rows, 1},
+          {2, columns * 2, 0},
+          {64, box_rows, 1},
+          emu::Swizzle::k128};
+  return 0;
+#else
+  // The driver's function is looked up at first use, so that the library loads without a driver.
+  static void* entry = nullptr;
+  if (!entry) {
+    cudaDriverEntryPointQueryResult found;
+    cudaError_t e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000,
+                                                     cudaEnableDefault, &found);
+    if (e) return fail("cuTensorMapEncodeTiled", e);
+    if (!entry) return fail("cuTensorMapEncodeTiled", cudaErrorSymbolNotFound);
+  }
+  const cuuint64_t dims[2] = {columns, rows}, strides[1] = {columns * 2};
+  const cuuint32_t box[2] = {64, box_rows}, steps[2] = {1, 1};
+  auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry);
+  CUresult r =
+      encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(base), dims, strides, box,
+             steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return r ? fail(int(r), "cuTensorMapEncodeTiled: CUresult " + std::to_string(int(r))) : 0;
+#endif
+}
+
+}  // namespace rx

@@ -1,0 +1,77 @@
+// warp.cuh - sm_80: matrix loads, mma.sync, cp.async.
+#pragma once
+#include "common.cuh"
+
+namespace rx {
+
+// ---- ldmatrix: 8x8 matrices of 16-bit elements; lanes 8i..8i+7 give the row addresses of matrix i
+// --
+RX_DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t addr) {
+  RX_EITHER(
+      emu::ldmatrix(addr, r, 4, false),
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]),
+                   "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(addr) : "memory"));
+}
+RX_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t addr) {
+  RX_EITHER(
+      emu::ldmatrix(addr, r, 4, true),
+      asm volatile(
+          "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]),
+          "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(addr) : "memory"));
+}
+RX_DEVICE void ldmatrix_x2(uint32_t (&r)[2], uint32_t addr) {
+  RX_EITHER(emu::ldmatrix(addr, r, 2, false),
+            asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]),
+                         "=r"(r[1]) : "r"(addr) : "memory"));
+}
+RX_DEVICE void stmatrix_x4(uint32_t addr, const uint32_t (&r)[4]) {  // sm_90
+  RX_EITHER(
+      emu::stmatrix(addr, r, 4, false),
+      asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr),
+                   "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory"));
+}
+
+// ---- mma.sync: d[16, 8] += a[16, 16] * b[16, 8], fp32 accumulation
+// ------------------------------- Lane l holds rows l/4 and l/4 + 8; d: columns 2*(l%4) and the
+// next.
+RX_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#ifdef RX_EMU
+  const uint32_t b[2] = {b0, b1};
+  emu::mma_m16n8k16_bf16(d, a, b, d);
+#else
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
+// ---- cp.async: global to shared; bytes beyond src_bytes become zero
+// ------------------------------
+template <int Bytes>
+RX_DEVICE void cp_async(uint32_t dst, const void* src, int src_bytes = Bytes) {
+  static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16, "cp.async moves 4, 8 or 16 bytes");
+#ifdef RX_EMU
+  emu::cp_async(dst, src, Bytes, src_bytes);
+#else
+  if constexpr (Bytes == 16)  // past L1: tiles are read once a CTA
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src),
+                 "r"(src_bytes)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(dst), "l"(src), "n"(Bytes),
+                 "r"(src_bytes)
+                 : "memory");
+#endif
+}
+RX_DEVICE void cp_async_commit() {
+  RX_EITHER(emu::cp_commit(), asm volatile("cp.async.commit_group;" :: : "memory"));
+}
+template <int GroupsLeft>
+RX_DEVICE void cp_async_wait() {
+  RX_EITHER(emu::cp_wait(GroupsLeft),
+            asm volatile("cp.async.wait_group %0;" ::"n"(GroupsLeft) : "memory"));
+}
+
+}  // namespace rx

@@ -1,0 +1,1 @@
+"""Run the project's CUDA kernels on a CPU; see README.md."""

@@ -1,0 +1,190 @@
+"""Build kernels for the emulator, once for each content of their sources, and call them.
+
+    lib = load_kernels(["gemm_residual_rms_sm80.cu", "runtime.cu"], checked=True)
+    lib.configure(seed=3)
+    lib.call("rx_gemm_residual_rms_sm80", params, None)     # raises EmulatorFault with the report
+
+Two builds exist of everything: *checked* sees every load and store of the kernel (the compiler's
+thread sanitizer puts a call in front of each), *plain* sees only what goes through the wrappers and
+must run with the race checker off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+RUNTIME = Path(__file__).parent / "runtime"
+KERNELS = Path(__file__).parents[2] / "csrc" / "cuda"
+SUPPORTED = ("x86_64", "aarch64")
+
+COMMON = ["-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+# native: the caches below are keyed by the CPU, and the products of the emulator want FMA.
+SPEED = ["-O3", "-march=native"]
+# Every access calls hooks.cpp instead of libtsan; -g1 lets reports name the source line.
+CHECKED = ["-O2", "-march=native", "-g1", "-fsanitize=thread"]
+CHECKED += ["--param", "tsan-instrument-func-entry-exit=0"]
+
+
+class EmulatorFault(RuntimeError):
+    """The emulator stopped a kernel: a race, a deadlock, a bad address, a misused instruction."""
+
+
+def unavailable() -> str | None:
+    """Why the emulator cannot run here, or None."""
+    if platform.machine() not in SUPPORTED:
+        return (
+            f"the emulator switches stacks on {' and '.join(SUPPORTED)}, not {platform.machine()}"
+        )
+    if shutil.which(compiler()) is None:
+        return f"no C++ compiler: {compiler()!r} is not on PATH"
+    return None
+
+
+def compiler() -> str:
+    """g++ alone emits the sanitizer calls that hooks.cpp answers."""
+    return os.environ.get("EMU_CXX", "g++")
+
+
+def cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) / "recurx" / "emulator"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@functools.cache
+def _machine_key() -> str:
+    version = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=True)
+    native = subprocess.run(
+        [compiler(), "-march=native", "-Q", "--help=target"], capture_output=True, text=True
+    )
+    return version.stdout + native.stdout
+
+
+def _key(parts: Iterable[str], folders: Iterable[Path]) -> str:
+    digest = hashlib.sha256(_machine_key().encode())
+    for part in parts:
+        digest.update(part.encode() + b"\0")
+    for folder in folders:
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in {".h", ".cpp", ".cu", ".cuh"}:
+                digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:20]
+
+
+def _run(command: Sequence[object]) -> None:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr[-6000:]}")
+
+
+def _compile_all(jobs: Sequence[tuple[Path, Path]], flags: Sequence[str]) -> None:
+    """(source, object) pairs, two at a time."""
+    command = [compiler(), *COMMON, *flags, "-I", RUNTIME]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda job: _run([*command, "-x", "c++", "-c", job[0], "-o", job[1]]), jobs))
+
+
+@functools.cache
+def runtime_archive() -> Path:
+    """The emulator itself, never instrumented."""
+    archive = cache_folder() / f"runtime-{_key(SPEED, [RUNTIME])}.a"
+    if not archive.exists():
+        with tempfile.TemporaryDirectory(dir=cache_folder()) as work:
+            jobs = [(s, Path(work) / f"{s.stem}.o") for s in sorted(RUNTIME.glob("*.cpp"))]
+            _compile_all(jobs, SPEED)
+            made = Path(work) / "runtime.a"
+            _run(["ar", "rcs", made, *(o for _, o in jobs)])
+            made.replace(archive)
+    return archive
+
+
+def build(sources: Sequence[Path], checked: bool, flags: Sequence[str] = ()) -> Path:
+    """A shared library of kernel sources and the emulator; folders of the sources are the cache key."""
+    flags = [*(CHECKED if checked else SPEED), "-DRX_EMU", *flags]
+    folders = {RUNTIME, *(s.parent for s in sources)}
+    key = _key([*flags, *(s.name for s in sources)], sorted(folders))
+    library = cache_folder() / f"{sources[0].stem}-{'checked' if checked else 'plain'}-{key}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=cache_folder()) as work:
+            jobs = [(s, Path(work) / f"{i}.o") for i, s in enumerate(sources)]
+            _compile_all(jobs, flags)
+            made = Path(work) / library.name
+            whole = ["-Wl,--whole-archive", runtime_archive(), "-Wl,--no-whole-archive"]
+            objects = [o for _, o in jobs]
+            link = ["-shared", "-pthread", "-Wl,-Bsymbolic", "-ldl"]
+            _run([compiler(), "-o", made, *objects, *whole, *link])
+            made.replace(library)
+    return library
+
+
+def source_lines(message: str) -> str:
+    """Replaces <library+0xaddress> in a report by file:line, as far as addr2line knows."""
+
+    def resolve(match: re.Match[str]) -> str:
+        if shutil.which("addr2line") is None:
+            return match[0]
+        # A return address: the access is in the instruction before it.
+        address = hex(int(match[2], 16) - 1)
+        command = ["addr2line", "-e", match[1], address]
+        line = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        name = line.rsplit("/", 1)[-1].split(" ")[0]
+        return match[0] if line.startswith("??") or not name else name
+
+    return re.sub(r"<([^<>]+?)\+(0x[0-9a-f]+)>", resolve, message)
+
+
+class Emulated:
+    """A built library: its C entries, and the emulator's settings and counters."""
+
+    def __init__(self, path: Path, checked: bool) -> None:
+        self.library = ctypes.CDLL(str(path))
+        self.library.emu_set.argtypes = [ctypes.c_char_p, ctypes.c_double]
+        self.library.emu_stat.argtypes = [ctypes.c_char_p]
+        self.library.emu_stat.restype = ctypes.c_double
+        self.library.emu_watch.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+        self.checked = checked
+        self.configure(race=checked)
+
+    def configure(self, **settings: float) -> None:
+        """seed, async (0 eager, 1 lazy, 2 random), random_order, race, yield_chance, workers."""
+        for name, value in settings.items():
+            if name == "race" and value and not self.checked:
+                raise ValueError("race: this build does not show the emulator its loads and stores")
+            if self.library.emu_set(name.encode(), float(value)):
+                raise ValueError(f"the emulator has no setting {name!r}")
+
+    def stat(self, name: str) -> int:
+        return int(self.library.emu_stat(name.encode()))
+
+    def reset_stats(self) -> None:
+        self.library.emu_reset_stats()
+
+    def watch(self, pointer: int, size: int, name: str) -> None:
+        """Check global memory for races too; names are kept by the library."""
+        self.library.emu_watch(pointer, size, name.encode())
+
+    def unwatch_all(self) -> None:
+        self.library.emu_unwatch_all()
+
+    def call(self, entry: str, *arguments: object) -> None:
+        """Calls a C entry that returns 0 or an error code; raises EmulatorFault with its message."""
+        if getattr(self.library, entry)(*arguments):
+            self.library.rx_cuda_last_error.restype = ctypes.c_char_p
+            raise EmulatorFault(source_lines(self.library.rx_cuda_last_error().decode()))
+
+
+def load_kernels(names: Sequence[str], checked: bool, folder: Path = KERNELS) -> Emulated:
+    """Kernels of csrc/cuda (or a mutated copy of it) by file name."""
+    return Emulated(build([folder / n for n in names], checked), checked)

@@ -1,0 +1,100 @@
+// barriers.cpp - named barriers of a CTA, the cluster barrier, fences and atomics.
+#include "state.h"
+
+namespace emu {
+
+// ---- bar.sync, bar.arrive -----------------------------------------------------------------------
+static void complete(NamedBarrier& b) {
+  for (Thread* t : b.waiting) gang->race.acquire(t, b.clocks);
+  b.clocks.v.clear();
+  b.arrived = b.expected = 0;
+  wake(b.waiting);
+}
+
+static void arrive(int id, int threads, bool wait) {
+  Thread* me = self();
+  if (id < 0 || id > 15) die("barrier id %d: a CTA has 0..15", id);
+  if (threads > 0 && threads % 32) die("barrier %d: count %d is no multiple of 32", id, threads);
+  NamedBarrier& b = me->cta->barriers[size_t(id)];
+  if (b.arrived && b.expected != threads)
+    die("barrier %d is used with counts %d and %d at once", id, b.expected, threads);
+  b.expected = threads;
+  b.arrived++;
+  gang->race.release(me, b.clocks);
+  int full = threads < 0 ? int(me->cta->live) : threads;
+  if (wait) b.waiting.push_back(me);
+  if (b.arrived == full) complete(b);  // this also makes me ready
+  if (wait) block({Wait::kBarrier, "bar.sync", uint32_t(id)});
+}
+
+void bar_sync(int id, int threads) { arrive(id, threads, true); }
+void bar_arrive(int id, int threads) { arrive(id, threads, false); }
+
+// ---- barrier.cluster ----------------------------------------------------------------------------
+static void complete_if_full(Cluster& c) {
+  if (!c.arrived || c.arrived != c.live) return;
+  c.arrived = 0;
+  c.phase++;
+  c.done_clocks = std::move(c.clocks);
+  c.clocks.v.clear();
+  wake(c.waiting);
+}
+
+static void arrive_at_cluster(bool relaxed) {
+  Thread* me = self();
+  Cluster& c = *me->cta->cluster;
+  if (me->cluster_arrived) die("cluster barrier: second arrive without a wait");
+  me->cluster_arrived = true;
+  me->cluster_phase = c.phase;
+  relaxed ? gang->race.release_relaxed(me, c.clocks) : gang->race.release(me, c.clocks);
+  c.arrived++;
+  complete_if_full(c);
+}
+
+void cluster_arrive() { arrive_at_cluster(false); }
+void cluster_arrive_relaxed() { arrive_at_cluster(true); }
+
+void cluster_wait() {
+  Thread* me = self();
+  Cluster& c = *me->cta->cluster;
+  if (!me->cluster_arrived) die("cluster barrier: wait without an arrive");
+  me->cluster_arrived = false;
+  if (c.phase == me->cluster_phase) {
+    c.waiting.push_back(me);
+    block({Wait::kClusterBarrier, "barrier.cluster.wait"});
+  }
+  gang->race.acquire(me, c.done_clocks);
+}
+
+// A thread that has left counts as arrived wherever "all threads" are expected.
+void barrier_thread_exit(Thread* t) {
+  for (NamedBarrier& b : t->cta->barriers)
+    if (b.arrived && b.expected < 0 && b.arrived == int(t->cta->live)) complete(b);
+  complete_if_full(*t->cta->cluster);
+}
+
+// ---- fences and atomics -------------------------------------------------------------------------
+void fence() { gang->race.memory_fence(self()); }
+void proxy_fence() { gang->race.proxy_fence(self()); }
+
+// One synchronisation variable per address, as far as the race checker is concerned. Relaxed
+// operations carry what the last fence before them made visible, and are acquired by the next
+// fence.
+void atomic_order(const void* p, size_t n, Order order) {
+  Thread* me = self();
+  if (uintptr_t(p) % n) die("atomic of %zu bytes at a misaligned address", n);
+  yield();  // whoever spins on p lets the others run
+  RaceChecker& race = gang->race;
+  if (!race.on) return;
+  Published& at = gang->sync_variables[p];
+  if (order == Order::kAcquire || order == Order::kAcqRel)
+    race.acquire(me, at);
+  else if (!at.v.empty())
+    max_into(me->marks.relaxed_acquired.v, at.v.data(), at.v.size());
+  if (order == Order::kRelease || order == Order::kAcqRel)
+    race.release(me, at);
+  else
+    race.release_relaxed(me, at);
+}
+
+}  // namespace emu

@@ -1,0 +1,153 @@
+// clocks.h - happens-before: vector clocks, events, and the shadow of memory.
+//
+// Every actor has a clock: each thread, each warpgroup (for its wgmma), and a pool of slots for
+// bulk copies. A thread's row V says, for each actor, up to which clock it knows that actor's past.
+// A release (barrier, mbarrier arrive, ...) publishes V and ends the thread's epoch; an acquire
+// takes the maximum. An access by (actor, clock) is ordered before mine if V[actor] >= clock.
+//
+// Two facts need no clocks of their own, because a thread's own epoch dates them (OrderMarks):
+//   cp.async   group g of thread t is complete for whoever knows the epoch in which t waited for g
+//   fence.proxy.async   writes of t up to epoch e are visible to the async proxy for whoever knows
+//                       an epoch of t in which t fenced, at or after e
+#pragma once
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+namespace emu {
+
+using Clock = uint32_t;
+struct Thread;
+struct Cta;
+struct Gang;
+
+enum class Kind : uint8_t {
+  kGeneric,  // ld, st, ldmatrix, mbarrier.init: actor = thread
+  kCpAsync,  // actor = thread, clock = number of its commit group
+  kAsync,    // wgmma, bulk copies: actor = warpgroup or slot; goes through the async proxy
+};
+struct Event {
+  Clock clock = 0;  // 0: none
+  uint16_t actor = 0;
+  Kind kind = Kind::kGeneric;
+  uint64_t where = 0;  // code address, or named()
+};
+
+struct Published {  // what a synchronisation object carries from its releasers to its acquirers
+  std::vector<Clock> v;
+};
+
+struct OrderMarks {
+  std::vector<Clock> proxy_fences;  // epochs that ended with fence.proxy.async, ascending
+  std::vector<Clock> cp_waits;      // cp_waits[g]: epoch after the wait for group g, ascending
+  std::vector<Clock> fence_view;    // V at the last memory fence, published by relaxed operations
+  Published relaxed_acquired;       // clocks read by relaxed loads, taken over at the next fence
+};
+
+// What all threads of a warpgroup know: the least of their clocks, looked up when first asked for.
+struct WarpgroupView {
+  std::vector<const Clock*> rows;
+  std::unordered_map<unsigned, Clock> least;
+};
+
+// What the issuer of an access knows: a thread's row, or a warpgroup.
+class View {
+ public:
+  View(const Clock* row) : row_(row) {}
+  View(WarpgroupView& group) : group_(&group) {}
+  Clock of(unsigned actor) const {
+    if (row_) return row_[actor];
+    auto [it, fresh] = group_->least.try_emplace(actor, ~0u);
+    if (fresh)
+      for (const Clock* r : group_->rows) it->second = std::min(it->second, r[actor]);
+    return it->second;
+  }
+
+ private:
+  const Clock* row_ = nullptr;
+  WarpgroupView* group_ = nullptr;
+};
+
+// Shadow of one aligned piece of memory: its last write, and the reads since that no later read
+// succeeds. Pieces of 16 bytes split into 4, and those into single bytes, where accesses are
+// smaller.
+struct Cell {
+  Event write;
+  bool initialised = false;
+  Event read[2];
+  std::unique_ptr<std::vector<Event>> more_reads;
+  void copy_from(const Cell&);
+};
+struct Piece {
+  Cell cell;
+  bool split = false;
+  std::unique_ptr<Piece[]> parts;
+};
+constexpr unsigned kPiece = 16;
+
+struct Shadow {
+  const uint8_t* base = nullptr;
+  size_t bytes = 0;
+  const Cta* cta = nullptr;  // null: watched global memory
+  const char* name = "";
+  std::vector<Piece> pieces;
+};
+
+class RaceChecker {
+ public:
+  bool on = false;
+  void start(Gang&);
+
+  // clocks
+  void release(Thread*, Published&);
+  void release_relaxed(Thread*, Published&);  // publishes what the last fence made visible
+  void acquire(Thread*, const Published&);
+  void proxy_fence(Thread*);
+  void memory_fence(Thread*);
+  void cp_async_waited(Thread*, size_t groups);
+  void completed(Published&, Event);  // an asynchronous operation signals an object
+  void completed(Thread*, Event);     // ... or is waited for by a thread
+  Clock* row(const Thread*);
+  Clock now(const Thread*);
+
+  // events
+  Event thread_event(const Thread*, uint64_t where);
+  Event cp_async_event(const Thread*, const char* what);
+  Event bulk_event(const Thread*, const char* what);
+  Event wgmma_event(const Cta&, unsigned warpgroup, const char* what);
+
+  // memory
+  void touch(const void* p, size_t n, bool write, const Event&, const View&);
+  bool known(const Event&, const View&) const;
+  void check_mbarrier_init(const uint8_t* bar, const Thread*, const char* op);
+  void exit_check(const Cta&);
+  Shadow* shadow_of(const void*);
+
+ private:
+  Gang* gang_ = nullptr;
+  unsigned width_ = 0, first_warpgroup_ = 0, first_slot_ = 0, next_slot_ = 0;
+  std::vector<Clock> rows_;
+  std::vector<Clock> async_clock_;  // warpgroups and slots
+  std::vector<const Thread*> slot_owner_;
+  std::vector<Shadow> shared_, global_;
+
+  void start_shadow();
+  bool fenced(const Event&, const View&) const;
+  void touch_piece(Piece&, unsigned size, unsigned from, unsigned n, bool write, const Event&,
+                   const View&, const uint8_t* at);
+  void check_write(Cell&, const Event&, const View&, const uint8_t* at);
+  void check_read(Cell&, const Event&, const View&, const uint8_t* at);
+  void check_proxy(const Cell&, const Event&, const View&, const uint8_t* at);
+  [[noreturn]] void report(const char* fault, const uint8_t* at, const Event& now,
+                           const Event& before);
+  std::string describe(const Event&) const;
+};
+
+// A name in the place of a code address; the top bit tells them apart.
+inline uint64_t named(const char* what) { return uint64_t(what) | 1ull << 63; }
+void max_into(std::vector<Clock>& into, const Clock* from, size_t n);
+
+}  // namespace emu

@@ -1,0 +1,215 @@
+// launch.cpp - memory of a gang, its threads, and the loop over the grid.
+#include <sys/mman.h>
+
+#include <atomic>
+#include <mutex>
+#include <thread>
+
+#include "state.h"
+#include "wgmma.h"
+
+namespace emu {
+
+static constexpr size_t kStack = 128 << 10;  // bytes a thread, the lowest page is a guard
+
+// ---- memory -------------------------------------------------------------------------------------
+// Kept by each OS thread between launches: mapping and guarding pages costs more than a small
+// kernel.
+class Arena {
+ public:
+  ~Arena() {
+    if (base_) munmap(base_, bytes_);
+  }
+  uint8_t* at_least(size_t bytes, size_t guard_every = 0) {
+    if (bytes <= bytes_) return base_;
+    if (base_) munmap(base_, bytes_);
+    void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) throw Error("the emulator cannot map " + std::to_string(bytes) + " bytes");
+    base_ = static_cast<uint8_t*>(p);
+    bytes_ = bytes;
+    for (size_t i = 0; guard_every && i < bytes; i += guard_every)
+      mprotect(base_ + i, 4096, PROT_NONE);
+    return base_;
+  }
+
+ private:
+  uint8_t* base_ = nullptr;
+  size_t bytes_ = 0;
+};
+static thread_local Arena stacks, windows;
+
+__thread const uint8_t* window_base;  // what hooks.cpp compares addresses with
+__thread size_t window_bytes;
+
+uint8_t* dyn_smem() { return self()->cta->smem + self()->cta->dyn; }
+
+uint32_t cvta_shared(const void* generic) {
+  size_t offset = size_t(static_cast<const uint8_t*>(generic) - window_base);
+  if (offset >= window_bytes) die("cvta: the pointer is not one to shared memory");
+  const Cta& owner = gang->ctas[offset / kWindow];
+  uint32_t in_cta = uint32_t(offset % kWindow);
+  return &owner == self()->cta ? in_cta : (owner.rank + 1) << 24 | in_cta;
+}
+
+uint8_t* shared_in(Cluster& cluster, unsigned rank, uint32_t addr) {
+  unsigned named_rank = addr >> 24, offset = addr & 0xffffff;
+  if (named_rank) rank = named_rank - 1;
+  if (rank >= cluster.ctas.size() || offset < kSharedBase || offset >= cluster.ctas[rank]->end)
+    die("0x%x is no shared memory address", addr);
+  return cluster.ctas[rank]->smem + offset;
+}
+uint8_t* shared_ptr(uint32_t addr) {
+  return shared_in(*self()->cta->cluster, self()->cta_rank, addr);
+}
+
+uint32_t mapa(uint32_t addr, unsigned rank) {
+  if (rank >= self()->cta->cluster->ctas.size()) die("mapa: the cluster has no cta %u", rank);
+  return (addr & 0xffffff) | (rank + 1) << 24;
+}
+
+void window_check(const uint8_t* p, size_t n, const char* what) {
+  size_t offset = size_t(p - window_base);
+  if (offset >= window_bytes) return;
+  const Cta& c = gang->ctas[offset / kWindow];
+  size_t in_cta = offset % kWindow;
+  if (in_cta < kSharedBase || in_cta + n > c.end)
+    die("%s outside shared memory: cta %u dynamic bytes %ld..%ld of %zu", what, c.bid_x,
+        long(in_cta) - long(c.dyn), long(in_cta + n) - long(c.dyn), c.end - c.dyn);
+  if (!c.live) die("%s on shared memory of cta %u, which has exited", what, c.bid_x);
+}
+
+// ---- a gang -------------------------------------------------------------------------------------
+static dim3 unflatten(unsigned i, dim3 shape) {
+  return dim3(i % shape.x, i / shape.x % shape.y, i / shape.x / shape.y);
+}
+
+static void set_up_cta(Gang& g, Cta& c, unsigned block, unsigned threads) {
+  const Launch& l = *g.launch;
+  c.bid_x = block;
+  c.smem = const_cast<uint8_t*>(window_base) + c.index * kWindow;
+  c.dyn = dyn_offset(l.static_smem);
+  c.end = c.dyn + l.smem;
+  memset(c.smem, 0xff, c.end);  // NaN in any float type
+  c.live = c.thread_count = threads;
+  c.first_thread = c.index * threads;
+  c.warps = std::vector<Warp>((threads + 31) / 32);
+  c.registers.assign((threads + 127) / 128, 0);
+  for (unsigned i = 0; i < (threads + 127) / 128; i++) {
+    c.warpgroups.push_back(std::make_unique<Warpgroup>());
+    c.warpgroups.back()->index = i;
+  }
+}
+
+static void set_up_thread(Gang& g, Cta& c, Thread& t, unsigned in_cta) {
+  const Launch& l = *g.launch;
+  t.id = c.first_thread + in_cta;
+  t.cta = &c;
+  t.tid = unflatten(in_cta, l.block);
+  t.bid = unflatten(c.bid_x, l.grid);
+  t.bdim = l.block, t.gdim = l.grid, t.cdim = dim3(l.cluster);
+  t.lane = in_cta % 32, t.warp = in_cta / 32, t.cta_rank = c.rank;
+  t.home = &c.warps[t.warp];
+  t.home->lane[t.lane] = &t;
+  t.home->live |= 1u << t.lane;
+}
+
+static void set_up(Gang& g, const Launch& l, unsigned first_block, unsigned blocks) {
+  unsigned threads = l.block.x * l.block.y * l.block.z;
+  g.launch = &l;
+  g.live = blocks * threads;
+  g.rng = (config().seed * 0x9E3779B97F4A7C15ull) ^ (first_block * 0xD1B54A32D192ED03ull) ^
+          0x2545F4914F6CDD1Dull;
+  window_bytes = blocks * kWindow;
+  window_base = windows.at_least(window_bytes);
+  uint8_t* stack = stacks.at_least(g.live * kStack, kStack);
+  g.ctas = std::vector<Cta>(blocks);
+  g.clusters = std::vector<Cluster>(blocks / l.cluster);
+  g.threads = std::vector<Thread>(g.live);
+  for (unsigned b = 0; b < blocks; b++) {
+    Cta& c = g.ctas[b];
+    c.index = b;
+    c.rank = b % l.cluster;
+    c.cluster = &g.clusters[b / l.cluster];
+    c.cluster->ctas.push_back(&c);
+    c.cluster->live += threads;
+    set_up_cta(g, c, first_block + b, threads);
+    for (unsigned i = 0; i < threads; i++) {
+      Thread& t = g.threads[c.first_thread + i];
+      set_up_thread(g, c, t, i);
+      start_fiber(&t, stack + (size_t(t.id) + 1) * kStack);
+    }
+  }
+  g.race.start(g);
+}
+
+static std::mutex stats_lock;
+static Stats total;
+Stats& stats() { return total; }
+
+static void add_stats(const Stats& s) {
+  std::lock_guard<std::mutex> hold(stats_lock);
+  total.switches += s.switches, total.mma += s.mma, total.wgmma += s.wgmma, total.flop += s.flop;
+  total.async_bytes += s.async_bytes, total.accesses += s.accesses, total.ldmatrix += s.ldmatrix;
+  total.ldmatrix_conflicts += s.ldmatrix_conflicts;
+}
+
+static std::string run_gang(const Launch& l, const std::function<void()>& body,
+                            unsigned first_block, unsigned blocks) {
+  Gang g;
+  gang = &g;
+  g.body = &body;
+  try {
+    set_up(g, l, first_block, blocks);
+    run_to_end(g);
+  } catch (const std::exception& e) {
+    g.error = e.what();
+  }
+  add_stats(g.stats);
+  gang = nullptr;
+  window_bytes = 0;
+  return g.error;
+}
+
+// ---- the grid -----------------------------------------------------------------------------------
+static void check_launch(const Launch& l) {
+  unsigned threads = l.block.x * l.block.y * l.block.z;
+  unsigned blocks = l.grid.x * l.grid.y * l.grid.z;
+  auto refuse = [&](const std::string& why) {
+    throw Error(std::string("launch of ") + l.name + ": " + why);
+  };
+  if (!blocks || !threads || threads > 1024)
+    refuse(std::to_string(threads) + " threads in " + std::to_string(blocks) + " CTAs");
+  if (!l.cluster || l.cluster > 16 || l.grid.x % l.cluster)
+    refuse("grid.x " + std::to_string(l.grid.x) + " in clusters of " + std::to_string(l.cluster));
+  if (l.smem + l.static_smem > kMaxShared)
+    refuse(std::to_string(l.smem + l.static_smem) + " bytes of shared memory exceed " +
+           std::to_string(kMaxShared));
+}
+
+void launch(const Launch& l, const std::function<void()>& body) {
+  check_launch(l);
+  unsigned blocks = l.grid.x * l.grid.y * l.grid.z;
+  unsigned each = l.cooperative ? blocks : l.cluster, gangs = blocks / each;
+  std::atomic<unsigned> next{0};
+  std::atomic<bool> failed{false};
+  std::mutex lock;
+  std::string error;
+  auto work = [&] {
+    for (unsigned i; !failed && (i = next++) < gangs;) {
+      std::string e = run_gang(l, body, i * each, each);
+      if (e.empty()) continue;
+      std::lock_guard<std::mutex> hold(lock);
+      failed = true;
+      if (error.empty()) error = e;
+    }
+  };
+  unsigned workers = std::min(unsigned(std::max(1, config().workers)), gangs);
+  std::vector<std::thread> others;
+  for (unsigned i = 1; i < workers; i++) others.emplace_back(work);
+  work();
+  for (auto& t : others) t.join();
+  if (failed) throw Error(error);
+}
+
+}  // namespace emu

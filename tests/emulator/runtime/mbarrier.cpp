@@ -1,0 +1,138 @@
+// mbarrier.cpp - barriers in shared memory that count arrivals and bytes.
+#include "state.h"
+
+namespace emu {
+
+// The eight bytes in shared memory hold the object's number and a mark, so that a barrier that was
+// never initialised or was written over is recognised.
+static constexpr uint64_t kMark = 0xB0A0'0000'0000'0000;
+
+Mbarrier& mbarrier_at(uint8_t* p) {
+  uint64_t stored;
+  memcpy(&stored, p, 8);
+  uint64_t index = stored ^ kMark;
+  if (index >= gang->mbarriers.size() || gang->mbarriers[index].where != p)
+    die("no mbarrier at %s: not initialised, or written over", describe_location(p).c_str());
+  if (!gang->mbarriers[index].valid)
+    die("mbarrier at %s was invalidated", describe_location(p).c_str());
+  return gang->mbarriers[index];
+}
+
+static uint8_t* checked_address(uint32_t bar) {
+  if (bar & 7) die("mbarrier address 0x%x is not 8-byte aligned", bar);
+  return shared_ptr(bar);
+}
+
+void mbar_init(uint32_t bar, uint32_t count) {
+  uint8_t* p = checked_address(bar);
+  if (count == 0 || count >= 1u << 20) die("mbarrier.init: count %u outside 1..2^20-1", count);
+  Thread* me = self();
+  access(p, 8, true, "mbarrier.init");
+  uint64_t stored = kMark ^ gang->mbarriers.size();
+  memcpy(p, &stored, 8);
+  Mbarrier& m = gang->mbarriers.emplace_back();
+  m.where = p;
+  m.cta = me->cta;
+  m.init_thread = me->id;
+  m.expected = m.pending = count;
+}
+
+void mbar_inval(uint32_t bar) {
+  Mbarrier& m = mbarrier_at(checked_address(bar));
+  mbarrier_use(m, "mbarrier.inval");
+  m.valid = false;
+  access(m.where, 8, true, "mbarrier.inval");
+}
+
+// What fence.mbarrier_init adds to a release: copies issued by other CTAs may complete on my
+// barriers.
+static void mark_init_fenced(unsigned thread) {
+  for (Mbarrier& m : gang->mbarriers)
+    if (m.init_thread == thread) m.init_fenced = true;
+}
+void mbar_init_fence() {
+  mark_init_fenced(self()->id);
+  gang->race.memory_fence(self());
+}
+
+static void complete_if_full(Mbarrier& m) {
+  if (m.pending || m.tx) return;
+  m.phase++;
+  m.pending = m.expected;
+  std::swap(m.done_clocks.v, m.clocks.v);
+  m.clocks.v.clear();
+  wake(m.waiting);
+}
+
+// Every use of the object must come after its initialisation in the happens-before order.
+void mbarrier_use(Mbarrier& m, const char* op) {
+  Thread* me = self();
+  if (!m.cta->live) die("%s on an mbarrier of cta %u, which has exited", op, m.cta->bid_x);
+  if (!gang->race.on) return;
+  gang->race.check_mbarrier_init(m.where, me, op);
+  if (m.cta != me->cta) m.remote[me->id] = gang->race.now(me);
+}
+
+void mbar_arrive(uint32_t bar, uint32_t n) {
+  Mbarrier& m = mbarrier_at(checked_address(bar));
+  mbarrier_use(m, "mbarrier.arrive");
+  if (m.pending < n)
+    die("mbarrier at %s: more arrivals in a phase than its count %u",
+        describe_location(m.where).c_str(), m.expected);
+  gang->race.release(self(), m.clocks);
+  m.pending -= n;
+  complete_if_full(m);
+}
+
+static void change_tx(Mbarrier& m, int64_t by) {
+  m.tx += by;
+  if (m.tx >= 1 << 20 || m.tx <= -(1 << 20))
+    die("mbarrier at %s: byte count %ld out of range", describe_location(m.where).c_str(),
+        long(m.tx));
+}
+
+void mbar_expect_tx(uint32_t bar, uint32_t bytes) {
+  Mbarrier& m = mbarrier_at(checked_address(bar));
+  mbarrier_use(m, "mbarrier.expect_tx");
+  change_tx(m, bytes);
+}
+
+void mbar_arrive_expect_tx(uint32_t bar, uint32_t bytes) {
+  mbar_expect_tx(bar, bytes);
+  mbar_arrive(bar);
+}
+
+void mbarrier_complete_tx(Mbarrier& m, uint32_t bytes, Event e) {
+  change_tx(m, -int64_t(bytes));
+  gang->race.completed(m.clocks, e);
+  complete_if_full(m);
+}
+
+bool mbar_test(uint32_t bar, uint32_t parity) {
+  Mbarrier& m = mbarrier_at(checked_address(bar));
+  mbarrier_use(m, "mbarrier.try_wait");
+  if ((m.phase & 1) == (parity & 1)) return false;
+  gang->race.acquire(self(), m.done_clocks);
+  return true;
+}
+
+void mbar_wait(uint32_t bar, uint32_t parity) {
+  if (parity > 1) die("mbarrier wait: parity %u", parity);
+  while (!mbar_test(bar, parity)) {
+    mbarrier_at(shared_ptr(bar)).waiting.push_back(self());
+    block({Wait::kMbarrier, "mbarrier.try_wait", bar, parity});
+  }
+}
+
+void mbarrier_exit_check(const Cta& cta) {
+  for (const Mbarrier& m : gang->mbarriers) {
+    if (m.cta != &cta) continue;
+    for (auto [thread, clock] : m.remote)
+      if (cta.exit_clocks.v[thread] < clock)
+        die("race: cta %u may exit before cta %u thread %u has used its mbarrier at %s", cta.bid_x,
+            gang->threads[thread].cta->bid_x, gang->threads[thread].tid.x,
+            describe_location(m.where).c_str());
+  }
+}
+
+}  // namespace emu
