@@ -6,6 +6,8 @@ Names load on first use, so that `import recurx` costs little more than `import 
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import Any
 
 from recurx import _checkout
@@ -53,3 +55,19 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, *_MODULES})
+
+
+class _Package(ModuleType):
+    """Keeps `recurx.patch`, `recurx.explain` and `recurx.solve` the functions.
+
+    Modules of the same names define them, and Python's import sets a submodule as an attribute of
+    its package, whoever imports it first.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _EXPORTS and isinstance(value, ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

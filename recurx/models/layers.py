@@ -88,7 +88,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Weights of down(silu(gate x) * (up x)): `gate_up_proj` [2F, width], `down_proj` [width, F]."""
+    """Weights of down(silu(gate x) * up x): `gate_up_proj` [2F, width], `down_proj` [width, F]."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()

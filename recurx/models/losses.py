@@ -1,4 +1,4 @@
-"""Losses of deep supervision: token cross-entropy and the halting loss, as the papers train them."""
+"""Losses of deep supervision: token cross-entropy and halting, as the papers train them."""
 
 from __future__ import annotations
 
