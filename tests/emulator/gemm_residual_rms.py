@@ -20,7 +20,7 @@ from .build import KERNELS, Emulated, EmulatorFault, load_kernels
 
 FILES = {
     "sm80": ["gemm_residual_rms_sm80.cu", "runtime.cu"],
-    "sm90a": ["gemm_residual_rms_sm90a.cu", "pack_tape_sm90a.cu", "runtime.cu"],
+    "sm90a": ["gemm_residual_rms_sm90a.cu", "pack_tape.cu", "runtime.cu"],
 }
 EPS = 1e-5
 
