@@ -9,6 +9,8 @@ TORCH_INDEX ?=
 
 PIP     = "$(PY)" -m pip --disable-pip-version-check
 SOURCES = $(shell find csrc -name '*.[ch]pp' -o -name '*.h' -o -name '*.cu*' -o -name '*.py')
+# The wheel of clang-format has no __main__, and scripts of an environment may not be on PATH.
+CLANG_FORMAT = "$(PY)" -c 'import clang_format; clang_format.clang_format()'
 CPP     = $(shell find csrc tests -name '*.[ch]pp' -o -name '*.h' -o -name '*.cu*')
 
 # PY=python3 uses an interpreter that already has torch, and installs nothing.
@@ -52,12 +54,12 @@ bench: $(BUILT)
 lint: $(DEPS)
 	"$(PY)" -m ruff check .
 	"$(PY)" -m ruff format --check .
-	$(if $(CPP),"$(PY)" -m clang_format --dry-run --Werror $(CPP))
+	$(if $(CPP),$(CLANG_FORMAT) --dry-run --Werror $(CPP))
 
 format: $(DEPS)
 	"$(PY)" -m ruff check --fix .
 	"$(PY)" -m ruff format .
-	$(if $(CPP),"$(PY)" -m clang_format -i $(CPP))
+	$(if $(CPP),$(CLANG_FORMAT) -i $(CPP))
 
 clean:
 	rm -rf "$(VENV)" build dist *.egg-info recurx/_build_info.py recurx/_C.*.so

@@ -67,6 +67,11 @@ class Plan:
         flags = {path: tools.gencode(path, self.cuda.archs) for path in _sources("csrc/cuda/*.cu")}
         return {path: targets for path, targets in flags.items() if targets}
 
+    def own_generations(self) -> list[str]:
+        """The generations, such as sm90a, whose own kernels are compiled in."""
+        suffixes = [Path(path).stem.rpartition("_")[2] for path in self.cuda_sources()]
+        return [name for name in suffixes if re.fullmatch(r"sm\d+[af]", name)]
+
 
 def _sources(pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
@@ -85,7 +90,8 @@ def ninja_file(plan: Plan, pybind_include: str) -> str:
     """The whole build as one ninja file; sources are named relative to the build folder."""
     up = os.path.relpath(ROOT, _build_folder())
     python = sysconfig.get_path("include")
-    defines = [f"-DRX_HAVE_{isa.upper()}=1" for isa in plan.compiler.isas]
+    defines = [f"-DRX_HAVE_{name.upper()}=1" for name in plan.compiler.isas]
+    defines += sorted({f"-DRX_HAVE_{name.upper()}=1" for name in plan.own_generations()})
     includes = [f"-I{up}/csrc", "-isystem", pybind_include, "-isystem", python]
     lines = ["ninja_required_version = 1.5"]
     cxx = [plan.compiler.command, *tools.CXX_FLAGS, *defines, *includes]
@@ -98,7 +104,7 @@ def ninja_file(plan: Plan, pybind_include: str) -> str:
         # cudart's symbols stay private, or they would answer calls meant for torch's own copy.
         exclude = "-Wl,--exclude-libs,ALL"
         libraries = [str(plan.cuda.cudart), "-ldl", "-lrt", "-lpthread", exclude]
-        lines += _rule("nvcc", [*_nvcc(plan.cuda, plan.compiler), f"-I{up}/csrc"])
+        lines += _rule("nvcc", [*_nvcc(plan.cuda, plan.compiler), *defines, f"-I{up}/csrc"])
     lines += _rule("cxx", [*cxx, *shlex.split(os.environ.get("CXXFLAGS", ""))])
     lines += ["rule link", f"  command = {_shell(link)} $in -o $out {_shell(libraries)}"]
     lines += ["  description = link $out"]
