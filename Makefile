@@ -22,7 +22,8 @@ DEPS  =
 BUILT = build-with-given-python
 endif
 
-.PHONY: help setup test test-fast demo lint format bench clean build-with-given-python
+.PHONY: help setup test test-fast demo bench clean build-with-given-python
+.PHONY: lint lint-python lint-layout lint-cpp format
 .DEFAULT_GOAL = help
 
 help:
@@ -51,9 +52,15 @@ demo: $(BUILT)
 bench: $(BUILT)
 	"$(PY)" -m recurx bench
 
-lint: $(DEPS)
+lint: lint-python lint-layout lint-cpp
+
+lint-python: $(DEPS)
 	"$(PY)" -m ruff check .
+
+lint-layout: $(DEPS)
 	"$(PY)" -m ruff format --check .
+
+lint-cpp: $(DEPS)
 	$(if $(CPP),$(CLANG_FORMAT) --dry-run --Werror $(CPP))
 
 format: $(DEPS)
