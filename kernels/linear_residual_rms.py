@@ -1,4 +1,4 @@
-"""out = rms(residual + A @ W^T), one launch: the tail of the attention, SwiGLU and token-MLP blocks.
+"""out = rms(residual + A @ W^T) in one launch: the tail of attention, SwiGLU and token-MLP.
 
     rms(x) = x * rsqrt(mean(x^2) + eps) over the N columns, in fp32, no weight
     A [M, K], W [N, K], residual and out [M, N]; bf16 or fp32 storage, fp32 accumulation
@@ -113,21 +113,30 @@ def linear_residual_rms(
     """
     _check(a, weight, residual, out)
     out = torch.empty_like(residual) if out is None else out
-    n, k = weight.shape
     if residual.numel() == 0:
         return out
-    args, constants, options = launch_arguments(a, weight, residual, out, eps)
-    m = residual.numel() // n
+    args, constants, options = launch_arguments(
+        a, weight, residual, out, eps, tiles.shared_bytes(a.device)
+    )
+    m = residual.numel() // residual.shape[-1]
     linear_residual_rms_kernel[(triton.cdiv(m, constants["ROWS"]),)](*args, **constants, **options)
     return out
 
 
 def launch_arguments(
-    a: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, out: torch.Tensor, eps: float
+    a: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor,
+    out: torch.Tensor,
+    eps: float,
+    shared: int,
 ) -> tuple[tuple, dict, dict]:
-    """(runtime arguments, compile-time arguments, compiler options) of one launch."""
+    """(runtime arguments, compile-time arguments, compiler options) of one launch.
+
+    `shared` is the shared memory (bytes) a block of the device may use.
+    """
     n, k = weight.shape
-    tile = tiles.row_tile(n, k, a.element_size(), tiles.shared_bytes(a.device))
+    tile = tiles.row_tile(n, k, a.element_size(), shared)
     a3, r3, o3 = (t.unsqueeze(0) if t.ndim == 2 else t for t in (a, residual, out))
     args = (a, weight, residual, out, r3.shape[0] * r3.shape[1])
     args += (a3.stride(0), r3.stride(0), o3.stride(0))
@@ -139,7 +148,7 @@ def launch_arguments(
         "ROWS": tile.rows, "COLS": tile.cols, "CHUNKS": tile.chunks, "DEPTH": tile.depth,
         "PRECISION": "ieee",  # read for fp32 only: tf32 would lose 13 of its 23 mantissa bits
     }  # fmt: skip
-    return args, constants, {"num_warps": tile.warps, "num_stages": tile.stages}
+    return args, constants, tiles.options(tile)
 
 
 def _check(

@@ -55,11 +55,12 @@ def row_tile(n: int, k: int, itemsize: int, shared: int) -> Tile:
     """The tile of a kernel whose program owns whole rows of n columns (a row sum stays local)."""
     cols, chunks = split_columns(n)
     width = cols * chunks
-    # The fp32 accumulator is rows * width / (32 * warps) registers a thread: 128 of the 255 at
-    # most, 64 where operands are fp32 and go through the ordinary multiply-add units.
+    # The fp32 accumulator is rows * width / 256 registers a thread: 128 of the 255. 64 rows are what
+    # wgmma needs; for wider rows 16 warps would hold them, but then a thread has 128 registers in
+    # all and spills. fp32 operands go through ordinary multiply-adds and want half the rows.
     rows = 64 if width <= 512 else 32
     if itemsize == 4:
-        rows = max(16, rows // 2)
+        rows //= 2
     warps = 8 if rows * width >= 64 * 128 else 4
     for depth in (64, 32, 16) if itemsize == 2 else (32, 16):
         tile = Tile(rows, cols, chunks, depth, warps, stages=1)
@@ -67,3 +68,8 @@ def row_tile(n: int, k: int, itemsize: int, shared: int) -> Tile:
         if depth <= max(16, k) and stages >= 3:
             break
     return Tile(rows, cols, chunks, depth, warps, max(1, stages))
+
+
+def options(tile: Tile) -> dict[str, object]:
+    """Compiler options; a*b+c fusion is named because its default differs between versions."""
+    return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}

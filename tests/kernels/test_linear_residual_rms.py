@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from compare import assert_as_exact
-from triton_interpreter import triton_device  # noqa: F401
 
 from recurx.errors import InvalidArgument
 

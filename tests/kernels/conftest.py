@@ -1,10 +1,4 @@
-"""Pytest fixture: run Triton kernels on the GPU where there is one, else in the interpreter.
-
-from triton_interpreter import triton_device  # noqa: F401
-
-def test_it(triton_device):
-    x = torch.randn(8, 64, device=triton_device)
-"""
+"""Triton kernels run on the GPU where there is one, else in the interpreter."""
 
 from __future__ import annotations
 

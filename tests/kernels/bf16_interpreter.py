@@ -1,4 +1,4 @@
-"""Correct bfloat16 for Triton's interpreter, and a way to interpret kernels that are already jitted.
+"""Correct bfloat16 for Triton's interpreter, and a way to interpret jitted kernels.
 
 Triton's interpreter keeps bf16 tensors as their 16-bit patterns and lets numpy compute with the
 patterns as if they were integers: a dot, a sum or a comparison of bf16 tensors is silently wrong,
