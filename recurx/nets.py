@@ -8,7 +8,7 @@ masters as a rule); every backend casts or packs them as it needs, and never mod
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,6 +48,12 @@ class BlockSpec:
     tokens: int = 0
     token_inner: int = 0
     eps: float = 1e-5
+    key: str = field(init=False, repr=False, compare=False)  # all fields as one string
+
+    def __post_init__(self) -> None:
+        # Formed once, here: torch.compile may not format a size that it has made symbolic.
+        sizes = f"{self.hidden},{self.inner},{self.num_heads},{self.tokens},{self.token_inner}"
+        object.__setattr__(self, "key", f"{self.kind},{sizes},{self.eps}")
 
     @property
     def head_dim(self) -> int:
@@ -63,14 +69,9 @@ class BlockSpec:
             mixer = ((2 * self.token_inner, self.tokens), (self.tokens, self.token_inner))
         return (*mixer, (2 * f, d), (d, f))
 
-    @property
-    def key(self) -> str:
-        """All fields as one string; `from_key` reads it back."""
-        sizes = f"{self.hidden},{self.inner},{self.num_heads},{self.tokens},{self.token_inner}"
-        return f"{self.kind},{sizes},{self.eps}"
-
     @classmethod
     def from_key(cls, key: str) -> BlockSpec:
+        """The block whose `key` is given."""
         kind, *sizes, eps = key.split(",")
         return cls(kind, *(int(size) for size in sizes), eps=float(eps))
 
