@@ -1,0 +1,65 @@
+// Attention of one head of one sample in fp32: scores, softmax, weighted sum of the values.
+//
+// K is transposed once per head into panels, then both products run through the same inner loop
+// as the big ones, a tile of query rows at a time; scores never leave L1.
+#pragma once
+
+#include "micro_kernel.hpp"
+
+namespace rx::cpu::RX_ISA {
+
+// scores <- 2^(scores - max), in place over [0, padded); returns 1 / sum. The true maximum, so
+// logits of any size are right; lanes from `count` on are masked out.
+RX_INLINE float softmax2(float* scores, int count, int padded) {
+  for (int i = count; i < padded; ++i) scores[i] = -INFINITY;
+  V top = load(scores);
+  for (int i = W; i < padded; i += W) top = at_least(top, load(scores + i));
+  const float max = reduce_max(top);
+  V sum = {};
+  for (int i = 0; i < padded; i += W) {
+    const V p = exp2<false>(load(scores + i) - max);
+    store(scores + i, p);
+    sum += p;
+  }
+  return 1.f / reduce_add(sum);
+}
+
+// mixed[row0 + r, col..col + dim) <- softmax2(q k^T) v for the query rows r of `rows`.
+// q, k, v [T, dim] with `stride` floats between rows; `scratch` holds attention_bytes().
+RX_INLINE void attend_head(float* scratch, const float* q, const float* k, const float* v,
+                           int stride, int T, int dim, Range rows, Mat<float> mixed, int row0,
+                           int col) {
+  const int padded = round_up(T, kPanel);
+  float* const keys = scratch;                          // [padded / kPanel][dim][kPanel]
+  float* const scores = scratch + (long)padded * dim;   // [kRows][padded]
+  for (int first = 0; first < padded; first += kPanel)
+    for (int d = 0; d < dim; ++d)
+      for (int lane = 0; lane < kPanel; ++lane)
+        keys[(long)first * dim + d * kPanel + lane] =
+            first + lane < T ? k[(long)(first + lane) * stride + d] : 0.f;
+
+  for_row_tiles(rows.begin, rows.end, [&](int row, auto m) __attribute__((always_inline)) {
+    constexpr int kM = decltype(m)::value;
+    for (int first = 0; first < padded; first += kPanel) {
+      V acc[kM][2];
+      clear(acc);
+      accumulate(q + (long)row * stride, stride, PairPtr{keys + (long)first * dim, kPanel}, dim,
+                 acc);
+      store_tile(scores + first, acc, padded);
+    }
+    float inverse[kM];
+    for (int r = 0; r < kM; ++r) inverse[r] = softmax2(scores + (long)r * padded, T, padded);
+    const int valid = imin(kM, rows.end - row);  // rows past the end belong to another thread
+    for (int d = 0; d < dim; d += kPanel) {
+      V acc[kM][2];
+      clear(acc);
+      accumulate(scores, padded, PairPtr{v + d, stride}, T, acc);
+      for (int r = 0; r < valid; ++r) {
+        store(mixed.at(row0 + row + r, col + d), acc[r][0] * inverse[r]);
+        if (d + W < dim) store(mixed.at(row0 + row + r, col + d + W), acc[r][1] * inverse[r]);
+      }
+    }
+  });
+}
+
+}  // namespace rx::cpu::RX_ISA

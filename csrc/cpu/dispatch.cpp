@@ -1,0 +1,129 @@
+#include "dispatch.hpp"
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+
+#include "engines.hpp"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace rx::cpu {
+namespace {
+
+bool always() { return true; }
+
+#if defined(RX_PRETEND_ISA)  // tests: every engine runs, compiled without its instructions
+bool has_avx2() { return true; }
+bool has_avx512() { return true; }
+#elif defined(__x86_64__)
+struct Cpuid {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  explicit Cpuid(unsigned leaf) { __get_cpuid_count(leaf, 0, &a, &b, &c, &d); }
+};
+
+// Register state that the operating system saves; XCR0.
+uint64_t saved_state() {
+  if (!(Cpuid(1).c >> 27 & 1)) return 0;  // no OSXSAVE
+  unsigned low, high;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (uint64_t)high << 32 | low;
+}
+
+bool has_avx2() {
+  return (saved_state() & 0x6) == 0x6 && (Cpuid(1).c >> 12 & 1) && (Cpuid(7).b >> 5 & 1);
+}
+
+bool has_avx512() {
+  const unsigned wanted = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
+  return has_avx2() && (saved_state() & 0xe6) == 0xe6 && (Cpuid(7).b & wanted) == wanted;
+}
+
+#else
+bool has_avx2() { return false; }
+bool has_avx512() { return false; }
+#endif
+
+std::string joined(const std::vector<std::string>& names) {
+  std::string text;
+  for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
+  return text;
+}
+
+struct Isa {
+  const char* name;
+  bool (*usable)();
+  const Engine *f32, *bf16;
+};
+
+const std::vector<Isa>& all_isas() {
+  static const std::vector<Isa> isas = {
+      {"portable", always, &portable_f32, &portable_bf16},
+#if defined(RX_HAVE_AVX2)
+      {"avx2", has_avx2, &avx2_f32, &avx2_bf16},
+#endif
+#if defined(RX_HAVE_AVX512)
+      {"avx512", has_avx512, &avx512_f32, &avx512_bf16},
+#endif
+  };
+  return isas;
+}
+
+const Engine* engine_for(const std::string& name, Dtype state) {
+  for (const Isa& isa : all_isas())
+    if (isa.name == name && isa.usable()) return state == Dtype::f32 ? isa.f32 : isa.bf16;
+  throw std::runtime_error("no engine '" + name + "' here; this machine has " +
+                           joined(usable_isas()));
+}
+
+}  // namespace
+
+std::vector<std::string> usable_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : all_isas())
+    if (isa.usable()) names.push_back(isa.name);
+  return names;
+}
+
+std::string chosen_isa() {
+  const std::vector<std::string> usable = usable_isas();
+  const char* wanted = std::getenv("RECURX_CPU_ISA");
+  if (!wanted || !*wanted) return usable.back();
+  for (const std::string& name : usable)
+    if (name == wanted) return name;
+  throw std::runtime_error("RECURX_CPU_ISA: expected one of " + joined(usable) +
+                           " (what this processor and this build have), got '" + wanted +
+                           "'. Unset it to use the best.");
+}
+
+Packed::Packed(const std::vector<BlockShape>& shapes, const std::vector<RawWeight>& weights,
+               Dtype state, const std::string& isa)
+    : engine_(engine_for(isa, state)), memory_(nullptr, std::free), blocks_(shapes.size()) {
+  for (const BlockShape& shape : shapes) bytes_ += engine_->packed_bytes(shape);
+  memory_.reset(allocate(bytes_));
+  char* out = (char*)memory_.get();
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    engine_->pack(shapes[i], &weights[i * weights_per_block], out, &blocks_[i]);
+    out += engine_->packed_bytes(shapes[i]);
+  }
+}
+
+uint64_t fingerprint(const std::vector<Span>& tensors) {
+  constexpr size_t kSamples = 256;  // a tensor; 4 bytes each
+  uint64_t hash = 0x9e3779b97f4a7c15ull;
+  for (const Span& span : tensors) {
+    const char* data = (const char*)span.data;
+    const size_t words = span.bytes / 4, stride = words / kSamples + 1;
+    for (size_t word = 0; word < words; word += stride) {
+      uint32_t value;
+      std::memcpy(&value, data + word * 4, 4);
+      hash = (hash ^ value) * 0x9fb21c651e98df25ull;
+      hash ^= hash >> 29;
+    }
+  }
+  return hash;
+}
+
+}  // namespace rx::cpu

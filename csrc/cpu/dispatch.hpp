@@ -1,0 +1,58 @@
+// Chooses the engine for this machine, and deals samples out to threads.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "pool.hpp"
+#include "types.hpp"
+
+namespace rx::cpu {
+
+// What this processor, its operating system and this build have, slowest first:
+// portable, avx2, avx512, amx.
+std::vector<std::string> usable_isas();
+
+// The best usable one, or the one that RECURX_CPU_ISA names; throws std::runtime_error if that is
+// unknown or cannot run here.
+std::string chosen_isa();
+
+// A net packed for one instruction set and one state type.
+class Packed {
+ public:
+  // `weights` holds weights_per_block for each shape; not kept.
+  Packed(const std::vector<BlockShape>& shapes, const std::vector<RawWeight>& weights, Dtype state,
+         const std::string& isa);
+  PackedNet view() const { return {blocks_.data(), (int)blocks_.size()}; }
+  const Engine& engine() const { return *engine_; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  const Engine* engine_;
+  size_t bytes_ = 0;
+  std::unique_ptr<void, void (*)(void*)> memory_;
+  std::vector<PackedBlock> blocks_;
+};
+
+// Runs the whole recursion on `threads` threads. Bit-equal for any number of threads.
+void run(const Engine& engine, const Recursion& recursion, int threads);
+
+void* allocate(size_t bytes);  // zeroed, aligned; release with std::free
+
+// Seconds that all threads together spent in each phase since the last reset; measured while on.
+void set_profiling(bool on);
+std::vector<double> phase_seconds();
+
+// Bytes of scratch that the engine holds on to between calls.
+size_t scratch_held();
+
+// A hash of a few hundred elements of each tensor, to notice weights that changed unannounced.
+struct Span {
+  const void* data;
+  size_t bytes;
+};
+uint64_t fingerprint(const std::vector<Span>& tensors);
+
+}  // namespace rx::cpu

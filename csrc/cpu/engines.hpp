@@ -1,0 +1,13 @@
+// The engines of this build, each defined in engine_<isa>.cpp.
+#pragma once
+
+#include "types.hpp"
+
+namespace rx::cpu {
+
+extern const Engine portable_f32, portable_bf16;
+extern const Engine avx2_f32, avx2_bf16;
+extern const Engine avx512_f32, avx512_bf16;
+extern const Engine amx_bf16;  // fp32 states run on avx512 there
+
+}  // namespace rx::cpu

@@ -1,0 +1,107 @@
+// Products without AMX: fp32 activations, weights stored in the state's type (fp32 or bf16).
+//
+//   C[row, pair] = sum_k A[row, k] * B[k, pair]          then an epilogue on each pair of vectors
+//
+// A row tile of A (kRows x 512 floats) stays in L1 while packed panels stream linearly from L2; a
+// chunk of panels small enough for L2 serves all row tiles before the next one is touched. bf16 is
+// storage only: two columns share a 32-bit lane and are split by one shift and one mask.
+#pragma once
+
+#include "attention.hpp"
+
+namespace rx::cpu::RX_ISA {
+
+constexpr long kChunkBytes = RX_L2_CHUNK_BYTES;  // panels per chunk: about half of L2
+
+template <class StateType>
+struct VectorCore {
+  using State = StateType;
+  using Act = float;
+  using Weight = State;
+  // Products are summed over this depth, then the sums: the rounding error of one fp32 sum over
+  // 512 is 1.7x that of PyTorch's blocked products. bf16 weights have far larger errors.
+  static constexpr int kSum = sizeof(State) == 4 ? 128 : kDepth;
+  static constexpr bool kCoarse = false;  // exponentials and reciprocals to fp32 accuracy
+  static constexpr int kSpareRows = kRows;
+  static constexpr int kHeadAlign = kPanel;  // heads are padded to this many columns
+
+  struct Scratch {
+    float* partial;  // accumulators of a chunk of panels, between K chunks
+  };
+  static constexpr int kMaxChunk = 64;  // panels
+  template <class Carver>
+  static Scratch carve_scratch(Carver& carver) {
+    return {carver.template take<float>(kMaxChunk * kRows * kPanel)};
+  }
+
+  static void enter(int) {}
+  static void leave() {}
+
+  static size_t attention_bytes(int tokens, int head_stride) {
+    return (size_t)round_up(tokens, kPanel) * (head_stride + kRows) * sizeof(float);
+  }
+  static void attend(char* scratch, const float* q, const float* k, const float* v, int stride,
+                     int T, int dim, Range rows, Mat<float> mixed, int row0, int col) {
+    attend_head((float*)scratch, q, k, v, stride, T, dim, rows, mixed, row0, col);
+  }
+
+  static size_t linear_bytes(const Linear& l) {
+    return (size_t)l.panels() * kPanel * l.in * sizeof(Weight);
+  }
+
+  static void pack(const Linear& l, const RawWeight& raw, void* out) {
+    Weight* dst = (Weight*)out;
+    for (int panel = 0; panel < l.panels(); ++panel) {
+      for (int side = 0; side < 2; ++side) {
+        for (int lane = 0; lane < W; ++lane) {
+          int row = l.source(panel, side, lane);
+          // fp32: all of side 0, then side 1; bf16: sides interleaved within a lane
+          int column = sizeof(Weight) == 4 ? side * W + lane : 2 * lane + side;
+          Weight* p = dst + (long)panel * kPanel * l.in + column;
+          for (int k = 0; k < l.in; ++k)
+            store_one(p + (long)k * kPanel, row < 0 ? 0.f : raw_at(raw, (long)row * l.in + k));
+        }
+      }
+    }
+  }
+
+  // epilogue(panel) gives finish(row, v0, v1), called for every row of `rows`.
+  template <class Epilogue>
+  static __attribute__((noinline)) void gemm(const Scratch& scratch, Mat<float> a, Range rows,
+                                             const Linear& l, const void* weight, Range panels,
+                                             Epilogue epilogue) {
+    const Weight* w = (const Weight*)weight;
+    const long panel_size = (long)l.in * kPanel;
+    const int per_chunk = imax(1, imin(kMaxChunk, (int)(kChunkBytes / (panel_size * sizeof(Weight)))));
+    for (int first = panels.begin; first < panels.end; first += per_chunk) {
+      const int last = imin(panels.end, first + per_chunk);
+      for_row_tiles(rows.begin, rows.end, [&](int row, auto m) __attribute__((always_inline)) {
+        constexpr int kM = decltype(m)::value;
+        for (int k = 0; k < l.in; k += kDepth) {
+          const int depth = imin(kDepth, l.in - k);
+          for (int panel = first; panel < last; ++panel) {
+            const Weight* b = w + panel * panel_size + (long)k * kPanel;
+            float* partial = scratch.partial + (panel - first) * kM * kPanel;
+            V acc[kM][2];
+            for (int s = 0; s < depth; s += kSum) {
+              clear(acc);
+              accumulate(a.at(row, k + s), a.ld, PanelReader<Weight>::at(b + (long)s * kPanel),
+                         imin(kSum, depth - s), acc);
+              if (k + s > 0) add_tile(acc, partial);
+              if (s + kSum < depth) store_tile(partial, acc, kPanel);
+            }
+            if (k + depth < l.in) {
+              store_tile(partial, acc, kPanel);
+            } else {
+              auto finish = epilogue(panel);
+#pragma GCC unroll 16
+              for (int r = 0; r < kM; ++r) finish(row + r, acc[r][0], acc[r][1]);
+            }
+          }
+        }
+      });
+    }
+  }
+};
+
+}  // namespace rx::cpu::RX_ISA

@@ -1,0 +1,146 @@
+// Deals the samples of a batch out to threads, and keeps their scratch between calls.
+#include <pthread.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <new>
+
+#include "dispatch.hpp"
+
+namespace rx::cpu {
+
+constexpr size_t kHugePage = 2 << 20;
+
+// Zeroed, on huge pages where the system has them: panels stream without TLB misses.
+void* allocate(size_t bytes) {
+  const size_t alignment = bytes >= kHugePage ? kHugePage : 64;
+  bytes = (bytes + alignment - 1) / alignment * alignment;
+  void* p = std::aligned_alloc(alignment, bytes);
+  if (!p) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+  if (alignment == kHugePage) madvise(p, bytes, MADV_HUGEPAGE);
+#endif
+  std::memset(p, 0, bytes);
+  return p;
+}
+
+namespace {
+
+struct Scratch {
+  void* data = nullptr;
+  size_t bytes = 0;
+  void* at_least(size_t wanted) {
+    if (wanted > bytes) {
+      std::free(data);
+      data = nullptr;
+      data = allocate(wanted);
+      bytes = wanted;
+    }
+    return data;
+  }
+};
+
+// One recursion at a time has the machine; its scratch stays for the next one.
+struct Machine {
+  std::mutex lock;
+  std::vector<Scratch> scratch;
+  bool profiling = false;
+  int64_t phase_ns[(int)Phase::count] = {};
+};
+
+// A forked child starts anew: the lock it inherits may be held for ever.
+Machine* machine = new Machine;
+const int renewed_by_fork = pthread_atfork(nullptr, nullptr, [] { machine = new Machine; });
+
+struct Deal {
+  const Engine& engine;
+  const Recursion& recursion;
+  int threads;
+  int groups = 0, grouped = 0;  // samples [0, grouped) go one group to a thread
+  int teams = 0;                // the rest: one sample a team of threads
+  std::atomic<int> next{0};
+  std::vector<Barrier> barriers;
+  std::vector<void*> scratch;  // of each thread; a team uses that of its first thread
+  std::vector<Clock> clocks;
+
+  Deal(const Engine& e, const Recursion& r, int n)
+      : engine(e), recursion(r), threads(n), barriers(n), scratch(n), clocks(n) {
+    const int each = r.batch / n;
+    grouped = each * n;
+    teams = r.batch - grouped;
+    const int limit = std::max(1, e.group_rows / r.tokens);
+    groups = n * ((each + limit - 1) / limit);
+  }
+
+  int team_of(int tid) const { return (int)((long)tid * teams / threads); }
+  int first_thread(int team) const { return (team * threads + teams - 1) / teams; }
+  int group_begin(int group) const { return (int)((long)grouped * group / groups); }
+
+  void reserve() {
+    std::vector<Scratch>& kept = machine->scratch;
+    kept.resize(std::max<size_t>(kept.size(), threads));
+    int largest = 0;
+    for (int g = 0; g < groups; ++g)
+      largest = std::max(largest, group_begin(g + 1) - group_begin(g));
+    const size_t alone = largest ? engine.scratch_bytes(recursion, largest, 1) : 0;
+    const size_t team = teams ? engine.scratch_bytes(recursion, 1, (threads + teams - 1) / teams)
+                              : 0;
+    for (int t = 0; t < threads; ++t) {
+      const bool leads = teams > 0 && first_thread(team_of(t)) == t;
+      const size_t bytes = std::max(alone, leads ? team : 0);
+      scratch[t] = bytes ? kept[t].at_least(bytes) : nullptr;
+    }
+    for (Clock& clock : clocks) clock.on = machine->profiling;
+  }
+
+  void work(int tid) {
+    clocks[tid].start();
+    const Team self{0, 1, nullptr, &clocks[tid]};
+    for (int g = next++; g < groups; g = next++) {
+      const int first = group_begin(g), last = group_begin(g + 1);
+      engine.run_group(recursion, self, first, last - first, scratch[tid]);
+    }
+    if (teams == 0) return;
+    const int team = team_of(tid), first = first_thread(team);
+    const Team member{tid - first, first_thread(team + 1) - first, &barriers[team], &clocks[tid]};
+    member.sync();  // the first thread still used its scratch for its own groups
+    engine.run_group(recursion, member, grouped + team, 1, scratch[first]);
+  }
+};
+
+}  // namespace
+
+void run(const Engine& engine, const Recursion& recursion, int threads) {
+  if (recursion.batch == 0) return;
+  std::lock_guard<std::mutex> lock(machine->lock);
+  Deal deal(engine, recursion, threads);
+  deal.reserve();
+  parallel(threads, [](void* self, int tid) { ((Deal*)self)->work(tid); }, &deal);
+  for (const Clock& clock : deal.clocks)
+    for (int i = 0; i < (int)Phase::count; ++i) machine->phase_ns[i] += clock.nanoseconds[i];
+}
+
+void set_profiling(bool on) {
+  std::lock_guard<std::mutex> lock(machine->lock);
+  machine->profiling = on;
+  for (int64_t& ns : machine->phase_ns) ns = 0;
+}
+
+std::vector<double> phase_seconds() {
+  std::lock_guard<std::mutex> lock(machine->lock);
+  std::vector<double> seconds;
+  for (int64_t ns : machine->phase_ns) seconds.push_back((double)ns * 1e-9);
+  return seconds;
+}
+
+size_t scratch_held() {
+  std::lock_guard<std::mutex> lock(machine->lock);
+  size_t total = 0;
+  for (const Scratch& scratch : machine->scratch) total += scratch.bytes;
+  return total;
+}
+
+}  // namespace rx::cpu

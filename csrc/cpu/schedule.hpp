@@ -1,0 +1,161 @@
+// The recursion of one group of samples: every step of the schedule, start to end, in one call.
+//
+// The states are the output tensors themselves, updated in place; a step reads them, forms
+// sum(state) + (sum(inject)) with the roundings of the contract, runs the net and writes one.
+// A thread owns the same rows in every such pass, so no barrier stands between two steps.
+#pragma once
+
+#include "block.hpp"
+
+namespace rx::cpu::RX_ISA {
+
+template <class Core>
+struct Group {
+  using State = typename Core::State;
+  using Act = typename Core::Act;
+
+  const Recursion& rec;
+  const Team& team;
+  int first_sample;
+  Workspace<Core> ws;
+  Range own{};                  // rows of this thread
+  const Step* hoisted = nullptr;  // the step whose inject sum ws.inject holds, if any
+
+  void run() {
+    own = share(ws.rows, team.tid, team.size);
+    for (int row = 0; row < ws.rows_pad; ++row) ws.position[row] = row % rec.tokens;
+    for (int s = 1; s < rec.num_states; ++s)
+      memcpy(state(s, own.begin), input(s, own.begin), size_of(own));
+    for (int i = 0; i < rec.num_steps; ++i) {
+      begin(rec.steps[i]);
+      const float* scale = call(rec.nets[rec.steps[i].net]);
+      end(rec.steps[i], scale);
+    }
+  }
+
+  long offset(long row) const {
+    return ((long)first_sample * rec.tokens + row) * rec.hidden;
+  }
+  size_t size_of(Range rows) const {
+    return (size_t)(rows.end - rows.begin) * rec.hidden * sizeof(State);
+  }
+  const State* input(int s, long row) const { return (const State*)rec.in[s] + offset(row); }
+  State* state(int s, long row) const { return (State*)rec.out[s] + offset(row); }
+  const State* value(int s, long row) const { return s == 0 ? input(0, row) : state(s, row); }
+
+  // Sum of the given states at (row, col), each addition rounded to the state's type.
+  V sum(const int* states, int count, long row, int col) const {
+    const State* type = nullptr;
+    V total = load(value(states[0], row) + col);
+    for (int i = 1; i < count; ++i)
+      total = round_as(type, total + load(value(states[i], row) + col));
+    return total;
+  }
+
+  static bool same_inject(const Step& a, const Step& b) {
+    if (a.num_inject != b.num_inject) return false;
+    for (int i = 0; i < a.num_inject; ++i)
+      if (a.inject[i] != b.inject[i]) return false;
+    return true;
+  }
+
+  // x <- sum(state) + (sum(inject)); a sum of several inject states is formed once and kept until
+  // one of them is written.
+  void begin(const Step& step) {
+    const State* type = nullptr;
+    const bool several = step.num_inject > 1;
+    const bool stale = several && !(hoisted && same_inject(*hoisted, step));
+    if (stale) hoisted = &step;
+    for (long row = own.begin; row < own.end; ++row) {
+      const State* extra = nullptr;
+      if (several) {
+        State* kept = ws.inject + row * rec.hidden;
+        for (int col = 0; stale && col < rec.hidden; col += W)
+          store(kept + col, sum(step.inject, step.num_inject, row, col));
+        extra = kept;
+      } else if (step.num_inject == 1) {
+        extra = value(step.inject[0], row);
+      }
+      for (int col = 0; col < rec.hidden; col += W) {
+        V h = sum(step.state, step.num_state, row, col);
+        if (extra) h = round_as(type, h + load(extra + col));
+        store(ws.x.at(row, col), h);
+      }
+    }
+    for (int row = 0; row < ws.rows_pad; ++row) ws.scale_a[row] = 1.f;
+    team.clock->lap(Phase::inject);
+    team.sync();
+  }
+
+  // x <- net(x), un-normalised; returns its scale.
+  const float* call(const PackedNet& net) {
+    Mat<Act> in = ws.x, out = ws.z;
+    for (int i = 0; i < net.num_blocks; ++i) {
+      Block<Core> block{rec, team, ws, net.blocks[i]};
+      block.run({in, ws.scale_a}, ws.y, ws.scale_b, out, ws.scale_a);
+      Mat<Act> swap = in;
+      in = out;
+      out = swap;
+    }
+    result = in;
+    return ws.scale_a;
+  }
+  Mat<Act> result{};
+
+  // write <- x * scale, in the state's type
+  void end(const Step& step, const float* scale) {
+    for (long row = own.begin; row < own.end; ++row) {
+      State* out = state(step.write, row);
+      for (int col = 0; col < rec.hidden; col += W)
+        store(out + col, load(result.at(row, col)) * scale[row]);
+    }
+    for (int i = 0; hoisted && i < hoisted->num_inject; ++i)
+      if (hoisted->inject[i] == step.write) {
+        hoisted = nullptr;
+      }
+    team.clock->lap(Phase::inject);
+  }
+};
+
+template <class Core>
+void run_group(const Recursion& rec, const Team& team, int first_sample, int samples,
+               void* scratch) {
+  Group<Core> group{rec, team, first_sample, {}};
+  Workspace<Core>::carve(rec, samples, team.size, team.tid, (char*)scratch, group.ws);
+  Core::enter(group.ws.rows);
+  group.run();
+  Core::leave();
+}
+
+template <class Core>
+size_t scratch_bytes(const Recursion& rec, int samples, int team_size) {
+  Workspace<Core> ws;
+  return Workspace<Core>::carve(rec, samples, team_size, -1, nullptr, ws);
+}
+
+template <class Core>
+size_t packed_bytes(const BlockShape& shape) {
+  size_t total = 0;
+  for (int i = 0; i < weights_per_block; ++i)
+    total += (Core::linear_bytes(linear_of(shape, i)) + 63) / 64 * 64;
+  return total;
+}
+
+template <class Core>
+void pack(const BlockShape& shape, const RawWeight* weights, void* out, PackedBlock* packed) {
+  char* p = (char*)out;
+  packed->shape = shape;
+  for (int i = 0; i < weights_per_block; ++i) {
+    const Linear l = linear_of(shape, i);
+    Core::pack(l, weights[i], p);
+    packed->weight[i] = p;
+    p += (Core::linear_bytes(l) + 63) / 64 * 64;
+  }
+}
+
+template <class Core>
+constexpr Engine engine_of() {
+  return {RX_GROUP_ROWS, packed_bytes<Core>, pack<Core>, scratch_bytes<Core>, run_group<Core>};
+}
+
+}  // namespace rx::cpu::RX_ISA

@@ -1,0 +1,76 @@
+// What the Python side hands to an engine: plain data, the same for every instruction set.
+//
+// Letters: B batch, T tokens, D hidden, H heads, F inner width of the SwiGLU over D.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace rx::cpu {
+
+enum class Dtype { f32, bf16 };
+
+struct BlockShape {
+  bool token_mlp;   // else attention
+  int hidden;       // D, a multiple of 32
+  int inner;        // F
+  int heads;        // attention only
+  int head_dim;     // attention only, a multiple of 16
+  int tokens;       // token MLP only: the T it is built for
+  int token_inner;  // token MLP only: inner width of the SwiGLU over T
+  float eps;
+};
+
+// One weight as PyTorch holds it: row-major [out, in].
+struct RawWeight {
+  const void* data;
+  Dtype dtype;
+};
+
+// The four products of a block, in the order of the flat op.
+enum BlockWeight { mixer_in, mixer_out, gate_up, down, weights_per_block };
+
+struct PackedBlock {
+  BlockShape shape;
+  const void* weight[weights_per_block];  // panels, in the layout of one engine
+};
+
+struct PackedNet {
+  const PackedBlock* blocks;
+  int num_blocks;
+};
+
+// write <- N_net( sum(state) + (sum(inject)) ); state 0 is x, which no step writes.
+struct Step {
+  int net, write;
+  int num_state, num_inject;
+  const int* state;
+  const int* inject;
+};
+
+struct Recursion {
+  int batch, tokens, hidden;
+  int num_states;          // x included
+  const void* const* in;   // [num_states] of [B, T, D] in the engine's state type
+  void* const* out;        // [num_states], out[0] unused
+  int num_steps;
+  const Step* steps;
+  int num_nets;
+  const PackedNet* nets;
+  const float* cos;  // [T, head_dim] or null
+  const float* sin;
+};
+
+struct Team;  // threads that share the samples of a group; see pool.hpp
+
+// One instruction set and one state type. The functions live in engine_<isa>.cpp.
+struct Engine {
+  int group_rows;  // rows (samples x T) that one thread takes at once, if it can have so many
+  size_t (*packed_bytes)(const BlockShape&);
+  void (*pack)(const BlockShape&, const RawWeight* weights, void* out, PackedBlock* packed);
+  size_t (*scratch_bytes)(const Recursion&, int samples, int team_size);
+  // Called by every thread of a team. `scratch` is 64-byte aligned and was zero when allocated.
+  void (*run_group)(const Recursion&, const Team&, int first_sample, int samples, void* scratch);
+};
+
+}  // namespace rx::cpu

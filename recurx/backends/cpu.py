@@ -1,0 +1,229 @@
+"""backend="cpu": the compiled engine (csrc/cpu/). The whole recursion is one call into C++.
+
+Weights are packed once into the engine's panels, in the states' dtype, and kept until a parameter
+changes. A change shows in a tensor's address or `_version` (optimiser steps, `copy_`), or else in
+a fingerprint of a few hundred of its elements (`.data` edits, raw-pointer optimisers). NOTE: an
+edit through `.data` that changes only elements outside the sample goes unseen; call
+`recurx.backends.cpu.forget()` after such surgery.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recurx.backends import Backend
+from recurx.nets import ATTENTION, BlockSpec, NetSpec
+from recurx.problem import Problem
+from recurx.schedule import INPUT
+
+MAX_PACKED = 16  # nets kept packed; a full-size TRM net is 14 MB in bf16, 27 MB in fp32
+MAX_TOKENS = 4096
+MAX_HEAD_DIM = 128
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    """The compiled module, or why there is none."""
+    try:
+        from recurx import _C
+    except ImportError as error:
+        return None, f"needs the compiled module recurx._C ({error}); reinstall with a C++ compiler"
+    if not hasattr(_C, "cpu_run"):
+        return None, "needs a recurx._C with the CPU engine; rebuild it"
+    return _C, ""
+
+
+class PackedWeights:
+    """Packed nets by their weight tensors: weak, bounded, safe to use from several threads."""
+
+    def __init__(self, module: ModuleType, limit: int = MAX_PACKED) -> None:
+        self._module = module
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[Any, tuple[Any, tuple[weakref.ref[Tensor], ...], Any]] = (
+            OrderedDict()
+        )
+
+    def get(self, spec: NetSpec, weights: Sequence[Tensor], bf16: bool, isa: str) -> Any:
+        """The packed net; packs if it is new or if a weight changed since."""
+        slot = (spec, bf16, isa, tuple(id(weight) for weight in weights))
+        with self._lock:
+            state = self._state(weights)
+            entry = self._entries.get(slot)
+            # An id may belong to a new tensor by now; the weak references tell.
+            alive = entry is not None and all(
+                ref() is weight for ref, weight in zip(entry[1], weights, strict=True)
+            )
+            if entry is not None and alive and entry[0] == state:
+                self._entries.move_to_end(slot)
+                return entry[2]
+            self._entries.pop(slot, None)
+            packed = self._pack(spec, weights, bf16, isa)
+            refs = tuple(weakref.ref(weight, lambda _: self._drop(slot)) for weight in weights)
+            self._entries[slot] = (state, refs, packed)
+            while len(self._entries) > self._limit:
+                self._entries.popitem(last=False)
+            return packed
+
+    def clear(self) -> None:
+        with self._lock:
+            self._entries.clear()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _drop(self, slot: Any) -> None:
+        # Runs whenever the collector pleases, the lock perhaps held by this very thread: dict
+        # methods are atomic, and a lost race only drops an entry that is packed again.
+        self._entries.pop(slot, None)
+
+    def _state(self, weights: Sequence[Tensor]) -> tuple[Any, ...]:
+        marks = tuple(
+            (w.data_ptr(), -1 if w.is_inference() else w._version, w.dtype, w.stride())
+            for w in weights
+        )
+        spans = [(w.data_ptr(), w.numel() * w.element_size()) for w in weights if w.is_contiguous()]
+        return marks, self._module.cpu_fingerprint(spans)
+
+    def _pack(self, spec: NetSpec, weights: Sequence[Tensor], bf16: bool, isa: str) -> Any:
+        plain = [_plain(weight) for weight in weights]
+        blocks = [_block_tuple(block) for block in spec.blocks]
+        pointers = [(w.data_ptr(), w.dtype == torch.bfloat16) for w in plain]
+        return self._module.cpu_pack(blocks, pointers, bf16, isa)
+
+
+def _plain(weight: Tensor) -> Tensor:
+    """Contiguous fp32 or bf16."""
+    weight = weight.detach()
+    return (weight if weight.dtype in DTYPES else weight.float()).contiguous()
+
+
+def _block_tuple(block: BlockSpec) -> tuple[bool, int, int, int, int, int, int, float]:
+    return (
+        block.kind != ATTENTION,
+        block.hidden,
+        block.inner,
+        block.num_heads,
+        block.head_dim,
+        block.tokens,
+        block.token_inner,
+        block.eps,
+    )
+
+
+class Cpu(Backend):
+    name = "cpu"
+    device_types = ("cpu",)
+
+    def __init__(self, module: ModuleType | None = None) -> None:
+        """`module`: a build of the engine other than recurx._C (tests run emulated engines)."""
+        self._given = module
+        self._module: ModuleType | None = None
+        self._missing: str | None = None
+        self._packed: PackedWeights | None = None
+        self._lock = threading.Lock()
+
+    def _engine(self) -> tuple[ModuleType | None, PackedWeights | None]:
+        with self._lock:
+            if self._missing is None:
+                self._module, self._missing = (self._given, "") if self._given else _load()
+                if self._module is not None:
+                    self._packed = PackedWeights(self._module)
+            return self._module, self._packed
+
+    @property
+    def packed(self) -> PackedWeights | None:
+        """The cache of packed weights; None without a compiled module."""
+        return self._engine()[1]
+
+    def why_unavailable(self) -> str | None:
+        module, _ = self._engine()
+        if module is None:
+            return self._missing
+        try:
+            module.cpu_isa()
+        except RuntimeError as error:
+            return f"cannot run: {error}"
+        return None
+
+    def why_unsupported(self, problem: Problem) -> str | None:
+        if problem.opaque:
+            return f"cannot look inside the plain callable {problem.opaque[0]!r}"
+        if problem.dtype not in DTYPES:
+            return f"runs float32 and bfloat16 states, not {problem.dtype}"
+        if problem.hidden % 32:
+            return f"needs D to be a multiple of 32, got D={problem.hidden}"
+        if problem.tokens > MAX_TOKENS:
+            return f"runs up to T={MAX_TOKENS} tokens, got T={problem.tokens}"
+        for name, spec in problem.nets:
+            for block in spec.blocks:
+                dim = block.head_dim
+                if block.kind == ATTENTION and (dim % 16 or dim > MAX_HEAD_DIM):
+                    return (
+                        f"needs head_dim to be a multiple of 16 up to {MAX_HEAD_DIM}, "
+                        f"net {name!r} has {dim}"
+                    )
+        return None
+
+    def run(
+        self,
+        problem: Problem,
+        x: Tensor,
+        states: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        cos: Tensor | None,
+        sin: Tensor | None,
+        start: int,
+        stop: int,
+    ) -> list[Tensor]:
+        module, cache = self._engine()
+        assert module is not None and cache is not None, "checked by why_unavailable"
+        names = (INPUT, *problem.schedule.states)
+        index = {name: i for i, name in enumerate(names)}
+        nets = problem.bind(weights)
+        order = list(nets)
+        steps = [
+            (
+                order.index(step.net),
+                index[step.write],
+                [index[name] for name in step.state],
+                [index[name] for name in step.inject],
+            )
+            for step in problem.schedule.steps[start:stop]
+        ]
+        isa, bf16 = module.cpu_isa(), problem.dtype == torch.bfloat16
+        packed = [cache.get(net.spec, net.weights, bf16, isa) for net in nets.values()]
+        inputs = [x.detach().contiguous(), *(state.detach().contiguous() for state in states)]
+        outputs = [torch.empty_like(state) for state in inputs[1:]]
+        tables = None
+        if cos is not None and sin is not None:
+            tables = [table.detach().float().contiguous() for table in (cos, sin)]
+        module.cpu_run(
+            packed,
+            steps,
+            (problem.batch, problem.tokens, problem.hidden),
+            [state.data_ptr() for state in inputs],
+            [0, *(state.data_ptr() for state in outputs)],
+            tables[0].data_ptr() if tables else 0,
+            tables[1].data_ptr() if tables else 0,
+            max(1, min(torch.get_num_threads(), os.cpu_count() or 1)),
+        )
+        return outputs
+
+
+BACKEND = Cpu()
+
+
+def forget() -> None:
+    """Drop all packed weights, so that the next call packs anew."""
+    if BACKEND.packed is not None:
+        BACKEND.packed.clear()
