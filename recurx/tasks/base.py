@@ -1,0 +1,96 @@
+"""What a task is: examples, symmetries, an honest split, and a checker that needs no labels."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Tokens = NDArray[np.int64]  # [N, T] token ids; 0 is padding in every task
+Flags = NDArray[np.bool_]  # [N]
+
+PAD = 0
+
+
+@dataclass(frozen=True)
+class Examples:
+    """N questions and their answers, both [N, T] int64 token ids."""
+
+    inputs: Tokens
+    answers: Tokens
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def take(self, rows: NDArray[np.int64] | Flags) -> Examples:
+        """The rows that an index array or a mask selects."""
+        return Examples(self.inputs[rows], self.answers[rows])
+
+    @staticmethod
+    def join(parts: list[Examples]) -> Examples:
+        return Examples(
+            np.concatenate([part.inputs for part in parts]),
+            np.concatenate([part.answers for part in parts]),
+        )
+
+
+class Task(ABC):
+    """A family of puzzles with `seq_len` tokens out of `vocab_size`.
+
+    Attributes:
+        name: the name under which the registry made it, options included.
+        seq_len, vocab_size: T, and the number of token ids.
+        pool: how many fresh examples a sampler generates before it recombines them by symmetry;
+            0 if generating is so cheap that every example can be fresh.
+        held_out_rule: one sentence saying what the held-out examples have that training never has.
+    """
+
+    name: str
+
+    @property
+    @abstractmethod
+    def seq_len(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def pool(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def held_out_rule(self) -> str: ...
+
+    @abstractmethod
+    def generate(self, rng: np.random.Generator, count: int) -> Examples:
+        """`count` fresh examples."""
+
+    @abstractmethod
+    def augment(self, rng: np.random.Generator, examples: Examples) -> Examples:
+        """Each example under a random symmetry of the task; the answer stays right."""
+
+    @abstractmethod
+    def held_out(self, examples: Examples) -> Flags:
+        """Which examples belong to the held-out side. A property of the example alone, so the
+        two sides are disjoint whatever was drawn, augmented, or resumed."""
+
+    @abstractmethod
+    def check(self, inputs: Tokens, answers: Tokens) -> Flags:
+        """Whether each answer is right by the rules and the givens; needs no solution."""
+
+    @abstractmethod
+    def text(self, tokens: NDArray[np.int64]) -> str:
+        """One row of tokens [T] as readable text, one line a row of the board."""
+
+
+def hashed_share(keys: NDArray[np.int64], share: int) -> Flags:
+    """A fixed pseudo-random 1/share of all keys [N, K]; rows that are equal answer alike."""
+    mixed = np.full(len(keys), 0x9E3779B97F4A7C15, dtype=np.uint64)
+    for column in np.ascontiguousarray(keys).T.astype(np.uint64):
+        mixed = (mixed ^ column) * np.uint64(0xBF58476D1CE4E5B9)  # multiply, shift, xor: splitmix64
+        mixed ^= mixed >> np.uint64(29)
+    return mixed % np.uint64(share) == 0

@@ -1,0 +1,168 @@
+"""Mazes: find the shortest path from S to G.
+
+Tokens (the convention of the official Maze data): 0 padding, then `#` wall, space, S, G, and `o`
+for a cell of the path. The maze is a tree of corridors, so there is one path; the checker takes
+any shortest path, also in mazes from elsewhere that have several.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recurx.errors import bad_argument
+from recurx.tasks.base import Examples, Flags, Task, Tokens, hashed_share
+
+CHARACTERS = "?# SGo"  # by token id
+WALL, OPEN, START, GOAL, PATH = range(1, 6)
+HELD_OUT_SHARE = 8
+
+
+@dataclass(frozen=True)
+class Maze(Task):
+    """A maze of `size` x `size` cells whose path is at least `shortest` steps (default: size)."""
+
+    size: int = 10
+    shortest: int | None = None
+    name: str = "maze"
+
+    def __post_init__(self) -> None:
+        if self.size < 4:
+            raise bad_argument("tasks.maze", "size", "at least 4", self.size)
+        if self.shortest is not None and not 1 <= self.shortest <= 2 * self.size:
+            raise bad_argument("tasks.maze", "shortest", f"1..{2 * self.size}", self.shortest)
+
+    @property
+    def seq_len(self) -> int:
+        return self.size * self.size
+
+    @property
+    def vocab_size(self) -> int:
+        return len(CHARACTERS)
+
+    @property
+    def pool(self) -> int:
+        return 1024  # some seconds of pure Python at 10x10
+
+    @property
+    def held_out_rule(self) -> str:
+        return "no rotation or reflection of them is a training maze"
+
+    def generate(self, rng: np.random.Generator, count: int) -> Examples:
+        pairs: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+        while len(pairs) < count:
+            grid = self._corridors(rng)
+            path = self._long_path(rng, grid)
+            if path is not None:
+                pairs.append(self._example(grid, path))
+        inputs, answers = zip(*pairs, strict=True) if pairs else ((), ())
+        shape = (count, self.seq_len)
+        return Examples(
+            np.array(inputs, dtype=np.int64).reshape(shape),
+            np.array(answers, dtype=np.int64).reshape(shape),
+        )
+
+    def _corridors(self, rng: np.random.Generator) -> NDArray[np.int64]:
+        """Carve a random tree: a wall falls where exactly one of its neighbours is open."""
+        grid = np.full(self.seq_len, WALL, dtype=np.int64)
+        frontier = [int(rng.integers(self.seq_len))]
+        grid[frontier[0]] = OPEN
+        frontier = self._neighbours(frontier[0])
+        while frontier:
+            # Mostly the newest wall (long corridors), now and then any (branches).
+            at = len(frontier) - 1 if rng.random() < 0.7 else int(rng.integers(len(frontier)))
+            cell = frontier.pop(at)
+            around = self._neighbours(cell)
+            if grid[cell] == WALL and sum(grid[n] == OPEN for n in around) == 1:
+                grid[cell] = OPEN
+                walls = [n for n in around if grid[n] == WALL]
+                frontier += [walls[i] for i in rng.permutation(len(walls))]
+        return grid
+
+    def _long_path(self, rng: np.random.Generator, grid: NDArray[np.int64]) -> list[int] | None:
+        """The path between a random open cell and a random cell far enough from it."""
+        start = int(rng.choice(np.flatnonzero(grid == OPEN)))
+        distance = self._distances(grid, start)
+        shortest = self.size if self.shortest is None else self.shortest
+        far = [cell for cell, steps in distance.items() if steps >= shortest]
+        if not far:
+            return None
+        path = [far[int(rng.integers(len(far)))]]
+        while path[-1] != start:
+            here = distance[path[-1]]
+            path.append(next(n for n in self._neighbours(path[-1]) if distance.get(n) == here - 1))
+        return path
+
+    def _example(
+        self, grid: NDArray[np.int64], path: list[int]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        question = grid.copy()
+        question[path[0]], question[path[-1]] = START, GOAL
+        answer = question.copy()
+        answer[path[1:-1]] = PATH
+        return question, answer
+
+    def _neighbours(self, cell: int) -> list[int]:
+        row, column = divmod(cell, self.size)
+        return [
+            r * self.size + c
+            for r, c in ((row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1))
+            if 0 <= r < self.size and 0 <= c < self.size
+        ]
+
+    def _distances(self, grid: NDArray[np.int64], start: int) -> dict[int, int]:
+        """Steps from `start` to every cell that can be reached without crossing a wall."""
+        distance = {start: 0}
+        queue = deque([start])
+        while queue:
+            cell = queue.popleft()
+            for neighbour in self._neighbours(cell):
+                if grid[neighbour] != WALL and neighbour not in distance:
+                    distance[neighbour] = distance[cell] + 1
+                    queue.append(neighbour)
+        return distance
+
+    def augment(self, rng: np.random.Generator, examples: Examples) -> Examples:
+        images = self._images[rng.integers(8, size=len(examples))]
+        return Examples(
+            np.take_along_axis(examples.inputs, images, axis=1),
+            np.take_along_axis(examples.answers, images, axis=1),
+        )
+
+    @functools.cached_property
+    def _images(self) -> NDArray[np.int64]:
+        """[8, T]: the cells under each rotation and reflection of the square."""
+        grid = np.arange(self.seq_len).reshape(self.size, self.size)
+        turned = [np.rot90(side, k) for side in (grid, grid.T) for k in range(4)]
+        return np.stack(turned).reshape(8, self.seq_len)
+
+    def held_out(self, examples: Examples) -> Flags:
+        walls = (examples.inputs == WALL).astype(np.int64)[:, self._images]  # [N, 8, T]
+        first = np.lexsort(walls.transpose(2, 0, 1)[::-1], axis=-1)[:, :1, None]
+        canonical = np.take_along_axis(walls, first, axis=1)[:, 0]
+        return hashed_share(canonical, HELD_OUT_SHARE)
+
+    def check(self, inputs: Tokens, answers: Tokens) -> Flags:
+        return np.array(
+            [self._right(i, a) for i, a in zip(inputs, answers, strict=True)], dtype=bool
+        )
+
+    def _right(self, question: NDArray[np.int64], answer: NDArray[np.int64]) -> bool:
+        path = answer == PATH
+        if not (np.where(path, OPEN, answer) == question).all():
+            return False  # a wall, S or G was changed, or the path runs over one
+        start, goal = np.flatnonzero(question == START), np.flatnonzero(question == GOAL)
+        if len(start) != 1 or len(goal) != 1:
+            return False
+        steps = self._distances(question, int(start[0])).get(int(goal[0]))
+        only_path = np.where(path | (question == START) | (question == GOAL), OPEN, WALL)
+        along = self._distances(only_path, int(start[0])).get(int(goal[0]))
+        return along is not None and along == steps == path.sum() + 1
+
+    def text(self, tokens: NDArray[np.int64]) -> str:
+        rows = tokens.reshape(self.size, self.size)
+        return "\n".join("".join(CHARACTERS[token] for token in row) for row in rows)
