@@ -131,18 +131,14 @@ def test_halting_exploration_and_replacement_go_alike(system: str, training: boo
         carry = head.initial_carry(official.batch())
         trace = []
         for step in range(6):
-            keys = ["logits", "q_halt_logits", "preds"]
             carry, loss, metrics, out, done = head(
                 return_keys=keys, carry=carry, batch=official.batch(seed=step)
             )
             loss.backward()
             depths |= set(carry.steps[carry.halted].tolist())
             trace += [carry.steps, carry.halted, done, carry.current_data["inputs"]]
-            trace += [
-                loss.detach(),
-                *(metrics[k] for k in sorted(metrics)),
-                *(out[k] for k in keys),
-            ]
+            trace += [loss.detach(), *(metrics[k] for k in sorted(metrics))]
+            trace += [out[k] for k in keys]
         traces.append([*trace, *(g for g in gradients(head.model).values() if g is not None)])
     assert len(depths) > 1 if training else depths == {4}, "samples must halt at many depths"
     for index, (want, got) in enumerate(zip(*traces, strict=True)):

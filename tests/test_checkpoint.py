@@ -1,0 +1,279 @@
+"""Checkpoints: official names under any wrapper, rows of the table, refusals, atomic writing."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import recurx
+from recurx import CheckpointError, InvalidArgument
+from recurx.models import HRM, TRM, ACTLossHead, HRMConfig, TRMConfig
+from recurx.models.act import RecursiveModel
+
+TABLE = "inner.puzzle_emb.weights"
+SMALL = dict(puzzle_emb_ndim=64, puzzle_emb_len=2, num_puzzle_identifiers=9)
+MODELS = {
+    "trm": lambda: TRM(TRMConfig.tiny(11, 16, **SMALL)),
+    "mlp": lambda: TRM(TRMConfig.tiny(11, 16, mlp_t=True, pos_encodings="none", **SMALL)),
+    "single_z": lambda: TRM(TRMConfig.tiny(11, 16, variant="single_z", forward_dtype="bfloat16")),
+    "hier6": lambda: TRM(TRMConfig.tiny(11, 16, variant="hier6", pos_encodings="learned")),
+    "hrm": lambda: HRM(HRMConfig.tiny(11, 16, puzzle_emb_ndim=64)),
+}
+HINTS = dict(seq_len=16, num_heads=2, puzzle_emb_len=2)
+
+
+def random_model(kind: str) -> RecursiveModel:
+    """A model whose every tensor differs from a fresh one, the table's rows too."""
+    torch.manual_seed(0)
+    model = MODELS[kind]().eval()
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.normal_()
+    return model
+
+
+def outputs(model: RecursiveModel) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    batch = {
+        "inputs": torch.randint(0, 11, (2, 16), generator=generator),
+        "puzzle_identifiers": torch.zeros(2, dtype=torch.int32),
+    }
+    with torch.no_grad():
+        return model(model.initial_carry(batch), batch)[1]
+
+
+def same_answers(a: RecursiveModel, b: RecursiveModel) -> None:
+    for name, want in outputs(a).items():
+        assert torch.equal(outputs(b)[name], want), name
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.model.", "module._orig_mod.model.", "model."])
+def test_official_files_of_any_wrapper_build_the_model(
+    kind: str, prefix: str, tmp_path: Path
+) -> None:
+    model = random_model(kind)
+    state = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+    torch.save(state, tmp_path / "step_100")  # official files have no suffix
+    save_file(state, tmp_path / "net.safetensors")
+    hints = HINTS | ({"puzzle_emb_len": 0} if kind == "hrm" else {})
+    cycles = dict(H_cycles=model.config.H_cycles, L_cycles=model.config.L_cycles)
+    for file in ("step_100", "net.safetensors"):
+        checkpoint = recurx.load_checkpoint(tmp_path / file, **hints, **cycles)
+        assert dict(checkpoint).keys() == model.state_dict().keys()
+        same_answers(model, checkpoint.build())
+        fresh = MODELS[kind]()
+        fresh.load_state_dict(dict(checkpoint))
+        same_answers(model, fresh.eval())
+
+
+def test_wrappers_of_today_are_read_back(tmp_path: Path) -> None:
+    model = random_model("trm")
+    wrapped = torch.compile(ACTLossHead(nn.ModuleDict({"module": model})["module"]))
+    torch.save(wrapped.state_dict(), tmp_path / "a.pt")
+    inner_only = model.inner.state_dict()
+    torch.save({"state_dict": inner_only, "step": 3}, tmp_path / "b.pt")
+    for file in ("a.pt", "b.pt"):
+        same_answers(model, recurx.load_checkpoint(tmp_path / file, **HINTS).build())
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_our_own_file_needs_no_hints(kind: str, tmp_path: Path) -> None:
+    model = random_model(kind)
+    path = tmp_path / "m.safetensors"
+    recurx.save_checkpoint(path, torch.compile(ACTLossHead(model)), extra={"step": 7, "loss": 0.5})
+    checkpoint = recurx.load_checkpoint(path)
+    assert checkpoint.config == model.config
+    assert checkpoint.assumed == {}
+    assert checkpoint.extra == {"step": 7, "loss": 0.5}
+    same_answers(model, checkpoint.build())
+    assert os.listdir(tmp_path) == ["m.safetensors"]
+
+
+def test_only_the_asked_rows_are_read_in_their_order(tmp_path: Path) -> None:
+    model = random_model("trm")
+    table = model.state_dict()[TABLE]
+    torch.save(model.state_dict(), tmp_path / "m.pt")
+    recurx.save_checkpoint(tmp_path / "m.safetensors", model)
+    for file in ("m.pt", "m.safetensors"):
+        checkpoint = recurx.load_checkpoint(tmp_path / file, puzzle_rows=[7, 2], **HINTS)
+        assert torch.equal(checkpoint[TABLE], table[[7, 2]])
+        assert checkpoint.puzzle_rows.tolist() == [7, 2]
+        built = checkpoint.build()
+        assert built.config.num_puzzle_identifiers == 2
+        assert torch.equal(built.puzzle_emb(torch.tensor([1])), table[[2]])
+        with pytest.raises(CheckpointError, match=r"\[9, 64\].*no row 9"):
+            recurx.load_checkpoint(tmp_path / file, puzzle_rows=[0, 9], **HINTS)
+    with pytest.raises(InvalidArgument, match="puzzle_rows"):
+        recurx.load_checkpoint(tmp_path / "m.pt", puzzle_rows=[])
+    torch.save(random_model("single_z").state_dict(), tmp_path / "none.pt")
+    with pytest.raises(CheckpointError, match=r"no 'inner\.puzzle_emb\.weights'"):
+        recurx.load_checkpoint(tmp_path / "none.pt", puzzle_rows=[0], **HINTS)
+
+
+_PEAK = """
+import sys, recurx, recurx.checkpoint
+def peak():  # MB; not getrusage, which starts at the parent's peak
+    line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+before = peak()
+rows = [5, 99_000] if sys.argv[2] == "rows" else None
+c = recurx.load_checkpoint(sys.argv[1], puzzle_rows=rows, seq_len=16, num_heads=2)
+c.build()
+if rows is None:
+    c["inner.puzzle_emb.weights"].sum()
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("file", ["big.pt", "big.safetensors"])
+def test_a_large_table_stays_on_disk(file: str, tmp_path: Path) -> None:
+    model = TRM(TRMConfig.tiny(11, 16, puzzle_emb_ndim=256, num_puzzle_identifiers=100_000))
+    if file == "big.pt":
+        torch.save(model.state_dict(), tmp_path / file)
+    else:
+        recurx.save_checkpoint(tmp_path / file, model)
+    size = (tmp_path / file).stat().st_size / 2**20
+    assert size > 90
+
+    def peak(which: str) -> float:
+        command = [sys.executable, "-c", _PEAK, str(tmp_path / file), which]
+        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    assert peak("rows") < 30, "MB: the asked rows and the net only"
+    assert peak("all") > 0.9 * size, "the measure must see a table that is read"
+
+
+def test_what_shapes_do_not_tell_is_said(tmp_path: Path) -> None:
+    model = TRM(TRMConfig.sudoku_att(L_layers=1))
+    torch.save(model.state_dict(), tmp_path / "step_1")
+    checkpoint = recurx.load_checkpoint(tmp_path / "step_1")
+    assert checkpoint.config == model.config
+    expected = {"num_heads", "pos_encodings", "H_cycles", "L_cycles", "puzzle_emb_len", "seq_len"}
+    assert set(checkpoint.assumed) == expected
+    assert "assumed num_heads=8: head_dim 64" in str(checkpoint)
+    told = recurx.load_checkpoint(tmp_path / "step_1", config={"L_cycles": 4, "num_heads": 4})
+    assert (told.config.L_cycles, told.config.num_heads) == (4, 4)
+    assert set(told.assumed) == expected - {"L_cycles", "num_heads"}
+
+
+def test_the_configuration_beside_an_official_file_is_read(tmp_path: Path) -> None:
+    pytest.importorskip("yaml")
+    model = TRM(TRMConfig.sudoku_att(L_layers=1, L_cycles=3, num_heads=4))
+    torch.save(model.state_dict(), tmp_path / "step_1")
+    arch = (
+        "{H_cycles: 3, L_cycles: 3, num_heads: 4, expansion: 4, puzzle_emb_len: 16, loss: {a: 1}}"
+    )
+    (tmp_path / "all_config.yaml").write_text(f"arch: {arch}\nlr: 0.1\n")
+    checkpoint = recurx.load_checkpoint(tmp_path / "step_1")
+    assert checkpoint.config == model.config
+    assert set(checkpoint.assumed) == {"pos_encodings", "seq_len"}
+
+
+def test_another_forward_dtype_is_a_choice(tmp_path: Path) -> None:
+    model = random_model("single_z")
+    recurx.save_checkpoint(tmp_path / "m.safetensors", model)
+    for built in (
+        recurx.load_checkpoint(tmp_path / "m.safetensors").build(forward_dtype="float32"),
+        recurx.load_checkpoint(tmp_path / "m.safetensors", forward_dtype="float32").build(),
+    ):
+        assert built.inner.L_init.dtype == torch.float32
+        assert outputs(built)["logits"].dtype == torch.float32
+
+
+def test_models_built_twice_do_not_share_their_net(tmp_path: Path) -> None:
+    recurx.save_checkpoint(tmp_path / "m.safetensors", random_model("trm"))
+    checkpoint = recurx.load_checkpoint(tmp_path / "m.safetensors")
+    first, second = checkpoint.build(), checkpoint.build()
+    with torch.no_grad():
+        first.inner.lm_head.weight.zero_()
+    assert second.inner.lm_head.weight.any()
+
+
+# ---- refusals: the key and the shape are named ---------------------------------------------
+
+
+def broken(change: Any) -> dict[str, Tensor]:
+    state = dict(random_model("trm").state_dict())
+    change(state)
+    return state
+
+
+QKV = "inner.L_level.layers.0.self_attn.qkv_proj.weight"
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda s: s.pop("inner.q_head.bias"), r"missing 'inner.q_head.bias' \[2\]"),
+        (lambda s: s.update(odd=torch.zeros(3)), r"unexpected 'odd' \[3\]"),
+        (lambda s: s.update({QKV: torch.zeros(64, 64)}), rf"'{QKV}' is \[64, 64\], expected \[192"),
+        (lambda s: s.pop("inner.embed_tokens.embedding_weight"), "no .*embed_tokens"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_wrong_names_and_shapes_are_named(
+    change: Any, message: str, suffix: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"m.{suffix}"
+    (save_file if suffix == "safetensors" else torch.save)(broken(change), path)
+    with pytest.raises(CheckpointError, match=message) as error:
+        recurx.load_checkpoint(path, **HINTS)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+@pytest.mark.parametrize("keep", [0.0, 0.3, 0.99])
+def test_truncated_files_are_refused(suffix: str, keep: float, tmp_path: Path) -> None:
+    path = tmp_path / f"m.{suffix}"
+    (save_file if suffix == "safetensors" else torch.save)(broken(lambda s: None), path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content))])
+    with pytest.raises(CheckpointError, match="truncated"):
+        recurx.load_checkpoint(path, **HINTS)
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("echo run > /dev/null",)
+
+
+def test_pickled_code_is_refused_and_not_run(tmp_path: Path) -> None:
+    torch.save({"inner.H_init": Bomb()}, tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match="pickled code"):
+        recurx.load_checkpoint(tmp_path / "m.pt")
+    (tmp_path / "p.pt").write_bytes(pickle.dumps([Bomb()]))
+    with pytest.raises(CheckpointError):
+        recurx.load_checkpoint(tmp_path / "p.pt")
+    with pytest.raises(CheckpointError, match="expected a tensor"):
+        torch.save({"inner.H_init": 3}, tmp_path / "n.pt")
+        recurx.load_checkpoint(tmp_path / "n.pt")
+    with pytest.raises(FileNotFoundError):
+        recurx.load_checkpoint(tmp_path / "absent.pt")
+
+
+def test_an_interrupted_save_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m.safetensors"
+    recurx.save_checkpoint(path, random_model("trm"))
+    before = path.read_bytes()
+
+    def interrupted(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("recurx.checkpoint.os.fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        recurx.save_checkpoint(path, random_model("mlp"))
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["m.safetensors"]
