@@ -206,6 +206,24 @@ def test_nvcc_behind_a_shell_script_is_found_and_used(cuda_checkout, tmp_path, m
     assert python(HAS_CUDA, cwd=cuda_checkout).strip() == "True"
 
 
+def test_nvcc_of_nvidias_wheels_is_found(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "csrc")
+    import native_tools
+
+    for variable in ("CUDA_HOME", "CUDA_PATH", "RECURX_CUDA_ARCHS"):
+        monkeypatch.delenv(variable, raising=False)
+    fake_nvcc(tmp_path / "nvidia" / "cu13", compiles=False)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = native_tools.find_cuda()
+    assert found.found_by == "NVIDIA's PyPI wheels"
+    assert (found.version, found.archs) == ("13.0.88", ("80", "90"))
+
+    (tmp_path / "nvidia" / "cu13" / "lib64" / "libcudart_static.a").unlink()
+    with pytest.raises(native_tools.NotFound, match=r"no nvcc on PATH; .* has no libcudart_static"):
+        native_tools.find_cuda()
+
+
 def test_cuda_that_does_not_compile_leaves_the_cpu_engine(cuda_checkout, tmp_path):
     toolkit = fake_nvcc(tmp_path / "toolkit", compiles=False)
     _, said = build(cuda_checkout, CUDA_HOME=str(toolkit))
@@ -283,16 +301,20 @@ def test_csrc_includes_no_torch_header():
 
 
 def test_import_is_lazy_and_quick():
-    """Beyond torch it loads two small modules: under 0.3 s, which this leaves far below."""
+    """`import recurx` adds under 0.3 s to torch, and its first use brings in no compiler either."""
     source = """
         import json, sys, time, torch
         before, start = set(sys.modules), time.perf_counter()
         import recurx
-        print(json.dumps([time.perf_counter() - start, sorted(set(sys.modules) - before)]))
+        seconds, imported = time.perf_counter() - start, set(sys.modules) - before
+        recurx.recurse, recurx.Schedule, recurx.explain
+        print(json.dumps([seconds, sorted(imported), sorted(set(sys.modules) - before)]))
     """
-    seconds, modules = json.loads(python(source, cwd=ROOT))
-    assert modules == ["recurx", "recurx._checkout"]
+    seconds, imported, used = json.loads(python(source, cwd=ROOT))
+    assert imported == ["recurx", "recurx._checkout"]
     assert seconds < 0.3
+    assert "recurx.api" in used
+    assert not {"torch._dynamo", "torch._inductor", "triton", "rich", "safetensors"} & set(used)
 
 
 def test_every_public_name_loads_without_the_optional_parts():

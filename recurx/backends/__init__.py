@@ -11,7 +11,6 @@ import functools
 import importlib
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from recurx.errors import BackendUnavailable, bad_argument
@@ -98,7 +97,6 @@ def select(name: str, problem: Problem) -> Backend:
     return get(name)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_fused(device_type: str) -> bool:
     """Whether `auto` has anything beyond the reference for this type of device.
 
@@ -110,3 +108,8 @@ def has_fused(device_type: str) -> bool:
         for name in ORDER
         if name != "eager"
     )
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import torch._dynamo, which
+# takes seconds, for everybody who never compiles.
+has_fused._dynamo_marked_constant = True  # type: ignore[attr-defined]
