@@ -34,6 +34,7 @@ struct Event {
   uint16_t actor = 0;
   Kind kind = Kind::kGeneric;
   uint64_t where = 0;  // code address, or named()
+  bool unchanged = false;  // a write of the bytes that were there
 };
 
 struct Published {  // what a synchronisation object carries from its releasers to its acquirers

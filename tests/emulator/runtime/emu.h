@@ -80,7 +80,10 @@ uint32_t cvta_shared(const void* generic);
 uint8_t* shared_ptr(uint32_t addr);  // checks the rank and that the offset is inside
 uint32_t mapa(uint32_t addr,
               unsigned rank);  // shared::cluster address of the same variable in CTA `rank`
-void access(const void* p, size_t n, bool write, const char* what = "ld/st");  // race hook
+// The race hook. `unchanged`: a write of the bytes that are there already; lanes of one warp may make
+// it together by one instruction (`what`), as compilers do with a value that all of them hold.
+void access(const void* p, size_t n, bool write, const char* what = "ld/st",
+            bool unchanged = false);
 
 // ---- synchronisation ----------------------------------------------------------------------------
 void bar_sync(int id, int threads);  // threads -1: every live thread of the CTA

@@ -9,17 +9,19 @@ namespace emu {
 extern __thread const uint8_t* window_base;
 extern __thread size_t window_bytes;
 
-static void check(const void* p, size_t n, bool write, uint64_t where) {
+static void check(const void* p, size_t n, bool write, uint64_t where, bool unchanged = false) {
   Gang* g = gang;
   g->stats.accesses++;
   if (config().yield_chance > 0 && (g->random() & 0xffff) < config().yield_chance * 65536) yield();
   window_check(static_cast<const uint8_t*>(p), n, write ? "write" : "read");
-  if (g->race.on)
-    g->race.touch(p, n, write, g->race.thread_event(self(), where), g->race.row(self()));
+  if (!g->race.on) return;
+  Event event = g->race.thread_event(self(), where);
+  event.unchanged = unchanged;
+  g->race.touch(p, n, write, event, g->race.row(self()));
 }
 
-void access(const void* p, size_t n, bool write, const char* what) {
-  check(p, n, write, named(what));
+void access(const void* p, size_t n, bool write, const char* what, bool unchanged) {
+  check(p, n, write, named(what), unchanged);
 }
 
 static inline void hook(const void* p, size_t n, bool write, void* caller) {
