@@ -91,7 +91,9 @@ def recurse(
     states = {name: carry[name] for name in schedule.states}
     if schedule.detach_carry:
         states = {name: state.detach() for name, state in states.items()}
-    with _autocast_off(x) as dtype:
+    # A plain callable is somebody's own PyTorch: autocast stays as they set it.
+    foreign = any(not isinstance(net, Net) for net in bound.values())
+    with contextlib.nullcontext() if foreign else _autocast_off(x) as dtype:
         if dtype is not None:
             x, states = x.to(dtype), {name: state.to(dtype) for name, state in states.items()}
         out = _run(schedule, bound, x, states, backend, cos_sin, start, stop, save)

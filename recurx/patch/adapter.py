@@ -1,0 +1,61 @@
+"""What `recurx.patch` needs to know about one family of code. One file a family implements it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import nn
+
+from recurx.problem import Problem
+
+
+class Plan(Protocol):
+    """What a replacement needs beyond the module itself. Holds no module and no tensor."""
+
+    backend: str
+
+
+class Adapter(Protocol):
+    """One family of recursive models."""
+
+    method: str  # the method that is replaced
+
+    def resembles(self, module: nn.Module) -> bool:
+        """Whether `module` is meant to be of this family, as far as its names tell."""
+
+    def resembles_class(self, cls: type) -> bool:
+        """The same for a class, of which only the methods are known."""
+
+    def differences(self, module: nn.Module) -> list[str]:
+        """What keeps `module` from being patched, one sentence each; empty if nothing."""
+
+    def plan(self, module: nn.Module, backend: str) -> Plan:
+        """The plan of a module without differences."""
+
+    def problem(self, module: nn.Module, plan: Any) -> Problem:
+        """The recursion as backends see it, for one sample."""
+
+    def replacement(self, plan: Any) -> Callable[..., object]:
+        """A function for `module.method`; it carries `plan` as attribute `recurx_plan`."""
+
+    def describe(self, module: nn.Module, plan: Any) -> list[str]:
+        """What runs on recurx and what stays PyTorch."""
+
+    def probe(self, module: nn.Module, plan: Any, force: bool) -> str:
+        """Compare replacement and original on a small batch; what was compared, in a sentence.
+
+        Raises UnsupportedModel if they differ. Leaves random state, flags and gradients alone.
+        """
+
+
+def signature_difference(owner: object, method: str, expected: list[str]) -> list[str]:
+    """What is odd about the parameters of `method` of the class of `owner`, if anything."""
+    function = getattr(owner if isinstance(owner, type) else type(owner), method, None)
+    if function is None:
+        return [f"it has no method `{method}`"]
+    names = [name for name in inspect.signature(function).parameters if name != "self"]
+    if names != expected:
+        return [f"`{method}` takes ({', '.join(names)}), expected ({', '.join(expected)})"]
+    return []

@@ -1,0 +1,174 @@
+"""Finding what can be patched in an instance, a class or an imported module, and doing it."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from recurx import backends
+from recurx.errors import BackendUnavailable, UnsupportedModel
+from recurx.patch.adapter import Adapter
+from recurx.patch.handle import Entry, PatchHandle
+from recurx.patch.lucidrains import Lucidrains
+from recurx.patch.official import Official
+
+ADAPTERS: tuple[Adapter, ...] = (Official(), Lucidrains())
+_KNOWN = "official TRM, single-z, hier6 and HRM code, and lucidrains' TinyRecursiveModel"
+
+
+def patch(
+    model: nn.Module | type[nn.Module] | ModuleType,
+    backend: str = "auto",
+    *,
+    probe: bool | None = None,
+) -> PatchHandle:
+    """Run the recursion of official TRM / HRM code, or of lucidrains', on recurx.
+
+    Args:
+        model: a module with the recursion anywhere in its tree (loss head, ACT wrapper, DDP,
+            `torch.compile`d or to be compiled); or a class, or an imported module with such
+            classes: then every instance built from now on is patched.
+        backend: what runs the recursion, see `recurx.recurse`. An explicit one that cannot run
+            here raises at once.
+        probe: compare with the original on a random batch before the swap. None: where it is
+            cheap; the report says when it was not done.
+
+    Returns:
+        A handle: `.report` prints what was swapped and what not and why, `.remove()` restores;
+        it is a context manager too.
+
+    Raises:
+        UnsupportedModel: nothing in there is code that recurx knows; the message says what
+            differs. Nothing was changed.
+        BackendUnavailable: an explicit backend cannot run this model here.
+    """
+    if backend not in backends.NAMES:
+        backends.get(backend)  # raises, with the known names
+    handle = PatchHandle()
+    if isinstance(model, nn.Module):
+        _patch_instance(handle, model, backend, probe)
+    elif isinstance(model, type) and issubclass(model, nn.Module):
+        _patch_class(handle, model, backend, probe)
+    elif isinstance(model, ModuleType):
+        _patch_module(handle, model, backend, probe)
+    else:
+        raise UnsupportedModel(
+            f"recurx.patch: expected a torch module, a class of them or an imported module, "
+            f"got {type(model).__name__}."
+        )
+    return handle
+
+
+def find(model: nn.Module) -> list[tuple[str, nn.Module, Adapter]]:
+    """(path, module, adapter) of everything in the tree that resembles a recursion."""
+    return [
+        (name, module, adapter)
+        for name, module in model.named_modules()
+        if "_orig_mod" not in module._modules  # torch.compile's wrapper: its child is found too
+        for adapter in ADAPTERS
+        if adapter.resembles(module)
+    ]
+
+
+def _patch_instance(
+    handle: PatchHandle, model: nn.Module, backend: str, probe: bool | None
+) -> None:
+    ready: list[tuple[nn.Module, str, Callable[..., object]]] = []
+    for where, module, adapter in find(model):
+        differences = adapter.differences(module)
+        details: list[str] = []
+        if not differences:
+            plan = adapter.plan(module, backend)
+            details = adapter.describe(module, plan)
+            details.append(f"backend: {_resolve(adapter, module, plan)}")
+            try:
+                if probe is not False:
+                    details.append(adapter.probe(module, plan, force=bool(probe)))
+                ready.append((module, adapter.method, adapter.replacement(plan)))
+            except UnsupportedModel as error:
+                differences = [str(error)]
+        entry = Entry(where, type(module).__name__, not differences, tuple(differences or details))
+        handle.note(entry)
+    if not ready:
+        raise UnsupportedModel(_refusal(handle, type(model).__name__))
+    for module, method, function in ready:  # all or nothing: no error comes after this line
+        handle.install(module, method, function)
+
+
+def _resolve(adapter: Adapter, module: nn.Module, plan: Any) -> str:
+    """The backend that runs the plan; raises for an explicit one that cannot."""
+    problem = adapter.problem(module, plan)
+    if not problem.opaque:
+        chosen = backends.select(plan.backend, problem).name
+    elif plan.backend in ("auto", "eager"):
+        chosen = "eager"
+    else:
+        raise BackendUnavailable(
+            f"recurx.patch: backend {plan.backend!r} cannot run a network of foreign code "
+            f'({type(getattr(module, "network", module)).__name__}). Use backend="auto".'
+        )
+    return chosen if plan.backend == chosen else f"{plan.backend} -> {chosen}"
+
+
+def _patch_class(
+    handle: PatchHandle, cls: type[nn.Module], backend: str, probe: bool | None
+) -> None:
+    """Patch each instance at the end of its construction."""
+    neighbours = vars(sys.modules.get(cls.__module__, ModuleType(""))).values()
+    if not any(_is_known_class(c) for c in (cls, *neighbours)):
+        handle.note(Entry(cls.__qualname__, "class", False, ("it has no recursion known here",)))
+        raise UnsupportedModel(_refusal(handle, cls.__qualname__))
+    original: Callable[..., None] = cls.__init__
+    own = "__init__" in vars(cls)
+
+    @functools.wraps(original)
+    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if type(self) is cls:  # a subclass is not complete yet, and may do anything
+            _patch_instance(handle, self, backend, probe)
+
+    def undo() -> None:
+        if cls.__init__ is not __init__:
+            return  # somebody wrapped it again: leave theirs
+        if own:
+            cls.__init__ = original  # type: ignore[method-assign]
+        else:
+            del cls.__init__
+
+    cls.__init__ = __init__  # type: ignore[method-assign]
+    handle.on_remove(undo)
+    details = ("instances built from now on are patched; those that exist are not",)
+    handle.note(Entry(cls.__qualname__, "class", True, details))
+
+
+def _patch_module(
+    handle: PatchHandle, module: ModuleType, backend: str, probe: bool | None
+) -> None:
+    known = [value for value in vars(module).values() if _is_known_class(value)]
+    if not known:
+        raise UnsupportedModel(_refusal(handle, f"module {module.__name__}"))
+    for cls in dict.fromkeys(known):
+        _patch_class(handle, cls, backend, probe)
+
+
+def _is_known_class(value: object) -> bool:
+    return (
+        isinstance(value, type)
+        and issubclass(value, nn.Module)
+        and any(adapter.resembles_class(value) for adapter in ADAPTERS)
+    )
+
+
+def _refusal(handle: PatchHandle, what: str) -> str:
+    lines = [f"recurx.patch: nothing to patch in {what}. Known: {_KNOWN}."]
+    for entry in handle.report.refused:
+        lines.append(f"  {entry.where or 'the module'} ({entry.kind}) differs:")
+        lines += [f"    {line}" for line in entry.details]
+    if not handle.report.refused:
+        lines.append("  No module in it resembles one of them.")
+    return "\n".join(lines)
