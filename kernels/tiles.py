@@ -55,9 +55,9 @@ def row_tile(n: int, k: int, itemsize: int, shared: int) -> Tile:
     """The tile of a kernel whose program owns whole rows of n columns (a row sum stays local)."""
     cols, chunks = split_columns(n)
     width = cols * chunks
-    # The fp32 accumulator is rows * width / 256 registers a thread: 128 of the 255. 64 rows are what
-    # wgmma needs; for wider rows 16 warps would hold them, but then a thread has 128 registers in
-    # all and spills. fp32 operands go through ordinary multiply-adds and want half the rows.
+    # The fp32 accumulator is rows * width / 256 registers a thread: 128 of the 255. wgmma needs 64
+    # rows; for wider rows 16 warps would hold them, but then a thread has 128 registers in all and
+    # spills. fp32 operands go through ordinary multiply-adds and want half the rows.
     rows = 64 if width <= 512 else 32
     if itemsize == 4:
         rows //= 2

@@ -13,19 +13,21 @@ void max_into(std::vector<Clock>& into, const Clock* from, size_t n) {
 
 void RaceChecker::start(Gang& g) {
   gang_ = &g;
-  on = config().race;
+  on = gang->config.race;
   size_t warpgroups = 0;
   for (Cta& c : g.ctas) warpgroups += c.warpgroups.size();
   first_warpgroup_ = unsigned(g.threads.size());
   first_slot_ = unsigned(first_warpgroup_ + warpgroups);
-  width_ = first_slot_ + kBulkSlots;
+  actors_ = first_slot_ + kBulkSlots;
+  reader_may_fence_ = gang->config.reader_may_fence;
+  width_ = reader_may_fence_ ? 2 * actors_ : actors_;
   if (!on) return;
-  if (width_ > 16384)
+  if (actors_ > 16384)
     die("%zu threads scheduled together are too many for the race checker: use a smaller grid",
         g.threads.size());
   rows_.assign(size_t(first_warpgroup_) * width_, 0);
   for (unsigned t = 0; t < first_warpgroup_; t++) rows_[size_t(t) * width_ + t] = 1;
-  async_clock_.assign(width_ - first_warpgroup_, 0);
+  async_clock_.assign(actors_ - first_warpgroup_, 0);
   slot_owner_.assign(kBulkSlots, nullptr);
   start_shadow();
 }
@@ -54,6 +56,7 @@ void RaceChecker::acquire(Thread* t, const Published& p) {
 void RaceChecker::proxy_fence(Thread* t) {
   if (!on) return;
   t->marks.proxy_fences.push_back(now(t));
+  if (reader_may_fence_) std::copy_n(row(t), actors_, row(t) + actors_);
   row(t)[t->id]++;
 }
 
@@ -119,7 +122,8 @@ bool RaceChecker::known(const Event& e, const View& view) const {
   return e.clock <= waits.size() && view.of(e.actor) >= waits[e.clock - 1];
 }
 
-// Has the writer made `e` visible to the async proxy, and does the view know that it has?
+// Has the writer (or, if that is allowed, a reader) made `e` visible to the async proxy, and does the
+// view know that it has?
 bool RaceChecker::fenced(const Event& e, const View& view) const {
   const OrderMarks& marks = gang_->threads[e.actor].marks;
   Clock written = e.clock;
@@ -127,6 +131,7 @@ bool RaceChecker::fenced(const Event& e, const View& view) const {
     if (e.clock > marks.cp_waits.size()) return false;
     written = marks.cp_waits[e.clock - 1];
   }
+  if (reader_may_fence_) return view.of(actors_ + e.actor) >= written;
   auto fence = std::lower_bound(marks.proxy_fences.begin(), marks.proxy_fences.end(), written);
   return fence != marks.proxy_fences.end() && *fence <= view.of(e.actor);
 }

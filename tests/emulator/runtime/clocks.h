@@ -129,7 +129,11 @@ class RaceChecker {
 
  private:
   Gang* gang_ = nullptr;
-  unsigned width_ = 0, first_warpgroup_ = 0, first_slot_ = 0, next_slot_ = 0;
+  // A row is one clock an actor; where readers may fence, it goes on with one more an actor: up to
+  // which clock its writes are known to be visible to the async proxy.
+  unsigned actors_ = 0, width_ = 0;
+  bool reader_may_fence_ = false;
+  unsigned first_warpgroup_ = 0, first_slot_ = 0, next_slot_ = 0;
   std::vector<Clock> rows_;
   std::vector<Clock> async_clock_;  // warpgroups and slots
   std::vector<const Thread*> slot_owner_;

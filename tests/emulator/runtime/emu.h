@@ -40,6 +40,9 @@ struct Config {  // defaults come from EMU_ASYNC, EMU_RANDOM, EMU_SEED, EMU_RACE
   unsigned seed = 1;
   bool race =
       true;  // vector-clock race checker (plain ld/st need -fsanitize=thread, see hooks.cpp)
+  // fence.proxy.async counts in any thread that knows of the write, as in PTX's memory model. Off: it
+  // must be the writer's own, which is the rule of this project's kernels and finds more mistakes.
+  bool reader_may_fence = false;
   double yield_chance = 0;                // chance of a switch at each instrumented access
   int workers = 2;                        // OS threads
   uint64_t max_switches = 2'000'000'000;  // a launch that needs more is reported as a livelock
