@@ -132,9 +132,7 @@ def _run(
     def fused(values: dict[str, Tensor], begin: int, end: int) -> dict[str, Tensor]:
         key = encode(schedule, [(n, net.spec) for n, net in nets.items() if isinstance(net, Net)])
         cos, sin = (None, None) if cos_sin is None else cos_sin
-        out = ops.recurse_op(
-            x, list(values.values()), weights, cos, sin, key, backend, begin, end
-        )
+        out = ops.recurse_op(x, list(values.values()), weights, cos, sin, key, backend, begin, end)
         return dict(zip(values, out, strict=True))
 
     if split > start:

@@ -34,7 +34,7 @@ class BlockSpec:
     Args:
         kind: `"attention"` or `"token_mlp"`.
         hidden: D, the width of the states.
-        inner: F, inner width of the SwiGLU over D; `gate_up` is [2F, D] (gate first), `down` [D, F].
+        inner: F, inner width of the SwiGLU over D: `gate_up` [2F, D], gate first; `down` [D, F].
         num_heads: H of an attention block, which divides D; 0 for a token-MLP block.
         tokens: T that a token-MLP block is built for; 0 for attention (any T).
         token_inner: inner width of the SwiGLU over T; 0 for attention.
@@ -150,9 +150,7 @@ def _block_of(layer: Any, where: str) -> tuple[BlockSpec, list[Tensor]]:
         mixer = [attn.qkv_proj.weight, attn.o_proj.weight]
     else:
         tokens, token_inner = mlp_t.down_proj.weight.shape
-        spec = BlockSpec(
-            TOKEN_MLP, hidden, inner, tokens=tokens, token_inner=token_inner, eps=eps
-        )
+        spec = BlockSpec(TOKEN_MLP, hidden, inner, tokens=tokens, token_inner=token_inner, eps=eps)
         mixer = [mlp_t.gate_up_proj.weight, mlp_t.down_proj.weight]
     return spec, [*mixer, gate_up, down]
 

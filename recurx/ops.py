@@ -18,9 +18,7 @@ from recurx.errors import RecurxError
 from recurx.problem import Problem, decode
 
 
-def problem_of(
-    key: str, x: Tensor, cos: Tensor | None, needs_grad: bool = False
-) -> Problem:
+def problem_of(key: str, x: Tensor, cos: Tensor | None, needs_grad: bool = False) -> Problem:
     """The problem that an encoded schedule and a tensor x [B, T, D] make."""
     schedule, nets = decode(key)
     return Problem(

@@ -1,7 +1,8 @@
 """The specification: the recursion in plain PyTorch, slow and obvious.
 
     attention block   h = rms(h + O(attn(rope(Q h), rope(K h), V h)));  h = rms(h + swiglu_D(h))
-    token-MLP block   h' = h^T [B, D, T];  h' = rms(h' + swiglu_T(h'));  h = rms(h'^T + swiglu_D(..))
+    token-MLP block   h' = h^T [B, D, T];  h' = rms(h' + swiglu_T(h'));  h = h'^T;
+                      h = rms(h + swiglu_D(h))
     rms(x) = x * rsqrt(mean(x^2) + eps), no weight;   swiglu(x) = down(silu(gate x) * (up x))
     one call          write <- N(sum(state) + (sum(inject)))
 
@@ -46,9 +47,7 @@ def rope_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (wide * cos.unsqueeze(-2) + turned * sin.unsqueeze(-2)).to(x.dtype)
 
 
-def attention(
-    h: Tensor, qkv: Tensor, o: Tensor, num_heads: int, cos_sin: CosSin | None
-) -> Tensor:
+def attention(h: Tensor, qkv: Tensor, o: Tensor, num_heads: int, cos_sin: CosSin | None) -> Tensor:
     """O(softmax(q k^T / sqrt(head_dim)) v), not causal; qkv [3D, D] holds Q, K, V in this order."""
     batch, tokens, hidden = h.shape
     heads = linear(h, qkv).view(batch, tokens, 3 * num_heads, hidden // num_heads)
@@ -67,9 +66,7 @@ def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     return linear(F.silu(gate) * up, down)
 
 
-def block(
-    h: Tensor, spec: BlockSpec, weights: Sequence[Tensor], cos_sin: CosSin | None
-) -> Tensor:
+def block(h: Tensor, spec: BlockSpec, weights: Sequence[Tensor], cos_sin: CosSin | None) -> Tensor:
     """One post-norm block; `weights` in the order of `WEIGHT_NAMES[spec.kind]`."""
     mixer_in, mixer_out, gate_up, down = weights
     if spec.kind == ATTENTION:

@@ -57,7 +57,7 @@ def swiglu_backward(
 def attention_backward(
     h: Tensor, qkv: Tensor, o: Tensor, num_heads: int, cos_sin: CosSin | None, d_out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """d_h, d_qkv, d_o; softmax and its products in fp32 (fp64 for fp64), as fused attention does."""
+    """d_h, d_qkv, d_o; softmax and its products in fp32 (fp64 for fp64), like fused attention."""
     batch, tokens, hidden = h.shape
     wide = torch.promote_types(h.dtype, torch.float32)
     heads = reference.linear(h, qkv).view(batch, tokens, 3 * num_heads, hidden // num_heads)
@@ -162,9 +162,7 @@ def run(
 
     d_values = {INPUT: torch.zeros_like(x), **dict(zip(schedule.states, d_states, strict=True))}
     d_weights = {name: [torch.zeros_like(w) for w in net.weights] for name, net in nets.items()}
-    for step, h in zip(
-        reversed(schedule.steps[start:stop]), reversed(call_inputs), strict=True
-    ):
+    for step, h in zip(reversed(schedule.steps[start:stop]), reversed(call_inputs), strict=True):
         d_h, d_net = call_backward(h, nets[step.net], cos_sin, d_values[step.write])
         for total, part in zip(d_weights[step.net], d_net, strict=True):
             total += part

@@ -56,7 +56,9 @@ class Step:
                 "Step", "write", "the name of a state", repr(INPUT), "`x` is the input: read-only."
             )
         if not self.state:
-            raise bad_argument("Step", "state", "at least one name", "()", "Put `x` there if alone.")
+            raise bad_argument(
+                "Step", "state", "at least one name", "()", "Put `x` there if alone."
+            )
 
     @property
     def reads(self) -> tuple[str, ...]:

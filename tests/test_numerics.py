@@ -19,8 +19,8 @@ from torch import Tensor
 import recurx
 from recurx import Schedule, Step, reference
 from recurx.nets import ATTENTION, KINDS, TOKEN_MLP, Net
-from tests.kernels.compare import ERROR_RATIO, assert_as_exact, relative_error
 from tests.factories import make_inputs, make_net, rope, rounded, runnable_backends, wide
+from tests.kernels.compare import ERROR_RATIO, assert_as_exact, relative_error
 
 Run = Callable[..., dict[str, Tensor]]
 BACKENDS = runnable_backends()

@@ -34,7 +34,9 @@ def gradients(carry: dict[str, Tensor], leaves: list[Tensor]) -> list[Tensor]:
 
 def loss_of(carry: dict[str, Tensor]) -> Tensor:
     ramp = torch.linspace(-1, 1, HIDDEN)
-    return sum(((state.float() * ramp).square().mean() for state in carry.values()), torch.zeros(()))
+    return sum(
+        ((state.float() * ramp).square().mean() for state in carry.values()), torch.zeros(())
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -47,9 +49,7 @@ def test_gradients_of_every_window(backend: str, kind: str, window: int | str, s
     x, carry = make_inputs(schedule)
     x.requires_grad_()
     expected = eager_gradients(schedule, net, x, carry)
-    out = recurx.recurse(
-        schedule, {"L": net}, x, carry, backend=backend, cos_sin=rope(), save=save
-    )
+    out = recurx.recurse(schedule, {"L": net}, x, carry, backend=backend, cos_sin=rope(), save=save)
     got = gradients(out, [x, *net.weights])
     for index, (a, b) in enumerate(zip(got, expected, strict=True)):
         if not b.any():

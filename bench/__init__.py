@@ -1,0 +1,1 @@
+"""Benchmarks: run from a checkout, never imported by the package."""
