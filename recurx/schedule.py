@@ -161,7 +161,7 @@ class Schedule:
 
     @classmethod
     def single_z(cls, h_cycles: int, l_cycles: int, window: int | str | None = None) -> Schedule:
-        """TRM with one state: per cycle n x `z <- L(z + (x))`, then `z <- L(z)` (TRM, ablations)."""
+        """TRM with one state: a cycle is n x `z <- L(z + (x))`, then `z <- L(z)` (ablations)."""
         cycle = [Step("L", "z", ("z",), (INPUT,))] * _count("single_z", "l_cycles", l_cycles)
         cycle += [Step("L", "z", ("z",))]
         return cls._cycles(f"single_z({h_cycles}, {l_cycles})", "single_z", cycle, h_cycles, window)

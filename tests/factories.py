@@ -64,7 +64,7 @@ def rope(tokens: int = TOKENS, hidden: int = HIDDEN, heads: int = HEADS) -> tupl
 
 
 def rounded(net: Net, dtype: torch.dtype, to: torch.dtype) -> Net:
-    """The net with its weights rounded to `dtype`, held in `to`: what a backend really multiplies."""
+    """The net with its weights rounded to `dtype`, held in `to`: what a backend multiplies."""
     return Net(net.spec, [w.detach().to(dtype).to(to) for w in net.weights])
 
 
