@@ -30,4 +30,5 @@ class KernelsBesideThePackage(MetaPathFinder):
 def install() -> None:
     """Called once by `recurx/__init__.py`; does nothing in an installed package."""
     if not Path(__file__).with_name("kernels").is_dir():
-        sys.meta_path.append(KernelsBesideThePackage())
+        # In front: an editable install of another checkout knows this name too.
+        sys.meta_path.insert(0, KernelsBesideThePackage())

@@ -64,8 +64,9 @@ def run(*command, cwd, check=True, **environment):
     return done
 
 
-def python(source, *, cwd, **environment):
-    return run(sys.executable, "-c", textwrap.dedent(source), cwd=cwd, **environment).stdout
+def python(source, *, cwd, options=(), **environment):
+    command = (sys.executable, *options, "-c", textwrap.dedent(source))
+    return run(*command, cwd=cwd, **environment).stdout
 
 
 def unpacked_wheel(checkout, kind, **environment):
@@ -90,6 +91,7 @@ def installed_pure(checkout):
     return unpacked_wheel(checkout, "wheel", CXX="no-such-compiler")
 
 
+# -S: without site-packages, where recurx may be installed in some other way.
 WHERE = "import recurx, recurx.kernels as k; print(recurx.__file__, k.__file__, sep='\\n')"
 
 
@@ -105,7 +107,8 @@ def test_wheel_holds_the_package_the_kernels_and_the_module(installed):
 
 
 def test_wheel_imports_away_from_the_checkout(installed, tmp_path):
-    where = python(WHERE + "; import recurx._C", cwd=tmp_path, PYTHONPATH=str(installed))
+    source = f"{WHERE}; import recurx._C"
+    where = python(source, cwd=tmp_path, options=["-S"], PYTHONPATH=str(installed))
     assert where.split("\n")[:2] == [
         f"{installed}/recurx/__init__.py",
         f"{installed}/recurx/kernels/__init__.py",
@@ -140,7 +143,8 @@ def test_metadata_is_that_of_the_project_and_not_of_the_build_host(installed, in
 
 def test_editable_install_finds_the_kernels(checkout, tmp_path):
     site = unpacked_wheel(checkout, "editable", RECURX_NATIVE="0")
-    where = python(f"import site; site.addsitedir({str(site)!r}); {WHERE}", cwd=tmp_path)
+    source = f"import site; site.addsitedir({str(site)!r}); {WHERE}"
+    where = python(source, cwd=tmp_path, options=["-S"])
     assert where.split("\n")[:2] == [
         f"{checkout}/recurx/__init__.py",
         f"{checkout}/kernels/__init__.py",
@@ -148,7 +152,7 @@ def test_editable_install_finds_the_kernels(checkout, tmp_path):
 
 
 def test_bare_checkout_finds_the_kernels(checkout, tmp_path):
-    where = python(WHERE, cwd=tmp_path, PYTHONPATH=str(checkout))
+    where = python(WHERE, cwd=tmp_path, options=["-S"], PYTHONPATH=str(checkout))
     assert where.split("\n")[1] == f"{checkout}/kernels/__init__.py"
 
 
