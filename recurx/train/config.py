@@ -1,0 +1,121 @@
+"""What a training run is: one printable value, and the presets that build it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from recurx import tasks
+from recurx.errors import InvalidArgument, bad_argument
+from recurx.models import HRMConfig, ModelConfig, TRMConfig
+
+OPTIMIZERS = ("adam-atan2", "adamw")
+
+# Model fields by preset. The first five are the published sizes; "tiny" ones train in minutes on
+# two cores. One low call and one cycle a supervision step leave the refining to the outer loop.
+PRESETS: dict[str, dict[str, Any]] = {
+    "trm-att": {"puzzle_emb_ndim": 512},
+    "trm-mlp": {"puzzle_emb_ndim": 512, "mlp_t": True, "pos_encodings": "none"},
+    "single-z": {"puzzle_emb_ndim": 512, "variant": "single_z"},
+    "hier6": {"puzzle_emb_ndim": 512, "variant": "hier6"},
+    "hrm": {"puzzle_emb_ndim": 512, "variant": "hrm"},
+    "tiny-att": {
+        "hidden_size": 64, "num_heads": 4, "expansion": 2.0, "inner_multiple": 16, "L_layers": 1,
+        "H_cycles": 1, "L_cycles": 2, "pos_encodings": "learned", "forward_dtype": "float32",
+        "halt_max_steps": 8,
+    },
+    "tiny-mlp": {
+        "hidden_size": 64, "num_heads": 4, "expansion": 2.0, "inner_multiple": 16, "L_layers": 1,
+        "H_cycles": 1, "L_cycles": 2, "pos_encodings": "learned", "forward_dtype": "float32",
+        "halt_max_steps": 8, "mlp_t": True,
+    },
+}  # fmt: skip
+# Published training values (TRM, arXiv 2510.04871, section 5) and what suits the tiny nets.
+_FULL = {
+    "batch_size": 768, "lr": 1e-4, "weight_decay": 1.0, "warmup": 2000, "ema": 0.999,
+    "puzzle_emb_lr": 1e-4,
+}  # fmt: skip
+_TINY = {"batch_size": 64, "lr": 5e-3, "weight_decay": 0.01, "warmup": 50, "ema": 0.99}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All that determines a run; two runs of one config on one machine are bit-identical.
+
+    Args:
+        task: name of the task, options included (`recurx.tasks.get`).
+        model: fields of TRMConfig or HRMConfig (`variant` "hrm"); vocab_size, seq_len and
+            batch_size follow from the task and from here.
+        seed: of weights, data, and exploration.
+        batch_size: slots B.
+        lr, weight_decay, beta1, beta2, warmup: of the optimiser; warmup is linear, in steps.
+        optimizer: "adam-atan2" or "adamw".
+        ema: decay of the weight average.
+        loss: a key of recurx.models.losses.LOSSES.
+        puzzle_emb_lr: of the puzzle embedding's sign SGD, where the model has one.
+    """
+
+    task: str
+    model: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    batch_size: int = 64
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.95
+    warmup: int = 100
+    optimizer: str = "adam-atan2"
+    ema: float = 0.999
+    loss: str = "stablemax_cross_entropy"
+    puzzle_emb_lr: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise bad_argument("train", "optimizer", f"one of {OPTIMIZERS}", repr(self.optimizer))
+        if self.batch_size < 1:
+            raise bad_argument("train", "batch_size", "at least 1", self.batch_size)
+        if self.warmup < 0:
+            raise bad_argument("train", "warmup", "steps >= 0", self.warmup)
+        if not 0 <= self.ema < 1:
+            raise bad_argument("train", "ema", "a decay in [0, 1)", self.ema)
+        if not self.lr >= 0:
+            raise bad_argument("train", "lr", "a number >= 0", self.lr)
+
+    def model_config(self) -> ModelConfig:
+        """The model's configuration, with the sizes of the task filled in."""
+        task = tasks.get(self.task)
+        sizes = {
+            "vocab_size": task.vocab_size,
+            "seq_len": task.seq_len,
+            "batch_size": self.batch_size,
+        }
+        config_class = HRMConfig if self.model.get("variant") == "hrm" else TRMConfig
+        return config_class.from_dict({**sizes, **self.model})
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainConfig:
+        return cls(**json.loads(text))
+
+
+def preset(name: str, task: str, **changes: Any) -> TrainConfig:
+    """The run that a preset describes, on `task`, with fields of TrainConfig changed.
+
+    Raises:
+        InvalidArgument: unknown preset (the known ones are listed), task, or field.
+    """
+    if name not in PRESETS:
+        raise InvalidArgument(f"train: expected a preset of {', '.join(PRESETS)}, got {name!r}.")
+    known = {f.name for f in dataclasses.fields(TrainConfig)}
+    for key in changes:
+        if key not in known:
+            raise bad_argument("train.preset", key, f"one of {', '.join(sorted(known))}", "unknown")
+    values = {**(_TINY if name.startswith("tiny") else _FULL), **changes}
+    values["model"] = {**PRESETS[name], **changes.get("model", {})}
+    config = TrainConfig(task=task, **values)
+    config.model_config()  # refuses what does not fit now, not at the first step
+    return config

@@ -1,0 +1,100 @@
+"""Accuracy by the rules of the task, over refinement steps, with the time it took."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from recurx.solve import Answers, solve
+from recurx.tasks.base import Examples, Task
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `evaluate` measured.
+
+    Args:
+        count: number of examples.
+        exact: share whose whole answer is right by the task's checker.
+        cells: share of tokens that equal the known answers (None where none are known).
+        steps_mean: supervision steps a sample, rollouts added up.
+        seconds: wall time of the refinement alone.
+        curve: exact accuracy if every sample stopped after 1, 2, ... steps (or at its halt).
+        histogram: {steps: how many rollouts took them}.
+    """
+
+    count: int
+    exact: float
+    cells: float | None
+    steps_mean: float
+    seconds: float
+    curve: tuple[float, ...]
+    histogram: dict[int, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate(
+    model: nn.Module,
+    task: Task,
+    examples: Examples,
+    *,
+    known: NDArray[np.bool_] | None = None,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+    **solve_arguments: Any,
+) -> Report:
+    """Refine every example with `recurx.solve` and check the answers by the rules.
+
+    Args:
+        known: [N] which rows of `examples.answers` are known, for `cells`; None for all. The other
+            rows count for everything else: the checker needs no solution.
+        solve_arguments: max_steps, halt, rollouts, ... of `recurx.solve`.
+    """
+    parts: list[Answers] = []
+    start = time.perf_counter()
+    for first in range(0, len(examples), batch_size):
+        inputs = torch.from_numpy(examples.inputs[first : first + batch_size]).to(device)
+        parts.append(solve(model, {"inputs": inputs}, trace=True, **solve_arguments))
+    seconds = time.perf_counter() - start
+    answers = np.concatenate([part.predictions.cpu().numpy() for part in parts])
+    known = np.ones(len(examples), dtype=bool) if known is None else known
+    cells = (answers == examples.answers)[known]
+    return Report(
+        count=len(examples),
+        exact=float(task.check(examples.inputs, answers).mean()),
+        cells=float(cells.mean()) if cells.size else None,
+        steps_mean=float(sum(int(p.rollout_steps.sum()) for p in parts) / len(examples)),
+        seconds=seconds,
+        curve=_curve(task, examples, parts),
+        histogram=_add_up([part.histogram() for part in parts]),
+    )
+
+
+def _curve(task: Task, examples: Examples, parts: list[Answers]) -> tuple[float, ...]:
+    """Exact accuracy after each step; a batch that ended early keeps its answers."""
+    traces = [part.trace.cpu().numpy() for part in parts if part.trace is not None]
+    longest = max(map(len, traces))
+    return tuple(
+        float(
+            task.check(
+                examples.inputs, np.concatenate([t[min(i, len(t) - 1)] for t in traces])
+            ).mean()
+        )
+        for i in range(longest)
+    )
+
+
+def _add_up(histograms: list[dict[int, int]]) -> dict[int, int]:
+    total: dict[int, int] = {}
+    for histogram in histograms:
+        for steps, count in histogram.items():
+            total[steps] = total.get(steps, 0) + count
+    return dict(sorted(total.items()))

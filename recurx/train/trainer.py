@@ -1,0 +1,325 @@
+"""The training loop: deep supervision over a carry, interruptible at every step.
+
+One step is one supervision step of every slot, one loss, one optimiser step; slots whose sample
+halted take fresh ones. Everything that the next step depends on is in `state.safetensors`, so a
+run that was stopped and resumed gives the bits of a run that was not (on a CPU, with as many
+threads). `model.safetensors` beside it holds the averaged weights for everybody else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recurx import tasks
+from recurx.checkpoint import save_checkpoint
+from recurx.errors import InvalidArgument
+from recurx.models import HRM, TRM, ACTLossHead, Carry, RecursiveModel
+from recurx.tasks.base import Examples
+from recurx.train import state as state_file
+from recurx.train.config import TrainConfig
+from recurx.train.ema import Average
+from recurx.train.optim import AdamATan2
+
+MODEL_FILE, STATE_FILE, METRICS_FILE = "model.safetensors", "state.safetensors", "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What one training step tells: the mean loss of its batch, and its finished samples.
+
+    `exact` and `steps_mean` are over the samples that halted in this step, None if there are none.
+    """
+
+    step: int
+    seconds: float
+    loss: float
+    finished: int
+    exact: float | None
+    steps_mean: float | None
+
+
+class Trainer:
+    """One run.
+
+    Args:
+        config: what to train (of a resumed run, see `Trainer.resume`).
+        folder: where checkpoints and metrics go (made if missing); None keeps all in memory.
+        device, backend: where and on what the model runs.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: str | Path | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        backend: str = "auto",
+    ) -> None:
+        self.config, self.device = config, torch.device(device)
+        self.folder = None if folder is None else Path(folder)
+        self.task = tasks.get(config.task)
+        self.step = 0
+        self.seconds = 0.0
+        self.sampler = tasks.Sampler(self.task, config.seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model_config = config.model_config()
+            model_class = HRM if model_config.variant == "hrm" else TRM
+            self.model: RecursiveModel = model_class(model_config, backend).to(self.device)
+            self._rng = torch.get_rng_state()
+        self.average = Average(self.model, config.ema)
+        self.optimizer = self._make_optimizer()
+        self.head = ACTLossHead(self.model, config.loss)
+        self.carry: Carry | None = None
+
+    @classmethod
+    def resume(
+        cls, folder: str | Path, *, device: torch.device | str = "cpu", backend: str = "auto"
+    ) -> Trainer:
+        """The run whose files lie in `folder`, exactly where it was saved.
+
+        Raises:
+            InvalidArgument: there is no run in `folder`.
+            CheckpointError: its state file is damaged.
+        """
+        path = Path(folder) / STATE_FILE
+        if not path.is_file():
+            raise InvalidArgument(f"train: nothing to resume in {folder}: no {STATE_FILE} there.")
+        values, tensors = state_file.read(path)
+        trainer = cls(
+            TrainConfig.from_json(values["config"]), folder, device=device, backend=backend
+        )
+        trainer._load(values, tensors)
+        return trainer
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        config = self.config
+        made = AdamATan2 if config.optimizer == "adam-atan2" else torch.optim.AdamW
+        return made(
+            self.model.parameters(),
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+        )
+
+    # ---- one step ------------------------------------------------------------------------------
+
+    def train_step(self) -> Progress:
+        """One supervision step of every slot, and one optimiser step."""
+        start = time.perf_counter()
+        config = self.config
+        batch = self._next_batch()
+        self.model.train()
+        rate = min(1.0, (self.step + 1) / max(1, config.warmup))
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr * rate
+        with self._own_randomness():
+            self.carry, loss, metrics, _, _ = self.head(carry=self.carry, batch=batch)
+        (loss / config.batch_size).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.model.config.puzzle_emb_ndim:
+            self.model.puzzle_emb.sign_sgd_(config.puzzle_emb_lr * rate, config.weight_decay)
+        self.average.update(self.model)
+        self.step += 1
+        self.seconds += time.perf_counter() - start
+        return self._progress(float(loss.detach()) / config.batch_size, metrics)
+
+    def _next_batch(self) -> dict[str, Tensor]:
+        """Slots whose sample halted get a fresh one; the others keep theirs."""
+        if self.carry is None:
+            batch = self._tensors(self.sampler.draw(self.config.batch_size))
+            self.carry = self.head.initial_carry(batch)
+            return batch
+        halted, batch = self.carry.halted, dict(self.carry.current_data)
+        if halted.any():
+            fresh = self._tensors(self.sampler.draw(int(halted.sum())))
+            for key, values in fresh.items():
+                batch[key] = batch[key].clone()
+                batch[key][halted] = values
+        return batch
+
+    def _tensors(self, examples: Examples) -> dict[str, Tensor]:
+        inputs = torch.from_numpy(examples.inputs).to(self.device)
+        return {
+            "inputs": inputs,
+            "labels": torch.from_numpy(examples.answers).to(self.device),
+            "puzzle_identifiers": torch.zeros(len(inputs), dtype=torch.int32, device=self.device),
+        }
+
+    @contextlib.contextmanager
+    def _own_randomness(self) -> Iterator[None]:
+        """Exploration draws from this run's generator, whatever else the process draws."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.set_rng_state(self._rng)
+            if devices:  # the device's generator follows from the CPU's: one state to save
+                torch.cuda.manual_seed(int(torch.randint(2**62, ())))
+            yield
+            self._rng = torch.get_rng_state()
+
+    def _progress(self, loss: float, metrics: dict[str, Tensor]) -> Progress:
+        finished = int(metrics["count"])
+        return Progress(
+            step=self.step,
+            seconds=self.seconds,
+            loss=loss,
+            finished=finished,
+            exact=float(metrics["exact_accuracy"]) / finished if finished else None,
+            steps_mean=float(metrics["steps"]) / finished if finished else None,
+        )
+
+    # ---- the run -------------------------------------------------------------------------------
+
+    def run(
+        self,
+        steps: int | None = None,
+        time_budget: float | None = None,
+        *,
+        save_every: int = 500,
+        on_step: Callable[[Progress], bool | None] = lambda progress: None,
+    ) -> str:
+        """Train until `steps` in total, `time_budget` seconds in this call, or `on_step` is True.
+
+        Ctrl-C (and SIGTERM) end it after the step in progress; a checkpoint is written at the end
+        in any case, so the run can be resumed.
+
+        Returns:
+            Why it ended: "steps", "time", "stopped" or "interrupted".
+        """
+        deadline = None if time_budget is None else time.perf_counter() + time_budget
+        with _interrupts() as interrupted:
+            while True:
+                if interrupted.is_set():
+                    reason = "interrupted"
+                elif steps is not None and self.step >= steps:
+                    reason = "steps"
+                elif deadline is not None and time.perf_counter() >= deadline:
+                    reason = "time"
+                else:
+                    if not on_step(self.train_step()):
+                        if self.step % save_every == 0:
+                            self.save()
+                        continue
+                    reason = "stopped"
+                self.save()
+                return reason
+
+    def averaged(self) -> RecursiveModel:
+        """A copy of the model with the averaged weights, in evaluation mode."""
+        model = copy.deepcopy(self.model).eval()
+        self.average.copy_to(model)
+        return model
+
+    def held_out(self, count: int) -> Examples:
+        """At most `count` distinct examples of the side that training never sees."""
+        return tasks.Sampler(self.task, self.config.seed, "held-out").draw_distinct(count)
+
+    # ---- files ---------------------------------------------------------------------------------
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / METRICS_FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.step, **record}) + "\n")
+
+    def save(self) -> None:
+        """Write the state, then the averaged model; each appears whole or not at all.
+
+        Killed between the two, the model is one checkpoint older than the state: both work.
+        """
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        values = {
+            "config": self.config.to_json(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "sampler": self.sampler.state_dict(),
+            "average_updates": self.average.updates,
+        }
+        state_file.write(self.folder / STATE_FILE, values, self._tensors_to_save())
+        extra = {"task": self.config.task, "step": self.step, "train": self.config.to_json()}
+        save_checkpoint(self.folder / MODEL_FILE, self.averaged(), extra)
+
+    def _tensors_to_save(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "average": self.average.weights,
+            "optimizer": self.optimizer.state_dict()["state"],
+            "carry": {} if self.carry is None else vars(self.carry),
+            "rng": self._rng,
+        }
+
+    def _load(self, values: dict[str, Any], tensors: dict[str, Any]) -> None:
+        self.step, self.seconds = values["step"], values["seconds"]
+        self.sampler.load_state_dict(values["sampler"])
+        self.average.updates = values["average_updates"]
+        self.model.load_state_dict(tensors["model"])
+        for name, weight in self.average.weights.items():
+            weight.copy_(tensors["average"][name])
+        saved = {int(index): slots for index, slots in tensors.get("optimizer", {}).items()}
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": saved, "param_groups": groups})
+        self._rng = tensors["rng"]
+        to = self.device
+        if "carry" in tensors:
+            carry = tensors["carry"]
+            self.carry = Carry(
+                inner_carry={key: value.to(to) for key, value in carry["inner_carry"].items()},
+                steps=carry["steps"].to(to),
+                halted=carry["halted"].to(to),
+                current_data={key: value.to(to) for key, value in carry["current_data"].items()},
+            )
+        self._forget_metrics_after(self.step)
+
+    def _forget_metrics_after(self, step: int) -> None:
+        """Lines of steps that a killed run made after its last checkpoint will be made again."""
+        path = self.folder / METRICS_FILE if self.folder else None
+        if path is not None and path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            path.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= step))
+
+
+def _step_of(line: str) -> float:
+    """The step that a line of metrics tells; a line cut short by a kill counts as too late."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return float("inf")
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets instead of raising; a second Ctrl-C raises."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event  # only the main thread may handle signals
+        return
+    previous = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: object) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    for number in previous:
+        signal.signal(number, handle)
+    try:
+        yield event
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,301 @@
+"""Training: the optimiser, exact resumption, interrupts, honest evaluation."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import recurx
+from recurx import tasks
+from recurx.errors import CheckpointError, InvalidArgument
+from recurx.train import AdamATan2, Average, TrainConfig, Trainer, evaluate, preset
+
+TASK = "sort:length=5,values=4"
+
+
+def tiny(**changes) -> TrainConfig:
+    model = {"hidden_size": 16, "num_heads": 2, "halt_max_steps": 3, "halt_exploration_prob": 0.5}
+    values = {"batch_size": 6, "seed": 1, "warmup": 3, **changes}
+    values["model"] = {**model, **values.pop("model", {})}
+    return preset("tiny-mlp", TASK, **values)
+
+
+def everything(trainer: Trainer) -> dict[str, Tensor]:
+    """Every tensor that the next step depends on, flat."""
+    flat: dict[str, Tensor] = {}
+
+    def walk(name: str, value: object) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                walk(f"{name}/{key}", item)
+        else:
+            flat[name] = torch.as_tensor(value)
+
+    walk("", trainer._tensors_to_save())
+    return flat
+
+
+def differing(a: Trainer, b: Trainer) -> list[str]:
+    left, right = everything(a), everything(b)
+    assert left.keys() == right.keys()
+    return [name for name in left if not torch.equal(left[name], right[name])]
+
+
+# ---- optimiser and average ---------------------------------------------------------------------
+
+
+def test_adam_atan2_takes_the_published_step() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(7, 3)
+    grads = [torch.randn(7, 3) for _ in range(4)]
+    param = torch.nn.Parameter(weight.clone())
+    optimizer = AdamATan2([param], lr=0.1, betas=(0.9, 0.95), weight_decay=0.5)
+    expected, mean, square = weight.double(), 0.0, 0.0
+    for index, grad in enumerate(grads, start=1):
+        param.grad = grad.clone()
+        optimizer.step()
+        mean = 0.9 * mean + 0.1 * grad.double()
+        square = 0.95 * square + 0.05 * grad.double() ** 2
+        step = torch.atan2(mean / (1 - 0.9**index), (square / (1 - 0.95**index)).sqrt())
+        expected = expected * (1 - 0.1 * 0.5) - 0.1 * step
+    torch.testing.assert_close(param.detach().double(), expected, rtol=1e-6, atol=1e-6)
+    without_decay = expected + 0.1 * 0.5 * weight  # what a forgotten decay would be near
+    assert (param - without_decay).abs().max() > 1e-2
+
+
+def test_adam_atan2_does_not_depend_on_the_scale_of_the_loss_and_takes_lr_zero() -> None:
+    steps = []
+    for scale in (1.0, 1e-12):
+        param = torch.nn.Parameter(torch.ones(4))
+        param.grad = scale * torch.tensor([1.0, -2.0, 3.0, 0.0])
+        AdamATan2([param], lr=0.1, weight_decay=0.0).step()
+        steps.append(param.detach() - 1)
+    torch.testing.assert_close(steps[0], steps[1])
+    assert steps[0][0] < 0 < steps[0][1] and steps[0][3] == 0
+    param = torch.nn.Parameter(torch.ones(2))
+    param.grad = torch.ones(2)
+    AdamATan2([param], lr=0).step()
+    assert (param == 1).all()
+    with pytest.raises(InvalidArgument, match="lr"):
+        AdamATan2([param], lr=-1)
+    with pytest.raises(InvalidArgument, match="betas"):
+        AdamATan2([param], betas=(0.9, 1.0))
+
+
+def test_average_follows_the_weights() -> None:
+    model = torch.nn.Linear(2, 2)
+    average = Average(model, decay=0.5)
+    start = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight += 1
+    average.update(model)
+    torch.testing.assert_close(average.weights["weight"], start + 0.9)  # decay 1 / 10 at first
+    for _ in range(40):
+        average.update(model)
+    torch.testing.assert_close(average.weights["weight"], model.weight.detach())
+    average.decay = 1.0 - 1e-9
+    model.weight.data.zero_()
+    average.copy_to(model)
+    torch.testing.assert_close(model.weight.detach(), start + 1)
+
+
+# ---- runs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["adam-atan2", "adamw"])
+@pytest.mark.parametrize("variant", ["trm", "hrm"])
+def test_interrupted_and_resumed_is_the_undisturbed_run_to_the_bit(
+    tmp_path, optimizer: str, variant: str
+) -> None:
+    model = {"variant": variant, "H_layers": int(variant == "hrm")}
+    model |= {"puzzle_emb_ndim": 16, "no_ACT_continue": variant != "hrm"}
+    config = tiny(optimizer=optimizer, model=model)
+    whole = Trainer(config)
+    for _ in range(11):
+        whole.train_step()
+    first = Trainer(config, tmp_path)
+    assert first.run(steps=4) == "steps"
+    torch.manual_seed(99)  # what else the process does must not matter
+    second = Trainer.resume(tmp_path)
+    assert second.step == 4 and differing(second, first) == []
+    second.run(steps=11, save_every=3)
+    assert differing(second, whole) == []
+    third = Trainer.resume(tmp_path)
+    assert third.config == config and differing(third, whole) == []
+    assert second.sampler.state_dict() == whole.sampler.state_dict()
+
+
+@pytest.mark.parametrize("forgotten", ["optimizer", "rng", "average", "carry", "sampler"])
+def test_the_comparison_notices_anything_that_is_not_restored(
+    tmp_path, forgotten: str, monkeypatch
+) -> None:
+    """Planted bugs: leave out one part of the state, and the bits must differ."""
+    config = tiny(model={"halt_max_steps": 5})
+    whole = Trainer(config)
+    for _ in range(9):
+        whole.train_step()
+    Trainer(config, tmp_path).run(steps=4)
+    fresh = Trainer(config)
+    if forgotten == "sampler":
+        monkeypatch.setattr(tasks.Sampler, "load_state_dict", lambda self, state: None)
+    resumed = Trainer.resume(tmp_path)
+    if forgotten == "optimizer":
+        resumed.optimizer = resumed._make_optimizer()
+    elif forgotten == "rng":
+        resumed._rng = fresh._rng
+    elif forgotten == "average":
+        resumed.average = fresh.average
+    elif forgotten == "carry":
+        resumed.carry.steps.zero_()
+    resumed.run(steps=9)
+    assert differing(resumed, whole)
+
+
+def test_seeds_decide() -> None:
+    runs = [Trainer(tiny(seed=seed)) for seed in (1, 1, 2)]
+    for trainer in runs:
+        for _ in range(3):
+            trainer.train_step()
+    assert differing(runs[0], runs[1]) == []
+    assert differing(runs[0], runs[2])
+
+
+def test_training_never_sees_a_held_out_example(monkeypatch) -> None:
+    trainer = Trainer(tiny())
+    seen: list[np.ndarray] = []
+    original = trainer._tensors
+    monkeypatch.setattr(trainer, "_tensors", lambda e: seen.append(e.inputs) or original(e))
+    for _ in range(12):
+        trainer.train_step()
+    inputs = np.concatenate(seen)
+    assert len(inputs) > 6  # samples were replaced
+    assert not trainer.task.held_out(tasks.Examples(inputs, inputs)).any()
+    assert trainer.task.held_out(trainer.held_out(20)).all()
+
+
+def test_only_halted_slots_take_fresh_samples() -> None:
+    trainer = Trainer(tiny())
+    trainer.train_step()
+    for _ in range(6):
+        before, halted = trainer.carry.current_data["inputs"].clone(), trainer.carry.halted.clone()
+        trainer.train_step()
+        after = trainer.carry.current_data["inputs"]
+        assert torch.equal(before[~halted], after[~halted])
+        assert (before[halted] != after[halted]).any() or not halted.any()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_a_usable_checkpoint(tmp_path, number: signal.Signals) -> None:
+    def interrupt(progress) -> None:
+        if progress.step == 3:
+            os.kill(os.getpid(), number)
+
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    trainer = Trainer(tiny(), tmp_path)
+    assert trainer.run(steps=50, on_step=interrupt) == "interrupted"
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert 3 <= trainer.step < 50
+    assert differing(Trainer.resume(tmp_path), trainer) == []
+    checkpoint = recurx.load_checkpoint(tmp_path / "model.safetensors")
+    assert checkpoint.extra["task"] == TASK and checkpoint.extra["step"] == trainer.step
+    batch = {"inputs": torch.from_numpy(trainer.held_out(4).inputs)}
+    built = recurx.solve(checkpoint.build(), batch)
+    assert torch.equal(built.q, recurx.solve(trainer.averaged(), batch).q)
+
+
+def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch) -> None:
+    trainer = Trainer(tiny(), tmp_path)
+    trainer.run(steps=2)
+    trainer.train_step()
+    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError("disk is full")))
+    with pytest.raises(OSError, match="disk is full"):
+        trainer.save()
+    monkeypatch.undo()
+    assert Trainer.resume(tmp_path).step == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors", "state.safetensors"]
+
+
+def test_time_budget_callback_and_metrics(tmp_path) -> None:
+    trainer = Trainer(tiny(), tmp_path)
+    assert trainer.run(time_budget=0) == "time" and trainer.step == 0
+    assert trainer.run(on_step=lambda progress: progress.step == 2) == "stopped"
+    trainer.log({"loss": 1.0})
+    trainer.train_step()
+    trainer.log({"loss": 2.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1, "lo')  # cut short by a kill
+    Trainer.resume(tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": 2, "loss": 1.0}]
+
+
+def test_nothing_to_resume_and_damaged_state(tmp_path) -> None:
+    with pytest.raises(InvalidArgument, match="nothing to resume"):
+        Trainer.resume(tmp_path)
+    (tmp_path / "state.safetensors").write_bytes(b"no state at all")
+    with pytest.raises(CheckpointError, match="damaged"):
+        Trainer.resume(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"name": "huge"}, "preset of trm-att"),
+        ({"task": "chess"}, "one of sudoku"),
+        ({"epochs": 3}, "epochs"),
+        ({"optimizer": "sgd"}, "adamw"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"ema": 1.0}, "ema"),
+        ({"lr": -1.0}, "lr"),
+        ({"warmup": -1}, "warmup"),
+        ({"model": {"hidden": 3}}, "hidden"),
+    ],
+)
+def test_bad_configurations_are_refused(arguments: dict, says: str) -> None:
+    with pytest.raises(InvalidArgument, match=says):
+        preset(**{"name": "tiny-mlp", "task": TASK, **arguments})
+
+
+@pytest.mark.parametrize("name", ["trm-att", "trm-mlp", "single-z", "hier6", "hrm"])
+def test_published_presets_fit_the_tasks(name: str) -> None:
+    config = preset(name, "sudoku").model_config()
+    assert (config.hidden_size, config.vocab_size, config.seq_len) == (512, 11, 81)
+    assert config.tokens == (82 if name == "hrm" else 97)
+    assert TrainConfig.from_json(preset(name, "sudoku").to_json()) == preset(name, "sudoku")
+
+
+# ---- evaluation --------------------------------------------------------------------------------
+
+
+def test_evaluate_checks_by_the_rules_and_counts_steps() -> None:
+    trainer = Trainer(tiny())
+    examples = trainer.held_out(10)
+    model = trainer.averaged()
+    report = evaluate(model, trainer.task, examples, max_steps=4, halt=None, batch_size=3)
+    batch = {"inputs": torch.from_numpy(examples.inputs)}
+    answers = recurx.solve(model, batch, max_steps=4, halt=None, trace=True)
+    right = trainer.task.check(examples.inputs, answers.predictions.numpy())
+    assert report.exact == right.mean() and report.curve[-1] == report.exact
+    assert report.cells == (answers.predictions.numpy() == examples.answers).mean()
+    assert (report.count, report.steps_mean, report.histogram) == (10, 4.0, {4: 10})
+    assert len(report.curve) == 4 and report.seconds > 0
+
+    wrong = tasks.Examples(examples.inputs, np.zeros_like(examples.answers))
+    blind = evaluate(model, trainer.task, wrong, known=np.zeros(10, bool), max_steps=4, halt=None)
+    assert blind.exact == report.exact and blind.cells is None  # labels are not needed
+
+
+def test_it_learns_to_sort() -> None:
+    """Small enough for seconds; a loop that does not learn stays near zero."""
+    trainer = Trainer(tiny(seed=0, batch_size=32, ema=0.9, model={"hidden_size": 32}))
+    examples = trainer.held_out(64)
+    before = evaluate(trainer.averaged(), trainer.task, examples, max_steps=3).exact
+    trainer.run(steps=250)
+    after = evaluate(trainer.averaged(), trainer.task, examples, max_steps=3).exact
+    assert before < 0.1 and after > 0.6
