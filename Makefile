@@ -31,7 +31,7 @@ help:
 	@echo 'make demo       watch a tiny recursive model learn and refine (about three minutes)'
 	@echo 'make test       all tests;  make test-fast leaves the slow ones out'
 	@echo 'make lint       ruff and clang-format, check only;  make format rewrites'
-	@echo 'make bench      the benchmarks that this machine can run'
+	@echo 'make bench      the CPU engine against PyTorch, interleaved (python -m bench.cpu_step --help)'
 	@echo 'make clean      remove $(VENV) and everything that was built'
 	@echo
 	@echo 'PYTHON=python3.12 picks the interpreter for $(VENV). PY=python3 uses that interpreter'
@@ -50,7 +50,7 @@ demo: $(BUILT)
 	"$(PY)" -m recurx demo
 
 bench: $(BUILT)
-	"$(PY)" -m recurx bench
+	"$(PY)" -m bench.cpu_step
 
 lint: lint-python lint-layout lint-cpp
 
