@@ -30,14 +30,31 @@ struct LaunchShape {
 
 #ifdef RX_EMU
 
+// The constant bank of a kernel: its parameters one after another, each aligned as its type.
+template <class... Params>
+struct ParameterBank {
+  alignas(64) uint8_t bytes[4096];
+  size_t end = 0;
+  explicit ParameterBank(const Params&... values) { (add(values), ...); }
+  template <class T>
+  void add(const T& value) {
+    end = (end + alignof(T) - 1) / alignof(T) * alignof(T);
+    memcpy(bytes + end, &value, sizeof value);
+    end += sizeof value;
+  }
+};
+
 template <class... Params, class... Args>
 int launch(const LaunchShape& s, void*, void (*kernel)(Params...), const Args&... args) {
   emu::Launch l;
+  emu::PtxEntry ptx = nullptr;
+  const ParameterBank<Params...> bank{Params(args)...};
   l.grid = s.grid, l.block = s.block, l.cluster = s.cluster, l.smem = s.smem;
   l.cooperative = s.cooperative, l.name = s.name;
   last_error().clear();
   try {
-    emu::launch(l, [&] { kernel(args...); });
+    if (emu::find_ptx) ptx = emu::find_ptx(reinterpret_cast<const void*>(kernel), &l.static_smem);
+    emu::launch(l, [&] { ptx ? ptx(bank.bytes) : kernel(args...); });
   } catch (const emu::Error& e) {
     return fail(kRxEmulatorError, std::string(s.name) + ": " + e.what());
   }

@@ -1,6 +1,6 @@
 """PTX, as nvcc and Triton emit it, translated to C++ for the emulator's runtime.
 
-parser.py turns text into statements, translate.py walks them and keeps registers, scopes and labels,
-and the instruction tables (arithmetic.py, memory.py, sync.py, tensor.py) give the C++ of each opcode.
-An instruction or modifier that is not in a table stops the translation with its line.
+parser.py turns text into statements; translate.py walks them and keeps registers, scopes and
+labels; the tables in arithmetic.py, memory.py, sync.py and tensor.py give the C++ of each opcode.
+An instruction or modifier that is in no table stops the translation with its line.
 """

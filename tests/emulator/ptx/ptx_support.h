@@ -1,9 +1,12 @@
 // ptx_support.h - the helpers that translated PTX calls: bit casts, the integer instructions that
 // C++ has no operator for, checked memory accesses, atomics.
 #pragma once
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <map>
 #include <string>
 #include <type_traits>
 
@@ -173,29 +176,59 @@ inline void whole_warp(uint32_t clamp_and_segments, bool up) {
   if (clamp_and_segments != (up ? 0u : 31u)) emu::die("shfl: only segments of 32 lanes are emulated");
 }
 
-inline std::string& last_error() {
-  static thread_local std::string text;
-  return text;
-}
-
 }  // namespace ptx
 
-extern "C" const char* rx_cuda_last_error() { return ptx::last_error().c_str(); }
-
-// The C entry of a kernel: grid and block as three numbers each, CTAs a cluster, bytes of dynamic
-// shared memory, and the parameters as the constant bank holds them. 0, or 1 and last_error.
-#define PTX_LAUNCH(kernel, static_bytes)                                                         \
-  extern "C" int ptx_launch_##kernel(const unsigned* grid, const unsigned* block, unsigned cluster, \
-                                     size_t shared, const uint8_t* parameters) {                 \
-    emu::Launch l;                                                                               \
-    l.grid = dim3(grid[0], grid[1], grid[2]), l.block = dim3(block[0], block[1], block[2]);      \
-    l.cluster = cluster, l.smem = shared, l.static_smem = static_bytes, l.name = #kernel;        \
-    ptx::last_error().clear();                                                                   \
-    try {                                                                                        \
-      emu::launch(l, [&] { entry_##kernel(parameters); });                                       \
-    } catch (const emu::Error& error) {                                                          \
-      ptx::last_error() = std::string(#kernel ": ") + error.what();                              \
-      return 1;                                                                                  \
-    }                                                                                            \
-    return 0;                                                                                    \
+#ifdef PTX_STANDALONE
+// A library of PTX alone. The C entry of a kernel: grid and block as three numbers each, CTAs a
+// cluster, bytes of dynamic shared memory, and the parameters as the constant bank holds them.
+// Returns 0, or 1 and last_error.
+static std::string ptx_last_error;
+extern "C" const char* rx_cuda_last_error() { return ptx_last_error.c_str(); }
+#define PTX_ENTRY(kernel, static_bytes)                                                        \
+  extern "C" int ptx_launch_##kernel(const unsigned* grid, const unsigned* block,              \
+                                     unsigned cluster, size_t shared, const uint8_t* parameters) { \
+    emu::Launch l;                                                                             \
+    l.grid = dim3(grid[0], grid[1], grid[2]), l.block = dim3(block[0], block[1], block[2]);    \
+    l.cluster = cluster, l.smem = shared, l.static_smem = static_bytes, l.name = #kernel;      \
+    ptx_last_error.clear();                                                                    \
+    try {                                                                                      \
+      emu::launch(l, [&] { entry_##kernel(parameters); });                                     \
+    } catch (const emu::Error& error) {                                                        \
+      ptx_last_error = std::string(#kernel ": ") + error.what();                               \
+      return 1;                                                                                \
+    }                                                                                          \
+    return 0;                                                                                  \
   }
+#else
+// PTX beside the C++ that launches it: rx::launch asks by the kernel's address, whose symbol is the
+// name that nvcc gave the entry.
+namespace ptx {
+struct Entry {
+  emu::PtxEntry run;
+  size_t static_bytes;
+};
+inline std::map<std::string, Entry>& entries() {  // one for all translation units
+  static std::map<std::string, Entry> all;
+  return all;
+}
+static emu::PtxEntry find(const void* kernel, size_t* static_smem) {
+  Dl_info info;
+  if (!dladdr(kernel, &info) || !info.dli_sname) return nullptr;
+  std::string name = info.dli_sname;
+  const std::string here = "N3emu9TensorMapE", there = "14CUtensorMap_st";  // the one type that differs
+  for (size_t at; (at = name.find(here)) != name.npos;) name.replace(at, here.size(), there);
+  auto found = entries().find(name);
+  if (found == entries().end()) emu::die("no PTX of the kernel %s", name.c_str());
+  *static_smem = found->second.static_bytes;
+  return found->second.run;
+}
+struct Register {
+  Register(const char* name, emu::PtxEntry run, size_t static_bytes) {
+    entries()[name] = {run, static_bytes};
+    emu::find_ptx = find;
+  }
+};
+}  // namespace ptx
+#define PTX_ENTRY(kernel, static_bytes) \
+  static const ptx::Register register_##kernel(#kernel, entry_##kernel, static_bytes);
+#endif

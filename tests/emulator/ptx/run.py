@@ -1,4 +1,4 @@
-"""Build a kernel's PTX for the emulator and launch it on numpy arrays or torch tensors.
+"""Build PTX for the emulator: a kernel alone, or in the place of the C++ that csrc/cuda launches.
 
 kernel = PtxKernel(ptx, "linear_residual_rms_kernel")
 kernel.configure(seed=3, race=1)
@@ -10,15 +10,16 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
-from ..build import Emulated, build, cache_folder
+from ..build import KERNELS, Emulated, build, cache_folder
 from .parser import parse
 from .translate import translate
 
 HERE = Path(__file__).parent
 # Generated code is long and runs little of its time in itself: -O1 compiles three times faster.
-FLAGS = ("-O1", "-g0", "-w", f"-I{HERE}")
+FLAGS = ("-O1", "-g0", "-w")
 
 
 class PtxKernel:
@@ -29,7 +30,9 @@ class PtxKernel:
         if name is None and len(entries) != 1:
             raise ValueError(f"name one of the entries {list(entries)}")
         self.entry = entries[name or next(iter(entries))]
-        self.library = Emulated(build([_source(ptx)], checked=False, flags=FLAGS), checked=True)
+        flags = (*FLAGS, "-DPTX_STANDALONE")
+        path = build([_source(translate(ptx))], checked=False, flags=flags)
+        self.library = Emulated(path, checked=True)
         # Triton fences in the threads that read, after the barrier; PTX's memory model allows it.
         self.configure(reader_may_fence=1)
 
@@ -94,14 +97,23 @@ def _encode(name: str, value: object) -> bytes:
     raise TypeError(f"parameter {name}: {type(value)} cannot be passed to a kernel")
 
 
-def _source(ptx: str) -> Path:
-    """The generated C++, in a folder of its own: the build is keyed by the folder's content."""
-    text = translate(ptx)
-    support = (HERE / "ptx_support.h").read_bytes()
-    digest = hashlib.sha256(text.encode() + support).hexdigest()[:20]
+def load_ptx(ptx: Sequence[str], host_sources: Sequence[str], wanted: str = "") -> Emulated:
+    """The host code of csrc/cuda files, launching nvcc's PTX of their kernels, not their C++.
+
+    `wanted` is a regular expression for the entries to translate: a file holds many templates.
+    """
+    sources = [_source(translate(text, wanted)) for text in ptx]
+    sources += [KERNELS / name for name in host_sources]
+    return Emulated(build(sources, checked=False, flags=FLAGS), checked=True)
+
+
+def _source(text: str) -> Path:
+    """Generated C++ with its header in a folder of its own: builds are keyed by folders' content."""
+    files = {"kernel.cpp": text, "ptx_support.h": (HERE / "ptx_support.h").read_text()}
+    digest = hashlib.sha256("".join(files.values()).encode()).hexdigest()[:20]
     folder = cache_folder() / f"ptx-{digest}"
     folder.mkdir(exist_ok=True)
-    path = folder / "kernel.cpp"
-    if not path.exists():
-        path.write_text(text)
-    return path
+    for name, content in files.items():
+        if not (folder / name).exists():
+            (folder / name).write_text(content)
+    return folder / "kernel.cpp"

@@ -75,11 +75,13 @@ def shuffle(f, i) -> str:
     """shfl.sync.mode.b32 d[|p], a, b, c, mask: whole warps only (c names no segments)"""
     mode = {"idx": "kIdx", "up": "kUp", "down": "kDown", "bfly": "kXor"}[i.words[2]]
     target, _, valid = i.operands[0].partition("|")
-    if valid and valid != "_":
-        raise i.error("the predicate of a shuffle is not translated")
     a, b, c, mask = (f.value(i, o) for o in i.operands[1:])
-    whole = f"ptx::whole_warp({c}, {int(mode == 'kUp')});"
-    return f"{whole} {f.set(i, target, f'emu::shfl({mask}, {a}, {b}, emu::Shfl::{mode})')}"
+    inside = {"kUp": f"emu::cur->lane >= {b}", "kDown": f"emu::cur->lane + {b} < 32"}
+    parts = [f"ptx::whole_warp({c}, {int(mode == 'kUp')});"]
+    if valid and valid != "_":
+        parts.append(f.set(i, valid, inside.get(mode, "true")))
+    parts.append(f.set(i, target, f"emu::shfl({mask}, {a}, {b}, emu::Shfl::{mode})"))
+    return " ".join(parts)
 
 
 def vote(f, i) -> str:

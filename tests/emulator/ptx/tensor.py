@@ -36,7 +36,7 @@ def matrix(f, i) -> str:
 
 
 def mma(f, i) -> str:
-    if i.words[1:] != tuple("sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32".split(".")):
+    if ".".join(i.words[1:]) != "sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32":
         raise i.error("mma shape not known")
     d, a, b, c = i.operands
     return (

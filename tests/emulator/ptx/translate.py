@@ -1,7 +1,7 @@
 """One C++ function for each PTX entry: one statement for each instruction, in the same order.
 
 Registers become local variables, all declared at the top (a goto may not jump over one), labels
-become labels, and a predicate an `if`. The C entry ptx_launch_NAME starts it in the emulator.
+become labels, and a predicate an `if`. ptx_support.h says how an entry is started.
 """
 
 from __future__ import annotations
@@ -152,14 +152,16 @@ def vector(operand: str) -> list[str]:
     return [part.strip() for part in operand[1:-1].split(",")]
 
 
-def translate(text: str) -> str:
-    """A C++ source for the emulator with one C entry, ptx_launch_NAME, for each PTX entry."""
+def translate(text: str, wanted: str = "") -> str:
+    """A C++ source for the emulator with one function for each PTX entry whose name matches `wanted`."""
     module = parse(text)
     symbols = _symbols(module)
     parts = ['#include "ptx_support.h"\n']
     for entry in module.entries:
+        if not re.search(wanted, entry.name):
+            continue
         parts.append(Function(entry, symbols).translate())
-        parts.append(f"PTX_LAUNCH({entry.name}, {module.shared_bytes})\n")
+        parts.append(f"PTX_ENTRY({entry.name}, {module.shared_bytes})\n")
     return "\n".join(parts)
 
 

@@ -60,6 +60,11 @@ struct Launch {
 };
 void launch(const Launch&, const std::function<void()>& body);  // throws Error
 
+// A library of translated PTX sets this: the PTX of the kernel at this address, or null. rx::launch
+// then runs the PTX in the place of the C++, launched in the same way.
+using PtxEntry = void (*)(const uint8_t* parameters);
+extern PtxEntry (*find_ptx)(const void* kernel, size_t* static_smem);
+
 // Global memory is checked for races only in ranges that the host names (scratch, in-out tensors).
 void watch(const void* base, size_t bytes, const char* name);
 void unwatch_all();

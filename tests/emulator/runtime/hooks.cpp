@@ -20,6 +20,8 @@ static void check(const void* p, size_t n, bool write, uint64_t where, bool unch
   g->race.touch(p, n, write, event, g->race.row(self()));
 }
 
+PtxEntry (*find_ptx)(const void* kernel, size_t* static_smem) = nullptr;
+
 void access(const void* p, size_t n, bool write, const char* what, bool unchanged) {
   check(p, n, write, named(what), unchanged);
 }
