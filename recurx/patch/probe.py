@@ -48,8 +48,8 @@ def probe_forward(
     with _undisturbed(module):
         batch, carry = _random_input(module, batch_size)
         original = MethodType(type(module).forward, module)
-        want = _run(module, original, carry, batch)
-        got = _run(module, MethodType(replacement, module), carry, batch)
+        want = _run("the original", module, original, carry, batch)
+        got = _run("recurx", module, MethodType(replacement, module), carry, batch)
     if all(torch.equal(got[name], want[name]) for name in want):
         return f"probed: {_kinds(want)} bit-identical to the original (B={batch_size})"
     tolerance = _TOLERANCE.get(problem.dtype, _HALF_TOLERANCE)
@@ -91,9 +91,13 @@ def _random_input(module: Any, batch: int) -> tuple[dict[str, Tensor], Any]:
 
 
 def _run(
-    module: nn.Module, forward: Callable[..., Any], carry: Any, batch: dict[str, Tensor]
+    who: str, module: nn.Module, forward: Callable[..., Any], carry: Any, batch: dict[str, Tensor]
 ) -> Result:
-    new, logits, (q_halt, q_continue) = forward(carry, batch)
+    try:
+        new, logits, (q_halt, q_continue) = forward(carry, batch)
+    except Exception as error:  # anything may be wrong with code that we do not know
+        what = f"{type(error).__name__}: {error}"
+        raise UnsupportedModel(f"on a small random batch {who} fails with {what}") from error
     result = {"logits": logits, "q_halt": q_halt, "q_continue": q_continue}
     result |= {f"carry.{name}": state for name, state in vars(new).items()}
     names, leaves = _leaves(module)

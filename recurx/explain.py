@@ -1,0 +1,167 @@
+"""`recurx.explain`: which backend runs a recursion, which were refused and why, what runs where."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import nn
+
+from recurx import backends
+from recurx.errors import BackendUnavailable, bad_argument
+from recurx.models.act import RecursiveModel
+from recurx.models.inner import Inner
+from recurx.nets import Net, as_net
+from recurx.patch.handle import PatchHandle, installed
+from recurx.patch.install import find
+from recurx.problem import Problem
+
+
+def explain(model_or_problem: Any, *, backend: str | None = None, batch_size: int = 1) -> str:
+    """Say which backend runs it, which were refused and why, and which calls run where.
+
+    Args:
+        model_or_problem: a `recurx.Problem`; a `TRM` or `HRM`; official or lucidrains code,
+            patched or not, wrapped in whatever; or a handle of `recurx.patch`.
+        backend: the backend asked for; None for that of the model, or "auto".
+        batch_size: B of the recursion that is explained (not used for a Problem).
+
+    Returns:
+        Several lines of text.
+
+    Raises:
+        InvalidArgument: none of these things.
+    """
+    if isinstance(model_or_problem, Problem):
+        return _explain_problem(model_or_problem, backend or "auto")
+    if isinstance(model_or_problem, PatchHandle):
+        parts = [str(model_or_problem.report)]
+        parts += [_explain_module(m, backend, batch_size) for m in model_or_problem.modules]
+        return "\n\n".join(parts)
+    if isinstance(model_or_problem, nn.Module):
+        return _explain_module(model_or_problem, backend, batch_size)
+    raise bad_argument(
+        "explain", "model_or_problem", "a Problem, a torch module or a patch handle",
+        type(model_or_problem).__name__,
+    )  # fmt: skip
+
+
+def problem_of_model(model: RecursiveModel | Inner, batch_size: int = 1) -> Problem:
+    """The recursion of a `TRM` or `HRM` on `batch_size` samples, on the device it is on."""
+    inner = model if isinstance(model, Inner) else model.inner
+    bound = {name: as_net(net, name) for name, net in inner.nets().items()}
+    specs = {name: net.spec for name, net in bound.items() if isinstance(net, Net)}
+    return Problem(
+        inner.schedule,
+        tuple((name, specs[name]) for name in inner.schedule.nets),
+        batch_size,
+        inner.config.tokens,
+        inner.config.hidden_size,
+        inner.config.dtype,
+        inner.lm_head.weight.device.type,
+        rope=inner.cos_sin() is not None,
+        needs_grad=inner.training,
+    )
+
+
+# ---- modules -------------------------------------------------------------------------------
+
+
+def _explain_module(model: nn.Module, backend: str | None, batch_size: int) -> str:
+    own = [(name, m) for name, m in model.named_modules() if isinstance(m, Inner)]
+    parts = [
+        f"{_title(name, inner)}: recurx's own model\n"
+        + _explain_problem(problem_of_model(inner, batch_size), backend or inner.backend, both=True)
+        for name, inner in own
+    ]
+    for name, module, adapter in find(model):
+        if isinstance(module, Inner):
+            continue
+        function = installed(module, adapter.method)
+        if function is not None:
+            plan: Any = function.recurx_plan  # type: ignore[attr-defined]
+            problem = dataclasses.replace(adapter.problem(module, plan), batch=batch_size)
+            text = _explain_problem(problem, backend or plan.backend, both=True)
+            stays = "\n".join(f"  {line}" for line in adapter.describe(module, plan))
+            parts.append(f"{_title(name, module)}: patched\n{stays}\n{text}")
+            continue
+        differences = adapter.differences(module)
+        if differences:
+            lines = "\n".join(f"  {line}" for line in differences)
+            parts.append(
+                f"{_title(name, module)}: runs on PyTorch; recurx.patch would refuse it:\n{lines}"
+            )
+        else:
+            plan = adapter.plan(module, backend or "auto")
+            problem = dataclasses.replace(adapter.problem(module, plan), batch=batch_size)
+            text = _explain_problem(problem, plan.backend, both=True)
+            parts.append(
+                f"{_title(name, module)}: not patched, runs on PyTorch. "
+                f"After recurx.patch(model):\n{text}"
+            )
+    if not parts:
+        return (
+            f"{type(model).__name__}: no recursion that recurx knows in this module; "
+            "it runs on PyTorch."
+        )
+    return "\n\n".join(parts)
+
+
+def _title(name: str, module: nn.Module) -> str:
+    return f"{name} ({type(module).__name__})" if name else type(module).__name__
+
+
+# ---- problems ------------------------------------------------------------------------------
+
+
+def _explain_problem(problem: Problem, asked: str, both: bool = False) -> str:
+    """`both` explains evaluation and training, else what `problem.needs_grad` says."""
+    lines = [str(problem)]
+    if problem.opaque:
+        lines.append(
+            f"  backend {asked!r} -> eager: {', '.join(problem.opaque)} is foreign code, "
+            "which only PyTorch can call"
+        )
+        chosen = "eager"
+    else:
+        forward = dataclasses.replace(problem, needs_grad=False)
+        try:
+            chosen = backends.select(asked, forward).name
+        except BackendUnavailable as error:
+            return "\n".join([*lines, f"  {error}", *_verdicts(forward, "")])
+        lines.append(f"  backend {asked!r} -> {chosen}")
+        lines += _verdicts(forward, chosen)
+    if both or not problem.needs_grad:
+        lines.append(f"  without gradient: {_calls(0, len(problem.schedule))} on {chosen}")
+    if both or problem.needs_grad:
+        lines.append(f"  in training: {_training(problem, chosen)}")
+    return "\n".join(lines)
+
+
+def _verdicts(problem: Problem, chosen: str) -> list[str]:
+    """One line a backend, fastest first."""
+    lines = []
+    for name in backends.ORDER:
+        reason = backends.why_not(name, problem)
+        verdict = f"refused: {reason}" if reason else "can run it"
+        lines.append(f"    {name}: {'chosen' if name == chosen else verdict}")
+    return lines
+
+
+def _training(problem: Problem, chosen: str) -> str:
+    schedule = problem.schedule
+    split, calls = schedule.grad_from, len(schedule)
+    window = f"window {_range(split, calls)} on eager under autograd"
+    if chosen != "eager":
+        window += f' (save="states": forward on {chosen}, backward recomputes call by call)'
+    if split == 0:
+        return f"all calls are in the window; {window}"
+    return f"{_calls(0, split)} on {chosen} without gradient; {window}"
+
+
+def _calls(start: int, stop: int) -> str:
+    return f"calls {_range(start, stop)}"
+
+
+def _range(start: int, stop: int) -> str:
+    return f"{start}..{stop - 1}" if stop - start > 1 else f"{start}"

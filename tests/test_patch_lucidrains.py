@@ -1,0 +1,213 @@
+"""recurx.patch on lucidrains' package from PyPI (pip install tiny-recursive-model)."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import recurx
+from recurx import BackendUnavailable, UnsupportedModel
+from recurx.models.config import TRMConfig
+from recurx.models.layers import ReasoningNet
+from recurx.patch.handle import installed
+
+lucid = pytest.importorskip("tiny_recursive_model")
+
+TOKENS, WIDTH, IDS = 12, 16, 8
+
+
+def build(network: nn.Module | None = None, registers: int = 0, **fields: Any) -> nn.Module:
+    torch.manual_seed(0)
+    length = TOKENS + registers
+    model = lucid.TinyRecursiveModel(
+        dim=WIDTH,
+        num_tokens=IDS,
+        network=network or lucid.MLPMixer1D(dim=WIDTH, depth=2, seq_len=length),
+        num_register_tokens=registers,
+        num_refinement_blocks=fields.pop("blocks", 3),
+        num_latent_refinements=fields.pop("latents", 4),
+    )
+    with torch.no_grad():
+        model.to_halt_pred[1].weight.normal_()
+    return model
+
+
+def puzzles(batch: int = 5) -> Tensor:
+    return torch.randint(0, IDS, (batch, TOKENS), generator=torch.Generator().manual_seed(1))
+
+
+def two_steps(model: nn.Module) -> dict[str, Tensor]:
+    """Two supervision steps with labels: losses, carry, predictions and every gradient."""
+    outputs, latents = model.get_initial()
+    model.zero_grad()
+    out: dict[str, Tensor] = {}
+    for number in range(2):
+        loss, _, outputs, latents, pred, halt = model(
+            puzzles(), outputs, latents, labels=puzzles().flip(1)
+        )
+        loss.backward()
+        names = ("loss", "outputs", "latents", "pred", "halt")
+        values = (loss, outputs, latents, pred, halt)
+        out |= {f"{number}.{name}": v.detach() for name, v in zip(names, values, strict=True)}
+    out |= {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return out
+
+
+def same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        assert torch.equal(got[name], tensor), f"{name}: {(got[name] - tensor).abs().max()}"
+
+
+@pytest.mark.parametrize("registers", [0, 3])
+@pytest.mark.parametrize("blocks,latents", [(3, 4), (2, 1)])
+def test_training_and_prediction_have_the_same_bits(
+    registers: int, blocks: int, latents: int
+) -> None:
+    model = build(registers=registers, blocks=blocks, latents=latents)
+    want, names = two_steps(model), list(model.state_dict())
+    want_pred, want_steps = model.predict(puzzles())
+    handle = recurx.patch(model)
+    same(two_steps(model), want)
+    pred, steps = model.predict(puzzles())
+    assert torch.equal(pred, want_pred) and torch.equal(steps, want_steps)
+    assert list(model.state_dict()) == names
+    text = str(handle.report)
+    assert "the network (Sequential, foreign code)" in text and "bit-identical" in text
+    handle.remove()
+    assert installed(model, "deep_refinement") is None
+    same(two_steps(model), want)
+
+
+def test_transformers_copies_and_pickles() -> None:
+    x_transformers = pytest.importorskip("x_transformers")
+    model = build(x_transformers.Encoder(dim=WIDTH, depth=1, heads=2))
+    want = two_steps(model)
+    recurx.patch(model)
+    copied = copy.deepcopy(model)
+    assert installed(copied, "deep_refinement") is not None
+    assert vars(copied)["deep_refinement"].__self__ is copied
+    same(two_steps(copied), want)
+    loaded = pickle.loads(pickle.dumps(build_patched()))
+    assert installed(loaded, "deep_refinement") is None
+    same(two_steps(loaded), two_steps(build()))
+
+
+def build_patched() -> nn.Module:
+    model = build()
+    recurx.patch(model)
+    return model
+
+
+def test_autocast_stays_as_the_user_set_it() -> None:
+    model = build()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        want = two_steps(model)
+        recurx.patch(model)
+        got = two_steps(model)
+    assert got["0.pred"].dtype == want["0.pred"].dtype
+    for name in ("0.loss", "1.loss", "1.outputs"):
+        torch.testing.assert_close(got[name], want[name], rtol=0.05, atol=0.05, check_dtype=False)
+
+
+def test_a_network_of_recurx_runs_fused() -> None:
+    config = TRMConfig.tiny(IDS, TOKENS, hidden_size=WIDTH, num_heads=2, L_layers=1)
+    model = build(ReasoningNet(config, 1)).eval()
+    want = model.predict(puzzles())
+    handle = recurx.patch(model)
+    got = model.predict(puzzles())
+    assert "and the network (ReasoningNet)" in str(handle.report)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    if recurx.backends.has_fused("cpu"):
+        assert "auto -> cpu" in str(handle.report)
+
+
+def test_classes_and_the_imported_package() -> None:
+    for target in (lucid, lucid.TinyRecursiveModel):
+        with recurx.patch(target):
+            assert installed(build(), "deep_refinement") is not None
+        assert installed(build(), "deep_refinement") is None
+
+
+def test_an_explicit_backend_refuses_foreign_code() -> None:
+    with pytest.raises(BackendUnavailable, match="foreign code"):
+        recurx.patch(build(), backend="cpu")
+
+
+class OtherOrder(lucid.TinyRecursiveModel):
+    """Adds in another order, and only there."""
+
+    def refine_latent_then_output_once(
+        self, inputs: Tensor, outputs: Tensor, latents: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        for _ in range(self.num_latent_refinements):
+            latents = self.network(inputs + (latents + outputs))
+        return self.network(latents + outputs), latents
+
+
+class FullGradient(lucid.TinyRecursiveModel):
+    """Gradient through every block."""
+
+    def deep_refinement(
+        self, inputs: Tensor, outputs: Tensor, latents: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        for _ in range(self.num_refinement_blocks):
+            outputs, latents = self.refine_latent_then_output_once(inputs, outputs, latents)
+        return outputs, latents
+
+
+class OneMore(lucid.TinyRecursiveModel):
+    """One call more at the end."""
+
+    def refine_latent_then_output_once(
+        self, inputs: Tensor, outputs: Tensor, latents: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        outputs, latents = super().refine_latent_then_output_once(inputs, outputs, latents)
+        return self.network(outputs), latents
+
+
+@pytest.mark.parametrize("cls", [OtherOrder, FullGradient, OneMore])
+def test_loops_that_differ_are_refused(cls: type[nn.Module]) -> None:
+    model = cls(dim=WIDTH, num_tokens=IDS, network=nn.Linear(WIDTH, WIDTH))
+    with pytest.raises(UnsupportedModel, match="its loop computes something else"):
+        recurx.patch(model)
+    assert "deep_refinement" not in vars(model)
+    assert isinstance(model.network, nn.Linear), "the stand-in network must be gone"
+
+
+def test_other_arguments_are_refused() -> None:
+    class Masked(lucid.TinyRecursiveModel):
+        def deep_refinement(
+            self, inputs: Tensor, outputs: Tensor, latents: Tensor, mask: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            return super().deep_refinement(inputs * mask, outputs, latents)
+
+    with pytest.raises(UnsupportedModel, match="takes"):
+        recurx.patch(Masked(dim=WIDTH, num_tokens=IDS, network=nn.Linear(WIDTH, WIDTH)))
+
+
+def test_refinements_that_change_after_the_patch_are_noticed() -> None:
+    model = build_patched()
+    model.num_latent_refinements = 2
+    with pytest.raises(UnsupportedModel, match="changed since the patch"):
+        two_steps(model)
+
+
+def test_under_torch_compile() -> None:
+    torch._dynamo.reset()
+    model = build(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()), blocks=2, latents=1)
+    outputs, latents = (t.detach() for t in model.get_initial())
+    inputs = torch.randn(2, TOKENS, WIDTH)
+    want = model.deep_refinement(inputs, outputs, latents)[0]
+    recurx.patch(model)
+
+    def loop(inputs: Tensor) -> Tensor:
+        return model.deep_refinement(inputs, outputs, latents)[0]
+
+    got = torch.compile(loop, fullgraph=True, backend="eager")(inputs)
+    torch.testing.assert_close(got, want)
