@@ -77,10 +77,7 @@ RX_DEVICE void multiply_stage(float (&acc)[2][kTiles][4], uint32_t stage_s) {
       const int r = column0 + j * 8 + ((lane >> 4) << 3) + (lane & 7);
       rx::ldmatrix_x4(w, w_s + tile_offset(r, ks * 2 + ((lane >> 3) & 1)));
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
-        rx::mma_m16n8k16(acc[i][j], a[i], w[0], w[1]);
-        rx::mma_m16n8k16(acc[i][j + 1], a[i], w[2], w[3]);
-      }
+      for (int i = 0; i < 2; i++) rx::mma_m16n16k16(acc[i][j], acc[i][j + 1], a[i], w);
     }
   }
 }

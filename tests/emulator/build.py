@@ -11,6 +11,7 @@ must run with the race checker off.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -20,7 +21,8 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,6 +31,7 @@ KERNELS = Path(__file__).parents[2] / "csrc" / "cuda"
 SUPPORTED = ("x86_64", "aarch64")
 
 COMMON = ["-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+COMMON += ["-ftls-model=initial-exec"]  # no call for each use of the current thread
 # native: the caches below are keyed by the CPU, and the products of the emulator want FMA.
 SPEED = ["-O3", "-march=native"]
 # Every access calls hooks.cpp instead of libtsan; -g1 lets reports name the source line.
@@ -89,44 +92,47 @@ def _run(command: Sequence[object]) -> None:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr[-6000:]}")
 
 
-def _compile_all(jobs: Sequence[tuple[Path, Path]], flags: Sequence[str]) -> None:
-    """(source, object) pairs, two at a time."""
-    command = [compiler(), *COMMON, *flags, "-I", RUNTIME]
+def _cached(name: str, make: Callable[[Path], None]) -> Path:
+    """The file of this name in the cache; made under another name first, then moved into place."""
+    path = cache_folder() / name
+    if path.exists():
+        os.utime(path)
+        return path
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as work:
+        made = Path(work) / name
+        make(made)
+        made.replace(path)
+    return path
+
+
+def prune_cache(days: float = 14) -> None:
+    """Removes what no test has used for some days: each edit of a kernel leaves a build behind."""
+    for path in cache_folder().iterdir():
+        with contextlib.suppress(OSError):
+            if path.is_file() and path.stat().st_mtime < time.time() - days * 86400:
+                path.unlink()
+
+
+def object_file(source: Path, flags: Sequence[str]) -> Path:
+    """Keyed by everything in the folder of the source, for that is where its headers are."""
+    key = _key([source.name, *flags], sorted({RUNTIME, source.parent}))
+    command = [compiler(), *COMMON, *flags, "-I", RUNTIME, "-x", "c++", "-c", source, "-o"]
+    return _cached(f"{source.stem}-{key}.o", lambda made: _run([*command, made]))
+
+
+def _object_files(sources: Iterable[Path], flags: Sequence[str]) -> list[Path]:
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda job: _run([*command, "-x", "c++", "-c", job[0], "-o", job[1]]), jobs))
-
-
-@functools.cache
-def runtime_archive() -> Path:
-    """The emulator itself, never instrumented."""
-    archive = cache_folder() / f"runtime-{_key(SPEED, [RUNTIME])}.a"
-    if not archive.exists():
-        with tempfile.TemporaryDirectory(dir=cache_folder()) as work:
-            jobs = [(s, Path(work) / f"{s.stem}.o") for s in sorted(RUNTIME.glob("*.cpp"))]
-            _compile_all(jobs, SPEED)
-            made = Path(work) / "runtime.a"
-            _run(["ar", "rcs", made, *(o for _, o in jobs)])
-            made.replace(archive)
-    return archive
+        return list(pool.map(lambda source: object_file(source, flags), sources))
 
 
 def build(sources: Sequence[Path], checked: bool, flags: Sequence[str] = ()) -> Path:
-    """A shared library of kernel sources and the emulator; folders of the sources are the cache key."""
+    """A shared library of kernel sources and the emulator. Only the kernels are instrumented."""
     flags = [*(CHECKED if checked else SPEED), "-DRX_EMU", *flags]
-    folders = {RUNTIME, *(s.parent for s in sources)}
-    key = _key([*flags, *(s.name for s in sources)], sorted(folders))
-    library = cache_folder() / f"{sources[0].stem}-{'checked' if checked else 'plain'}-{key}.so"
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=cache_folder()) as work:
-            jobs = [(s, Path(work) / f"{i}.o") for i, s in enumerate(sources)]
-            _compile_all(jobs, flags)
-            made = Path(work) / library.name
-            whole = ["-Wl,--whole-archive", runtime_archive(), "-Wl,--no-whole-archive"]
-            objects = [o for _, o in jobs]
-            link = ["-shared", "-pthread", "-Wl,-Bsymbolic", "-ldl"]
-            _run([compiler(), "-o", made, *objects, *whole, *link])
-            made.replace(library)
-    return library
+    objects = _object_files(sources, flags)
+    objects += _object_files(sorted(RUNTIME.glob("*.cpp")), SPEED)
+    link = [compiler(), "-shared", "-pthread", "-Wl,-Bsymbolic", *objects, "-ldl", "-o"]
+    name = f"{sources[0].stem}-{_key([o.name for o in objects], [])}.so"
+    return _cached(name, lambda made: _run([*link, made]))
 
 
 def source_lines(message: str) -> str:
@@ -179,12 +185,13 @@ class Emulated:
         self.library.emu_unwatch_all()
 
     def call(self, entry: str, *arguments: object) -> None:
-        """Calls a C entry that returns 0 or an error code; raises EmulatorFault with its message."""
+        """Calls a C entry that returns 0 or an error code; raises EmulatorFault."""
         if getattr(self.library, entry)(*arguments):
             self.library.rx_cuda_last_error.restype = ctypes.c_char_p
             raise EmulatorFault(source_lines(self.library.rx_cuda_last_error().decode()))
 
 
 def load_kernels(names: Sequence[str], checked: bool, folder: Path = KERNELS) -> Emulated:
-    """Kernels of csrc/cuda (or a mutated copy of it) by file name."""
-    return Emulated(build([folder / n for n in names], checked), checked)
+    """Kernels of csrc/cuda by file name; the first may come from a mutated copy of that folder."""
+    sources = [folder / names[0], *(KERNELS / name for name in names[1:])]
+    return Emulated(build(sources, checked), checked)

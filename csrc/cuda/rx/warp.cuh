@@ -31,9 +31,8 @@ RX_DEVICE void stmatrix_x4(uint32_t addr, const uint32_t (&r)[4]) {  // sm_90
                    "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory"));
 }
 
-// ---- mma.sync: d[16, 8] += a[16, 16] * b[16, 8], fp32 accumulation
-// ------------------------------- Lane l holds rows l/4 and l/4 + 8; d: columns 2*(l%4) and the
-// next.
+// ---- mma.sync: d[16, n] += a[16, 16] * b[16, n], fp32 accumulation
+// Lane l holds rows l/4 and l/4 + 8; of d columns 2*(l%4) and the next, of every eight.
 RX_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #ifdef RX_EMU
   const uint32_t b[2] = {b0, b1};
@@ -44,6 +43,17 @@ RX_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, 
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
+// Two tiles that share a, with b as one ldmatrix_x4 loads it.
+RX_DEVICE void mma_m16n16k16(float (&d0)[4], float (&d1)[4], const uint32_t (&a)[4],
+                             const uint32_t (&b)[4]) {
+#ifdef RX_EMU
+  emu::mma_m16n16k16_bf16(d0, d1, a, b);  // half as many rendezvous
+#else
+  mma_m16n8k16(d0, a, b[0], b[1]);
+  mma_m16n8k16(d1, a, b[2], b[3]);
 #endif
 }
 

@@ -71,7 +71,7 @@ inline void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int sca
 #define RX_OPERANDS_64 RX_TEN() RX_TEN(1) RX_TEN(2) "%30, %31"
 #define RX_OPERANDS_128 RX_TEN_TO_SIXTY "%60, %61, %62, %63"
 #define RX_OPERANDS_192 RX_TEN_TO_NINETY "%90, %91, %92, %93, %94, %95"
-#define RX_OPERANDS_256                                                                         \
+#define RX_OPERANDS_256 \
   RX_TEN_TO_NINETY RX_TEN(9) RX_TEN(10) RX_TEN(11) "%120, %121, %122, %123, %124, %125, %126, " \
                                                    "%127"
 #define RX_ACCUMULATORS_64 RX_F32(0)

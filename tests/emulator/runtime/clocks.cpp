@@ -116,14 +116,13 @@ Event RaceChecker::bulk_event(const Thread* t, const char* what) {
   return {++async_clock_[actor - first_warpgroup_], uint16_t(actor), Kind::kAsync, named(what)};
 }
 
-bool RaceChecker::known(const Event& e, const View& view) const {
-  if (e.kind != Kind::kCpAsync) return view.of(e.actor) >= e.clock;
+bool RaceChecker::cp_async_known(const Event& e, const View& view) const {
   const auto& waits = gang_->threads[e.actor].marks.cp_waits;
   return e.clock <= waits.size() && view.of(e.actor) >= waits[e.clock - 1];
 }
 
-// Has the writer (or, if that is allowed, a reader) made `e` visible to the async proxy, and does the
-// view know that it has?
+// Has the writer (or, if that is allowed, a reader) made `e` visible to the async proxy, and does
+// the view know that it has?
 bool RaceChecker::fenced(const Event& e, const View& view) const {
   const OrderMarks& marks = gang_->threads[e.actor].marks;
   Clock written = e.clock;

@@ -33,7 +33,7 @@ struct Event {
   Clock clock = 0;  // 0: none
   uint16_t actor = 0;
   Kind kind = Kind::kGeneric;
-  uint64_t where = 0;  // code address, or named()
+  uint64_t where = 0;      // code address, or named()
   bool unchanged = false;  // a write of the bytes that were there
 };
 
@@ -122,7 +122,9 @@ class RaceChecker {
 
   // memory
   void touch(const void* p, size_t n, bool write, const Event&, const View&);
-  bool known(const Event&, const View&) const;
+  bool known(const Event& e, const View& view) const {
+    return e.kind == Kind::kCpAsync ? cp_async_known(e, view) : view.of(e.actor) >= e.clock;
+  }
   void check_mbarrier_init(const uint8_t* bar, const Thread*, const char* op);
   void exit_check(const Cta&);
   Shadow* shadow_of(const void*);
@@ -140,6 +142,7 @@ class RaceChecker {
   std::vector<Shadow> shared_, global_;
 
   void start_shadow();
+  bool cp_async_known(const Event&, const View&) const;
   bool fenced(const Event&, const View&) const;
   void touch_piece(Piece&, unsigned size, unsigned from, unsigned n, bool write, const Event&,
                    const View&, const uint8_t* at);

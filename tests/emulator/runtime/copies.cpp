@@ -8,7 +8,7 @@
 namespace emu {
 
 bool happens_now() {
-  Async policy = config().async;
+  Async policy = gang->config.async;
   return policy == Async::kEager || (policy == Async::kRandom && gang->random() & 1);
 }
 
@@ -20,7 +20,7 @@ void later(std::function<void()> work) {
 bool run_one_async() {
   auto& list = gang->in_flight;
   if (list.empty()) return false;
-  size_t i = config().async == Async::kRandom ? gang->random() % list.size() : 0;
+  size_t i = gang->config.async == Async::kRandom ? gang->random() % list.size() : 0;
   auto work = std::move(list[i]);
   list.erase(list.begin() + long(i));
   work();
@@ -54,7 +54,7 @@ void cp_async(uint32_t dst, const void* src, int bytes, int src_bytes) {
     carry_out(c);
   else
     memset(c.dst, 0xff, size_t(bytes));
-  me->cp_async.open.push_back(c);
+  me->cp_async.add(c);
 }
 
 void cp_commit() {
@@ -64,23 +64,19 @@ void cp_commit() {
 
 void cp_wait(int groups_left) {
   Thread* me = self();
-  auto& groups = me->cp_async.committed;
-  while (int(groups.size()) > groups_left) {
-    for (Copy& c : groups.front()) carry_out(c);
-    groups.pop_front();
-  }
-  gang->race.cp_async_waited(me, me->cp_commits - groups.size());
+  while (int(me->cp_async.committed()) > groups_left) me->cp_async.pop_group(carry_out);
+  gang->race.cp_async_waited(me, me->cp_commits - me->cp_async.committed());
 }
 
 // A thread may end with cp.async in flight: the hardware completes them before the CTA goes.
 void finish_copies(Thread* t) {
-  for (auto& group : t->cp_async.committed)
-    for (Copy& c : group) carry_out(c);
-  for (Copy& c : t->cp_async.open) carry_out(c);
-  for (auto& group : t->bulk_stores.committed)
-    for (Copy& c : group)
-      if (!c.done) die("the thread ends while bulk stores may still read its shared memory");
-  if (!t->bulk_stores.open.empty()) die("the thread ends with bulk stores that it never committed");
+  auto& cp = t->cp_async;
+  for (size_t i = cp.first; i < cp.ops.size(); i++) carry_out(cp.ops[i]);
+  auto& stores = t->bulk_stores;
+  if (stores.open()) die("the thread ends with bulk stores that it never committed");
+  for (size_t i = stores.first; i < stores.ops.size(); i++)
+    if (!stores.ops[i].done)
+      die("the thread ends while bulk stores may still read its shared memory");
 }
 
 // ---- bulk and tensor loads ----------------------------------------------------------------------
@@ -236,22 +232,20 @@ void bulk_store(void* dst, uint32_t src, uint32_t bytes) {
   race.touch(c.src, bytes, false, c.event, race.row(self()));
   race.touch(c.dst, bytes, true, c.write_event, race.row(self()));
   if (happens_now()) carry_out(c);
-  self()->bulk_stores.open.push_back(c);
+  self()->bulk_stores.add(c);
 }
 
 void bulk_commit() { self()->bulk_stores.commit(); }
 
 // After a read-only wait the sources may be written again; nothing is known of the destinations.
 void bulk_wait(int groups_left, bool read_only) {
-  auto& groups = self()->bulk_stores.committed;
-  while (int(groups.size()) > groups_left) {
-    for (Copy& c : groups.front()) {
+  auto& stores = self()->bulk_stores;
+  while (int(stores.committed()) > groups_left)
+    stores.pop_group([&](Copy& c) {
       carry_out(c);
       gang->race.completed(self(), c.event);
       if (!read_only) gang->race.completed(self(), c.write_event);
-    }
-    groups.pop_front();
-  }
+    });
 }
 
 }  // namespace emu

@@ -40,8 +40,9 @@ struct Config {  // defaults come from EMU_ASYNC, EMU_RANDOM, EMU_SEED, EMU_RACE
   unsigned seed = 1;
   bool race =
       true;  // vector-clock race checker (plain ld/st need -fsanitize=thread, see hooks.cpp)
-  // fence.proxy.async counts in any thread that knows of the write, as in PTX's memory model. Off: it
-  // must be the writer's own, which is the rule of this project's kernels and finds more mistakes.
+  // fence.proxy.async counts in any thread that knows of the write, as in PTX's memory model. Off:
+  // it must be the writer's own, which is the rule of this project's kernels and finds more
+  // mistakes.
   bool reader_may_fence = false;
   double yield_chance = 0;                // chance of a switch at each instrumented access
   int workers = 2;                        // OS threads
@@ -88,8 +89,8 @@ uint32_t cvta_shared(const void* generic);
 uint8_t* shared_ptr(uint32_t addr);  // checks the rank and that the offset is inside
 uint32_t mapa(uint32_t addr,
               unsigned rank);  // shared::cluster address of the same variable in CTA `rank`
-// The race hook. `unchanged`: a write of the bytes that are there already; lanes of one warp may make
-// it together by one instruction (`what`), as compilers do with a value that all of them hold.
+// The race hook. `unchanged`: a write of the bytes that are there already; lanes of one warp may
+// make it together by one instruction (`what`), as compilers do with a value that all of them hold.
 void access(const void* p, size_t n, bool write, const char* what = "ld/st",
             bool unchanged = false);
 
@@ -123,6 +124,7 @@ uint32_t ballot(uint32_t mask, bool p);
 void ldmatrix(uint32_t addr, uint32_t* out, int n, bool trans);
 void stmatrix(uint32_t addr, const uint32_t* in, int n, bool trans);
 void mma_m16n8k16_bf16(float* d, const uint32_t* a, const uint32_t* b, const float* c);
+void mma_m16n16k16_bf16(float* d0, float* d1, const uint32_t* a, const uint32_t* b);  // d += a * b
 
 // ---- asynchronous copies ------------------------------------------------------------------------
 void cp_async(uint32_t dst, const void* src, int bytes, int src_bytes);  // the rest is zero-filled

@@ -12,7 +12,8 @@ extern __thread size_t window_bytes;
 static void check(const void* p, size_t n, bool write, uint64_t where, bool unchanged = false) {
   Gang* g = gang;
   g->stats.accesses++;
-  if (gang->config.yield_chance > 0 && (g->random() & 0xffff) < gang->config.yield_chance * 65536) yield();
+  if (gang->config.yield_chance > 0 && (g->random() & 0xffff) < gang->config.yield_chance * 65536)
+    yield();
   window_check(static_cast<const uint8_t*>(p), n, write ? "write" : "read");
   if (!g->race.on) return;
   Event event = g->race.thread_event(self(), where);

@@ -10,11 +10,14 @@
 
 namespace emu {
 
-static constexpr size_t kStack = 128 << 10;  // bytes a thread, the lowest page is a guard
+static constexpr size_t kStack = 160 << 10;  // bytes a thread, the lowest page is a guard
 
-// ---- memory -------------------------------------------------------------------------------------
-// Kept by each OS thread between launches: mapping and guarding pages costs more than a small
-// kernel.
+// Stacks one power of two apart would all use the same few sets of every cache, so each begins a
+// different number of lines below its top.
+static size_t stack_color(unsigned thread) { return thread * 13 % 512 * 64; }
+
+// ---- memory
+// Kept between launches: mapping, guarding and touching pages costs more than a small kernel.
 class Arena {
  public:
   ~Arena() {
@@ -23,8 +26,8 @@ class Arena {
   uint8_t* at_least(size_t bytes, size_t guard_every = 0) {
     if (bytes <= bytes_) return base_;
     if (base_) munmap(base_, bytes_);
-    void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
-                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
     if (p == MAP_FAILED) throw Error("the emulator cannot map " + std::to_string(bytes) + " bytes");
     base_ = static_cast<uint8_t*>(p);
     bytes_ = bytes;
@@ -37,7 +40,24 @@ class Arena {
   uint8_t* base_ = nullptr;
   size_t bytes_ = 0;
 };
-static thread_local Arena stacks, windows;
+
+struct Memory {
+  Arena stacks, windows;
+};
+static std::mutex memory_lock;
+static std::vector<std::unique_ptr<Memory>> unused_memory;
+
+static std::unique_ptr<Memory> take_memory() {
+  std::lock_guard<std::mutex> hold(memory_lock);
+  if (unused_memory.empty()) return std::make_unique<Memory>();
+  auto m = std::move(unused_memory.back());
+  unused_memory.pop_back();
+  return m;
+}
+static void give_back_memory(std::unique_ptr<Memory> m) {
+  std::lock_guard<std::mutex> hold(memory_lock);
+  unused_memory.push_back(std::move(m));
+}
 
 __thread const uint8_t* window_base;  // what hooks.cpp compares addresses with
 __thread size_t window_bytes;
@@ -114,15 +134,16 @@ static void set_up_thread(Gang& g, Cta& c, Thread& t, unsigned in_cta) {
   t.home->live |= 1u << t.lane;
 }
 
-static void set_up(Gang& g, const Launch& l, unsigned first_block, unsigned blocks) {
+static void set_up(Gang& g, Memory& memory, const Launch& l, unsigned first_block,
+                   unsigned blocks) {
   unsigned threads = l.block.x * l.block.y * l.block.z;
   g.launch = &l;
   g.live = blocks * threads;
-  g.rng = (config().seed * 0x9E3779B97F4A7C15ull) ^ (first_block * 0xD1B54A32D192ED03ull) ^
+  g.rng = (g.config.seed * 0x9E3779B97F4A7C15ull) ^ (first_block * 0xD1B54A32D192ED03ull) ^
           0x2545F4914F6CDD1Dull;
   window_bytes = blocks * kWindow;
-  window_base = windows.at_least(window_bytes);
-  uint8_t* stack = stacks.at_least(g.live * kStack, kStack);
+  window_base = memory.windows.at_least(window_bytes);
+  uint8_t* stack = memory.stacks.at_least(g.live * kStack, kStack);
   g.ctas = std::vector<Cta>(blocks);
   g.clusters = std::vector<Cluster>(blocks / l.cluster);
   g.threads = std::vector<Thread>(g.live);
@@ -137,7 +158,7 @@ static void set_up(Gang& g, const Launch& l, unsigned first_block, unsigned bloc
     for (unsigned i = 0; i < threads; i++) {
       Thread& t = g.threads[c.first_thread + i];
       set_up_thread(g, c, t, i);
-      start_fiber(&t, stack + (size_t(t.id) + 1) * kStack);
+      start_fiber(&t, stack + (size_t(t.id) + 1) * kStack - stack_color(t.id));
     }
   }
   g.race.start(g);
@@ -154,13 +175,14 @@ static void add_stats(const Stats& s) {
   total.ldmatrix_conflicts += s.ldmatrix_conflicts;
 }
 
-static std::string run_gang(const Launch& l, const std::function<void()>& body,
+static std::string run_gang(Memory& memory, const Launch& l, const std::function<void()>& body,
                             unsigned first_block, unsigned blocks) {
   Gang g;
+  g.config = config();
   gang = &g;
   g.body = &body;
   try {
-    set_up(g, l, first_block, blocks);
+    set_up(g, memory, l, first_block, blocks);
     run_to_end(g);
   } catch (const std::exception& e) {
     g.error = e.what();
@@ -196,13 +218,15 @@ void launch(const Launch& l, const std::function<void()>& body) {
   std::mutex lock;
   std::string error;
   auto work = [&] {
+    auto memory = take_memory();
     for (unsigned i; !failed && (i = next++) < gangs;) {
-      std::string e = run_gang(l, body, i * each, each);
+      std::string e = run_gang(*memory, l, body, i * each, each);
       if (e.empty()) continue;
       std::lock_guard<std::mutex> hold(lock);
       failed = true;
       if (error.empty()) error = e;
     }
+    give_back_memory(std::move(memory));
   };
   unsigned workers = std::min(unsigned(std::max(1, config().workers)), gangs);
   std::vector<std::thread> others;

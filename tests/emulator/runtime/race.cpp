@@ -95,8 +95,8 @@ void RaceChecker::touch_piece(Piece& piece, unsigned size, unsigned from, unsign
   }
 }
 
-// The same value, by the same instruction, from lanes of one warp: compilers do not bother to choose
-// one of them.
+// The same value, by the same instruction, from lanes of one warp: compilers do not bother to
+// choose one of them.
 static bool same_store(const Event& e, const Event& before) {
   return e.unchanged && e.kind == Kind::kGeneric && before.kind == Kind::kGeneric &&
          e.where == before.where && e.actor / 32 == before.actor / 32;

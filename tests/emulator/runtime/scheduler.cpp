@@ -62,7 +62,7 @@ static void starve_some_warps() {
 static Warp* choose_warp() {
   auto& list = gang->runnable;
   if (list.empty()) return nullptr;
-  if (!config().random_order) return list[gang->round_robin++ % list.size()];
+  if (!gang->config.random_order) return list[gang->round_robin++ % list.size()];
   if (gang->until_starve-- == 0) starve_some_warps();
   Warp* w = list[gang->random() % list.size()];
   for (int tries = 0; tries < 12 && w->starved; tries++) w = list[gang->random() % list.size()];
@@ -71,11 +71,11 @@ static Warp* choose_warp() {
 }
 
 static Thread* pick(bool leave_warp) {
-  if (config().async == Async::kRandom && !gang->in_flight.empty() && gang->random() % 64 == 0)
+  if (gang->config.async == Async::kRandom && !gang->in_flight.empty() && gang->random() % 64 == 0)
     run_one_async();
   Warp* w = gang->current;
   bool leave =
-      leave_warp || !w || !w->ready || (config().random_order && gang->random() % 256 == 0);
+      leave_warp || !w || !w->ready || (gang->config.random_order && gang->random() % 256 == 0);
   if (leave) w = gang->current = choose_warp();
   if (!w) return nullptr;
   uint32_t from_first = w->ready >> w->first_lane << w->first_lane;
@@ -86,8 +86,8 @@ static Thread* pick(bool leave_warp) {
 }
 
 static void switch_to(Thread* to, void** save) {
-  if (++gang->stats.switches > config().max_switches)
-    die("livelock: no end after %llu switches", (unsigned long long)config().max_switches);
+  if (++gang->stats.switches > gang->config.max_switches)
+    die("livelock: no end after %llu switches", (unsigned long long)gang->config.max_switches);
   cur = to;
   emu_switch_stack(save, to->sp);
 }
@@ -151,7 +151,7 @@ std::string describe_wait(const Thread& t) {
   die("deadlock: %u threads wait and nothing is in flight%s", gang->live, text.c_str());
 }
 
-void block(Wait why) {
+void block(const Wait& why) {
   Thread* me = self();
   me->wait = why;
   for (;;) {

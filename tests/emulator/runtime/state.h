@@ -45,13 +45,35 @@ struct Copy {
   bool done = false;
   Event write_event = {};  // bulk store: of writing global memory
 };
+// Operations in the order of issue; a commit ends a group. Storage is reused, for cp.async is
+// frequent.
 template <class Op>
 struct Groups {
-  std::vector<Op> open;
-  std::deque<std::vector<Op>> committed;
-  void commit() {
-    committed.push_back(std::move(open));
-    open.clear();
+  std::vector<Op> ops;         // from `first` on: not yet waited for
+  std::vector<uint32_t> ends;  // of the committed groups, as positions in `ops`
+  size_t first = 0, first_group = 0;
+
+  void add(const Op& op) { ops.push_back(op); }
+  void commit() { ends.push_back(uint32_t(ops.size())); }
+  size_t committed() const { return ends.size() - first_group; }
+  size_t open() const { return ops.size() - (ends.empty() ? 0 : ends.back()); }
+  template <class F>
+  void pop_group(F f) {
+    for (; first < ends[first_group]; first++) f(ops[first]);
+    if (++first_group == ends.size() && first == ops.size()) {
+      ops.clear(), ends.clear();
+      first = first_group = 0;
+    } else if (first > 1024) {
+      forget_waited();
+    }
+  }
+
+ private:
+  void forget_waited() {
+    ops.erase(ops.begin(), ops.begin() + long(first));
+    ends.erase(ends.begin(), ends.begin() + long(first_group));
+    for (uint32_t& e : ends) e -= uint32_t(first);
+    first = first_group = 0;
   }
 };
 
@@ -82,6 +104,10 @@ struct Warp {
   int run_index = -1;       // position in the list of runnable warps
   bool starved = false;     // the random scheduler avoids it for a while
   std::array<Rendezvous, 4> rendezvous;
+  // Operands and results of mma and ldmatrix. Each lane writes and reads its own elements, so that
+  // the lane that does the work need not visit the other lanes' stacks.
+  alignas(32) float a[16][16], b[16 * 16], d[16 * 16];
+  uint32_t words[32][4];
 };
 
 struct NamedBarrier {
@@ -125,6 +151,7 @@ struct Mbarrier {
 
 struct Gang {
   const Launch* launch = nullptr;
+  Config config;  // as it was at the launch
   const std::function<void()>* body = nullptr;
   std::vector<Thread> threads;
   std::vector<Cta> ctas;
@@ -156,7 +183,7 @@ inline Thread* self() { return static_cast<Thread*>(cur); }
 // scheduler.cpp
 void make_ready(Thread*);
 void wake(std::vector<Thread*>&);
-void block(Wait);
+void block(const Wait&);
 bool run_one_async();
 void start_fiber(Thread*, uint8_t* stack_top);
 void run_to_end(Gang&);

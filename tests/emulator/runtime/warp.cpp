@@ -1,9 +1,23 @@
 // warp.cpp - collectives of a warp: the last lane to arrive does the work of all of them.
 //
 // They exchange data and nothing else: as PTX has it, only __syncwarp orders memory within a warp.
+#include "multiply.h"
 #include "state.h"
 
 namespace emu {
+
+// The rendezvous of these lanes, or a new one: a diverged warp may have several.
+static Rendezvous* find_rendezvous(Warp& w, uint32_t mask, const char* op) {
+  for (Rendezvous& r : w.rendezvous)
+    if (r.arrived && r.mask == mask) return &r;
+  for (Rendezvous& r : w.rendezvous)
+    if (!r.arrived) {
+      r.mask = mask;
+      r.op = op;
+      return &r;
+    }
+  die("%s: the warp is split over too many masks", op);
+}
 
 template <class Work>
 static void collective(uint32_t mask, const char* op, void* arg, Work work) {
@@ -11,16 +25,8 @@ static void collective(uint32_t mask, const char* op, void* arg, Work work) {
   Warp& w = *me->home;
   if (!(mask >> me->lane & 1)) die("%s: the calling lane is not in mask %08x", op, mask);
   mask &= w.live;
-  Rendezvous* r = nullptr;
-  for (Rendezvous& x : w.rendezvous)
-    if (x.arrived && x.mask == mask) r = &x;
-  for (size_t i = 0; !r && i < w.rendezvous.size(); i++)
-    if (!w.rendezvous[i].arrived) {
-      r = &w.rendezvous[i];
-      r->mask = mask;
-      r->op = op;
-    }
-  if (!r) die("%s: the warp is split over too many masks", op);
+  Rendezvous* r = &w.rendezvous[0];  // as a rule there is only one
+  if (!r->arrived || r->mask != mask) r = find_rendezvous(w, mask, op);
   if (r->op != op) die("diverged warp: lanes are at %s and at %s", r->op, op);
   r->arg[me->lane] = arg;
   r->arrived |= 1u << me->lane;
@@ -80,12 +86,7 @@ uint32_t ballot(uint32_t mask, bool p) {
   return mine.out;
 }
 
-// ---- ldmatrix, stmatrix -------------------------------------------------------------------------
-struct MatrixArg {
-  uint32_t addr;
-  uint32_t* registers;
-};
-
+// ---- ldmatrix, stmatrix
 // Eight rows of 16 bytes are read in one pass unless two different rows share their four banks.
 static void count_conflicts(uint8_t* const* row) {
   gang->stats.ldmatrix++;
@@ -99,90 +100,106 @@ static void count_conflicts(uint8_t* const* row) {
   }
 }
 
-// One 8x8 matrix of 16-bit elements; lane l holds elements (l / 4, 2 * (l % 4)) and the next.
-static void move_matrix(Warp& w, Rendezvous& r, int matrix, bool trans, bool store) {
+// One 8x8 matrix of 16-bit elements; lane l holds elements (l / 4, 2 * (l % 4)) and the next. Lanes
+// 8 * matrix + i give the row addresses.
+static void move_matrix(Warp& w, Rendezvous& r, unsigned matrix, bool trans, bool store) {
   uint8_t* row[8];
-  for (int i = 0; i < 8; i++) {
-    Thread* owner = w.lane[size_t(matrix * 8 + i)];
-    uint32_t addr = static_cast<MatrixArg*>(r.arg[owner->lane])->addr;
-    if (addr & 15) die("ldmatrix/stmatrix: row address 0x%x is not 16-byte aligned", addr);
-    row[i] = shared_in(*owner->cta->cluster, owner->cta_rank, addr);
-    RaceChecker& race = gang->race;
-    if (race.on)
-      race.touch(row[i], 16, store,
-                 race.thread_event(owner, named(store ? "stmatrix" : "ldmatrix")), race.row(owner));
+  RaceChecker& race = gang->race;
+  for (unsigned i = 0; i < 8; i++) {
+    Thread* owner = w.lane[matrix * 8 + i];
+    row[i] = static_cast<uint8_t*>(r.arg[owner->lane]);
+    if (race.on) {
+      Event e = race.thread_event(owner, named(store ? "stmatrix" : "ldmatrix"));
+      race.touch(row[i], 16, store, e, race.row(owner));
+    }
   }
   if (!store) count_conflicts(row);
   for (unsigned l = 0; l < 32; l++) {
-    uint32_t& reg = static_cast<MatrixArg*>(r.arg[l])->registers[matrix];
+    uint32_t& word = w.words[l][matrix];
     unsigned a = l / 4, b = l % 4 * 2;
     uint8_t* e0 = trans ? row[b] + 2 * a : row[a] + 2 * b;
     uint8_t* e1 = trans ? row[b + 1] + 2 * a : row[a] + 2 * b + 2;
-    uint16_t lo = uint16_t(reg), hi = uint16_t(reg >> 16);
+    uint16_t lo = uint16_t(word), hi = uint16_t(word >> 16);
     if (store) {
       memcpy(e0, &lo, 2);
       memcpy(e1, &hi, 2);
     } else {
       memcpy(&lo, e0, 2);
       memcpy(&hi, e1, 2);
-      reg = lo | uint32_t(hi) << 16;
+      word = lo | uint32_t(hi) << 16;
     }
   }
 }
 
+static uint8_t* row_address(uint32_t addr) {
+  if (addr & 15) die("ldmatrix/stmatrix: row address 0x%x is not 16-byte aligned", addr);
+  uint8_t* p = shared_ptr(addr);
+  window_check(p, 16, "ldmatrix/stmatrix");
+  return p;
+}
+
+// Lanes of matrices that an .x1 or .x2 does not have need no valid address.
 void ldmatrix(uint32_t addr, uint32_t* out, int n, bool trans) {
-  MatrixArg mine{addr, out};
-  collective(~0u, trans ? "ldmatrix.trans" : "ldmatrix", &mine, [=](Warp& w, Rendezvous& r) {
-    for (int m = 0; m < n; m++) move_matrix(w, r, m, trans, false);
+  Thread* me = self();
+  void* row = int(me->lane) < 8 * n ? row_address(addr) : nullptr;
+  collective(~0u, trans ? "ldmatrix.trans" : "ldmatrix", row, [=](Warp& w, Rendezvous& r) {
+    for (int m = 0; m < n; m++) move_matrix(w, r, unsigned(m), trans, false);
   });
+  memcpy(out, me->home->words[me->lane], size_t(n) * 4);
 }
 
 void stmatrix(uint32_t addr, const uint32_t* in, int n, bool trans) {
-  MatrixArg mine{addr, const_cast<uint32_t*>(in)};
-  collective(~0u, trans ? "stmatrix.trans" : "stmatrix", &mine, [=](Warp& w, Rendezvous& r) {
-    for (int m = 0; m < n; m++) move_matrix(w, r, m, trans, true);
+  Thread* me = self();
+  void* row = int(me->lane) < 8 * n ? row_address(addr) : nullptr;
+  memcpy(me->home->words[me->lane], in, size_t(n) * 4);
+  collective(~0u, trans ? "stmatrix.trans" : "stmatrix", row, [=](Warp& w, Rendezvous& r) {
+    for (int m = 0; m < n; m++) move_matrix(w, r, unsigned(m), trans, true);
   });
 }
 
-// ---- mma.sync -----------------------------------------------------------------------------------
-struct MmaArg {
-  float* d;
-  const uint32_t *a, *b;
-  const float* c;
-};
-
+// ---- mma.sync
 // Lane l holds rows g = l / 4 and g + 8, columns t = 2 * (l % 4) and t + 1 (and + 8) of each
 // operand.
-static void multiply(Rendezvous& r) {
-  alignas(32) float A[16][16], B[16][8], D[16][8];
-  for (unsigned l = 0; l < 32; l++) {
-    auto* x = static_cast<MmaArg*>(r.arg[l]);
-    unsigned g = l / 4, t = l % 4 * 2;
-    for (unsigned i = 0; i < 4; i++) {
-      float* two = &A[g + i % 2 * 8][t + i / 2 * 8];
-      two[0] = bf16_to_float(uint16_t(x->a[i]));
-      two[1] = bf16_to_float(uint16_t(x->a[i] >> 16));
-    }
+static void put_pair(float* two, uint32_t v) {
+  two[0] = bf16_to_float(uint16_t(v));
+  two[1] = bf16_to_float(uint16_t(v >> 16));
+}
+
+// d and c: one pointer for each tile of eight columns.
+template <unsigned kTiles>
+static void multiply(const char* op, float* const (&d)[kTiles], const uint32_t* a,
+                     const uint32_t* b, const float* const (&c)[kTiles]) {
+  constexpr unsigned n = kTiles * 8;
+  Thread* me = self();
+  Warp& w = *me->home;
+  unsigned g = me->lane / 4, t = me->lane % 4 * 2;
+  for (unsigned i = 0; i < 4; i++) put_pair(&w.a[g + i % 2 * 8][t + i / 2 * 8], a[i]);
+  for (unsigned j = 0; j < kTiles; j++) {
     for (unsigned i = 0; i < 2; i++) {
-      B[t + i * 8][g] = bf16_to_float(uint16_t(x->b[i]));
-      B[t + i * 8 + 1][g] = bf16_to_float(uint16_t(x->b[i] >> 16));
+      float two[2];
+      put_pair(two, b[j * 2 + i]);
+      w.b[(t + i * 8) * n + j * 8 + g] = two[0];
+      w.b[(t + i * 8 + 1) * n + j * 8 + g] = two[1];
     }
-    for (unsigned i = 0; i < 4; i++) D[g + i / 2 * 8][t + i % 2] = x->c[i];
+    memcpy(&w.d[g * n + j * 8 + t], c[j], 8);
+    memcpy(&w.d[(g + 8) * n + j * 8 + t], c[j] + 2, 8);
   }
-  for (int i = 0; i < 16; i++)
-    for (int k = 0; k < 16; k++)
-      for (int j = 0; j < 8; j++) D[i][j] += A[i][k] * B[k][j];
-  for (unsigned l = 0; l < 32; l++) {
-    float* d = static_cast<MmaArg*>(r.arg[l])->d;
-    for (unsigned i = 0; i < 4; i++) d[i] = D[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
+  collective(~0u, op, nullptr, [](Warp& all, Rendezvous&) {
+    multiply_add(all.d, all.a[0], all.b, 16, n);
+    gang->stats.mma += kTiles;
+    gang->stats.flop += 2 * 16 * n * 16;
+  });
+  for (unsigned j = 0; j < kTiles; j++) {
+    memcpy(d[j], &w.d[g * n + j * 8 + t], 8);
+    memcpy(d[j] + 2, &w.d[(g + 8) * n + j * 8 + t], 8);
   }
-  gang->stats.mma++;
-  gang->stats.flop += 2 * 16 * 8 * 16;
 }
 
 void mma_m16n8k16_bf16(float* d, const uint32_t* a, const uint32_t* b, const float* c) {
-  MmaArg mine{d, a, b, c};
-  collective(~0u, "mma.m16n8k16", &mine, [](Warp&, Rendezvous& r) { multiply(r); });
+  multiply<1>("mma.m16n8k16", {d}, a, b, {c});
+}
+void mma_m16n16k16_bf16(float* d0, float* d1, const uint32_t* a, const uint32_t* b) {
+  multiply<2>("mma.m16n8k16 twice", {d0, d1}, a, b, {d0, d1});
 }
 
 }  // namespace emu

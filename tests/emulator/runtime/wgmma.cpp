@@ -5,6 +5,8 @@
 // undefined; wgmma_wait puts them back. Register operands (A) are copied at issue.
 #include "wgmma.h"
 
+#include "multiply.h"
+
 #include <cmath>
 
 namespace emu {
@@ -62,27 +64,11 @@ static void unpack(const Cta& cta, uint64_t descriptor, int rows, bool mn_major,
   });
 }
 
-// D[64, n] += A[64, 16] * B[16, n], eight rows by eight columns at a time
-typedef float Eight __attribute__((vector_size(32)));
-static void multiply_add(float* D, const float* A, const float* B, int n) {
-  for (int j = 0; j < n; j += 8)
-    for (int i = 0; i < 64; i += 8) {
-      Eight acc[8];
-      for (int r = 0; r < 8; r++) memcpy(&acc[r], D + (i + r) * n + j, 32);
-      for (int k = 0; k < 16; k++) {
-        Eight b;
-        memcpy(&b, B + k * n + j, 32);
-        for (int r = 0; r < 8; r++) acc[r] += A[(i + r) * 16 + k] * b;
-      }
-      for (int r = 0; r < 8; r++) memcpy(D + (i + r) * n + j, &acc[r], 32);
-    }
-}
-
 static void execute(const Cta& cta, WgmmaOp& op) {
   if (op.done) return;
   op.done = true;
   const WgmmaArgs& a = op.args;
-  alignas(32) static thread_local float A[64 * 16], B[16 * 256];
+  alignas(32) float A[64 * 16], B[16 * 256];
   if (!op.a_registers.empty())
     memcpy(A, op.a_registers.data(), sizeof A);
   else
@@ -90,7 +76,7 @@ static void execute(const Cta& cta, WgmmaOp& op) {
   unpack(cta, a.b, a.n, a.trans_b, B, 1, a.n, a.negate_b ? -1.f : 1.f);
   auto& D = op.accumulator->buffer;
   if (!a.scale_d) std::fill(D.begin(), D.end(), 0.f);
-  multiply_add(D.data(), A, B, a.n);
+  multiply_add(D.data(), A, B, 64, a.n);
   std::vector<float>().swap(op.a_registers);
   gang->stats.wgmma++;
   gang->stats.flop += 2ull * 64 * 16 * unsigned(a.n);
@@ -170,7 +156,7 @@ static void issue(const Cta& cta, Warpgroup& g) {  // all 128 threads have arriv
   check_operand(cta, a.b, a.n, a.trans_b, reads_b, view);
 
   g.ops.push_back(std::move(op));
-  for (Thread* t : g.threads) t->wgmmas.open.push_back(number);
+  for (Thread* t : g.threads) t->wgmmas.add(number);
 }
 
 static void execute_up_to(const Cta& cta, Warpgroup& g, size_t count) {
@@ -242,16 +228,13 @@ static void hand_back(Warpgroup& g, Thread* t, int64_t last_done) {
 void wgmma_wait(int groups_left) {
   Thread* me = self();
   Warpgroup& g = my_warpgroup();
-  auto& groups = me->wgmmas.committed;
   int64_t last_done = -1;
-  while (int(groups.size()) > groups_left) {
-    for (uint32_t number : groups.front()) {
+  while (int(me->wgmmas.committed()) > groups_left)
+    me->wgmmas.pop_group([&](uint32_t number) {
       last_done = number;
       execute_up_to(*me->cta, g, number + 1);
       gang->race.completed(me, g.ops[number]->event);
-    }
-    groups.pop_front();
-  }
+    });
   hand_back(g, me, last_done);
 }
 
