@@ -21,13 +21,15 @@ lucid = pytest.importorskip("tiny_recursive_model")
 TOKENS, WIDTH, IDS = 12, 16, 8
 
 
-def build(network: nn.Module | None = None, registers: int = 0, **fields: Any) -> nn.Module:
+def build(
+    network: nn.Module | None = None, registers: int = 0, width: int = WIDTH, **fields: Any
+) -> nn.Module:
     torch.manual_seed(0)
     length = TOKENS + registers
     model = lucid.TinyRecursiveModel(
-        dim=WIDTH,
+        dim=width,
         num_tokens=IDS,
-        network=network or lucid.MLPMixer1D(dim=WIDTH, depth=2, seq_len=length),
+        network=network or lucid.MLPMixer1D(dim=width, depth=2, seq_len=length),
         num_register_tokens=registers,
         num_refinement_blocks=fields.pop("blocks", 3),
         num_latent_refinements=fields.pop("latents", 4),
@@ -116,8 +118,8 @@ def test_autocast_stays_as_the_user_set_it() -> None:
 
 
 def test_a_network_of_recurx_runs_fused() -> None:
-    config = TRMConfig.tiny(IDS, TOKENS, hidden_size=WIDTH, num_heads=2, L_layers=1)
-    model = build(ReasoningNet(config, 1)).eval()
+    config = TRMConfig.tiny(IDS, TOKENS, hidden_size=64, num_heads=2)
+    model = build(ReasoningNet(config, 1), width=64).eval()
     want = model.predict(puzzles())
     handle = recurx.patch(model)
     got = model.predict(puzzles())
@@ -146,8 +148,8 @@ class OtherOrder(lucid.TinyRecursiveModel):
         self, inputs: Tensor, outputs: Tensor, latents: Tensor
     ) -> tuple[Tensor, Tensor]:
         for _ in range(self.num_latent_refinements):
-            latents = self.network(inputs + (latents + outputs))
-        return self.network(latents + outputs), latents
+            latents = self.network(latents + (outputs + inputs))
+        return self.network(outputs + latents), latents
 
 
 class FullGradient(lucid.TinyRecursiveModel):
