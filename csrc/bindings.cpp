@@ -92,7 +92,8 @@ py::dict phase_times() {
 PYBIND11_MODULE(RX_MODULE_NAME, m) {
   m.doc() = "Compiled parts of recurx; called through recurx.backends.";
 
-  py::class_<Packed>(m, "PackedNet", "Weights of one net in the panels of one CPU engine.")
+  py::class_<Packed>(m, "PackedNet", py::module_local(),
+                     "Weights of one net in the panels of one CPU engine.")
       .def_property_readonly("nbytes", &Packed::bytes);
 
   m.def("cpu_isas", &usable_isas, "Instruction sets usable here, slowest first.");

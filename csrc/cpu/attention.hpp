@@ -5,24 +5,9 @@
 #pragma once
 
 #include "micro_kernel.hpp"
+#include "softmax.hpp"
 
 namespace rx::cpu::RX_ISA {
-
-// scores <- 2^(scores - max), in place over [0, padded); returns 1 / sum. The true maximum, so
-// logits of any size are right; lanes from `count` on are masked out.
-RX_INLINE float softmax2(float* scores, int count, int padded) {
-  for (int i = count; i < padded; ++i) scores[i] = -INFINITY;
-  V top = load(scores);
-  for (int i = W; i < padded; i += W) top = at_least(top, load(scores + i));
-  const float max = reduce_max(top);
-  V sum = {};
-  for (int i = 0; i < padded; i += W) {
-    const V p = exp2<false>(load(scores + i) - max);
-    store(scores + i, p);
-    sum += p;
-  }
-  return 1.f / reduce_add(sum);
-}
 
 // mixed[row0 + r, col..col + dim) <- softmax2(q k^T) v for the query rows r of `rows`.
 // q, k, v [T, dim] with `stride` floats between rows; `scratch` holds attention_bytes().
@@ -32,11 +17,16 @@ RX_INLINE void attend_head(float* scratch, const float* q, const float* k, const
   const int padded = round_up(T, kPanel);
   float* const keys = scratch;                          // [padded / kPanel][dim][kPanel]
   float* const scores = scratch + (long)padded * dim;   // [kRows][padded]
-  for (int first = 0; first < padded; first += kPanel)
-    for (int d = 0; d < dim; ++d)
-      for (int lane = 0; lane < kPanel; ++lane)
-        keys[(long)first * dim + d * kPanel + lane] =
-            first + lane < T ? k[(long)(first + lane) * stride + d] : 0.f;
+  for (int key = 0; key < padded; key += W) {
+    for (int d = 0; d < dim; d += W) {
+      V block[W];
+      for (int i = 0; i < W; ++i)
+        block[i] = key + i < T ? load(k + (long)(key + i) * stride + d) : V{};
+      transpose(block);
+      float* const out = keys + (long)(key / kPanel * dim + d) * kPanel + key % kPanel;
+      for (int i = 0; i < W; ++i) store(out + i * kPanel, block[i]);
+    }
+  }
 
   for_row_tiles(rows.begin, rows.end, [&](int row, auto m) __attribute__((always_inline)) {
     constexpr int kM = decltype(m)::value;
@@ -48,7 +38,10 @@ RX_INLINE void attend_head(float* scratch, const float* q, const float* k, const
       store_tile(scores + first, acc, padded);
     }
     float inverse[kM];
-    for (int r = 0; r < kM; ++r) inverse[r] = softmax2(scores + (long)r * padded, T, padded);
+    for (int r = 0; r < kM; ++r) {
+      float* const p = scores + (long)r * padded;
+      inverse[r] = softmax2<false>(p, p, T);
+    }
     const int valid = imin(kM, rows.end - row);  // rows past the end belong to another thread
     for (int d = 0; d < dim; d += kPanel) {
       V acc[kM][2];

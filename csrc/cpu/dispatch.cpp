@@ -8,6 +8,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace rx::cpu {
@@ -18,6 +20,7 @@ bool always() { return true; }
 #if defined(RX_PRETEND_ISA)  // tests: every engine runs, compiled without its instructions
 bool has_avx2() { return true; }
 bool has_avx512() { return true; }
+bool has_amx() { return true; }
 #elif defined(__x86_64__)
 struct Cpuid {
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -41,9 +44,24 @@ bool has_avx512() {
   return has_avx2() && (saved_state() & 0xe6) == 0xe6 && (Cpuid(7).b & wanted) == wanted;
 }
 
+bool has_amx() {
+#if defined(__linux__)
+  const unsigned wanted = 1u << 22 | 1u << 24;  // AMX-BF16, AMX-TILE
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  __get_cpuid_count(7, 1, &a, &b, &c, &d);
+  const bool bf16 = a >> 5 & 1;  // AVX512_BF16, for the conversions
+  if (!has_avx512() || !bf16 || (Cpuid(7).d & wanted) != wanted) return false;
+  if ((saved_state() & 0x60000) != 0x60000) return false;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 #else
 bool has_avx2() { return false; }
 bool has_avx512() { return false; }
+bool has_amx() { return false; }
 #endif
 
 std::string joined(const std::vector<std::string>& names) {
@@ -66,6 +84,9 @@ const std::vector<Isa>& all_isas() {
 #endif
 #if defined(RX_HAVE_AVX512)
       {"avx512", has_avx512, &avx512_f32, &avx512_bf16},
+#endif
+#if defined(RX_HAVE_AMX)
+      {"amx", has_amx, &avx512_f32, &amx_bf16},
 #endif
   };
   return isas;

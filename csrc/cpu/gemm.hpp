@@ -34,19 +34,24 @@ struct VectorCore {
     return {carver.template take<float>(kMaxChunk * kRows * kPanel)};
   }
 
-  static void enter(int) {}
+  static void enter(const Scratch&) {}
   static void leave() {}
 
   static size_t attention_bytes(int tokens, int head_stride) {
     return (size_t)round_up(tokens, kPanel) * (head_stride + kRows) * sizeof(float);
   }
-  static void attend(char* scratch, const float* q, const float* k, const float* v, int stride,
-                     int T, int dim, Range rows, Mat<float> mixed, int row0, int col) {
-    attend_head((float*)scratch, q, k, v, stride, T, dim, rows, mixed, row0, col);
+  static void attend(const Scratch&, char* memory, const float* q, const float* k,
+                     const float* v, int stride, int T, int dim, Range rows, Mat<float> mixed,
+                     int row0, int col) {
+    attend_head((float*)memory, q, k, v, stride, T, dim, rows, mixed, row0, col);
   }
 
   static size_t linear_bytes(const Linear& l) {
     return (size_t)l.panels() * kPanel * l.in * sizeof(Weight);
+  }
+
+  static const void* panel_at(const Linear& l, const void* weight, int panel) {
+    return (const Weight*)weight + (long)panel * l.in * kPanel;
   }
 
   static void pack(const Linear& l, const RawWeight& raw, void* out) {
@@ -69,6 +74,8 @@ struct VectorCore {
   template <class Epilogue>
   static __attribute__((noinline)) void gemm(const Scratch& scratch, Mat<float> a, Range rows,
                                              const Linear& l, const void* weight, Range panels,
+                                             const void* /*next_weight: the processor's own
+                                             prefetcher follows these streams*/,
                                              Epilogue epilogue) {
     const Weight* w = (const Weight*)weight;
     const long panel_size = (long)l.in * kPanel;

@@ -28,8 +28,7 @@ struct Group {
       memcpy(state(s, own.begin), input(s, own.begin), size_of(own));
     for (int i = 0; i < rec.num_steps; ++i) {
       begin(rec.steps[i]);
-      const float* scale = call(rec.nets[rec.steps[i].net]);
-      end(rec.steps[i], scale);
+      end(rec.steps[i], call(rec.nets[rec.steps[i].net]));
     }
   }
 
@@ -57,6 +56,12 @@ struct Group {
     for (int i = 0; i < a.num_inject; ++i)
       if (a.inject[i] != b.inject[i]) return false;
     return true;
+  }
+
+  static bool injects(const Step& step, int state) {
+    for (int i = 0; i < step.num_inject; ++i)
+      if (step.inject[i] == state) return true;
+    return false;
   }
 
   // x <- sum(state) + (sum(inject)); a sum of several inject states is formed once and kept until
@@ -87,32 +92,27 @@ struct Group {
     team.sync();
   }
 
-  // x <- net(x), un-normalised; returns its scale.
-  const float* call(const PackedNet& net) {
-    Mat<Act> in = ws.x, out = ws.z;
+  // net(x), un-normalised with its scale; in ws.x or ws.z.
+  typename Block<Core>::Hidden call(const PackedNet& net) {
+    typename Block<Core>::Hidden in{ws.x, ws.scale_a}, out{ws.z, ws.scale_a};
     for (int i = 0; i < net.num_blocks; ++i) {
-      Block<Core> block{rec, team, ws, net.blocks[i]};
-      block.run({in, ws.scale_a}, ws.y, ws.scale_b, out, ws.scale_a);
-      Mat<Act> swap = in;
+      const PackedBlock& next = net.blocks[(i + 1) % net.num_blocks];
+      Block<Core>{rec, team, ws, net.blocks[i], next}.run(in, {ws.y, ws.scale_b}, out);
+      const auto swap = in;
       in = out;
       out = swap;
     }
-    result = in;
-    return ws.scale_a;
+    return in;
   }
-  Mat<Act> result{};
 
-  // write <- x * scale, in the state's type
-  void end(const Step& step, const float* scale) {
+  // write <- h, in the state's type
+  void end(const Step& step, typename Block<Core>::Hidden h) {
     for (long row = own.begin; row < own.end; ++row) {
       State* out = state(step.write, row);
       for (int col = 0; col < rec.hidden; col += W)
-        store(out + col, load(result.at(row, col)) * scale[row]);
+        store(out + col, load(h.y.at(row, col)) * h.scale[row]);
     }
-    for (int i = 0; hoisted && i < hoisted->num_inject; ++i)
-      if (hoisted->inject[i] == step.write) {
-        hoisted = nullptr;
-      }
+    if (hoisted && injects(*hoisted, step.write)) hoisted = nullptr;
     team.clock->lap(Phase::inject);
   }
 };
@@ -122,7 +122,7 @@ void run_group(const Recursion& rec, const Team& team, int first_sample, int sam
                void* scratch) {
   Group<Core> group{rec, team, first_sample, {}};
   Workspace<Core>::carve(rec, samples, team.size, team.tid, (char*)scratch, group.ws);
-  Core::enter(group.ws.rows);
+  Core::enter(group.ws.gemm);
   group.run();
   Core::leave();
 }

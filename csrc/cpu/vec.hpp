@@ -39,7 +39,8 @@ RX_INLINE int imax(int a, int b) { return a > b ? a : b; }
 RX_INLINE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 RX_INLINE int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
-RX_INLINE V splat(float x) { return V{} + x; }
+// NOTE: x - 0 is x, which compilers know; x + 0 is not (-0), and costs an addition.
+RX_INLINE V splat(float x) { return x - V{}; }
 
 RX_INLINE V load(const float* p) {
   V v;
@@ -165,6 +166,51 @@ RX_INLINE V reciprocal(V x) {
   if (kCoarse) return (V)_mm512_rcp14_ps((__m512)x);
 #endif
   return 1.f / x;
+}
+
+// Lanes of a and b in turn: the low halves, the high halves. NOTE: literal masks, or GCC scalarises.
+#if RX_VECTOR_WIDTH == 4
+#define RX_LOW 0, 4, 1, 5
+#define RX_HIGH 2, 6, 3, 7
+#elif RX_VECTOR_WIDTH == 8
+#define RX_LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define RX_HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define RX_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define RX_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#endif
+#if defined(__clang__)
+RX_INLINE V low_lanes(V a, V b) { return __builtin_shufflevector(a, b, RX_LOW); }
+RX_INLINE V high_lanes(V a, V b) { return __builtin_shufflevector(a, b, RX_HIGH); }
+#else
+RX_INLINE V low_lanes(V a, V b) { return __builtin_shuffle(a, b, VI{RX_LOW}); }
+RX_INLINE V high_lanes(V a, V b) { return __builtin_shuffle(a, b, VI{RX_HIGH}); }
+#endif
+
+// W x W, in registers. Each round rotates the bits of (row, lane) by one place; log2 W rounds swap
+// row and lane.
+RX_INLINE void transpose(V (&row)[W]) {
+#pragma GCC unroll 4
+  for (int rounds = 1; rounds < W; rounds *= 2) {
+    V next[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W / 2; ++i) {
+      next[2 * i] = low_lanes(row[i], row[i + W / 2]);
+      next[2 * i + 1] = high_lanes(row[i], row[i + W / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) row[i] = next[i];
+  }
+}
+
+RX_INLINE VI lane_numbers() {
+#if RX_VECTOR_WIDTH == 4
+  return VI{0, 1, 2, 3};
+#elif RX_VECTOR_WIDTH == 8
+  return VI{0, 1, 2, 3, 4, 5, 6, 7};
+#else
+  return VI{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#endif
 }
 
 constexpr float kLog2e = 1.44269504f;

@@ -1,0 +1,13 @@
+// x86 with AMX-BF16 (and AVX-512 for the rest). bf16 states only.
+#define RX_ISA amx
+#define RX_VECTOR_WIDTH 16
+#define RX_L2_CHUNK_BYTES (384 << 10)
+#define RX_GROUP_ROWS 390
+
+#include "engines.hpp"
+#include "gemm_amx.hpp"
+#include "schedule.hpp"
+
+namespace rx::cpu {
+const Engine amx_bf16 = amx::engine_of<amx::AmxCore>();
+}  // namespace rx::cpu
