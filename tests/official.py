@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# system -> (environment variable, module, class)
+# system -> (environment variable, module)
 SYSTEMS = {
     "trm": ("RECURX_OFFICIAL_TRM", "models.recursive_reasoning.trm"),
     "single_z": ("RECURX_OFFICIAL_TRM", "models.recursive_reasoning.trm_singlez"),
@@ -46,8 +46,16 @@ def _flash_attn_stand_in() -> ModuleType:
 
 
 @contextlib.contextmanager
-def _only(checkout: str) -> Iterator[None]:
-    """`models` means this checkout's package, inside the block only."""
+def importable(system: str) -> Iterator[None]:
+    """`models` means this system's package, inside the block only.
+
+    Skips the calling test when the environment variable is not set.
+    """
+    variable = SYSTEMS[system][0]
+    checkout = os.environ.get(variable)
+    if not checkout:
+        pytest.skip(f"{variable} does not point to a checkout of the official code")
+    assert Path(checkout).is_dir(), f"{variable}={checkout} is no directory"
     sys.path.insert(0, checkout)
     sys.modules["flash_attn"] = _flash_attn_stand_in()
     try:
@@ -63,21 +71,20 @@ def load(system: str) -> dict[str, Any]:
 
     Skips the calling test when the environment variable is not set.
     """
-    variable, name = SYSTEMS[system]
-    checkout = os.environ.get(variable)
-    if not checkout:
-        pytest.skip(f"{variable} does not point to a checkout of the official code")
-    assert Path(checkout).is_dir(), f"{variable}={checkout} is no directory"
-    with _only(checkout):
-        module = importlib.import_module(name)
-        losses = importlib.import_module("models.losses")
-        layers = importlib.import_module("models.layers")
+    with importable(system):
+        return import_parts(system)
+
+
+def import_parts(system: str) -> dict[str, Any]:
+    """What `load` gives, inside `importable`."""
+    module = importlib.import_module(SYSTEMS[system][1])
+    losses = importlib.import_module("models.losses")
     wrapper = next(
         value
         for key, value in vars(module).items()
         if isinstance(value, type) and key.endswith("_ACTV1")
     )
-    return {"model": wrapper, "loss": losses.ACTLossHead, "module": module, "layers": layers}
+    return {"model": wrapper, "loss": losses.ACTLossHead, "module": module}
 
 
 def config(system: str, **changes: Any) -> dict[str, Any]:
