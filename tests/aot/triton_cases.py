@@ -6,30 +6,17 @@ so that what is inspected is what would be launched.
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-import io
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+
 from aot.resources import SHARED_LIMIT, TENSOR_KINDS, Need
-from aot.toolchain import Built, cached
+from aot.triton_compile import Compiled, compile_kernel
 
 ARCHS = ("80", "89", "90", "100", "120")
 Launch = tuple[tuple, dict, dict]  # arguments, constants, compiler options
 Maker = tuple[str, Callable[[], object], Callable[[torch.dtype, int], Launch]]
-_POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-
-
-@dataclass(frozen=True)
-class Compiled:
-    built: Built
-    name: str
-    ptx: str
-    shared: int  # dynamic shared memory, bytes
-    warps: int
 
 
 @dataclass(frozen=True)
@@ -52,57 +39,7 @@ class TritonCase:
         return Need(tensor=("HGMMA",) if arch == "90" and wide_enough else TENSOR_KINDS)
 
     def compile(self, arch: str) -> Compiled:
-        """Compile for one architecture with Triton's own ptxas; cached by what goes in."""
-        import triton
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-
-        kernel = self.kernel()
-        arguments, constants, options = self.launch(self.dtype, SHARED_LIMIT[arch])
-        signature, attributes = _describe(kernel, arguments, constants)
-        recipe = (triton.__version__, kernel.cache_key, signature, attributes, constants, options)
-        path = cached("triton", ".json", arch, *recipe)
-        if not path.exists():
-            source = ASTSource(
-                fn=kernel, signature=signature, constexprs=constants, attrs=attributes
-            )
-            with _always_compiling(), contextlib.redirect_stdout(io.StringIO()) as log:
-                made = triton.compile(
-                    source, target=GPUTarget("cuda", int(arch), 32), options=options
-                )
-            path.with_suffix(".cubin").write_bytes(made.asm["cubin"])
-            fields = {"ptx": made.asm["ptx"], "log": log.getvalue(), "name": made.metadata.name}
-            fields |= {"shared": made.metadata.shared, "warps": made.metadata.num_warps}
-            path.write_text(json.dumps(fields))
-        fields = json.loads(path.read_text())
-        return Compiled(built=Built(path.with_suffix(".cubin"), fields.pop("log")), **fields)
-
-
-@contextlib.contextmanager
-def _always_compiling() -> Iterator[None]:
-    """Triton prints ptxas's report only when it really runs it, and only when told to."""
-    from triton import knobs
-
-    with knobs.compilation.scope(), knobs.nvidia.scope():
-        knobs.compilation.always_compile = True
-        knobs.nvidia.dump_ptxas_log = True
-        yield
-
-
-def _describe(kernel, arguments: tuple, constants: dict) -> tuple[dict, dict]:
-    """Triton's (signature, attributes) for these arguments, as its launcher would specialise."""
-    parameters = list(inspect.signature(kernel.fn).parameters)
-    signature: dict[str, str] = dict.fromkeys(parameters, "constexpr")
-    attributes = {}
-    for name, value in zip((n for n in parameters if n not in constants), arguments, strict=True):
-        if isinstance(value, torch.Tensor):
-            signature[name] = _POINTERS[value.dtype]
-        else:
-            signature[name] = "i32" if isinstance(value, int) else "fp32"
-        # PyTorch's allocator aligns to 512 bytes, so every pointer is a multiple of 16.
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
-            attributes[(parameters.index(name),)] = [["tt.divisibility", 16]]
-    return signature, attributes
+        return compile_kernel(self.kernel(), *self.launch(self.dtype, SHARED_LIMIT[arch]), arch)
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:

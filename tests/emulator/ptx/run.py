@@ -108,7 +108,7 @@ def load_ptx(ptx: Sequence[str], host_sources: Sequence[str], wanted: str = "") 
 
 
 def _source(text: str) -> Path:
-    """Generated C++ with its header in a folder of its own: builds are keyed by folders' content."""
+    """Generated C++ with its header in a folder of its own: builds are keyed by folder."""
     files = {"kernel.cpp": text, "ptx_support.h": (HERE / "ptx_support.h").read_text()}
     digest = hashlib.sha256("".join(files.values()).encode()).hexdigest()[:20]
     folder = cache_folder() / f"ptx-{digest}"

@@ -153,7 +153,7 @@ def vector(operand: str) -> list[str]:
 
 
 def translate(text: str, wanted: str = "") -> str:
-    """A C++ source for the emulator with one function for each PTX entry whose name matches `wanted`."""
+    """C++ for the emulator: a function for each PTX entry whose name matches `wanted`."""
     module = parse(text)
     symbols = _symbols(module)
     parts = ['#include "ptx_support.h"\n']

@@ -1,0 +1,214 @@
+"""Delete every synchronisation instruction of a real kernel's PTX, one at a time, and look.
+
+    python -m emulator.ptx.deletions                   # the table, and what no run finds
+    python -m emulator.ptx.deletions sm90a "mbarrier"  # one kernel, kinds that contain "mbarrier"
+
+A deletion that nothing finds is redundant, which EXPLAINED says with the reason, or a hole in
+the emulator. Each mutant runs in a process of its own: it may crash or spin.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from aot import toolchain
+
+from .. import gemm_residual_rms as gemm
+from ..build import KERNELS, Emulated
+from .run import load_ptx
+
+TIMEOUT = 120  # seconds; a mutant that spins is found by max_switches long before
+KINDS = {
+    "bar.sync": r"\b(bar|barrier)\.(cta\.)?sync\b",
+    "bar.warp.sync": r"\bbar\.warp\.sync\b",
+    "fence.proxy.async": r"\bfence\.proxy\.async\b",
+    "fence.mbarrier_init": r"\bfence\.mbarrier_init\b",
+    "cp.async commit": r"\bcp\.async\.commit_group\b",
+    "cp.async wait": r"\bcp\.async\.wait_group\b",
+    "wgmma.fence": r"\bwgmma\.fence\b",
+    "wgmma commit": r"\bwgmma\.commit_group\b",
+    "wgmma wait": r"\bwgmma\.wait_group\b",
+    "cluster barrier": r"\bbarrier\.cluster\.wait\b",
+    "mbarrier.init": r"\bmbarrier\.init\b",
+    "mbarrier arrive": r"\bmbarrier\.arrive\b",
+    "mbarrier wait": r"\bmbarrier\.try_wait\b",
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A kernel whose PTX is mutated: texts[0] is, the others only accompany it."""
+
+    name: str
+    texts: tuple[str, ...]
+    load: Callable[[tuple[str, ...]], Emulated]
+    run: Callable[[Emulated, dict], str]  # 'right', or what was found
+    # (kind, which of its kind, from 0) -> why deleting it changes nothing
+    explained: dict[tuple[str, int], str]
+
+
+@dataclass(frozen=True)
+class Deletion:
+    kind: str
+    index: int  # which of its kind
+    line: int  # in the PTX, from 0
+    text: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    deletion: Deletion
+    in_order: str
+    random: str
+    checked: str
+
+    @property
+    def found(self) -> bool:
+        return self.checked != "right"
+
+
+def deletions(ptx: str, kind: str = "") -> list[Deletion]:
+    counts: Counter[str] = Counter()
+    found = []
+    for number, line in enumerate(ptx.splitlines()):
+        for name, pattern in KINDS.items():
+            if re.search(pattern, line):
+                if kind in name:
+                    found.append(Deletion(name, counts[name], number, line.strip()))
+                counts[name] += 1
+    return found
+
+
+def without(ptx: str, deletion: Deletion) -> str:
+    lines = ptx.splitlines()
+    line = lines[deletion.line]
+    if deletion.kind == "mbarrier wait":  # the loop around it must end
+        lines[deletion.line] = re.sub(
+            r"mbarrier\.try_wait\S*\s+([%\w]+)\s*,.*", r"setp.eq.u32 \1, 1, 1;", line
+        )
+    else:
+        # Inline asm may hold several instructions in a line: drop this one and its predicate.
+        pattern = rf"(@!?%?\w+\s+)?{KINDS[deletion.kind]}[^;]*;"
+        lines[deletion.line] = re.sub(pattern, "", line, count=1)
+    if deletion.kind == "cluster barrier":
+        arrive = deletion.line
+        while "barrier.cluster.arrive" not in lines[arrive]:
+            arrive -= 1
+        lines[arrive] = ""
+    assert lines[deletion.line] != line, f"nothing deleted from {line}"
+    return "\n".join(lines)
+
+
+IN_ORDER = {"race": 0, "random_order": 0, "async": 0, "seed": 1}
+RANDOM = [{"race": 0, "random_order": 1, "async": 2, "seed": seed} for seed in range(1, 6)]
+CHECKED = {"race": 1, "random_order": 1, "async": 2, "seed": 1}
+
+
+def outcome(subject: Subject, texts: tuple[str, ...], settings: list[dict]) -> str:
+    """The first of these runs that is not right, in a process of its own."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+
+    def work() -> None:
+        library = subject.load(texts)
+        library.configure(max_switches=20_000_000)
+        results = (subject.run(library, dict(s)) for s in settings)
+        theirs.send(next((r for r in results if r != "right"), "right"))
+
+    child = context.Process(target=work)
+    child.start()
+    theirs.close()
+    try:
+        if not ours.poll(TIMEOUT):
+            return "timeout"
+        return ours.recv()
+    except EOFError:
+        return "crash"
+    finally:
+        child.kill()
+        child.join()
+
+
+def examine(subject: Subject, deletion: Deletion, only_checked: bool = False) -> Finding:
+    texts = (without(subject.texts[0], deletion), *subject.texts[1:])
+    checked = outcome(subject, texts, [CHECKED])
+    if only_checked:
+        return Finding(deletion, "", "", checked)
+    in_order, random = (outcome(subject, texts, runs) for runs in ([IN_ORDER], RANDOM))
+    return Finding(deletion, in_order, random, checked)
+
+
+# ---- the kernels --------------------------------------------------------------------------------
+def nvcc_subject(kernel: str) -> Subject:
+    arch, template, case = {
+        "sm80": ("80", "ILi128ELi4E", gemm.Case(43, 128, 320)),
+        "sm90a": ("90a", "ILi64ELi2E|pack_tape", gemm.Case(200, 128, 832, 2)),
+    }[kernel]
+    files = gemm.FILES[kernel]
+    sources = [KERNELS / name for name in files if name != "runtime.cu"]
+    built = [toolchain.nvcc_compile(source, arch, to="ptx").cubin for source in sources]
+    texts = [path.read_text() for path in built]
+    texts[0] = _one_entry(texts[0], template.split("|")[0])
+    return Subject(
+        name=kernel,
+        texts=tuple(texts),
+        load=lambda texts: load_ptx(texts, files, wanted=template),
+        run=lambda library, settings: gemm.outcome(library, case, kernel, **settings),
+        explained=EXPLAINED.get(kernel, {}),
+    )
+
+
+def _one_entry(ptx: str, template: str) -> str:
+    """Cut the other templates away, so that what is deleted is what runs."""
+    head, *entries = re.split(r"(?=^\s*\.visible \.entry )", ptx, flags=re.M)
+    return head + next(entry for entry in entries if template in entry.split("(")[0])
+
+
+EXPLAINED: dict[str, dict[tuple[str, int], str]] = {}
+SUBJECTS = {"sm80": lambda: nvcc_subject("sm80"), "sm90a": lambda: nvcc_subject("sm90a")}
+
+
+def main(name: str = "", kind: str = "") -> int:
+    unexplained = 0
+    for subject_name, make in SUBJECTS.items():
+        if name not in ("", subject_name):
+            continue
+        subject = make()
+        assert outcome(subject, subject.texts, [IN_ORDER, CHECKED]) == "right"
+        todo = deletions(subject.texts[0], kind)
+        with ThreadPoolExecutor(2) as pool:
+            findings = list(pool.map(lambda d, s=subject: examine(s, d), todo))
+        print(table(subject, findings), flush=True)
+        for finding in findings:
+            if not finding.found:
+                key = (finding.deletion.kind, finding.deletion.index)
+                reason = subject.explained.get(key)
+                unexplained += reason is None
+                where = f"PTX line {finding.deletion.line + 1}: {finding.deletion.text[:70]}"
+                print(f"  not found: {key}, {where}\n    {reason or 'NOT EXPLAINED'}")
+    return unexplained
+
+
+def table(subject: Subject, findings: list[Finding]) -> str:
+    head = f"{subject.name:12s} {'kind':22s} {'deleted':>8s} {'in order':>9s} {'random x5':>10s}"
+    rows = [head + f" {'checker x1':>11s}"]
+    for kind in KINDS:
+        of_kind = [f for f in findings if f.deletion.kind == kind]
+        if of_kind:
+            found = [
+                sum(getattr(f, run) != "right" for f in of_kind)
+                for run in ("in_order", "random", "checked")
+            ]
+            row = f"{'':12s} {kind:22s} {len(of_kind):8d} {found[0]:9d} {found[1]:10d}"
+            rows.append(f"{row} {found[2]:11d}")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(bool(main(*sys.argv[1:3])))
