@@ -255,7 +255,7 @@ def _sentence(plan: Plan, why_cpu_only: str) -> str:
     if plan.cuda is None:
         return f"recurx: built the {engines} without CUDA: {why_cpu_only}."
     archs = ", ".join(f"sm_{arch}" for arch in plan.cuda.archs)
-    cuda = f"CUDA engine ({archs}; nvcc {plan.cuda.version} from {plan.cuda.found_by})"
+    cuda = f"CUDA kernels ({archs}; nvcc {plan.cuda.version} from {plan.cuda.found_by})"
     return f"recurx: built the {engines} and the {cuda}."
 
 

@@ -59,10 +59,15 @@ def _build() -> list[Fact]:
         decision = Fact("compiled module", "build", text, ok=False)
     try:
         module = importlib.import_module("recurx._C")
-        loaded = Fact("compiled module", "recurx._C", str(module.__file__))
     except ImportError as error:
-        loaded = Fact("compiled module", "recurx._C", f"does not load: {error}", ok=False)
-    return [decision, loaded]
+        return [decision, Fact("compiled module", "recurx._C", f"does not load: {error}", ok=False)]
+    loaded = Fact("compiled module", "recurx._C", str(module.__file__))
+    try:
+        usable = ", ".join(module.cpu_isas())
+        used = Fact("compiled module", "CPU engine", f"uses {module.cpu_isa()}, of {usable}")
+    except (RuntimeError, ValueError) as error:  # RECURX_CPU_ISA names one that this CPU lacks
+        used = Fact("compiled module", "CPU engine", str(error), ok=False)
+    return [decision, loaded, used]
 
 
 def _cpu() -> list[Fact]:

@@ -204,7 +204,7 @@ def test_nvcc_behind_a_shell_script_is_found_and_used(cuda_checkout, tmp_path, m
     toolkit = fake_nvcc(tmp_path / "toolkit", compiles=True)
     path = f"{toolkit}/path:{os.environ['PATH']}"
     _, said = build(cuda_checkout, PATH=path, CUDA_HOME="", CUDA_PATH="")
-    assert "CUDA engine (sm_80, sm_90; nvcc 13.0.88 from nvcc on PATH)" in said
+    assert "CUDA kernels (sm_80, sm_90; nvcc 13.0.88 from nvcc on PATH)" in said
     ninja = next(cuda_checkout.glob("build/*/build.ninja")).read_text()
     assert f"{toolkit}/bin/nvcc" in ninja and f"{toolkit}/path" not in ninja
     assert python(HAS_CUDA, cwd=cuda_checkout).strip() == "True"
