@@ -114,9 +114,15 @@ def prune_cache(days: float = 14) -> None:
 
 
 def object_file(source: Path, flags: Sequence[str]) -> Path:
-    """Keyed by everything in the folder of the source, for that is where its headers are."""
-    key = _key([source.name, *flags], sorted({RUNTIME, source.parent}))
-    command = [compiler(), *COMMON, *flags, "-I", RUNTIME, "-x", "c++", "-c", source, "-o"]
+    """Keyed by all that it may include: its own folder, the runtime, the kernels' headers."""
+    folders = {RUNTIME, source.parent}
+    if source.is_relative_to(RUNTIME):
+        folders = {RUNTIME}
+    elif not (source.parent / "rx.cuh").exists():  # else it is in csrc/cuda, or in a copy of that
+        folders.add(KERNELS)
+    include = [word for folder in sorted(folders) for word in ("-I", folder)]
+    key = _key([source.name, *flags], sorted(folders))
+    command = [compiler(), *COMMON, *flags, *include, "-x", "c++", "-c", source, "-o"]
     return _cached(f"{source.stem}-{key}.o", lambda made: _run([*command, made]))
 
 
@@ -187,8 +193,12 @@ class Emulated:
     def call(self, entry: str, *arguments: object) -> None:
         """Calls a C entry that returns 0 or an error code; raises EmulatorFault."""
         if getattr(self.library, entry)(*arguments):
-            self.library.rx_cuda_last_error.restype = ctypes.c_char_p
-            raise EmulatorFault(source_lines(self.library.rx_cuda_last_error().decode()))
+            raise EmulatorFault(last_error(self.library))
+
+
+def last_error(library: ctypes.CDLL) -> str:
+    library.rx_cuda_last_error.restype = ctypes.c_char_p
+    return source_lines(library.rx_cuda_last_error().decode())
 
 
 def load_kernels(names: Sequence[str], checked: bool, folder: Path = KERNELS) -> Emulated:

@@ -1,7 +1,9 @@
-"""Bugs planted in the real kernels, each an exact substitution in a copy of their sources.
+"""Bugs planted in real kernels: each an exact substitution in a copy of their sources.
 
-python -m emulator.planted              # the table: how many of 10 runs find each
-python -m emulator.planted early        # only those whose name contains "early", with reports
+    python -m emulator.planted              # the table: how many of 10 runs find each
+    python -m emulator.planted early        # only those whose name contains "early", with reports
+
+The bugs themselves are in bugs_gemm.py and bugs_wrappers.py.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .build import KERNELS
+from .wrapper_cases import FOLDER as WRAPPERS
 
 SM80, SM90A = "sm80", "sm90a"
-FILES = {SM80: "gemm_residual_rms_sm80.cuh", SM90A: "gemm_residual_rms_sm90a.cuh"}
 # Small, but every ring goes round twice, and the last row block is not full.
 SHAPES = {
     SM80: ["--m", "43", "--n", "128", "--k", "320"],
@@ -29,7 +31,10 @@ WIDTH = 128  # the only width compiled, to save time
 
 @dataclass(frozen=True)
 class Bug:
-    """`edits` are (old, new) in the kernel's file; `found` matches what must be reported."""
+    """`edits` are (old, new) in `file`; `found` matches what must be reported.
+
+    kernel: SM80 or SM90A for the GEMM kernels, "sm90.cu dsmem" for a wrapper kernel.
+    """
 
     name: str
     kernel: str
@@ -37,260 +42,77 @@ class Bug:
     found: str
     file: str | None = None
 
-    def plant(self, folder: Path) -> Path:
-        """A copy of csrc/cuda with the bug in it."""
-        shutil.copytree(KERNELS, folder, dirs_exist_ok=True)
-        path = folder / (self.file or FILES[self.kernel])
+    @property
+    def is_gemm(self) -> bool:
+        return self.kernel in (SM80, SM90A)
+
+    def edited_file(self) -> str:
+        if self.file:
+            return self.file
+        return f"gemm_residual_rms_{self.kernel}.cuh" if self.is_gemm else self.kernel.split()[0]
+
+    def plant(self, folder: Path) -> None:
+        """Makes a copy of the sources with the bug in it."""
+        shutil.copytree(KERNELS if self.is_gemm else WRAPPERS, folder, dirs_exist_ok=True)
+        path = folder / self.edited_file()
         text = path.read_text()
         for old, new in self.edits:
             assert text.count(old) == 1, f"{self.name}: {old!r} occurs {text.count(old)} times"
             text = text.replace(old, new)
         path.write_text(text)
-        _keep_one_width(folder / f"gemm_residual_rms_{self.kernel}.cu")
-        return folder
+        if self.is_gemm:
+            _keep_one_width(folder / f"gemm_residual_rms_{self.kernel}.cu")
+
+    def command(self) -> list[str]:
+        if self.is_gemm:
+            arguments = ["gemm_residual_rms", self.kernel, "--json", *SHAPES[self.kernel]]
+        else:
+            arguments = ["wrapper_cases", *self.kernel.split()]
+        return [sys.executable, "-m", f"emulator.{arguments[0]}", *arguments[1:]]
 
 
 def _keep_one_width(path: Path) -> None:
     """Compile one template instead of all: drop the other cases of the host's switch."""
-    pattern = r"    case (\d+):\s+return [^;]+;\n"
-    keep = lambda m: m[0] if int(m[1]) == WIDTH else ""  # noqa: E731
-    text, count = re.subn(pattern, keep, path.read_text())
+
+    def keep(case: re.Match[str]) -> str:
+        return case[0] if int(case[1]) == WIDTH else ""
+
+    text, count = re.subn(r"    case (\d+):\s+return [^;]+;\n", keep, path.read_text())
     assert count >= 4, f"the switch over widths in {path.name} is not as expected"
     path.write_text(text)
+
+
+_MODES = ("in-order", "random", "checked")
 
 
 def run(bug: Bug, mode: str = "checked", seeds: int = 10) -> list[str]:
     """The outcome of each seed: 'right', or what was found. A fresh process: bugs may crash it."""
     flags = {"checked": [], "random": ["--plain"], "in-order": ["--plain", "--in-order"]}[mode]
     with tempfile.TemporaryDirectory() as work:
-        folder = bug.plant(Path(work) / "cuda")
-        command = [sys.executable, "-m", "emulator.gemm_residual_rms", bug.kernel, "--json"]
-        command += ["--folder", str(folder), "--seeds", str(seeds), *SHAPES[bug.kernel], *flags]
+        folder = Path(work) / "sources"
+        bug.plant(folder)
+        command = [*bug.command(), "--folder", str(folder), "--seeds", str(seeds), *flags]
         where = Path(__file__).parents[1]
         done = subprocess.run(command, capture_output=True, text=True, cwd=where, timeout=300)
     if done.returncode:
-        return [f"process ended with {done.returncode}: {done.stderr[-2000:]}"] * seeds
+        raise RuntimeError(f"{bug.name}: exit status {done.returncode}\n{done.stderr[-3000:]}")
     return json.loads(done.stdout)
 
 
-RACE = r"^.*race: (read|write) after (read|write)"
-WRONG = r"elements are wrong"
-DEADLOCK = r"deadlock: \d+ threads wait"
-
-LOOP_BARRIER = "    __syncthreads();  // tile kt is there for all, and all have left tile kt - 1\n"
-SUM_BARRIER = "  __syncthreads();\n#pragma unroll\n  for (int i = 0; i < 2; i++)\n"
-CLUSTER_START = "  rx::cluster_arrive();\n  rx::cluster_wait();  // no copy"
-CLUSTER_END = "  rx::cluster_arrive();\n  rx::cluster_wait();  // a CTA"
-RELEASE = "kt > 0 && t < P::kCluster && at.shares_with(t)"
-
-BUGS = [
-    # ---- sm_80: cp.async ring, ldmatrix, mma.sync
-    Bug(
-        "wait leaves one group too many in flight",
-        SM80,
-        (("cp_async_wait<kStages - 2>", "cp_async_wait<kStages - 1>"),),
-        RACE + ".*cp.async",
-    ),
-    Bug("no barrier in the loop", SM80, ((LOOP_BARRIER, ""),), RACE + "|uninitialised"),
-    Bug(
-        "no barrier before the sum over warps",
-        SM80,
-        ((SUM_BARRIER, SUM_BARRIER.removeprefix("  __syncthreads();\n")),),
-        RACE + "|uninitialised",
-    ),
-    Bug(
-        "copy into a stage that is still read",
-        SM80,
-        (("load_stage<P, N>(p, stage(next),", "load_stage<P, N>(p, stage(next - 1),"),),
-        RACE,
-    ),
-    Bug(
-        "no commit in the loop",
-        SM80,
-        (("    rx::cp_async_commit();\n    multiply_stage", "    multiply_stage"),),
-        RACE,
-    ),
-    Bug(
-        "sums share memory with a stage",
-        SM80,
-        (("(smem + P::kSums)", "(smem + P::kStage)"),),
-        RACE,
-    ),
-    Bug(
-        "tiles of W exchanged",
-        SM80,
-        (("mma_m16n16k16(acc[i][j], acc[i][j + 1],", "mma_m16n16k16(acc[i][j + 1], acc[i][j],"),),
-        WRONG,
-    ),
-    Bug(
-        "wrong rows in the address of A",
-        SM80,
-        (("i * 16 + (lane & 15), ks * 2 + (lane >> 4)", "i * 16 + (lane & 15), ks * 2"),),
-        WRONG,
-    ),
-    Bug(
-        "sum over one warp too many",
-        SM80,
-        (("w < P::kWarps;", "w <= P::kWarps;"),),
-        "read outside shared memory",
-    ),
-    Bug(
-        "sum over two of four lanes",
-        SM80,
-        (("(rx::kFullWarp, s, 2)", "(rx::kFullWarp, s, 0)"),),
-        WRONG,
-    ),
-    Bug(
-        "rows beyond m are stored",
-        SM80,
-        (("      if (r >= p.m) continue;\n", ""),),
-        "rows beyond m",
-    ),
-    Bug(
-        "stage one row short",
-        SM80,
-        (("i < N * 4; i += P::kThreads", "i < N * 4 - 4; i += P::kThreads"),),
-        "uninitialised",
-    ),
-    # ---- sm_90a: multicast, mbarrier ring, wgmma, distributed shared memory
-    Bug(
-        "producer waits for the wrong parity",
-        SM90A,
-        (("at.parity(kt) ^ 1", "at.parity(kt)"),),
-        DEADLOCK,
-    ),
-    Bug(
-        "half the bytes are expected",
-        SM90A,
-        (("at.full(kt), P::kStage)", "at.full(kt), P::kStage / 2)"),),
-        ".",
-    ),
-    Bug(
-        "multicast reaches only the sender",
-        SM90A,
-        (("3u << (2 * at.row_group)", "1u << at.rank"),),
-        DEADLOCK,
-    ),
-    Bug(
-        "producer does not wait for empty stages",
-        SM90A,
-        (("    rx::mbar_wait(at.empty(kt), at.parity(kt) ^ 1);", "   "),),
-        RACE + "|more arrivals in a phase",
-    ),
-    Bug(
-        "stage released while wgmma reads it",
-        SM90A,
-        (("    rx::wgmma_wait<1>();\n", ""), (RELEASE, RELEASE)),
-        RACE + ".*wgmma",
-    ),
-    Bug(
-        "stage released one tile early",
-        SM90A,
-        (("at.empty(kt - 1), t)", "at.empty(kt), t)"), ("kt > 0 && t", "t")),
-        RACE + ".*wgmma",
-    ),
-    Bug(
-        "only the own CTA is told that a stage is free",
-        SM90A,
-        ((RELEASE, "kt > 0 && t == at.rank"), ("P::kReceivers * P::kConsumers", "P::kConsumers")),
-        RACE,
-    ),
-    Bug(
-        "empty barriers count too few",
-        SM90A,
-        (("P::kReceivers * P::kConsumers", "P::kConsumers"),),
-        ".",
-    ),
-    Bug(
-        "consumer does not wait for the tile",
-        SM90A,
-        (("    rx::mbar_wait(at.full(kt), at.parity(kt));\n", ""),),
-        RACE + "|uninit",
-    ),
-    Bug(
-        "W share lands at the wrong rows",
-        SM90A,
-        (("at.tile_w(kt) + first_row * 128", "at.tile_w(kt)"),),
-        RACE + "|uninit",
-    ),
-    Bug("wrong k step in A", SM90A, (("rows_a + ks * 32", "rows_a + ks * 16"),), WRONG),
-    Bug("no wait for the last products", SM90A, (("  rx::wgmma_wait<0>();\n", ""),), "wrong|race"),
-    Bug("no wgmma.fence", SM90A, (("    rx::wgmma_fence();\n", ""),), "without wgmma.fence"),
-    Bug(
-        "wrong stride of row groups",
-        SM90A,
-        (("group_stride = 1024", "group_stride = 512"),),
-        WRONG,
-        "rx/wgmma.cuh",
-    ),
-    Bug(
-        "more registers than the file has",
-        SM90A,
-        (("dec<40>", "dec<56>"), ("inc<232>", "inc<240>")),
-        "65536",
-    ),
-    Bug(
-        "barriers not made visible to the cluster",
-        SM90A,
-        ((CLUSTER_START, "  __syncthreads();  // no copy"),),
-        "before its initialisation is visible|not initialised",
-    ),
-    Bug(
-        "no fence.mbarrier_init",
-        SM90A,
-        (("  rx::fence_mbarrier_init();\n", ""),),
-        "no fence.mbarrier_init",
-    ),
-    Bug("a CTA leaves early", SM90A, ((CLUSTER_END, "  // a CTA"),), "may exit before|has exited"),
-    Bug(
-        "lane 0 speaks for its warp unasked",
-        SM90A,
-        (("  __syncwarp();  // lane 0", "  // lane 0"),),
-        RACE,
-    ),
-    Bug(
-        "no wait for the other half's sums",
-        SM90A,
-        (("  rx::mbar_wait(ready, 0);\n", ""),),
-        RACE + "|uninit",
-    ),
-    Bug(
-        "sums announced to the wrong CTA",
-        SM90A,
-        (("rx::mapa(ready, at.rank ^ 1)", "rx::mapa(ready, at.rank)"),),
-        RACE + "|uninit|may exit",
-    ),
-    Bug(
-        "sums stored in the own CTA",
-        SM90A,
-        (
-            (
-                "rx::mapa(at.smem_s + P::kSums, at.rank ^ 1)",
-                "rx::mapa(at.smem_s + P::kSums, at.rank)",
-            ),
-        ),
-        RACE + "|wrong",
-    ),
-    Bug(
-        "rows beyond m are stored, sm_90a",
-        SM90A,
-        (("    if (r >= p.m) continue;\n", ""),),
-        "rows beyond m",
-    ),
-]
-
-
 def main() -> None:
+    from .bugs_gemm import BUGS as GEMM
+    from .bugs_wrappers import BUGS as IN_WRAPPERS
+
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""
-    modes = ["checked"] if wanted else ["in-order", "random", "checked"]
-    print("| bug | kernel | " + " | ".join(modes) + " |")
-    for bug in BUGS:
+    print("| bug | kernel | in-order | random | checked |")
+    for bug in [*GEMM, *IN_WRAPPERS]:
         if wanted not in bug.name:
             continue
+        modes = _MODES if bug.is_gemm and not wanted else _MODES[-1:]
         runs = {mode: run(bug, mode) for mode in modes}
-        counts = " | ".join(str(sum(o != "right" for o in runs[mode])) for mode in modes)
+        counts = [str(sum(o != "right" for o in runs[m])) if m in runs else "-" for m in _MODES]
+        print(f"| {bug.name} | {bug.kernel} | {' | '.join(counts)} |", flush=True)
         missed = [o for o in runs["checked"] if not re.search(bug.found, o)]
-        print(f"| {bug.name} | {bug.kernel} | {counts} |", flush=True)
         for text in missed[:1] or (runs["checked"][:1] if wanted else []):
             print(f"    {'not as expected: ' if missed else ''}{text[:1500]}", flush=True)
 

@@ -16,6 +16,12 @@ RX_DEVICE uint64_t wgmma_desc_128b(uint32_t addr, uint32_t group_stride = 1024) 
   return uint64_t((addr & 0x3ffff) >> 4) | 1ull << 16 | uint64_t(group_stride >> 4) << 32 |
          1ull << 62;
 }
+// An operand stored N-major (TransB): rows of k, each 64 columns of N wide with the same swizzle;
+// tiles of 64 columns `tile_stride` bytes apart. The next 16 of k begin 16 rows (2048 bytes) on.
+RX_DEVICE uint64_t wgmma_desc_128b_mn(uint32_t addr, uint32_t tile_stride) {
+  return uint64_t((addr & 0x3ffff) >> 4) | uint64_t(tile_stride >> 4) << 16 |
+         uint64_t(1024 >> 4) << 32 | 1ull << 62;
+}
 // Byte offset of 16-byte chunk c (0..7) of row r in such a tile.
 RX_DEVICE uint32_t swizzle_128b(int r, int c) { return uint32_t(r * 128 + ((c ^ (r & 7)) << 4)); }
 
@@ -29,6 +35,19 @@ template <int GroupsLeft>
 RX_DEVICE void wgmma_wait() {
   RX_EITHER(emu::wgmma_wait(GroupsLeft),
             asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(GroupsLeft) : "memory"));
+}
+
+// Keeps the compiler from setting up accumulators later than here. Call it before wgmma_fence on
+// arrays that hold constants; otherwise ptxas may find them written between products and serialise
+// these.
+template <int R>
+RX_DEVICE void wgmma_pin(float (&d)[R]) {
+#ifdef RX_EMU
+  (void)d;
+#else
+#pragma unroll
+  for (int i = 0; i < R; i++) asm volatile("" : "+f"(d[i])::"memory");
+#endif
 }
 
 // The warpgroup gives up, or takes, registers: multiples of 8; all warpgroups together 65536 / 128.
