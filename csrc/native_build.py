@@ -1,4 +1,4 @@
-"""Builds recurx._C: the CPU engine, and the CUDA engine where a toolkit is found.
+"""Builds recurx._C: the CPU engine, and the CUDA kernels where a toolkit is found.
 
     python csrc/native_build.py      # in a checkout: puts the module beside recurx/*.py
     pip install .                    # the same code, called by setup.py
