@@ -7,6 +7,7 @@ that answers yes to both, so its choice is deterministic and `recurx.explain` ca
 
 from __future__ import annotations
 
+import abc
 import functools
 import importlib
 from collections.abc import Sequence
@@ -17,20 +18,21 @@ from recurx.errors import BackendUnavailable, bad_argument
 from recurx.problem import Problem
 
 
-class Backend:
+class Backend(abc.ABC):
     """What each backend implements. Tensors come checked, contiguous and on one device."""
 
     name: str
     device_types: tuple[str, ...]  # devices it can ever run on; () means any
 
+    @abc.abstractmethod
     def why_unavailable(self) -> str | None:
         """None if this machine can run the backend, else one sentence saying what is missing."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def why_unsupported(self, problem: Problem) -> str | None:
         """None if it can run `problem`, else one sentence saying which property it refuses."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def run(
         self,
         problem: Problem,
@@ -53,7 +55,6 @@ class Backend:
         Returns:
             All states in the same order, in fresh contiguous tensors that alias no input.
         """
-        raise NotImplementedError
 
 
 # Fastest first; `auto` walks this list. Kept in one place: no other file ranks backends.
