@@ -1,0 +1,50 @@
+"""The command line: `python -m recurx env | demo | train | eval | solve`.
+
+A mistake of the user ends in one line on stderr and exit code 2, never in a traceback. Commands
+import torch when they run, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+# Command -> (module with add_arguments(parser) and run(arguments) -> exit code, one line of help).
+COMMANDS = {
+    "env": ("recurx.cli.env", "what this machine and this installation can do"),
+    "demo": ("recurx.cli.demo", "three minutes: a tiny model learns, a board fills, engines race"),
+    "train": ("recurx.cli.train", "train a model on a task, or resume"),
+    "eval": ("recurx.cli.evaluate", "accuracy of a checkpoint, by steps of refinement"),
+    "solve": ("recurx.cli.solve", "solve the Sudokus you type, or those of a file"),
+}
+USAGE_ERROR = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m recurx", description="Recursive reasoning models: train, refine, solve."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        importlib.import_module(module).add_arguments(command)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = build_parser().parse_args(argv)
+    module = importlib.import_module(COMMANDS[arguments.command][0])
+    from recurx.errors import RecurxError
+
+    try:
+        return int(module.run(arguments))
+    except (RecurxError, OSError) as error:
+        print(f"recurx {arguments.command}: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        print(f"recurx {arguments.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED

@@ -1,0 +1,186 @@
+"""The demo's second half: engine by engine, the same answers, and the time side by side."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+
+from recurx.checkpoint import load_checkpoint
+from recurx.cli.demo import engines
+from recurx.cli.demo.learn import Trained, heading
+from recurx.cli.output import side_by_side, table
+from recurx.errors import InvalidArgument
+from recurx.models import TRM, RecursiveModel, TRMConfig
+from recurx.tasks import Sudoku
+from recurx.tasks.sudoku import files
+from recurx.tasks.sudoku.layout import to_boards, to_tokens
+
+# Three puzzles that newspapers and encyclopedias print again and again, from easy to notorious.
+PUZZLES = (
+    "530070000600195000098000060800060003400803001700020006060000280000419005000080079",
+    "800000000003600000070090200050007000000045700000100030001000068008500010090000400",
+    "000000039000001005003050800008090006070002000100400000009080050020000600400700000",
+)
+MOST_PUZZLES = 4  # of a file: one supervision step of eager bf16 may take a second a puzzle
+REPEATS = 5
+SLOW_SECONDS = 2.0  # of eager PyTorch for one puzzle
+RACE_SECONDS = 25.0  # of timed rounds: slow engines get fewer of them
+
+
+def read_puzzles(arguments: argparse.Namespace) -> tuple[NDArray[np.int64], str]:
+    """Boards [N, 81] from the command line, a file, or this file, and where they come from."""
+    layout = Sudoku().layout
+    if arguments.puzzle and arguments.puzzles:
+        raise InvalidArgument("give puzzles as arguments or with --puzzles, not both.")
+    if arguments.puzzles:
+        read = files.read(arguments.puzzles, layout, MOST_PUZZLES)
+        return read.puzzles, f"the first {len(read)} of {arguments.puzzles}"
+    lines = arguments.puzzle or PUZZLES
+    boards = [files.parse_lines([line], layout, f"puzzle {i}").puzzles
+              for i, line in enumerate(lines, start=1)]  # fmt: skip
+    return np.concatenate(boards), "yours" if arguments.puzzle else "well-known ones"
+
+
+def race_trained(console: Console, trained: Trained) -> list[dict[str, Any]]:
+    """The trained tiny model on every engine: the answers must be the same, cell by cell."""
+    heading(console, 4, "The trained model, engine by engine")
+    inputs = torch.from_numpy(trained.examples.inputs[:256]).to(trained.trainer.device)
+    lanes = [engines.eager(trained.model, inputs), *engines.engines(trained.model, inputs)]
+    engines.race(lanes, REPEATS, RACE_SECONDS)
+    return _show(console, f"one supervision step of {len(inputs)} 6x6 puzzles", lanes, lanes[0])
+
+
+def race(
+    console: Console,
+    puzzles: NDArray[np.int64],
+    source: str,
+    arguments: argparse.Namespace,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """Full-size TRM on 9x9 puzzles on every engine."""
+    heading(console, 5, "Full-size TRM on 9x9 Sudoku, engine by engine")
+    model = _full_size(console, arguments).to(device)
+    inputs = torch.from_numpy(to_tokens(puzzles)).to(device)
+    config, task = model.config, Sudoku()
+    console.print(
+        f"T={config.tokens} tokens, D={config.hidden_size}, {len(model.inner.schedule)} net calls "
+        f"a supervision step; puzzles: {source}"
+    )
+    console.print(side_by_side([task.text(row) for row in to_tokens(puzzles)[:3]]), markup=False)
+    lanes = _lanes(model, inputs, not arguments.no_compile)
+    engines.race(lanes, REPEATS, RACE_SECONDS)
+    count = len(lanes[0].logits) if lanes[0].logits is not None else len(puzzles)
+    title = f"one supervision step of {count} 9x9 puzzle{'s' if count > 1 else ''}"
+    rows = _show(console, title, lanes, next(lane for lane in lanes if lane.dtype == "float32"))
+    if arguments.checkpoint:
+        _show_answers(console, model, task, inputs, puzzles)
+    return rows
+
+
+def _lanes(model: RecursiveModel, inputs: torch.Tensor, compiled: bool) -> list[engines.Lane]:
+    """Eager PyTorch in the model's dtype and in fp32, torch.compile of the faster of the two, and
+    recurx's engines. One puzzle only where eager PyTorch is slow."""
+    models = [model]
+    if model.config.forward_dtype != "float32":
+        models.append(_in_fp32(model))
+    probes = [engines.eager(each, inputs[:1]) for each in models]
+    for lane in probes:
+        assert lane.step is not None
+        lane.first, lane.logits = engines.timed(lane.step)
+    if len(inputs) > 1 and max(lane.first for lane in probes) < SLOW_SECONDS:
+        lanes = [engines.eager(each, inputs) for each in models]
+    else:
+        lanes, inputs = probes, inputs[:1]
+    if compiled:
+        faster = min(range(len(models)), key=lambda index: probes[index].first)
+        lanes.append(engines.compiled(models[faster], inputs))
+    return lanes + engines.engines(model, inputs)
+
+
+def _full_size(console: Console, arguments: argparse.Namespace) -> RecursiveModel:
+    if arguments.checkpoint:
+        loaded = load_checkpoint(arguments.checkpoint)
+        if (loaded.config.seq_len, loaded.config.vocab_size) != (81, 11):
+            raise InvalidArgument(
+                f"{arguments.checkpoint}: not a model of 9x9 Sudoku (it reads "
+                f"{loaded.config.seq_len} tokens out of {loaded.config.vocab_size})."
+            )
+        console.print(f"Weights: {arguments.checkpoint}", soft_wrap=True)
+        return loaded.build()
+    console.print(
+        "These weights are UNTRAINED (random): the answers mean nothing, only that the engines "
+        "agree on\nthem and how long they take. Trained weights: --checkpoint FILE."
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(arguments.seed)
+        return TRM(TRMConfig.sudoku_att()).eval()
+
+
+def _in_fp32(model: RecursiveModel) -> RecursiveModel:
+    """The same weights with fp32 activations."""
+    with torch.random.fork_rng(devices=[]):
+        exact = type(model)(model.config.replace(forward_dtype="float32"))
+    exact.load_state_dict(model.state_dict())
+    return exact.eval().to(next(model.parameters()).device)
+
+
+def _show(
+    console: Console, title: str, lanes: list[engines.Lane], exact: engines.Lane
+) -> list[dict[str, Any]]:
+    """The table: speed against the fastest PyTorch, answers against `exact` (eager in fp32)."""
+    rows, values = [], []
+    best = min(x.median for x in lanes if x.seconds and not x.name.startswith("recurx"))
+    for lane in lanes:
+        if not lane.seconds:
+            rows.append([lane.name, lane.dtype, "-", "-", "-", "-"])
+            values.append({"engine": lane.name, "dtype": lane.dtype, "refused": lane.refused})
+            continue
+        same, error = _compare(lane, exact)
+        speed = best / lane.median
+        time = f"{1000 * lane.median:.1f} ms"
+        answers = ["-", "-"] if same is None else [f"{same:.1%}", f"{error:.0e}"]
+        rows.append([lane.name, lane.dtype, time, f"{speed:.2f}x", *answers])
+        values.append(
+            {"engine": lane.name, "dtype": lane.dtype, "seconds": lane.median, "same_cells": same,
+             "error": error}
+        )  # fmt: skip
+    columns = ["engine", "dtype", "median time", "speed", "same cells", "error of logits"]
+    console.print(table(title, columns, rows))
+    console.print(
+        "Same cells and error (root mean square, relative): against eager PyTorch in fp32."
+    )
+    for lane in lanes:
+        if lane.refused:
+            console.print(f"{lane.name}: {lane.refused}", markup=False, soft_wrap=True)
+    return values
+
+
+def _compare(lane: engines.Lane, exact: engines.Lane) -> tuple[float, float] | tuple[None, None]:
+    """Share of equal answers, and the relative error of the logits; None if `exact` did not run."""
+    if lane.logits is None or exact.logits is None:
+        return None, None
+    same = (lane.logits.argmax(-1) == exact.logits.argmax(-1)).float().mean()
+    error = (lane.logits.float() - exact.logits).norm() / exact.logits.norm()
+    return float(same), float(error)
+
+
+def _show_answers(
+    console: Console,
+    model: RecursiveModel,
+    task: Sudoku,
+    inputs: torch.Tensor,
+    puzzles: NDArray[np.int64],
+) -> None:
+    import recurx
+
+    answers = recurx.solve(model, {"inputs": inputs})
+    predictions = answers.predictions.cpu().numpy()
+    right = task.check(to_tokens(puzzles), predictions)
+    shown = side_by_side([task.text(row) for row in to_tokens(to_boards(predictions))[:3]])
+    console.print(shown, markup=False)
+    console.print(f"{int(right.sum())} of {len(right)} solved in {answers.steps.tolist()} steps.")

@@ -1,0 +1,133 @@
+"""The demo's first half: a tiny model learns 6x6 Sudoku, and refines its answers."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.text import Text
+
+import recurx
+from recurx.cli.output import curve
+from recurx.cli.progress import TrainingDisplay
+from recurx.models import RecursiveModel
+from recurx.tasks import Examples
+from recurx.tasks.sudoku.layout import to_boards
+from recurx.train import Report, Trainer, evaluate, preset
+
+# 12 clues of 36; boards with every clue needed have 10, and take this net twice as long to learn.
+TASK = "sudoku-6x6:clues=12"
+# Two low calls, one high: what one supervision step leaves open, the next ones have to settle.
+MODEL = {"H_cycles": 1, "L_cycles": 2, "halt_max_steps": 8}
+TARGET = 0.95  # on EVAL_COUNT puzzles; above 90 % of others with a wide margin
+EVAL_EVERY, EVAL_COUNT, FINAL_COUNT = 100, 256, 1024
+MOST_BOARDS = 6  # beside each other in 100 columns
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The trained model and puzzles that it never saw."""
+
+    trainer: Trainer
+    model: RecursiveModel
+    examples: Examples
+
+
+def train(console: Console, arguments: argparse.Namespace, device: torch.device) -> Trained | None:
+    """Train until TARGET or the time budget; None if interrupted (the checkpoint is written)."""
+    heading(console, 1, "A tiny recursive model learns 6x6 Sudoku")
+    config = preset("tiny-mlp", TASK, seed=arguments.seed, model=MODEL)
+    trainer = Trainer(config, arguments.out, device=device, backend=arguments.backend)
+    examples = trainer.held_out(EVAL_COUNT + FINAL_COUNT)
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    console.print(
+        f"{parameters:,} parameters, {len(trainer.model.inner.schedule)} net calls a supervision "
+        f"step. It is tested on puzzles\nit never saw: {trainer.task.held_out_rule}."
+    )
+    display = TrainingDisplay(console, trainer, EVAL_EVERY, EVAL_COUNT, TARGET)
+    with display:
+        reason = trainer.run(time_budget=arguments.time_budget, on_step=display.on_step)
+    if reason == "interrupted":
+        console.print(
+            f"Interrupted at step {trainer.step}. The weights are in {arguments.out}; go on with\n"
+            f"  python -m recurx train --resume {arguments.out}",
+            soft_wrap=True,
+        )
+        return None
+    report = display.evaluate()
+    console.print(
+        f"{report.exact:.1%} of {report.count} held-out puzzles exact after "
+        f"{trainer.seconds:.0f} s and {trainer.step} steps."
+    )
+    rest = examples.take(~_contained(examples, display.examples))
+    return Trained(trainer, trainer.averaged(), rest)
+
+
+def _contained(examples: Examples, other: Examples) -> NDArray[np.bool_]:
+    """Which inputs occur in `other`: the test puzzles are not those that ended the training."""
+    known = {row.tobytes() for row in other.inputs}
+    return np.array([row.tobytes() in known for row in examples.inputs])
+
+
+def show_filling(console: Console, trained: Trained) -> None:
+    """One held-out board after each supervision step."""
+    heading(console, 2, "One board, refined step by step")
+    task = trained.trainer.task
+    batch = {"inputs": torch.from_numpy(trained.examples.inputs).to(trained.trainer.device)}
+    answers = recurx.solve(trained.model, batch, trace=True)
+    right = task.check(trained.examples.inputs, answers.predictions.cpu().numpy())
+    steps = answers.steps.cpu().numpy()
+    fits = right & (steps <= MOST_BOARDS - 1)
+    # Of the boards that end well and fit on the screen, the one that took the most steps.
+    row = int(np.where(fits, steps, 0).argmax())
+    assert answers.trace is not None
+    last = min(int(steps[row]), MOST_BOARDS - 1)
+    states = [trained.examples.inputs[row], *answers.trace[:last, row].cpu().numpy()]
+    boards = [_board(task, state, trained.examples, row) for state in states]
+    for line in range(len(boards[0])):
+        console.print(Text("   ").join(board[line] for board in boards))
+
+
+def _board(task: Any, tokens: NDArray[np.int64], examples: Examples, row: int) -> list[Text]:
+    """A board of the series: wrong cells red on a terminal, and counted below."""
+    given = to_boards(examples.inputs[row]) > 0
+    wrong = tokens != examples.answers[row]
+    lines, cell = [], 0
+    for line in task.text(tokens).splitlines():
+        text = Text()
+        for character in line:
+            style = ""
+            if character.isdigit() or character == ".":
+                style = "bold" if given[cell] else "red" if wrong[cell] else "green"
+                cell += 1
+            text.append(character, style)
+        lines.append(text)
+    width = len(lines[0])
+    blanks = int((to_boards(tokens) == 0).sum())
+    count = f"{blanks} blank" if blanks else f"{int(wrong.sum())} wrong"
+    return [*lines, Text((count if wrong.any() else "solved").center(width))]
+
+
+def show_accuracy(console: Console, trained: Trained) -> Report:
+    """The curve over steps, and what early exit saves."""
+    heading(console, 3, "Accuracy against refinement")
+    trainer, examples = trained.trainer, trained.examples
+    full = evaluate(trained.model, trainer.task, examples, halt=None, device=trainer.device)
+    early = evaluate(trained.model, trainer.task, examples, halt="q", device=trainer.device)
+    console.print(f"{len(examples)} other held-out puzzles, exact if refinement stopped after")
+    console.print(curve(full.curve), markup=False)
+    console.print(
+        f"Always 16 steps: {full.exact:.1%} in {full.seconds:.2f} s. Each puzzle until the model "
+        f"halts it: {early.exact:.1%}\nin {early.seconds:.2f} s, "
+        f"{early.steps_mean:.1f} steps each."
+    )
+    return early
+
+
+def heading(console: Console, number: int, text: str) -> None:
+    console.print(f"\n[bold]{number}. {text}[/bold]")

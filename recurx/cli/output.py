@@ -1,0 +1,62 @@
+"""What commands print: rich on a terminal, plain text elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+# NOTE: rich guesses 80 columns where there is no terminal, and wraps what a script wants to parse.
+WIDTH_WITHOUT_TERMINAL = 100
+
+
+def make_console() -> Console:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=WIDTH_WITHOUT_TERMINAL)
+    return console
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """The first column is left-aligned, numbers to the right."""
+    made = Table(title=title, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def bar(share: float, width: int = 40) -> str:
+    """A horizontal bar in plain ASCII."""
+    return "#" * round(share * width)
+
+
+def curve(accuracies: Sequence[float]) -> str:
+    """Exact accuracy against steps of refinement, one line a step."""
+    return "\n".join(
+        f"  {step:3d} {'step ' if step == 1 else 'steps'} {accuracy:7.1%}  {bar(accuracy)}"
+        for step, accuracy in enumerate(accuracies, start=1)
+    )
+
+
+def side_by_side(boards: Sequence[str], gap: str = "     ") -> str:
+    """Blocks of lines next to each other."""
+    columns = [board.splitlines() for board in boards]
+    widths = [max(map(len, lines)) for lines in columns]
+    height = max(map(len, columns))
+    return "\n".join(
+        gap.join(
+            (lines[row] if row < len(lines) else "").ljust(width)
+            for lines, width in zip(columns, widths, strict=True)
+        ).rstrip()
+        for row in range(height)
+    )
+
+
+def json_line(values: dict[str, Any]) -> None:
+    """The last line of a command run with --json: one JSON object, whatever the console is."""
+    print(json.dumps(values), flush=True)

@@ -1,0 +1,84 @@
+"""Shows a training run: a live bar on a terminal, a line per evaluation elsewhere."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from recurx.train import Progress as StepProgress
+    from recurx.train import Report, Trainer
+
+
+class TrainingDisplay:
+    """Evaluates on held-out examples every `eval_every` steps; asks the run to end at `until`.
+
+    Use as a context manager around `Trainer.run(..., on_step=display.on_step)`. The bar shows the
+    held-out accuracy, since nothing else tells how far a run is.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        trainer: Trainer,
+        eval_every: int,
+        eval_count: int,
+        until: float | None = None,
+    ) -> None:
+        self.console, self.trainer = console, trainer
+        self.eval_every, self.until = eval_every, until
+        self.examples = trainer.held_out(eval_count)
+        self.report: Report | None = None
+        self._evaluated_at = -1
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=30),
+            TextColumn("held-out exact {task.percentage:5.1f} %  {task.fields[text]}"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._row = self._bar.add_task("", total=1.0, text="")
+
+    def __enter__(self) -> TrainingDisplay:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def on_step(self, progress: StepProgress) -> bool:
+        """Called after every training step; True ends the run."""
+        self._bar.update(self._row, text=f"step {progress.step}  loss {progress.loss:.3f}")
+        if progress.step % self.eval_every:
+            return False
+        report = self.evaluate()
+        record = {"seconds": progress.seconds, "loss": progress.loss, "held_out": report.to_dict()}
+        self.trainer.log(record)
+        self._bar.update(self._row, completed=report.exact)
+        if not self.console.is_terminal:
+            self.console.print(
+                f"  step {progress.step:6d}  {progress.seconds:6.1f} s  loss {progress.loss:.3f}  "
+                f"held-out exact {report.exact:6.1%}  steps {report.steps_mean:.1f}"
+            )
+        return self.until is not None and report.exact >= self.until
+
+    def evaluate(self) -> Report:
+        """The averaged weights on the held-out examples, once a step at most."""
+        if self.report is None or self._evaluated_at != self.trainer.step:
+            from recurx.train import evaluate
+
+            trainer = self.trainer
+            self.report = evaluate(
+                trainer.averaged(), trainer.task, self.examples, device=trainer.device
+            )
+            self._evaluated_at = trainer.step
+        return self.report

@@ -1,0 +1,118 @@
+"""`python -m recurx train TASK`: train with a progress bar, checkpoints and metrics; or resume."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from recurx.cli import options
+
+# What a command-line option is called in TrainConfig.
+HYPERPARAMETERS = {
+    "batch_size": options.positive, "lr": float, "weight_decay": float, "warmup": int,
+    "ema": float, "optimizer": str, "loss": str,
+}  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("task", nargs="?", help="sudoku, sudoku-4x4, sudoku-6x6, sort, maze; "
+                        "with options as in maze:size=12")  # fmt: skip
+    parser.add_argument("--preset", default="tiny-mlp", help="model and its settings: tiny-mlp "
+                        "(default), tiny-att, trm-att, trm-mlp, single-z, hier6, hrm")  # fmt: skip
+    parser.add_argument("--out", metavar="FOLDER", help="default: runs/TASK-PRESET")
+    parser.add_argument("--resume", metavar="FOLDER", help="go on exactly where this run stopped")
+    parser.add_argument("--steps", type=options.positive, help="train up to this step")
+    parser.add_argument("--time-budget", type=options.seconds, metavar="TIME", help="90s, 20m, 2h")
+    parser.add_argument("--until", type=float, metavar="SHARE",
+                        help="stop at this exact accuracy on held-out examples")  # fmt: skip
+    parser.add_argument("--eval-every", type=options.positive, default=200, metavar="STEPS")
+    parser.add_argument("--eval-count", type=options.positive, default=256, metavar="N",
+                        help="held-out examples of each evaluation (default 256)")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0)
+    for name, kind in HYPERPARAMETERS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind)
+    parser.add_argument("--set", type=options.setting, action="append", default=[],
+                        metavar="KEY=VALUE", help="a field of the model, e.g. hidden_size=128",
+                        )  # fmt: skip
+    options.add_machine(parser)
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from recurx.cli import output
+    from recurx.cli.progress import TrainingDisplay
+
+    if arguments.threads is None and arguments.preset.startswith("tiny"):
+        arguments.threads = options.THREADS_OF_TINY_NETS
+    device = options.prepare_machine(arguments)
+    trainer = _resumed(arguments, device) if arguments.resume else _started(arguments, device)
+    console = output.make_console()
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    console.print(f"{trainer.task.name}: {parameters:,} parameters, training in {trainer.folder}")
+    console.print(f"held-out examples: {trainer.task.held_out_rule}")
+    display = TrainingDisplay(
+        console, trainer, arguments.eval_every, arguments.eval_count, arguments.until
+    )
+    with display:
+        reason = trainer.run(arguments.steps, arguments.time_budget, on_step=display.on_step)
+    report = display.evaluate()
+    console.print(
+        f"{_ENDINGS[reason]} at step {trainer.step}: {report.exact:.1%} of {report.count} held-out "
+        f"examples exact, {report.steps_mean:.1f} steps each"
+    )
+    console.print(f"weights: {trainer.folder}/model.safetensors", soft_wrap=True)
+    console.print(f"go on with: python -m recurx train --resume {trainer.folder}", soft_wrap=True)
+    if arguments.json:
+        output.json_line(
+            {"step": trainer.step, "ended": reason, "folder": str(trainer.folder)}
+            | report.to_dict()
+        )
+    return 0
+
+
+_ENDINGS = {
+    "steps": "All steps done",
+    "time": "Time is up",
+    "stopped": "Accuracy reached",
+    "interrupted": "Interrupted",
+}
+
+
+def _started(arguments: argparse.Namespace, device: Any) -> Any:
+    from recurx.errors import InvalidArgument
+    from recurx.train import Trainer, preset
+    from recurx.train.trainer import STATE_FILE
+
+    if arguments.task is None:
+        raise InvalidArgument("name a task (sudoku-4x4, sort, ...), or give --resume FOLDER.")
+    chosen = {
+        name: getattr(arguments, name)
+        for name in HYPERPARAMETERS
+        if getattr(arguments, name) is not None
+    }
+    config = preset(
+        arguments.preset, arguments.task, seed=arguments.seed, model=dict(arguments.set), **chosen
+    )
+    folder = arguments.out or f"runs/{arguments.task.replace(':', '-')}-{arguments.preset}"
+    if (Path(folder) / STATE_FILE).exists():
+        raise InvalidArgument(
+            f"{folder} already holds a run: go on with --resume {folder}, or choose another --out."
+        )
+    return Trainer(config, folder, device=device, backend=arguments.backend)
+
+
+def _resumed(arguments: argparse.Namespace, device: Any) -> Any:
+    from recurx.errors import InvalidArgument
+    from recurx.train import Trainer
+
+    trainer = Trainer.resume(arguments.resume, device=device, backend=arguments.backend)
+    if arguments.task not in (None, trainer.config.task):
+        raise InvalidArgument(
+            f"{arguments.resume} is a run of {trainer.config.task}, not of {arguments.task}."
+        )
+    fixed = [n for n in (*HYPERPARAMETERS, "out") if getattr(arguments, n) is not None]
+    if fixed or arguments.set:
+        names = ", ".join(f"--{n.replace('_', '-')}" for n in fixed or ["set"])
+        raise InvalidArgument(f"--resume goes on as the run was configured: leave out {names}.")
+    return trainer
