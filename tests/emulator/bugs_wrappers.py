@@ -7,6 +7,7 @@ from .planted import Bug
 FENCED = "  rx::fence_proxy_async();\n  __syncthreads();\n\n"  # before the first wgmma
 WGMMA, GROUPS = "sm90a.cu wgmma_64", "sm80.cu cp_async_groups"
 NAMED, STORE = "sm80.cu named_barrier", "sm90.cu bulk_store"
+GLOBAL = r"race: (read after write|write after read) at global memory 'out_g'"
 
 BUGS = [
     Bug(
@@ -81,7 +82,7 @@ BUGS = [
         "one arrival too many",
         "sm90.cu mbarrier",
         (("rx::mbar_init(both, 2)", "rx::mbar_init(both, 1)"),),
-        "more arrivals|race|may exit",
+        "more arrivals|race|may exit|deadlock",
     ),
     Bug(
         "mail read before the cluster barrier",
@@ -118,5 +119,29 @@ BUGS = [
         "sm90a.cu wgmma_setmaxnreg",
         (("setmaxnreg_inc<200>", "setmaxnreg_inc<204>"),),
         "multiple of 8",
+    ),
+    Bug(
+        "global scratch read without a barrier",
+        "sm80.cu scratch",
+        (("out_g[t] = t * 3;\n  __syncthreads();", "out_g[t] = t * 3;"),),
+        GLOBAL,
+    ),
+    Bug(
+        "flag raised before the data is written by all",
+        "sm80.cu grid_barrier",
+        (("b * 100 + t;\n  __syncthreads();", "b * 100 + t;"),),
+        GLOBAL,
+    ),
+    Bug(
+        "nobody waits for the thread that watches the flag",
+        "sm80.cu grid_barrier",
+        (("    }\n  }\n  __syncthreads();\n  out_g[(kGrid", "    }\n  }\n  out_g[(kGrid"),),
+        GLOBAL,
+    ),
+    Bug(
+        "no proxy fence before a bulk load of global scratch",
+        "sm90.cu bulk_scratch",
+        (("i] = 7 * i;\n  rx::fence_proxy_async();", "i] = 7 * i;"),),
+        "missing fence.proxy.async after a generic write at global memory",
     ),
 ]

@@ -77,6 +77,17 @@ class Case:
         guarded = aligned((self.m + GUARD_ROWS, self.n))
         guarded[:] = 0x7FFF  # NaN: an element that nobody writes shows, and so does a guard
         out = guarded[: self.m]
+        arguments, keep = self.params(lib, kernel, out)
+        lib.call(f"rx_gemm_residual_rms_{kernel}", *arguments)
+        del keep
+        if (guarded[self.m :] != 0x7FFF).any():
+            raise EmulatorFault("rows beyond m were written")
+        return out
+
+    def params(
+        self, lib: Emulated, kernel: str, out: np.ndarray
+    ) -> tuple[tuple[object, ...], object]:
+        """The arguments of the C entry, and what must stay alive during the call."""
         w = self.w
         if kernel == "sm90a":
             w = aligned((self.n, self.k))
@@ -84,11 +95,8 @@ class Case:
         params = Params(
             *(x.ctypes.data for x in (self.a, w, self.residual, out)), self.m, self.n, self.k, EPS
         )
-        extra = [self.cluster_rows] if kernel == "sm90a" else []
-        lib.call(f"rx_gemm_residual_rms_{kernel}", ctypes.byref(params), *extra, None)
-        if (guarded[self.m :] != 0x7FFF).any():
-            raise EmulatorFault("rows beyond m were written")
-        return out
+        extra = (self.cluster_rows,) if kernel == "sm90a" else ()
+        return (ctypes.byref(params), *extra, None), (params, w)
 
     def compare(self, out: np.ndarray) -> str | None:
         """None, or the first wrong element: one bf16 rounding and the order of sums are allowed."""

@@ -41,6 +41,8 @@ def run(emulated: Emulated, name: str) -> Words:
     out = np.full(library.rx_wrapper_words(index) + 64, 0xFFFFFFFF, np.uint32)
     start = -out.ctypes.data % 256 // 4  # bulk copies want 16-byte alignment
     words = out[start : start + library.rx_wrapper_words(index)]
+    emulated.unwatch_all()  # global memory too is checked for races
+    emulated.watch(words.ctypes.data, words.nbytes, "out_g")
     if library.rx_wrapper_run(index, ctypes.c_void_p(words.ctypes.data), None):
         raise EmulatorFault(last_error(library))
     return words
@@ -122,6 +124,11 @@ def bf16() -> Words:
     out[:, 1] = (0xC000 + np.arange(8)) << 16
     out[:, 2] = 0x3FC0 << 16
     return out.ravel()
+
+
+def grid_barrier() -> Words:
+    written = 100 * np.arange(4)[:, None] + LANE
+    return np.r_[written.ravel(), np.roll(written, -1, 0)[:, ::-1].ravel(), 4].astype(np.uint32)
 
 
 def dsmem() -> Words:
@@ -215,12 +222,15 @@ EXPECTED: dict[str, Callable[[], Words]] = {
     "cp_async_groups": lambda: np.concatenate([cp_async_source()] * 2),
     "named_barrier": named_barrier,
     "bf16": bf16,
+    "scratch": lambda: np.concatenate([np.arange(64) * 3, np.arange(63, -1, -1) * 3]).astype("u4"),
+    "grid_barrier": grid_barrier,
     "dsmem": dsmem,
     "mbarrier": mbarrier,
     "bulk_load": bulk,
     "bulk_load_multicast": bulk,
     "bulk_to_cluster": lambda: bulk(1),
     "bulk_store": bulk_store,
+    "bulk_scratch": lambda: 7 * np.r_[np.arange(256), np.arange(255, -1, -1)].astype("u4"),
     "tensor_load_2d": lambda: tensor(False),
     "tensor_load_2d_multicast": lambda: tensor(True),
     "stmatrix_x4": stmatrix,

@@ -1,4 +1,4 @@
-// warp.cuh - sm_80: matrix loads, mma.sync, cp.async.
+// warp.cuh - sm_80: matrix loads, mma.sync, cp.async, flags.
 #pragma once
 #include "common.cuh"
 
@@ -82,6 +82,24 @@ template <int GroupsLeft>
 RX_DEVICE void cp_async_wait() {
   RX_EITHER(emu::cp_wait(GroupsLeft),
             asm volatile("cp.async.wait_group %0;" ::"n"(GroupsLeft) : "memory"));
+}
+
+// ---- flags in global memory: what a CTA wrote before the release is seen after the acquire
+RX_DEVICE void red_add_release(uint32_t* flag_g, uint32_t n) {
+#ifdef RX_EMU
+  emu::atomic_add(flag_g, n, emu::Order::kRelease);
+#else
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(flag_g), "r"(n) : "memory");
+#endif
+}
+RX_DEVICE uint32_t ld_acquire(const uint32_t* flag_g) {
+#ifdef RX_EMU
+  return emu::atomic_load(flag_g, emu::Order::kAcquire);
+#else
+  uint32_t v;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(flag_g) : "memory");
+  return v;
+#endif
 }
 
 }  // namespace rx

@@ -97,4 +97,14 @@ void atomic_order(const void* p, size_t n, Order order) {
     race.release_relaxed(me, at);
 }
 
+// Here and not in a header, for kernels are instrumented and the sanitizer would take over.
+uint32_t atomic_add(uint32_t* p, uint32_t n, Order order) {
+  atomic_order(p, 4, order);
+  return __atomic_fetch_add(p, n, __ATOMIC_SEQ_CST);
+}
+uint32_t atomic_load(const uint32_t* p, Order order) {
+  atomic_order(p, 4, order);
+  return __atomic_load_n(p, __ATOMIC_SEQ_CST);
+}
+
 }  // namespace emu

@@ -116,14 +116,10 @@ static void check_bulk(const char* what, uint64_t a, uint64_t b, uint32_t bytes)
   if (bytes % 16 || a % 16 || b % 16) die("%s: size and addresses must be multiples of 16", what);
 }
 
-static void read_global(const char* what, const void* src, uint32_t bytes) {
-  RaceChecker& race = gang->race;
-  if (race.on) race.touch(src, bytes, false, race.bulk_event(self(), what), race.row(self()));
-}
-
 void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar, uint32_t cta_mask) {
   check_bulk("cp.async.bulk", dst, uintptr_t(src), bytes);
-  read_global("cp.async.bulk", src, bytes);
+  RaceChecker& race = gang->race;
+  race.touch(src, bytes, false, race.bulk_event(self(), "cp.async.bulk"), race.row(self()));
   load("cp.async.bulk", dst, bytes, bar, cta_mask, [=](uint8_t* d) { memcpy(d, src, bytes); });
 }
 
@@ -167,6 +163,26 @@ static void fill_box(uint8_t* window, uint32_t at, const TensorMap& m, int x, in
       }
 }
 
+// The race checker's view of the part of the box that is inside the tensor.
+static void check_source(const TensorMap& m, int x, int y, int z) {
+  RaceChecker& race = gang->race;
+  Event e = race.bulk_event(self(), "cp.async.bulk.tensor");
+  auto range = [&](int d, int first) {
+    int64_t last = std::min(int64_t(m.dim[d]), first + int64_t(m.box[d]));
+    return std::pair<int64_t, int64_t>(std::max(first, 0), last);
+  };
+  auto [x0, x1] = range(0, x);
+  auto [y0, y1] = range(1, y);
+  auto [z0, z1] = range(2, z);
+  if (!race.on || !watching() || x0 >= x1) return;
+  for (int64_t k = z0; k < z1; k++)
+    for (int64_t j = y0; j < y1; j++) {
+      const uint8_t* row = m.base + k * int64_t(m.stride[2]) + j * int64_t(m.stride[1]);
+      race.touch(row + x0 * m.elem_bytes, size_t(x1 - x0) * m.elem_bytes, false, e,
+                 race.row(self()));
+    }
+}
+
 void tensor_load(uint32_t dst, const TensorMap* map, int x, int y, int z, uint32_t bar,
                  uint32_t cta_mask) {
   TensorMap m = *map;
@@ -177,10 +193,7 @@ void tensor_load(uint32_t dst, const TensorMap* map, int x, int y, int z, uint32
   if (span && row > span)
     die("tensor copy: a box row of %u bytes exceeds the swizzle span %u", row, span);
   if (row % 16) die("tensor copy: a box row of %u bytes is no multiple of 16", row);
-  for (int j = 0; j < int(m.box[1]); j++)
-    if (y + j >= 0 && y + j < int64_t(m.dim[1]))
-      read_global("cp.async.bulk.tensor",
-                  m.base + int64_t(y + j) * int64_t(m.stride[1]) + x * int64_t(m.elem_bytes), row);
+  check_source(m, x, y, z);
   uint32_t at = dst & 0xffffff;
   load("cp.async.bulk.tensor", dst, row * m.box[1] * m.box[2], bar, cta_mask,
        [=](uint8_t* d) { fill_box(d - at, at, m, x, y, z); });

@@ -77,11 +77,9 @@ inline T __ldg(const T* p) {
 using std::max;
 using std::min;
 
-// Atomics on global memory: the operation itself is atomic between OS threads, its ordering is
-// relaxed.
+// Atomics: between OS threads too; they order nothing, as CUDA has it.
 inline unsigned atomicAdd(unsigned* p, unsigned v) {
-  emu::atomic_order(p, 4, emu::Order::kRelaxed);
-  return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);
+  return emu::atomic_add(p, v, emu::Order::kRelaxed);
 }
 inline int atomicAdd(int* p, int v) {
   return int(atomicAdd(reinterpret_cast<unsigned*>(p), unsigned(v)));

@@ -105,6 +105,8 @@ void yield();
 enum class Order { kRelaxed, kAcquire, kRelease, kAcqRel };
 void atomic_order(const void* p, size_t n,
                   Order);  // call before an atomic (or ld.acquire/st.release)
+uint32_t atomic_add(uint32_t* p, uint32_t n, Order);  // these two call it themselves
+uint32_t atomic_load(const uint32_t* p, Order);
 void fence();              // membar / fence.acq_rel, any scope
 void proxy_fence();        // fence.proxy.async
 void mbar_init_fence();    // fence.mbarrier_init.release.cluster

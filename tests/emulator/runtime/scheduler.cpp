@@ -131,7 +131,7 @@ std::string describe_wait(const Thread& t) {
 [[noreturn]] static void report_deadlock() {
   std::string text;
   auto describe = [](const Thread& t) {
-    return "cta " + std::to_string(t.cta->bid_x) + " ~ waits for " + describe_wait(t);
+    return "cta " + std::to_string(t.cta->bid_x) + " ~ for " + describe_wait(t);
   };
   auto& all = gang->threads;
   for (size_t i = 0; i < all.size();) {  // one line for a run of threads that wait for the same
@@ -142,13 +142,15 @@ std::string describe_wait(const Thread& t) {
     std::string line = describe(all[i]);
     size_t j = i;
     while (j + 1 < all.size() && !all[j + 1].done && describe(all[j + 1]) == line) j++;
-    std::string threads =
-        j == i ? "thread " + std::to_string(all[i].tid.x)
-               : "threads " + std::to_string(all[i].tid.x) + "-" + std::to_string(all[j].tid.x);
+    std::string threads = "thread " + std::to_string(all[i].tid.x) + " waits";
+    if (j > i)
+      threads =
+          "threads " + std::to_string(all[i].tid.x) + "-" + std::to_string(all[j].tid.x) + " wait";
     text += "\n  " + line.replace(line.find('~'), 1, threads);
     i = j + 1;
   }
-  die("deadlock: %u threads wait and nothing is in flight%s", gang->live, text.c_str());
+  throw Error("deadlock: " + std::to_string(gang->live) + " threads wait and nothing is in flight" +
+              text);
 }
 
 void block(const Wait& why) {

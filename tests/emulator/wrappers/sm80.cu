@@ -1,4 +1,4 @@
-// sm80.cu - ldmatrix, mma.sync, cp.async, named barriers, bf16 conversion.
+// sm80.cu - ldmatrix, mma.sync, cp.async, named barriers, bf16 conversion, global memory.
 #include "wrappers.h"
 
 namespace wrappers {
@@ -140,6 +140,40 @@ int run_bf16(uint32_t* out_g, void* stream) {
   return rx::launch({"bf16", dim3(1), dim3(8)}, stream, bf16_kernel, out_g);
 }
 
+// Scratch in global memory: written by one thread of the CTA, read by another.
+__global__ void scratch_kernel(uint32_t* out_g) {
+  const int t = threadIdx.x;
+  out_g[t] = t * 3;
+  __syncthreads();
+  out_g[64 + t] = out_g[63 - t];
+}
+int run_scratch(uint32_t* out_g, void* stream) {
+  return rx::launch({"scratch", dim3(1), dim3(64)}, stream, scratch_kernel, out_g);
+}
+
+// Four CTAs that run together: each reads what its neighbour wrote before the barrier.
+constexpr int kGrid = 4;
+__global__ void clear_kernel(uint32_t* flag_g) { *flag_g = 0; }
+__global__ void grid_barrier_kernel(uint32_t* out_g, uint32_t* arrived_g) {
+  const int t = threadIdx.x, b = blockIdx.x;
+  out_g[b * 32 + t] = b * 100 + t;
+  __syncthreads();
+  if (t == 0) {
+    rx::red_add_release(arrived_g, 1);
+    while (rx::ld_acquire(arrived_g) < kGrid) {
+    }
+  }
+  __syncthreads();
+  out_g[(kGrid + b) * 32 + t] = out_g[(b + 1) % kGrid * 32 + 31 - t];
+}
+int run_grid_barrier(uint32_t* out_g, void* stream) {
+  uint32_t* flag_g = out_g + 2 * kGrid * 32;
+  if (int e = rx::launch({"clear", dim3(1), dim3(1)}, stream, clear_kernel, flag_g)) return e;
+  rx::LaunchShape shape{"grid_barrier", dim3(kGrid), dim3(32)};
+  shape.cooperative = true;
+  return rx::launch(shape, stream, grid_barrier_kernel, out_g, flag_g);
+}
+
 constexpr Entry kTable[] = {
     {"ldmatrix_x4", 128, run_ldmatrix<0>},
     {"ldmatrix_x4_trans", 128, run_ldmatrix<1>},
@@ -152,6 +186,8 @@ constexpr Entry kTable[] = {
     {"cp_async_groups", 128, run_cp_async_groups},
     {"named_barrier", 64, run_named_barrier},
     {"bf16", 24, run_bf16},
+    {"scratch", 128, run_scratch},
+    {"grid_barrier", 2 * kGrid * 32 + 1, run_grid_barrier},
 };
 
 }  // namespace wrappers

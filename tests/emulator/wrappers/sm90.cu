@@ -114,6 +114,23 @@ int run_bulk(uint32_t* out_g, void* stream) {
                     int(kRoute));
 }
 
+// A bulk copy reads what the threads of the CTA have just written to global memory.
+__global__ void bulk_scratch_kernel(uint32_t* out_g) {
+  RX_DYN_SMEM(smem);
+  const uint32_t data = rx::smem_u32(smem), bar = data + kWords * 4;
+  for (int i = threadIdx.x; i < kWords; i += 32) out_g[i] = 7 * i;
+  rx::fence_proxy_async();
+  init_barrier(bar, kWords * 4);  // also a barrier for the CTA
+  if (threadIdx.x == 0) rx::bulk_load(data, out_g, kWords * 4, bar);
+  rx::mbar_wait(bar, 0);
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(smem);
+  for (int i = threadIdx.x; i < kWords; i += 32) out_g[kWords + i] = words[kWords - 1 - i];
+}
+int run_bulk_scratch(uint32_t* out_g, void* stream) {
+  return rx::launch({"bulk_scratch", dim3(1), dim3(32), kWords * 4 + 16}, stream,
+                    bulk_scratch_kernel, out_g);
+}
+
 __global__ void bulk_store_kernel(uint32_t* out_g) {
   RX_DYN_SMEM(smem);
   uint32_t* words = reinterpret_cast<uint32_t*>(smem);
@@ -192,6 +209,7 @@ constexpr Entry kTable[] = {
     {"bulk_load_multicast", 3 * kWords, run_bulk<kMulticast>},
     {"bulk_to_cluster", 3 * kWords, run_bulk<kToCluster>},
     {"bulk_store", kWords, run_bulk_store},
+    {"bulk_scratch", 2 * kWords, run_bulk_scratch},
     {"tensor_load_2d", kMatrixWords + 4 * kBoxWords, run_tensor<0>},
     {"tensor_load_2d_multicast", kMatrixWords + 4 * kBoxWords, run_tensor<1>},
     {"stmatrix_x4", 128, run_stmatrix},
