@@ -16,12 +16,14 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from aot import toolchain
 
 from .. import gemm_residual_rms as gemm
-from ..build import KERNELS, Emulated
-from .run import load_ptx
+from ..build import KERNELS, EmulatorFault
+from . import triton_linear
+from .run import PtxKernel, load_ptx
 
 TIMEOUT = 120  # seconds; a mutant that spins is found by max_switches long before
 KINDS = {
@@ -47,8 +49,8 @@ class Subject:
 
     name: str
     texts: tuple[str, ...]
-    load: Callable[[tuple[str, ...]], Emulated]
-    run: Callable[[Emulated, dict], str]  # 'right', or what was found
+    load: Callable[[tuple[str, ...]], Any]
+    run: Callable[[Any, dict], str]  # 'right', or what was found
     # (kind, which of its kind, from 0) -> why deleting it changes nothing
     explained: dict[tuple[str, int], str]
 
@@ -170,8 +172,52 @@ def _one_entry(ptx: str, template: str) -> str:
     return head + next(entry for entry in entries if template in entry.split("(")[0])
 
 
-EXPLAINED: dict[str, dict[tuple[str, int], str]] = {}
-SUBJECTS = {"sm80": lambda: nvcc_subject("sm80"), "sm90a": lambda: nvcc_subject("sm90a")}
+def triton_subject(arch: str) -> Subject:
+    made, launch = triton_linear.prepare("n=64 k=256 bf16", arch, rows=70)
+
+    def run(kernel: PtxKernel, settings: dict) -> str:
+        kernel.configure(**settings)
+        try:
+            return triton_linear.compare(kernel, made, launch)
+        except EmulatorFault as fault:
+            return str(fault)
+
+    return Subject(
+        name=f"triton{arch}",
+        texts=(made.ptx,),
+        load=lambda texts: PtxKernel(texts[0]),
+        run=run,
+        explained=EXPLAINED.get(f"triton{arch}", {}),
+    )
+
+
+_JOINED = "its copies join the next group, and both groups are waited for together"
+_REPEATED = "the same wait stands in front of it, with no new copy between them"
+# The Triton rows hold for the PTX of Triton 3.9; another version numbers its instructions anew.
+EXPLAINED: dict[str, dict[tuple[str, int], str]] = {
+    "sm90a": {
+        ("bar.warp.sync", 1): "brings a warp together for the .aligned cluster barrier behind it; "
+        "no memory order hangs on it, and convergence is not emulated",
+    },
+    "triton80": {
+        ("cp.async commit", 0): _JOINED,
+        ("cp.async wait", 1): _REPEATED,
+        ("cp.async wait", 2): _REPEATED,
+        ("cp.async wait", 3): _REPEATED,
+        ("bar.sync", 1): "the barrier before it has already ordered all that is read behind it",
+    },
+    "triton90": {
+        ("cp.async commit", 0): _JOINED,
+        ("bar.sync", 1): "there is one warpgroup: a thread that has waited for a wgmma group knows "
+        "that the whole product is done, so the stage may be refilled (CUTLASS relies on it too)",
+    },
+}
+SUBJECTS = {
+    "sm80": lambda: nvcc_subject("sm80"),
+    "sm90a": lambda: nvcc_subject("sm90a"),
+    "triton80": lambda: triton_subject("80"),
+    "triton90": lambda: triton_subject("90"),
+}
 
 
 def main(name: str = "", kind: str = "") -> int:

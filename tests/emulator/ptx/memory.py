@@ -26,8 +26,6 @@ def pointer(f, i, operand: str) -> str:
             return f"(uint8_t*)parameters + {f.entry.parameters[base]} + ({offset})"
     if i.has("shared", "shared::cta", "shared::cluster"):
         return f"emu::shared_ptr((uint32_t){f.address(i, operand)})"
-    if i.has("local"):
-        raise i.error("local memory is not translated")
     return f"(uint8_t*){f.address(i, operand)}"
 
 
@@ -39,8 +37,8 @@ def _check_hints(i) -> None:
 
 def _seen(i, size: int, stored: list[str] | None = None) -> str:
     """Tell the race checker, for a store also whether its value is there already."""
-    if i.has("param"):
-        return ""  # parameters are constant
+    if i.has("param", "local"):
+        return ""  # constant, or the thread's own
     what = f'"{i.opcode} at PTX line {i.line}"'
     if stored is None:
         return f"emu::access(p, {size}, false, {what});"

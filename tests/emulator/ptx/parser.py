@@ -59,6 +59,15 @@ class Registers:
 
 
 @dataclass(frozen=True)
+class Local:
+    """`.local .align 16 .b8 name[32];`: memory of one thread."""
+
+    name: str
+    align: int
+    bytes: int
+
+
+@dataclass(frozen=True)
 class OpenScope:
     pass
 
@@ -68,7 +77,7 @@ class CloseScope:
     pass
 
 
-Statement = Instruction | Label | Registers | OpenScope | CloseScope
+Statement = Instruction | Label | Registers | Local | OpenScope | CloseScope
 
 
 @dataclass
@@ -97,6 +106,7 @@ _SHARED = re.compile(
     r"\.(?P<type>\w+)\s+(?P<name>[$\w]+)(?:\[(?P<count>\d*)\])?",
     re.M,
 )
+_LOCAL = re.compile(r"\.local\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([$\w]+)(?:\[(\d+)\])?$")
 _ENTRY = re.compile(
     r"\.entry\s+(?P<name>[$\w]+)\s*\((?P<parameters>.*?)\)(?P<directives>[^{;]*)\{", re.S
 )
@@ -192,6 +202,8 @@ def _statement(text: str, line: int) -> Statement | None:
     if text.startswith(".reg"):
         _, kind, names = text.split(None, 2)
         return Registers(Type(kind[1:]), tuple(_register_name(n) for n in names.split(",")))
+    if local := _LOCAL.match(text):
+        return Local(local[3], int(local[1] or 16), Type(local[2]).bytes * int(local[4] or 1))
     if text.startswith(".shared") or not text:
         return None  # declared with the module
     predicate = ""

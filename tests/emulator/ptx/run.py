@@ -97,8 +97,8 @@ def _encode(name: str, value: object) -> bytes:
     raise TypeError(f"parameter {name}: {type(value)} cannot be passed to a kernel")
 
 
-def load_ptx(ptx: Sequence[str], host_sources: Sequence[str], wanted: str = "") -> Emulated:
-    """The host code of csrc/cuda files, launching nvcc's PTX of their kernels, not their C++.
+def load_ptx(ptx: Sequence[str], host_sources: Sequence[str | Path], wanted: str = "") -> Emulated:
+    """Host code (files of csrc/cuda, or paths) that launches nvcc's PTX, not the C++ beside it.
 
     `wanted` is a regular expression for the entries to translate: a file holds many templates.
     """

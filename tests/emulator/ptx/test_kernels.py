@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from .. import build
 from .. import gemm_residual_rms as gemm
@@ -39,29 +38,12 @@ def test_nvcc_ptx(kernel, arch, template, case):
 
 
 @pytest.mark.parametrize("arch", ["80", "90"])
-@pytest.mark.parametrize("label, m", [("n=64 k=256 bf16", 70), ("_t n=97 k=512 bf16", 2 * 20)])
-def test_triton_linear_residual_rms(arch, label, m):
+@pytest.mark.parametrize("label, rows", [("n=64 k=256 bf16", 70), ("_t n=97 k=512 bf16", 40)])
+def test_triton_ptx(arch, label, rows):
     pytest.importorskip("triton")
-    from aot import triton_cases
+    from . import triton_linear
 
-    case = next(c for c in triton_cases.cases() if label in c.label)
-    made = case.compile(arch)
-    _, constants, _ = case.launch(case.dtype, triton_cases.SHARED_LIMIT[arch])
-    n, k, per_sample = constants["N"], constants["K"], constants["R"]
-    generator = torch.Generator().manual_seed(0)
-    transposed = constants["R_COL"] != 1
-    # The strides are compiled in: a token-MLP sample has its full width, of which m rows are used.
-    rows = per_sample if transposed else m
-    a = torch.randn(rows, k, generator=generator).bfloat16()
-    w = (torch.randn(n, k, generator=generator) * k**-0.5).bfloat16()
-    residual = torch.randn(rows, n, generator=generator).bfloat16()
-    stored = residual.T.contiguous() if transposed else residual
-    out = torch.full_like(stored, float("nan"))
+    made, launch = triton_linear.prepare(label, arch, rows)
     kernel = PtxKernel(made.ptx)
     kernel.configure(race=1, seed=1)
-    programs = -(-m // constants["ROWS"])
-    kernel.launch((programs,), (made.warps * 32,), [a, w, stored, out, m], made.shared)
-    got = (out.T if transposed else out)[:m].double()
-    x = a[:m].double() @ w.double().T + residual[:m].double()
-    want = x * torch.rsqrt((x * x).mean(1, keepdim=True) + 1e-5)
-    torch.testing.assert_close(got, want, rtol=2**-8, atol=1e-3)
+    assert triton_linear.compare(kernel, made, launch) == "right"

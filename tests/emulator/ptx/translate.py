@@ -10,7 +10,17 @@ import re
 from collections.abc import Callable
 
 from . import arithmetic, memory, sync, tensor
-from .parser import CloseScope, Entry, Instruction, Label, Module, OpenScope, Registers, parse
+from .parser import (
+    CloseScope,
+    Entry,
+    Instruction,
+    Label,
+    Local,
+    Module,
+    OpenScope,
+    Registers,
+    parse,
+)
 from .types import Type
 
 Rule = Callable[["Function", Instruction], str]
@@ -39,6 +49,7 @@ class Function:
     def __init__(self, entry: Entry, symbols: dict[str, str]) -> None:
         self.entry = entry
         self.symbols = symbols
+        self.locals: set[str] = set()
         self.declarations: list[str] = []
         self.lines: list[str] = []
         # A scope maps a register name, or the stem of a numbered family, to (variable, type).
@@ -87,6 +98,8 @@ class Function:
             return f"0x{operand[2:]}u"
         if operand[:2] in ("0d", "0D"):
             return f"0x{operand[2:]}ull"
+        if operand in self.locals:
+            return f"(uint64_t){operand}"
         if operand in self.symbols:
             return self.symbols[operand]
         if operand in self.entry.parameters:
@@ -126,6 +139,10 @@ class Function:
                 self.scopes.pop()
             elif isinstance(statement, Registers):
                 self.declare(statement)
+            elif isinstance(statement, Local):
+                bytes_ = f"alignas({statement.align}) uint8_t {statement.name}[{statement.bytes}];"
+                self.declarations.append(bytes_)
+                self.locals.add(statement.name)
             elif isinstance(statement, Label):
                 self.lines.append(f"{self.label(statement.name)}:;")
             else:
