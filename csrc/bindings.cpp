@@ -10,6 +10,9 @@
 #include <vector>
 
 #include "cpu/dispatch.hpp"
+#ifdef RX_CUDA
+#include "cuda/bindings.hpp"
+#endif
 
 #ifndef RX_MODULE_NAME
 #define RX_MODULE_NAME _C
@@ -109,4 +112,8 @@ PYBIND11_MODULE(RX_MODULE_NAME, m) {
   m.def("cpu_phase_times", &phase_times,
         "Seconds in each phase since cpu_profile, summed over threads.");
   m.def("cpu_scratch_bytes", &scratch_held, "Scratch that the engine keeps between calls.");
+
+#ifdef RX_CUDA
+  rx::cuda::bind(m);
+#endif
 }

@@ -74,10 +74,10 @@ int launch(const LaunchShape& s, void* stream, void (*kernel)(Params...), const 
     return cudaFuncSetAttribute(kernel, attribute, value);
   };
   last_error().clear();
-  if (cudaError_t e = set(cudaFuncAttributeMaxDynamicSharedMemorySize, int(s.smem)))
-    return fail(
-        (std::string(s.name) + ": " + std::to_string(s.smem) + " bytes of shared memory").c_str(),
-        e);
+  if (s.smem > 48 * 1024)  // more than every device gives unasked
+    if (cudaError_t e = set(cudaFuncAttributeMaxDynamicSharedMemorySize, int(s.smem)))
+      return fail((s.name + (": " + std::to_string(s.smem)) + " bytes of shared memory").c_str(),
+                  e);
   if (s.cluster > 8)  // 8 is what every device of the architecture supports
     if (cudaError_t e = set(cudaFuncAttributeNonPortableClusterSizeAllowed, 1))
       return fail(s.name, e);

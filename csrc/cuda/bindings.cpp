@@ -1,0 +1,77 @@
+// bindings.cpp - Python over api.h. Plain C++: it sees no CUDA header, and nvcc no Python.
+//
+// Pointers and the stream arrive as integers; the Python side has checked shapes, dtypes, alignment
+// and that everything is on the stream's device.
+#include "bindings.hpp"
+
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "api.h"
+
+namespace py = pybind11;
+
+namespace rx::cuda {
+namespace {
+
+void raise_unless_ok(int code) {
+  if (!code) return;
+  const std::string name = rx_cuda_error_name(code);
+  throw std::runtime_error("recurx._C: " + std::string(rx_cuda_last_error()) + " (" + name + ")");
+}
+
+// Without a driver the count is 0 and the reason says so; that is no exception.
+std::tuple<int, int, int, std::string> devices() {
+  int count, driver, runtime;
+  rx_cuda_device_count(&count, &driver, &runtime);
+  return {count, driver, runtime, rx_cuda_last_error()};
+}
+
+void gemm_residual_rms(const std::string& target, uintptr_t a, uintptr_t w, uintptr_t residual,
+                       uintptr_t out, const std::tuple<int, int, int>& mnk, float eps,
+                       int cluster_rows, uintptr_t stream) {
+  const auto [m, n, k] = mnk;
+  const RxGemmResidualRms p{
+      (const void*)a, (const void*)w, (const void*)residual, (void*)out, m, n, k, eps};
+  int code;
+  {
+    py::gil_scoped_release release;
+    if (target == "sm_80")
+      code = rx_gemm_residual_rms_sm80(&p, (void*)stream);
+    else if (target == "sm_90a")
+      code = rx_gemm_residual_rms_sm90a(&p, cluster_rows, (void*)stream);
+    else
+      throw std::invalid_argument("cuda_gemm_residual_rms: target is '" + target +
+                                  "'; sm_80 and sm_90a exist");
+  }
+  raise_unless_ok(code);
+}
+
+void pack_tape(uintptr_t w, uintptr_t tape, int n, int k, uintptr_t stream) {
+  int code;
+  {
+    py::gil_scoped_release release;
+    code = rx_pack_tape_sm90a((const void*)w, (void*)tape, n, k, (void*)stream);
+  }
+  raise_unless_ok(code);
+}
+
+}  // namespace
+
+void bind(py::module_& m) {
+  m.def(
+      "cuda_devices", &devices,
+      "(devices, driver version, runtime version, reason): 0 devices and a reason without a GPU.");
+  m.def("cuda_gemm_residual_rms", &gemm_residual_rms, py::arg("target"), py::arg("a"), py::arg("w"),
+        py::arg("residual"), py::arg("out"), py::arg("mnk"), py::arg("eps"),
+        py::arg("cluster_rows"), py::arg("stream"),
+        "out = rms(residual + a @ w.T), bf16; for sm_90a w is a tape. See csrc/cuda/api.h.");
+  m.def("cuda_pack_tape", &pack_tape, py::arg("w"), py::arg("tape"), py::arg("n"), py::arg("k"),
+        py::arg("stream"), "Pack w [n, k] bf16 as the tape that the sm_90a kernels read.");
+}
+
+}  // namespace rx::cuda
