@@ -65,6 +65,7 @@ def solve(
     sigma: float = 0.0,
     select: str = "q",
     *,
+    halt_above: float = 0.0,
     seed: int = 0,
     logits: bool = False,
     trace: bool = False,
@@ -78,6 +79,8 @@ def solve(
         max_steps: budget a sample; it may exceed the steps the model was trained with.
         halt: "q" ends a row as training does (q_halt > 0, or q_halt > q_continue with Q-learning);
             None runs every row to the budget.
+        halt_above: how far q_halt must exceed that limit. It is a logit of "this answer is right":
+            0 halts at even odds, 3 at 20 to 1, for more steps and fewer wrong answers.
         rollouts: noisy copies R of each sample (PTRM), from which `select` picks.
         sigma: standard deviation of the noise that is added to the answer state before each step.
         select: "q" picks the rollout with the highest q; "vote" the most frequent whole answer,
@@ -89,12 +92,14 @@ def solve(
         InvalidArgument: a bad argument, or a model without the ACT interface.
     """
     _check(max_steps, halt, rollouts, sigma, select)
+    if not isinstance(halt_above, (int, float)) or halt_above != halt_above:
+        raise bad_argument("solve", "halt_above", "a number", repr(halt_above))
     model = _act_model(model)
     data = _complete(batch)
     samples = len(data["inputs"])
     data = {key: value.repeat_interleave(rollouts, dim=0) for key, value in data.items()}
     with _evaluating(model):
-        found = _refine(model, data, max_steps, halt, sigma, seed, logits, trace)
+        found = _refine(model, data, max_steps, halt, halt_above, sigma, seed, logits, trace)
     return _select(found, samples, rollouts, select)
 
 
@@ -103,6 +108,7 @@ def _refine(
     data: dict[str, Tensor],
     max_steps: int,
     halt: str | None,
+    halt_above: float,
     sigma: float,
     seed: int,
     keep_logits: bool,
@@ -139,7 +145,7 @@ def _refine(
         if keep_trace:
             trace.append(predictions.clone())
         if halt == "q":
-            done = q_halt > _threshold(model, outputs)
+            done = q_halt > _threshold(model, outputs) + halt_above
             halted[rows] = done
             if done.any():
                 rows, carry = rows[~done], _rows_of(carry, ~done)

@@ -91,6 +91,18 @@ def test_rows_halt_at_their_own_step_and_are_not_computed_again(cls: type) -> No
     assert (answers.logits - later)[changed].abs().amax() > 1e-2
 
 
+def test_a_higher_bar_for_q_takes_more_steps_and_the_official_one_is_zero() -> None:
+    model, batch = make_model(), make_batch()
+    q = torch.stack([e["q_halt_logits"] for e in fixed_loop(model, batch, 8)])
+    bar = float(q.max(dim=0).values.quantile(0.6))
+    wants = q > bar
+    first = torch.where(wants.any(0), wants.int().argmax(0) + 1, 8)
+    answers = recurx.solve(model, batch, max_steps=8, halt_above=bar)
+    assert torch.equal(answers.steps, first)
+    assert answers.steps.sum() > recurx.solve(model, batch, max_steps=8).steps.sum()
+    assert (recurx.solve(model, batch, max_steps=8, halt_above=-1e9).steps == 1).all()
+
+
 def _items(answers: Answers) -> list[tuple[int, int]]:
     assert sum(answers.histogram().values()) == answers.rollout_steps.numel()
     return list(answers.histogram().items())
@@ -169,6 +181,7 @@ def test_empty_batch_loss_head_mode_and_missing_identifiers() -> None:
         ({"max_steps": 0}, "max_steps"),
         ({"halt": "never"}, "halt"),
         ({"rollouts": 0}, "rollouts"),
+        ({"halt_above": float("nan")}, "halt_above"),
         ({"sigma": -1.0}, "sigma"),
         ({"sigma": float("nan")}, "sigma"),
         ({"select": "best"}, "select"),

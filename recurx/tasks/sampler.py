@@ -39,7 +39,7 @@ class Sampler:
         parts: list[Examples] = []
         for _ in range(MOST_ROUNDS):
             missing = count - sum(map(len, parts))
-            if missing <= 0:
+            if missing <= 0 and parts:
                 return Examples.join(parts).take(np.arange(count))
             parts.append(self._right_side(self._candidates(2 * missing)))
         raise RecurxError(
