@@ -380,22 +380,27 @@ def test_a_second_patch_replaces_the_first() -> None:
 # ---- the probe -----------------------------------------------------------------------------
 
 
-def test_the_probe_can_be_skipped_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = lookalike.build()
-    monkeypatch.setattr(probe, "_CPU_BUDGET_FLOP", 0.0)
+def test_large_models_are_probed_with_few_cycles(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lookalike.build(forward_dtype="bfloat16", H_cycles=4, L_cycles=3)
     with recurx.patch(model) as handle:
-        assert "not probed: too much work" in str(handle.report)
-    with recurx.patch(model, probe=True) as handle:
-        assert "bit-identical" in str(handle.report)
+        assert "(4 x 3 cycles, B=2, float32): logits and carry bit-identical" in str(handle.report)
+    monkeypatch.setattr(probe, "_FULL_PROBE_FLOP", 0.0)
+    with recurx.patch(model) as handle:
+        assert "(2 x 2 cycles, B=1, float32): logits and carry bit-identical" in str(handle.report)
+    config = inner_of(model).config
+    assert (config.H_cycles, config.L_cycles) == (4, 3)
+    for quirk in ("scaled residual", "window"):
+        with pytest.raises(UnsupportedModel, match="computes something else"):
+            recurx.patch(lookalike.build(H_cycles=4, L_cycles=3, quirks={quirk}))
     with recurx.patch(model, probe=False) as handle:
-        assert "probed" not in str(handle.report)
+        assert "not probed, as asked" in str(handle.report)
 
 
 def test_frozen_models_are_probed_without_gradient() -> None:
     model = lookalike.build().requires_grad_(False)
     with torch.inference_mode():
         report = str(recurx.patch(model).report)
-    assert "probed: logits and carry bit-identical" in report
+    assert "logits and carry bit-identical" in report and "gradients" not in report
 
 
 def test_meta_models_are_patched_unprobed() -> None:

@@ -43,7 +43,7 @@ class Adapter(Protocol):
     def describe(self, module: nn.Module, plan: Any) -> list[str]:
         """What runs on recurx and what stays PyTorch."""
 
-    def probe(self, module: nn.Module, plan: Any, force: bool) -> str:
+    def probe(self, module: nn.Module, plan: Any) -> str:
         """Compare replacement and original on a small batch; what was compared, in a sentence.
 
         Raises UnsupportedModel if they differ. Leaves random state, flags and gradients alone.

@@ -25,7 +25,7 @@ def patch(
     model: nn.Module | type[nn.Module] | ModuleType,
     backend: str = "auto",
     *,
-    probe: bool | None = None,
+    probe: bool = True,
 ) -> PatchHandle:
     """Run the recursion of official TRM / HRM code, or of lucidrains', on recurx.
 
@@ -35,8 +35,8 @@ def patch(
             classes: then every instance built from now on is patched.
         backend: what runs the recursion, see `recurx.recurse`. An explicit one that cannot run
             here raises at once.
-        probe: compare with the original on a random batch before the swap. None: where it is
-            cheap; the report says when it was not done.
+        probe: compare with the original on a small random batch before the swap; costs about one
+            supervision step. False trusts the structure alone.
 
     Returns:
         A handle: `.report` prints what was swapped and what not and why, `.remove()` restores;
@@ -75,9 +75,7 @@ def find(model: nn.Module) -> list[tuple[str, nn.Module, Adapter]]:
     ]
 
 
-def _patch_instance(
-    handle: PatchHandle, model: nn.Module, backend: str, probe: bool | None
-) -> None:
+def _patch_instance(handle: PatchHandle, model: nn.Module, backend: str, probe: bool) -> None:
     ready: list[tuple[nn.Module, str, Callable[..., object]]] = []
     for where, module, adapter in find(model):
         differences = adapter.differences(module)
@@ -87,8 +85,7 @@ def _patch_instance(
             details = adapter.describe(module, plan)
             details.append(f"backend: {_resolve(adapter, module, plan)}")
             try:
-                if probe is not False:
-                    details.append(adapter.probe(module, plan, force=bool(probe)))
+                details.append(adapter.probe(module, plan) if probe else "not probed, as asked")
                 ready.append((module, adapter.method, adapter.replacement(plan)))
             except UnsupportedModel as error:
                 differences = [str(error)]
@@ -115,9 +112,7 @@ def _resolve(adapter: Adapter, module: nn.Module, plan: Any) -> str:
     return chosen if plan.backend == chosen else f"{plan.backend} -> {chosen}"
 
 
-def _patch_class(
-    handle: PatchHandle, cls: type[nn.Module], backend: str, probe: bool | None
-) -> None:
+def _patch_class(handle: PatchHandle, cls: type[nn.Module], backend: str, probe: bool) -> None:
     """Patch each instance at the end of its construction."""
     neighbours = vars(sys.modules.get(cls.__module__, ModuleType(""))).values()
     if not any(_is_known_class(c) for c in (cls, *neighbours)):
@@ -146,9 +141,7 @@ def _patch_class(
     handle.note(Entry(cls.__qualname__, "class", True, details))
 
 
-def _patch_module(
-    handle: PatchHandle, module: ModuleType, backend: str, probe: bool | None
-) -> None:
+def _patch_module(handle: PatchHandle, module: ModuleType, backend: str, probe: bool) -> None:
     known = [value for value in vars(module).values() if _is_known_class(value)]
     if not known:
         raise UnsupportedModel(_refusal(handle, f"module {module.__name__}"))

@@ -117,7 +117,7 @@ class Lucidrains:
             return [f"{loop}, and the network ({kind})", f"stays PyTorch: {rest}"]
         return [loop, f"stays PyTorch: the network ({kind}, foreign code), {rest}"]
 
-    def probe(self, module: Any, plan: LucidPlan, force: bool) -> str:
+    def probe(self, module: Any, plan: LucidPlan) -> str:
         """Compare the loops over a stand-in for the network, whose input shape is not known."""
         if module.output_init_embed.is_meta:
             return "not probed: the weights are on the meta device"

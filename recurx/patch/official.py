@@ -128,11 +128,12 @@ class Official:
                     "call handle.remove() and recurx.patch(model) again."
                 )
             x = self._input_embeddings(batch["inputs"], batch["puzzle_identifiers"])
+            carried = {name: getattr(carry, attribute) for name, attribute in plan.states}
             states = recurse(
                 plan.schedule,
                 {name: getattr(self, attribute) for name, attribute in plan.nets},
-                x,
-                {name: getattr(carry, attribute) for name, attribute in plan.states},
+                x.to(carried[plan.output].dtype),  # wider states promote x in the sums
+                carried,
                 backend=plan.backend,
                 cos_sin=self.rotary_emb() if plan.rope else None,
             )
@@ -153,11 +154,12 @@ class Official:
             "(halting, loss, optimiser)",
         ]
 
-    def probe(self, module: nn.Module, plan: OfficialPlan, force: bool) -> str:
-        from dataclasses import replace
+    def probe(self, module: nn.Module, plan: OfficialPlan) -> str:
+        def replace_by() -> tuple[Callable[..., object], Problem]:
+            eager = self.plan(module, "eager")
+            return self.replacement(eager), self.problem(module, eager)
 
-        eager = self.replacement(replace(plan, backend="eager"))
-        return probe_forward(module, eager, self.problem(module, plan), force)
+        return probe_forward(module, replace_by)
 
 
 def _unless_original(module: nn.Module) -> list[str]:
