@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eval-every", type=options.positive, default=200, metavar="STEPS")
     parser.add_argument("--eval-count", type=options.positive, default=256, metavar="N",
                         help="held-out examples of each evaluation (default 256)")  # fmt: skip
+    parser.add_argument("--save-every", type=options.positive, default=500, metavar="STEPS")
     parser.add_argument("--seed", type=int, default=0)
     for name, kind in HYPERPARAMETERS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind)
@@ -55,7 +56,10 @@ def run(arguments: argparse.Namespace) -> int:
         console, trainer, arguments.eval_every, arguments.eval_count, arguments.until
     )
     with display:
-        reason = trainer.run(arguments.steps, arguments.time_budget, on_step=display.on_step)
+        reason = trainer.run(
+            arguments.steps, arguments.time_budget,
+            save_every=arguments.save_every, on_step=display.on_step,
+        )  # fmt: skip
     report = display.evaluate()
     console.print(
         f"{_ENDINGS[reason]} at step {trainer.step}: {report.exact:.1%} of {report.count} held-out "
