@@ -24,11 +24,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from recurx.errors import CheckpointError, bad_argument
-from recurx.models.act import HRM, TRM, RecursiveModel
+from recurx.models.act import RecursiveModel
 from recurx.models.config import HRMConfig, ModelConfig, TRMConfig
-from recurx.models.infer import check_names_and_shapes, infer_config
+from recurx.models.infer import TABLE, check_names_and_shapes, infer_config, untrained
 
-TABLE = "inner.puzzle_emb.weights"
 _WRAPPERS = {"_orig_mod", "module", "model"}  # torch.compile, DDP, the loss head
 _NESTED = ("state_dict", "model_state_dict", "model")  # where larger files keep a state_dict
 _CONFIG, _EXTRA = "recurx.config", "recurx.extra"  # metadata keys of our files
@@ -81,10 +80,7 @@ class Checkpoint(Mapping[str, Tensor]):
         """
         config = self.config.replace(**changes)
         _explain_where(self.path, lambda: check_names_and_shapes(config, self.state_dict))
-        model_class = HRM if config.variant == "hrm" else TRM
-        with torch.random.fork_rng(devices=[]):  # the initialisation that is overwritten
-            model = model_class(config.replace(num_puzzle_identifiers=1), backend=backend)
-        model.config = model.inner.config = config
+        model = untrained(config, backend)
         rest = dict(self.state_dict)
         if TABLE in rest:  # no second table of gigabytes, not even for a moment
             model.inner.puzzle_emb.weights = rest.pop(TABLE)
