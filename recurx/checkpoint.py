@@ -34,12 +34,11 @@ _CONFIG, _EXTRA = "recurx.config", "recurx.extra"  # metadata keys of our files
 _OFFICIAL_CONFIG = "all_config.yaml"  # what the official training leaves beside its checkpoints
 
 
-@dataclass
+@dataclass(eq=False)
 class Checkpoint(Mapping[str, Tensor]):
     """Weights under the official names without wrappers, and the model that they belong to.
 
-    A mapping {name: tensor}: `model.load_state_dict(dict(checkpoint))` works, and `build` makes
-    the model.
+    A mapping {name: tensor}: `model.load_state_dict(checkpoint)` works; `build` makes the model.
 
     Args:
         path: the file.

@@ -72,7 +72,7 @@ def test_official_files_of_any_wrapper_build_the_model(
         assert dict(checkpoint).keys() == model.state_dict().keys()
         same_answers(model, checkpoint.build())
         fresh = MODELS[kind]()
-        fresh.load_state_dict(dict(checkpoint))
+        fresh.load_state_dict(checkpoint)
         same_answers(model, fresh.eval())
 
 

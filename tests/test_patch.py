@@ -97,6 +97,19 @@ def test_the_fused_backend_of_auto_serves_evaluation(monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("variant,fields", [("trm", {}), ("trm", {"mlp_t": True}), ("hrm", {})])
+def test_training_on_the_backend_of_auto_has_the_same_gradients(
+    variant: str, fields: dict[str, Any]
+) -> None:
+    model = lookalike.build(variant, hidden_size=64, **fields)
+    want = step(model)
+    recurx.patch(model)
+    got = step(model)
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
 def test_patching_changes_nothing_else() -> None:
     model = lookalike.build().train()
     inner_of(model).lm_head.eval()
