@@ -76,8 +76,7 @@ RX_DEVICE void multiply_stage(float (&acc)[2][kTiles][4], uint32_t stage_s) {
       uint32_t w[4];
       const int r = column0 + j * 8 + ((lane >> 4) << 3) + (lane & 7);
       rx::ldmatrix_x4(w, w_s + tile_offset(r, ks * 2 + ((lane >> 3) & 1)));
-#pragma unroll
-      for (int i = 0; i < 2; i++) rx::mma_m16n16k16(acc[i][j], acc[i][j + 1], a[i], w);
+      rx::mma_m32n16k16(acc[0][j], acc[0][j + 1], acc[1][j], acc[1][j + 1], a[0], a[1], w);
     }
   }
 }

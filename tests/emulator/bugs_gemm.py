@@ -50,7 +50,7 @@ BUGS = [
     Bug(
         "tiles of W exchanged",
         SM80,
-        (("mma_m16n16k16(acc[i][j], acc[i][j + 1],", "mma_m16n16k16(acc[i][j + 1], acc[i][j],"),),
+        (("mma_m32n16k16(acc[0][j], acc[0][j + 1],", "mma_m32n16k16(acc[0][j + 1], acc[0][j],"),),
         WRONG,
     ),
     Bug(

@@ -86,18 +86,17 @@ def ldmatrix(matrices: int, trans: bool) -> Words:
 
 
 def mma(tiles: int) -> Words:
-    a = small(np.arange(256)).reshape(16, 16)
+    a = small(np.arange(512)).reshape(32, 16)
     b = small(1000 + np.arange(256)).reshape(16, 16)
-    product = (a @ b).astype(np.float64)
-    out = np.zeros((32, 8))
+    product = a @ b
+    out = np.zeros((32, 4, 4))
     for lane in range(32):
-        for tile in range(2):
-            start = np.arange(4) + lane
-            out[lane, tile * 4 : tile * 4 + 4] = -start if tile else start
+        for tile in range(4):
+            out[lane, tile] = 100 * tile + lane + np.arange(4)
             if tile < tiles:
-                columns = tile * 8 + lane % 4 * 2 + np.array([0, 1, 0, 1])
-                rows = lane // 4 + np.array([0, 0, 8, 8])
-                out[lane, tile * 4 : tile * 4 + 4] += product[rows, columns]
+                rows = tile // 2 * 16 + lane // 4 + np.array([0, 0, 8, 8])
+                columns = tile % 2 * 8 + lane % 4 * 2 + np.array([0, 1, 0, 1])
+                out[lane, tile] += product[rows, columns]
     return as_words(out)
 
 
@@ -217,7 +216,7 @@ EXPECTED: dict[str, Callable[[], Words]] = {
     "ldmatrix_x4_trans": lambda: ldmatrix(4, True),
     "ldmatrix_x2": lambda: ldmatrix(2, False),
     "mma_m16n8k16": lambda: mma(1),
-    "mma_m16n16k16": lambda: mma(2),
+    "mma_m32n16k16": lambda: mma(4),
     **{f"cp_async_{n}": (lambda n=n: cp_async(n)) for n in (4, 8, 16)},
     "cp_async_groups": lambda: np.concatenate([cp_async_source()] * 2),
     "named_barrier": named_barrier,

@@ -50,10 +50,8 @@ void cp_async(uint32_t dst, const void* src, int bytes, int src_bytes) {
     race.touch(c.dst, size_t(bytes), true, c.event, race.row(me));
   }
   gang->stats.async_bytes += uint64_t(bytes);
-  if (happens_now())
-    carry_out(c);
-  else
-    memset(c.dst, 0xff, size_t(bytes));
+  if (happens_now()) return carry_out(c);
+  memset(c.dst, 0xff, size_t(bytes));
   me->cp_async.add(c);
 }
 

@@ -107,9 +107,9 @@ void atomic_order(const void* p, size_t n,
                   Order);  // call before an atomic (or ld.acquire/st.release)
 uint32_t atomic_add(uint32_t* p, uint32_t n, Order);  // these two call it themselves
 uint32_t atomic_load(const uint32_t* p, Order);
-void fence();              // membar / fence.acq_rel, any scope
-void proxy_fence();        // fence.proxy.async
-void mbar_init_fence();    // fence.mbarrier_init.release.cluster
+void fence();            // membar / fence.acq_rel, any scope
+void proxy_fence();      // fence.proxy.async
+void mbar_init_fence();  // fence.mbarrier_init.release.cluster
 
 void mbar_init(uint32_t bar, uint32_t count);
 void mbar_inval(uint32_t bar);
@@ -126,7 +126,8 @@ uint32_t ballot(uint32_t mask, bool p);
 void ldmatrix(uint32_t addr, uint32_t* out, int n, bool trans);
 void stmatrix(uint32_t addr, const uint32_t* in, int n, bool trans);
 void mma_m16n8k16_bf16(float* d, const uint32_t* a, const uint32_t* b, const float* c);
-void mma_m16n16k16_bf16(float* d0, float* d1, const uint32_t* a, const uint32_t* b);  // d += a * b
+void mma_m32n16k16_bf16(float* d00, float* d01, float* d10, float* d11, const uint32_t* a0,
+                        const uint32_t* a1, const uint32_t* b);  // four in one, d += a * b
 
 // ---- asynchronous copies ------------------------------------------------------------------------
 void cp_async(uint32_t dst, const void* src, int bytes, int src_bytes);  // the rest is zero-filled

@@ -106,7 +106,7 @@ struct Warp {
   std::array<Rendezvous, 4> rendezvous;
   // Operands and results of mma and ldmatrix. Each lane writes and reads its own elements, so that
   // the lane that does the work need not visit the other lanes' stacks.
-  alignas(32) float a[16][16], b[16 * 16], d[16 * 16];
+  alignas(32) float a[32][16], b[16 * 16], d[32 * 16];
   uint32_t words[32][4];
 };
 

@@ -165,41 +165,44 @@ static void put_pair(float* two, uint32_t v) {
   two[1] = bf16_to_float(uint16_t(v >> 16));
 }
 
-// d and c: one pointer for each tile of eight columns.
-template <unsigned kTiles>
-static void multiply(const char* op, float* const (&d)[kTiles], const uint32_t* a,
-                     const uint32_t* b, const float* const (&c)[kTiles]) {
-  constexpr unsigned n = kTiles * 8;
+// kRows x kColumns tiles of 16 x 8; one pointer for each tile of d and c, for each row tile of a.
+template <unsigned kRows, unsigned kColumns>
+static void multiply(const char* op, float* const (&d)[kRows * kColumns],
+                     const float* const (&c)[kRows * kColumns], const uint32_t* const (&a)[kRows],
+                     const uint32_t* b) {
+  constexpr unsigned n = kColumns * 8;
   Thread* me = self();
   Warp& w = *me->home;
   unsigned g = me->lane / 4, t = me->lane % 4 * 2;
-  for (unsigned i = 0; i < 4; i++) put_pair(&w.a[g + i % 2 * 8][t + i / 2 * 8], a[i]);
-  for (unsigned j = 0; j < kTiles; j++) {
-    for (unsigned i = 0; i < 2; i++) {
-      float two[2];
-      put_pair(two, b[j * 2 + i]);
-      w.b[(t + i * 8) * n + j * 8 + g] = two[0];
-      w.b[(t + i * 8 + 1) * n + j * 8 + g] = two[1];
-    }
-    memcpy(&w.d[g * n + j * 8 + t], c[j], 8);
-    memcpy(&w.d[(g + 8) * n + j * 8 + t], c[j] + 2, 8);
+  auto mine = [&](unsigned tile, unsigned half) {
+    return &w.d[(tile / kColumns * 16 + half * 8 + g) * n + tile % kColumns * 8 + t];
+  };
+  for (unsigned i = 0; i < kRows; i++)
+    for (unsigned e = 0; e < 4; e++) put_pair(&w.a[i * 16 + e % 2 * 8 + g][e / 2 * 8 + t], a[i][e]);
+  for (unsigned j = 0; j < kColumns * 2; j++) {
+    float two[2];
+    put_pair(two, b[j]);
+    float* column = &w.b[(j % 2 * 8 + t) * n + j / 2 * 8 + g];
+    column[0] = two[0];
+    column[n] = two[1];
   }
+  for (unsigned tile = 0; tile < kRows * kColumns; tile++)
+    for (unsigned half = 0; half < 2; half++) memcpy(mine(tile, half), c[tile] + half * 2, 8);
   collective(~0u, op, nullptr, [](Warp& all, Rendezvous&) {
-    multiply_add(all.d, all.a[0], all.b, 16, n);
-    gang->stats.mma += kTiles;
-    gang->stats.flop += 2 * 16 * n * 16;
+    multiply_add(all.d, all.a[0], all.b, kRows * 16, n);
+    gang->stats.mma += kRows * kColumns;
+    gang->stats.flop += 2 * kRows * 16 * n * 16;
   });
-  for (unsigned j = 0; j < kTiles; j++) {
-    memcpy(d[j], &w.d[g * n + j * 8 + t], 8);
-    memcpy(d[j] + 2, &w.d[(g + 8) * n + j * 8 + t], 8);
-  }
+  for (unsigned tile = 0; tile < kRows * kColumns; tile++)
+    for (unsigned half = 0; half < 2; half++) memcpy(d[tile] + half * 2, mine(tile, half), 8);
 }
 
 void mma_m16n8k16_bf16(float* d, const uint32_t* a, const uint32_t* b, const float* c) {
-  multiply<1>("mma.m16n8k16", {d}, a, b, {c});
+  multiply<1, 1>("mma.m16n8k16", {d}, {c}, {a}, b);
 }
-void mma_m16n16k16_bf16(float* d0, float* d1, const uint32_t* a, const uint32_t* b) {
-  multiply<2>("mma.m16n8k16 twice", {d0, d1}, a, b, {d0, d1});
+void mma_m32n16k16_bf16(float* d00, float* d01, float* d10, float* d11, const uint32_t* a0,
+                        const uint32_t* a1, const uint32_t* b) {
+  multiply<2, 2>("four mma.m16n8k16", {d00, d01, d10, d11}, {d00, d01, d10, d11}, {a0, a1}, b);
 }
 
 }  // namespace emu

@@ -32,29 +32,30 @@ int run_ldmatrix(uint32_t* out_g, void* stream) {
                     kKind);
 }
 
-__global__ void mma_kernel(uint32_t* out_g, int wide) {
+__global__ void mma_kernel(uint32_t* out_g, int four) {
   const int lane = threadIdx.x, g = lane / 4, t = lane % 4 * 2;
   auto a_at = [](int row, int k) { return float(small(row * 16 + k)); };
   auto b_at = [](int k, int column) { return float(small(1000 + k * 16 + column)); };
-  uint32_t a[4], b[4];
+  uint32_t a[2][4], b[4];
   for (int i = 0; i < 4; i++) {
     const int row = g + i % 2 * 8, k = t + i / 2 * 8;
-    a[i] = rx::pack_bf16(a_at(row, k), a_at(row, k + 1));
+    a[0][i] = rx::pack_bf16(a_at(row, k), a_at(row, k + 1));
+    a[1][i] = rx::pack_bf16(a_at(16 + row, k), a_at(16 + row, k + 1));
     const int column = g + i / 2 * 8, kb = t + i % 2 * 8;
     b[i] = rx::pack_bf16(b_at(kb, column), b_at(kb + 1, column));
   }
-  float d0[4], d1[4];
-  for (int e = 0; e < 4; e++) d0[e] = float(lane + e), d1[e] = float(-lane - e);
-  if (wide)
-    rx::mma_m16n16k16(d0, d1, a, b);
+  float d[4][4];  // row tile 0 and its two column tiles, then row tile 1
+  for (int tile = 0; tile < 4; tile++)
+    for (int e = 0; e < 4; e++) d[tile][e] = float(100 * tile + lane + e);
+  if (four)
+    rx::mma_m32n16k16(d[0], d[1], d[2], d[3], a[0], a[1], b);
   else
-    rx::mma_m16n8k16(d0, a, b[0], b[1]);
-  for (int e = 0; e < 4; e++)
-    out_g[lane * 8 + e] = bits(d0[e]), out_g[lane * 8 + 4 + e] = bits(d1[e]);
+    rx::mma_m16n8k16(d[0], a[0], b[0], b[1]);
+  for (int i = 0; i < 16; i++) out_g[lane * 16 + i] = bits(d[i / 4][i % 4]);
 }
-template <int kWide>
+template <int kFour>
 int run_mma(uint32_t* out_g, void* stream) {
-  return rx::launch({"mma", dim3(1), dim3(32)}, stream, mma_kernel, out_g, kWide);
+  return rx::launch({"mma", dim3(1), dim3(32)}, stream, mma_kernel, out_g, kFour);
 }
 
 // Words 0..63 of the output double as the source: the host side cannot pass arrays.
@@ -178,8 +179,8 @@ constexpr Entry kTable[] = {
     {"ldmatrix_x4", 128, run_ldmatrix<0>},
     {"ldmatrix_x4_trans", 128, run_ldmatrix<1>},
     {"ldmatrix_x2", 128, run_ldmatrix<2>},
-    {"mma_m16n8k16", 256, run_mma<0>},
-    {"mma_m16n16k16", 256, run_mma<1>},
+    {"mma_m16n8k16", 512, run_mma<0>},
+    {"mma_m32n16k16", 512, run_mma<1>},
     {"cp_async_4", 64 + 16, run_cp_async<4>},
     {"cp_async_8", 64 + 32, run_cp_async<8>},
     {"cp_async_16", 64 + 64, run_cp_async<16>},
