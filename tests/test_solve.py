@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import recurx
 from recurx.models import HRM, TRM, ACTLossHead, HRMConfig, TRMConfig
 from recurx.solve import Answers, _select
+from tests import official
 
 VOCAB, TOKENS, BATCH = 7, 9, 24
 
@@ -194,3 +195,21 @@ def test_bad_arguments_are_named(arguments: dict, names: str) -> None:
     given = {"model": make_model(), "batch": make_batch(), **arguments}
     with pytest.raises(recurx.InvalidArgument, match=names):
         recurx.solve(**given)
+
+
+@pytest.mark.parametrize("system", ["trm", "single_z", "hier6", "hrm"])
+def test_official_models_are_solved_as_they_are(system: str) -> None:
+    """The official classes themselves, whose carries are dataclasses: fixed loop and early exit."""
+    loaded = official.load(system)
+    torch.manual_seed(0)
+    model = loaded["model"](official.config(system, halt_max_steps=16)).eval()
+    with torch.no_grad():
+        model.inner.q_head.weight.normal_()
+    batch = official.batch()
+    expected = fixed_loop(model, batch, 16)
+    answers = recurx.solve(model, batch, halt=None, logits=True)
+    assert torch.equal(answers.logits, expected[-1]["logits"])
+    bar = float(torch.stack([e["q_halt_logits"] for e in expected]).amax(0).median())
+    early = recurx.solve(model, batch, halt_above=bar, rollouts=2, sigma=0.1)
+    assert early.predictions.shape == batch["inputs"].shape
+    assert 4 <= int(early.rollout_steps.sum()) <= 128

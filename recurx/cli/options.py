@@ -58,6 +58,10 @@ def add_refinement(parser: argparse.ArgumentParser) -> None:
         "--halt", choices=("q", "none"), default="q",
         help="q: a puzzle ends when the model says so (default); none: all steps",
     )  # fmt: skip
+    parser.add_argument(
+        "--halt-above", type=float, default=0.0, metavar="Q",
+        help="q (logit of being right) that ends a puzzle: 0 (default) is even odds, 3 is 20 to 1",
+    )  # fmt: skip
     parser.add_argument("--rollouts", type=positive, default=1, help="noisy copies (default 1)")
     parser.add_argument("--sigma", type=float, default=0.0, help="noise of rollouts (default 0)")
     parser.add_argument(
@@ -71,6 +75,7 @@ def refinement(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "max_steps": arguments.max_steps,
         "halt": None if arguments.halt == "none" else arguments.halt,
+        "halt_above": arguments.halt_above,
         "rollouts": arguments.rollouts,
         "sigma": arguments.sigma,
         "select": arguments.select,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -17,7 +17,8 @@ class TrainingDisplay:
     """Evaluates on held-out examples every `eval_every` steps; asks the run to end at `until`.
 
     Use as a context manager around `Trainer.run(..., on_step=display.on_step)`. The bar shows the
-    held-out accuracy, since nothing else tells how far a run is.
+    held-out accuracy, since nothing else tells how far a run is. Refinement takes all 16 steps, as
+    in published evaluations, unless `solve_arguments` say otherwise.
     """
 
     def __init__(
@@ -27,10 +28,12 @@ class TrainingDisplay:
         eval_every: int,
         eval_count: int,
         until: float | None = None,
+        **solve_arguments: Any,
     ) -> None:
         self.console, self.trainer = console, trainer
         self.eval_every, self.until = eval_every, until
         self.examples = trainer.held_out(eval_count)
+        self.solve_arguments = {"halt": None, **solve_arguments}
         self.report: Report | None = None
         self._evaluated_at = -1
         self._bar = Progress(
@@ -67,18 +70,19 @@ class TrainingDisplay:
         if not self.console.is_terminal:
             self.console.print(
                 f"  step {progress.step:6d}  {progress.seconds:6.1f} s  loss {progress.loss:.3f}  "
-                f"held-out exact {report.exact:6.1%}  steps {report.steps_mean:.1f}"
+                f"held-out exact {report.exact:6.1%}"
             )
         return self.until is not None and report.exact >= self.until
 
     def evaluate(self) -> Report:
-        """The averaged weights on the held-out examples, once a step at most."""
+        """The averaged weights on the held-out examples, once a training step at most."""
         if self.report is None or self._evaluated_at != self.trainer.step:
             from recurx.train import evaluate
 
             trainer = self.trainer
             self.report = evaluate(
-                trainer.averaged(), trainer.task, self.examples, device=trainer.device
-            )
+                trainer.averaged(), trainer.task, self.examples, device=trainer.device,
+                **self.solve_arguments,
+            )  # fmt: skip
             self._evaluated_at = trainer.step
         return self.report

@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     report = display.evaluate()
     console.print(
         f"{_ENDINGS[reason]} at step {trainer.step}: {report.exact:.1%} of {report.count} held-out "
-        f"examples exact, {report.steps_mean:.1f} steps each"
+        f"examples exact"
     )
     console.print(f"weights: {trainer.folder}/model.safetensors", soft_wrap=True)
     console.print(f"go on with: python -m recurx train --resume {trainer.folder}", soft_wrap=True)

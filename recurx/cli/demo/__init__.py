@@ -36,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from recurx.cli import output
     from recurx.cli.demo import full_size, learn
+    from recurx.tasks.sudoku.layout import to_boards
 
     device = options.prepare_machine(arguments)
     console = output.make_console()
@@ -54,8 +55,13 @@ def run(arguments: argparse.Namespace) -> int:
     small = full_size.race_trained(console, trained)
     large = full_size.race(console, puzzles, source, arguments, device)
     seconds = time.perf_counter() - start
-    console.print(f"\nThe demo took {seconds:.0f} s. Try: python -m recurx solve --checkpoint "
-                  f"{arguments.out}/model.safetensors --help", soft_wrap=True)  # fmt: skip
+    puzzle = "".join(map(str, to_boards(trained.examples.inputs[0]).tolist()))
+    console.print(
+        f"\nThe demo took {seconds:.0f} s. The trained model solves what you type:\n"
+        f"  python -m recurx solve --checkpoint {arguments.out}/model.safetensors --halt-above 2 "
+        f"{puzzle}",
+        soft_wrap=True,
+    )
     if arguments.json:
         output.json_line(
             {"seconds": seconds, "training_seconds": trained.trainer.seconds, "trained": small,

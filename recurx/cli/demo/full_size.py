@@ -96,10 +96,11 @@ def _lanes(model: RecursiveModel, inputs: torch.Tensor, compiled: bool) -> list[
         lanes = [engines.eager(each, inputs) for each in models]
     else:
         lanes, inputs = probes, inputs[:1]
-    if compiled:
+    lanes += engines.engines(model, inputs)
+    if compiled:  # last: on a slow machine it may be left out
         faster = min(range(len(models)), key=lambda index: probes[index].first)
         lanes.append(engines.compiled(models[faster], inputs))
-    return lanes + engines.engines(model, inputs)
+    return lanes
 
 
 def _full_size(console: Console, arguments: argparse.Namespace) -> RecursiveModel:
