@@ -20,9 +20,8 @@ import triton.language as tl
 
 from recurx.errors import bad_argument
 
-from . import tiles
+from . import checks, tiles
 
-DTYPES = (torch.bfloat16, torch.float32)
 MAX_COLUMNS = 1024  # beyond it a row's accumulator no longer fits the registers of a block
 
 
@@ -155,20 +154,12 @@ def _check(
     a: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, out: torch.Tensor | None
 ) -> None:
     op = "kernels.linear_residual_rms"
-    if weight.ndim != 2 or not weight.is_contiguous():
-        raise bad_argument(op, "weight", "contiguous [N, K]", tuple(weight.shape))
-    n, k = weight.shape
+    checks.same_dtype_and_device(op, a=a, weight=weight, residual=residual, out=out)
+    n, k = checks.contiguous_matrix(op, "weight", weight)
     if n > MAX_COLUMNS:
         raise bad_argument(op, "weight", f"at most {MAX_COLUMNS} output columns", n)
     if a.ndim not in (2, 3) or a.shape[-1] != k:
         raise bad_argument(op, "a", f"[M, {k}] or [B, R, {k}]", tuple(a.shape))
-    for name, tensor in (("residual", residual), ("out", out)):
-        if tensor is not None and tensor.shape != (*a.shape[:-1], n):
-            raise bad_argument(op, name, f"shape {(*a.shape[:-1], n)}", tuple(tensor.shape))
-    for name, tensor in (("a", a), ("weight", weight), ("residual", residual), ("out", out)):
-        if tensor is None:
-            continue
-        if tensor.dtype not in DTYPES or tensor.dtype != a.dtype:
-            raise bad_argument(op, name, "bfloat16 or float32, the same for all", tensor.dtype)
-        if tensor.device != a.device:
-            raise bad_argument(op, name, f"a tensor on {a.device}", tensor.device)
+    checks.shape(op, "residual", residual, (*a.shape[:-1], n))
+    if out is not None:
+        checks.shape(op, "out", out, (*a.shape[:-1], n))

@@ -70,6 +70,35 @@ def row_tile(n: int, k: int, itemsize: int, shared: int) -> Tile:
     return Tile(rows, cols, chunks, depth, warps, max(1, stages))
 
 
+def output_tile(
+    m: int, n: int, k: int, itemsize: int, shared: int, cols: int = 64, products: int = 2
+) -> Tile:
+    """The tile of a kernel that computes `products` products of one A slab, n columns of each.
+
+    `cols` is 32 where the epilogue holds as many values again (the rotary tables): 64 spill there.
+    """
+    rows = 128 if m >= 4096 and itemsize == 2 else 64 if itemsize == 2 else 32
+    cols = min(cols, max(16, 1 << (n - 1).bit_length()))
+    warps = 8 if rows >= 128 else 4
+    depth = 64 if itemsize == 2 else 32
+    while depth > max(16, k):
+        depth //= 2
+    tile = Tile(rows, cols, products, depth, warps, stages=1)
+    stages = min(4, (shared - SCRATCH_BYTES) // tile.stage_bytes(itemsize))
+    return Tile(rows, cols, products, depth, warps, max(1, stages))
+
+
+def attention_tile(tokens: int, head_dim: int, itemsize: int, shared: int) -> Tile:
+    """rows are queries, cols keys a step; depth is the head dimension."""
+    longest = max(16, 1 << (tokens - 1).bit_length())
+    rows = min(longest, 64 if itemsize == 2 else 32)
+    cols = min(longest, 64 if itemsize == 2 else 32)
+    step = 2 * cols * head_dim * itemsize  # K and V of one step
+    held = rows * head_dim * itemsize
+    stages = max(1, min(3, (shared - SCRATCH_BYTES - held) // step))
+    return Tile(rows, cols, 1, head_dim, 4, stages)
+
+
 def options(tile: Tile) -> dict[str, object]:
     """Compiler options; a*b+c fusion is named because its default differs between versions."""
     return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}

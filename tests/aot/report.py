@@ -40,7 +40,7 @@ def short_name(mangled: str) -> str:
 
 def rows(wanted: str = "", only_arch: str = "") -> list[Row]:
     found = []
-    for case in triton_cases.cases():
+    for case in triton_cases.cases(thorough=True):
         for arch in case.archs:
             if wanted in case.label and only_arch in ("", arch):
                 found.append(triton_row(case, arch))

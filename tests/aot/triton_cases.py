@@ -34,8 +34,8 @@ class TritonCase:
         """
         if self.dtype == torch.float32:
             return Need(tensor=())
-        _, constants, _ = self.launch(self.dtype, SHARED_LIMIT[arch])
-        wide_enough = constants["ROWS"] >= 64
+        _, constants, options = self.launch(self.dtype, SHARED_LIMIT[arch])
+        wide_enough = constants["ROWS"] >= 64 and options["num_warps"] >= 4
         return Need(tensor=("HGMMA",) if arch == "90" and wide_enough else TENSOR_KINDS)
 
     def compile(self, arch: str) -> Compiled:
@@ -67,17 +67,85 @@ def _linear_residual_rms(m: int, k: int, n: int, transposed: bool = False) -> Ma
     return f"{name} n={n} k={k}", kernel, launch
 
 
-# The O and down products of TRM-att, the widest and a small net, the token-MLP's second product.
-MAKERS = (
+def _gate_up_swiglu(m: int, k: int, f: int, transposed: bool = False) -> Maker:
+    def kernel():
+        from recurx.kernels.gate_up_swiglu import gate_up_swiglu_kernel
+
+        return gate_up_swiglu_kernel
+
+    def launch(dtype: torch.dtype, shared: int):
+        from recurx.kernels.gate_up_swiglu import launch_arguments
+
+        x = _meta(2, k, m, dtype=dtype).mT if transposed else _meta(m, k, dtype=dtype)
+        out = _meta(*x.shape[:-1], f, dtype=dtype)
+        return launch_arguments(x, _meta(2 * f, k, dtype=dtype), out, shared)
+
+    return f"gate_up_swiglu{'_t' if transposed else ''} f={f} k={k}", kernel, launch
+
+
+def _qkv_rope(batch: int, tokens: int, d: int, head_dim: int) -> Maker:
+    def kernel():
+        from recurx.kernels.qkv_rope import qkv_rope_kernel
+
+        return qkv_rope_kernel
+
+    def launch(dtype: torch.dtype, shared: int):
+        from recurx.kernels.qkv_rope import launch_arguments
+
+        x, w = _meta(batch, tokens, d, dtype=dtype), _meta(3 * d, d, dtype=dtype)
+        table = _meta(tokens, head_dim, dtype=torch.float32)
+        out = _meta(batch, tokens, 3 * d // head_dim, head_dim, dtype=dtype)
+        return launch_arguments(x, w, head_dim, (table, table), out, shared)
+
+    return f"qkv_rope t={tokens} d={d} head={head_dim}", kernel, launch
+
+
+def _attention(batch: int, tokens: int, heads: int, head_dim: int) -> Maker:
+    def kernel():
+        from recurx.kernels.attention import attention_kernel
+
+        return attention_kernel
+
+    def launch(dtype: torch.dtype, shared: int):
+        from recurx.kernels.attention import launch_arguments
+
+        qkv = _meta(batch, tokens, 3 * heads, head_dim, dtype=dtype)
+        return launch_arguments(qkv, _meta(batch, tokens, heads, head_dim, dtype=dtype), shared)
+
+    return f"attention t={tokens} head={head_dim}", kernel, launch
+
+
+# What TRM-att and TRM-mlp Sudoku launch; compiled for every architecture.
+MAIN = (
     _linear_residual_rms(97 * 64, 1536, 512),
+    _linear_residual_rms(512, 512, 97, transposed=True),
+    _gate_up_swiglu(97 * 64, 512, 1536),
+    _qkv_rope(64, 97, 512, 64),
+    _attention(64, 97, 8, 64),
+)
+# The widest and a small rms, the first product of the token-MLP, the longest and a small attention.
+MORE = (
     _linear_residual_rms(97 * 64, 768, 768),
     _linear_residual_rms(17 * 64, 256, 64),
-    _linear_residual_rms(512, 512, 97, transposed=True),
+    _gate_up_swiglu(512, 97, 512, transposed=True),
+    _attention(64, 916, 8, 64),
+    _attention(2, 40, 2, 128),
 )
-FP32_ARCHS = ("80", "90")  # ordinary multiply-adds: two generations stand for all
+GENERATIONS = ("80", "90")  # mma.sync and wgmma: they stand for the others
 
 
-def cases() -> Iterator[TritonCase]:
-    for label, kernel, launch in MAKERS:
-        for dtype, archs in ((torch.bfloat16, ARCHS), (torch.float32, FP32_ARCHS)):
-            yield TritonCase(f"{label} {_short(dtype)}", dtype, archs, kernel, launch)
+def cases(thorough: bool = False) -> Iterator[TritonCase]:
+    """bf16 for every architecture and fp32 for one; `thorough` leaves nothing out."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for maker in MAIN:
+        yield _case(maker, bf16, ARCHS)
+        yield _case(maker, fp32, ARCHS if thorough else GENERATIONS[:1])
+    for maker in MORE:
+        yield _case(maker, bf16, ARCHS if thorough else GENERATIONS)
+        if thorough:
+            yield _case(maker, fp32, ARCHS)
+
+
+def _case(maker: Maker, dtype: torch.dtype, archs: tuple[str, ...]) -> TritonCase:
+    label, kernel, launch = maker
+    return TritonCase(f"{label} {_short(dtype)}", dtype, archs, kernel, launch)

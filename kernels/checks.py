@@ -1,0 +1,35 @@
+"""Argument checks that the kernels' host functions share."""
+
+from __future__ import annotations
+
+import torch
+
+from recurx.errors import bad_argument
+
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+def same_dtype_and_device(op: str, **tensors: torch.Tensor | None) -> None:
+    """Raise InvalidArgument unless all are bfloat16, or all float32, on one device."""
+    (_, first), *_ = tensors.items()
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.dtype not in DTYPES or tensor.dtype != first.dtype:
+            expected = "bfloat16 or float32, the same for all"
+            raise bad_argument(op, name, expected, tensor.dtype)
+        if tensor.device != first.device:
+            raise bad_argument(op, name, f"a tensor on {first.device}", tensor.device)
+
+
+def shape(op: str, name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != expected:
+        raise bad_argument(op, name, f"shape {expected}", tuple(tensor.shape))
+
+
+def contiguous_matrix(op: str, name: str, tensor: torch.Tensor) -> tuple[int, int]:
+    """The shape of a contiguous [rows, columns] tensor."""
+    if tensor.ndim != 2 or not tensor.is_contiguous():
+        got = f"{tuple(tensor.shape)} with strides {tensor.stride()}"
+        raise bad_argument(op, name, "a contiguous matrix", got, "call .contiguous() on it")
+    return tensor.shape[0], tensor.shape[1]
