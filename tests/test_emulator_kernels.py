@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 from emulator import gemm_residual_rms as gemm
-from emulator.build import KERNELS, EmulatorFault, build, load_kernels, unavailable
+from emulator.build import KERNELS, Emulated, EmulatorFault, build, load_kernels, unavailable
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
@@ -109,27 +109,40 @@ def test_unknown_setting_is_refused(libraries):
         libraries["sm80"].configure(sed=1)
 
 
-def test_a_report_names_the_source_line(libraries, tmp_path):
+def test_a_report_names_the_source_line(tmp_path):
     """Through addr2line: a race in plain C++ shows the file and line of both accesses."""
-    source = tmp_path / "two_writers.cu"
+    body = "  if (threadIdx.x == 3) smem[0] = 1;\n  if (threadIdx.x == 9) smem[0] = 2;\n"
+    with pytest.raises(EmulatorFault) as fault:
+        one_warp(tmp_path, body).call("run")
+    assert re.search(r"write after write at cta 0 dynamic shared memory byte 0", str(fault.value))
+    lines = set(re.findall(r"kernel\.cu:\d", str(fault.value)))
+    assert lines == {"kernel.cu:5", "kernel.cu:6"}
+
+
+# (word of lane t, extra passes of the warp)
+STRIDES = [("t", 0), ("t * 2", 1), ("t * 32", 31), ("t * 33", 0), ("t % 2 * 64", 1), ("0", 0)]
+
+
+@pytest.mark.parametrize("word, extra", STRIDES)
+def test_bank_conflicts_of_plain_accesses(tmp_path, word, extra):
+    body = f"  const int t = threadIdx.x;\n  *(volatile unsigned*)(smem + 4 * ({word})) = t;\n"
+    library = one_warp(tmp_path, body)
+    library.configure(banks=True, race=False)
+    library.call("run")
+    assert (library.stat("plain_shared"), library.stat("plain_conflicts")) == (1, extra)
+
+
+def one_warp(folder, body):
+    """A kernel of one warp with 8 KB of shared memory `smem`; its body starts at line 5."""
+    source = folder / "kernel.cu"
     source.write_text(
         '#include "rx.cuh"\n#include "rx/launch.cuh"\n'
-        "__global__ void kernel() {\n  RX_DYN_SMEM(smem);\n"
-        "  if (threadIdx.x == 3) smem[0] = 1;\n"  # line 5
-        "  if (threadIdx.x == 9) smem[0] = 2;\n}\n"
+        "__global__ void kernel() {\n  RX_DYN_SMEM(smem);\n" + body + "}\n"
         'extern "C" int run() {\n'
-        '  return rx::launch({"k", dim3(1), dim3(32), 16}, nullptr, kernel);\n}\n'
+        '  return rx::launch({"k", dim3(1), dim3(32), 8192}, nullptr, kernel);\n}\n'
         'extern "C" const char* rx_cuda_last_error() { return rx::last_error().c_str(); }\n'
     )
-    from emulator.build import Emulated
-
-    library = Emulated(build([source], checked=True), checked=True)
-    with pytest.raises(EmulatorFault) as fault:
-        library.call("run")
-    assert re.search(r"write after write at cta 0 dynamic shared memory byte 0", str(fault.value))
-    assert {"two_writers.cu:5", "two_writers.cu:6"} == set(
-        re.findall(r"two_writers\.cu:\d", str(fault.value))
-    )
+    return Emulated(build([source], checked=True), checked=True)
 
 
 @pytest.mark.slow

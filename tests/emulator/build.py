@@ -20,6 +20,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -45,6 +46,8 @@ class EmulatorFault(RuntimeError):
 
 def unavailable() -> str | None:
     """Why the emulator cannot run here, or None."""
+    if sys.platform != "linux":
+        return f"the emulator maps memory and reads symbols as Linux does, not {sys.platform}"
     if platform.machine() not in SUPPORTED:
         return (
             f"the emulator switches stacks on {' and '.join(SUPPORTED)}, not {platform.machine()}"
@@ -170,7 +173,10 @@ class Emulated:
         self.configure(race=checked)
 
     def configure(self, **settings: float) -> None:
-        """seed, async (0 eager, 1 lazy, 2 random), random_order, race, yield_chance, workers."""
+        """seed, async (0 eager, 1 lazy, 2 random), random_order, race, banks, workers, ...
+
+        The names and meanings are those of Config in runtime/emu.h.
+        """
         for name, value in settings.items():
             if name == "race" and value and not self.checked:
                 raise ValueError("race: this build does not show the emulator its loads and stores")

@@ -33,13 +33,12 @@ struct Error : std::runtime_error {  // a fault of the kernel: race, deadlock, m
 [[noreturn]] void die(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 enum class Async { kEager = 0, kLazy = 1, kRandom = 2 };  // when asynchronous work is carried out
-struct Config {  // defaults come from EMU_ASYNC, EMU_RANDOM, EMU_SEED, EMU_RACE, EMU_YIELD,
-                 // EMU_WORKERS
+struct Config {  // EMU_ASYNC, EMU_RANDOM, EMU_SEED, EMU_RACE, EMU_YIELD, EMU_WORKERS
   Async async = Async::kRandom;
   bool random_order = true;  // random choice of the next warp; false: round robin
   unsigned seed = 1;
-  bool race =
-      true;  // vector-clock race checker (plain ld/st need -fsanitize=thread, see hooks.cpp)
+  bool race = true;    // the race checker; plain ld/st need an instrumented build, see hooks.cpp
+  bool banks = false;  // count bank conflicts of plain loads and stores too
   // fence.proxy.async counts in any thread that knows of the write, as in PTX's memory model. Off:
   // it must be the writer's own, which is the rule of this project's kernels and finds more
   // mistakes.
@@ -72,6 +71,7 @@ void unwatch_all();
 
 struct Stats {
   uint64_t switches, mma, wgmma, flop, async_bytes, ldmatrix, ldmatrix_conflicts, accesses;
+  uint64_t plain_shared, plain_conflicts;  // warp instructions and extra passes, if Config::banks
 };
 Stats& stats();
 
@@ -87,8 +87,8 @@ constexpr size_t kMaxShared = 232448;  // the most a CTA of sm_90 may ask for
 uint8_t* dyn_smem();
 uint32_t cvta_shared(const void* generic);
 uint8_t* shared_ptr(uint32_t addr);  // checks the rank and that the offset is inside
-uint32_t mapa(uint32_t addr,
-              unsigned rank);  // shared::cluster address of the same variable in CTA `rank`
+// The shared::cluster address of the same variable in CTA `rank`.
+uint32_t mapa(uint32_t addr, unsigned rank);
 // The race hook. `unchanged`: a write of the bytes that are there already; lanes of one warp may
 // make it together by one instruction (`what`), as compilers do with a value that all of them hold.
 void access(const void* p, size_t n, bool write, const char* what = "ld/st",
@@ -103,8 +103,8 @@ void cluster_arrive_relaxed();
 void cluster_wait();
 void yield();
 enum class Order { kRelaxed, kAcquire, kRelease, kAcqRel };
-void atomic_order(const void* p, size_t n,
-                  Order);  // call before an atomic (or ld.acquire/st.release)
+// To be called before an atomic, an ld.acquire or an st.release.
+void atomic_order(const void* p, size_t n, Order);
 uint32_t atomic_add(uint32_t* p, uint32_t n, Order);  // these two call it themselves
 uint32_t atomic_load(const uint32_t* p, Order);
 void fence();            // membar / fence.acq_rel, any scope

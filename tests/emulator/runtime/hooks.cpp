@@ -12,9 +12,11 @@ extern __thread size_t window_bytes;
 static void check(const void* p, size_t n, bool write, uint64_t where, bool unchanged = false) {
   Gang* g = gang;
   g->stats.accesses++;
-  if (gang->config.yield_chance > 0 && (g->random() & 0xffff) < gang->config.yield_chance * 65536)
+  if (g->config.yield_chance > 0 && (g->random() & 0xffff) < g->config.yield_chance * 65536)
     yield();
   window_check(static_cast<const uint8_t*>(p), n, write ? "write" : "read");
+  size_t offset = size_t(static_cast<const uint8_t*>(p) - window_base);
+  if (g->config.banks && offset < window_bytes) count_banks(offset % kWindow, n, where);
   if (!g->race.on) return;
   Event event = g->race.thread_event(self(), where);
   event.unchanged = unchanged;
@@ -92,6 +94,8 @@ int emu_set(const char* name, double value) {
     c.yield_chance = value;
   else if (n == "workers")
     c.workers = int(value);
+  else if (n == "banks")
+    c.banks = value != 0;
   else if (n == "max_switches")
     c.max_switches = uint64_t(value);
   else
@@ -110,6 +114,8 @@ double emu_stat(const char* name) {
   if (n == "accesses") return double(s.accesses);
   if (n == "ldmatrix") return double(s.ldmatrix);
   if (n == "ldmatrix_conflicts") return double(s.ldmatrix_conflicts);
+  if (n == "plain_shared") return double(s.plain_shared);
+  if (n == "plain_conflicts") return double(s.plain_conflicts);
   return -1;
 }
 

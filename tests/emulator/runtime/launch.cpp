@@ -172,7 +172,8 @@ static void add_stats(const Stats& s) {
   std::lock_guard<std::mutex> hold(stats_lock);
   total.switches += s.switches, total.mma += s.mma, total.wgmma += s.wgmma, total.flop += s.flop;
   total.async_bytes += s.async_bytes, total.accesses += s.accesses, total.ldmatrix += s.ldmatrix;
-  total.ldmatrix_conflicts += s.ldmatrix_conflicts;
+  total.ldmatrix_conflicts += s.ldmatrix_conflicts, total.plain_shared += s.plain_shared;
+  total.plain_conflicts += s.plain_conflicts;
 }
 
 static std::string run_gang(Memory& memory, const Launch& l, const std::function<void()>& body,

@@ -182,6 +182,7 @@ static void thread_exit(Thread* t) {
   t->done = true;
   gang->live--;
   t->home->live &= ~(1u << t->lane);
+  if (!t->home->live) finish_banks(*t->home);
   t->cta->live--;
   t->cta->cluster->live--;
   if (gang->race.on) {

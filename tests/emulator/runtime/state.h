@@ -97,6 +97,17 @@ struct Rendezvous {
   const char* op = nullptr;
   std::array<void*, 32> arg;
 };
+struct BankInstruction {  // see banks.cpp
+  uint32_t lanes = 0;
+  unsigned bytes = 0;
+  std::array<uint32_t, 32> offset;
+};
+struct BankSite {
+  std::array<uint32_t, 32> executed{};
+  uint32_t counted = 0;
+  std::deque<BankInstruction> open;
+};
+
 struct Warp {
   std::array<Thread*, 32> lane{};
   uint32_t live = 0, ready = 0;
@@ -104,6 +115,7 @@ struct Warp {
   int run_index = -1;       // position in the list of runnable warps
   bool starved = false;     // the random scheduler avoids it for a while
   std::array<Rendezvous, 4> rendezvous;
+  std::unordered_map<uint64_t, BankSite> bank_sites;  // by place in the code
   // Operands and results of mma and ldmatrix. Each lane writes and reads its own elements, so that
   // the lane that does the work need not visit the other lanes' stacks.
   alignas(32) float a[32][16], b[16 * 16], d[32 * 16];
@@ -197,6 +209,8 @@ void finish_copies(Thread*);
 void window_check(const uint8_t* p, size_t n,
                   const char* what);  // inside shared memory of a live CTA
 bool watching();
+void count_banks(uint32_t offset, size_t bytes, uint64_t where);
+void finish_banks(Warp&);
 uint8_t* shared_in(Cluster&, unsigned rank, uint32_t addr);
 void barrier_thread_exit(Thread*);
 Mbarrier& mbarrier_at(uint8_t*);
