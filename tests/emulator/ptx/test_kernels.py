@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
+
+from recurx import reference
 
 from .. import build
 from .. import gemm_residual_rms as gemm
@@ -10,7 +13,7 @@ from .. import gemm_residual_rms as gemm
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=str(build.unavailable()))
 from aot import toolchain  # noqa: E402
 
-from .run import PtxKernel, load_ptx  # noqa: E402
+from .run import load_ptx  # noqa: E402
 
 needs_nvcc = pytest.mark.skipif(toolchain.find_nvcc() is None, reason="nvcc is not here")
 
@@ -37,13 +40,76 @@ def test_nvcc_ptx(kernel, arch, template, case):
     assert library.stat("flop") > 0, "the C++ ran in the place of the PTX"
 
 
-@pytest.mark.parametrize("arch", ["80", "90"])
-@pytest.mark.parametrize("label, rows", [("n=64 k=256 bf16", 70), ("_t n=97 k=512 bf16", 40)])
-def test_triton_ptx(arch, label, rows):
-    pytest.importorskip("triton")
-    from . import triton_linear
+def randn(*shape, seed, scale=1.0):
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+    return values.bfloat16()
 
-    made, launch = triton_linear.prepare(label, arch, rows)
-    kernel = PtxKernel(made.ptx)
-    kernel.configure(race=1, seed=1)
-    assert triton_linear.compare(kernel, made, launch) == "right"
+
+def linear_residual_rms():
+    from recurx.kernels.linear_residual_rms import linear_residual_rms
+
+    a, w, residual = (
+        randn(70, 256, seed=0),
+        randn(64, 256, seed=1, scale=0.06),
+        randn(70, 64, seed=2),
+    )
+    x = residual.double() + a.double() @ w.double().T
+    want = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-5)
+    return lambda: linear_residual_rms(a, w, residual), want
+
+
+def linear_residual_rms_over_tokens():
+    from recurx.kernels.linear_residual_rms import linear_residual_rms
+
+    middle, w = randn(1, 48, 64, seed=0), randn(97, 64, seed=1, scale=0.1)
+    h = randn(1, 97, 48, seed=2).transpose(1, 2)
+    x = h.double() + middle.double() @ w.double().T
+    want = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-5)
+    return lambda: linear_residual_rms(middle, w, h), want
+
+
+def gate_up_swiglu():
+    from recurx.kernels.gate_up_swiglu import gate_up_swiglu
+
+    x, w = randn(70, 97, seed=0), randn(160, 97, seed=1, scale=0.1)
+    gate, up = (x.double() @ w.double().T).chunk(2, dim=1)
+    return lambda: gate_up_swiglu(x, w), torch.nn.functional.silu(gate) * up
+
+
+def qkv_rope():
+    from recurx.kernels.qkv_rope import qkv_rope
+
+    x, w = randn(1, 33, 64, seed=0), randn(192, 64, seed=1, scale=0.12)
+    angle = torch.arange(33)[:, None] * torch.linspace(1, 0.01, 32).repeat(2)
+    cos, sin = angle.cos(), angle.sin()
+    heads = (x.double() @ w.double().T).view(1, 33, 3, 64)
+    turned = reference.rope_rotate(heads[:, :, :2], cos.double(), sin.double())
+    want = torch.cat([turned, heads[:, :, 2:]], dim=2)
+    return lambda: qkv_rope(x, w, 64, (cos, sin)), want
+
+
+def attention():
+    from recurx.kernels.attention import attention
+
+    qkv = randn(1, 97, 3, 64, seed=0)
+    q, k, v = qkv.double().transpose(1, 2).chunk(3, dim=1)
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    return lambda: attention(qkv), want
+
+
+TRITON = [
+    linear_residual_rms, linear_residual_rms_over_tokens, gate_up_swiglu, qkv_rope, attention,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ["80", "90"])
+@pytest.mark.parametrize("make", TRITON, ids=lambda make: make.__name__)
+def test_triton_ptx(arch, make):
+    pytest.importorskip("triton")
+    from .triton_launch import emulating
+
+    call, want = make()
+    with emulating(arch):
+        got = call().double()
+    # One rounding to bf16 of the result, and of the probabilities in attention.
+    torch.testing.assert_close(got, want, rtol=2**-7, atol=4e-3)
