@@ -17,7 +17,6 @@ using TensorMap = CUtensorMap;
 #endif
 
 // ---- one dimension
-// -------------------------------------------------------------------------------
 RX_DEVICE void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar) {
   RX_EITHER(emu::bulk_load(dst, src, bytes, bar, 0),
             asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
@@ -58,7 +57,6 @@ RX_DEVICE void bulk_wait_read() {  // the sources may be written again
 }
 
 // ---- two dimensions: a box of a row-major matrix, x along the row
-// --------------------------------
 RX_DEVICE void tensor_load_2d(uint32_t dst, const TensorMap* map, int x, int y, uint32_t bar) {
   RX_EITHER(
       emu::tensor_load(dst, map, x, y, 0, bar, 0),

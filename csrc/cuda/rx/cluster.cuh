@@ -5,7 +5,6 @@
 namespace rx {
 
 // ---- the cluster
-// ---------------------------------------------------------------------------------
 RX_DEVICE uint32_t cluster_rank() {
 #ifdef RX_EMU
   return emu::cur->cta_rank;
@@ -25,7 +24,6 @@ RX_DEVICE void cluster_wait() {
 }
 
 // ---- distributed shared memory
-// -------------------------------------------------------------------
 RX_DEVICE uint32_t mapa(uint32_t addr, uint32_t rank) {
 #ifdef RX_EMU
   return emu::mapa(addr, rank);
@@ -85,7 +83,6 @@ RX_DEVICE void st_cluster_v4(uint32_t addr, uint4 v) {
 }
 
 // ---- mbarriers: eight bytes of shared memory that count arrivals and bytes
-// -----------------------
 RX_DEVICE void mbar_init(uint32_t bar, uint32_t arrivals) {
   RX_EITHER(
       emu::mbar_init(bar, arrivals),
@@ -127,8 +124,7 @@ RX_DEVICE void mbar_wait(uint32_t bar, uint32_t parity) {
 }
 
 // ---- fences
-// -------------------------------------------------------------------------------------- Generic
-// writes (st, cp.async) of this thread become visible to wgmma and bulk copies.
+// Generic writes (st, cp.async) of this thread become visible to wgmma and bulk copies.
 RX_DEVICE void fence_proxy_async() {
   RX_EITHER(emu::proxy_fence(), asm volatile("fence.proxy.async;" :: : "memory"));
 }

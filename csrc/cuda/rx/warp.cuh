@@ -5,7 +5,6 @@
 namespace rx {
 
 // ---- ldmatrix: 8x8 matrices of 16-bit elements; lanes 8i..8i+7 give the row addresses of matrix i
-// --
 RX_DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t addr) {
   RX_EITHER(
       emu::ldmatrix(addr, r, 4, false),
@@ -61,7 +60,6 @@ RX_DEVICE void mma_m32n16k16(float (&d00)[4], float (&d01)[4], float (&d10)[4], 
 }
 
 // ---- cp.async: global to shared; bytes beyond src_bytes become zero
-// ------------------------------
 template <int Bytes>
 RX_DEVICE void cp_async(uint32_t dst, const void* src, int src_bytes = Bytes) {
   static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16, "cp.async moves 4, 8 or 16 bytes");

@@ -63,7 +63,7 @@ RX_DEVICE void setmaxnreg_inc() {
 }
 
 // ---- the products
-// -------------------------------------------------------------------------------- wgmma<N>(d, a,
+// wgmma<N>(d, a,
 // b, scale_d): a is a descriptor or four registers, b a descriptor, scale_d 0 starts from zero.
 // TransB 1: B is N-major in shared memory.
 #ifdef RX_EMU

@@ -3,7 +3,7 @@
 
 namespace emu {
 
-// ---- bar.sync, bar.arrive -----------------------------------------------------------------------
+// ---- bar.sync, bar.arrive
 static void complete(NamedBarrier& b) {
   for (Thread* t : b.waiting) gang->race.acquire(t, b.clocks);
   b.clocks.v.clear();
@@ -30,7 +30,7 @@ static void arrive(int id, int threads, bool wait) {
 void bar_sync(int id, int threads) { arrive(id, threads, true); }
 void bar_arrive(int id, int threads) { arrive(id, threads, false); }
 
-// ---- barrier.cluster ----------------------------------------------------------------------------
+// ---- barrier.cluster
 static void complete_if_full(Cluster& c) {
   if (!c.arrived || c.arrived != c.live) return;
   c.arrived = 0;
@@ -73,7 +73,7 @@ void barrier_thread_exit(Thread* t) {
   complete_if_full(*t->cta->cluster);
 }
 
-// ---- fences and atomics -------------------------------------------------------------------------
+// ---- fences and atomics
 void fence() { gang->race.memory_fence(self()); }
 void proxy_fence() { gang->race.proxy_fence(self()); }
 

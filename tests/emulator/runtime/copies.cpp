@@ -34,7 +34,7 @@ static void carry_out(Copy& c) {
   memset(c.dst + c.bytes, 0, c.zeros);
 }
 
-// ---- cp.async -----------------------------------------------------------------------------------
+// ---- cp.async
 void cp_async(uint32_t dst, const void* src, int bytes, int src_bytes) {
   Thread* me = self();
   if (bytes != 4 && bytes != 8 && bytes != 16)
@@ -77,7 +77,7 @@ void finish_copies(Thread* t) {
       die("the thread ends while bulk stores may still read its shared memory");
 }
 
-// ---- bulk and tensor loads ----------------------------------------------------------------------
+// ---- bulk and tensor loads
 // Writes `bytes` at `dst` and completes them on `bar`, in the CTAs of the mask at the same offsets,
 // or just at the addresses given (mask 0).
 template <class Fill>
@@ -197,7 +197,7 @@ void tensor_load(uint32_t dst, const TensorMap* map, int x, int y, int z, uint32
        [=](uint8_t* d) { fill_box(d - at, at, m, x, y, z); });
 }
 
-// ---- copies within the cluster, and stores ------------------------------------------------------
+// ---- copies within the cluster, and stores
 void bulk_to_cluster(uint32_t dst, uint32_t src, uint32_t bytes, uint32_t bar) {
   const char* what = "cp.async.bulk to shared::cluster";
   check_bulk(what, dst, src, bytes);

@@ -19,14 +19,14 @@ struct dim3 {
 
 namespace emu {
 
-// ---- who am I -----------------------------------------------------------------------------------
+// ---- who am I
 struct ThreadContext {
   dim3 tid, bid, bdim, gdim, cdim;  // threadIdx, blockIdx, blockDim, gridDim, cluster shape
   unsigned lane, warp, cta_rank;    // within the warp, the CTA, the cluster
 };
 extern __thread ThreadContext* cur;  // __thread: no initialisation check at each use
 
-// ---- host side ----------------------------------------------------------------------------------
+// ---- host side
 struct Error : std::runtime_error {  // a fault of the kernel: race, deadlock, misuse, bad address
   using std::runtime_error::runtime_error;
 };
@@ -75,7 +75,7 @@ struct Stats {
 };
 Stats& stats();
 
-// ---- shared memory ------------------------------------------------------------------------------
+// ---- shared memory
 // A 32-bit shared address is (rank + 1) << 24 | offset; rank field 0 means "my own CTA". Offsets
 // below kSharedBase are never valid, so that a null address faults. Dynamic shared memory starts at
 // dyn_offset(static bytes) and is aligned to 1024.
@@ -94,7 +94,7 @@ uint32_t mapa(uint32_t addr, unsigned rank);
 void access(const void* p, size_t n, bool write, const char* what = "ld/st",
             bool unchanged = false);
 
-// ---- synchronisation ----------------------------------------------------------------------------
+// ---- synchronisation
 void bar_sync(int id, int threads);  // threads -1: every live thread of the CTA
 void bar_arrive(int id, int threads);
 void syncwarp(uint32_t mask);
@@ -119,7 +119,7 @@ void mbar_arrive_expect_tx(uint32_t bar, uint32_t bytes);
 bool mbar_test(uint32_t bar, uint32_t parity);
 void mbar_wait(uint32_t bar, uint32_t parity);
 
-// ---- warp collectives ---------------------------------------------------------------------------
+// ---- warp collectives
 enum class Shfl { kIdx, kUp, kDown, kXor };
 uint32_t shfl(uint32_t mask, uint32_t v, int lane_or_delta, Shfl mode);
 uint32_t ballot(uint32_t mask, bool p);
@@ -129,7 +129,7 @@ void mma_m16n8k16_bf16(float* d, const uint32_t* a, const uint32_t* b, const flo
 void mma_m32n16k16_bf16(float* d00, float* d01, float* d10, float* d11, const uint32_t* a0,
                         const uint32_t* a1, const uint32_t* b);  // four in one, d += a * b
 
-// ---- asynchronous copies ------------------------------------------------------------------------
+// ---- asynchronous copies
 void cp_async(uint32_t dst, const void* src, int bytes, int src_bytes);  // the rest is zero-filled
 void cp_commit();
 void cp_wait(int groups_left);
@@ -154,7 +154,7 @@ void bulk_commit();
 void bulk_wait(int groups_left,
                bool read_only = false);  // read_only: sources may be reused, no more
 
-// ---- warpgroup ----------------------------------------------------------------------------------
+// ---- warpgroup
 void setmaxnreg(int registers, bool increase);
 void wgmma_fence();
 void wgmma_commit();
@@ -171,7 +171,7 @@ struct WgmmaArgs {
 void wgmma(const WgmmaArgs&);
 void wgmma_now(const WgmmaArgs&);  // results reach `d` at once (C++ translated from PTX)
 
-// ---- bf16 ---------------------------------------------------------------------------------------
+// ---- bf16
 inline float bf16_to_float(uint16_t h) {
   uint32_t u = uint32_t(h) << 16;
   float f;

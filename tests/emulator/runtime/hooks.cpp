@@ -76,7 +76,7 @@ void __tsan_init() {}
 void __tsan_vptr_update(void*, void*) {}
 void __tsan_vptr_read(void*) {}
 
-// ---- controls, for ctypes -----------------------------------------------------------------------
+// ---- controls, for ctypes
 int emu_set(const char* name, double value) {
   emu::Config& c = emu::config();
   std::string n = name;

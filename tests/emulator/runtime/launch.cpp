@@ -99,7 +99,7 @@ void window_check(const uint8_t* p, size_t n, const char* what) {
   if (!c.live) die("%s on shared memory of cta %u, which has exited", what, c.bid_x);
 }
 
-// ---- a gang -------------------------------------------------------------------------------------
+// ---- a gang
 static dim3 unflatten(unsigned i, dim3 shape) {
   return dim3(i % shape.x, i / shape.x % shape.y, i / shape.x / shape.y);
 }
@@ -194,7 +194,7 @@ static std::string run_gang(Memory& memory, const Launch& l, const std::function
   return g.error;
 }
 
-// ---- the grid -----------------------------------------------------------------------------------
+// ---- the grid
 static void check_launch(const Launch& l) {
   unsigned threads = l.block.x * l.block.y * l.block.z;
   unsigned blocks = l.grid.x * l.grid.y * l.grid.z;

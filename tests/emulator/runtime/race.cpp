@@ -184,7 +184,7 @@ void RaceChecker::exit_check(const Cta& cta) {
   for (size_t i = 0; i < s.pieces.size(); i++) visit(s.pieces[i], kPiece, s.base + i * kPiece);
 }
 
-// ---- reports ------------------------------------------------------------------------------------
+// ---- reports
 std::string describe_location(const void* p) {
   char text[160];
   const uint8_t* at = static_cast<const uint8_t*>(p);

@@ -92,7 +92,7 @@ static void switch_to(Thread* to, void** save) {
   emu_switch_stack(save, to->sp);
 }
 
-// ---- waiting ------------------------------------------------------------------------------------
+// ---- waiting
 std::string describe_wait(const Thread& t) {
   const Wait& w = t.wait;
   char s[160];
@@ -176,7 +176,7 @@ void yield() {
   if (next != me) switch_to(next, &me->sp);
 }
 
-// ---- the life of a fiber ------------------------------------------------------------------------
+// ---- the life of a fiber
 static void thread_exit(Thread* t) {
   finish_copies(t);
   t->done = true;

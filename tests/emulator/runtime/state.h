@@ -29,14 +29,14 @@ struct Cta;
 struct Warp;
 struct Warpgroup;
 
-// ---- what a thread waits for, said in the deadlock report ---------------------------------------
+// ---- what a thread waits for, said in the deadlock report
 struct Wait {
   enum Kind { kNothing, kCollective, kBarrier, kClusterBarrier, kMbarrier, kWgmma } kind = kNothing;
   const char* op = "";
   uint32_t a = 0, b = 0;  // lane mask | barrier id, count | barrier address, parity
 };
 
-// ---- asynchronous copies, in the groups that a thread commits -----------------------------------
+// ---- asynchronous copies, in the groups that a thread commits
 struct Copy {
   uint8_t* dst;
   const uint8_t* src;

@@ -51,7 +51,7 @@ void syncwarp(uint32_t mask) {
   });
 }
 
-// ---- shfl, ballot -------------------------------------------------------------------------------
+// ---- shfl, ballot
 struct Exchange {
   uint32_t in, out;
   int lane_or_delta;

@@ -13,7 +13,7 @@ namespace emu {
 
 uint32_t swizzled(uint32_t addr, Swizzle);  // copies.cpp
 
-// ---- operands -----------------------------------------------------------------------------------
+// ---- operands
 // Where element (r along M or N, k) of an operand lies. K-major: rows of `span` bytes in groups of
 // eight that are `stride` apart. MN-major: the same with the roles of r and k exchanged, `leading`
 // between spans.
@@ -82,7 +82,7 @@ static void execute(const Cta& cta, WgmmaOp& op) {
   gang->stats.flop += 2ull * 64 * 16 * unsigned(a.n);
 }
 
-// ---- accumulators -------------------------------------------------------------------------------
+// ---- accumulators
 // Thread t of the warpgroup: warp t / 32 owns 16 rows; within them the layout of mma.sync.
 static void exchange(Accumulator& acc, unsigned t, bool to_registers) {
   unsigned row = t / 32 * 16 + t % 32 / 4, column = t % 4 * 2;
@@ -125,7 +125,7 @@ static std::vector<float> gather_a(const Warpgroup& g, float sign) {
   return A;
 }
 
-// ---- issue --------------------------------------------------------------------------------------
+// ---- issue
 static void check_operand(const Cta& cta, uint64_t descriptor, int rows, bool mn_major,
                           const Event& e, WarpgroupView& view) {
   each_chunk(descriptor, rows, mn_major, [&](int r, int k, uint32_t at) {
@@ -203,7 +203,7 @@ static void join(const WgmmaArgs& mine, bool at_once) {
 void wgmma(const WgmmaArgs& args) { join(args, false); }
 void wgmma_now(const WgmmaArgs& args) { join(args, true); }
 
-// ---- fence, commit, wait ------------------------------------------------------------------------
+// ---- fence, commit, wait
 void wgmma_fence() { self()->wgmma_fenced = true; }
 void wgmma_commit() { self()->wgmmas.commit(); }
 
@@ -238,7 +238,7 @@ void wgmma_wait(int groups_left) {
   hand_back(g, me, last_done);
 }
 
-// ---- setmaxnreg ---------------------------------------------------------------------------------
+// ---- setmaxnreg
 // The register file has 64 K registers: once every warpgroup has said what it needs, it must fit.
 void setmaxnreg(int registers, bool increase) {
   Thread* me = self();
