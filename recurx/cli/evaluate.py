@@ -48,7 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     cells = "unknown" if report.cells is None else f"{report.cells:.2%}"
     console.print(f"exact  {report.exact:.2%} (by the rules and the givens)")
     console.print(f"cells  {cells}")
-    console.print(f"steps  {report.steps_mean:.2f} a puzzle, at most {arguments.max_steps}")
+    each = "a rollout" if arguments.rollouts > 1 else "each"
+    console.print(f"steps  {report.steps_mean:.2f} a puzzle, at most {arguments.max_steps} {each}")
     console.print(f"time   {report.seconds:.2f} s")
     console.print("exact accuracy if refinement stopped after")
     console.print(output.curve(report.curve), markup=False)

@@ -20,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--puzzles", metavar="FILE", help="a file of such lines, or a CSV")
     parser.add_argument("--checkpoint", metavar="FILE", help="trained weights for the full-size "
                         "model; without it they are random, and the demo says so")  # fmt: skip
-    parser.add_argument("--time-budget", type=options.seconds, default=150.0, metavar="TIME",
-                        help="for the training at most (default 150s)")  # fmt: skip
+    parser.add_argument("--time-budget", type=options.seconds, default=90.0, metavar="TIME",
+                        help="for the training at most (default 90s)")  # fmt: skip
     parser.add_argument("--out", default="runs/demo", metavar="FOLDER", help="(default runs/demo)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--seed", type=int, default=0)
