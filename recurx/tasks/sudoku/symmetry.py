@@ -48,9 +48,9 @@ def orbit_key(layout: Layout, answers: Boards) -> NDArray[np.int64]:
     """[N, K] numbers that every symmetric image of a solved board shares.
 
     Two rows of a solved board define a permutation of the digits; its cycle type survives
-    relabelling and every shuffle of columns, and that of its inverse is the same. The sorted types
-    of all pairs of rows in a band, and of columns in a stack, therefore depend on the orbit alone. Boards of
-    different orbits may share a key; images of one board always do.
+    relabelling and every shuffle of columns, and that of its inverse is the same. The sorted
+    types of all pairs of rows in a band, and of columns in a stack, therefore depend on the
+    orbit alone. Boards of different orbits may share a key; images of one board always do.
     """
     size = layout.size
     boards = answers.reshape(-1, size, size)
