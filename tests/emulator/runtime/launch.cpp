@@ -12,6 +12,9 @@ namespace emu {
 
 static constexpr size_t kStack = 160 << 10;  // bytes a thread, the lowest page is a guard
 
+// Registers hold anything when a thread starts: its first frames begin as NaN, in any float type.
+static constexpr size_t kPoisoned = 8 << 10;
+
 // Stacks one power of two apart would all use the same few sets of every cache, so each begins a
 // different number of lines below its top.
 static size_t stack_color(unsigned thread) { return thread * 13 % 512 * 64; }
@@ -158,7 +161,9 @@ static void set_up(Gang& g, Memory& memory, const Launch& l, unsigned first_bloc
     for (unsigned i = 0; i < threads; i++) {
       Thread& t = g.threads[c.first_thread + i];
       set_up_thread(g, c, t, i);
-      start_fiber(&t, stack + (size_t(t.id) + 1) * kStack - stack_color(t.id));
+      uint8_t* top = stack + (size_t(t.id) + 1) * kStack - stack_color(t.id);
+      memset(top - kPoisoned, 0xff, kPoisoned);
+      start_fiber(&t, top);
     }
   }
   g.race.start(g);

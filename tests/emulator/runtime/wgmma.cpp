@@ -239,21 +239,23 @@ void wgmma_wait(int groups_left) {
 }
 
 // ---- setmaxnreg
-// The register file has 64 K registers: once every warpgroup has said what it needs, it must fit.
+// Warpgroups exchange the registers that the launch gave the CTA: at most 65536 over its threads,
+// in eights a thread. An increase beyond what others gave up would wait for ever.
 void setmaxnreg(int registers, bool increase) {
   Thread* me = self();
   if (registers % 8 || registers < 24 || registers > 256)
     die("setmaxnreg %d: a multiple of 8 in 24..256 is needed", registers);
   auto& all = me->cta->registers;
   all[me->tid.x / 128] = registers;
-  int total = 0;
+  int threads = int(me->cta->thread_count), pool = 65536 / threads / 8 * 8 * threads, total = 0;
   for (int r : all) {
     if (!r) return;
     total += r * 128;
   }
-  if (total > 65536)
-    die("setmaxnreg.%s %d: the warpgroups of the CTA now hold %d registers of 65536",
-        increase ? "inc" : "dec", registers, total);
+  if (total > pool)
+    die("setmaxnreg.%s %d: the warpgroups now hold %d registers, the launch gave the CTA %d at "
+        "most",
+        increase ? "inc" : "dec", registers, total, pool);
 }
 
 }  // namespace emu
