@@ -57,8 +57,8 @@ void run_recursion(const std::vector<const Packed*>& nets, const std::vector<Ste
   for (const Packed* net : nets) views.push_back(net->view());
   std::vector<Step> list;
   for (const auto& [net, write, state, inject] : steps)
-    list.push_back({net, write, (int)state.size(), (int)inject.size(), state.data(),
-                    inject.data()});
+    list.push_back(
+        {net, write, (int)state.size(), (int)inject.size(), state.data(), inject.data()});
   const auto [batch, tokens, hidden] = shape;
   const Recursion recursion{batch,
                             tokens,

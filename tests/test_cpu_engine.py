@@ -148,7 +148,7 @@ def test_nan_stays_in_its_sample(engine: cpu.Cpu) -> None:
     assert torch.equal(got[others], clean[others])
 
 
-# ---- schedules: a whole run has the bits of its calls one by one ----------------------------------
+# ---- schedules: a whole run has the bits of its calls one by one ---------------------------------
 
 FREE = Schedule(
     (
@@ -204,7 +204,7 @@ def test_two_nets_are_not_mixed_up(engine: cpu.Cpu) -> None:
     assert not torch.allclose(wrong["z_H"], expected["z_H"], rtol=1e-2, atol=1e-2)
 
 
-# ---- batches and threads ---------------------------------------------------------------------------
+# ---- batches and threads -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -305,7 +305,7 @@ print(_C.cpu_scratch_bytes())
     assert 0 < int(out.stdout) < 64 << 20
 
 
-# ---- weights ---------------------------------------------------------------------------------------
+# ---- weights -------------------------------------------------------------------------------------
 
 
 def edit_copy(weight: Tensor) -> None:
@@ -401,7 +401,7 @@ def test_strided_weights(native: cpu.Cpu) -> None:
     assert torch.equal(run(native, ONE, {"L": strided}, x, carry, rope())["z"], expected)
 
 
-# ---- refusals, profiling, the driver -----------------------------------------------------------------
+# ---- refusals, profiling, the driver -------------------------------------------------------------
 
 
 def test_an_unknown_instruction_set_is_refused(
@@ -409,7 +409,7 @@ def test_an_unknown_instruction_set_is_refused(
 ) -> None:
     monkeypatch.setenv("RECURX_CPU_ISA", "avx1024")
     x, carry = make_inputs(ONE)
-    with pytest.raises(BackendUnavailable, match="RECURX_CPU_ISA.*portable.*avx1024"):
+    with pytest.raises(BackendUnavailable, match=r"RECURX_CPU_ISA.*portable.*avx1024"):
         recurx.recurse(ONE, {"L": make_net()}, x, carry, backend="cpu", cos_sin=rope())
 
 
@@ -425,7 +425,7 @@ def test_an_unknown_instruction_set_is_refused(
 def test_unsupported_problems_are_named(
     native: cpu.Cpu, net: Net, dtype: torch.dtype, reason: str
 ) -> None:
-    x, carry = make_inputs(ONE, hidden=net.spec.hidden, dtype=dtype)
+    x, _ = make_inputs(ONE, hidden=net.spec.hidden, dtype=dtype)
     answer = native.why_unsupported(problem_for(ONE, {"L": net}, x))
     assert answer is not None and reason in answer
 

@@ -15,8 +15,8 @@ RX_INLINE void attend_head(float* scratch, const float* q, const float* k, const
                            int stride, int T, int dim, Range rows, Mat<float> mixed, int row0,
                            int col) {
   const int padded = round_up(T, kPanel);
-  float* const keys = scratch;                          // [padded / kPanel][dim][kPanel]
-  float* const scores = scratch + (long)padded * dim;   // [kRows][padded]
+  float* const keys = scratch;                         // [padded / kPanel][dim][kPanel]
+  float* const scores = scratch + (long)padded * dim;  // [kRows][padded]
   for (int key = 0; key < padded; key += W) {
     for (int d = 0; d < dim; d += W) {
       V block[W];

@@ -65,8 +65,8 @@ class AmxAttention {
       if (i < tiles) {
         for (int r = 0; r < rows_; ++r) {
           advance(ops * (r + 1) / rows_);
-          inverse_[i & 1][r] = softmax2<true>(scores_[i & 1] + r * wide_,
-                                              weights_[i & 1] + r * wide_, T_);
+          inverse_[i & 1][r] =
+              softmax2<true>(scores_[i & 1] + r * wide_, weights_[i & 1] + r * wide_, T_);
         }
       }
       advance(ops);
@@ -99,8 +99,8 @@ class AmxAttention {
         V block[W];
         for (int i = 0; i < W; ++i) {
           const int key = tile * 16 + i;
-          block[i] = key < T_ ? load((const float*)(k + (long)key * stride_ + step * kTileDepth))
-                              : V{};
+          block[i] =
+              key < T_ ? load((const float*)(k + (long)key * stride_ + step * kTileDepth)) : V{};
         }
         transpose(block);
         float* const out = (float*)(keys_ + (long)(tile * depth_steps_ + step) * kTileBytes);

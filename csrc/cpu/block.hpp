@@ -56,8 +56,9 @@ struct Block {
     const Heads heads{shape.heads, shape.head_dim};
     const float to_base2 = kLog2e / sqrtf((float)shape.head_dim);
     for (int row = 0; row < ws.rows; ++row) ws.scale_q[row] = in.scale[row] * to_base2;
-    const HeadRows<Act> to{ws.q,     ws.k,    ws.v,    (long)ws.rows_pad * ws.head_stride,
-                           ws.head_stride, ws.scale_q, in.scale, rec.cos, rec.sin, ws.position};
+    const HeadRows<Act> to{ws.q,           ws.k,       ws.v,     (long)ws.rows_pad * ws.head_stride,
+                           ws.head_stride, ws.scale_q, in.scale, rec.cos,
+                           rec.sin,        ws.position};
     multiply(mixer_in, in.y, file_heads(to, heads));
     team.clock->lap(Phase::qkv);
     if (!heads_stay()) team.sync();
@@ -78,8 +79,8 @@ struct Block {
     for (int item = items.begin; item < items.end; ++item) {
       const int head = item / (samples * parts), sample = item / parts % samples;
       const long first = ((long)head * ws.rows_pad + (long)sample * T) * ws.head_stride;
-      Core::attend(ws.gemm, ws.attention, ws.q + first, ws.k + first, ws.v + first, ws.head_stride, T,
-                   shape.head_dim, share(T, item % parts, parts), ws.mixed, sample * T,
+      Core::attend(ws.gemm, ws.attention, ws.q + first, ws.k + first, ws.v + first, ws.head_stride,
+                   T, shape.head_dim, share(T, item % parts, parts), ws.mixed, sample * T,
                    head * shape.head_dim);
     }
     team.clock->lap(Phase::attention);
@@ -120,7 +121,8 @@ struct Block {
     const PackedBlock& after = which == down ? next : packed;
     const BlockWeight then = which == down ? mixer_in : BlockWeight(which + 1);
     const Linear following = linear_of(after.shape, then);
-    const void* prefetch = Core::panel_at(following, after.weight[then], own_panels(after.shape, then).begin);
+    const void* prefetch =
+        Core::panel_at(following, after.weight[then], own_panels(after.shape, then).begin);
     Core::gemm(ws.gemm, a, {0, ws.rows}, l, packed.weight[which], own_panels(shape, which),
                prefetch, epilogue);
   }

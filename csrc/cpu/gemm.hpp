@@ -40,9 +40,8 @@ struct VectorCore {
   static size_t attention_bytes(int tokens, int head_stride) {
     return (size_t)round_up(tokens, kPanel) * (head_stride + kRows) * sizeof(float);
   }
-  static void attend(const Scratch&, char* memory, const float* q, const float* k,
-                     const float* v, int stride, int T, int dim, Range rows, Mat<float> mixed,
-                     int row0, int col) {
+  static void attend(const Scratch&, char* memory, const float* q, const float* k, const float* v,
+                     int stride, int T, int dim, Range rows, Mat<float> mixed, int row0, int col) {
     attend_head((float*)memory, q, k, v, stride, T, dim, rows, mixed, row0, col);
   }
 
@@ -75,11 +74,13 @@ struct VectorCore {
   static __attribute__((noinline)) void gemm(const Scratch& scratch, Mat<float> a, Range rows,
                                              const Linear& l, const void* weight, Range panels,
                                              const void* /*next_weight: the processor's own
-                                             prefetcher follows these streams*/,
+                                             prefetcher follows these streams*/
+                                             ,
                                              Epilogue epilogue) {
     const Weight* w = (const Weight*)weight;
     const long panel_size = (long)l.in * kPanel;
-    const int per_chunk = imax(1, imin(kMaxChunk, (int)(kChunkBytes / (panel_size * sizeof(Weight)))));
+    const int per_chunk =
+        imax(1, imin(kMaxChunk, (int)(kChunkBytes / (panel_size * sizeof(Weight)))));
     for (int first = panels.begin; first < panels.end; first += per_chunk) {
       const int last = imin(panels.end, first + per_chunk);
       for_row_tiles(rows.begin, rows.end, [&](int row, auto m) __attribute__((always_inline)) {

@@ -14,7 +14,7 @@
 
 namespace rx::cpu::RX_ISA {
 
-constexpr int kPanelStep = 2 * kTileBytes;  // bytes of a panel for one tile depth
+constexpr int kPanelStep = 2 * kTileBytes;   // bytes of a panel for one tile depth
 constexpr int kBlockBytes = 4 * kTileBytes;  // accumulators of a block
 
 // A block whose accumulators are still in tiles 0-3.
@@ -110,8 +110,8 @@ struct AmxCore {
   static constexpr int kHeadAlign = kTileDepth;
 
   struct Scratch {
-    char* partial;    // [kMaxChunk] blocks: sums between K chunks
-    char* turn;       // two blocks, used in turn
+    char* partial;       // [kMaxChunk] blocks: sums between K chunks
+    char* turn;          // two blocks, used in turn
     int* tile_rows_set;  // rows that the tiles are configured for, 0 for none
   };
   static constexpr int kMaxChunk = 64;  // panels

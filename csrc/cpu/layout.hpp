@@ -11,17 +11,17 @@
 
 namespace rx::cpu::RX_ISA {
 
-constexpr int kPanel = 2 * W;   // columns of a panel
-constexpr int kDepth = 512;     // K chunk: a row group of this depth stays in L1
-constexpr int kAlign = 32;      // widths of activations are padded to this many columns
-constexpr int kSumColumns = 64; // columns whose squares one partial sum holds
+constexpr int kPanel = 2 * W;    // columns of a panel
+constexpr int kDepth = 512;      // K chunk: a row group of this depth stays in L1
+constexpr int kAlign = 32;       // widths of activations are padded to this many columns
+constexpr int kSumColumns = 64;  // columns whose squares one partial sum holds
 
 // [rows, cols], cut into chunks of kDepth columns: rows of a chunk are contiguous.
 template <class T>
 struct Mat {
   T* data;
-  int ld;       // elements between rows: min(cols, kDepth)
-  long chunk;   // elements between chunks
+  int ld;      // elements between rows: min(cols, kDepth)
+  long chunk;  // elements between chunks
   T* at(long row, int col) const { return data + (col / kDepth) * chunk + row * ld + col % kDepth; }
 };
 

@@ -5,7 +5,7 @@
 
 namespace rx::cpu::RX_ISA {
 
-constexpr int kRows = RX_ROW_TILE;               // rows x 2 accumulators fill the register file
+constexpr int kRows = RX_ROW_TILE;  // rows x 2 accumulators fill the register file
 
 struct PairPtr {  // two separate vectors of fp32 columns
   const float* p;

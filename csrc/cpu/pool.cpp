@@ -92,9 +92,7 @@ const int renewed_by_fork = pthread_atfork(nullptr, nullptr, [] { pool = new Poo
 
 }  // namespace
 
-void parallel(int threads, Work work, void* context) {
-  pool->run(threads, work, context);
-}
+void parallel(int threads, Work work, void* context) { pool->run(threads, work, context); }
 
 void Barrier::wait(int size) {
   const int epoch = epoch_.load(std::memory_order_acquire);

@@ -10,12 +10,12 @@ namespace rx::cpu::RX_ISA {
 template <class Act>
 struct HeadRows {
   Act *q, *k, *v;
-  long head_size;        // elements between heads
-  int stride;            // elements between rows
-  const float* scale_q;  // [rows]: the row's rms factor / sqrt(head_dim) * log2 e
-  const float* scale;    // [rows]
+  long head_size;          // elements between heads
+  int stride;              // elements between rows
+  const float* scale_q;    // [rows]: the row's rms factor / sqrt(head_dim) * log2 e
+  const float* scale;      // [rows]
   const float *cos, *sin;  // [T, head_dim] or null
-  const int* position;   // [rows]: token of the row
+  const int* position;     // [rows]: token of the row
 };
 
 // Heads whose half does not fill whole vectors (16, 48, 80, 112 wide at W = 16): lane by lane.

@@ -86,8 +86,8 @@ struct Deal {
     for (int g = 0; g < groups; ++g)
       largest = std::max(largest, group_begin(g + 1) - group_begin(g));
     const size_t alone = largest ? engine.scratch_bytes(recursion, largest, 1) : 0;
-    const size_t team = teams ? engine.scratch_bytes(recursion, 1, (threads + teams - 1) / teams)
-                              : 0;
+    const size_t team =
+        teams ? engine.scratch_bytes(recursion, 1, (threads + teams - 1) / teams) : 0;
     for (int t = 0; t < threads; ++t) {
       const bool leads = teams > 0 && first_thread(team_of(t)) == t;
       const size_t bytes = std::max(alone, leads ? team : 0);

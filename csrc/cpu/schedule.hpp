@@ -18,7 +18,7 @@ struct Group {
   const Team& team;
   int first_sample;
   Workspace<Core> ws;
-  Range own{};                  // rows of this thread
+  Range own{};                    // rows of this thread
   const Step* hoisted = nullptr;  // the step whose inject sum ws.inject holds, if any
 
   void run() {
@@ -32,9 +32,7 @@ struct Group {
     }
   }
 
-  long offset(long row) const {
-    return ((long)first_sample * rec.tokens + row) * rec.hidden;
-  }
+  long offset(long row) const { return ((long)first_sample * rec.tokens + row) * rec.hidden; }
   size_t size_of(Range rows) const {
     return (size_t)(rows.end - rows.begin) * rec.hidden * sizeof(State);
   }

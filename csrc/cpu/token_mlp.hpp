@@ -61,8 +61,7 @@ struct TokenMlp {
         for (int j = 0; j < W; ++j)
           block[j] = load(ws.token_out.at(i + j, t)) * ws.token_scale[i + j];
         transpose(block);
-        for (int j = 0; j < imin(W, tokens - t); ++j)
-          store(out.at(row0 + t + j, d + i), block[j]);
+        for (int j = 0; j < imin(W, tokens - t); ++j) store(out.at(row0 + t + j, d + i), block[j]);
       }
     }
   }

@@ -50,9 +50,9 @@ struct Step {
 
 struct Recursion {
   int batch, tokens, hidden;
-  int num_states;          // x included
-  const void* const* in;   // [num_states] of [B, T, D] in the engine's state type
-  void* const* out;        // [num_states], out[0] unused
+  int num_states;         // x included
+  const void* const* in;  // [num_states] of [B, T, D] in the engine's state type
+  void* const* out;       // [num_states], out[0] unused
   int num_steps;
   const Step* steps;
   int num_nets;

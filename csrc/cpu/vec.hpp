@@ -108,8 +108,24 @@ RX_INLINE V fma(V a, V b, V c) {
 }
 
 // NaN in `x` passes, as in torch: NOTE the order of the arguments.
-RX_INLINE V at_least(V bound, V x) { return bound > x ? bound : x; }
-RX_INLINE V at_most(V bound, V x) { return bound < x ? bound : x; }
+RX_INLINE V at_least(V bound, V x) {
+#if defined(__AVX2__) && RX_VECTOR_WIDTH == 8
+  return (V)_mm256_max_ps((__m256)bound, (__m256)x);
+#elif defined(__AVX512F__) && RX_VECTOR_WIDTH == 16
+  return (V)_mm512_max_ps((__m512)bound, (__m512)x);
+#else
+  return bound > x ? bound : x;
+#endif
+}
+RX_INLINE V at_most(V bound, V x) {
+#if defined(__AVX2__) && RX_VECTOR_WIDTH == 8
+  return (V)_mm256_min_ps((__m256)bound, (__m256)x);
+#elif defined(__AVX512F__) && RX_VECTOR_WIDTH == 16
+  return (V)_mm512_min_ps((__m512)bound, (__m512)x);
+#else
+  return bound < x ? bound : x;
+#endif
+}
 
 RX_INLINE float reduce_add(V v) {
 #if defined(__AVX512F__) && RX_VECTOR_WIDTH == 16
@@ -168,7 +184,8 @@ RX_INLINE V reciprocal(V x) {
   return 1.f / x;
 }
 
-// Lanes of a and b in turn: the low halves, the high halves. NOTE: literal masks, or GCC scalarises.
+// Lanes of a and b in turn: the low halves, the high halves. NOTE: literal masks, or GCC
+// scalarises.
 #if RX_VECTOR_WIDTH == 4
 #define RX_LOW 0, 4, 1, 5
 #define RX_HIGH 2, 6, 3, 7

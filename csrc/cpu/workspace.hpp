@@ -23,20 +23,20 @@ template <class Core>
 struct Workspace {
   using Act = typename Core::Act;
 
-  int rows;      // S * T of the group
-  int rows_pad;  // and the rows that a last tile may run over
-  Mat<Act> x, y, z;        // un-normalised rows of h, in turn
-  Act *q, *k, *v;          // [heads][rows_pad][head_stride]
+  int rows;          // S * T of the group
+  int rows_pad;      // and the rows that a last tile may run over
+  Mat<Act> x, y, z;  // un-normalised rows of h, in turn
+  Act *q, *k, *v;    // [heads][rows_pad][head_stride]
   int head_stride;
-  Mat<Act> mixed, middle;  // attention's output; silu(gate) * up
-  float* sums;             // [D / kSumColumns][rows_pad][W]: partial sums of squares
+  Mat<Act> mixed, middle;        // attention's output; silu(gate) * up
+  float* sums;                   // [D / kSumColumns][rows_pad][W]: partial sums of squares
   typename Core::State* inject;  // [rows, D]: the sum of the step's inject states
 
   // of this thread
   float *scale_a, *scale_b, *scale_q;  // [rows_pad]
   int* position;                       // [rows_pad]: token of each row
   typename Core::Scratch gemm;
-  char* attention;          // Core's own layout
+  char* attention;                             // Core's own layout
   Mat<Act> token_in, token_middle, token_out;  // [kTokenRows, T | token_inner | T]
   float *token_sums, *token_scale;
 

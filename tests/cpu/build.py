@@ -19,7 +19,7 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "csrc"))
 
-import native_tools
+import native_tools  # noqa: E402 (beside setup.py, no package)
 
 ISAS = ("portable", "avx2", "avx512", "amx")
 MODULE = "_cpu_emulated"

@@ -135,8 +135,7 @@ struct Case {
 // Relative error of `write <- N(z + x)` for the engine, one block, against fp64.
 double error_of(const Case& c, const std::string& isa, bool bf16) {
   Net net;
-  net.shape = {c.token_mlp, c.D,           c.F,  c.H, c.H ? c.D / c.H : 0,
-               c.T,         c.token_inner, 1e-5f};
+  net.shape = {c.token_mlp, c.D, c.F, c.H, c.H ? c.D / c.H : 0, c.T, c.token_inner, 1e-5f};
   const int first = c.token_mlp ? 2 * c.token_inner * c.T : 3 * c.D * c.D;
   const int second = c.token_mlp ? c.T * c.token_inner : c.D * c.D;
   const int fan_in = c.token_mlp ? c.T : c.D;
@@ -171,8 +170,17 @@ double error_of(const Case& c, const std::string& isa, bool bf16) {
   const void* in[] = {x_in.data(), z_in.data()};
   void* const outs[] = {nullptr, out.data()};
   const PackedNet view = packed.view();
-  const Recursion recursion{c.B, c.T,   c.D, 2,     in, outs, 1, &step,
-                            1,   &view, dim ? net.cos.data() : nullptr,
+  const Recursion recursion{c.B,
+                            c.T,
+                            c.D,
+                            2,
+                            in,
+                            outs,
+                            1,
+                            &step,
+                            1,
+                            &view,
+                            dim ? net.cos.data() : nullptr,
                             dim ? net.sin.data() : nullptr};
   run(packed.engine(), recursion, c.threads);
 
@@ -202,12 +210,12 @@ int main(int argc, char** argv) {
   if (isas.empty()) isas = usable_isas();
   const Case cases[] = {
       // token_mlp, D, F, H, T, token_inner, B, threads, logits
-      {false, 64, 64, 2, 17, 0, 2, 1, 1},     // 17 rows: a tile and a bit
-      {false, 32, 40, 2, 33, 0, 1, 2, 1},     // 16-wide heads, one sample on two threads
-      {false, 96, 32, 2, 5, 0, 1, 1, 1},      // 48-wide heads: vectors across heads
-      {false, 64, 544, 1, 7, 0, 1, 1, 1},     // 544 deep: two K chunks
-      {false, 32, 32, 1, 3, 0, 3, 2, 60},     // scores in the thousands
-      {true, 64, 64, 0, 17, 40, 1, 1, 1},     // T padded from 17 to 32
+      {false, 64, 64, 2, 17, 0, 2, 1, 1},  // 17 rows: a tile and a bit
+      {false, 32, 40, 2, 33, 0, 1, 2, 1},  // 16-wide heads, one sample on two threads
+      {false, 96, 32, 2, 5, 0, 1, 1, 1},   // 48-wide heads: vectors across heads
+      {false, 64, 544, 1, 7, 0, 1, 1, 1},  // 544 deep: two K chunks
+      {false, 32, 32, 1, 3, 0, 3, 2, 60},  // scores in the thousands
+      {true, 64, 64, 0, 17, 40, 1, 1, 1},  // T padded from 17 to 32
       {true, 32, 32, 0, 33, 32, 2, 2, 1},
   };
   int failures = 0;
