@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from . import bugs_by_reader_sm90a as sm90a
 from .planted import SM80
-from .planted_by_reader import EXITED, FRESH_STACKS, ReaderBug
+from .planted_by_reader import EXITED, ReaderBug
 
 PROLOGUE = "kt < kStages - 1; kt++"
 WAIT = "    rx::cp_async_wait<kStages - 2>();\n"
@@ -101,7 +101,6 @@ IN_SM80 = [
         ((CLEAR, ";"),),
         "wrong result",
         shape=ONE_CTA,
-        not_yet=FRESH_STACKS,
     ),
     ReaderBug(
         "half of the accumulators not cleared",
@@ -109,7 +108,6 @@ IN_SM80 = [
         ((CLEAR, CLEAR.replace("e < 4", "e < 2")),),
         "wrong result",
         shape=ONE_CTA,
-        not_yet=FRESH_STACKS,
     ),
     ReaderBug(
         "warp barrier where the CTA's is needed",

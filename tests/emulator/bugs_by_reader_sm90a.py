@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .planted import SM90A
-from .planted_by_reader import EXITED, FRESH_STACKS, ReaderBug
+from .planted_by_reader import EXITED, ReaderBug
 
 EXPECT = "    rx::mbar_arrive_expect_tx(at.full(kt), P::kStage);\n"
 SENT = "                            kShareW * 128, at.full(kt), to_half);\n"
@@ -21,12 +21,7 @@ PRODUCE = "    if (threadIdx.x == 0) produce(at, &a_map, p);\n"
 SUMS_ROOM = "kFull = kSums + kRows * 4,"
 ANNOUNCE = "  if (lane == 0) rx::mbar_arrive_remote(rx::mapa(ready, at.rank ^ 1));\n"
 SUMS_SHARE = "    sum += __shfl_xor_sync(rx::kFullWarp, sum, 2);\n"
-
 COMMIT = "    rx::wgmma_commit();\n"
-POOL = (
-    "setmaxnreg.inc waits for registers that others of the CTA gave up, from what the launch gave: "
-    "384 threads of 168 (the most below 65536 / 384, in eights), no more; it would wait for ever"
-)
 
 BUGS = [
     ReaderBug(
@@ -47,7 +42,6 @@ BUGS = [
         SM90A,
         (("dec<40>", "dec<48>"),),
         "misuse|deadlock",
-        not_yet=POOL,
     ),
     ReaderBug(
         "parity right for two rounds only",
@@ -130,7 +124,6 @@ BUGS = [
         SM90A,
         (("(kt | ks) != 0", "1"),),
         "wrong result",
-        not_yet=FRESH_STACKS,
     ),
     ReaderBug(
         "accumulators scaled while products run",
@@ -202,7 +195,8 @@ BUGS = [
         SM90A,
         ((ROLES, "  if (threadIdx.x < 128) {\n"),),
         "misuse|deadlock",
-        not_yet=POOL,
+        not_yet="setmaxnreg.inc waits for registers that others of the CTA gave up, and the 384 "
+        "threads of 168 that were launched leave none: it waits for ever",
     ),
     ReaderBug(
         "odd last tile not multiplied",

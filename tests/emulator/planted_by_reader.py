@@ -43,11 +43,7 @@ KINDS = {
     "misuse": r".",  # an instruction used against its rules: the report names the rule
 }
 
-# Why bugs are `not_yet` found, where several share a reason.
-FRESH_STACKS = (
-    "the first CTA of a process runs on stacks of zeros, so that its uninitialised registers are "
-    "zero; those of a GPU hold what the kernel before left: thread stacks need poisoning"
-)
+# Why changes are `not_yet` judged right, where several share a reason.
 EXITED = (
     "false alarm: a warp's collective waits for its lanes that have not exited, here also for "
     "those that exit after the first has come"
