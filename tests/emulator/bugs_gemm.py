@@ -158,7 +158,7 @@ BUGS = [
         "more registers than the file has",
         SM90A,
         (("dec<40>", "dec<56>"), ("inc<232>", "inc<240>")),
-        "the launch gave the CTA 64512",
+        r"deadlock(.*\n)*.*setmaxnreg 240",
     ),
     Bug(
         "barriers not made visible to the cluster",

@@ -67,6 +67,20 @@ void RaceChecker::memory_fence(Thread* t) {
   row(t)[t->id]++;
 }
 
+void RaceChecker::mbarrier_init_fence(Thread* t) {
+  if (!on) return;
+  t->marks.init_fences.push_back(now(t));
+  memory_fence(t);
+}
+
+// Was what `thread` initialised at `init` fenced, as far as the user knows?
+bool RaceChecker::init_fenced(unsigned thread, Clock init, const Thread* user) const {
+  if (!on) return true;
+  const auto& fences = gang_->threads[thread].marks.init_fences;
+  auto fence = std::lower_bound(fences.begin(), fences.end(), init);
+  return fence != fences.end() && *fence <= rows_[size_t(user->id) * width_ + thread];
+}
+
 void RaceChecker::cp_async_waited(Thread* t, size_t groups) {
   if (!on || groups <= t->marks.cp_waits.size()) return;
   row(t)[t->id]++;

@@ -43,6 +43,7 @@ struct Published {  // what a synchronisation object carries from its releasers 
 
 struct OrderMarks {
   std::vector<Clock> proxy_fences;  // epochs that ended with fence.proxy.async, ascending
+  std::vector<Clock> init_fences;   // the same for fence.mbarrier_init
   std::vector<Clock> cp_waits;      // cp_waits[g]: epoch after the wait for group g, ascending
   std::vector<Clock> fence_view;    // V at the last memory fence, published by relaxed operations
   Published relaxed_acquired;       // clocks read by relaxed loads, taken over at the next fence
@@ -108,6 +109,8 @@ class RaceChecker {
   void acquire(Thread*, const Published&);
   void proxy_fence(Thread*);
   void memory_fence(Thread*);
+  void mbarrier_init_fence(Thread*);
+  bool init_fenced(unsigned thread, Clock init, const Thread* user) const;
   void cp_async_waited(Thread*, size_t groups);
   void completed(Published&, Event);  // an asynchronous operation signals an object
   void completed(Thread*, Event);     // ... or is waited for by a thread

@@ -90,8 +90,8 @@ static void load(const char* what, uint32_t dst, uint32_t bytes, uint32_t bar, u
     die("%s: multicast mask 0x%x names CTAs that do not exist", what, mask);
   auto to = [&](uint8_t* data, uint8_t* barrier) {
     Mbarrier& m = mbarrier_at(barrier);
-    mbarrier_use(m, what);
-    if (m.cta != me->cta && !m.init_fenced)
+    mbarrier_use(m, what, true);
+    if (m.cta != me->cta && !race.init_fenced(m.init_thread, m.init_clock, me))
       die("%s completes on a barrier of cta %u whose initialisation has no fence.mbarrier_init",
           what, m.cta->bid_x);
     Event e = race.bulk_event(me, what);
@@ -204,7 +204,7 @@ void bulk_to_cluster(uint32_t dst, uint32_t src, uint32_t bytes, uint32_t bar) {
   RaceChecker& race = gang->race;
   uint8_t *to = shared_ptr(dst), *from = shared_ptr(src);
   Mbarrier& m = mbarrier_at(shared_ptr(bar));
-  mbarrier_use(m, what);
+  mbarrier_use(m, what, true);
   window_check(to, bytes, what);
   window_check(from, bytes, what);
   Event e = race.bulk_event(self(), what);
@@ -221,7 +221,7 @@ void st_async(uint32_t dst, const void* value, uint32_t bytes, uint32_t bar) {
   RaceChecker& race = gang->race;
   uint8_t* to = shared_ptr(dst);
   Mbarrier& m = mbarrier_at(shared_ptr(bar));
-  mbarrier_use(m, "st.async");
+  mbarrier_use(m, "st.async", true);
   if (bytes > 16 || dst % bytes) die("st.async: %u bytes at 0x%x", bytes, dst);
   Event e = race.bulk_event(self(), "st.async");
   race.touch(to, bytes, true, e, race.row(self()));

@@ -117,7 +117,9 @@ static void set_up_cta(Gang& g, Cta& c, unsigned block, unsigned threads) {
   c.live = c.thread_count = threads;
   c.first_thread = c.index * threads;
   c.warps = std::vector<Warp>((threads + 31) / 32);
-  c.registers.assign((threads + 127) / 128, 0);
+  // The most that the launch may have given each thread.
+  c.registers.resize((threads + 127) / 128);
+  for (RegisterShare& r : c.registers) r.held = int(65536 / threads / 8 * 8);
   for (unsigned i = 0; i < (threads + 127) / 128; i++) {
     c.warpgroups.push_back(std::make_unique<Warpgroup>());
     c.warpgroups.back()->index = i;

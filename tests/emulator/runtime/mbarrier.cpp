@@ -34,6 +34,7 @@ void mbar_init(uint32_t bar, uint32_t count) {
   m.where = p;
   m.cta = me->cta;
   m.init_thread = me->id;
+  m.init_clock = gang->race.now(me);
   m.expected = m.pending = count;
 }
 
@@ -46,14 +47,7 @@ void mbar_inval(uint32_t bar) {
 
 // What fence.mbarrier_init adds to a release: copies issued by other CTAs may complete on my
 // barriers.
-static void mark_init_fenced(unsigned thread) {
-  for (Mbarrier& m : gang->mbarriers)
-    if (m.init_thread == thread) m.init_fenced = true;
-}
-void mbar_init_fence() {
-  mark_init_fenced(self()->id);
-  gang->race.memory_fence(self());
-}
+void mbar_init_fence() { gang->race.mbarrier_init_fence(self()); }
 
 static void complete_if_full(Mbarrier& m) {
   if (m.pending || m.tx) return;
@@ -64,13 +58,14 @@ static void complete_if_full(Mbarrier& m) {
   wake(m.waiting);
 }
 
-// Every use of the object must come after its initialisation in the happens-before order.
-void mbarrier_use(Mbarrier& m, const char* op) {
+// Every use of the object must come after its initialisation in the happens-before order. A copy
+// uses it until its bytes have come, which the shadow of those bytes keeps track of.
+void mbarrier_use(Mbarrier& m, const char* op, bool by_copy) {
   Thread* me = self();
   if (!m.cta->live) die("%s on an mbarrier of cta %u, which has exited", op, m.cta->bid_x);
   if (!gang->race.on) return;
   gang->race.check_mbarrier_init(m.where, me, op);
-  if (m.cta != me->cta) m.remote[me->id] = gang->race.now(me);
+  if (m.cta != me->cta && !by_copy) m.remote[me->id] = gang->race.now(me);
 }
 
 void mbar_arrive(uint32_t bar, uint32_t n) {

@@ -5,6 +5,7 @@
 // now and then, and starves some warps or a whole CTA for a while, which brings out late arrivals.
 #include "fiber.h"
 #include "state.h"
+#include "wgmma.h"
 
 #include <cstdarg>
 #include <map>
@@ -120,7 +121,12 @@ std::string describe_wait(const Thread& t) {
       break;
     }
     case Wait::kWgmma:
-      snprintf(s, sizeof s, "wgmma, %u of 128 threads arrived", w.a);
+      snprintf(s, sizeof s, "wgmma, %u of 128 threads arrived",
+               t.cta->warpgroups[t.tid.x / 128]->arrived);
+      break;
+    case Wait::kRegisters:
+      snprintf(s, sizeof s, "setmaxnreg %u, %zu of 128 threads arrived", w.a,
+               t.cta->registers[t.tid.x / 128].waiting.size());
       break;
     default:
       snprintf(s, sizeof s, "nothing (starting)");
@@ -192,6 +198,7 @@ static void thread_exit(Thread* t) {
       mbarrier_exit_check(*t->cta);
     }
   }
+  warp_thread_exit(*t->home);
   barrier_thread_exit(t);
 }
 

@@ -31,7 +31,15 @@ struct Warpgroup;
 
 // ---- what a thread waits for, said in the deadlock report
 struct Wait {
-  enum Kind { kNothing, kCollective, kBarrier, kClusterBarrier, kMbarrier, kWgmma } kind = kNothing;
+  enum Kind {
+    kNothing,
+    kCollective,
+    kBarrier,
+    kClusterBarrier,
+    kMbarrier,
+    kWgmma,
+    kRegisters
+  } kind = kNothing;
   const char* op = "";
   uint32_t a = 0, b = 0;  // lane mask | barrier id, count | barrier address, parity
 };
@@ -95,6 +103,7 @@ struct Thread : ThreadContext {
 struct Rendezvous {
   uint32_t mask = 0, arrived = 0;
   const char* op = nullptr;
+  std::function<void(Warp&, Rendezvous&)> work;
   std::array<void*, 32> arg;
 };
 struct BankInstruction {  // see banks.cpp
@@ -128,6 +137,11 @@ struct NamedBarrier {
   std::vector<Thread*> waiting;
 };
 
+struct RegisterShare {  // setmaxnreg: registers a thread
+  int held = 0, wanted = 0;
+  std::vector<Thread*> waiting;
+};
+
 struct Cta {
   Cluster* cluster = nullptr;
   unsigned rank = 0, index = 0, bid_x = 0;  // within the cluster, the gang, the grid
@@ -138,7 +152,7 @@ struct Cta {
   std::array<NamedBarrier, 16> barriers;
   std::vector<Warp> warps;
   std::vector<std::unique_ptr<Warpgroup>> warpgroups;
-  std::vector<int> registers;  // setmaxnreg per warpgroup; 0 until it is executed
+  std::vector<RegisterShare> registers;  // of each warpgroup
   Published exit_clocks;
 };
 
@@ -153,7 +167,8 @@ struct Mbarrier {
   uint8_t* where;
   Cta* cta;
   unsigned init_thread;
-  bool init_fenced = false, valid = true;
+  Clock init_clock;
+  bool valid = true;
   uint32_t expected, pending, phase = 0;
   int64_t tx = 0;
   Published clocks, done_clocks;
@@ -213,8 +228,9 @@ void count_banks(uint32_t offset, size_t bytes, uint64_t where);
 void finish_banks(Warp&);
 uint8_t* shared_in(Cluster&, unsigned rank, uint32_t addr);
 void barrier_thread_exit(Thread*);
+void warp_thread_exit(Warp&);
 Mbarrier& mbarrier_at(uint8_t*);
-void mbarrier_use(Mbarrier&, const char* op);
+void mbarrier_use(Mbarrier&, const char* op, bool by_copy = false);
 void mbarrier_complete_tx(Mbarrier&, uint32_t bytes, Event);
 void mbarrier_exit_check(const Cta&);
 std::string describe_wait(const Thread&);

@@ -19,22 +19,32 @@ static Rendezvous* find_rendezvous(Warp& w, uint32_t mask, const char* op) {
   die("%s: the warp is split over too many masks", op);
 }
 
+static void complete(Warp& w, Rendezvous& r, uint32_t running) {
+  r.work(w, r);
+  uint32_t lanes = r.arrived & ~running;
+  r.arrived = 0;
+  for (; lanes; lanes &= lanes - 1) make_ready(w.lane[size_t(__builtin_ctz(lanes))]);
+}
+
 template <class Work>
 static void collective(uint32_t mask, const char* op, void* arg, Work work) {
   Thread* me = self();
   Warp& w = *me->home;
   if (!(mask >> me->lane & 1)) die("%s: the calling lane is not in mask %08x", op, mask);
-  mask &= w.live;
   Rendezvous* r = &w.rendezvous[0];  // as a rule there is only one
   if (!r->arrived || r->mask != mask) r = find_rendezvous(w, mask, op);
   if (r->op != op) die("diverged warp: lanes are at %s and at %s", r->op, op);
+  if (!r->arrived) r->work = work;
   r->arg[me->lane] = arg;
   r->arrived |= 1u << me->lane;
-  if (r->arrived != mask) return block({Wait::kCollective, op, mask});
-  work(w, *r);
-  r->arrived = 0;
-  for (uint32_t others = mask & ~(1u << me->lane); others; others &= others - 1)
-    make_ready(w.lane[size_t(__builtin_ctz(others))]);
+  if (r->arrived == (mask & w.live)) return complete(w, *r, 1u << me->lane);
+  block({Wait::kCollective, op, mask});
+}
+
+// Lanes that have left are not waited for.
+void warp_thread_exit(Warp& w) {
+  for (Rendezvous& r : w.rendezvous)
+    if (r.arrived && r.arrived == (r.mask & w.live)) complete(w, r, 0);
 }
 
 template <class F>
@@ -46,8 +56,8 @@ void syncwarp(uint32_t mask) {
   collective(mask, "__syncwarp", nullptr, [](Warp& w, Rendezvous& r) {
     if (!gang->race.on) return;
     Published all;
-    each_lane(r.mask, [&](unsigned l) { gang->race.release(w.lane[l], all); });
-    each_lane(r.mask, [&](unsigned l) { gang->race.acquire(w.lane[l], all); });
+    each_lane(r.arrived, [&](unsigned l) { gang->race.release(w.lane[l], all); });
+    each_lane(r.arrived, [&](unsigned l) { gang->race.acquire(w.lane[l], all); });
   });
 }
 
@@ -61,7 +71,7 @@ uint32_t shfl(uint32_t mask, uint32_t v, int lane_or_delta, Shfl mode) {
   static const char* const kNames[] = {"shfl.idx", "shfl.up", "shfl.down", "shfl.bfly"};
   Exchange mine{v, v, lane_or_delta};
   collective(mask, kNames[int(mode)], &mine, [mode](Warp&, Rendezvous& r) {
-    each_lane(r.mask, [&](unsigned l) {
+    each_lane(r.arrived, [&](unsigned l) {
       auto* x = static_cast<Exchange*>(r.arg[l]);
       int arg = x->lane_or_delta, lane = int(l);
       int from = mode == Shfl::kIdx    ? arg & 31
@@ -69,7 +79,7 @@ uint32_t shfl(uint32_t mask, uint32_t v, int lane_or_delta, Shfl mode) {
                  : mode == Shfl::kDown ? lane + arg
                                        : lane ^ arg;
       if (from < 0 || from > 31) from = lane;
-      if (!(r.mask >> from & 1)) die("shfl reads lane %d, which takes no part", from);
+      if (!(r.arrived >> from & 1)) die("shfl reads lane %d, which takes no part", from);
       x->out = static_cast<Exchange*>(r.arg[size_t(from)])->in;
     });
   });
@@ -80,8 +90,8 @@ uint32_t ballot(uint32_t mask, bool p) {
   Exchange mine{p, 0, 0};
   collective(mask, "ballot", &mine, [](Warp&, Rendezvous& r) {
     uint32_t bits = 0;
-    each_lane(r.mask, [&](unsigned l) { bits |= static_cast<Exchange*>(r.arg[l])->in << l; });
-    each_lane(r.mask, [&](unsigned l) { static_cast<Exchange*>(r.arg[l])->out = bits; });
+    each_lane(r.arrived, [&](unsigned l) { bits |= static_cast<Exchange*>(r.arg[l])->in << l; });
+    each_lane(r.arrived, [&](unsigned l) { static_cast<Exchange*>(r.arg[l])->out = bits; });
   });
   return mine.out;
 }

@@ -7,8 +7,6 @@
 
 #include "multiply.h"
 
-#include <cmath>
-
 namespace emu {
 
 uint32_t swizzled(uint32_t addr, Swizzle);  // copies.cpp
@@ -83,6 +81,9 @@ static void execute(const Cta& cta, WgmmaOp& op) {
 }
 
 // ---- accumulators
+// A signalling NaN: arithmetic on it makes another number of it, so that a write shows.
+static constexpr uint32_t kInFlight = 0x7fa0'1234;
+
 // Thread t of the warpgroup: warp t / 32 owns 16 rows; within them the layout of mma.sync.
 static void exchange(Accumulator& acc, unsigned t, bool to_registers) {
   unsigned row = t / 32 * 16 + t % 32 / 4, column = t % 4 * 2;
@@ -94,7 +95,7 @@ static void exchange(Accumulator& acc, unsigned t, bool to_registers) {
         d[j * 4 + e] = x;
       } else {
         x = d[j * 4 + e];
-        d[j * 4 + e] = NAN;
+        memcpy(d + j * 4 + e, &kInFlight, 4);
       }
     }
 }
@@ -187,7 +188,7 @@ static void join(const WgmmaArgs& mine, bool at_once) {
   }
   g.args[t] = mine;
   g.threads[t] = me;
-  if (++g.arrived < 128) return block({Wait::kWgmma, "wgmma", g.arrived});
+  if (++g.arrived < 128) return block({Wait::kWgmma, "wgmma"});
   g.arrived = 0;
   issue(cta, g);
   if (at_once || happens_now()) execute_up_to(cta, g, g.ops.size());
@@ -207,12 +208,19 @@ void wgmma_now(const WgmmaArgs& args) { join(args, true); }
 void wgmma_fence() { self()->wgmma_fenced = true; }
 void wgmma_commit() { self()->wgmmas.commit(); }
 
+static void check_untouched(const Accumulator& acc, unsigned lane) {
+  for (int i = 0; i < acc.n / 2; i++)
+    if (memcmp(acc.registers[lane] + i, &kInFlight, 4))
+      die("wgmma: accumulator %d was written while products were in flight", i);
+}
+
 // Gives a thread the accumulators that no product in flight uses any more.
 static void hand_back(Warpgroup& g, Thread* t, int64_t last_done) {
   unsigned lane = t->tid.x % 128;
   for (size_t i = 0; i < g.accumulators.size();) {
     Accumulator& acc = *g.accumulators[i];
     if (int64_t(acc.last) <= last_done && !acc.returned[lane]) {
+      check_untouched(acc, lane);
       exchange(acc, lane, true);
       acc.returned[lane] = true;
       acc.returned_count++;
@@ -240,22 +248,32 @@ void wgmma_wait(int groups_left) {
 
 // ---- setmaxnreg
 // Warpgroups exchange the registers that the launch gave the CTA: at most 65536 over its threads,
-// in eights a thread. An increase beyond what others gave up would wait for ever.
+// in eights a thread. An increase waits until others have given up enough.
+static void grant_registers(Cta& cta) {
+  int pool = 0;
+  for (const RegisterShare& r : cta.registers) pool -= r.held;
+  pool += int(65536 / cta.thread_count / 8 * 8 * cta.registers.size());
+  for (RegisterShare& r : cta.registers) {
+    if (r.waiting.size() < 128 || r.wanted - r.held > pool) continue;
+    pool -= r.wanted - r.held;
+    r.held = r.wanted;
+    wake(r.waiting);
+  }
+}
+
 void setmaxnreg(int registers, bool increase) {
   Thread* me = self();
   if (registers % 8 || registers < 24 || registers > 256)
     die("setmaxnreg %d: a multiple of 8 in 24..256 is needed", registers);
-  auto& all = me->cta->registers;
-  all[me->tid.x / 128] = registers;
-  int threads = int(me->cta->thread_count), pool = 65536 / threads / 8 * 8 * threads, total = 0;
-  for (int r : all) {
-    if (!r) return;
-    total += r * 128;
-  }
-  if (total > pool)
-    die("setmaxnreg.%s %d: the warpgroups now hold %d registers, the launch gave the CTA %d at "
-        "most",
-        increase ? "inc" : "dec", registers, total, pool);
+  RegisterShare& mine = me->cta->registers[me->tid.x / 128];
+  if (!increase && registers > mine.held)
+    die("setmaxnreg.dec %d: the threads hold %d at most", registers, mine.held);
+  if (!mine.waiting.empty() && mine.wanted != registers)
+    die("setmaxnreg: threads of one warpgroup want %d and %d", mine.wanted, registers);
+  mine.wanted = registers;
+  mine.waiting.push_back(me);
+  for (int granted = 0; granted < 2; granted++) grant_registers(*me->cta);  // dec first, then inc
+  block({Wait::kRegisters, "setmaxnreg", uint32_t(registers)});
 }
 
 }  // namespace emu
