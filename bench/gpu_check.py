@@ -16,8 +16,6 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bench.provenance import provenance
-
 _SMI_FIELDS = "name,driver_version,memory.total,clocks.max.sm"
 ROOT = Path(__file__).resolve().parent.parent
 TOTAL = 520.0  # seconds for all phases together
@@ -168,6 +166,8 @@ def main() -> int:
         print(f"gpu_check: nothing to do: {reason}")
         report.write_text(json.dumps({"status": "no gpu", "reason": reason}, indent=1) + "\n")
         return 0
+    from bench.provenance import provenance  # imports torch, which no_gpu() may have missed
+
     start = time.monotonic()
     results = run_all(phases(arguments.quick), folder, environment(), TOTAL)
     content = provenance() | {"versions": versions(), "quick": arguments.quick}
