@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .planted import SM90A
-from .planted_by_reader import EXITED, ReaderBug
+from .planted_by_reader import ReaderBug
 
 EXPECT = "    rx::mbar_arrive_expect_tx(at.full(kt), P::kStage);\n"
 SENT = "                            kShareW * 128, at.full(kt), to_half);\n"
@@ -130,8 +130,6 @@ BUGS = [
         SM90A,
         ((COMMIT, COMMIT + "    for (float& x : acc) x *= 0.5f;\n"),),
         "wrong result|misuse",
-        not_yet="what is written to accumulators in flight is lost without a word; ptxas makes the "
-        "kernel wait there (C7517), and the factor counts",
     ),
     ReaderBug("no wgmma.commit", SM90A, (("    rx::wgmma_commit();\n", ""),), "race"),
     # wgmma brings the threads of a warp together, not the warps: 1 to 3 may start too early.
@@ -187,16 +185,12 @@ BUGS = [
             ),
         ),
         "misuse|deadlock",
-        not_yet="setmaxnreg is .aligned: all of the warpgroup must execute it, or the result is "
-        "undefined; who executes it is not counted",
     ),
     ReaderBug(
         "producer keeps its registers",
         SM90A,
         ((ROLES, "  if (threadIdx.x < 128) {\n"),),
         "misuse|deadlock",
-        not_yet="setmaxnreg.inc waits for registers that others of the CTA gave up, and the 384 "
-        "threads of 168 that were launched leave none: it waits for ever",
     ),
     ReaderBug(
         "odd last tile not multiplied",
@@ -251,8 +245,6 @@ CONTROLS = [
         SM90A,
         ((PRODUCE, PRODUCE + "    return;\n"),),
         "harmless",
-        not_yet="false alarm: the copies of a thread use the barriers of other CTAs no longer than "
-        "until their bytes have come, and for these each consumer there has waited",
     ),
     ReaderBug(
         "idle threads of the producer's warpgroup leave early",
@@ -266,6 +258,5 @@ CONTROLS = [
         SM90A,
         ((PRODUCE, PRODUCE + "    if (threadIdx.x == 0) return;\n"),),
         "harmless",
-        not_yet=EXITED,
     ),
 ]
