@@ -30,6 +30,7 @@ MOST_PUZZLES = 4  # of a file: one supervision step of eager bf16 may take a sec
 REPEATS = 5
 SLOW_SECONDS = 2.0  # of eager PyTorch for one puzzle
 RACE_SECONDS = 25.0  # of timed rounds: slow engines get fewer of them
+LARGE_SECONDS = 60.0  # the same at full size, where torch.compile alone may take half of it
 
 
 def read_puzzles(arguments: argparse.Namespace) -> tuple[NDArray[np.int64], str]:
@@ -73,7 +74,7 @@ def race(
     )
     console.print(side_by_side([task.text(row) for row in to_tokens(puzzles)[:3]]), markup=False)
     lanes = _lanes(model, inputs, not arguments.no_compile)
-    engines.race(lanes, REPEATS, RACE_SECONDS)
+    engines.race(lanes, REPEATS, LARGE_SECONDS)
     count = len(lanes[0].logits) if lanes[0].logits is not None else len(puzzles)
     title = f"one supervision step of {count} 9x9 puzzle{'s' if count > 1 else ''}"
     rows = _show(console, title, lanes, next(lane for lane in lanes if lane.dtype == "float32"))
@@ -96,7 +97,7 @@ def _lanes(model: RecursiveModel, inputs: torch.Tensor, compiled: bool) -> list[
         lanes = [engines.eager(each, inputs) for each in models]
     else:
         lanes, inputs = probes, inputs[:1]
-    lanes += engines.engines(model, inputs)
+    lanes += [lane for each in models for lane in engines.engines(each, inputs)]
     if compiled:  # last: on a slow machine it may be left out
         faster = min(range(len(models)), key=lambda index: probes[index].first)
         lanes.append(engines.compiled(models[faster], inputs))
