@@ -32,7 +32,6 @@ KERNELS = Path(__file__).parents[2] / "csrc" / "cuda"
 SUPPORTED = ("x86_64", "aarch64")
 
 COMMON = ["-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-COMMON += ["-ftls-model=initial-exec"]  # no call for each use of the current thread
 # native: the caches below are keyed by the CPU, and the products of the emulator want FMA.
 SPEED = ["-O3", "-march=native"]
 # Every access calls hooks.cpp instead of libtsan; -g1 lets reports name the source line.
