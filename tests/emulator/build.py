@@ -32,6 +32,8 @@ KERNELS = Path(__file__).parents[2] / "csrc" / "cuda"
 SUPPORTED = ("x86_64", "aarch64")
 
 COMMON = ["-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+# Else an inline variable of csrc/cuda is shared with whatever library of it was loaded before.
+COMMON += ["-fno-gnu-unique"]
 # native: the caches below are keyed by the CPU, and the products of the emulator want FMA.
 SPEED = ["-O3", "-march=native"]
 # Every access calls hooks.cpp instead of libtsan; -g1 lets reports name the source line.
@@ -123,7 +125,7 @@ def object_file(source: Path, flags: Sequence[str]) -> Path:
     elif not (source.parent / "rx.cuh").exists():  # else it is in csrc/cuda, or in a copy of that
         folders.add(KERNELS)
     include = [word for folder in sorted(folders) for word in ("-I", folder)]
-    key = _key([source.name, *flags], sorted(folders))
+    key = _key([source.name, *COMMON, *flags], sorted(folders))
     command = [compiler(), *COMMON, *flags, *include, "-x", "c++", "-c", source, "-o"]
     return _cached(f"{source.stem}-{key}.o", lambda made: _run([*command, made]))
 
