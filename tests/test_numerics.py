@@ -25,7 +25,11 @@ from tests.kernels.compare import ERROR_RATIO, assert_as_exact, relative_error
 Run = Callable[..., dict[str, Tensor]]
 BACKENDS = runnable_backends()
 DTYPES = [torch.float32, torch.bfloat16]
-SHAPES = {"toy": {}, "wide": dict(tokens=33, hidden=128, inner=256, heads=4, token_inner=64)}
+SHAPES = {
+    "toy": {},
+    "wide": dict(tokens=33, hidden=128, inner=256, heads=4, token_inner=64),
+    "published": dict(tokens=97, hidden=512, inner=1536, heads=8, token_inner=512),
+}
 
 
 @pytest.fixture(params=BACKENDS)
