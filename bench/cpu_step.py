@@ -91,7 +91,7 @@ def measure(
         fastest = min(warm.values())
         skip = {name: max(1, round(value / (20 * fastest))) for name, value in warm.items()}
         per_round = sum(value / skip[name] for name, value in warm.items())
-        rounds = max(5, min(200, round(seconds / per_round)))
+        rounds = max(3, min(200, round(seconds / per_round)))
         for index in range(rounds):
             for remote in remotes:
                 if index % skip[remote.variant] == 0:
@@ -139,7 +139,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="timed, a case and batch")
     parser.add_argument("--out", type=Path, help="JSON file; default bench/results/cpu-DATE.json")
     options = parser.parse_args()
-    variants = list(dict.fromkeys([*options.variant, "eager", "eager-fp32"]))
+    baselines = [BASELINE[VARIANTS[variant][0]] for variant in options.variant]
+    variants = list(dict.fromkeys([*options.variant, *baselines, "eager-fp32"]))
     console = Console(width=110)
     facts = provenance()
     out = options.out or ROOT / "bench" / "results" / f"cpu-{facts['date'][:16]}.json"
