@@ -7,7 +7,9 @@ backward keeps nothing but the states that entered and recomputes call by call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,8 +29,30 @@ def problem_of(key: str, x: Tensor, cos: Tensor | None, needs_grad: bool = False
     )  # fmt: skip
 
 
-@torch.library.custom_op("recurx::recurse", mutates_args=())
-def recurse_op(
+def _register(name: str, kernel: Callable[..., list[Tensor]], fake: Callable[..., Any]) -> Any:
+    """Define an op and return its overload.
+
+    Not `torch.library.custom_op`: that imports torch._dynamo at the first call, 2 s and 150 MB for
+    everybody who never compiles. Here the kernel is hidden from Dynamo only where that is loaded.
+    """
+
+    @functools.cache
+    def hidden() -> Callable[..., list[Tensor]]:
+        disabled: Callable[..., list[Tensor]] = torch.compiler.disable(kernel)
+        return disabled
+
+    def run(*arguments: Any) -> list[Tensor]:
+        compiling = hasattr(sys.modules.get("torch._dynamo"), "disable")
+        return (hidden() if compiling else kernel)(*arguments)
+
+    torch.library.define(name, torch.library.infer_schema(kernel, mutates_args=()))
+    torch.library.impl(name, "CompositeExplicitAutograd", run)
+    torch.library.register_fake(name, fake)
+    namespace, _, base = name.partition("::")
+    return getattr(getattr(torch.ops, namespace), base).default
+
+
+def _recurse(
     x: Tensor,
     states: Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -54,13 +78,11 @@ def recurse_op(
     )
 
 
-@recurse_op.register_fake
-def _(x, states, weights, cos, sin, key, backend, start, stop):  # type: ignore[no-untyped-def]
+def _recurse_fake(x: Tensor, states: Sequence[Tensor], *_: Any) -> list[Tensor]:
     return [torch.empty_like(state, memory_format=torch.contiguous_format) for state in states]
 
 
-@torch.library.custom_op("recurx::recurse_backward", mutates_args=())
-def recurse_backward_op(
+def _recurse_backward(
     grads: Sequence[Tensor],
     x: Tensor,
     states: Sequence[Tensor],
@@ -80,12 +102,19 @@ def recurse_backward_op(
         )
 
 
-@recurse_backward_op.register_fake
-def _(grads, x, states, weights, cos, sin, key, start, stop):  # type: ignore[no-untyped-def]
+def _recurse_backward_fake(
+    grads: Sequence[Tensor], x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], *_: Any
+) -> list[Tensor]:
     return [
         torch.empty_like(tensor, memory_format=torch.contiguous_format)
         for tensor in (x, *states, *weights)
     ]
+
+
+recurse_op = _register("recurx::recurse", _recurse, _recurse_fake)
+recurse_backward_op = _register(
+    "recurx::recurse_backward", _recurse_backward, _recurse_backward_fake
+)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -105,7 +134,7 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     return grad_x, grad_states, grad_weights, None, None, None, None, None, None
 
 
-recurse_op.register_autograd(_backward, setup_context=_save_for_backward)
+torch.library.register_autograd("recurx::recurse", _backward, setup_context=_save_for_backward)
 
 DOUBLE_BACKWARD = (
     "recurx.recurse: double backward (create_graph=True) is not supported: the recursion is "
@@ -117,4 +146,4 @@ def _no_double_backward(ctx: Any, *_: Any) -> None:
     raise RecurxError(DOUBLE_BACKWARD)
 
 
-recurse_backward_op.register_autograd(_no_double_backward)
+torch.library.register_autograd("recurx::recurse_backward", _no_double_backward)

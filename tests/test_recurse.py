@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -130,6 +133,17 @@ def test_batch_sizes_and_strides(backend: str) -> None:
         assert empty[name].shape == (0, TOKENS, HIDDEN)
         torch.testing.assert_close(single[name], whole[name][1:2], rtol=0, atol=1e-4)
         torch.testing.assert_close(strided[name], whole[name], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", runnable_backends())
+def test_the_first_call_does_not_import_the_compiler(backend: str) -> None:
+    code = (
+        "import sys, torch, recurx; from tests.factories import *; s = recurx.Schedule.trm(1, 1);"
+        "x, carry = make_inputs(s); net = {'L': make_net(requires_grad=True)};"
+        f"recurx.recurse(s, net, x, carry, backend='{backend}')['z_H'].sum().backward();"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def sample_arguments(batch: int = 2) -> tuple:
