@@ -1,6 +1,7 @@
 """Bugs planted by somebody who had not read the race checker, and changes proven harmless."""
 
 import pytest
+
 from emulator.bugs_by_reader import ALL, BUGS, CONTROLS
 from emulator.build import unavailable
 from emulator.planted_by_reader import KINDS, SEEDS, kind_of, outcomes

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+
 from emulator import gemm_residual_rms as gemm
 from emulator.build import KERNELS, Emulated, EmulatorFault, build, load_kernels, unavailable
 

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+
 from emulator import bugs_gemm, bugs_wrappers, planted
 from emulator.build import unavailable
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from emulator import wrapper_cases
 from emulator.build import prune_cache, unavailable
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+
 from aot import cuda_cases, report, resources, toolchain, triton_cases
 from aot.resources import Need, Usage
 

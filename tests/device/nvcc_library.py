@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+
 from aot import toolchain
 
 KERNELS = Path(__file__).parents[2] / "csrc" / "cuda"

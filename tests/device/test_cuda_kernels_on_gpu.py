@@ -6,9 +6,10 @@ import ctypes
 
 import pytest
 import torch
+from nvcc_library import KERNELS, call, library, pointer, runs_here
+
 from aot import toolchain
 from emulator import gemm_residual_rms as gemm
-from nvcc_library import KERNELS, call, library, pointer, runs_here
 
 pytestmark = [
     pytest.mark.gpu,

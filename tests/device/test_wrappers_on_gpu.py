@@ -11,9 +11,10 @@ import ctypes
 import numpy as np
 import pytest
 import torch
+from nvcc_library import CudaError, call, library, pointer, runs_here
+
 from aot import toolchain
 from emulator import wrapper_cases
-from nvcc_library import CudaError, call, library, pointer, runs_here
 
 pytestmark = pytest.mark.skipif(toolchain.find_nvcc() is None, reason="nvcc is not here")
 ARCHS = {"sm80.cu": "80", "sm90.cu": "90", "sm90a.cu": "90a"}

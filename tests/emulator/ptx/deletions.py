@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from aot import toolchain
 
 from .. import gemm_residual_rms as gemm

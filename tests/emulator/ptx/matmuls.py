@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+
 from aot.triton_compile import compile_kernel
 
 from ..build import EmulatorFault

@@ -39,8 +39,12 @@ template <class T>
 inline T saturate(T value) {  // NaN becomes 0
   return value > 0 ? std::min<T>(value, 1) : 0;
 }
-inline float nan_min(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : std::fmin(a, b); }
-inline float nan_max(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : std::fmax(a, b); }
+inline float nan_min(float a, float b) {
+  return std::isnan(a) || std::isnan(b) ? NAN : std::fmin(a, b);
+}
+inline float nan_max(float a, float b) {
+  return std::isnan(a) || std::isnan(b) ? NAN : std::fmax(a, b);
+}
 template <class T, class F>
 inline T to_integer(F value) {  // PTX clamps, and NaN becomes 0
   if (std::isnan(value)) return 0;
@@ -51,13 +55,21 @@ inline T to_integer(F value) {  // PTX clamps, and NaN becomes 0
 
 // ---- integers -----------------------------------------------------------------------------------
 template <class T>
-inline T absolute(T a) { return a < 0 ? T(-a) : a; }
+inline T absolute(T a) {
+  return a < 0 ? T(-a) : a;
+}
 template <class T>
-inline T divide(T a, T b) { return b ? T(a / b) : T(~T(0)); }  // by zero: unspecified in PTX
+inline T divide(T a, T b) {
+  return b ? T(a / b) : T(~T(0));
+}  // by zero: unspecified in PTX
 template <class T>
-inline T remainder(T a, T b) { return b ? T(a % b) : a; }
+inline T remainder(T a, T b) {
+  return b ? T(a % b) : a;
+}
 template <class T>
-inline T shift_left(T a, uint32_t n) { return n >= 8 * sizeof(T) ? T(0) : T(a << n); }
+inline T shift_left(T a, uint32_t n) {
+  return n >= 8 * sizeof(T) ? T(0) : T(a << n);
+}
 template <class T>
 inline T shift_right(T a, uint32_t n) {
   constexpr uint32_t bits = 8 * sizeof(T);
@@ -149,13 +161,14 @@ inline T atomic_update(uint8_t* at, F f) {  // clusters run on several OS thread
   Bits* p = reinterpret_cast<Bits*>(at);
   Bits before = __atomic_load_n(p, __ATOMIC_SEQ_CST), after;
   do after = bit_cast<Bits>(T(f(bit_cast<T>(before))));
-  while (!__atomic_compare_exchange_n(p, &before, after, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST));
+  while (
+      !__atomic_compare_exchange_n(p, &before, after, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST));
   return bit_cast<T>(before);
 }
-#define PTX_ATOMIC(name, expression)                                      \
-  template <class T>                                                      \
-  inline T atomic_##name(uint8_t* p, T b) {                               \
-    return atomic_update<T>(p, [b](T a) { return (expression); });        \
+#define PTX_ATOMIC(name, expression)                               \
+  template <class T>                                               \
+  inline T atomic_##name(uint8_t* p, T b) {                        \
+    return atomic_update<T>(p, [b](T a) { return (expression); }); \
   }
 PTX_ATOMIC(add, a + b)
 PTX_ATOMIC(exch, ((void)a, b))
@@ -173,7 +186,8 @@ inline T atomic_cas(uint8_t* p, T expected, T value) {
 
 // ---- warps --------------------------------------------------------------------------------------
 inline void whole_warp(uint32_t clamp_and_segments, bool up) {
-  if (clamp_and_segments != (up ? 0u : 31u)) emu::die("shfl: only segments of 32 lanes are emulated");
+  if (clamp_and_segments != (up ? 0u : 31u))
+    emu::die("shfl: only segments of 32 lanes are emulated");
 }
 
 }  // namespace ptx
@@ -184,20 +198,20 @@ inline void whole_warp(uint32_t clamp_and_segments, bool up) {
 // Returns 0, or 1 and last_error.
 static std::string ptx_last_error;
 extern "C" const char* rx_cuda_last_error() { return ptx_last_error.c_str(); }
-#define PTX_ENTRY(kernel, static_bytes)                                                        \
-  extern "C" int ptx_launch_##kernel(const unsigned* grid, const unsigned* block,              \
+#define PTX_ENTRY(kernel, static_bytes)                                                            \
+  extern "C" int ptx_launch_##kernel(const unsigned* grid, const unsigned* block,                  \
                                      unsigned cluster, size_t shared, const uint8_t* parameters) { \
-    emu::Launch l;                                                                             \
-    l.grid = dim3(grid[0], grid[1], grid[2]), l.block = dim3(block[0], block[1], block[2]);    \
-    l.cluster = cluster, l.smem = shared, l.static_smem = static_bytes, l.name = #kernel;      \
-    ptx_last_error.clear();                                                                    \
-    try {                                                                                      \
-      emu::launch(l, [&] { entry_##kernel(parameters); });                                     \
-    } catch (const emu::Error& error) {                                                        \
-      ptx_last_error = std::string(#kernel ": ") + error.what();                               \
-      return 1;                                                                                \
-    }                                                                                          \
-    return 0;                                                                                  \
+    emu::Launch l;                                                                                 \
+    l.grid = dim3(grid[0], grid[1], grid[2]), l.block = dim3(block[0], block[1], block[2]);        \
+    l.cluster = cluster, l.smem = shared, l.static_smem = static_bytes, l.name = #kernel;          \
+    ptx_last_error.clear();                                                                        \
+    try {                                                                                          \
+      emu::launch(l, [&] { entry_##kernel(parameters); });                                         \
+    } catch (const emu::Error& error) {                                                            \
+      ptx_last_error = std::string(#kernel ": ") + error.what();                                   \
+      return 1;                                                                                    \
+    }                                                                                              \
+    return 0;                                                                                      \
   }
 #else
 // PTX beside the C++ that launches it: rx::launch asks by the kernel's address, whose symbol is the
@@ -215,7 +229,8 @@ static emu::PtxEntry find(const void* kernel, size_t* static_smem) {
   Dl_info info;
   if (!dladdr(kernel, &info) || !info.dli_sname) return nullptr;
   std::string name = info.dli_sname;
-  const std::string here = "N3emu9TensorMapE", there = "14CUtensorMap_st";  // the one type that differs
+  const std::string here = "N3emu9TensorMapE",
+                    there = "14CUtensorMap_st";  // the one type that differs
   for (size_t at; (at = name.find(here)) != name.npos;) name.replace(at, here.size(), there);
   auto found = entries().find(name);
   if (found == entries().end()) emu::die("no PTX of the kernel %s", name.c_str());

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from aot import toolchain
 
 from ..build import unavailable

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from unittest import mock
 
-from aot.triton_compile import Compiled, compile_kernel
 from triton.runtime.jit import JITFunction
+
+from aot.triton_compile import Compiled, compile_kernel
 
 from .run import PtxKernel
 
