@@ -32,13 +32,15 @@ _EXPORTS = {
     "save_checkpoint": "recurx.checkpoint",
     "solve": "recurx.solve",
     "Answers": "recurx.solve",
+    "LaunchPlan": "recurx.plan",
+    "cost": "recurx.plan",
     "RecurxError": "recurx.errors",
     "BackendUnavailable": "recurx.errors",
     "InvalidArgument": "recurx.errors",
     "CheckpointError": "recurx.errors",
     "UnsupportedModel": "recurx.errors",
 }
-_MODULES = ("models", "reference", "backends", "kernels", "tasks", "train")
+_MODULES = ("models", "reference", "backends", "kernels", "plan", "tasks", "train")
 
 __all__ = [*_EXPORTS, "__version__"]
 

@@ -1,0 +1,123 @@
+"""FLOPs and values moved by a net call, stage by stage: what the mathematics asks for.
+
+    stages(spec, batch, tokens)   the stages of one call of a net
+    step_stages(problem)          all calls of a recursion, equal stages added up
+
+Rows below are M = B * T. A product of [M, K] with [N, K] counts 2 M N K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from recurx.nets import ATTENTION, BlockSpec, NetSpec
+from recurx.problem import Problem
+
+# In the order of a block; the profiler and the cost model use these names.
+ATTENTION_STAGES = ("qkv", "rope", "attention", "o", "norm")
+TOKEN_STAGES = ("t_gate_up", "t_swiglu", "t_down", "t_norm")
+MLP_STAGES = ("gate_up", "swiglu", "down", "norm")
+PRODUCTS = ("qkv", "attention", "o", "gate_up", "down", "t_gate_up", "t_down")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: FLOPs, and how many values it reads and writes if it stands alone.
+
+    `weights` are values of parameters, `reads` and `writes` values of activations.
+    """
+
+    name: str
+    flops: float
+    weights: int = 0
+    reads: int = 0
+    writes: int = 0
+
+    def __add__(self, other: Stage) -> Stage:
+        return Stage(
+            self.name,
+            self.flops + other.flops,
+            self.weights + other.weights,
+            self.reads + other.reads,
+            self.writes + other.writes,
+        )
+
+    def times(self, count: int) -> Stage:
+        """The stage run `count` times."""
+        return Stage(
+            self.name,
+            self.flops * count,
+            self.weights * count,
+            self.reads * count,
+            self.writes * count,
+        )
+
+
+def _swiglu(prefix: str, rows: int, width: int, inner: int) -> list[Stage]:
+    """gate-up, activation, down and residual + rms of `rows` rows of `width` values."""
+    m, d, f = rows, width, inner
+    return [
+        Stage(f"{prefix}gate_up", 4 * m * d * f, 2 * d * f, m * d, 2 * m * f),
+        Stage(f"{prefix}swiglu", 5 * m * f, 0, 2 * m * f, m * f),
+        Stage(f"{prefix}down", 2 * m * d * f, d * f, m * f, m * d),
+        Stage(f"{prefix}norm", 5 * m * d, 0, 2 * m * d, m * d),
+    ]
+
+
+def block_stages(block: BlockSpec, batch: int, tokens: int) -> list[Stage]:
+    """The stages of one block on [B, T, D], in order."""
+    d, m = block.hidden, batch * tokens
+    if block.kind != ATTENTION:
+        mixer = _swiglu("t_", batch * d, tokens, block.token_inner)
+    else:
+        scores = batch * block.num_heads * tokens * tokens
+        mixer = [
+            Stage("qkv", 6 * m * d * d, 3 * d * d, m * d, 3 * m * d),
+            Stage("rope", 6 * m * d, 0, 2 * m * d, 2 * m * d),
+            Stage("attention", 4 * scores * block.head_dim + 5 * scores, 0, 3 * m * d, m * d),
+            Stage("o", 2 * m * d * d, d * d, m * d, m * d),
+            Stage("norm", 5 * m * d, 0, 2 * m * d, m * d),
+        ]
+    return mixer + _swiglu("", m, d, block.inner)
+
+
+def stages(spec: NetSpec, batch: int, tokens: int) -> list[Stage]:
+    """The stages of one call of a net, equal ones of its blocks added up, in order."""
+    return merged(s for block in spec.blocks for s in block_stages(block, batch, tokens))
+
+
+def step_stages(problem: Problem) -> list[Stage]:
+    """All stages of the recursion, "inject" (the sums that form each call's input) first."""
+    specs = dict(problem.nets)
+    values = problem.batch * problem.tokens * problem.hidden
+    found: list[Stage] = []
+    for step in problem.schedule.steps:
+        terms = len(step.reads)
+        found.append(Stage("inject", (terms - 1) * values, 0, terms * values, values))
+        if step.net in specs:
+            found += stages(specs[step.net], problem.batch, problem.tokens)
+    return merged(found)
+
+
+def merged(found: Iterable[Stage]) -> list[Stage]:
+    """Stages of equal name added up, in the order of their first appearance."""
+    total: dict[str, Stage] = {}
+    for stage in found:
+        total[stage.name] = total[stage.name] + stage if stage.name in total else stage
+    return list(total.values())
+
+
+def flops(problem: Problem) -> float:
+    """FLOPs of the recursion."""
+    return sum(stage.flops for stage in step_stages(problem))
+
+
+def weight_values(problem: Problem) -> int:
+    """Parameters of all nets that the recursion calls, each counted once."""
+    return sum(
+        rows * columns
+        for _, spec in problem.nets
+        for block in spec.blocks
+        for rows, columns in block.weight_shapes
+    )

@@ -1,0 +1,155 @@
+"""`LaunchPlan`: one way to run a problem, as a printable value; and the one selector."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from dataclasses import dataclass, replace
+
+from recurx.errors import BackendUnavailable
+from recurx.plan.device import Device
+from recurx.problem import Problem
+
+Setting = int | float | str | bool
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a plan makes a device do for one recursion.
+
+    Args:
+        flops: FLOPs that the mathematics asks for.
+        padded_flops: FLOPs that the tiles do, padding included.
+        dram_bytes, l2_bytes: bytes moved from and to device memory, and from and to L2.
+        launches: kernels (GPU) or operators (CPU).
+        barriers: barriers over all units.
+        parallel: units (multiprocessors, threads) that it keeps busy at once.
+        itemsize: bytes of a product's operands, which selects the rate.
+        efficiency: share of the device's rate that the inner loop can reach.
+        overlap: whether products and memory traffic run at the same time; operators one after the
+            other, each bound by its own limit, do not.
+        from_python: each launch comes from Python by itself, not from a graph or a single call.
+    """
+
+    flops: float
+    padded_flops: float
+    dram_bytes: float
+    l2_bytes: float
+    launches: float
+    barriers: float = 0
+    parallel: float = float("inf")
+    itemsize: int = 2
+    efficiency: float = 1.0
+    overlap: bool = True
+    from_python: bool = False
+
+    def scaled(self, factor: float) -> Work:
+        """The work of `factor` times as many equal pieces, one after the other."""
+        return replace(
+            self,
+            flops=self.flops * factor,
+            padded_flops=self.padded_flops * factor,
+            dram_bytes=self.dram_bytes * factor,
+            l2_bytes=self.l2_bytes * factor,
+            launches=self.launches * factor,
+            barriers=self.barriers * factor,
+        )
+
+    def parts(self, device: Device) -> dict[str, float]:
+        """Seconds of each limit on `device`: products, dram, l2, launches, barriers."""
+        busy = min(1.0, self.parallel / device.units)
+        launch = device.call_us if self.from_python else device.launch_us
+        return {
+            "products": self.padded_flops / (device.flops(self.itemsize) * busy * self.efficiency),
+            "dram": self.dram_bytes / (device.dram_gbs * 1e9),
+            "l2": self.l2_bytes / (device.l2_gbs * 1e9 * busy),
+            "launches": self.launches * launch * 1e-6,
+            "barriers": self.barriers * device.barrier_us * 1e-6,
+        }
+
+    def seconds(self, device: Device) -> float:
+        """Predicted time: the largest of products and traffic (their sum without overlap), and
+        what nothing hides: launches and barriers."""
+        parts = self.parts(device)
+        waiting = parts.pop("launches") + parts.pop("barriers")
+        return waiting + (max(parts.values()) if self.overlap else sum(parts.values()))
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """One way to run one problem on one device.
+
+    Args:
+        backend: name of the backend that runs it.
+        kind: which of the backend's ways, e.g. "persistent" or "tiled".
+        settings: every size that a launch needs, as (name, value) pairs.
+        work: what it makes the device do.
+        why: one sentence: what the plan is for.
+    """
+
+    backend: str
+    kind: str
+    settings: tuple[tuple[str, Setting], ...]
+    work: Work
+    why: str
+
+    def __getitem__(self, name: str) -> Setting:
+        return dict(self.settings)[name]
+
+    def seconds(self, device: Device) -> float:
+        """Predicted seconds of the recursion on `device`."""
+        return self.work.seconds(device)
+
+    def __str__(self) -> str:
+        settings = ", ".join(f"{name}={value}" for name, value in self.settings)
+        return f"{self.backend}/{self.kind}({settings}): {self.why}"
+
+    @classmethod
+    def pick(
+        cls, problem: Problem, device: Device | None = None, backend: str | None = None
+    ) -> LaunchPlan:
+        """The plan with the least predicted time, of one backend or of all.
+
+        Args:
+            problem: what to run.
+            device: where; None for the device of the problem's type in this machine.
+            backend: one name, or None for every backend that has plans.
+
+        Raises:
+            BackendUnavailable: no plan fits; the message gives the reason of each kind.
+        """
+        device = Device.of(problem.device_type) if device is None else device
+        plans = all_candidates(problem, device, backend)
+        if not plans:
+            reasons = "; ".join(all_refusals(problem, device, backend)) or "it has none for it"
+            raise BackendUnavailable(
+                f"recurx.LaunchPlan.pick: no plan of backend {backend or 'any'!r} runs {problem} "
+                f"on {device.name}: {reasons}."
+            )
+        return min(plans, key=lambda plan: (plan.seconds(device), plan.backend, plan.kind))
+
+
+# The files of this package that hold a backend's candidates; each is imported when it is asked.
+BACKENDS = (
+    "cpu",
+    "eager",
+)
+
+
+def all_candidates(
+    problem: Problem, device: Device, backend: str | None = None
+) -> list[LaunchPlan]:
+    """The plans that fit `device`, of one backend or of all."""
+    names = BACKENDS if backend is None else (backend,)
+    return [plan for name in names for plan in _module(name).candidates(problem, device)]
+
+
+def all_refusals(problem: Problem, device: Device, backend: str | None = None) -> list[str]:
+    """One sentence for each kind of plan that does not fit."""
+    names = BACKENDS if backend is None else (backend,)
+    return [reason for name in names for reason in _module(name).refusals(problem, device)]
+
+
+@functools.cache
+def _module(name: str):  # type: ignore[no-untyped-def]
+    return importlib.import_module(f"recurx.plan.{name}")

@@ -1,0 +1,135 @@
+"""Plans and their predicted costs: counts against closed formulas, selection, printing."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import recurx
+from recurx import plan
+from recurx.models.config import TRMConfig
+from recurx.nets import ATTENTION, TOKEN_MLP, BlockSpec, NetSpec
+from recurx.plan import Device, LaunchPlan, Work, count, scaling
+from recurx.problem import Problem
+
+CPU = Device("test", "cpu", (0, 0), 2, 0, 0, 20.0, 20.0, 0.1, 0.2, 2.0, 2.0, 1.0)
+
+
+def problem(kind=ATTENTION, batch=1, dtype=torch.bfloat16, device="cpu", tokens=97) -> Problem:
+    """TRM Sudoku of the paper: 21 calls of two blocks."""
+    if kind == ATTENTION:
+        block = BlockSpec(ATTENTION, 512, 1536, num_heads=8)
+    else:
+        block = BlockSpec(TOKEN_MLP, 512, 1536, tokens=tokens, token_inner=512)
+    nets = (("L", NetSpec((block, block))),)
+    schedule = recurx.Schedule.trm(3, 6)
+    return Problem(schedule, nets, batch, tokens, 512, dtype, device, rope=kind == ATTENTION)
+
+
+def test_counts_are_those_of_the_published_case():
+    # 2 M N K of each product, and the two products of attention.
+    rows, products = 97, 0
+    products += 2 * rows * 512 * (3 * 512 + 512 + 3 * 1536)
+    products += 4 * 97 * 97 * 512
+    counted = {s.name: s.flops for s in count.step_stages(problem())}
+    assert sum(counted[n] for n in ("qkv", "o", "gate_up", "down")) + 4 * 97 * 97 * 512 * 42 == (
+        products * 42
+    )
+    assert counted["attention"] == 42 * (4 * 97 * 97 * 512 + 5 * 8 * 97 * 97)
+    assert count.flops(problem()) == pytest.approx(28.6e9, rel=0.01)
+    assert count.weight_values(problem()) == 2 * 512 * (4 * 512 + 3 * 1536)  # 13.6 MB in bf16
+    assert count.flops(problem(batch=5)) == pytest.approx(5 * count.flops(problem()))
+
+
+def test_stages_of_token_mlp_have_its_own_names_and_products():
+    stages = {s.name: s for s in count.step_stages(problem(TOKEN_MLP))}
+    assert {*count.TOKEN_STAGES, *count.MLP_STAGES, "inject"} == set(stages)
+    assert stages["t_gate_up"].flops == 42 * 4 * 512 * 97 * 512
+    assert stages["t_down"].weights == 42 * 97 * 512
+
+
+def test_inject_counts_the_reads_of_each_call():
+    stages = {s.name: s for s in count.step_stages(problem())}
+    state = 97 * 512
+    assert stages["inject"].reads == 3 * (6 * 3 + 2) * state  # z_L + (z_H + x), then z_H + z_L
+
+
+def test_official_eager_traffic_is_the_counted_one():
+    # Counted in the official code: 0.54 GB of activations a sample and step, 1.15 GB of weight
+    # casts, 1,784 kernels with embedding and heads, of which 1,764 are in the recursion.
+    one, two = (recurx.cost(problem(batch=b), CPU)["eager"].work for b in (1, 2))
+    assert two.dram_bytes - one.dram_bytes == pytest.approx(0.54e9, rel=0.02)
+    assert 2 * one.dram_bytes - two.dram_bytes == pytest.approx(1.15e9, rel=0.02)
+    assert one.launches == 1764
+
+
+def test_prediction_takes_the_slowest_limit_and_adds_what_nothing_hides():
+    work = Work(1e9, 2e9, 1e9, 0, launches=10, barriers=5, itemsize=4)
+    parts = work.parts(CPU)
+    assert parts["products"] == pytest.approx(2e9 / 0.2e12)
+    assert parts["dram"] == pytest.approx(1 / 20)
+    assert work.seconds(CPU) == pytest.approx(1 / 20 + 10 * 2e-6 + 5e-6)
+    serial = dataclasses.replace(work, overlap=False)
+    assert serial.seconds(CPU) == pytest.approx(1 / 20 + 0.01 + 25e-6)
+    half = dataclasses.replace(work, parallel=1)
+    assert half.parts(CPU)["products"] == pytest.approx(2 * parts["products"])
+
+
+def test_pick_takes_the_least_predicted_time_and_says_why_nothing_fits():
+    picked = LaunchPlan.pick(problem(dtype=torch.float32), CPU)
+    assert picked.backend == "cpu" and picked.kind == "columns"
+    assert LaunchPlan.pick(problem(dtype=torch.float32, batch=8), CPU).kind == "samples"
+    assert LaunchPlan.pick(problem(), CPU, backend="eager").backend == "eager"
+    assert "cpu/columns(threads=2" in str(picked)
+    with pytest.raises(recurx.BackendUnavailable, match="does not run on h100"):
+        LaunchPlan.pick(problem(), plan.DEVICES["h100"], backend="cpu")
+
+
+def test_cost_prints_every_plan_and_its_limit():
+    costs = recurx.cost(problem(batch=64), "h100")
+    text = str(costs)
+    assert "eager/operators" in text and "published peaks, not measured here" in text
+    assert costs.weight_bytes == 13_631_488
+    with pytest.raises(KeyError):
+        costs["cpu"]
+    with pytest.raises(recurx.InvalidArgument, match=r"a100.*h100"):
+        recurx.cost(problem(), "h900")
+
+
+def test_this_cpu_is_measured_and_leaves_the_random_state_alone():
+    before = torch.get_rng_state()
+    device = Device.of("cpu")
+    assert torch.equal(before, torch.get_rng_state())
+    assert device.measured and device.kind == "cpu" and device.units == torch.get_num_threads()
+    assert 1e-3 < device.fp32_tflops < 50 and 0.5 < device.dram_gbs < 2000
+    assert Device.of(device) is device and Device.of(None) is device
+
+
+def test_published_devices_are_complete_and_ordered_as_known():
+    assert set(plan.DEVICES) == {"a100", "l4", "rtx4090", "h100", "h200", "b200"}
+    for name, device in plan.DEVICES.items():
+        assert device.name == name and device.kind == "cuda" and not device.measured
+    rates = [plan.DEVICES[name].bf16_tflops for name in ("l4", "a100", "h100", "b200")]
+    assert rates == sorted(rates)
+    assert plan.DEVICES["l4"].shared_bytes < plan.DEVICES["a100"].shared_bytes
+
+
+def test_a_model_gives_the_same_problem_as_its_shapes():
+    from recurx.explain import problem_of_model
+    from recurx.models import TRM
+
+    made = problem_of_model(TRM(TRMConfig.sudoku_att()))
+    assert count.flops(made) == count.flops(problem())
+
+
+def test_scaling_is_perfect_alone_and_pays_for_the_exchange():
+    one = scaling.data_parallel(7_000_000, 0.05, 768, 1)
+    assert one.efficiency == 1 and one.exchange_seconds == 0
+    eight = scaling.data_parallel(7_000_000, 0.05, 768, 8, backward_share=0)
+    assert eight.exchange_seconds == pytest.approx(2 * 7 / 8 * 28e6 / 450e9 + 14 * 3e-6)
+    assert eight.step_seconds == pytest.approx(0.05 + eight.exchange_seconds)
+    many = scaling.data_parallel(7_000_000, 0.05, 768, 64, backward_share=0)
+    assert many.efficiency < eight.efficiency < 1
+    assert many.samples_per_second > 7 * eight.samples_per_second
+    hidden = scaling.data_parallel(7_000_000, 0.05, 768, 8, backward_share=0.5)
+    assert hidden.efficiency == 1
