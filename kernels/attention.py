@@ -4,7 +4,8 @@
     bf16 or fp32 storage, fp32 accumulation and softmax
 
 A program owns `rows` queries of one head and goes over the keys once, with a running maximum and
-sum (Milakov and Gimelshein 2018; Dao et al. 2022, FlashAttention), so scores are never stored.
+sum (Milakov and Gimelshein 2018; Dao et al. 2022, FlashAttention), so scores are never stored. For
+the backward it can keep `lse` [B, H, T] fp32, log2 of a row's sum of exp: p = exp2(score - lse).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ MAX_TOKENS = 1024
 
 @triton.jit
 def attention_kernel(
-    qkv, out, SCALE: tl.constexpr,
+    qkv, out, lse, SCALE: tl.constexpr, KEEP_LSE: tl.constexpr,
     T: tl.constexpr, H: tl.constexpr, HEAD_DIM: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -60,11 +61,16 @@ def attention_kernel(
     mixed = (acc / total[:, None]).to(out.dtype.element_ty)
     o_g = out + batch * T * H * HEAD_DIM + head * HEAD_DIM
     tl.store(o_g + rows[:, None] * (H * HEAD_DIM) + e[None, :], mixed, mask=live)
+    if KEEP_LSE:
+        tl.store(lse + (batch * H + head) * T + rows, highest + tl.log2(total), mask=rows < T)
 
 
-def attention(qkv: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+def attention(
+    qkv: torch.Tensor, *, out: torch.Tensor | None = None, lse: torch.Tensor | None = None
+) -> torch.Tensor:
     """[B, T, H, head_dim] from qkv [B, T, 3H, head_dim] (contiguous, bfloat16 or float32).
 
+    Writes `lse` [B, H, T] (contiguous float32), if given, for the backward.
     head_dim 32, 64 or 128; T at most 1024. Raises InvalidArgument on anything else.
     """
     op = "kernels.attention"
@@ -80,21 +86,25 @@ def attention(qkv: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Te
     if out is None:
         out = torch.empty(expected, dtype=qkv.dtype, device=qkv.device)
     checks.shape(op, "out", out, expected)
+    if lse is not None:
+        checks.float32(op, "lse", lse, (batch, heads // 3, tokens))
     if out.numel() == 0:
         return out
-    args, constants, options = launch_arguments(qkv, out, tiles.shared_bytes(qkv.device))
+    args, constants, options = launch_arguments(qkv, out, tiles.shared_bytes(qkv.device), lse)
     grid = (triton.cdiv(tokens, constants["ROWS"]), batch * heads // 3)
     attention_kernel[grid](*args, **constants, **options)
     return out
 
 
-def launch_arguments(qkv: torch.Tensor, out: torch.Tensor, shared: int) -> tuple[tuple, dict, dict]:
+def launch_arguments(
+    qkv: torch.Tensor, out: torch.Tensor, shared: int, lse: torch.Tensor | None = None
+) -> tuple[tuple, dict, dict]:
     """(runtime arguments, compile-time arguments, compiler options) of one launch."""
     _, tokens, heads, head_dim = qkv.shape
     tile = tiles.attention_tile(tokens, head_dim, qkv.element_size(), shared)
     constants = {
-        "SCALE": math.log2(math.e) / math.sqrt(head_dim),
+        "SCALE": math.log2(math.e) / math.sqrt(head_dim), "KEEP_LSE": lse is not None,
         "T": tokens, "H": heads // 3, "HEAD_DIM": head_dim,
         "ROWS": tile.rows, "COLS": tile.cols, "PRECISION": "ieee",
     }  # fmt: skip
-    return (qkv, out), constants, tiles.options(tile)
+    return (qkv, out, out if lse is None else lse), constants, tiles.options(tile)

@@ -27,6 +27,14 @@ def shape(op: str, name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -
         raise bad_argument(op, name, f"shape {expected}", tuple(tensor.shape))
 
 
+def float32(op: str, name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
+    """Raise InvalidArgument unless it is a contiguous float32 tensor of that shape."""
+    if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+        got = f"{tensor.dtype} with strides {tensor.stride()}"
+        raise bad_argument(op, name, "contiguous float32", got)
+    shape(op, name, tensor, expected)
+
+
 def contiguous_matrix(op: str, name: str, tensor: torch.Tensor) -> tuple[int, int]:
     """The shape of a contiguous [rows, columns] tensor."""
     if tensor.ndim != 2 or not tensor.is_contiguous():

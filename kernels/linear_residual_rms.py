@@ -9,7 +9,8 @@ not be a power of two: it is covered by up to three power-of-two chunks (`tiles.
 
 A, residual and out may be 2-D, or 3-D [B, R, N] with any strides and M = B * R rows; the token-MLP
 passes `h.transpose(1, 2)` ([B, D, T]) and so normalises over T without a copy. `out` may be
-`residual`: a program reads its rows before it writes them.
+`residual`: a program reads its rows before it writes them. For the backward it can keep `scale` [M]
+fp32, the rsqrt of each row.
 """
 
 from __future__ import annotations
@@ -50,12 +51,12 @@ def _store(out, row_offset, cols, live, value, N: tl.constexpr, COL: tl.constexp
 
 @triton.jit
 def linear_residual_rms_kernel(
-    a, w, residual, out,
+    a, w, residual, out, kept,
     M, a_batch, r_batch, o_batch,
     R: tl.constexpr, K: tl.constexpr, N: tl.constexpr, EPS: tl.constexpr,
     A_ROW: tl.constexpr, A_COL: tl.constexpr,
     R_ROW: tl.constexpr, R_COL: tl.constexpr,
-    O_ROW: tl.constexpr, O_COL: tl.constexpr,
+    O_ROW: tl.constexpr, O_COL: tl.constexpr, KEEP_SCALE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, CHUNKS: tl.constexpr, DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -87,7 +88,10 @@ def linear_residual_rms_kernel(
         acc1 += _load_residual(residual, r_rows, n1, live, N, R_COL).to(tl.float32)
         acc2 += _load_residual(residual, r_rows, n2, live, N, R_COL).to(tl.float32)
         squares += tl.sum(acc1 * acc1, 1) + tl.sum(acc2 * acc2, 1)
-    scale = tl.rsqrt(squares / N + EPS)[:, None]
+    scale = tl.rsqrt(squares / N + EPS)
+    if KEEP_SCALE:
+        tl.store(kept + rows, scale, mask=live)
+    scale = scale[:, None]
 
     o_rows = batch * o_batch + row * O_ROW
     _store(out, o_rows, n0, live, acc0 * scale, N, O_COL)
@@ -103,19 +107,22 @@ def linear_residual_rms(
     *,
     eps: float = 1e-5,
     out: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """rms(residual + a @ weight^T) over the last axis.
 
     a [..., K] and residual [..., N] with one or two leading axes (any strides), weight [N, K]
     contiguous, N at most 1024; all of one dtype, bfloat16 or float32, on one device. Returns `out`
-    (new, laid out like `residual`, if not given). Raises InvalidArgument on anything else.
+    (new, laid out like `residual`, if not given), and writes the rms's factor of each row into
+    `scale` (contiguous float32 of residual's leading axes), if given. Raises InvalidArgument on
+    anything else.
     """
-    _check(a, weight, residual, out)
+    _check(a, weight, residual, out, scale)
     out = torch.empty_like(residual) if out is None else out
     if residual.numel() == 0:
         return out
     args, constants, options = launch_arguments(
-        a, weight, residual, out, eps, tiles.shared_bytes(a.device)
+        a, weight, residual, out, eps, tiles.shared_bytes(a.device), scale
     )
     m = residual.numel() // residual.shape[-1]
     linear_residual_rms_kernel[(triton.cdiv(m, constants["ROWS"]),)](*args, **constants, **options)
@@ -129,6 +136,7 @@ def launch_arguments(
     out: torch.Tensor,
     eps: float,
     shared: int,
+    scale: torch.Tensor | None = None,
 ) -> tuple[tuple, dict, dict]:
     """(runtime arguments, compile-time arguments, compiler options) of one launch.
 
@@ -137,13 +145,14 @@ def launch_arguments(
     n, k = weight.shape
     tile = tiles.row_tile(n, k, a.element_size(), shared)
     a3, r3, o3 = (t.unsqueeze(0) if t.ndim == 2 else t for t in (a, residual, out))
-    args = (a, weight, residual, out, r3.shape[0] * r3.shape[1])
+    kept = out if scale is None else scale
+    args = (a, weight, residual, out, kept, r3.shape[0] * r3.shape[1])
     args += (a3.stride(0), r3.stride(0), o3.stride(0))
     constants = {
         "R": r3.shape[1], "K": k, "N": n, "EPS": eps,
         "A_ROW": a3.stride(1), "A_COL": a3.stride(2),
         "R_ROW": r3.stride(1), "R_COL": r3.stride(2),
-        "O_ROW": o3.stride(1), "O_COL": o3.stride(2),
+        "O_ROW": o3.stride(1), "O_COL": o3.stride(2), "KEEP_SCALE": scale is not None,
         "ROWS": tile.rows, "COLS": tile.cols, "CHUNKS": tile.chunks, "DEPTH": tile.depth,
         "PRECISION": "ieee",  # read for fp32 only: tf32 would lose 13 of its 23 mantissa bits
     }  # fmt: skip
@@ -151,7 +160,11 @@ def launch_arguments(
 
 
 def _check(
-    a: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, out: torch.Tensor | None
+    a: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor,
+    out: torch.Tensor | None,
+    scale: torch.Tensor | None,
 ) -> None:
     op = "kernels.linear_residual_rms"
     checks.same_dtype_and_device(op, a=a, weight=weight, residual=residual, out=out)
@@ -163,3 +176,5 @@ def _check(
     checks.shape(op, "residual", residual, (*a.shape[:-1], n))
     if out is not None:
         checks.shape(op, "out", out, (*a.shape[:-1], n))
+    if scale is not None:
+        checks.float32(op, "scale", scale, tuple(a.shape[:-1]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -191,3 +193,29 @@ def test_bad_arguments_are_named(triton_device):
         attention(torch.zeros(1, 1025, 3, 32, device=triton_device))
     with pytest.raises(InvalidArgument, match="`weight`"):
         gate_up_swiglu(x[0], torch.zeros(63, 64, device=triton_device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_the_backward_needs_is_kept(triton_device, dtype):
+    """log2 of the row sums of exp (attention) and the rms's factors, in fp32, beside the result."""
+    from recurx.kernels.attention import attention
+    from recurx.kernels.linear_residual_rms import linear_residual_rms
+
+    qkv = randn(2, 33, 6, 32, seed=2).to(triton_device, dtype)
+    lse = torch.empty(2, 2, 33, device=triton_device)
+    assert torch.equal(attention(qkv, lse=lse), attention(qkv))
+    q, k, _ = (part.transpose(1, 2).double() for part in qkv.chunk(3, dim=2))
+    want = torch.logsumexp(q @ k.mT / 32**0.5, -1) / math.log(2)
+    torch.testing.assert_close(lse.double(), want, rtol=0, atol=1e-5)
+
+    a, w, residual = (
+        randn(*s, seed=3).to(triton_device, dtype) for s in ((9, 32), (64, 32), (9, 64))
+    )
+    scale = torch.empty(9, device=triton_device)
+    out = linear_residual_rms(a, w, residual, scale=scale)
+    assert torch.equal(out, linear_residual_rms(a, w, residual))
+    wide = residual.double() + a.double() @ w.double().T
+    want = torch.rsqrt(wide.square().mean(-1) + 1e-5)
+    torch.testing.assert_close(scale.double(), want, rtol=1e-5, atol=0)
+    with pytest.raises(InvalidArgument, match="`scale`"):
+        linear_residual_rms(a, w, residual, scale=scale[:5])
