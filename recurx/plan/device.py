@@ -6,10 +6,12 @@ measured by recurx; predictions made from them are models until a result file sa
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -27,9 +29,11 @@ class Device:
         units: multiprocessors, or threads that compute.
         shared_bytes: shared memory that one block may use; 0 for a CPU.
         l2_bytes: the cache that all units share (L2 of a GPU, L3 of a CPU); 0 if unknown.
-        dram_gbs, l2_gbs: bandwidths, GB/s.
+        dram_gbs, l2_gbs: bandwidths, GB/s; the second on a CPU is the rate at which PyTorch's
+            products take in weights, which they pack anew at every call.
         bf16_tflops, fp32_tflops: dense products per second, fp32 accumulation; fp32 without tf32.
-        launch_us: from one kernel to the next of a CUDA graph, or one PyTorch operator on a CPU.
+        launch_us: from one kernel to the next of a CUDA graph, or one small PyTorch operator on a
+            CPU.
         call_us: one kernel launched by itself from Python; as launch_us on a CPU.
         barrier_us: one barrier over all units.
         measured: whether the rates were measured on this very machine.
@@ -58,7 +62,7 @@ class Device:
     def of(device: torch.device | str | Device | None = None) -> Device:
         """The description of a torch device, of a name in `DEVICES`, or of this CPU (None).
 
-        A CPU is measured once a process (a third of a second); a GPU that is not in `DEVICES` gets
+        A CPU is measured once a process (half a second); a GPU that is not in `DEVICES` gets
         the rates of the nearest one, scaled by its multiprocessors.
 
         Raises:
@@ -134,27 +138,56 @@ def _distance(a: tuple[int, int], b: tuple[int, int]) -> int:
 
 @functools.cache
 def _cpu(threads: int) -> Device:
-    """This CPU, measured: products of the published width, and a copy far beyond the caches."""
-    generator = torch.Generator().manual_seed(0)  # leaves the caller's random state alone
+    """This CPU, measured: a copy, an operator, and products whose weights are not in a cache.
 
-    def product(dtype: torch.dtype, rows: int) -> float:
-        a = torch.randn(rows, 512, generator=generator).to(dtype)
-        b = torch.randn(1536, 512, generator=generator).to(dtype)
-        return 2 * rows * 512 * 1536 / _best(lambda: torch.nn.functional.linear(a, b)) / 1e12
+    The time of a product grows with its rows, t = intake + rows / rate: two row counts give both.
+    """
+    generator = torch.Generator().manual_seed(0)  # leaves the caller's random state alone
+    width, inner, few, many = 512, 1536, 97, 388  # rows of one and of four samples of TRM Sudoku
+    masters = [torch.randn(inner, width, generator=generator) for _ in range(16)]  # 50 MB in fp32
+
+    def product(dtype: torch.dtype) -> tuple[float, float]:
+        weights = [master.to(dtype) for master in masters]
+        seconds = {}
+        for rows in (few, many):
+            a = torch.randn(rows, width, generator=generator).to(dtype)
+
+            def all_products(a: torch.Tensor = a) -> None:
+                for weight in weights:
+                    torch.nn.functional.linear(a, weight)
+
+            # bf16 without instructions for it is a hundred times slower: one timing tells enough.
+            seconds[rows] = _best(all_products, 1 if dtype == torch.bfloat16 else 3) / len(weights)
+        a_row = max((seconds[many] - seconds[few]) / (many - few), 1e-12)
+        intake = max(seconds[few] - few * a_row, 1e-6)
+        return 2 * inner * width / a_row / 1e12, weights[0].nbytes / intake / 1e9
 
     source = torch.ones(8 << 20)  # 32 MB
     target = torch.empty_like(source)
     copied = 2 * source.nbytes / _best(lambda: target.copy_(source)) / 1e9
-    one = torch.ones(8)
-    overhead = 1e6 * _best(lambda: one + one, repeats=200)
+    state = torch.ones(few, width)
+    operator = 1e6 * _best(lambda: state + state, 100)
+    fp32, intake = product(torch.float32)
+    masters = masters[:2]
+    bf16, _ = product(torch.bfloat16)
     return Device(
-        "cpu", "cpu", (0, 0), threads, 0, 0, copied, copied,
-        bf16_tflops=product(torch.bfloat16, 128), fp32_tflops=product(torch.float32, 768),
-        launch_us=overhead, call_us=overhead, barrier_us=1.0, measured=True,
+        "cpu", "cpu", (0, 0), threads, 0, _last_cache_bytes(), copied, intake,
+        bf16_tflops=bf16, fp32_tflops=fp32,
+        launch_us=operator, call_us=operator, barrier_us=1.0, measured=True,
     )  # fmt: skip
 
 
-def _best(run: Callable[[], object], repeats: int = 7) -> float:
+def _last_cache_bytes() -> int:
+    """Size of the CPU's last cache as Linux tells it, else 0."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        with contextlib.suppress(OSError, ValueError):
+            text = path.read_text().strip()
+            sizes.append(int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20}[text[-1]])
+    return max(sizes, default=0)
+
+
+def _best(run: Callable[[], object], repeats: int = 5) -> float:
     """Shortest of several timings, seconds: a ceiling is what the machine can do undisturbed."""
     times = []
     with torch.no_grad():

@@ -51,9 +51,11 @@ def candidates(problem: Problem, device: Device) -> list[LaunchPlan]:
     found = step_stages(problem)
     itemsize = 2 if problem.dtype.itemsize == 2 else 4
     flops = sum(stage.flops for stage in found)
+    # A CPU's products pack the weights anew at every call: that rate is the device's l2_gbs.
+    packed = itemsize * sum(s.weights for s in found) if device.kind == "cpu" else 0
     work = Work(
         flops=flops, padded_flops=flops, dram_bytes=sum(_bytes(s, itemsize) for s in found),
-        l2_bytes=0, launches=operators(problem), itemsize=itemsize, overlap=False,
+        l2_bytes=packed, launches=operators(problem), itemsize=itemsize, overlap=False,
         from_python=device.kind == "cuda",
     )  # fmt: skip
     return [LaunchPlan("eager", "operators", (), work, "plain PyTorch, the reference")]
