@@ -41,6 +41,67 @@ int rx_gemm_residual_rms_sm90a(const RxGemmResidualRms* p, int cluster_rows, voi
  * chunks swizzled as wgmma reads them. tape has as many bytes as w, 1024-byte aligned. */
 int rx_pack_tape_sm90a(const void* w, void* tape, int n, int k, void* stream);
 
+/* ---- the recursion: all net calls of a schedule in one launch -------------------------------
+ *
+ * One call:  state[write] <- net(sum(state) + (sum(inject))), each sum left to right, every partial
+ * sum rounded to bf16 (recurx/reference.py: call_input). States and x are bf16 [batch, tokens,
+ * hidden], contiguous and 16-byte aligned. Every kernel family (owner_sm80, ...) takes the same
+ * RxRecursion and a plan struct of its own; tapes are of the family that packed them. */
+enum { kRxMaxStates = 8, kRxMaxReads = 8, kRxMaxNets = 2, kRxMaxBlocks = 8 };
+
+typedef struct {
+  int32_t net, write, num_state, num_inject;
+  int32_t state[kRxMaxReads], inject[kRxMaxReads]; /* indices of states; num_states means x */
+} RxCall;
+
+typedef struct {
+  int32_t token_mlp; /* 1: token-MLP block, 0: attention block */
+  int32_t inner;     /* F of the SwiGLU over hidden */
+  int32_t heads;     /* attention: heads * head_dim = hidden; else 0 */
+  int32_t token_inner;
+  float eps;
+} RxBlock;
+
+typedef struct {
+  int32_t num_blocks;
+  RxBlock blocks[kRxMaxBlocks];
+  const void* tape; /* packed weights, device, 128-byte aligned */
+} RxNet;
+
+/* What the in-kernel timeline writes, where it is compiled in (RX_TIMELINE): one record a phase. */
+typedef struct {
+  int32_t call, block, phase, sample; /* sample: the first one that the owner works on */
+  uint64_t start_ns, end_ns;          /* end_ns 0: the record was not written */
+} RxEvent;
+
+typedef struct {
+  int32_t batch, tokens, hidden, num_states, num_nets, num_calls;
+  const RxCall* calls; /* device memory: the calls to run, in order */
+  RxNet nets[kRxMaxNets];
+  const void* x;
+  const float *cos, *sin; /* [tokens, head_dim] fp32, or both null */
+  const void* states_in[kRxMaxStates];
+  void* states_out[kRxMaxStates]; /* every state is written, also one that no call writes;
+                                     no output may alias an input or another output */
+  void* scratch;                  /* device, 128-byte aligned; see ..._scratch_bytes() */
+  int64_t scratch_bytes;
+  RxEvent* timeline; /* [owners][timeline_events], zeroed; null: none is written */
+  int64_t timeline_events;
+} RxRecursion;
+
+/* The weights of one net to pack: bf16, [out, in] contiguous, four a block in the order of
+ * recurx/nets.py (qkv, o, gate_up, down; t_gate_up, t_down, gate_up, down). */
+typedef struct {
+  int32_t hidden, tokens, num_blocks;
+  RxBlock blocks[kRxMaxBlocks];
+  const void* weights[4 * kRxMaxBlocks];
+  void* tape;
+} RxPack;
+
+/* sizeof of RxCall, RxBlock, RxNet, RxEvent, RxRecursion, RxPack: for callers that mirror them. */
+void rx_recursion_abi(int32_t sizes[6]);
+int rx_timeline_compiled(void); /* 1: kernels write RxRecursion.timeline */
+
 #ifdef __cplusplus
 }
 #endif

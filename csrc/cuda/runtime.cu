@@ -28,3 +28,17 @@ extern "C" int rx_cuda_device_count(int* count, int* driver_version, int* runtim
   return 0;
 #endif
 }
+
+extern "C" void rx_recursion_abi(int32_t sizes[6]) {
+  const size_t all[6] = {sizeof(RxCall),  sizeof(RxBlock),     sizeof(RxNet),
+                         sizeof(RxEvent), sizeof(RxRecursion), sizeof(RxPack)};
+  for (int i = 0; i < 6; i++) sizes[i] = int32_t(all[i]);
+}
+
+extern "C" int rx_timeline_compiled(void) {
+#ifdef RX_TIMELINE
+  return 1;
+#else
+  return 0;
+#endif
+}
