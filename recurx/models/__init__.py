@@ -5,6 +5,7 @@ from recurx.models.config import VARIANTS, HRMConfig, ModelConfig, TRMConfig, Va
 from recurx.models.inner import Inner
 from recurx.models.losses import ACTLossHead, softmax_cross_entropy, stablemax_cross_entropy
 from recurx.models.puzzle_embedding import PuzzleEmbedding
+from recurx.models.stablemax import fused_stablemax_cross_entropy
 
 __all__ = [
     "HRM",
@@ -19,6 +20,7 @@ __all__ = [
     "RecursiveModel",
     "TRMConfig",
     "Variant",
+    "fused_stablemax_cross_entropy",
     "softmax_cross_entropy",
     "stablemax_cross_entropy",
 ]

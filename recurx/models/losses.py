@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from recurx.errors import bad_argument
 from recurx.models.act import Carry
-
-IGNORE = -100  # label of tokens that do not count
+from recurx.models.stablemax import IGNORE, fused_stablemax_cross_entropy
 
 
 def stablemax_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = IGNORE) -> Tensor:
@@ -47,6 +46,7 @@ def softmax_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = IG
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "stablemax_cross_entropy": stablemax_cross_entropy,
+    "fused_stablemax_cross_entropy": fused_stablemax_cross_entropy,
     "softmax_cross_entropy": softmax_cross_entropy,
 }
 
@@ -57,7 +57,8 @@ class ACTLossHead(nn.Module):
     Args:
         model: a `TRM`, an `HRM`, or anything with their call contract; its parameters are
             named `model.*`.
-        loss_type: "stablemax_cross_entropy" (published) or "softmax_cross_entropy".
+        loss_type: "stablemax_cross_entropy" (published, fp64), "fused_stablemax_cross_entropy"
+            (the same without fp64) or "softmax_cross_entropy".
     """
 
     def __init__(self, model: nn.Module, loss_type: str = "stablemax_cross_entropy") -> None:

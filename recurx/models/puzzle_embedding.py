@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from recurx import launch
 from recurx.errors import bad_argument
 from recurx.models.layers import truncated_normal_
 
@@ -54,19 +55,41 @@ class PuzzleEmbedding(nn.Module):
             self.local_ids[:batch].copy_(ids)
         return self.local_weights[:batch].to(self.cast_to)
 
-    @torch.no_grad()
     def sign_sgd_(self, lr: float | Tensor, weight_decay: float = 0.0) -> None:
-        """One step of sign SGD with decoupled weight decay on the rows of the last batch.
+        """One step of sign SGD on the rows of the last batch, see the function of this name.
 
-        w <- w (1 - lr * weight_decay) - lr * sign(sum of the row's gradients); Adam does the same
-        to a row that is seen rarely. Samples of one puzzle are summed by a [B, B] product instead
-        of `unique`, which would wait for the device. Does nothing before a backward.
+        Does nothing before a backward, and forgets the gradient.
         """
-        grad = self.local_weights.grad
-        if grad is None:
-            return
-        ids = self.local_ids
-        same_puzzle = (ids.unsqueeze(0) == ids.unsqueeze(1)).to(grad.dtype)
-        rows = self.weights[ids] * (1 - lr * weight_decay) - lr * torch.sign(same_puzzle @ grad)
-        self.weights[ids] = rows  # equal ids carry equal rows: order does not matter
-        self.local_weights.grad = None
+        if self.local_weights.grad is not None:
+            sign_sgd_(self.weights, self.local_weights.grad, self.local_ids, lr, weight_decay)
+            self.local_weights.grad = None
+
+
+@torch.no_grad()
+def sign_sgd_(
+    weights: Tensor, grads: Tensor, ids: Tensor, lr: float | Tensor, weight_decay: float = 0.0
+) -> None:
+    """Sign SGD with decoupled weight decay on the rows `ids` of `weights`, in place.
+
+    w <- w (1 - lr * weight_decay) - lr * sign(sum of the row's gradients); Adam does the same to a
+    row that is seen rarely. Without `unique`, which would wait for the device: on a GPU one launch
+    (`kernels/sign_sgd.py`), elsewhere the gradients of equal ids are added, in the order of the
+    batch, where their id occurs first, and equal ids write equal rows.
+
+    Args:
+        weights: [rows, D], the table.
+        grads: [B, D], ids: [B], of the samples; equal ids may occur.
+        lr: a float, or a 0-d tensor on the device.
+    """
+    if launch.on_triton(weights) and all(
+        t.dtype == torch.float32 and t.is_contiguous() for t in (weights, grads)
+    ):
+        from recurx.kernels.sign_sgd import sign_sgd
+
+        sign_sgd(weights, grads, ids.contiguous(), lr=lr, weight_decay=weight_decay)
+        return
+    if ids.numel() == 0:
+        return
+    first = (ids.unsqueeze(0) == ids.unsqueeze(1)).to(torch.uint8).argmax(-1)
+    sums = torch.zeros_like(grads).index_add_(0, first, grads)[first]
+    weights[ids.long()] = weights[ids.long()] * (1 - lr * weight_decay) - lr * torch.sign(sums)

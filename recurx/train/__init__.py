@@ -8,7 +8,7 @@ recurx.train.evaluate(trainer.averaged(), trainer.task, trainer.held_out(512))
 from recurx.train.config import PRESETS, TrainConfig, preset
 from recurx.train.ema import Average
 from recurx.train.evaluate import Report, evaluate
-from recurx.train.optim import AdamATan2
+from recurx.train.optim import AdamATan2, SparseSignSGD
 from recurx.train.trainer import Progress, Trainer
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Average",
     "Progress",
     "Report",
+    "SparseSignSGD",
     "TrainConfig",
     "Trainer",
     "evaluate",

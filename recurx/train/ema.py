@@ -2,27 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from recurx import launch
+
 
 class Average:
-    """A running average of the parameters of `model`; buffers are those of the model.
+    """A running average of the parameters of `model`, in fp32 at least; buffers are the model's.
 
     The decay grows from 0.1 to `decay` over the first updates (min(decay, (1 + n) / (10 + n))), so
-    that a short run is not an average of its random start.
+    that a short run is not an average of its random start. The number of updates n lies on the
+    device, so that a captured step counts on.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.999) -> None:
-        self.decay, self.updates = decay, 0
-        self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.decay = decay
+        self.weights: dict[str, Tensor] = {}
+        for name, p in model.named_parameters():
+            wide = torch.promote_types(p.dtype, torch.float32)
+            self.weights[name] = p.detach().to(wide, copy=True)
+        device = next((w.device for w in self.weights.values()), torch.device("cpu"))
+        self.count = torch.zeros((), dtype=torch.float32, device=device)
+        self._tables: Any = None
+
+    @property
+    def updates(self) -> int:
+        """Number of updates so far; reading it waits for the device."""
+        return int(self.count)
+
+    @updates.setter
+    def updates(self, value: int) -> None:
+        self.count.fill_(value)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        now = [p.detach() for _, p in model.named_parameters()]
-        torch._foreach_lerp_(list(self.weights.values()), now, 1 - decay)
-        self.updates += 1
+        """Move the average towards the present weights."""
+        # 1 - (1 + n) / (10 + n) = 9 / (10 + n), which does not cancel
+        share = (9 / (self.count + 10)).clamp_min(1 - self.decay)
+        values = [p.detach() for _, p in model.named_parameters()]
+        self._tables = move_(list(self.weights.values()), values, share, self._tables)
+        self.count.add_(1)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
@@ -32,3 +55,36 @@ class Average:
 
     def tensors(self) -> dict[str, Tensor]:
         return self.weights
+
+
+def move_(
+    averages: Sequence[Tensor], values: Sequence[Tensor], share: float | Tensor, tables: Any = None
+) -> Any:
+    """average <- average + share * (value - average), in place, for all pairs of one shape.
+
+    One launch a pair of dtypes on a GPU (`kernels/ema.py`). share: a float, or a 0-d tensor on the
+    device. Pass the returned object (address tables) as `tables` the next time.
+    """
+    kinds: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = {}
+    for pair in zip(averages, values, strict=True):
+        fits = launch.on_triton(pair[0]) and all(_kernel_takes(t) for t in pair)
+        kind = (pair[0].device, pair[0].dtype, pair[1].dtype) if fits else ()
+        kinds.setdefault(kind, []).append(pair)
+    for kind, pairs in kinds.items():
+        some, towards = (list(column) for column in zip(*pairs, strict=True))
+        if kind:
+            from recurx.kernels import ema, multi_tensor
+
+            tables = multi_tensor.Tables() if tables is None else tables
+            ema.ema(some, towards, share, tables=tables, name=kind)
+            continue
+        towards = [v.to(a.dtype) for a, v in pairs]
+        if isinstance(share, Tensor):
+            torch._foreach_lerp_(some, towards, [share.to(a.dtype) for a in some])
+        else:
+            torch._foreach_lerp_(some, towards, share)
+    return tables
+
+
+def _kernel_takes(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.float32, torch.bfloat16) and tensor.is_contiguous()

@@ -1,72 +1,248 @@
-"""AdamATan2 in plain PyTorch: Adam without epsilon, for weights of any scale."""
+"""Optimisers of TRM and HRM training that never wait for the device: AdamATan2 and SparseSignSGD.
+
+Each is one launch of a Triton kernel on a GPU (`kernels/adam_atan2.py`, `kernels/sign_sgd.py`) and
+the same formula in plain PyTorch elsewhere. Step counts are tensors beside the weights and `lr` may
+be one, so a step can be captured in a CUDA graph and still follow a schedule.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from recurx import launch
 from recurx.errors import bad_argument
+from recurx.models.puzzle_embedding import sign_sgd_
 
 
 class AdamATan2(torch.optim.Optimizer):
     """Adam whose step is `lr * atan2(m, sqrt(v))` instead of `lr * m / (sqrt(v) + eps)`.
 
     The step is bounded by lr * pi / 2 and does not depend on the scale of the loss; weight decay is
-    decoupled. Source: Everett et al., arXiv 2407.05872, section 4.3; used by HRM and TRM.
+    decoupled. Means are kept in fp32 at least, whatever the dtype of the weights.
+    Source: Everett et al., arXiv 2407.05872, section 4.3; used by HRM and TRM.
 
     Args:
         params: parameters or groups.
-        lr: 0 is accepted: official training loops set it later, per group.
+        lr: 0 is accepted: official training loops set it later, per group. A float, or a 0-d
+            tensor on the device of the weights, which a captured step reads each time.
         betas, weight_decay: as in AdamW.
+
+    State of a weight: "step" (0-d fp32 on its device), "exp_avg" and "exp_avg_sq".
     """
 
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.01,
     ) -> None:
-        for arg, value in (("lr", lr), ("weight_decay", weight_decay)):
-            if not value >= 0:
-                raise bad_argument("train.AdamATan2", arg, "a number >= 0", repr(value))
+        check_rate("train.AdamATan2", lr, weight_decay)
         if not all(0 <= beta < 1 for beta in betas):
             raise bad_argument("train.AdamATan2", "betas", "two numbers in [0, 1)", repr(betas))
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step on every parameter that has a gradient."""
+        """One step on every parameter that has a gradient.
+
+        Raises:
+            InvalidArgument: a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        adam_atan2_(self)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a state; one whose counts lie on the CPU, or with bf16 means, is fine too."""
+        super().load_state_dict(state_dict)
+        # PyTorch casts a state to the dtype of its weight and leaves "step" where it was saved.
+        params = [p for group in self.param_groups for p in group["params"]]
+        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for param, index in zip(params, indices, strict=True):
+            if index in state_dict["state"]:
+                self.state[param] = _state_like(state_dict["state"][index], param)
+
+
+def adam_atan2_(optimizer: torch.optim.Optimizer) -> None:
+    """One AdamATan2 step with the groups and the state of any optimizer that has its settings.
+
+    `lr`, `betas` and `weight_decay` are read from each group. Runs without gradient.
+    """
+    for index, group in enumerate(optimizer.param_groups):
+        params = [p for p in group["params"] if p.grad is not None]
+        if any(p.grad.is_sparse for p in params):
+            raise bad_argument(
+                "train.AdamATan2", "grad", "dense gradients", "a sparse one",
+                "Give sparse embeddings to SparseSignSGD.",
+            )  # fmt: skip
+        for param in params:
+            state = optimizer.state[param]
+            if not state:
+                optimizer.state[param] = _fresh_state(param)
+            elif state["step"].device != param.device:  # of a foreign optimizer's state
+                optimizer.state[param] = _state_like(state, param)
+        if params:
+            torch._foreach_add_([optimizer.state[p]["step"] for p in params], 1)
+            _step_group(optimizer, index, group, params)
+
+
+def _step_group(
+    optimizer: torch.optim.Optimizer, index: int, group: dict[str, Any], params: list[Tensor]
+) -> None:
+    """The kernel for those that it takes, one launch for each pair of dtypes; the formula else."""
+    kinds: dict[tuple[Any, ...], list[Tensor]] = {}
+    for p in params:
+        fits = launch.on_triton(p) and _kernel_takes(p, optimizer.state[p])
+        kinds.setdefault((p.device, p.dtype, p.grad.dtype) if fits else (), []).append(p)
+    settings = {key: group[key] for key in ("lr", "betas", "weight_decay")}
+    for kind, some in kinds.items():
+        states = [optimizer.state[p] for p in some]
+        lists = [[s[key] for s in states] for key in ("exp_avg", "exp_avg_sq", "step")]
+        grads = [p.grad for p in some]
+        if not kind:
+            _adam_atan2(some, grads, *lists, **settings)
+            continue
+        from recurx.kernels.adam_atan2 import adam_atan2
+
+        tables = _tables_of(optimizer)
+        adam_atan2(some, grads, *lists, **settings, tables=tables, name=(index, *kind))
+
+
+def _kernel_takes(param: Tensor, state: dict[str, Tensor]) -> bool:
+    kernels = (torch.float32, torch.bfloat16)
+    means = (state["exp_avg"], state["exp_avg_sq"])
+    return (
+        param.dtype in kernels
+        and param.grad.dtype in kernels
+        and all(t.is_contiguous() for t in (param, param.grad, *means))
+        and all(t.dtype == torch.float32 for t in (*means, state["step"]))
+    )
+
+
+def _adam_atan2(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    means: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    weight_decay: float,
+) -> None:
+    """The formula of `kernels/adam_atan2.py`; wide means, `steps` already count this step."""
+    beta1, beta2 = betas
+    wide = [g.to(m.dtype) for g, m in zip(grads, means, strict=True)]
+    torch._foreach_lerp_(means, wide, 1 - beta1)
+    torch._foreach_mul_(squares, beta2)
+    torch._foreach_addcmul_(squares, wide, wide, 1 - beta2)
+    torch._foreach_mul_(params, 1 - lr * weight_decay)
+    for param, mean, square, step in zip(params, means, squares, steps, strict=True):
+        moved = torch.atan2(
+            mean / _one_minus_power(beta1, step), (square / _one_minus_power(beta2, step)).sqrt_()
+        )
+        param.sub_(moved.mul_(lr))
+
+
+def _one_minus_power(beta: float, steps: Tensor) -> Tensor:
+    """1 - beta^steps without cancellation and without reading the device."""
+    return -torch.expm1(steps * (math.log(beta) if beta else -math.inf))
+
+
+def _fresh_state(param: Tensor) -> dict[str, Tensor]:
+    wide = torch.promote_types(param.dtype, torch.float32)
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=param.device),
+        "exp_avg": torch.zeros_like(param, dtype=wide),
+        "exp_avg_sq": torch.zeros_like(param, dtype=wide),
+    }
+
+
+def _state_like(saved: dict[str, Any], param: Tensor) -> dict[str, Tensor]:
+    """A saved state in the dtypes and on the device that `_fresh_state` has."""
+    state = _fresh_state(param)
+    for key, fresh in state.items():
+        fresh.copy_(torch.as_tensor(saved[key]))
+    return state
+
+
+class SparseSignSGD(torch.optim.Optimizer):
+    """Sign SGD on the few rows of a puzzle-embedding table that a batch touched.
+
+    w <- w (1 - lr * weight_decay) - lr * sign(sum of the row's gradients), on touched rows only;
+    Adam does the same to a row that is seen rarely. No `unique`, no wait for the device; samples of
+    one puzzle are added in a fixed order.
+
+    Args:
+        params: the three buffers of the embedding, in any order (`embedding.buffers()`):
+            the table [rows, D], the rows of the batch with gradient [B, D], and their ids [B].
+        lr: a float (0 is accepted) or a 0-d tensor on the device.
+        weight_decay: decoupled.
+    """
+
+    def __init__(
+        self, params: Iterable[Tensor], lr: float | Tensor = 1e-3, weight_decay: float = 0.0
+    ) -> None:
+        check_rate("train.SparseSignSGD", lr, weight_decay)
+        super().__init__(list(params), {"lr": lr, "weight_decay": weight_decay})
+        for group in self.param_groups:
+            embedding_buffers(group["params"])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step; does nothing before a backward."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._step_group(group, params)
+            table, local, ids = embedding_buffers(group["params"])
+            if local.grad is not None:
+                sign_sgd_(table, local.grad, ids, group["lr"], group["weight_decay"])
         return loss
 
-    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        (beta1, beta2), lr = group["betas"], group["lr"]
-        grads, states = [p.grad for p in params], [self.state[p] for p in params]
-        for param, state in zip(params, states, strict=True):
-            if not state:
-                state["step"] = torch.zeros(())  # a tensor, so that state_dict is all tensors
-                state["exp_avg"] = torch.zeros_like(param)
-                state["exp_avg_sq"] = torch.zeros_like(param)
-            state["step"] += 1
-        means = [state["exp_avg"] for state in states]
-        squares = [state["exp_avg_sq"] for state in states]
-        torch._foreach_lerp_(means, grads, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        for param, state in zip(params, states, strict=True):
-            count = int(state["step"])
-            mean = state["exp_avg"] / (1 - beta1**count)
-            square = state["exp_avg_sq"] / (1 - beta2**count)
-            param.add_(torch.atan2(mean, square.sqrt_()), alpha=-lr)
+
+def embedding_buffers(params: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """(table, rows of the batch, their ids) among the buffers of a sparse embedding.
+
+    Raises:
+        InvalidArgument: they are not such three.
+    """
+    local = [p for p in params if p.requires_grad]
+    ids = [p for p in params if not p.requires_grad and p.ndim == 1]
+    table = [p for p in params if not p.requires_grad and p.ndim == 2]
+    if not len(local) == len(ids) == len(table) == 1 or len(params) != 3:
+        raise bad_argument(
+            "train.SparseSignSGD", "params",
+            "the 3 buffers of a sparse embedding: [rows, D], [B, D] with gradient, [B]",
+            [tuple(p.shape) for p in params], "Pass model.puzzle_emb.buffers().",
+        )  # fmt: skip
+    return table[0], local[0], ids[0]
+
+
+def check_rate(op: str, lr: float | Tensor, weight_decay: float) -> None:
+    if isinstance(lr, Tensor):
+        if lr.ndim or not lr.is_floating_point():
+            raise bad_argument(op, "lr", "a number or a 0-d tensor", f"{lr.dtype} {list(lr.shape)}")
+    elif not lr >= 0:
+        raise bad_argument(op, "lr", "a number >= 0", repr(lr))
+    if not weight_decay >= 0:
+        raise bad_argument(op, "weight_decay", "a number >= 0", repr(weight_decay))
+
+
+def _tables_of(optimizer: torch.optim.Optimizer) -> Any:
+    """The address tables of one optimizer; outside its state, so they are never saved."""
+    from recurx.kernels.multi_tensor import Tables
+
+    tables = vars(optimizer).get("_recurx_tables")
+    if tables is None:
+        tables = vars(optimizer)["_recurx_tables"] = Tables()
+    return tables

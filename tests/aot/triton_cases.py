@@ -26,13 +26,14 @@ class TritonCase:
     archs: tuple[str, ...]
     kernel: Callable[[], object]  # imports triton only when asked
     launch: Callable[[torch.dtype, int], Launch]  # for a dtype and so much shared memory
+    products: bool = True  # whether it is meant for the tensor cores
 
     def need(self, arch: str) -> Need:
         """bf16 products are meant for the tensor cores, on sm_90 for wgmma; fp32 ones are not.
 
         wgmma takes 64 rows; a tile of fewer (wide rows, few registers) is mma.sync there too.
         """
-        if self.dtype == torch.float32:
+        if self.dtype == torch.float32 or not self.products:
             return Need(tensor=())
         _, constants, options = self.launch(self.dtype, SHARED_LIMIT[arch])
         wide_enough = constants["ROWS"] >= 64 and options["num_warps"] >= 4
@@ -144,6 +145,9 @@ def cases(thorough: bool = False) -> Iterator[TritonCase]:
         yield _case(maker, bf16, ARCHS if thorough else GENERATIONS)
         if thorough:
             yield _case(maker, fp32, ARCHS)
+    from aot import step_cases
+
+    yield from step_cases.cases(ARCHS if thorough else GENERATIONS)
 
 
 def _case(maker: Maker, dtype: torch.dtype, archs: tuple[str, ...]) -> TritonCase:

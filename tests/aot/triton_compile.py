@@ -13,7 +13,10 @@ import torch
 
 from aot.toolchain import Built, cached
 
-_POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+_POINTERS = {
+    torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32",
+    torch.bool: "*i1",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
