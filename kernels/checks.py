@@ -35,6 +35,14 @@ def float32(op: str, name: str, tensor: torch.Tensor, expected: tuple[int, ...])
     shape(op, name, tensor, expected)
 
 
+def matrix_of_rows(op: str, name: str, tensor: torch.Tensor) -> tuple[int, int]:
+    """The shape of a [rows, columns] tensor whose rows are contiguous; they may lie apart."""
+    if tensor.ndim != 2 or (tensor.stride(1) != 1 and tensor.shape[1] > 1):
+        got = f"{tuple(tensor.shape)} with strides {tensor.stride()}"
+        raise bad_argument(op, name, "a matrix with contiguous rows", got)
+    return tensor.shape[0], tensor.shape[1]
+
+
 def contiguous_matrix(op: str, name: str, tensor: torch.Tensor) -> tuple[int, int]:
     """The shape of a contiguous [rows, columns] tensor."""
     if tensor.ndim != 2 or not tensor.is_contiguous():

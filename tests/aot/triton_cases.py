@@ -36,6 +36,8 @@ class TritonCase:
         if self.dtype == torch.float32 or not self.products:
             return Need(tensor=())
         _, constants, options = self.launch(self.dtype, SHARED_LIMIT[arch])
+        if "PRECISION" not in constants:  # a kernel without products
+            return Need(tensor=())
         wide_enough = constants["ROWS"] >= 64 and options["num_warps"] >= 4
         return Need(tensor=("HGMMA",) if arch == "90" and wide_enough else TENSOR_KINDS)
 
@@ -137,11 +139,13 @@ GENERATIONS = ("80", "90")  # mma.sync and wgmma: they stand for the others
 
 def cases(thorough: bool = False) -> Iterator[TritonCase]:
     """bf16 for every architecture and fp32 for one; `thorough` leaves nothing out."""
+    from aot import triton_backward_cases as backward  # which imports this module's makers
+
     bf16, fp32 = torch.bfloat16, torch.float32
-    for maker in MAIN:
+    for maker in (*MAIN, *backward.MAIN):
         yield _case(maker, bf16, ARCHS)
         yield _case(maker, fp32, ARCHS if thorough else GENERATIONS[:1])
-    for maker in MORE:
+    for maker in (*MORE, *backward.MORE):
         yield _case(maker, bf16, ARCHS if thorough else GENERATIONS)
         if thorough:
             yield _case(maker, fp32, ARCHS)

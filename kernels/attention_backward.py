@@ -1,0 +1,237 @@
+"""d_qkv of out = softmax(Q K^T / sqrt(head_dim)) V, rotated back, without atomics.
+
+    qkv [B, T, 3H, head_dim] and lse [B, H, T] as the forward left them; out and d_out
+    [B, T, H, head_dim]; d_qkv like qkv, the gradient of what the rotary embedding was given
+    p = exp2(s log2(e) - lse);  d_v = p^T d_out;  delta = sum(out d_out)
+    d_s = p (d_out v^T - delta)
+    d_k = d_s^T q / sqrt(head_dim);  d_q = d_s k / sqrt(head_dim);  both rotated by minus the angle
+
+A program owns `cols` keys of one head and goes over the queries (d_k, d_v; scores transposed, so
+that p and d_s are the left operands as they stand in registers). Where a program owns all keys of
+its head (T up to 128 in bf16 on sm_90) it has all of d_q too, and one launch does; else a second
+kernel, launched first, goes over the keys for `cols` queries and leaves delta. The halves of a head
+are kept apart, so that the pair (j, j + half) of the rotation is in one thread.
+Source: Dao et al. 2022 (FlashAttention), algorithm 4, without its recomputed statistics.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from recurx.errors import bad_argument
+
+from . import backward_tiles, checks, tiles
+from .attention import HEAD_DIMS, MAX_TOKENS
+
+
+@triton.jit
+def _load_rows(tensor, tokens, e, STRIDE: tl.constexpr, T: tl.constexpr):
+    at = tensor + tokens[:, None] * STRIDE + e[None, :]
+    return tl.load(at, mask=tokens[:, None] < T, other=0.0)
+
+
+@triton.jit
+def _store_rotated_back(
+    to, low, high, cos, sin, tokens, STRIDE: tl.constexpr, T: tl.constexpr, HALF: tl.constexpr,
+    ROTATE: tl.constexpr,
+):  # fmt: skip
+    """The transpose of low' = low cos - high sin, high' = high cos' + low sin' (rope forward)."""
+    j = tl.arange(0, HALF)
+    live = tokens[:, None] < T
+    if ROTATE:
+        at = tokens[:, None] * (2 * HALF) + j[None, :]
+        cos_low = tl.load(cos + at, mask=live, other=1.0)
+        sin_low = tl.load(sin + at, mask=live, other=0.0)
+        cos_high = tl.load(cos + at + HALF, mask=live, other=1.0)
+        sin_high = tl.load(sin + at + HALF, mask=live, other=0.0)
+        first = low * cos_low + high * sin_high
+        high = high * cos_high - low * sin_low
+        low = first
+    pointers = to + tokens[:, None] * STRIDE + j[None, :]
+    tl.store(pointers, low.to(to.dtype.element_ty), mask=live)
+    tl.store(pointers + HALF, high.to(to.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def attention_backward_keys_kernel(
+    qkv, out, d_out, lse, delta, cos, sin, d_qkv, SCALE: tl.constexpr,
+    T: tl.constexpr, H: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr,
+    WHOLE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    batch, head = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    keys = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    j = tl.arange(0, HALF)
+    e = tl.arange(0, 2 * HALF)
+    stride = 6 * H * HALF  # elements from token to token in qkv
+    o_stride = 2 * H * HALF
+    at = batch * T * stride + head * (2 * HALF)
+    q_g, k_g, v_g = qkv + at, qkv + at + 2 * H * HALF, qkv + at + 4 * H * HALF
+    o_at = batch * T * o_stride + head * (2 * HALF)
+    row_at = (batch * H + head) * T
+
+    k_low = _load_rows(k_g, keys, j, stride, T)
+    k_high = _load_rows(k_g + HALF, keys, j, stride, T)
+    value = _load_rows(v_g, keys, e, stride, T)
+    dtype = value.dtype
+    d_k_low = tl.zeros((COLS, HALF), tl.float32)
+    d_k_high = tl.zeros((COLS, HALF), tl.float32)
+    d_v = tl.zeros((COLS, 2 * HALF), tl.float32)
+    for start in range(0, T, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        q_low = _load_rows(q_g, rows, j, stride, T)
+        q_high = _load_rows(q_g + HALF, rows, j, stride, T)
+        d_mixed = _load_rows(d_out + o_at, rows, e, o_stride, T)
+        # Transposed: [keys, rows]. A row beyond T has d_mixed = 0 and so adds nothing.
+        scores = tl.dot(k_low, tl.trans(q_low), input_precision=PRECISION)
+        scores = tl.dot(k_high, tl.trans(q_high), scores, input_precision=PRECISION)
+        shift = tl.load(lse + row_at + rows, mask=rows < T, other=0.0)
+        p = tl.exp2(scores * (SCALE * 1.4426950408889634) - shift[None, :])
+        p = tl.where(keys[:, None] < T, p, 0.0)
+        d_v = tl.dot(p.to(dtype), d_mixed, d_v, input_precision=PRECISION)
+        d_p = tl.dot(value, tl.trans(d_mixed), input_precision=PRECISION)
+        if WHOLE:
+            mixed = _load_rows(out + o_at, rows, e, o_stride, T)
+            along = tl.sum(mixed.to(tl.float32) * d_mixed.to(tl.float32), 1)
+        else:
+            along = tl.load(delta + row_at + rows, mask=rows < T, other=0.0)
+        d_s = (p * (d_p - along[None, :])).to(dtype)
+        d_k_low = tl.dot(d_s, q_low, d_k_low, input_precision=PRECISION)
+        d_k_high = tl.dot(d_s, q_high, d_k_high, input_precision=PRECISION)
+        if WHOLE:
+            turned = tl.trans(d_s)
+            d_q_low = tl.dot(turned, k_low, input_precision=PRECISION) * SCALE
+            d_q_high = tl.dot(turned, k_high, input_precision=PRECISION) * SCALE
+            _store_rotated_back(
+                d_qkv + at, d_q_low, d_q_high, cos, sin, rows, stride, T, HALF, ROTATE
+            )
+
+    to = d_qkv + at + 2 * H * HALF
+    _store_rotated_back(
+        to, d_k_low * SCALE, d_k_high * SCALE, cos, sin, keys, stride, T, HALF, ROTATE
+    )
+    v_to = to + 2 * H * HALF + keys[:, None] * stride + e[None, :]
+    tl.store(v_to, d_v.to(dtype), mask=keys[:, None] < T)
+
+
+@triton.jit
+def attention_backward_queries_kernel(
+    qkv, out, d_out, lse, delta, cos, sin, d_qkv, SCALE: tl.constexpr,
+    T: tl.constexpr, H: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    batch, head = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    j = tl.arange(0, HALF)
+    e = tl.arange(0, 2 * HALF)
+    stride = 6 * H * HALF
+    o_stride = 2 * H * HALF
+    at = batch * T * stride + head * (2 * HALF)
+    k_g, v_g = qkv + at + 2 * H * HALF, qkv + at + 4 * H * HALF
+    o_at = batch * T * o_stride + head * (2 * HALF)
+    row_at = (batch * H + head) * T
+
+    q_low = _load_rows(qkv + at, rows, j, stride, T)
+    q_high = _load_rows(qkv + at + HALF, rows, j, stride, T)
+    d_mixed = _load_rows(d_out + o_at, rows, e, o_stride, T)
+    mixed = _load_rows(out + o_at, rows, e, o_stride, T)
+    dtype = mixed.dtype
+    along = tl.sum(mixed.to(tl.float32) * d_mixed.to(tl.float32), 1)
+    tl.store(delta + row_at + rows, along, mask=rows < T)
+    shift = tl.load(lse + row_at + rows, mask=rows < T, other=0.0)
+    d_q_low = tl.zeros((ROWS, HALF), tl.float32)
+    d_q_high = tl.zeros((ROWS, HALF), tl.float32)
+    for start in range(0, T, COLS):
+        keys = start + tl.arange(0, COLS)
+        k_low = _load_rows(k_g, keys, j, stride, T)
+        k_high = _load_rows(k_g + HALF, keys, j, stride, T)
+        value = _load_rows(v_g, keys, e, stride, T)
+        scores = tl.dot(q_low, tl.trans(k_low), input_precision=PRECISION)
+        scores = tl.dot(q_high, tl.trans(k_high), scores, input_precision=PRECISION)
+        p = tl.exp2(scores * (SCALE * 1.4426950408889634) - shift[:, None])
+        p = tl.where(keys[None, :] < T, p, 0.0)
+        d_p = tl.dot(d_mixed, tl.trans(value), input_precision=PRECISION)
+        d_s = (p * (d_p - along[:, None])).to(dtype)
+        d_q_low = tl.dot(d_s, k_low, d_q_low, input_precision=PRECISION)
+        d_q_high = tl.dot(d_s, k_high, d_q_high, input_precision=PRECISION)
+    _store_rotated_back(
+        d_qkv + at, d_q_low * SCALE, d_q_high * SCALE, cos, sin, rows, stride, T, HALF, ROTATE
+    )
+
+
+def attention_backward(
+    qkv: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    d_out: torch.Tensor,
+    cos_sin: tuple[torch.Tensor, torch.Tensor] | None,
+) -> torch.Tensor:
+    """d_qkv, like qkv [B, T, 3H, head_dim]: the gradient of X @ W^T, before the rotation.
+
+    qkv rotated (as `qkv_rope` writes it), out and d_out [B, T, H, head_dim], lse [B, H, T] float32
+    of `attention`, cos and sin float32 [T, head_dim] or None; all contiguous, head_dim 32, 64 or
+    128, T at most 1024. Raises InvalidArgument on anything else.
+    """
+    op = "kernels.attention_backward"
+    checks.same_dtype_and_device(op, qkv=qkv, out=out, d_out=d_out)
+    if qkv.ndim != 4 or qkv.shape[2] % 3 or not qkv.is_contiguous():
+        raise bad_argument(op, "qkv", "a contiguous [B, T, 3H, head_dim]", tuple(qkv.shape))
+    batch, tokens, heads, head_dim = qkv.shape
+    heads //= 3
+    if head_dim not in HEAD_DIMS:
+        raise bad_argument(op, "qkv", f"head_dim one of {HEAD_DIMS}", head_dim)
+    if tokens > MAX_TOKENS:
+        raise bad_argument(op, "qkv", f"at most {MAX_TOKENS} tokens", tokens)
+    for name, tensor in (("out", out), ("d_out", d_out)):
+        checks.shape(op, name, tensor, (batch, tokens, heads, head_dim))
+        if not tensor.is_contiguous():
+            raise bad_argument(op, name, "a contiguous tensor", f"strides {tensor.stride()}")
+    checks.float32(op, "lse", lse, (batch, heads, tokens))
+    for name, table in zip(("cos", "sin"), cos_sin or (), strict=False):
+        checks.float32(op, name, table, (tokens, head_dim))
+    d_qkv = torch.empty_like(qkv)
+    if qkv.numel() == 0:
+        return d_qkv
+    delta = torch.empty_like(lse)
+    shared = tiles.shared_bytes(qkv.device)
+    args, constants, options = launch_arguments(qkv, out, lse, delta, d_out, cos_sin, d_qkv, shared)
+    grid = (triton.cdiv(tokens, constants["COLS"]), batch * heads)
+    if not constants["WHOLE"]:
+        attention_backward_queries_kernel[grid](*args, **over_queries(constants), **options)
+    attention_backward_keys_kernel[grid](*args, **constants, **options)
+    return d_qkv
+
+
+def launch_arguments(
+    qkv: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    d_out: torch.Tensor,
+    cos_sin: tuple[torch.Tensor, torch.Tensor] | None,
+    d_qkv: torch.Tensor,
+    shared: int,
+) -> tuple[tuple, dict, dict]:
+    """(runtime arguments, compile-time arguments, compiler options) of the launch over keys."""
+    _, tokens, heads, head_dim = qkv.shape
+    tile, whole = backward_tiles.attention_backward_tile(
+        tokens, head_dim, qkv.element_size(), shared
+    )
+    cos, sin = cos_sin if cos_sin else (lse, lse)  # not read without ROTATE
+    constants = {
+        "SCALE": 1.0 / math.sqrt(head_dim),
+        "T": tokens, "H": heads // 3, "HALF": head_dim // 2, "ROTATE": cos_sin is not None,
+        "WHOLE": whole, "ROWS": tile.rows, "COLS": tile.cols, "PRECISION": "ieee",
+    }  # fmt: skip
+    args = (qkv, out, d_out, lse, delta, cos, sin, d_qkv)
+    return args, constants, tiles.options(tile)
+
+
+def over_queries(constants: dict) -> dict:
+    """The compile-time arguments of the launch over queries: it owns as many queries as the other
+    owns keys, and steps over as many keys."""
+    rest = {name: value for name, value in constants.items() if name != "WHOLE"}
+    return {**rest, "ROWS": constants["COLS"], "COLS": constants["ROWS"]}

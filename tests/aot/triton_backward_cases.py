@@ -1,0 +1,146 @@
+"""The backward kernels in the configurations of the published cases (see triton_cases.py)."""
+
+from __future__ import annotations
+
+import torch
+
+from aot.triton_cases import Maker, _meta
+
+
+def _rms_backward(batch: int, tokens: int, d: int, over_tokens: bool = False) -> Maker:
+    def kernel():
+        from recurx.kernels.rms_backward import rms_backward_kernel
+
+        return rms_backward_kernel
+
+    def launch(dtype: torch.dtype, shared: int):
+        from recurx.kernels.rms_backward import launch_arguments
+
+        y = _meta(batch, tokens, d, dtype=dtype)
+        y = y.mT if over_tokens else y
+        return launch_arguments(y, _meta(*y.shape[:-1], dtype=torch.float32), y, y)
+
+    return f"rms_backward{'_t' if over_tokens else ''} t={tokens} d={d}", kernel, launch
+
+
+def _dgrad(m: int, k: int, n: int, over_tokens: bool = False) -> Maker:
+    def kernel():
+        from recurx.kernels.dgrad import dgrad_kernel
+
+        return dgrad_kernel
+
+    def launch(dtype: torch.dtype, shared: int):
+        from recurx.kernels.dgrad import launch_arguments
+
+        d_x = _meta(2, n, m, dtype=dtype).mT if over_tokens else _meta(m, n, dtype=dtype)
+        d_out = _meta(*d_x.shape[:-1], k, dtype=dtype)
+        return launch_arguments(d_out, _meta(k, n, dtype=dtype), d_x, d_x, shared)
+
+    return f"dgrad{'_t' if over_tokens else ''} n={n} k={k}", kernel, launch
+
+
+def _dgrad_rms_backward(m: int, k: int, n: int) -> Maker:
+    def kernel():
+        from recurx.kernels.dgrad_rms_backward import dgrad_rms_backward_kernel
+
+        return dgrad_rms_backward_kernel
+
+    def launch(dtype: torch.dtype, shared: int):
+        from recurx.kernels.dgrad_rms_backward import launch_arguments
+
+        d_out, w, y = _meta(m, k, dtype=dtype), _meta(k, n, dtype=dtype), _meta(m, n, dtype=dtype)
+        return launch_arguments(d_out, w, y, y, _meta(m, dtype=torch.float32), y, shared)
+
+    return f"dgrad_rms_backward n={n} k={k}", kernel, launch
+
+
+def _swiglu_backward(m: int, n: int, f: int, over_tokens: bool = False) -> Maker:
+    def kernel():
+        from recurx.kernels.swiglu_backward import swiglu_backward_kernel
+
+        return swiglu_backward_kernel
+
+    def launch(dtype: torch.dtype, shared: int):
+        from recurx.kernels.swiglu_backward import launch_arguments
+
+        x = _meta(8, n, m, dtype=dtype).mT if over_tokens else _meta(m, n, dtype=dtype)
+        w, down = _meta(2 * f, n, dtype=dtype), _meta(n, f, dtype=dtype)
+        d_gate_up, mid = (_meta(*x.shape[:-1], c, dtype=dtype) for c in (2 * f, f))
+        return launch_arguments(x, w, down, x, d_gate_up, mid, shared)
+
+    return f"swiglu_backward{'_t' if over_tokens else ''} n={n} f={f}", kernel, launch
+
+
+def _wgrad(m: int, n: int, k: int, over_tokens: bool = False) -> Maker:
+    def kernel():
+        from recurx.kernels.wgrad import wgrad_kernel
+
+        return wgrad_kernel
+
+    def launch(dtype: torch.dtype, shared: int):
+        from recurx.kernels.wgrad import launch_arguments
+
+        x = _meta(2, k, m, dtype=dtype).mT if over_tokens else _meta(m, k, dtype=dtype)
+        d_out = _meta(*x.shape[:-1], n, dtype=dtype)
+        return launch_arguments(d_out, x, _meta(2, n, k, dtype=torch.float32), True, shared)
+
+    return f"wgrad{'_t' if over_tokens else ''} n={n} k={k}", kernel, launch
+
+
+def _wgrad_sum(n: int, k: int) -> Maker:
+    def kernel():
+        from recurx.kernels.wgrad import wgrad_sum_kernel
+
+        return wgrad_sum_kernel
+
+    def launch(dtype: torch.dtype, shared: int):
+        from recurx.kernels.wgrad import sum_arguments
+
+        return sum_arguments(*(_meta(*s, dtype=torch.float32) for s in ((5, n, k), (n, k))))
+
+    return f"wgrad_sum n={n} k={k}", kernel, launch
+
+
+def _attention_backward(over: str, batch: int, tokens: int, heads: int, head_dim: int) -> Maker:
+    def kernel():
+        from recurx.kernels import attention_backward
+
+        return getattr(attention_backward, f"attention_backward_{over}_kernel")
+
+    def launch(dtype: torch.dtype, shared: int):
+        from recurx.kernels.attention_backward import launch_arguments, over_queries
+
+        qkv = _meta(batch, tokens, 3 * heads, head_dim, dtype=dtype)
+        out = _meta(batch, tokens, heads, head_dim, dtype=dtype)
+        lse = _meta(batch, heads, tokens, dtype=torch.float32)
+        tables = (_meta(tokens, head_dim, dtype=torch.float32),) * 2
+        args, constants, options = launch_arguments(qkv, out, lse, lse, out, tables, qkv, shared)
+        return args, over_queries(constants) if over == "queries" else constants, options
+
+    return f"attention_backward_{over} t={tokens} head={head_dim}", kernel, launch
+
+
+# What the window of TRM-att and TRM-mlp Sudoku launches; compiled for every architecture.
+MAIN = (
+    _rms_backward(64, 97, 512),
+    _dgrad_rms_backward(97 * 64, 3072, 512),
+    _dgrad(97 * 64, 1536, 512),
+    _swiglu_backward(97 * 64, 512, 1536),
+    _wgrad(97 * 64, 1536, 512),
+    _attention_backward("keys", 64, 97, 8, 64),
+)
+# Over tokens, the widest rows, long and small attention; the sum of the partial gradients.
+MORE = (
+    _rms_backward(64, 97, 512, over_tokens=True),
+    _dgrad(512, 1024, 97, over_tokens=True),
+    _dgrad_rms_backward(97 * 64, 1536, 768),
+    _dgrad_rms_backward(17 * 64, 256, 64),
+    _swiglu_backward(512, 97, 512, over_tokens=True),
+    _wgrad(512, 97, 512, over_tokens=True),
+    _wgrad_sum(1536, 512),
+    _attention_backward("queries", 64, 916, 8, 64),
+    _attention_backward("keys", 64, 916, 8, 64),
+    _attention_backward("keys", 2, 40, 2, 128),
+    _attention_backward("keys", 2, 300, 2, 128),
+    _attention_backward("queries", 2, 300, 2, 32),
+)
