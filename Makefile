@@ -22,7 +22,7 @@ DEPS  =
 BUILT = build-with-given-python
 endif
 
-.PHONY: help setup test test-fast demo bench clean build-with-given-python
+.PHONY: help setup test test-fast demo bench bench-ops bench-report clean build-with-given-python
 .PHONY: lint lint-python lint-layout lint-cpp format
 .DEFAULT_GOAL = help
 
@@ -31,7 +31,9 @@ help:
 	@echo 'make demo       watch a tiny recursive model learn and refine (about three minutes)'
 	@echo 'make test       all tests;  make test-fast leaves the slow ones out'
 	@echo 'make lint       ruff and clang-format, check only;  make format rewrites'
-	@echo 'make bench      the CPU engine against PyTorch, interleaved (python -m bench.cpu_step --help)'
+	@echo 'make bench      recurx against PyTorch, about eight minutes (python -m recurx bench --help)'
+	@echo 'make bench-ops  single operations, by pytest-benchmark'
+	@echo 'make bench-report  tables and plots from bench/results/'
 	@echo 'make clean      remove $(VENV) and everything that was built'
 	@echo
 	@echo 'PYTHON=python3.12 picks the interpreter for $(VENV). PY=python3 uses that interpreter'
@@ -50,7 +52,13 @@ demo: $(BUILT)
 	"$(PY)" -m recurx demo
 
 bench: $(BUILT)
-	"$(PY)" -m bench.cpu_step
+	"$(PY)" -m recurx bench run
+
+bench-ops: $(BUILT)
+	"$(PY)" -m pytest -q bench/ops --benchmark-group-by=func,param:batch
+
+bench-report: $(DEPS)
+	"$(PY)" -m recurx bench report
 
 lint: lint-python lint-layout lint-cpp
 

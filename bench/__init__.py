@@ -1,1 +1,8 @@
-"""Benchmarks: run from a checkout, never imported by the package."""
+"""What needs the checkout: result files, pytest-benchmark suites of single operations, GPU check.
+
+    results/       JSON files of `python -m recurx bench run`, and the plots drawn from them
+    ops/           `make bench-ops`: one operation at a time
+    gpu_check.sh   everything that needs an NVIDIA GPU
+
+The suite itself is the package `recurx.bench`, so that installed users have it too.
+"""

@@ -42,12 +42,16 @@ class Result:
     last_lines: list[str]
 
 
-def phases(quick: bool) -> list[Phase]:
+def phases(quick: bool, folder: Path, figures: bool = False) -> list[Phase]:
+    """Proof, with a few figures at its end; or, for all figures, the build and the full suite."""
     python = sys.executable
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     share = 0.5 if quick else 1.0
+    build = Phase("build", [python, "csrc/native_build.py"], 150)
+    if figures:
+        return [build, _benchmarks("gpu", folder, 0.9 * (TOTAL - build.limit))]
     found = [
-        Phase("build", [python, "csrc/native_build.py"], 150),
+        build,
         Phase("conformance", [*pytest, "tests/device/test_wrappers_on_gpu.py"], 90),
         Phase("kernel tests", [*pytest, *KERNEL_TESTS], 120 * share),
         Phase("gpu tests", [*pytest, "-m", "gpu", "tests", "--ignore=tests/device"], 90 * share),
@@ -55,8 +59,17 @@ def phases(quick: bool) -> list[Phase]:
     for tool in ("memcheck", "racecheck", "synccheck"):
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "86"]
         found.append(Phase(tool, [*command, *pytest, *KERNEL_TESTS, *SANITIZED], 60 * share))
-    bench = [python, "-m", "bench.gpu_kernels", *(["--quick"] if quick else [])]
-    return [*found, Phase("benchmarks", bench, 90 * share)]
+    ops = [*pytest, "bench/ops", "--benchmark-json", str(folder / "ops.json"), "-k"]
+    ops += ["test_kernel and 64 and not compile" if quick else "test_kernel and (64 or 512)"]
+    found.append(Phase("operations", ops, 45 * share))
+    return [*found, _benchmarks("gpu-quick", folder, 90 * share)]
+
+
+def _benchmarks(suite: str, folder: Path, limit: float) -> Phase:
+    """The suite, which ends by itself: what it has measured is in its file in any case."""
+    command = [sys.executable, "-m", "recurx", "bench", "run", "--suite", suite]
+    command += ["--time-limit", str(limit - 20), "--out", str(folder / f"bench-{suite}.json")]
+    return Phase("benchmarks", command, limit)
 
 
 def environment() -> dict[str, str]:
@@ -156,6 +169,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="bench/gpu_check.sh", description=__doc__)
     parser.add_argument("outdir", type=Path)
     parser.add_argument("--quick", action="store_true", help="half the time for tests and figures")
+    parser.add_argument(
+        "--figures", action="store_true", help="no proof: build, and all the time for benchmarks"
+    )
     arguments = parser.parse_args()
     arguments.outdir.mkdir(parents=True, exist_ok=True)
     folder = arguments.outdir.resolve()
@@ -166,11 +182,14 @@ def main() -> int:
         print(f"gpu_check: nothing to do: {reason}")
         report.write_text(json.dumps({"status": "no gpu", "reason": reason}, indent=1) + "\n")
         return 0
-    from bench.provenance import provenance  # imports torch, which no_gpu() may have missed
+    from recurx.bench.provenance import provenance  # imports torch, which may be missing
 
     start = time.monotonic()
-    results = run_all(phases(arguments.quick), folder, environment(), TOTAL)
-    content = provenance() | {"versions": versions(), "quick": arguments.quick}
+    todo = phases(arguments.quick, folder, arguments.figures)
+    results = run_all(todo, folder, environment(), TOTAL)
+    command = ["bench/gpu_check.sh", *sys.argv[1:]]
+    content = provenance("cuda", os.cpu_count() or 1, command)
+    content |= {"versions": versions(), "quick": arguments.quick, "figures": arguments.figures}
     content["status"] = "passed" if all(r.status == "passed" for r in results) else "failed"
     content["seconds"] = round(time.monotonic() - start, 1)
     content["phases"] = [asdict(result) for result in results]

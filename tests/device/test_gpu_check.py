@@ -53,9 +53,19 @@ def test_when_all_the_time_is_spent_the_rest_is_not_started(tmp_path):
 
 
 @pytest.mark.parametrize("quick", [False, True])
-def test_the_plan_keeps_within_nine_minutes(quick):
-    todo = gpu_check.phases(quick)
+def test_the_plan_keeps_within_nine_minutes(quick, tmp_path):
+    todo = gpu_check.phases(quick, tmp_path)
     names = [phase.name for phase in todo]
     assert names[:2] == ["build", "conformance"] and names[-1] == "benchmarks"
     assert {"memcheck", "racecheck", "synccheck"} <= set(names)
     assert gpu_check.TOTAL < 540
+
+
+def test_figures_get_all_the_time_that_the_build_leaves(tmp_path):
+    todo = gpu_check.phases(False, tmp_path, figures=True)
+    assert [phase.name for phase in todo] == ["build", "benchmarks"]
+    assert sum(phase.limit for phase in todo) <= gpu_check.TOTAL
+    command = todo[-1].command
+    assert command[command.index("--suite") + 1] == "gpu"
+    assert float(command[command.index("--time-limit") + 1]) < todo[-1].limit
+    assert Path(command[command.index("--out") + 1]).parent == tmp_path

@@ -1,0 +1,141 @@
+"""What is measured: named cases, their models and data, and the suites that bundle them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from recurx.errors import bad_argument
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from recurx.models import RecursiveModel
+
+MODES = {
+    "step": "inference: one supervision step, embedding and heads included",
+    "train": "training: forward, loss, backward, optimiser and weight average of one step",
+    "solve": "a trained net solves B puzzles: to its halting, or 16 steps where the way is fixed",
+}
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+SOLVE_STEPS = 16  # what official evaluation always runs
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model under test.
+
+    Args:
+        title: for tables.
+        make: (configuration fields) -> its configuration.
+        task, preset, train_steps: of a case that can solve: what the run trains before it times.
+    """
+
+    title: str
+    make: Callable[..., Any]
+    task: str = ""
+    preset: str = ""
+    train_steps: int = 0
+
+
+def _trm(builder: str, *arguments: Any, **fixed: Any) -> Callable[..., Any]:
+    def make(**fields: Any) -> Any:
+        from recurx.models import TRMConfig
+
+        return getattr(TRMConfig, builder)(*arguments, **{**fixed, **fields})
+
+    return make
+
+
+def _hrm(**fields: Any) -> Any:
+    from recurx.models import HRMConfig
+
+    return HRMConfig.sudoku(**fields)
+
+
+def _preset(name: str, task: str) -> Callable[..., Any]:
+    def make(**fields: Any) -> Any:
+        from recurx.train import preset
+
+        return preset(name, task).model_config().replace(**fields)
+
+    return make
+
+
+def _solver(title: str, preset: str, task: str, steps: int) -> Case:
+    return Case(title, _preset(preset, task), task, preset, steps)
+
+
+CASES: dict[str, Case] = {
+    "trm-att": Case("TRM-att Sudoku, T=97, D=512, 21 calls", _trm("sudoku_att")),
+    "trm-mlp": Case("TRM-mlp Sudoku, T=97, D=512, 21 calls", _trm("sudoku_mlp")),
+    "arc": Case("TRM-att ARC and Maze, T=916, D=512, 15 calls", _trm("arc")),
+    "hrm": Case("HRM Sudoku, T=82, D=512, two nets, 6 calls", _hrm),
+    "small-64": Case("small net, T=17, D=64, 21 calls", _trm("tiny", 11, 17)),
+    "small-256": Case(
+        "small net, T=33, D=256, 21 calls",
+        _trm("tiny", 11, 33, hidden_size=256, num_heads=4, inner_multiple=64),
+    ),
+    "sudoku-4x4": _solver("4x4 Sudoku, trained in the run, D=64", "tiny-att", "sudoku-4x4", 600),
+    "sudoku-6x6": _solver("6x6 Sudoku, trained in the run, D=64", "tiny-mlp", "sudoku-6x6", 600),
+    # Seconds, not evidence: what the suite's own tests run.
+    "toy": Case(
+        "toy net, T=6, D=32, 4 calls",
+        _trm("tiny", 5, 6, hidden_size=32, num_heads=2, inner_multiple=32, H_cycles=2, L_cycles=1),
+    ),
+    "toy-solve": _solver("4x4 Sudoku, hardly trained", "tiny-mlp", "sudoku-4x4", 3),
+}
+
+
+def case(name: str) -> Case:
+    """The case called `name`.
+
+    Raises:
+        InvalidArgument: unknown; the known ones are listed.
+    """
+    if name not in CASES:
+        raise bad_argument("bench", "case", f"one of {', '.join(CASES)}", repr(name))
+    return CASES[name]
+
+
+def build(name: str, dtype: str, backend: str, batch: int) -> RecursiveModel:
+    """The model of a case with one seed's weights: the same values in every dtype.
+
+    Zero embeddings and a zero q head would not exercise their products; zero data runs faster on
+    matrix units than real data.
+    """
+    import torch
+
+    from recurx.models import HRM, TRM
+
+    torch.manual_seed(0)
+    config = case(name).make(forward_dtype=DTYPES[dtype], batch_size=batch)
+    model = (HRM if config.variant == "hrm" else TRM)(config, backend).eval()
+    with torch.no_grad():
+        if config.puzzle_emb_ndim:
+            model.puzzle_emb.weights.normal_()
+        model.inner.q_head.weight.normal_(std=0.02)
+        for buffer, start in model.inner.named_buffers():
+            if buffer.endswith("_init"):
+                generator = torch.Generator().manual_seed(len(buffer))
+                start.copy_(torch.randn(start.shape, generator=generator))
+    return model
+
+
+def sample(model: RecursiveModel, batch: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Seeded tokens and labels, and a seeded carry, on the CPU; the same values in every dtype."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    config, shape = model.config, (batch, model.config.seq_len)
+
+    def tokens() -> Tensor:
+        drawn = torch.randint(1, config.vocab_size, shape, generator=generator)
+        return drawn.to(torch.int32)
+
+    states = (batch, config.tokens, config.hidden_size)
+    carry = {name: torch.randn(states, generator=generator) for name in model.inner.schedule.states}
+    data = {"inputs": tokens(), "labels": tokens()}
+    data["puzzle_identifiers"] = torch.zeros(batch, dtype=torch.int32)
+    return data, {name: state.to(config.dtype) for name, state in carry.items()}

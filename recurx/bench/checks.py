@@ -1,0 +1,62 @@
+"""Whether a variant is right, before it is timed.
+
+Long recursions in bf16 drift chaotically, so a whole step is held against the drift of eager
+PyTorch of the same dtype from fp32, times 1.25; and the first call alone, where nothing has
+drifted yet, against eager's error there. Slack covers another order of summation in fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FACTOR = 1.25  # of eager's own error in that dtype
+# One call has errors of a few roundings (fp32: 1e-6, bf16: 1e-2); 21 calls amplify a rounding of
+# fp32 to 1e-3 (measured on a Zen 3). A loss is one number: eager's error in it may be zero by luck.
+SLACK = {"one call": 1e-4, "loss": 0.01, "gradient": 0.01}
+SLACK_OF_A_STEP = 0.01
+# Share of cells of the answers of a trained net that may differ.
+SLACK_OF_ANSWERS = 0.01
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`drift` and `allowed` of every output; `reason` is empty if all are right."""
+
+    drift: dict[str, float]
+    allowed: dict[str, float]
+    reason: str = ""
+
+
+def distance(got: Tensor, exact: Tensor) -> float:
+    """Relative distance of floats; share of differing entries of integers."""
+    if not exact.is_floating_point():
+        return float((got != exact).float().mean())
+    return float((got - exact).norm() / exact.norm().clamp_min(1e-30))
+
+
+def judge(got: dict[str, Tensor], exact: dict[str, Tensor], yard: dict[str, Tensor]) -> Verdict:
+    """Hold outputs against the exact ones, with eager of the same dtype as the yardstick."""
+    drift, allowed, wrong = {}, {}, []
+    for name, value in got.items():
+        if name not in exact:
+            continue
+        if value.shape != exact[name].shape:
+            shapes = f"{list(value.shape)} instead of {list(exact[name].shape)}"
+            return Verdict(drift, allowed, f"{name}: {shapes}")
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            wrong.append(f"{name}: not finite")
+            continue
+        drift[name] = distance(value, exact[name])
+        slack = SLACK.get(name, SLACK_OF_A_STEP)
+        if not value.is_floating_point():
+            slack = SLACK_OF_ANSWERS
+        own = distance(yard[name], exact[name]) if name in yard else 0.0
+        allowed[name] = FACTOR * own + slack
+        if not drift[name] <= allowed[name]:
+            wrong.append(f"{name}: drift {drift[name]:.3g}, allowed {allowed[name]:.3g}")
+    if not drift and not wrong:
+        wrong.append("nothing to compare")
+    return Verdict(drift, allowed, "; ".join(wrong))

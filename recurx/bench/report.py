@@ -1,0 +1,215 @@
+"""The README's tables, from result files. Rows where recurx loses are shown like the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from recurx.bench.cases import CASES, MODES
+from recurx.bench.provenance import ROOT
+from recurx.bench.results import Key, Result
+from recurx.errors import InvalidArgument
+
+BEGIN, END = "<!-- bench:begin", "<!-- bench:end -->"
+UNITS = {"step": "ms a supervision step", "train": "ms a training step", "solve": "puzzles/s"}
+NONE = "–"  # not measured
+
+Row = dict[str, Any]
+
+
+def newest_rows(results: Sequence[Result]) -> dict[Key, tuple[Row, dict, Result]]:
+    """{key: (row, its group, its result)}: the newest of each key; results come oldest first."""
+    found: dict[Key, tuple[Row, dict, Result]] = {}
+    for result in results:
+        for group in result.groups:
+            for row in group["rows"]:
+                key = Key(group["case"], group["mode"], group["batch"], row["variant"])
+                found[key] = (row, group, result)
+    return found
+
+
+def by_device(results: Iterable[Result]) -> dict[str, list[Result]]:
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        found.setdefault(result.device, []).append(result)
+    return found
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """All tables, device after device.
+
+    Raises:
+        InvalidArgument: no results.
+    """
+    if not results:
+        raise InvalidArgument("bench report: no result file. Measure: python -m recurx bench run.")
+    parts = []
+    for device, of_device in by_device(results).items():
+        newest = newest_rows(of_device)
+        used = list(dict.fromkeys(id(result) for _, _, result in newest.values()))
+        sources = [result for result in of_device if id(result) in used]
+        parts.append(_heading(device, sources))
+        for mode in MODES:
+            keys = [key for key in newest if key.mode == mode]
+            if keys:
+                parts.append(_times(mode, keys, newest))
+        ours = [key for key in newest if newest[key][0].get("ours")]
+        parts.append(_reached(ours, newest))
+        parts.append(_reasons(newest))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _heading(device: str, sources: list[Result]) -> str:
+    facts = sources[-1].facts
+    flags = ", ".join(facts["cpu"]["flags"])
+    versions = [f"{n} {facts[n]}" for n in ("torch", "triton") if facts.get(n)]
+    lines = [f"**{device}** ({flags}); {', '.join(versions)}."]
+    if any(result.facts.get("gpu") for result in sources):
+        lines = [f"**{device}**; {', '.join(versions)}."]
+    for result in sources:
+        facts = result.facts
+        commit = facts["commit"][:7] if facts["commit"] else "unknown"
+        dirty = " with changes" if facts["dirty"] else ""
+        partial = ", interrupted" if result.document["status"] == "partial" else ""
+        lines.append(
+            f"- {facts['date'][:10]}, commit {commit}{dirty}{partial}: `{facts['command']}`, "
+            f"`{_shown(result.path)}`"
+        )
+    return "\n".join(lines)
+
+
+def _shown(path: Path) -> str:
+    path = path.resolve()
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name)
+
+
+# ---- times ---------------------------------------------------------------------------------------
+
+
+def _times(mode: str, keys: list[Key], newest: dict[Key, tuple[Row, dict, Result]]) -> str:
+    variants = sorted({key.variant for key in keys}, key=_order)
+    shapes = sorted({(key.case, key.batch) for key in keys}, key=lambda s: (case_order(s[0]), s[1]))
+    heads = ["case", "B", *(f"{name.replace('/', ' ')}" for name in variants)]
+    lines = [f"{UNITS[mode]}, median; in brackets times the fastest recurx of the same dtype", ""]
+    lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for name, batch in shapes:
+        rows = {
+            v: newest[Key(name, mode, batch, v)][0]
+            for v in variants
+            if Key(name, mode, batch, v) in newest
+        }
+        cells = [_cell(mode, v, rows) for v in variants]
+        lines.append("| " + " | ".join([name, str(batch), *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _order(variant: str) -> tuple[bool, bool, str]:
+    engine, _, dtype = variant.partition("/")
+    return not engine.startswith("recurx-"), dtype == "fp32", engine
+
+
+def case_order(name: str) -> int:
+    return list(CASES).index(name) if name in CASES else len(CASES)
+
+
+def best_ours(rows: dict[str, Row], dtype: str) -> Row | None:
+    """recurx's fastest timed row of a dtype."""
+    ours = [
+        row for row in rows.values()
+        if row["ours"] and row["status"] == "timed" and row["dtype"] == dtype
+    ]  # fmt: skip
+    return min(ours, key=lambda row: row["p50_ms"], default=None)
+
+
+def _cell(mode: str, variant: str, rows: dict[str, Row]) -> str:
+    row = rows.get(variant)
+    if row is None:
+        return NONE
+    if row["status"] != "timed":
+        return str(row["status"])
+    value = _figure(row["puzzles_per_s"] if mode == "solve" else row["p50_ms"])
+    fastest = min(r["p50_ms"] for r in rows.values() if r["status"] == "timed")
+    value = f"**{value}**" if row["p50_ms"] == fastest else value
+    ours = best_ours(rows, row["dtype"])
+    if row["ours"] or ours is None:
+        return value
+    return f"{value} ({times(row['p50_ms'] / ours['p50_ms'])})"
+
+
+def times(ratio: float) -> str:
+    """1.16x, 9.0x, 26x: losses and small gains keep two digits behind the point."""
+    return f"{ratio:.2f}x" if ratio < 2 else f"{ratio:.1f}x" if ratio < 10 else f"{ratio:.0f}x"
+
+
+def _figure(value: float, digits: int = 3) -> str:
+    """`digits` significant digits without an exponent: 1543, 17.1, 0.0123."""
+    if value == 0 or value >= 10 ** (digits - 1):
+        return f"{value:,.0f}"
+    text = f"{value:.{digits}g}"
+    return f"{value:.6f}".rstrip("0") if "e" in text else text
+
+
+# ---- what recurx reaches -------------------------------------------------------------------------
+
+
+def _reached(keys: list[Key], newest: dict[Key, tuple[Row, dict, Result]]) -> str:
+    heads = (
+        "recurx", "B", "ms p20-p80", "GFLOP/s", "of peak", "of floor", "predicted ms", "launches",
+        "peak MiB",
+    )  # fmt: skip
+    lines = [
+        "of peak: against the fastest product measured in the same run; of floor: the least time "
+        "by that product and the copy bandwidth, against the measured time; predicted: "
+        "`recurx.cost`; peak MiB: above the loaded model",
+        "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|",
+    ]  # fmt: skip
+    for key in sorted(keys, key=lambda k: (k.mode, case_order(k.case), k.batch, k.variant)):
+        row = newest[key][0]
+        if row["status"] != "timed":
+            continue
+        spread = f"{_figure(row['p20_ms'])}-{_figure(row['p80_ms'])}"
+        name = f"{key.case} {key.mode}, {key.variant.removeprefix('recurx-').replace('/', ' ')}"
+        cells = [
+            name, str(key.batch), spread,
+            _optional(row.get("tflops"), lambda v: _figure(1e3 * v)),
+            _optional(row.get("of_peak"), lambda v: f"{v:.0%}"),
+            _optional(row.get("of_floor"), lambda v: f"{v:.0%}"),
+            _optional(row.get("predicted_ms"), _figure),
+            _optional(row.get("launches"), str),
+            _optional(row.get("peak_mib"), _figure),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) if len(lines) > 4 else ""
+
+
+def _optional(value: Any, text: Any) -> str:
+    return NONE if value is None else str(text(value))
+
+
+def _reasons(newest: dict[Key, tuple[Row, dict, Result]]) -> str:
+    """Why rows have no time."""
+    found = [
+        f"- {key}: {row['status']}: {row['reason']}"
+        for key, (row, _, _) in newest.items()
+        if row["status"] != "timed"
+    ]
+    return "\n".join(["Not timed:", *found]) if found else ""
+
+
+# ---- into a file ---------------------------------------------------------------------------------
+
+
+def replace_between_markers(text: str, generated: str, where: str) -> str:
+    """`text` with what lies between the markers replaced.
+
+    Raises:
+        InvalidArgument: the markers are missing, twice there, or in the wrong order.
+    """
+    begin, end = text.find(BEGIN), text.find(END)
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or end < begin:
+        raise InvalidArgument(
+            f"bench report: {where} needs one line '{BEGIN} -->' and after it one '{END}'."
+        )
+    head_end = text.index("-->", begin) + 3
+    return f"{text[:head_end]}\n{generated}\n{text[end:]}"

@@ -1,0 +1,284 @@
+"""Measures groups: workers, correctness, interleaved rounds, rows.
+
+Every round times each variant once, in turn, so that slow minutes of the machine hit all alike.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recurx.bench import checks, figures
+from recurx.bench.remote import Remote, WorkerFailed
+from recurx.bench.suites import Group, variants_of
+from recurx.bench.variants import YARDSTICK, Variant
+
+SAMPLE_SECONDS = 0.02  # short steps are repeated until a sample takes about this long
+MOST_ROUNDS, FEWEST_ROUNDS = 200, 3
+SLOW = 20  # a variant this many times slower than the fastest takes part in fewer rounds
+ENERGY_SECONDS = 0.5
+CACHE = {
+    "warm": "warm: a sample is steps back to back",
+    "interleaved": "other variants' steps run between two samples, so a sample starts with their "
+    "data in the caches; within a step the weights are read again by every call",
+    "cold": "cold: the L2 is overwritten before every step, and the step timed by events",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to measure.
+
+    Args:
+        device: "cpu" or "cuda".
+        unit: what torch.compile compiles: "net" (one call each) or "step" (all calls as one graph).
+        cold: overwrite the GPU's L2 before every step.
+        jobs: workers that start at the same time.
+        start_timeout: seconds that a variant may take to its first step.
+        deadline: time.monotonic() after which nothing is started.
+        imports: modules that each worker imports first, such as one that registers a backend.
+        say: prints a line of progress.
+    """
+
+    device: str
+    threads: int
+    unit: str = "net"
+    cold: bool = False
+    jobs: int = 1
+    start_timeout: float = 300.0
+    deadline: float = math.inf
+    imports: tuple[str, ...] = ()
+    say: Callable[[str], None] = print
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+
+@dataclass
+class Lane:
+    """A variant in a group."""
+
+    variant: Variant
+    row: dict[str, Any]
+    remote: Remote | None = None
+    times: list[float] = field(default_factory=list)
+    repeats: int = 1
+    every: int = 1  # takes part in one round of so many
+
+    def drop(self, status: str, reason: str) -> None:
+        self.row |= {"status": status, "reason": reason}
+        self.times.clear()
+        self.end()
+
+    def end(self) -> None:
+        if self.remote is not None:
+            self.remote.close()
+            self.remote = None
+
+
+class Measurement:
+    """One group. `document()` is valid at any moment: what is not measured yet has no row."""
+
+    def __init__(self, group: Group, options: Options) -> None:
+        self.group, self.options = group, options
+        self.work = figures.Work.of(group, options.device)
+        self.ceilings: dict[str, Any] = {}
+        self.lanes: list[Lane] = []
+        self.exact: dict[str, torch.Tensor] = {}
+        self.yards: dict[str, dict[str, torch.Tensor]] = {}
+
+    def run(self) -> None:
+        """Measure. On an exception (Ctrl-C included) the rounds so far stay in `document()`."""
+        with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w+b") as log:
+            self.folder, self.log = folder, log
+            try:
+                self._reference()
+                if self.group.interleave:
+                    self._together(self._lanes())
+                else:
+                    for lane in self._lanes():
+                        self._together([lane])
+                        lane.end()
+            finally:
+                for lane in self.lanes:
+                    if lane.remote is not None:
+                        lane.remote.kill()
+
+    def _lanes(self) -> list[Lane]:
+        """Yardsticks first: the others are judged by them."""
+        found = []
+        for variant in variants_of(self.group, self.options.device):
+            row = figures.describe(variant)
+            reason = self.work.refusal(variant) if variant.ours else None
+            lane = Lane(variant, row)
+            self.lanes.append(lane)
+            if reason:
+                lane.drop("refused", reason)
+            else:
+                found.append(lane)
+        return sorted(found, key=lambda lane: lane.variant.engine != YARDSTICK)
+
+    # ---- before the rounds -------------------------------------------------------------------
+
+    def _remote(self, variant: str) -> Remote:
+        options, group = self.options, self.group
+        return Remote(
+            self.log, case=group.case, mode=group.mode, variant=variant, batch=group.batch,
+            device=options.device, unit=options.unit, threads=options.threads, folder=self.folder,
+            imports=list(options.imports),
+        )  # fmt: skip
+
+    def _timeout(self) -> float:
+        return max(1.0, min(self.options.start_timeout, self.options.left()))
+
+    def _reference(self) -> None:
+        """The exact results, and the ceilings of the machine."""
+        self._say("reference and ceilings")
+        remote = self._remote("eager/fp32")
+        try:
+            path = Path(self.folder) / "exact.pt"
+            remote.ask("reference", self._timeout(), output=str(path))
+            self.exact = torch.load(path)
+            self.ceilings = remote.ask(
+                "ceilings", self._timeout(), rows=self.group.batch * self.work.tokens,
+                hidden=self.work.hidden, inner=self.work.inner,
+            )  # fmt: skip
+        finally:
+            remote.kill()
+
+    def _start(self, lanes: list[Lane]) -> None:
+        """Start some at once, wait for each, and judge its first results."""
+        for lane in lanes:
+            self._say(f"starting {lane.variant.name}")
+            lane.remote = self._remote(lane.variant.name)
+            lane.remote.send("start", output=self._output(lane))
+        for lane in lanes:
+            assert lane.remote is not None
+            try:
+                lane.row |= lane.remote.receive(self._timeout())
+            except WorkerFailed as error:
+                lane.drop("failed", str(error))
+                self._say(f"{lane.variant.name} failed: {error}")
+                continue
+            got = torch.load(self._output(lane))
+            dtype = lane.variant.dtype
+            if lane.variant.engine == YARDSTICK:
+                self.yards[dtype] = got
+            verdict = checks.judge(got, self.exact, self.yards.get(dtype, {}))
+            lane.row |= {"drift": verdict.drift, "allowed": verdict.allowed}
+            if verdict.reason:
+                lane.drop("wrong", verdict.reason)
+                self._say(f"{lane.variant.name} is wrong: {verdict.reason}")
+
+    def _output(self, lane: Lane) -> str:
+        return str(Path(self.folder) / f"{lane.variant.name.replace('/', '-')}.pt")
+
+    # ---- rounds ------------------------------------------------------------------------------
+
+    def _together(self, lanes: list[Lane]) -> None:
+        jobs = self.options.jobs
+        for first in range(0, len(lanes), jobs):
+            if self.options.left() <= 0:
+                for lane in lanes[first:]:
+                    lane.drop("failed", "not started: the time limit of the run was over")
+                break
+            self._start(lanes[first : first + jobs])
+        running = [lane for lane in lanes if lane.remote is not None]
+        self._warm(running)
+        self._rounds([lane for lane in running if lane.remote is not None])
+        for lane in running:
+            if lane.remote is not None and lane.times:
+                self._ask(lane, lambda remote: remote.ask("count", seconds=ENERGY_SECONDS))
+            lane.end()
+
+    def _ask(self, lane: Lane, question: Callable[[Remote], dict[str, Any]]) -> dict[str, Any]:
+        """A reply, put into the row unless it is a time; a failure ends the lane, {}."""
+        assert lane.remote is not None
+        try:
+            reply = question(lane.remote)
+        except WorkerFailed as error:
+            lane.drop("failed", str(error))
+            return {}
+        lane.row |= {name: value for name, value in reply.items() if name != "seconds"}
+        return reply
+
+    def _sample(self, lane: Lane) -> float | None:
+        cold = self.options.cold
+        reply = self._ask(lane, lambda r: r.ask("time", repeats=lane.repeats, cold=cold))
+        return reply.get("seconds")
+
+    def _warm(self, lanes: list[Lane]) -> None:
+        """One step each, which says how often it is repeated in a sample, and how many rounds.
+
+        A variant whose first step alone took a quarter of the group's time, and did not compile,
+        is not asked again: that step becomes its sample.
+        """
+        share = self.group.seconds / 4
+        warm: dict[str, float] = {}
+        for lane in lanes:
+            way = lane.variant.way
+            compiled = way is not None and way.compile is not None
+            first = lane.row["first_seconds"]
+            if first > share and not compiled and not lane.variant.ours:
+                lane.times.append(first)
+                lane.row["note"] = "too slow for rounds: its first step is the sample"
+                continue
+            seconds = self._sample(lane)
+            if seconds is not None:
+                warm[lane.variant.name] = seconds
+        for lane in lanes:
+            if lane.variant.name in warm:
+                seconds = warm[lane.variant.name]
+                lane.repeats = max(1, min(1000, round(SAMPLE_SECONDS / seconds)))
+                lane.every = max(1, round(seconds / (SLOW * min(warm.values()))))
+            else:
+                lane.every = 0
+        cost = [warm[lane.variant.name] * lane.repeats / lane.every for lane in lanes if lane.every]
+        self.rounds = 0
+        if cost:
+            self.rounds = round(self.group.seconds / sum(cost))
+            self.rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, self.rounds))
+
+    def _rounds(self, lanes: list[Lane]) -> None:
+        if self.rounds:
+            self._say(f"{self.rounds} rounds")
+        for index in range(self.rounds):
+            if index >= FEWEST_ROUNDS and self.options.left() <= 0:
+                break
+            for lane in lanes:
+                if lane.every and index % lane.every == 0 and lane.remote is not None:
+                    seconds = self._sample(lane)
+                    if seconds is not None:
+                        lane.times.append(seconds)
+
+    def _say(self, text: str) -> None:
+        group = self.group
+        self.options.say(f"{group.case} {group.mode} B={group.batch}: {text}")
+
+    # ---- what came out -----------------------------------------------------------------------
+
+    def document(self) -> dict[str, Any]:
+        """The group for the result file."""
+        group = self.group
+        alone = not group.interleave or self.options.device == "cuda"
+        cache = "cold" if self.options.cold else "warm" if alone else "interleaved"
+        rows = []
+        for lane in self.lanes:
+            row = dict(lane.row)
+            if lane.times:
+                row |= figures.timed(lane.times, lane.repeats)
+                row |= self.work.rates(lane.variant, row["p50_ms"] / 1e3, row, self.ceilings)
+            if "status" in row:
+                rows.append(row)
+        return {
+            "case": group.case, "mode": group.mode, "batch": group.batch, **self.work.facts(),
+            "cache": CACHE[cache], "interleaved": group.interleave, "ceilings": self.ceilings,
+            "compile_unit": self.options.unit, "rows": rows,
+        }  # fmt: skip

@@ -1,0 +1,91 @@
+"""What is refused a time, what is counted, and what a figure means."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from recurx.bench import checks, counters, figures
+from recurx.bench.suites import Group
+from recurx.bench.variants import Variant
+
+
+def test_the_error_of_eager_times_a_quarter_more_is_right():
+    exact = {"logits": torch.randn(1000)}
+    noise = torch.randn(1000)
+    yard = {"logits": exact["logits"] + 0.3 * noise}
+    assert not checks.judge({"logits": exact["logits"] + 0.36 * noise}, exact, yard).reason
+    assert checks.judge({"logits": exact["logits"] + 0.40 * noise}, exact, yard).reason
+
+
+@pytest.mark.parametrize(
+    "got, reason",
+    [
+        (torch.full((4,), float("nan")), "not finite"),
+        (torch.zeros(3), "instead of"),
+        (torch.zeros(4), "drift 1"),
+    ],
+)
+def test_what_is_wrong_is_named(got, reason):
+    exact = {"z": torch.ones(4)}
+    assert reason in checks.judge({"z": got}, exact, exact).reason
+
+
+def test_nothing_to_compare_is_wrong():
+    assert checks.judge({}, {"z": torch.ones(1)}, {}).reason == "nothing to compare"
+
+
+def test_answers_may_differ_in_few_cells():
+    exact = {"answers": torch.zeros(1000, dtype=torch.int64)}
+    got = exact["answers"].clone()
+    got[:9] = 1
+    assert not checks.judge({"answers": got}, exact, {}).reason
+    got[:30] = 1
+    assert "drift 0.03" in checks.judge({"answers": got}, exact, {}).reason
+
+
+def test_launches_count_operators_but_no_views():
+    x = torch.randn(4, 4)
+
+    def step():
+        return (x.transpose(0, 1)[:2] + 1).mul_(2).t()
+
+    assert counters.launches(step, "cpu", compiled=False)["launches"] == 2
+    compiled = counters.launches(step, "cpu", compiled=True)
+    assert compiled["launches"] is None and "not counted" in compiled["launches_are"]
+
+
+def test_memory_sees_a_buffer():
+    memory = counters.Memory("cpu")
+    torch.ones(16 << 20)  # 64 MiB, freed at once
+    assert 60 < memory.peak()["peak_mib"] < 100
+
+
+def test_counted_work_is_that_of_the_papers():
+    """28.6 GFLOP a supervision step of TRM-att on Sudoku, 13.6 MB of bf16 weights."""
+    work = figures.Work.of(Group("trm-att", "step", 2), "cpu")
+    assert work.flops / 2 == pytest.approx(28.6e9, rel=0.02)
+    state = 2 * 97 * 512 * 2
+    assert work.bytes["bf16"] - 5 * state == pytest.approx(13.6e6, rel=0.01)
+    assert work.bytes["fp32"] == 2 * work.bytes["bf16"]
+    train = figures.Work.of(Group("trm-att", "train", 2), "cpu")
+    # The window is 7 of 21 calls, its backward twice its forward.
+    assert train.flops / work.flops == pytest.approx(1 + 2 * 7 / 21, rel=0.001)
+
+
+def test_rates_follow_from_flops_and_ceilings():
+    work = figures.Work.of(Group("toy", "step", 1, dtypes=("fp32",)), "cpu")
+    ceilings = {"copy_gbs": 10.0, "case_fp32_tflops": 0.1, "large_fp32_tflops": 0.2}
+    seconds = 10 * work.flops / 0.2e12
+    found = work.rates(Variant("graph", "fp32"), seconds, {}, ceilings)
+    assert found["of_peak"] == pytest.approx(0.1, rel=0.01)
+    assert found["tflops"] == pytest.approx(0.02, rel=0.01)
+    floor = max(work.flops / 0.2e12, work.bytes["fp32"] / 10e9)
+    assert found["of_floor"] == pytest.approx(floor / seconds, rel=0.01)
+    assert found["predicted_ms"] is None
+
+
+def test_quantiles():
+    row = figures.timed([t / 1e3 for t in (5, 1, 4, 2, 3)], repeats=7)
+    assert (row["p20_ms"], row["p50_ms"], row["p80_ms"]) == (2, 3, 5)
+    assert row["times_ms"] == [5, 1, 4, 2, 3] and row["repeats"] == 7

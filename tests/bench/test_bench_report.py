@@ -1,0 +1,162 @@
+"""Result files, and the tables and plots made from them."""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import pytest
+from documents import document, row, untimed, write
+
+from recurx.bench import plots, report, results
+from recurx.bench.provenance import ROOT
+from recurx.cli import main
+from recurx.errors import InvalidArgument, RecurxError
+
+ROWS = [
+    row("recurx-cpu/bf16", [10, 11, 12], tflops=0.1, of_peak=0.5, launches=1, peak_mib=9.5),
+    row("eager/bf16", [100, 110, 120]),
+    row("recurx-cpu/fp32", [20, 22, 24]),
+    row("eager/fp32", [10, 11, 12]),  # recurx loses
+    untimed("compile/fp32", "failed", "no C++ compiler"),
+    untimed("recurx-triton/fp32", "wrong", "one call: drift 1, allowed 0.01"),
+]
+
+
+@pytest.fixture
+def result(tmp_path):
+    return write(tmp_path / "result.json", document(ROWS))
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def test_the_table_shows_every_row_lost_ones_included(result):
+    text = report.markdown([result])
+    (line,) = [line for line in text.splitlines() if line.startswith("| trm-att | 1 |")]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    (heads,) = [line for line in text.splitlines() if line.startswith("| case | B |")]
+    heads = [cell.strip() for cell in heads.strip("|").split("|")]
+    got = dict(zip(heads, cells, strict=True))
+    assert got["recurx-cpu bf16"] == "**11**" and got["eager bf16"] == "110 (10x)"
+    assert got["recurx-cpu fp32"] == "22" and got["eager fp32"] == "**11** (0.50x)"
+    assert got["compile fp32"] == "failed" and got["recurx-triton fp32"] == "wrong"
+    assert "one call: drift 1, allowed 0.01" in text and "no C++ compiler" in text
+    assert "Some CPU" in text and "2026-01-02" in text and "0123456" in text
+    assert "`python -m recurx bench run`" in text
+    assert "| trm-att step, cpu bf16 | 1 | 10-12 | 100 | 50% | – | – | 1 | 9.5 |" in text
+
+
+def test_the_newest_row_of_a_key_is_shown(tmp_path, result):
+    later = document([row("recurx-cpu/bf16", [5, 5, 5])], date="2026-02-01T00:00:00+00:00")
+    text = report.markdown([result, write(tmp_path / "later.json", later)])
+    assert "| trm-att | 1 | **5** |" in text and "2026-02-01" in text
+
+
+def test_markers(tmp_path, result, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text("# head\n<!-- bench:begin (generated) -->\nold\n<!-- bench:end -->\ntail\n")
+    for _ in range(2):  # writing twice changes nothing
+        command = ["bench", "report", str(result.path), "--write", str(readme), "--no-plots"]
+        assert main(command) == 0
+        text = readme.read_text()
+        assert text.startswith("# head\n<!-- bench:begin (generated) -->\n**Some CPU")
+        assert text.endswith("<!-- bench:end -->\ntail\n") and "old" not in text
+    readme.write_text("# no markers\n")
+    assert main(command) == 2 and readme.read_text() == "# no markers\n"
+    assert "bench:begin" in capsys.readouterr().err
+
+
+def test_without_results_it_says_what_to_do():
+    with pytest.raises(InvalidArgument, match="python -m recurx bench run"):
+        report.markdown([])
+
+
+@pytest.mark.parametrize(
+    "value, text", [(1543.3, "1,543"), (171.0, "171"), (17.12, "17.1"), (0.0123, "0.0123"),
+                    (0.000012, "0.000012"), (0, "0")]
+)  # fmt: skip
+def test_figures_have_three_digits_and_no_exponent(value, text):
+    assert report._figure(value) == text
+
+
+# ---- plots ---------------------------------------------------------------------------------------
+
+
+def test_plots_are_readable_on_both_pages(tmp_path, result):
+    pytest.importorskip("matplotlib")
+    from matplotlib import image
+
+    written = plots.draw([result], tmp_path / "plots")
+    assert [path.suffix for path in written] == [".png", ".svg"]
+    for page in plots.PAGES.values():
+        assert plots.contrast(plots.INK, page) > 4
+        assert min(plots.contrast(c, page) for c in (plots.FASTER, plots.SLOWER)) > 3
+    pixels = image.imread(written[0])
+    corner = pixels[0, 0]
+    assert corner[3] == 0, "the page shows through"
+    opaque = pixels.reshape(-1, 4)[::3]
+    opaque = (255 * opaque[opaque[:, 3] == 1][:, :3]).round().astype(int)
+    colours = {f"#{r:02x}{g:02x}{b:02x}" for r, g, b in opaque}
+    assert {plots.INK, plots.FASTER, plots.SLOWER} <= colours
+    svg = written[1].read_text()
+    assert "eager fp32" in svg and "recurx is slower" in svg
+    again = plots.draw([result], tmp_path / "again")
+    assert again[1].read_bytes() == written[1].read_bytes(), "no date, no random names"
+
+
+def test_contrast_is_that_of_the_standard():
+    assert plots.contrast("#000000", "#ffffff") == pytest.approx(21)
+    assert plots.contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)
+
+
+def test_without_matplotlib_it_says_what_to_install(tmp_path, result, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(RecurxError, match=r"recurx\[plot\]"):
+        plots.draw([result], tmp_path)
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def test_the_files_of_the_repository_can_be_read():
+    folder = ROOT / "bench" / "results"
+    found = results.load_folder(folder)
+    assert len(found) == len([p for p in folder.glob("*.json") if not p.stem.startswith("install")])
+    text = report.markdown(found)
+    assert "| trm-att | 1 |" in text
+
+
+@pytest.mark.parametrize(
+    "damage, problem",
+    [
+        (lambda d: d.update(schema=1), "expected schema 2, got 1"),
+        (lambda d: d.update(status="done"), "status"),
+        (lambda d: d["provenance"].pop("commit"), "provenance.commit is missing"),
+        (lambda d: d["groups"][0].pop("batch"), "batch is missing"),
+        (lambda d: d["groups"][0]["rows"][0].pop("p80_ms"), "p80_ms is missing"),
+        (lambda d: d["groups"][0]["rows"][0].update(status="fine"), "status: expected one of"),
+        (lambda d: d["groups"][0]["rows"][5].update(p50_ms=1.0), "has a time"),
+        (lambda d: d["groups"][0]["rows"][5].pop("reason"), "has no reason"),
+    ],
+)
+def test_a_damaged_document_is_named(tmp_path, damage, problem):
+    made = copy.deepcopy(document(ROWS))
+    assert results.problems(made) == []
+    damage(made)
+    with pytest.raises(results.BadResult, match=problem):
+        write(tmp_path / "damaged.json", made)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "folder" / "result.json"
+    results.save(path, document(ROWS))
+    before = path.read_text()
+
+    def full(*arguments):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(results.os, "replace", full)
+    with pytest.raises(OSError):
+        results.save(path, document([]))
+    assert path.read_text() == before and list(path.parent.iterdir()) == [path]
