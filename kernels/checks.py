@@ -49,3 +49,18 @@ def contiguous_matrix(op: str, name: str, tensor: torch.Tensor) -> tuple[int, in
         got = f"{tuple(tensor.shape)} with strides {tensor.stride()}"
         raise bad_argument(op, name, "a contiguous matrix", got, "call .contiguous() on it")
     return tensor.shape[0], tensor.shape[1]
+
+
+def weight_matrix(op: str, name: str, weight: torch.Tensor, k: int) -> tuple[int, int]:
+    """The shape of a weight [N, K'] whose first k columns are multiplied.
+
+    K' is k, or k rounded up to 16 (`recurx.backends.weights.Tape` pads rows with zeros, so that
+    they can be copied 16 bytes at a time).
+    """
+    rows, columns = contiguous_matrix(op, name, weight)
+    padded = -(-k // 16) * 16
+    if columns not in (k, padded):
+        raise bad_argument(
+            op, name, f"[N, {k}] or, padded with zeros, [N, {padded}]", (rows, columns)
+        )
+    return rows, columns

@@ -23,7 +23,7 @@ from . import checks, tiles
 def gate_up_swiglu_kernel(
     x, w, out,
     M, x_batch,
-    R: tl.constexpr, K: tl.constexpr, F: tl.constexpr,
+    R: tl.constexpr, K: tl.constexpr, F: tl.constexpr, W_ROW: tl.constexpr,
     X_ROW: tl.constexpr, X_COL: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -39,10 +39,10 @@ def gate_up_swiglu_kernel(
         ks = start + tl.arange(0, DEPTH)
         inside = live[:, None] & (ks[None, :] < K)
         slab = tl.load(x_rows + ks[None, :] * X_COL, mask=inside, other=0.0)
-        w_inside = (cols[None, :] < F) & (ks[:, None] < K)
-        w_gate = w + cols[None, :] * K + ks[:, None]
+        w_inside = (cols[None, :] < F) & (ks[:, None] < W_ROW)
+        w_gate = w + cols[None, :] * W_ROW + ks[:, None]
         gate_slab = tl.load(w_gate, mask=w_inside, other=0.0)
-        up_slab = tl.load(w_gate + F * K, mask=w_inside, other=0.0)
+        up_slab = tl.load(w_gate + F * W_ROW, mask=w_inside, other=0.0)
         gate = tl.dot(slab, gate_slab, gate, input_precision=PRECISION)
         up = tl.dot(slab, up_slab, up, input_precision=PRECISION)
 
@@ -57,16 +57,17 @@ def gate_up_swiglu(
 ) -> torch.Tensor:
     """silu(x @ gate^T) * (x @ up^T) with weight [2F, K] holding gate, then up.
 
-    x [..., K] with one or two leading axes (any strides), weight contiguous, one dtype (bfloat16 or
-    float32), one device. Returns a contiguous [..., F] (`out`, if given). Raises InvalidArgument.
+    x [..., K] with one or two leading axes (any strides), weight contiguous (its rows may be padded
+    with zeros to a multiple of 16 columns), one dtype (bfloat16 or float32), one device. Returns a
+    contiguous [..., F] (`out`, if given). Raises InvalidArgument.
     """
     op = "kernels.gate_up_swiglu"
     checks.same_dtype_and_device(op, x=x, weight=weight, out=out)
-    twice, k = checks.contiguous_matrix(op, "weight", weight)
+    if x.ndim not in (2, 3):
+        raise bad_argument(op, "x", "[M, K] or [B, R, K]", tuple(x.shape))
+    twice, _ = checks.weight_matrix(op, "weight", weight, x.shape[-1])
     if twice % 2:
         raise bad_argument(op, "weight", "an even number of rows: gate, then up", twice)
-    if x.ndim not in (2, 3) or x.shape[-1] != k:
-        raise bad_argument(op, "x", f"[M, {k}] or [B, R, {k}]", tuple(x.shape))
     expected = (*x.shape[:-1], twice // 2)
     if out is None:
         out = torch.empty(expected, dtype=x.dtype, device=x.device)
@@ -86,12 +87,13 @@ def launch_arguments(
     x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, shared: int
 ) -> tuple[tuple, dict, dict]:
     """(runtime arguments, compile-time arguments, compiler options) of one launch."""
-    f, k = weight.shape[0] // 2, weight.shape[1]
+    f, k = weight.shape[0] // 2, x.shape[-1]
     m = out.numel() // f
     tile = tiles.output_tile(m, f, k, x.element_size(), shared)
     x3 = x.unsqueeze(0) if x.ndim == 2 else x
     constants = {
-        "R": x3.shape[1], "K": k, "F": f, "X_ROW": x3.stride(1), "X_COL": x3.stride(2),
+        "R": x3.shape[1], "K": k, "F": f, "W_ROW": weight.stride(0),
+        "X_ROW": x3.stride(1), "X_COL": x3.stride(2),
         "ROWS": tile.rows, "COLS": tile.cols, "DEPTH": tile.depth, "PRECISION": "ieee",
     }  # fmt: skip
     return (x, weight, out, m, x3.stride(0)), constants, tiles.options(tile)

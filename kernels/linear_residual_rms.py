@@ -28,11 +28,11 @@ MAX_COLUMNS = 1024  # beyond it a row's accumulator no longer fits the registers
 
 @triton.jit
 def _accumulate(
-    acc, a_slab, w, cols, ks, K: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr
+    acc, a_slab, w, cols, ks, W_ROW: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr
 ):
     """acc + a_slab @ W[cols, ks]^T."""
-    inside = (cols[None, :] < N) & (ks[:, None] < K)
-    w_slab = tl.load(w + cols[None, :] * K + ks[:, None], mask=inside, other=0.0)
+    inside = (cols[None, :] < N) & (ks[:, None] < W_ROW)
+    w_slab = tl.load(w + cols[None, :] * W_ROW + ks[:, None], mask=inside, other=0.0)
     return tl.dot(a_slab, w_slab, acc, input_precision=PRECISION)
 
 
@@ -53,7 +53,7 @@ def _store(out, row_offset, cols, live, value, N: tl.constexpr, COL: tl.constexp
 def linear_residual_rms_kernel(
     a, w, residual, out, kept,
     M, a_batch, r_batch, o_batch,
-    R: tl.constexpr, K: tl.constexpr, N: tl.constexpr, EPS: tl.constexpr,
+    R: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W_ROW: tl.constexpr, EPS: tl.constexpr,
     A_ROW: tl.constexpr, A_COL: tl.constexpr,
     R_ROW: tl.constexpr, R_COL: tl.constexpr,
     O_ROW: tl.constexpr, O_COL: tl.constexpr, KEEP_SCALE: tl.constexpr,
@@ -75,10 +75,10 @@ def linear_residual_rms_kernel(
         ks = start + tl.arange(0, DEPTH)
         inside = live[:, None] & (ks[None, :] < K)
         slab = tl.load(a_rows + ks[None, :] * A_COL, mask=inside, other=0.0)
-        acc0 = _accumulate(acc0, slab, w, n0, ks, K, N, PRECISION)
+        acc0 = _accumulate(acc0, slab, w, n0, ks, W_ROW, N, PRECISION)
         if CHUNKS == 3:
-            acc1 = _accumulate(acc1, slab, w, n1, ks, K, N, PRECISION)
-            acc2 = _accumulate(acc2, slab, w, n2, ks, K, N, PRECISION)
+            acc1 = _accumulate(acc1, slab, w, n1, ks, W_ROW, N, PRECISION)
+            acc2 = _accumulate(acc2, slab, w, n2, ks, W_ROW, N, PRECISION)
 
     # Masked columns hold 0 in both terms, so they add nothing to the sum of squares.
     r_rows = batch * r_batch + row * R_ROW
@@ -112,10 +112,10 @@ def linear_residual_rms(
     """rms(residual + a @ weight^T) over the last axis.
 
     a [..., K] and residual [..., N] with one or two leading axes (any strides), weight [N, K]
-    contiguous, N at most 1024; all of one dtype, bfloat16 or float32, on one device. Returns `out`
-    (new, laid out like `residual`, if not given), and writes the rms's factor of each row into
-    `scale` (contiguous float32 of residual's leading axes), if given. Raises InvalidArgument on
-    anything else.
+    contiguous (its rows may be padded with zeros to a multiple of 16 columns), N at most 1024; all
+    of one dtype, bfloat16 or float32, on one device. Returns `out` (new, laid out like `residual`,
+    if not given), and writes the rms's factor of each row into `scale` (contiguous float32 of
+    residual's leading axes), if given. Raises InvalidArgument on anything else.
     """
     _check(a, weight, residual, out, scale)
     out = torch.empty_like(residual) if out is None else out
@@ -142,14 +142,14 @@ def launch_arguments(
 
     `shared` is the shared memory (bytes) a block of the device may use.
     """
-    n, k = weight.shape
+    n, k = weight.shape[0], a.shape[-1]
     tile = tiles.row_tile(n, k, a.element_size(), shared)
     a3, r3, o3 = (t.unsqueeze(0) if t.ndim == 2 else t for t in (a, residual, out))
     kept = out if scale is None else scale
     args = (a, weight, residual, out, kept, r3.shape[0] * r3.shape[1])
     args += (a3.stride(0), r3.stride(0), o3.stride(0))
     constants = {
-        "R": r3.shape[1], "K": k, "N": n, "EPS": eps,
+        "R": r3.shape[1], "K": k, "N": n, "W_ROW": weight.stride(0), "EPS": eps,
         "A_ROW": a3.stride(1), "A_COL": a3.stride(2),
         "R_ROW": r3.stride(1), "R_COL": r3.stride(2),
         "O_ROW": o3.stride(1), "O_COL": o3.stride(2), "KEEP_SCALE": scale is not None,
@@ -168,11 +168,11 @@ def _check(
 ) -> None:
     op = "kernels.linear_residual_rms"
     checks.same_dtype_and_device(op, a=a, weight=weight, residual=residual, out=out)
-    n, k = checks.contiguous_matrix(op, "weight", weight)
+    if a.ndim not in (2, 3):
+        raise bad_argument(op, "a", "[M, K] or [B, R, K]", tuple(a.shape))
+    n, _ = checks.weight_matrix(op, "weight", weight, a.shape[-1])
     if n > MAX_COLUMNS:
         raise bad_argument(op, "weight", f"at most {MAX_COLUMNS} output columns", n)
-    if a.ndim not in (2, 3) or a.shape[-1] != k:
-        raise bad_argument(op, "a", f"[M, {k}] or [B, R, {k}]", tuple(a.shape))
     checks.shape(op, "residual", residual, (*a.shape[:-1], n))
     if out is not None:
         checks.shape(op, "out", out, (*a.shape[:-1], n))

@@ -22,7 +22,11 @@ class Backend(abc.ABC):
     """What each backend implements. Tensors come checked, contiguous and on one device."""
 
     name: str
-    device_types: tuple[str, ...]  # devices it can ever run on; () means any
+    device_types: tuple[str, ...]  # devices that `auto` uses it on; () means any
+
+    def runs_on(self, device_type: str) -> bool:
+        """Whether it takes tensors on this type of device when it is asked for by name."""
+        return not self.device_types or device_type in self.device_types
 
     @abc.abstractmethod
     def why_unavailable(self) -> str | None:
@@ -58,7 +62,11 @@ class Backend(abc.ABC):
 
 
 # Fastest first; `auto` walks this list. Kept in one place: no other file ranks backends.
-ORDER = ("cpu", "eager")
+ORDER = (
+    "cpu",
+    "triton",
+    "eager",
+)
 NAMES = ("auto", *ORDER)
 
 
@@ -75,7 +83,7 @@ def why_not(name: str, problem: Problem) -> str | None:
     """None if backend `name` runs `problem` on this machine, else the reason in one sentence."""
     backend = get(name)
     device = problem.device_type
-    if backend.device_types and device not in backend.device_types:
+    if not backend.runs_on(device):
         return f"runs on {', '.join(backend.device_types)} tensors, these are on {device}"
     return backend.why_unavailable() or backend.why_unsupported(problem)
 
@@ -87,7 +95,11 @@ def select(name: str, problem: Problem) -> Backend:
         BackendUnavailable: an explicit backend cannot; the message says what is missing.
     """
     if name == "auto":
-        name = next(candidate for candidate in ORDER if why_not(candidate, problem) is None)
+        name = next(
+            candidate
+            for candidate in ORDER
+            if auto_may_take(candidate, problem.device_type) and why_not(candidate, problem) is None
+        )
         return get(name)
     reason = why_not(name, problem)
     if reason is not None:
@@ -98,14 +110,18 @@ def select(name: str, problem: Problem) -> Backend:
     return get(name)
 
 
+def auto_may_take(name: str, device_type: str) -> bool:
+    """Whether `auto` considers backend `name` for tensors on this type of device."""
+    return not get(name).device_types or device_type in get(name).device_types
+
+
 def has_fused(device_type: str) -> bool:
     """Whether `auto` has anything beyond the reference for this type of device.
 
     A constant of the process, so torch.compile does not trace the look-up.
     """
     return any(
-        (not get(name).device_types or device_type in get(name).device_types)
-        and get(name).why_unavailable() is None
+        auto_may_take(name, device_type) and get(name).why_unavailable() is None
         for name in ORDER
         if name != "eager"
     )

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
-import weakref
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor
 
 from recurx.backends import Backend
+from recurx.backends.weights import WeightCache
 from recurx.nets import ATTENTION, BlockSpec, NetSpec
 from recurx.problem import Problem
 from recurx.schedule import INPUT
@@ -43,56 +42,28 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 class PackedWeights:
-    """Packed nets by their weight tensors: weak, bounded, safe to use from several threads."""
+    """Packed nets by their weight tensors."""
 
     def __init__(self, module: ModuleType, limit: int = MAX_PACKED) -> None:
         self._module = module
-        self._limit = limit
-        self._lock = threading.Lock()
-        self._entries: OrderedDict[Any, tuple[Any, tuple[weakref.ref[Tensor], ...], Any]] = (
-            OrderedDict()
-        )
+        self._cache = WeightCache(limit, self._fingerprint)
 
     def get(self, spec: NetSpec, weights: Sequence[Tensor], bf16: bool, isa: str) -> Any:
         """The packed net; packs if it is new or if a weight changed since."""
-        slot = (spec, bf16, isa, tuple(id(weight) for weight in weights))
-        with self._lock:
-            state = self._state(weights)
-            entry = self._entries.get(slot)
-            # An id may belong to a new tensor by now; the weak references tell.
-            alive = entry is not None and all(
-                ref() is weight for ref, weight in zip(entry[1], weights, strict=True)
-            )
-            if entry is not None and alive and entry[0] == state:
-                self._entries.move_to_end(slot)
-                return entry[2]
-            self._entries.pop(slot, None)
-            packed = self._pack(spec, weights, bf16, isa)
-            refs = tuple(weakref.ref(weight, lambda _: self._drop(slot)) for weight in weights)
-            self._entries[slot] = (state, refs, packed)
-            while len(self._entries) > self._limit:
-                self._entries.popitem(last=False)
-            return packed
+        return self._cache.get(
+            (spec, bf16, isa), weights, lambda _: self._pack(spec, weights, bf16, isa)
+        )
 
     def clear(self) -> None:
-        with self._lock:
-            self._entries.clear()
+        self._cache.clear()
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._cache)
 
-    def _drop(self, slot: Any) -> None:
-        # Runs whenever the collector pleases, the lock perhaps held by this very thread: dict
-        # methods are atomic, and a lost race only drops an entry that is packed again.
-        self._entries.pop(slot, None)
-
-    def _state(self, weights: Sequence[Tensor]) -> tuple[Any, ...]:
-        marks = tuple(
-            (w.data_ptr(), -1 if w.is_inference() else w._version, w.dtype, w.stride())
-            for w in weights
-        )
+    def _fingerprint(self, weights: Sequence[Tensor]) -> Hashable:
         spans = [(w.data_ptr(), w.numel() * w.element_size()) for w in weights if w.is_contiguous()]
-        return marks, self._module.cpu_fingerprint(spans)
+        fingerprint: Hashable = self._module.cpu_fingerprint(spans)
+        return fingerprint
 
     def _pack(self, spec: NetSpec, weights: Sequence[Tensor], bf16: bool, isa: str) -> Any:
         plain = [_plain(weight) for weight in weights]

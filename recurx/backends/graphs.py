@@ -1,0 +1,86 @@
+"""Sequences of kernel launches on fixed buffers, captured once and replayed.
+
+A `Recording` owns the buffers and knows how to launch; the cache decides when launching becomes
+capturing. The first run of a key launches plainly (that also compiles the kernels, which a capture
+must not do), the second captures, later ones replay. Capturing is an object that is handed in, so
+that all of this runs, and is tested, without a GPU.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+
+Replay = Callable[[], None]
+Capture = Callable[[Callable[[], None]], Replay]
+
+
+def cuda_capture(launch: Callable[[], None]) -> Replay:
+    """Capture what `launch` launches in a CUDA graph, without running it."""
+    graph = torch.cuda.CUDAGraph()
+    # Thread-local: another thread may allocate or synchronise meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        launch()
+    replay: Replay = graph.replay
+    return replay
+
+
+class Recording:
+    """Buffers, the launches on them, and their replay once they were captured."""
+
+    def __init__(self, buffers: Any, launch: Callable[[], None]) -> None:
+        self.buffers = buffers
+        self._launch = launch
+        self._replay: Replay | None = None
+        self.launched = 0  # how often it ran plainly
+
+    def run(self, capture: Capture | None) -> None:
+        """Run it; `capture` None: plainly, whatever was captured before."""
+        if capture is None or (self._replay is None and self.launched == 0):
+            self.launched += 1
+            self._launch()
+            return
+        if self._replay is None:
+            self._replay = capture(self._launch)
+        self._replay()
+
+    @property
+    def captured(self) -> bool:
+        return self._replay is not None
+
+
+class RecordingCache:
+    """Recordings by key, the least recently used dropped first (with its buffers and graph).
+
+    A key must hold everything that a recording bakes in: shapes, call table, addresses, stream.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._entries: OrderedDict[Hashable, Recording] = OrderedDict()
+        # Held while a recording is filled, run and read: its buffers are shared by all who use it.
+        self.lock = threading.RLock()
+
+    def get(self, key: Hashable, make: Callable[[], Recording]) -> Recording:
+        """The recording of this key, made if it is new."""
+        with self.lock:
+            if key not in self._entries:
+                self._entries[key] = make()
+            self._entries.move_to_end(key)
+            while len(self._entries) > self._limit:
+                self._entries.popitem(last=False)
+            return self._entries[key]
+
+    def clear(self) -> None:
+        with self.lock:
+            self._entries.clear()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._entries

@@ -1,0 +1,264 @@
+"""backend="triton": the recursion in Triton kernels (kernels/), on NVIDIA and AMD GPUs.
+
+Two ways to run, chosen by `LaunchPlan.pick` (recurx/plan/triton.py):
+
+    tiled        slices of the batch, small enough that their activations stay in L2 for the whole
+                 recursion; the kernels of all calls of a slice are captured in one CUDA graph
+    persistent   small nets: one launch, each program owns whole samples and runs every call
+
+Weights are rounded to the states' dtype once and kept until a parameter changes, always in the same
+buffers, so a captured graph stays valid. A change shows in a tensor's address or `_version`. NOTE:
+an edit through `.data` shows in neither; call `recurx.backends.triton.forget()` after such surgery.
+
+Inside somebody else's capture (of a whole training step, say) nothing kept is used: the rounding
+and plain launches become part of that graph, and so do the buffers, which thus live as long as it.
+As always with CUDA graphs, the same call must have run once before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recurx.backends import Backend
+from recurx.backends.calls import CallTable, lower
+from recurx.backends.graphs import Capture, Recording, RecordingCache, cuda_capture
+from recurx.backends.weights import Tape, WeightCache
+from recurx.nets import ATTENTION
+from recurx.plan.device import Device
+from recurx.plan.launch import LaunchPlan, all_candidates
+from recurx.problem import Problem
+
+MAX_TAPES = 16  # sets of nets kept rounded; a full-size TRM net is 14 MB in bf16
+MAX_RECORDINGS = 8  # each holds a slice's activations (tens of MB) and its graph
+OLDEST = (3, 6)  # of Triton: the first whose code these kernels are tested with
+KINDS = ("tiled",)  # of plan
+DTYPES = (torch.bfloat16, torch.float32)
+HEAD_DIMS = (32, 64, 128)
+MAX_TOKENS = 1024
+MAX_HIDDEN = 1024
+
+
+@dataclass(frozen=True)
+class _Simulation:
+    device: Device
+    capture: Capture | None
+    kinds: tuple[str, ...]
+
+
+class Triton(Backend):
+    name = "triton"
+    device_types = ("cuda",)
+
+    def __init__(self) -> None:
+        self.tapes = WeightCache(MAX_TAPES)
+        self.recordings = RecordingCache(MAX_RECORDINGS)
+        self._simulation: _Simulation | None = None
+
+    @contextlib.contextmanager
+    def simulated(
+        self,
+        device: Device,
+        *,
+        capture: Capture | None = None,
+        kinds: tuple[str, ...] = KINDS,
+    ) -> Iterator[None]:
+        """Inside, CPU tensors are accepted: something else than a GPU runs what is launched.
+
+        That is up to the caller (tests/kernels has an interpreter, tests/emulator runs PTX).
+        Triton's own interpreter is not enough: it computes bf16 wrongly. Not for several threads.
+
+        Args:
+            device: what plans are made for.
+            capture: stands for the capture of a CUDA graph; None launches plainly.
+            kinds: the kinds of plan to choose from.
+        """
+        before = self._simulation
+        self._simulation = _Simulation(device, capture, kinds)
+        try:
+            yield
+        finally:
+            self._simulation = before
+
+    def runs_on(self, device_type: str) -> bool:
+        return device_type == "cuda" or (device_type == "cpu" and self._simulation is not None)
+
+    def why_unavailable(self) -> str | None:
+        if self._simulation is None and not torch.cuda.is_available():
+            return "needs a GPU; torch sees none (no device, no driver, or a build without CUDA)"
+        return _why_no_triton()
+
+    def why_unsupported(self, problem: Problem) -> str | None:
+        if problem.opaque:
+            return f"cannot look inside the plain callable {problem.opaque[0]!r}"
+        if problem.dtype not in DTYPES:
+            return f"runs float32 and bfloat16 states, not {problem.dtype}"
+        if problem.tokens > MAX_TOKENS:
+            return f"runs up to T={MAX_TOKENS} tokens, got T={problem.tokens}"
+        if problem.hidden > MAX_HIDDEN:
+            return f"runs up to D={MAX_HIDDEN}, got D={problem.hidden}"
+        for name, spec in problem.nets:
+            for block in spec.blocks:
+                if block.kind == ATTENTION and block.head_dim not in HEAD_DIMS:
+                    return f"needs head_dim in {HEAD_DIMS}, net {name!r} has {block.head_dim}"
+        return None
+
+    def plan(self, problem: Problem, device: torch.device) -> LaunchPlan:
+        """How `run` would run it on `device`."""
+        if self._simulation is not None and device.type == "cpu":
+            return _pick(problem, self._simulation.device, self._simulation.kinds)
+        return _pick(problem, Device.of(device), KINDS)
+
+    def run(
+        self,
+        problem: Problem,
+        x: Tensor,
+        states: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        cos: Tensor | None,
+        sin: Tensor | None,
+        start: int,
+        stop: int,
+    ) -> list[Tensor]:
+        if problem.batch == 0 or start == stop:
+            return [state.detach().clone() for state in states]
+        plan = self.plan(problem, x.device)
+        table = lower(problem.schedule, start, stop)
+        tape = self.tape(problem, weights)
+        cos_sin = None
+        if cos is not None and sin is not None:
+            cos_sin = (cos.detach().float().contiguous(), sin.detach().float().contiguous())
+        way = {"tiled": self._run_tiled, "persistent": self._run_persistent}[plan.kind]
+        with _device_of(x):
+            return way(
+                plan, problem, table, tape, x.detach(), [s.detach() for s in states], cos_sin
+            )
+
+    def tape(self, problem: Problem, weights: Sequence[Tensor]) -> Tape:
+        """The weights of all nets rounded to the problem's dtype, in buffers that stay."""
+        device = weights[0].device
+        if _captured_outside(device):
+            return Tape(problem.nets, problem.dtype, device).fill(weights)
+
+        def make(before: Tape | None) -> Tape:
+            tape = Tape(problem.nets, problem.dtype, device) if before is None else before
+            return tape.fill(weights)
+
+        key = (problem.nets, problem.dtype, device)
+        return self.tapes.get(key, weights, make)
+
+    def _capture(self, device: torch.device) -> Capture | None:
+        if device.type != "cuda":
+            return self._simulation.capture if self._simulation is not None else None
+        return None if _captured_outside(device) else cuda_capture
+
+    # ---- the two ways ------------------------------------------------------------------------
+
+    def _run_tiled(
+        self,
+        plan: LaunchPlan,
+        problem: Problem,
+        table: CallTable,
+        tape: Tape,
+        x: Tensor,
+        states: Sequence[Tensor],
+        cos_sin: tuple[Tensor, Tensor] | None,
+    ) -> list[Tensor]:
+        from recurx.backends.triton_tiled import TiledSlice
+
+        size = int(plan["slice"])
+        inputs = (x, *states)
+        outputs = [torch.empty_like(state) for state in states]
+        capture = self._capture(x.device)
+
+        def make() -> Recording:
+            buffers = TiledSlice(problem, table, tape, size, cos_sin)
+            return Recording(buffers, buffers.launch)
+
+        key = (
+            problem.nets, table, size, problem.tokens, problem.dtype, x.device,
+            id(tape), cos_sin is None, _stream(x.device),
+        )  # fmt: skip
+        with self.recordings.lock:
+            inside = _captured_outside(x.device)
+            recording = make() if inside else self.recordings.get(key, make)
+            part: TiledSlice = recording.buffers
+            part.set_tables(cos_sin)
+            for first in range(0, problem.batch, size):
+                live = slice(first, min(first + size, problem.batch))
+                part.enter([tensor[live] for tensor in inputs])
+                recording.run(capture)
+                part.leave([tensor[live] for tensor in outputs])
+        return outputs
+
+    def _run_persistent(
+        self,
+        plan: LaunchPlan,
+        problem: Problem,
+        table: CallTable,
+        tape: Tape,
+        x: Tensor,
+        states: Sequence[Tensor],
+        cos_sin: tuple[Tensor, Tensor] | None,
+    ) -> list[Tensor]:
+        from recurx.kernels.recursion import recursion
+
+        arena = x.new_empty(table.slots, *x.shape)
+        inputs = (x, *states)
+        torch._foreach_copy_(list(arena[: len(inputs)]), list(inputs))
+        recursion(arena, table, tape, cos_sin, dict(plan.settings))
+        outputs = [torch.empty_like(state) for state in states]
+        torch._foreach_copy_(outputs, list(arena[1 : len(inputs)]))
+        return outputs
+
+
+@functools.lru_cache(maxsize=256)
+def _pick(problem: Problem, device: Device, kinds: tuple[str, ...]) -> LaunchPlan:
+    """`LaunchPlan.pick`, remembered (it costs more than a launch) and held to some kinds."""
+    if kinds == KINDS:
+        return LaunchPlan.pick(problem, device, Triton.name)
+    plans = [p for p in all_candidates(problem, device, Triton.name) if p.kind in kinds]
+    return min(plans, key=lambda plan: plan.seconds(device))
+
+
+@functools.cache
+def _why_no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton, which is not installed; CUDA builds of torch bring it"
+    import triton
+
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < OLDEST:
+        wanted = ".".join(map(str, OLDEST))
+        return f"needs triton {wanted} or newer, this is {triton.__version__}"
+    return None
+
+
+def _captured_outside(device: torch.device) -> bool:
+    """Whether somebody is capturing a CUDA graph of which this call becomes a part."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device: make it the tensors' own."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+
+
+BACKEND = Triton()
+
+
+def forget() -> None:
+    """Drop rounded weights and captured graphs, so that the next call starts anew."""
+    BACKEND.tapes.clear()
+    BACKEND.recordings.clear()

@@ -1,0 +1,67 @@
+"""The launches of a recursion over one slice of the batch, on buffers of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from recurx.backends.calls import CallTable
+from recurx.backends.weights import Tape, device_words
+from recurx.kernels.block import CosSin, Scratch, run_call
+from recurx.kernels.inject import form_call_input
+from recurx.problem import Problem
+
+
+class TiledSlice:
+    """x, states and intermediates of `size` samples, and the launches of all calls on them.
+
+    The last slice of a batch may hold fewer samples: the rest of the buffers then holds whatever
+    was there, is computed and thrown away. Samples never meet, so this changes no result.
+    """
+
+    def __init__(
+        self, problem: Problem, table: CallTable, tape: Tape, size: int, cos_sin: CosSin | None
+    ) -> None:
+        device, dtype = tape.buffer.device, tape.buffer.dtype
+        shape = (table.slots, size, problem.tokens, problem.hidden)
+        # Zeros, not empty: what a first short slice leaves unset must not be NaN bit patterns that
+        # trap a debugger.
+        self._arena = torch.zeros(shape, dtype=dtype, device=device)
+        elements = max(Scratch.elements(spec, size, problem.tokens) for spec in tape.specs)
+        self._scratch = Scratch(elements, dtype, device)
+        self._words = device_words(table.table(tape.of_net), device)
+        self._calls = table.calls
+        self._tape = tape
+        self._cos_sin = None if cos_sin is None else tuple(torch.empty_like(t) for t in cos_sin)
+
+    def set_tables(self, cos_sin: CosSin | None) -> None:
+        """Take over the rotary tables: graphs hold the addresses of their own copy."""
+        if cos_sin is not None:
+            torch._foreach_copy_(list(self._cos_sin), list(cos_sin))
+
+    def enter(self, tensors: Sequence[Tensor]) -> None:
+        """Copy x and the states in; each may have fewer samples than the slice."""
+        slots = [self._arena[n, : t.shape[0]] for n, t in enumerate(tensors)]
+        torch._foreach_copy_(slots, list(tensors))
+
+    def leave(self, tensors: Sequence[Tensor]) -> None:
+        """Copy the states out."""
+        slots = [self._arena[n + 1, : t.shape[0]] for n, t in enumerate(tensors)]
+        torch._foreach_copy_(list(tensors), slots)
+
+    def launch(self) -> None:
+        """Every call of the table, kernel by kernel; allocates nothing, so it can be captured."""
+        for number, call in enumerate(self._calls):
+            if not call.is_identity:
+                form_call_input(self._arena, self._words, number)
+            if call.net is not None:
+                first, last = self._tape.of_net[call.net]
+                run_call(
+                    self._arena[call.write],
+                    self._tape.specs[first:last],
+                    self._tape.blocks[first:last],
+                    self._cos_sin,
+                    self._scratch,
+                )

@@ -1,0 +1,171 @@
+"""The plans of backend "triton" (recurx/backends/triton.py): the only place with its thresholds.
+
+tiled: the batch is cut into slices whose activations stay in L2 for the whole recursion; a slice is
+one captured graph of five kernels a block and one a call. Several slice sizes are proposed, because
+the last wave of tiles is rarely full; the predicted time decides.
+
+What is counted: products with the padding of the tiles and with the idle multiprocessors of the
+last wave; L2 traffic of every tile's operands; DRAM traffic of what enters and leaves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from recurx.backends.calls import CallTable, lower
+from recurx.kernels import tiles
+from recurx.nets import ATTENTION, BlockSpec
+from recurx.plan.count import flops, weight_values
+from recurx.plan.device import Device
+from recurx.plan.launch import LaunchPlan, Work
+from recurx.problem import Problem
+
+# Share of the L2 that a slice's activations may take; weights and what passes through need the
+# rest. An assumption: caches hash addresses, so a working set of all of it does not stay.
+L2_SHARE = 0.7
+MORE_SLICES = 4  # slice sizes proposed beyond the largest that fits
+# Share of the rate that the inner loops of Triton's products reach on whole tiles. An assumption
+# (published figures of Triton's matmul on sm_80 and sm_90 are 0.6 to 0.8), not measured here.
+EFFICIENCY = 0.65
+
+
+def candidates(problem: Problem, device: Device) -> list[LaunchPlan]:
+    """Plans that fit `device`."""
+    if device.kind != "cuda" or problem.batch == 0:
+        return []
+    return list(_tiled(problem, device))
+
+
+def refusals(problem: Problem, device: Device) -> list[str]:
+    """One sentence for each kind of plan that does not fit."""
+    if device.kind != "cuda":
+        return [f"backend triton does not run on {device.name}"]
+    if problem.batch == 0:
+        return ["backend triton needs no plan for an empty batch"]
+    return []
+
+
+# ---- tiled -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """One launch: programs, what a program multiplies, and the bytes that all of them load."""
+
+    programs: int
+    program_flops: float
+    loaded: float
+    stored: float
+
+
+def _tiled(problem: Problem, device: Device) -> Iterator[LaunchPlan]:
+    table = lower(problem.schedule, 0, len(problem.schedule))
+    largest = max(1, min(problem.batch, _samples_in_l2(problem, table, device)))
+    fewest = math.ceil(problem.batch / largest)
+    sizes = {
+        math.ceil(problem.batch / slices)
+        for slices in range(fewest, min(problem.batch, fewest + MORE_SLICES) + 1)
+    }
+    for size in sorted(sizes, reverse=True):
+        work = _tiled_work(problem, table, size, device)
+        slices = math.ceil(problem.batch / size)
+        why = f"{slices} slice(s) of {size} sample(s), a graph of kernels each, kept in L2"
+        yield LaunchPlan("triton", "tiled", (("slice", size),), work, why)
+
+
+def sample_bytes(problem: Problem, table: CallTable) -> int:
+    """Bytes of one sample's states and intermediates in a slice."""
+    widest = max(
+        max(4 * problem.tokens * block.hidden, problem.tokens * block.inner)
+        if block.kind == ATTENTION
+        else max(block.hidden * block.token_inner, problem.tokens * block.inner)
+        for _, spec in problem.nets
+        for block in spec.blocks
+    )
+    values = table.slots * problem.tokens * problem.hidden + widest
+    return values * problem.dtype.itemsize
+
+
+def _samples_in_l2(problem: Problem, table: CallTable, device: Device) -> int:
+    weights = weight_values(problem) * problem.dtype.itemsize
+    room = L2_SHARE * device.l2_bytes - weights
+    return max(1, int(room // sample_bytes(problem, table)))
+
+
+def _tiled_work(problem: Problem, table: CallTable, size: int, device: Device) -> Work:
+    slices = math.ceil(problem.batch / size)
+    itemsize = problem.dtype.itemsize
+    specs = dict(problem.nets)
+    state = size * problem.tokens * problem.hidden * itemsize
+    padded = l2 = 0.0
+    launches = 0
+    for call in table.calls:
+        if not call.is_identity:
+            launches += 1
+            l2 += (len(call.state) + len(call.inject) + 1) * state
+        for block in specs[call.net].blocks if call.net is not None else ():
+            for kernel in _block_kernels(block, size, problem.tokens, itemsize, device):
+                waves = math.ceil(kernel.programs / device.units)
+                padded += waves * device.units * kernel.program_flops
+                l2 += kernel.loaded + kernel.stored
+                launches += 1
+    inputs = len(problem.schedule.states) + 1
+    entering = 2 * (inputs + len(problem.schedule.states)) * state
+    return Work(
+        flops=flops(problem),
+        padded_flops=padded * slices,
+        dram_bytes=entering * slices + weight_values(problem) * itemsize,
+        l2_bytes=(l2 + entering) * slices,
+        launches=(launches + 2) * slices,
+        itemsize=itemsize,
+        efficiency=EFFICIENCY,
+    )
+
+
+def _block_kernels(
+    block: BlockSpec, batch: int, tokens: int, itemsize: int, device: Device
+) -> Iterator[_Kernel]:
+    d, shared = block.hidden, device.shared_bytes
+    m = batch * tokens
+    if block.kind == ATTENTION:
+        yield _product(m, d, 3 * d // 2, itemsize, shared, cols=32)
+        yield _attention(batch, tokens, block, itemsize, shared)
+        yield _row_product(m, d, d, itemsize, shared)
+    else:
+        yield _product(batch * d, tokens, block.token_inner, itemsize, shared)
+        yield _row_product(batch * d, block.token_inner, tokens, itemsize, shared)
+    yield _product(m, d, block.inner, itemsize, shared)
+    yield _row_product(m, block.inner, d, itemsize, shared)
+
+
+def _product(m: int, k: int, n: int, itemsize: int, shared: int, cols: int = 64) -> _Kernel:
+    """Two products of n columns of one [m, k] (gate-up, and the halves of Q, K, V)."""
+    tile = tiles.output_tile(m, n, k, itemsize, shared, cols=cols)
+    rows, columns = math.ceil(m / tile.rows), math.ceil(n / tile.cols)
+    depth = _up(k, tile.depth)
+    loaded = rows * columns * (tile.rows + 2 * tile.cols) * depth * itemsize
+    return _Kernel(rows * columns, 4 * tile.rows * tile.cols * depth, loaded, 2 * m * n * itemsize)
+
+
+def _row_product(m: int, k: int, n: int, itemsize: int, shared: int) -> _Kernel:
+    """A product whose programs own whole rows of n columns (O, down)."""
+    tile = tiles.row_tile(n, k, itemsize, shared)
+    rows, width = math.ceil(m / tile.rows), tile.cols * tile.chunks
+    depth = _up(k, tile.depth)
+    loaded = (rows * (tile.rows + n) * depth + m * n) * itemsize
+    return _Kernel(rows, 2 * tile.rows * width * depth, loaded, m * n * itemsize)
+
+
+def _attention(batch: int, tokens: int, block: BlockSpec, itemsize: int, shared: int) -> _Kernel:
+    tile = tiles.attention_tile(tokens, block.head_dim, itemsize, shared)
+    rows, keys = math.ceil(tokens / tile.rows), _up(tokens, tile.cols)
+    programs = rows * batch * block.num_heads
+    loaded = programs * (tile.rows + 2 * keys) * block.head_dim * itemsize
+    stored = batch * tokens * block.hidden * itemsize
+    return _Kernel(programs, 4 * tile.rows * keys * block.head_dim, loaded, stored)
+
+
+def _up(n: int, to: int) -> int:
+    return math.ceil(n / to) * to

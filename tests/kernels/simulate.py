@@ -1,0 +1,86 @@
+"""backend="triton" on CPU tensors: the real backend object, its launches run by the interpreter."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from unittest import mock
+
+from recurx.backends import triton as backend
+from recurx.plan import DEVICES
+
+KINDS = backend.KINDS
+
+
+def small_l2(samples_of: int) -> object:
+    """A device whose L2 is `samples_of` bytes, so that slices are short."""
+    return replace(DEVICES["a100"], l2_bytes=samples_of)
+
+
+@contextlib.contextmanager
+def triton_on_cpu(
+    *kinds: str, device: object = None, capture: Callable | None = None
+) -> Iterator[object]:
+    """`recurx.recurse(..., backend="triton")` works on CPU tensors inside; yields the backend.
+
+    Nothing is remembered from before or after: no weights, no recordings.
+    """
+    from bf16_interpreter import interpreting
+
+    backend.forget()
+    target = DEVICES["a100"] if device is None else device
+    chosen = {"kinds": kinds} if kinds else {}
+    with interpreting(), backend.BACKEND.simulated(target, capture=capture, **chosen):
+        try:
+            yield backend.BACKEND
+        finally:
+            backend.forget()
+
+
+class FakeGraphs:
+    """Stands for CUDA graphs: capturing notes the launches without running them, replay runs them.
+
+    `captures` and `replays` count; a torch operation that is no view fails the capture, because on
+    a GPU it would allocate or be forgotten.
+    """
+
+    def __init__(self) -> None:
+        self.captures = self.replays = 0
+        self.launches = 0  # of the last capture
+
+    def __call__(self, launch: Callable[[], None]) -> Callable[[], None]:
+        from triton.runtime.jit import JITFunction
+
+        noted: list[tuple] = []
+
+        def note(kernel, *arguments, **keywords):
+            noted.append((kernel, arguments, keywords))
+
+        run = JITFunction.run
+        with mock.patch.object(JITFunction, "run", note), _only_views():
+            launch()
+        self.captures += 1
+        self.launches = len(noted)
+
+        def replay() -> None:
+            self.replays += 1
+            for kernel, arguments, keywords in noted:
+                run(kernel, *arguments, **keywords)
+
+        return replay
+
+
+VIEWS = ("slice", "select", "view", "transpose", "unsqueeze", "as_strided", "alias", "detach")
+
+
+def _only_views() -> contextlib.AbstractContextManager:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class OnlyViews(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.overloadpacket.__name__
+            assert name in VIEWS, f"{name} while a graph is captured"
+            return func(*args, **(kwargs or {}))
+
+    return OnlyViews()
