@@ -7,6 +7,7 @@ lies. A forward that keeps what a backward reads is put together in recurx/backe
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 import torch
 
 from recurx.nets import ATTENTION, BlockSpec
