@@ -28,6 +28,7 @@ _EXPORTS = {
     "recurse": "recurx.api",
     "explain": "recurx.explain",
     "patch": "recurx.patch",
+    "profile": "recurx.profile",
     "load_checkpoint": "recurx.checkpoint",
     "save_checkpoint": "recurx.checkpoint",
     "solve": "recurx.solve",

@@ -1,0 +1,18 @@
+"""`recurx.profile`: where one step of a recursive model spends its time, by domain.
+
+    profile = recurx.profile(model, batch)        # official code as it is, patched, or recurx's own
+    print(profile)                                # net calls, block stages, loss, optimiser, syncs
+    profile.save_html("profile.html")             # one file, no network
+    profile.save_trace("trace.json")              # ui.perfetto.dev
+
+Files, in the order of the data: `step.py` (what runs), `roles.py`, `fused.py` and `tracer.py` (the
+trace), `counts.py` (FLOPs, bytes, syncs), `attribute.py` (operator -> stage), `kernels.py` (CUDA),
+`ceilings.py`, `advice.py`, `result.py` (the numbers), then `text.py`, `trace.py`, `html.py`.
+"""
+
+from recurx.profile.nvtx import nvtx_ranges
+from recurx.profile.result import Profile
+from recurx.profile.run import profile
+from recurx.profile.tracer import stage
+
+__all__ = ["Profile", "nvtx_ranges", "profile", "stage"]

@@ -1,0 +1,291 @@
+"""The result: a `Profile`, plain numbers by domain, printable and exportable."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recurx.profile.attribute import STAGES
+from recurx.profile.ceilings import Ceilings
+from recurx.profile.timeline import Timeline
+from recurx.profile.tracer import BACKWARD, Op, Trace
+
+
+@dataclass
+class Row:
+    """One stage (or net call) of the step.
+
+    Args:
+        name: short name, a key of `STAGES` or a name of the user's.
+        label, group: for people; group is "net", "around", "training" or "other".
+        ms, forward_ms, backward_ms: milliseconds of the untraced step (see `Profile.how`).
+        share: of the step.
+        operators, launches: ATen operators; kernels (on a CPU: operators that are no views).
+        flops, bytes: counted from the operators.
+        tflops, gbs: achieved.
+        of_roof: share of what the roofline allows for this work; above 1 where the data stay in a
+            cache that is faster than memory.
+        limit: which roof is nearer, "compute" or "memory".
+    """
+
+    name: str
+    label: str
+    group: str
+    ms: float = 0.0
+    forward_ms: float = 0.0
+    backward_ms: float = 0.0
+    share: float = 0.0
+    operators: int = 0
+    launches: int = 0
+    flops: float = 0.0
+    bytes: float = 0.0
+    tflops: float = 0.0
+    gbs: float = 0.0
+    of_roof: float = 0.0
+    limit: str = ""
+
+
+@dataclass
+class Call:
+    """One net call. `backward_ms` is 0 outside the gradient window."""
+
+    recursion: int
+    cycle: int
+    call: int
+    net: str
+    forward_ms: float
+    backward_ms: float
+
+
+@dataclass
+class Sync:
+    """A place where the host waits for the device (on a CPU: would wait for a GPU)."""
+
+    place: str
+    text: str
+    what: str
+    stage: str
+    count: int
+
+
+@dataclass
+class Engine:
+    """One recurx op: which calls ran where, and the engine's own split (empty if opaque)."""
+
+    label: str
+    ms: float
+    flops: float
+    phases: list[tuple[str, float, float]]  # (phase, ms, FLOPs)
+
+
+@dataclass
+class Profile:
+    """Where one step of a recursive model spends its time; print it, or save it.
+
+    Args:
+        title, kind: what was profiled; "supervision step", "training step" or "step".
+        device, dtype, threads, batch, versions: on what.
+        step_ms: untraced steps, in ms, in order; `ms` is their median.
+        traces, traced_ms, lost_ms: how many traced steps, the shortest, and what the tracer's own
+            books took of it.
+        overhead_us: what the trace added to each operator, taken out of the stage times.
+        rows, calls, syncs, engines: see their classes.
+        launches, operators: of the step.
+        idle_ms: on a GPU, the step without its kernels: the device waits for the host.
+        ceilings: measured in the same run.
+        halting: {step: samples that halt at it}, and how many did not in `halting_steps` steps.
+        advice: what recurx would replace, and what that gains.
+        commands: ready lines for Nsight.
+        timeline: phases inside a kernel of the CUDA engine, if given.
+    """
+
+    title: str
+    kind: str
+    device: str
+    dtype: str
+    threads: int
+    batch: int
+    versions: dict[str, str]
+    step_ms: list[float]
+    traces: int
+    traced_ms: float
+    lost_ms: float
+    overhead_us: float
+    rows: list[Row]
+    calls: list[Call]
+    syncs: list[Sync]
+    engines: list[Engine]
+    launches: int
+    operators: int
+    idle_ms: float
+    ceilings: Ceilings
+    halting: dict[int, int] = field(default_factory=dict)
+    halting_open: int = 0
+    halting_steps: int = 0
+    advice: list[str] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    timeline: Timeline | None = None
+    ops: list[Op] = field(default_factory=list, repr=False)
+    kernel_events: list[tuple[str, float, float]] = field(default_factory=list, repr=False)
+
+    @property
+    def ms(self) -> float:
+        """The untraced step: the median."""
+        return median(self.step_ms)
+
+    @property
+    def how(self) -> str:
+        """How stage times were made, in a sentence."""
+        return (
+            f"Stage times: {self.traces} traced step(s) ({self.traced_ms:.4g} ms, of which the "
+            f"tracer's books took {self.lost_ms:.4g}), each operator's shortest, less "
+            f"{self.overhead_us:.3g} us for its trace, scaled to the median of "
+            f"{len(self.step_ms)} untraced steps."
+        )
+
+    def row(self, name: str) -> Row:
+        """The stage called `name`; zeros if it did not run."""
+        return next((row for row in self.rows if row.name == name), empty_row(name))
+
+    def __str__(self) -> str:
+        from recurx.profile.text import render
+
+        return render(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers, ready for JSON; without single operators."""
+        skip = {"ops", "kernel_events", "timeline"}
+        values = {k: v for k, v in vars(self).items() if k not in skip}
+        for name in ("rows", "calls", "syncs", "engines"):
+            values[name] = [asdict(item) for item in values[name]]
+        values["ceilings"] = asdict(self.ceilings)
+        values["timeline"] = None if self.timeline is None else self.timeline.to_dict()
+        return {"recurx_profile": 1, "ms": self.ms, **values}
+
+    def add_timeline(self, events: Iterable[dict[str, Any]]) -> None:
+        """Add phases inside a kernel: dicts with owner, call, block, phase, start_ns, end_ns.
+
+        Raises:
+            InvalidArgument: an event lacks a key, or ends before it starts.
+        """
+        self.timeline = Timeline.of(events)
+
+    def save_json(self, path: str | Path) -> None:
+        """All numbers, one JSON object."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
+
+    def save_trace(self, path: str | Path) -> None:
+        """A trace for ui.perfetto.dev or chrome://tracing: nested ranges, down to operators."""
+        from recurx.profile.trace import chrome_trace
+
+        Path(path).write_text(json.dumps(chrome_trace(self)), encoding="utf-8")
+
+
+def median(values: Sequence[float]) -> float:
+    return quantile(values, 0.5)
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """The value below which a share `q` lies, between the two nearest."""
+    ordered = sorted(values)
+    if not ordered:
+        return 0.0
+    position = q * (len(ordered) - 1)
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def empty_row(name: str) -> Row:
+    base = name.partition(": ")[0]
+    group, label = STAGES.get(base, ("other", name))
+    return Row(name, label if name == base else name.replace("optimizer", "optimiser"), group)
+
+
+def operator_ms(trace: Trace, step_ms: float) -> tuple[list[float], float]:
+    """Milliseconds of every operator of an untraced step, and the overhead taken out (us each).
+
+    The trace costs about the same for every operator: that much is taken from each (but at most
+    four fifths of it), and the rest is scaled to add up to `step_ms`.
+    """
+    raw = [ns * 1e-6 for ns in trace.ns]
+    overhead = max(0.0, (sum(raw) - step_ms) / max(1, len(raw)))
+    less = [max(ms - overhead, 0.2 * ms) for ms in raw]
+    factor = step_ms / sum(less) if sum(less) > 0 else 1.0
+    return [ms * factor for ms in less], overhead * 1e3
+
+
+def device_ms(trace: Trace) -> list[float]:
+    """Milliseconds of the kernels of every operator (CUDA)."""
+    return [sum(us for _, us in op.kernels) * 1e-3 for op in trace.ops]
+
+
+def make_rows(ops: Sequence[Op], ms: Sequence[float], total: float, roofs: Ceilings) -> list[Row]:
+    """Stages in the order of `STAGES`, ranges of the user after them."""
+    rows: dict[str, Row] = {}
+    for op, time in zip(ops, ms, strict=True):
+        row = rows.setdefault(op.stage, empty_row(op.stage))
+        row.ms += time
+        if op.phase == BACKWARD:
+            row.backward_ms += time
+        else:
+            row.forward_ms += time
+        row.operators += 1
+        row.launches += len(op.kernels) if op.kernels else not op.free
+        row.flops += op.flops
+        row.bytes += op.bytes
+    order = {name: index for index, name in enumerate(STAGES)}
+    for row in rows.values():
+        seconds = row.ms * 1e-3
+        row.share = row.ms / total if total else 0.0
+        if seconds > 0:
+            row.tflops, row.gbs = row.flops / seconds / 1e12, row.bytes / seconds / 1e9
+            row.of_roof = roofs.bound(row.flops, row.bytes) / seconds
+        compute = row.flops / (roofs.best_tflops * 1e12)
+        row.limit = "compute" if compute > row.bytes / (roofs.gbs * 1e9) else "memory"
+    return sorted(rows.values(), key=lambda r: order.get(r.name.partition(": ")[0], len(order)))
+
+
+def make_calls(ops: Sequence[Op], ms: Sequence[float]) -> list[Call]:
+    """Net calls in order; fused ops of recurx hold several and are not among them."""
+    calls: dict[tuple[int, int], Call] = {}
+    for op, time in zip(ops, ms, strict=True):
+        if op.call < 0 or op.split is not None:
+            continue
+        key = (op.where.recursion, op.call)
+        call = calls.setdefault(key, Call(key[0], op.cycle, op.call, op.net, 0.0, 0.0))
+        if op.phase == BACKWARD:
+            call.backward_ms += time
+        else:
+            call.forward_ms += time
+    return [calls[key] for key in sorted(calls)]
+
+
+def make_syncs(ops: Iterable[Op]) -> list[Sync]:
+    """Places where the host waits, most frequent first."""
+    counted: Counter[tuple[str, str, str, str]] = Counter()
+    for op in ops:
+        if op.sync and op.place:
+            counted[(str(op.place), op.place.text, op.sync, op.stage)] += 1
+    return [Sync(*key, count) for key, count in counted.most_common()]
+
+
+def make_engines(ops: Sequence[Op], ms: Sequence[float]) -> list[Engine]:
+    """The recurx ops of the step with their own split."""
+    found = []
+    for op, time in zip(ops, ms, strict=True):
+        split = op.split
+        if split is None:
+            continue
+        calls = f"calls {split.start}..{split.stop - 1} of {split.calls}"
+        what = "backward" if split.backward else "forward"
+        label = f"{split.backend}: {what} of {calls}"
+        label += "" if split.phases else " (opaque: no split inside)"
+        phases = [(phase, share * time, flops) for phase, share, flops in split.phases]
+        found.append(Engine(label, time, split.flops, phases))
+    return found

@@ -1,0 +1,321 @@
+"""Records every ATen operator of one step, with the module, backward node or range it runs in.
+
+A `TorchDispatchMode` sees the operators, global module hooks and wrapped functions of
+`recurx.reference` keep a stack of where they run, and the sequence numbers of autograd tie each
+operator of the backward to the operator of the forward that it belongs to. Time is a partition: an
+operator owns the time since the end of the one before it (Python, dispatch) and its own. The clock
+stands still while the tracer keeps its books, so what inflates a traced step is the dispatch
+alone; `Trace.lost` is what was taken out.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from time import perf_counter_ns
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.autograd.profiler import record_function
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from recurx.profile import counts, fused
+from recurx.profile.counts import Place
+from recurx.profile.roles import Role, Roles
+
+FORWARD, BACKWARD = "forward", "backward"
+MARK = "recurx#"  # record_function names, by which CUDA kernels find their operator
+
+
+class Where(NamedTuple):
+    """Where an operator runs. `part` is that of `Role`, "top" outside every known module."""
+
+    part: str = "top"
+    name: str = ""
+    recursion: int = -1
+    call: int = -1
+    block: int = -1
+
+
+@dataclass(slots=True)
+class Op:
+    """One operator of the step; times in ns since the step began, by the tracer's clock.
+
+    `start` is the end of the operator before; `run` is the time inside the operator itself. The
+    last fields are filled by `attribute.resolve`.
+    """
+
+    name: str
+    where: Where
+    start: int
+    end: int
+    run: int
+    free: bool
+    flops: float
+    bytes: int
+    phase: str = FORWARD
+    origin: int = -1  # backward: index of the forward operator; -1 if there is none
+    reads_table: bool = False
+    sync: str | None = None
+    place: Place | None = None
+    split: fused.Split | None = None
+    kernels: list[tuple[str, float]] = field(default_factory=list)  # CUDA: (name, us)
+    stage: str = ""
+    cycle: int = -1
+    call: int = -1
+    net: str = ""
+
+    @property
+    def ns(self) -> int:
+        return self.end - self.start
+
+
+@dataclass
+class Trace:
+    """All operators of one step; `wall` and `lost` in ns (measured around it; taken out)."""
+
+    ops: list[Op]
+    wall: int
+    lost: int
+    cycles: dict[int, int]  # recursion -> net calls of one cycle, 0 if unknown
+    ns: list[int]  # of every operator: its shortest in `steps` traced steps
+    steps: int = 1
+
+
+def best_of(traces: list[Trace]) -> Trace:
+    """The shortest trace; with it, each operator's shortest time in all those that ran the same
+    operators, since a busy machine interrupts one step here and another there."""
+    best = min(traces, key=lambda trace: trace.wall - trace.lost)
+    names = [op.name for op in best.ops]
+    same = [trace for trace in traces if [op.name for op in trace.ops] == names]
+    best.ns = [min(times) for times in zip(*(trace.ns for trace in same), strict=True)]
+    best.steps = len(same)
+    return best
+
+
+_active: Tracer | None = None
+
+
+@contextlib.contextmanager
+def stage(name: str) -> Iterator[None]:
+    """A range of your own in a profiled step: what runs inside is a stage called `name`.
+
+    Costs nothing while no profile is being made.
+    """
+    tracer = _active
+    if tracer is None:
+        yield
+        return
+    with tracer.range(Where("user", name)):
+        yield
+
+
+class Tracer(TorchDispatchMode):
+    """Use `record`; this class is the dispatch mode behind it."""
+
+    def __init__(self, roles: Roles, annotate: bool = False) -> None:
+        """`annotate`: mark each operator for torch.profiler (CUDA)."""
+        super().__init__()
+        self.roles = roles
+        self.ops: list[Op] = []
+        self.lost = 0
+        self.cycles: dict[int, int] = {}
+        self.recursion = self.call = -1
+        self._annotate = annotate
+        self._stack = [Where()]
+        self._zero = self._last = 0
+        self._thread = threading.get_ident()
+        self._composite: dict[Any, bool] = {}
+        self._sequence: list[int] = []  # first autograd sequence number after ...
+        self._sequence_op: list[int] = []  # ... the operator of this index
+        self._backward = False
+
+    # ---- one step --------------------------------------------------------------------------
+
+    def record(self, model: nn.Module, step: Callable[[], Any]) -> Trace:
+        """Run `step` once and return what it did."""
+        global _active
+        with contextlib.ExitStack() as stack:
+            for handle in (
+                register_module_forward_pre_hook(self._enter_module),
+                register_module_forward_hook(self._leave_module, always_call=True),
+                register_optimizer_step_pre_hook(self._enter_optimizer),
+                register_optimizer_step_post_hook(self._leave_optimizer),
+            ):
+                stack.callback(handle.remove)
+            stack.enter_context(fused.wrapped_reference(self))
+            stack.enter_context(fused.wrapped_attention(self, self.roles.attentions))
+            _active = self
+            try:
+                first = torch._C._autograd._get_sequence_nr()
+                self._sequence, self._sequence_op = [first], [-1]
+                self._zero = perf_counter_ns()
+                with self:
+                    step()
+                wall = perf_counter_ns() - self._zero
+            finally:
+                _active = None
+        tail = wall - self.lost - self._last
+        if self.ops and tail > 0:  # what Python did after the last operator
+            self._append(Op("(python)", Where(), self._last, wall - self.lost, 0, True, 0.0, 0))
+        return Trace(self.ops, wall, self.lost, self.cycles, [op.ns for op in self.ops])
+
+    # ---- where -----------------------------------------------------------------------------
+
+    @property
+    def where(self) -> Where:
+        return self._stack[-1]
+
+    @contextlib.contextmanager
+    def range(self, where: Where) -> Iterator[None]:
+        """Operators inside run in `where`."""
+        self._stack.append(where)
+        try:
+            yield
+        finally:
+            self._stack.pop()
+
+    def begin_recursion(self, cycle: int) -> None:
+        """The next net call is call 0 of a new recursion whose cycles have `cycle` calls."""
+        self.recursion, self.call = self.recursion + 1, -1
+        self.cycles[self.recursion] = cycle
+
+    def inside(self, part: str, name: str = "", block: int = -1) -> Where:
+        """`part` of the present recursion and call."""
+        return Where(part, name, self.recursion, self.call, block)
+
+    def _enter_module(self, module: nn.Module, args: Any) -> None:
+        if threading.get_ident() != self._thread:
+            return
+        begin = perf_counter_ns()
+        role = self.roles.of.get(id(module))
+        self._stack.append(self.where if role is None else self._entered(role))
+        self.lost += perf_counter_ns() - begin
+
+    def _entered(self, role: Role) -> Where:
+        if role.part == "inner":
+            self.begin_recursion(self.roles.cycle)
+        elif role.part in ("net", "foreign"):
+            self.call += 1
+        elif role.part in ("act", "loss", "module"):
+            return Where(role.part, role.name)
+        return self.inside(role.part, role.name, role.block)
+
+    def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
+        if threading.get_ident() == self._thread and len(self._stack) > 1:
+            self._stack.pop()
+
+    def _enter_optimizer(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self._stack.append(Where("optimizer", type(optimizer).__name__))
+
+    def _leave_optimizer(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self._stack.pop()
+
+    # ---- operators ---------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._is_composite(func):  # inference mode hands composite operators over whole
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        name = counts.name_of(func)
+        split = fused.Split.of(name, func, args, kwargs)
+        mark = record_function(f"{MARK}{len(self.ops)}") if self._annotate else None
+        begin = perf_counter_ns()
+        if mark is None:
+            out = func(*args, **kwargs)
+        else:
+            with mark:
+                out = func(*args, **kwargs)
+        end = perf_counter_ns()
+        self._note(name, func, args, kwargs, out, begin, end, split)
+        self.lost += perf_counter_ns() - end
+        return out
+
+    def _is_composite(self, func: Any) -> bool:
+        """Whether the operator is made of others. NOTE: some (silu_backward) are so on exotic
+        devices only, and have kernels of their own on CPU and CUDA."""
+        if func not in self._composite:
+            has_kernel, name = torch._C._dispatch_has_kernel_for_dispatch_key, func.name()
+            self._composite[func] = has_kernel(name, "CompositeImplicitAutograd") and not any(
+                has_kernel(name, key) for key in ("CPU", "CUDA")
+            )
+        return self._composite[func]
+
+    def _note(
+        self, name: str, func: Any, args: Any, kwargs: dict[str, Any], out: Any,
+        begin: int, end: int, split: fused.Split | None,
+    ) -> None:  # fmt: skip
+        free = counts.is_free(func, name)
+        flops, moved = (0.0, 0) if free else counts.work(name, args, kwargs, out)
+        if split is not None:
+            split.finish()
+            flops = split.flops
+        op = Op(name, self.where, self._last, self._now(end), end - begin, free, flops, moved)
+        op.split = split
+        node = torch._C._current_autograd_node()
+        if node is not None:
+            op.phase, op.where = BACKWARD, Where("gradients")
+            sequence = node._sequence_nr()
+            if sequence < 1 << 62:  # AccumulateGrad has the largest number there is
+                op.origin = self._forward_op(sequence)
+        elif op.where.part == "self_attn" and name == "mul":
+            op.reads_table = any(
+                t.untyped_storage().data_ptr() in self.roles.tables for t in counts.tensors_in(args)
+            )
+        op.sync = counts.sync_kind(name, args, kwargs, out)
+        if op.sync:
+            op.place = counts.source_place()
+        self._append(op)
+        if node is None and torch.is_grad_enabled():
+            self._remember_sequence()
+
+    def opaque(self, name: str, where: Where, run: Callable[[], Any]) -> Any:
+        """Run a function that may launch work which no dispatcher sees; it becomes one operator."""
+        before, begin = len(self.ops), perf_counter_ns()
+        with self.range(where):
+            if self._annotate:
+                with record_function(f"{MARK}{before}"):
+                    out = run()
+            else:
+                out = run()
+        if len(self.ops) == before:
+            end = perf_counter_ns()
+            moved = sum(counts.nbytes(t) for t in counts.tensors_in(out))
+            self._append(
+                Op(name, where, self._last, self._now(end), end - begin, False, 0.0, moved)
+            )
+        return out
+
+    def _now(self, clock: int) -> int:
+        return clock - self._zero - self.lost
+
+    def _append(self, op: Op) -> None:
+        self.ops.append(op)
+        self._last = op.end
+
+    def _remember_sequence(self) -> None:
+        number = torch._C._autograd._get_sequence_nr()
+        if number != self._sequence[-1]:
+            self._sequence.append(number)
+            self._sequence_op.append(len(self.ops) - 1)
+
+    def _forward_op(self, sequence: int) -> int:
+        """Index of the forward operator whose node has this number; -1 for older graphs."""
+        if sequence < self._sequence[0]:
+            return -1
+        index = bisect.bisect_right(self._sequence, sequence)
+        return self._sequence_op[index] if index < len(self._sequence_op) else -1

@@ -1,0 +1,368 @@
+"""The numbers: sums, work, host syncs, halting, advice, traces; and that nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.modules import module as module_hooks
+
+import recurx
+from recurx import reference
+from recurx.errors import InvalidArgument
+from recurx.models import TRM, TRMConfig
+from recurx.profile import counts, nvtx_ranges
+from recurx.profile.attribute import resolve
+from recurx.profile.commands import commands
+from recurx.profile.kernels import attach
+from recurx.profile.result import operator_ms
+from recurx.profile.roles import roles_of
+from recurx.profile.step import initial_carry, random_batch, supervision_step
+from recurx.profile.timeline import Timeline
+from recurx.profile.trace import chrome_trace
+from recurx.profile.tracer import Tracer
+from tests import lookalike
+from tests.profile.profile_cases import build, profile
+
+EVENTS = [
+    {"owner": 1, "call": 0, "block": 0, "phase": "qkv", "start_ns": 1000, "end_ns": 3000},
+    {"owner": 0, "call": 0, "block": 0, "phase": "qkv", "start_ns": 500, "end_ns": 2500},
+    {"owner": 0, "call": 0, "block": 0, "phase": "attention", "start_ns": 2500, "end_ns": 4500},
+]
+
+
+def tiny(**fields: Any) -> TRM:
+    torch.manual_seed(0)
+    return TRM(TRMConfig.tiny(7, 9, H_cycles=2, L_cycles=2, **fields), backend="eager")
+
+
+def short(model: Any, **arguments: Any) -> Any:
+    arguments = {"compare": False, "seconds": 0.05, "halting_steps": 0, "batch_size": 2} | arguments
+    return recurx.profile(model, **arguments)
+
+
+# ---- sums ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_stages_add_up_to_the_step(train: bool) -> None:
+    found = short(tiny(batch_size=2), train=train)
+    assert sum(row.ms for row in found.rows) == pytest.approx(found.ms, rel=0.05)
+    assert sum(row.share for row in found.rows) == pytest.approx(1, rel=0.05)
+    for row in found.rows:
+        assert row.ms == pytest.approx(row.forward_ms + row.backward_ms)
+
+
+def test_the_trace_accounts_for_the_time_of_the_step() -> None:
+    """Against a clock outside the tracer: all of the traced step is in operators or in its books,
+    and work that no operator does (a sleep) is not lost."""
+    model = tiny()
+    batch = random_batch(model, 2)
+    step = supervision_step(model.eval(), batch, initial_carry(model, batch))
+
+    def slow() -> None:
+        step()
+        time.sleep(0.05)
+        step()
+
+    tracer = Tracer(roles_of(model))
+    begin = time.perf_counter_ns()
+    trace = tracer.record(model, slow)
+    outside = time.perf_counter_ns() - begin
+    inside = sum(op.ns for op in trace.ops) + trace.lost
+    assert inside == pytest.approx(trace.wall, rel=1e-3)
+    assert trace.wall == pytest.approx(outside, rel=0.05)
+    for before, op in zip(trace.ops, trace.ops[1:], strict=False):
+        assert op.start == before.end  # a partition: no gap, no overlap
+    resolve(trace)
+    assert max(trace.ops, key=lambda op: op.ns).ns > 0.04e9  # the sleep went to the next operator
+
+
+def test_the_overhead_of_the_trace_is_taken_out() -> None:
+    model = tiny()
+    batch = random_batch(model, 2)
+    step = supervision_step(model.eval(), batch, initial_carry(model, batch))
+    trace = Tracer(roles_of(model)).record(model, step)
+    traced = sum(trace.ns) * 1e-6
+    ms, overhead = operator_ms(trace, traced / 2)
+    assert sum(ms) == pytest.approx(traced / 2) and min(ms) >= 0
+    assert overhead == pytest.approx(1e3 * traced / 2 / len(ms))
+    ms, overhead = operator_ms(trace, traced * 2)  # a noisy machine: nothing to take out
+    assert sum(ms) == pytest.approx(traced * 2) and overhead == 0
+
+
+def test_nothing_is_left_behind() -> None:
+    """The overhead outside the traced section is nil: no hook, no wrapper, no patch remains."""
+    model = build("trm").train()
+    functions = {name: getattr(reference, name) for name in ("run", "call", "block", "linear")}
+    scope = dict(type(model.model.inner.L_level.layers[0].self_attn).forward.__globals__)
+    profile(model, compare=True, seconds=0.05)
+    assert not module_hooks._global_forward_hooks and not module_hooks._global_forward_pre_hooks
+    assert all(getattr(reference, name) is f for name, f in functions.items())
+    assert dict(type(model.model.inner.L_level.layers[0].self_attn).forward.__globals__) == scope
+    assert model.training and all(module.training for module in model.modules())
+    assert "forward" not in vars(model.model.inner)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_step_that_fails_leaves_nothing_behind() -> None:
+    model = tiny()
+
+    def step() -> None:
+        model.inner.lm_head(torch.ones(2, 3))  # wrong width
+
+    with pytest.raises(RuntimeError):
+        Tracer(roles_of(model)).record(model, step)
+    assert not module_hooks._global_forward_hooks and not module_hooks._global_forward_pre_hooks
+    short(model)
+
+
+# ---- work, syncs --------------------------------------------------------------------------------
+
+
+def test_work_is_that_of_the_cost_model() -> None:
+    from recurx.explain import problem_of_model
+    from recurx.plan.count import step_stages
+
+    model = tiny()
+    found = short(model)
+    expected = {s.name: s.flops for s in step_stages(problem_of_model(model, 2))}
+    for name in ("qkv", "o", "gate_up", "down"):
+        assert found.row(name).flops == expected[name]
+    assert found.row("attention").flops == pytest.approx(expected["attention"], rel=0.2)
+    rows, inner = 2 * model.config.tokens, model.config.inner_width(64)
+    moved = 12 * 4 * (rows * 64 + 64 * 2 * inner + rows * 2 * inner)  # fp32: in, weight, out
+    assert found.row("gate_up").bytes == moved
+
+
+def test_bytes_count_a_broadcast_once() -> None:
+    assert counts.nbytes(torch.zeros(1, 8).expand(100, 8)) == 32
+    assert counts.work("add", (torch.zeros(4, 4), torch.zeros(1, 1).expand(4, 4)), {},
+                       torch.zeros(4, 4)) == (16.0, 64 + 4 + 64)  # fmt: skip
+
+
+def test_host_syncs_are_found_with_their_place() -> None:
+    model = tiny()
+    batch = random_batch(model, 2)
+    inner = supervision_step(model.eval(), batch, initial_carry(model, batch))
+    x = torch.arange(6.0)
+
+    def step() -> None:
+        inner()
+        if (x > 2).any():  # sync: bool
+            x.sum().item()  # sync: item
+        x.nonzero()  # sync: nonzero
+        x.unique()  # sync: unique
+        x[x > 3]  # sync: mask
+        x.add(1)
+
+    found = recurx.profile(model, run=step, seconds=0.05, halting_steps=0, compare=False)
+    kinds = sorted(sync.text.partition("# sync: ")[2] for sync in found.syncs)
+    assert kinds == ["bool", "item", "mask", "nonzero", "unique"]
+    assert all(sync.count == 1 and __file__ in sync.place for sync in found.syncs)
+    assert not short(model).syncs  # the model's own step has none
+    assert "# sync: unique" in str(found)
+
+
+def test_syncs_in_inference_mode_and_composite_operators() -> None:
+    """Inference mode hands composite operators to a dispatch mode whole."""
+    model = build("trm")
+    carry, batch = lookalike.inputs(model)
+
+    @torch.inference_mode()
+    def step() -> None:
+        model(carry, batch)
+        bool(batch["inputs"].any())
+
+    found = recurx.profile(model, run=step, seconds=0.05, halting_steps=0, compare=False)
+    assert found.row("qkv").flops == profile(model).row("qkv").flops
+    assert [sync.count for sync in found.syncs] == [1]
+
+
+# ---- halting, advice, ceilings ------------------------------------------------------------------
+
+
+def test_halting_histogram() -> None:
+    model = tiny(halt_max_steps=4)
+    with torch.no_grad():
+        model.inner.q_head.bias.fill_(3.0)
+    found = short(model, seconds=5.0, halting_steps=4, batch_size=3)
+    assert found.halting == {1: 3} and found.halting_open == 0
+    with torch.no_grad():
+        model.inner.q_head.bias.fill_(-3.0)
+    found = short(model, seconds=5.0, halting_steps=4, batch_size=3)
+    assert not found.halting and found.halting_open == 3
+    assert "later" in str(found)
+
+
+def test_advice_names_what_would_be_replaced_and_measures_it() -> None:
+    model = build("trm")
+    found = profile(model, compare=True, seconds=0.2)
+    text = "\n".join(found.advice)
+    assert "would replace the recursion (trm(2, 2), 6 net calls)" in text
+    assert "Predicted" in text and "Measured here: recurx.patch(model)" in text
+    assert "not patched, runs on PyTorch" in text  # recurx.explain
+    refused = profile(build("trm", frozenset({"causal"})), compare=True)
+    assert any("causal" in line for line in refused.advice)
+    assert not any("Measured here" in line for line in refused.advice)
+
+
+def test_ceilings_bound_the_stages() -> None:
+    found = short(tiny())
+    assert found.ceilings.gbs > 0.1 and found.ceilings.tflops["float32"] > 0
+    row = found.row("gate_up")
+    seconds = found.ceilings.bound(row.flops, row.bytes)
+    assert row.of_roof == pytest.approx(seconds / (row.ms * 1e-3))
+    assert row.tflops == pytest.approx(row.flops / row.ms / 1e9)
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+def check_nesting(events: list[dict[str, Any]]) -> None:
+    """Ranges of one track nest or are apart."""
+    open_ends: list[float] = []
+    for e in sorted(events, key=lambda e: (e["ts"], -e["dur"])):
+        while open_ends and open_ends[-1] <= e["ts"] + 1e-6:
+            open_ends.pop()
+        assert not open_ends or e["ts"] + e["dur"] <= open_ends[-1] + 1e-6, e
+        open_ends.append(e["ts"] + e["dur"])
+
+
+def test_trace_nests_and_names_the_domain(tmp_path: Path) -> None:
+    found = profile(build("trm"), train=True)
+    found.save_trace(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    ranges = [e for e in events if e.get("cat") == "range"]
+    operators = [e for e in events if e.get("cat") == "operator"]
+    check_nesting(ranges)
+    names = {e["name"] for e in ranges}
+    assert {"training step", "backward", "cycle 1", "call 5: net L", "block 1", "RoPE"} <= names
+    (step,) = [e for e in ranges if e["name"] == "training step"]
+    assert all(step["ts"] - 1e-6 <= e["ts"] for e in operators)
+    assert sum(e["name"] == "call 0: net L" for e in ranges) == 1
+    assert len(operators) == len(found.ops)
+    leaves = sum(e["dur"] for e in ranges if e["name"] in {r.label for r in found.rows})
+    assert leaves == pytest.approx(step["dur"], rel=1e-6)
+
+
+def test_timeline_of_the_cuda_engine_in_the_same_trace() -> None:
+    found = short(TRM(TRMConfig.tiny(7, 9), backend="cpu"), timeline=EVENTS)
+    events = [e for e in chrome_trace(found)["traceEvents"] if e.get("cat") == "phase"]
+    assert [(e["tid"], e["name"], e["dur"]) for e in events] == [
+        (0, "qkv", 2.0), (0, "attention", 2.0), (1, "qkv", 2.0)
+    ]  # fmt: skip
+    recursion = next(
+        e for e in chrome_trace(found)["traceEvents"] if e["name"] == "recurx::recurse"
+    )
+    assert events[0]["ts"] == pytest.approx(recursion["ts"])  # starts with its op
+    assert found.to_dict()["timeline"] == {
+        "owners": 2, "span_ms": 0.004,
+        "phases_ms": {"qkv": 0.002, "attention": 0.001, "(between phases)": pytest.approx(0.001)},
+    }  # fmt: skip
+    assert "2 owners" in str(found)
+
+
+def test_a_bad_timeline_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="without phase"):
+        Timeline.of([{k: v for k, v in EVENTS[0].items() if k != "phase"}])
+    with pytest.raises(InvalidArgument, match="end_ns >= start_ns"):
+        Timeline.of([EVENTS[0] | {"end_ns": 0}])
+
+
+def test_json_holds_all_numbers(tmp_path: Path) -> None:
+    found = profile(build("hrm"))
+    found.save_json(tmp_path / "profile.json")
+    read = json.loads((tmp_path / "profile.json").read_text())
+    assert read["ms"] == found.ms and len(read["calls"]) == 6
+    assert {row["name"]: row["ms"] for row in read["rows"]} == {r.name: r.ms for r in found.rows}
+    assert read["ceilings"]["gbs"] == found.ceilings.gbs
+
+
+# ---- GPU paths, with stand-ins ------------------------------------------------------------------
+
+
+class Event:
+    """What the code reads of torch.profiler's FunctionEvent."""
+
+    def __init__(self, name: str, parent: Any = None, kernels: Any = (), device: str = "CPU",
+                 start: float = 0.0, end: float = 1.0) -> None:  # fmt: skip
+        self.name, self.cpu_parent, self.device_type = name, parent, f"DeviceType.{device}"
+        self.kernels = [type("Kernel", (), {"name": n, "duration": us}) for n, us in kernels]
+        self.time_range = type("Range", (), {"start": start, "end": end})
+
+
+def test_kernels_find_their_operator() -> None:
+    found = profile(build("trm"))
+    mark = Event("recurx#3")
+    launch = Event("cudaLaunchKernel", Event("aten::mm", mark), [("gemm<128>", 7.0)])
+    stray = Event("aten::add", None, [("add", 1.0)])
+    device = Event("gemm<128>", device="CUDA", start=110.0, end=117.0)
+    annotation = Event("recurx#3", device="CUDA", start=110.0, end=117.0)
+    step = Event("recurx::step", start=100.0, end=200.0)
+    kernels = attach([step, mark, launch, stray, device, annotation], found.ops)
+    assert kernels == [("gemm<128>", 10.0, 7.0)]
+    assert found.ops[3].kernels == [("gemm<128>", 7.0)]
+    assert not found.ops[2].kernels
+
+
+def test_nsight_lines() -> None:
+    lines = commands("python x.py", [("void at::gemm_kernel<float>(int)", 0, 5), ("b", 0, 1)])
+    assert any('-k "regex:gemm_kernel"' in line and "ncu" in line for line in lines)
+    assert any(line.startswith("nsys profile") and line.endswith("python x.py") for line in lines)
+    assert any("rx_" in line for line in commands("python x.py", []))
+
+
+def test_nvtx_ranges_nest_by_module() -> None:
+    model, depth, seen = build("trm"), [0], []
+
+    def push(name: str) -> None:
+        seen.append((depth[0], name))
+        depth[0] += 1
+
+    def pop() -> None:
+        depth[0] -= 1
+
+    carry, batch = lookalike.inputs(model)
+    with nvtx_ranges(model, push, pop):
+        model(carry, batch)
+    assert depth == [0]
+    assert seen[0][1].startswith("loss") and (2, "supervision step") in seen
+    assert (3, "call 5: net L") in seen and (4, "block 1") in seen and (6, "QKV product") in seen
+    assert not module_hooks._global_forward_hooks
+    if not torch.cuda.is_available():
+        with pytest.raises(InvalidArgument, match="NVTX"), nvtx_ranges(model):
+            pass
+
+
+# ---- arguments ----------------------------------------------------------------------------------
+
+
+def test_arguments_are_checked() -> None:
+    with pytest.raises(InvalidArgument, match="a torch module"):
+        recurx.profile(3)
+    with pytest.raises(InvalidArgument, match="no config"):
+        recurx.profile(torch.nn.Linear(2, 2))
+    with pytest.raises(InvalidArgument, match="with run="):
+        recurx.profile(tiny(), run=lambda: None, train=True)
+    with pytest.raises(InvalidArgument, match="update"):
+        recurx.profile(tiny(), ema=3)
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from recurx.cli import main
+
+    files = [tmp_path / name for name in ("t.json", "p.json")]
+    arguments = ["--trace", str(files[0]), "--json", str(files[1]), "--seconds", "0.1"]
+    assert main(["profile", "--preset", "small", "--batch", "2", "--train", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "training step, B=2" in out and "recursion, by stage" in out and "EMA" in out
+    assert "--nvtx" in out  # the Nsight lines run this command
+    assert all(json.loads(path.read_text()) for path in files)
+    if not torch.cuda.is_available():
+        assert main(["profile", "--nvtx"]) == 2
+        assert "CUDA" in capsys.readouterr().err
