@@ -5,20 +5,18 @@ Every round times each variant once, in turn, so that slow minutes of the machin
 
 from __future__ import annotations
 
-import math
 import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from recurx.bench import checks, figures
+from recurx.bench.lanes import Lane, Options
 from recurx.bench.remote import Remote, WorkerFailed
 from recurx.bench.suites import Group, variants_of
-from recurx.bench.variants import YARDSTICK, Variant
+from recurx.bench.variants import YARDSTICK
 
 SAMPLE_SECONDS = 0.02  # short steps are repeated until a sample takes about this long
 MOST_ROUNDS, FEWEST_ROUNDS = 200, 3
@@ -30,57 +28,6 @@ CACHE = {
     "data in the caches; within a step the weights are read again by every call",
     "cold": "cold: the L2 is overwritten before every step, and the step timed by events",
 }
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to measure.
-
-    Args:
-        device: "cpu" or "cuda".
-        unit: what torch.compile compiles: "net" (one call each) or "step" (all calls as one graph).
-        cold: overwrite the GPU's L2 before every step.
-        jobs: workers that start at the same time.
-        start_timeout: seconds that a variant may take to its first step.
-        deadline: time.monotonic() after which nothing is started.
-        imports: modules that each worker imports first, such as one that registers a backend.
-        say: prints a line of progress.
-    """
-
-    device: str
-    threads: int
-    unit: str = "net"
-    cold: bool = False
-    jobs: int = 1
-    start_timeout: float = 300.0
-    deadline: float = math.inf
-    imports: tuple[str, ...] = ()
-    say: Callable[[str], None] = print
-
-    def left(self) -> float:
-        return self.deadline - time.monotonic()
-
-
-@dataclass
-class Lane:
-    """A variant in a group."""
-
-    variant: Variant
-    row: dict[str, Any]
-    remote: Remote | None = None
-    times: list[float] = field(default_factory=list)
-    repeats: int = 1
-    every: int = 1  # takes part in one round of so many
-
-    def drop(self, status: str, reason: str) -> None:
-        self.row |= {"status": status, "reason": reason}
-        self.times.clear()
-        self.end()
-
-    def end(self) -> None:
-        if self.remote is not None:
-            self.remote.close()
-            self.remote = None
 
 
 class Measurement:
@@ -171,7 +118,10 @@ class Measurement:
             dtype = lane.variant.dtype
             if lane.variant.engine == YARDSTICK:
                 self.yards[dtype] = got
-            verdict = checks.judge(got, self.exact, self.yards.get(dtype, {}))
+            elif dtype not in self.yards:
+                lane.drop("failed", f"nothing to judge it by: {YARDSTICK}/{dtype} has no results")
+                continue
+            verdict = checks.judge(got, self.exact, self.yards[dtype])
             lane.row |= {"drift": verdict.drift, "allowed": verdict.allowed}
             if verdict.reason:
                 lane.drop("wrong", verdict.reason)
@@ -194,9 +144,20 @@ class Measurement:
         self._warm(running)
         self._rounds([lane for lane in running if lane.remote is not None])
         for lane in running:
-            if lane.remote is not None and lane.times:
-                self._ask(lane, lambda remote: remote.ask("count", seconds=ENERGY_SECONDS))
+            self._count(lane)
             lane.end()
+
+    def _count(self, lane: Lane) -> None:
+        """Launches, memory and energy of a timed lane; times stay if that fails."""
+        if lane.remote is None or not lane.times:
+            return
+        if "note" in lane.row:
+            lane.row |= {"launches": None, "launches_are": "not counted: too slow"}
+            return
+        try:
+            lane.row |= lane.remote.ask("count", self._timeout(), seconds=ENERGY_SECONDS)
+        except WorkerFailed as error:
+            lane.row |= {"launches": None, "launches_are": f"not counted: {error}"}
 
     def _ask(self, lane: Lane, question: Callable[[Remote], dict[str, Any]]) -> dict[str, Any]:
         """A reply, put into the row unless it is a time; a failure ends the lane, {}."""
@@ -217,21 +178,28 @@ class Measurement:
     def _warm(self, lanes: list[Lane]) -> None:
         """One step each, which says how often it is repeated in a sample, and how many rounds.
 
-        A variant whose first step alone took a quarter of the group's time, and did not compile,
-        is not asked again: that step becomes its sample.
+        A way of PyTorch whose first step, nothing compiled in it, took most of the group's time is
+        not asked again: that step becomes its sample. One that took a quarter is asked once.
         """
-        share = self.group.seconds / 4
         warm: dict[str, float] = {}
         for lane in lanes:
             way = lane.variant.way
             compiled = way is not None and way.compile is not None
-            first = lane.row["first_seconds"]
-            if first > share and not compiled and not lane.variant.ours:
-                lane.times.append(first)
+            share = lane.row["first_seconds"] / self.group.seconds
+            plain = way is not None and not compiled
+            if compiled:  # a graph is recorded in the second step, and replayed from the third
+                self._ask(lane, lambda r: r.ask("time", repeats=2))
+            if plain and share > 0.6:
+                lane.times.append(lane.row["first_seconds"])
                 lane.row["note"] = "too slow for rounds: its first step is the sample"
                 continue
-            seconds = self._sample(lane)
-            if seconds is not None:
+            seconds = self._sample(lane) if lane.remote is not None else None
+            if seconds is None:
+                continue
+            if plain and share > 0.25:
+                lane.times.append(seconds)
+                lane.row["note"] = "too slow for rounds: one sample"
+            else:
                 warm[lane.variant.name] = seconds
         for lane in lanes:
             if lane.variant.name in warm:

@@ -1,6 +1,6 @@
 """One variant of one case as an object that steps, in each mode.
 
-A subject has `step()` (one unit of work, not waited for), `first()` (its first unit, returning what
+A subject has `step()` (one unit of work, not waited for), `outputs()` (after the first step: what
 is compared with the reference) and `facts()` (what a row says besides times).
 """
 
@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recurx import train
 from recurx.api import recurse
+from recurx.bench import official
 from recurx.bench.cases import SOLVE_STEPS, build, case, sample
 from recurx.bench.variants import Variant
 from recurx.models import ACTLossHead, RecursiveModel
 from recurx.solve import Answers, solve
 
 CHECK_ROWS = 64  # samples are independent: more rows would prove no more
-BETAS = (0.9, 0.95)
+LR, BETAS, DECAY = 1e-4, (0.9, 0.95), 1.0  # published
 NET_FILE = "trained.safetensors"  # of a case that solves, in the group's folder
 
 Outputs = dict[str, Tensor]
@@ -116,8 +118,7 @@ class StepSubject:
             self.results = self.run(self.carry, self.data)
 
     @torch.no_grad()
-    def first(self) -> Outputs:
-        self.step()
+    def outputs(self) -> Outputs:
         states, logits, _ = self.results
         found = {"logits": logits[:CHECK_ROWS].float().cpu()}
         found |= {name: z[:CHECK_ROWS].float().cpu() for name, z in states.items()}
@@ -145,29 +146,39 @@ class StepSubject:
 
 
 class TrainSubject:
-    """One training step after another, on one batch of random labels."""
+    """One training step after another, on one batch of random labels.
+
+    PyTorch's ways take loss, optimiser, weight average and embedding update as official loops do
+    (`official.py`), recurx its own.
+    """
 
     def __init__(
         self, name: str, variant: Variant, batch: int, device: str, unit: str, folder: str
     ) -> None:
-        from recurx.train import AdamATan2, Average
-
         self.variant, self.batch = variant, batch
         self.model = build(name, variant.dtype, variant.backend, batch).to(device).train()
         data, _ = sample(self.model, batch)
         self.data = {key: value.to(device) for key, value in data.items()}
-        self.head: Callable[..., Any] = ACTLossHead(self.model)
-        self.parameters = list(self.model.parameters())
-        self.optimizer = AdamATan2(self.parameters, lr=1e-4, betas=BETAS, weight_decay=1.0)
-        self.average = Average(self.model, 0.999)
         self.carry = self.model.initial_carry(self.data)
+        self.parameters = list(self.model.parameters())
+        self.loss = torch.zeros(())
+        settings: dict[str, Any] = {"lr": LR, "betas": BETAS, "weight_decay": DECAY}
+        ours = variant.ours
+        loss = "fused_stablemax_cross_entropy" if ours else "stablemax_cross_entropy"
+        self.head: Callable[..., Any] = ACTLossHead(self.model, loss)
+        made = train.AdamATan2 if ours else official.AdamATan2
+        self.optimizer = made(self.parameters, **settings)
+        self.average = (train.Average if ours else official.Average)(self.model, 0.999)
+        self.rows = (
+            list(self.model.puzzle_emb.buffers()) if self.model.config.puzzle_emb_ndim else []
+        )
+        self.sparse = train.SparseSignSGD(self.rows, LR, DECAY) if ours and self.rows else None
         way = variant.way
         if way is not None and way.compile is not None:
             if unit == "net":
                 compile_nets(self.model, way.compile, dynamic=False)
             else:
                 self.head = torch.compile(self.head, dynamic=False, **way.compile)
-        self.loss = torch.zeros(())
 
     def step(self) -> None:
         if self.variant.engine == "reduce-overhead":
@@ -178,20 +189,20 @@ class TrainSubject:
         self.carry, self.loss = carry, loss.detach()
         (loss / self.batch).backward()
         self.optimizer.step()
+        if self.sparse is not None:
+            self.sparse.step()
+            self.sparse.zero_grad()
+        elif self.rows:
+            official.sign_sgd_(*train.optim.embedding_buffers(self.rows), LR, DECAY)
         self.optimizer.zero_grad(set_to_none=True)
-        if self.model.config.puzzle_emb_ndim:
-            self.model.puzzle_emb.sign_sgd_(1e-4, 1.0)
         self.average.update(self.model)
 
-    def first(self) -> Outputs:
-        torch.manual_seed(2)  # of the exploration of halting
-        self.step()
-        return {"loss": self.loss.float().cpu() / self.batch, "gradient": self._first_gradient()}
-
-    def _first_gradient(self) -> Tensor:
-        """The first step's gradient, out of the optimiser's mean: (1 - beta1) times it."""
+    def outputs(self) -> Outputs:
+        """Of the first step: its loss, and its gradient out of the optimiser's mean, which is then
+        (1 - beta1) times it."""
         means = [self.optimizer.state[p].get("exp_avg", p.detach() * 0) for p in self.parameters]
-        return torch.cat([mean.flatten() for mean in means]).float().cpu() / (1 - BETAS[0])
+        gradient = torch.cat([mean.flatten() for mean in means]).float().cpu() / (1 - BETAS[0])
+        return {"loss": self.loss.float().cpu() / self.batch, "gradient": gradient}
 
     def facts(self) -> dict[str, Any]:
         return {}
@@ -244,8 +255,7 @@ class SolveSubject:
     def step(self) -> None:
         self.answers = solve(self.model, self.data, max_steps=SOLVE_STEPS, halt=self.halt)
 
-    def first(self) -> Outputs:
-        self.step()
+    def outputs(self) -> Outputs:
         assert self.answers is not None
         name = "answers at the halt" if self.halt else "answers after all steps"
         return {name: self.answers.predictions.cpu()}

@@ -91,8 +91,9 @@ def _run(arguments: argparse.Namespace) -> int:
     import torch
 
     from recurx.bench import results, variants
+    from recurx.bench.lanes import Options
     from recurx.bench.provenance import provenance, results_folder
-    from recurx.bench.runner import Measurement, Options
+    from recurx.bench.runner import Measurement
     from recurx.cli import output
     from recurx.errors import InvalidArgument
 
