@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "backward, optimiser, EMA")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=12.0,
                         help="for the untraced steps (default 12)")  # fmt: skip
+    parser.add_argument("--html", metavar="FILE", help="one-file report, readable without network")
     parser.add_argument("--trace", metavar="FILE", help="for ui.perfetto.dev, chrome://tracing")
     parser.add_argument("--json", metavar="FILE", help="all numbers")
     parser.add_argument("--nvtx", action="store_true", help="no profile: run five steps with NVTX "
@@ -35,20 +36,13 @@ def run(arguments: argparse.Namespace) -> int:
     model = _model(arguments).to(device)
     if arguments.nvtx:
         return _run_under_nvtx(model, arguments)
-    training: dict[str, Any] = {}
-    if arguments.train:
-        from recurx.train import AdamATan2, Average
-
-        training = {
-            "train": True,
-            "optimizer": AdamATan2(model.parameters(), lr=1e-4),
-            "ema": Average(model),
-        }
+    training = {"train": True, **_training(model)} if arguments.train else {}
     profile = recurx.profile(
         model, batch_size=arguments.batch, seconds=arguments.seconds, script=_script(), **training
     )
     print(profile)
     for path, save in (
+        (arguments.html, "save_html"),
         (arguments.trace, "save_trace"),
         (arguments.json, "save_json"),
     ):
@@ -80,6 +74,13 @@ def _model(arguments: argparse.Namespace) -> Any:
     return TRM(config(**size), backend=arguments.backend)
 
 
+def _training(model: Any) -> dict[str, Any]:
+    """The optimiser and the average of a training step."""
+    from recurx.train import AdamATan2, Average
+
+    return {"optimizer": AdamATan2(model.parameters(), lr=1e-4), "ema": Average(model)}
+
+
 def _script() -> str:
     """This command with --nvtx instead of its outputs, for the Nsight lines."""
     kept, skip = [], False
@@ -99,14 +100,22 @@ def _run_under_nvtx(model: Any, arguments: argparse.Namespace) -> int:
 
     from recurx.errors import InvalidArgument
     from recurx.profile import nvtx_ranges
-    from recurx.profile.step import initial_carry, random_batch, supervision_step
+    from recurx.profile.step import (
+        initial_carry,
+        random_batch,
+        supervision_step,
+        training_step,
+    )
 
     if not torch.cuda.is_available():
         raise InvalidArgument("--nvtx: needs a CUDA device; run without it for a profile here.")
-    if arguments.train:
-        raise InvalidArgument("--nvtx: runs supervision steps only; leave out --train.")
     batch = random_batch(model, arguments.batch)
-    step = supervision_step(model.eval(), batch, initial_carry(model, batch))
+    carry = initial_carry(model, batch)
+    if arguments.train:
+        extras = _training(model)
+        step = training_step(model.train(), batch, carry, [extras["optimizer"]], extras["ema"])
+    else:
+        step = supervision_step(model.eval(), batch, carry)
     step()
     torch.cuda.synchronize()
     torch.cuda.profiler.start()

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from recurx.errors import RecurxError
-from recurx.explain import explain
+from recurx.explain import explain, problem_of_model
 from recurx.models.inner import Inner
 from recurx.patch import patch
 from recurx.patch.handle import installed
@@ -33,6 +34,15 @@ class Measured:
     cast_bytes: float  # moved to cast weights to the forward dtype
 
 
+@dataclass(frozen=True)
+class Advice:
+    """Lines for people; the step as predicted and as measured with a patch, 0 if it was not."""
+
+    lines: list[str]
+    predicted_ms: float
+    patched_ms: float
+
+
 def advise(
     model: nn.Module,
     step: Callable[[], Any],
@@ -41,17 +51,18 @@ def advise(
     training: bool,
     measure: bool,
     seconds: float = 10.0,
-) -> list[str]:
-    """Lines for people, in the order of the model's recursions; ends with `recurx.explain`.
+) -> Advice:
+    """What to say, in the order of the model's recursions; ends with `recurx.explain`.
 
     Args:
         measure: patch the model for a moment and time the step again (within `seconds`).
     """
     lines: list[str] = []
-    patchable = False
+    patchable, predicted_ms, patched_ms = False, 0.0, 0.0
     for _, module, adapter in find(model):
         if isinstance(module, Inner):
-            lines.append("The recursion is recurx's own model already; see below which backend.")
+            patchable = patchable or module.backend == "eager"
+            lines += _own(module, measured, batch, training)
         elif installed(module, adapter.method) is not None:
             lines.append("The recursion is patched: it runs on recurx already.")
         elif adapter.differences(module):
@@ -61,12 +72,15 @@ def advise(
             plan: Any = adapter.plan(module, "auto")
             problem = dataclasses.replace(adapter.problem(module, plan), batch=batch)
             lines += _replaced(problem, measured)
-            lines += _predicted(problem, measured, training)
+            predicted_ms, line = _predicted(problem, measured, training)
+            lines.append(line)
     if patchable and measure:
-        lines.append(_gain(model, step, measured, seconds))
+        patched_ms, line = _gain(model, step, measured, seconds)
+        lines.append(line)
     if not lines:
         lines.append("recurx would replace nothing: it finds no recursion that it knows here.")
-    return [*lines, *explain(model, batch_size=max(1, batch)).splitlines()]
+    lines += explain(model, batch_size=max(1, batch)).splitlines()
+    return Advice(lines, predicted_ms, patched_ms)
 
 
 def _replaced(problem: Problem, measured: Measured) -> list[str]:
@@ -94,14 +108,14 @@ def _replaced(problem: Problem, measured: Measured) -> list[str]:
     return lines
 
 
-def _predicted(problem: Problem, measured: Measured, training: bool) -> list[str]:
+def _predicted(problem: Problem, measured: Measured, training: bool) -> tuple[float, str]:
     if problem.opaque:
-        return [f"  Predicted: nothing, {', '.join(problem.opaque)} is foreign code."]
+        return 0.0, f"  Predicted: nothing, {', '.join(problem.opaque)} is foreign code."
     device = Device.of(problem.device_type)
     try:
         plan = LaunchPlan.pick(problem, device)
     except RecurxError as error:
-        return [f"  Predicted: no plan: {error}"]
+        return 0.0, f"  Predicted: no plan: {error}"
     seconds = plan.seconds(device)
     rows = [row for row in measured.rows if row.name in NET_STAGES]
     now = sum(row.forward_ms for row in rows)
@@ -113,19 +127,47 @@ def _predicted(problem: Problem, measured: Measured, training: bool) -> list[str
     parts = plan.work.parts(device)
     limit = max(parts, key=lambda name: parts[name])
     state = "measured rates" if device.measured else "published rates, unverified"
-    return [
+    return step, (
         f"  Predicted (a model, {state}): forward of the recursion {now:.4g} -> {then:.4g} ms, "
         f"the step {measured.ms:.4g} -> {step:.4g} ms ({measured.ms / step:.2f}x), "
-        f"limited by {limit}; plan {plan}",
-    ]
+        f"limited by {limit}; plan {plan}"
+    )
 
 
-def _gain(model: nn.Module, step: Callable[[], Any], measured: Measured, seconds: float) -> str:
+def _own(inner: Inner, measured: Measured, batch: int, training: bool) -> list[str]:
+    problem = problem_of_model(inner, max(1, batch))
+    if inner.backend != "eager":
+        return [f"The recursion is recurx's own model already, on backend {inner.backend!r}."]
+    return ['This is recurx\'s own model, with backend="eager" (the reference). With "auto":',
+            *_replaced(problem, measured), _predicted(problem, measured, training)[1]]  # fmt: skip
+
+
+@contextlib.contextmanager
+def _on_recurx(model: nn.Module) -> Iterator[None]:
+    """The recursion on recurx for a moment: patched, or by the backend of recurx's own model."""
+    own = [module for module in model.modules() if isinstance(module, Inner)]
+    if not own:
+        with patch(model):
+            yield
+        return
+    before = [inner.backend for inner in own]
+    try:
+        for inner in own:
+            inner.backend = "auto"
+        yield
+    finally:
+        for inner, backend in zip(own, before, strict=True):
+            inner.backend = backend
+
+
+def _gain(
+    model: nn.Module, step: Callable[[], Any], measured: Measured, seconds: float
+) -> tuple[float, str]:
     """Patch, run the same step, undo."""
     device = device_of(model)
     times: list[float] = []
     try:
-        with patch(model):
+        with _on_recurx(model):
             until = time.perf_counter() + seconds
             step()  # packs weights
             while len(times) < 3 and (not times or time.perf_counter() < until):
@@ -135,9 +177,9 @@ def _gain(model: nn.Module, step: Callable[[], Any], measured: Measured, seconds
                 synchronize(device)
                 times.append((time.perf_counter() - begin) * 1e3)
     except RecurxError as error:
-        return f"  Measured: nothing; recurx.patch refuses this model: {error}"
+        return 0.0, f"  Measured: nothing; recurx.patch refuses this model: {error}"
     after = median(times)
-    return (
-        f"  Measured here: recurx.patch(model) takes the step from {measured.ms:.4g} to "
+    return after, (
+        f"  Measured here: on recurx the step goes from {measured.ms:.4g} to "
         f"{after:.4g} ms ({measured.ms / after:.2f}x; median of {len(times)} steps)."
     )

@@ -46,6 +46,31 @@ STAGES = {
 NET_STAGES = tuple(name for name, (group, _) in STAGES.items() if group == "net")
 PRODUCTS = ("qkv", "o", "gate_up", "down", "t_gate_up", "t_down", "lm_head", "q_head")
 
+# Kinds of stages, which the report colours.
+KINDS = {
+    "product": "products",
+    "attention": "attention",
+    "glue": "norms, RoPE, SwiGLU, sums",
+    "fused": "fused recursion",
+    "around": "around the recursion",
+    "training": "training",
+    "other": "everything else",
+}
+
+
+def kind_of(stage: str) -> str:
+    """The kind of a stage, a key of `KINDS`."""
+    base = stage.partition(": ")[0]
+    group = STAGES.get(base, ("other", ""))[0]
+    if base in PRODUCTS and group == "net":
+        return "product"
+    if base == "attention":
+        return "attention"
+    if base in ("recursion", "foreign"):
+        return "fused" if base == "recursion" else "other"
+    return "glue" if group == "net" else group
+
+
 _ATTENTION_CORE = ("scaled_dot_product", "flash_attn", "_softmax", "bmm", "efficient_attention")
 _INNER = ("inner", "io", "lm_head", "q_head")
 _MLP = ("gate_up", "swiglu", "down")

@@ -39,6 +39,7 @@ _SYNCS = {
     "unique_consecutive": "size depends on data: unique_consecutive",
 }
 _TORCH = os.path.dirname(torch.__file__) + os.sep
+_OPTIMIZERS = os.path.join(_TORCH, "optim") + os.sep  # its own reads are worth a place
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
@@ -88,6 +89,8 @@ def work(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) ->
     """(FLOPs, bytes) of an operator that is not free."""
     reads = list(tensors_in(args)) + list(tensors_in(kwargs))
     writes = list(tensors_in(out))
+    if not writes and name.endswith("_") and args:
+        writes = list(tensors_in(args[0]))  # _foreach_..._ returns nothing
     moved = sum(nbytes(t) for t in reads) + sum(nbytes(t) for t in writes)
     return _flops(name, args, reads, writes), moved
 
@@ -128,11 +131,13 @@ def sync_kind(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: An
 
 
 def source_place() -> Place:
-    """The innermost line that belongs neither to torch nor to the profiler."""
+    """The innermost line that belongs neither to torch (but for its optimisers, below their base
+    class) nor to the profiler."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
-        if not file.startswith((_TORCH, _HERE, "<frozen")):
+        optimizer = file.startswith(_OPTIMIZERS) and not file.endswith("optimizer.py")
+        if optimizer or not file.startswith((_TORCH, _HERE, "<frozen")):
             text = linecache.getline(file, frame.f_lineno).strip()
             return Place(file, frame.f_lineno, text)
         frame = frame.f_back

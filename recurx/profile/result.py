@@ -99,6 +99,8 @@ class Profile:
         ceilings: measured in the same run.
         halting: {step: samples that halt at it}, and how many did not in `halting_steps` steps.
         advice: what recurx would replace, and what that gains.
+        predicted_ms, patched_ms: the step with the recursion on recurx: predicted by the cost
+            model, and measured; 0 if it was not.
         commands: ready lines for Nsight.
         timeline: phases inside a kernel of the CUDA engine, if given.
     """
@@ -127,6 +129,8 @@ class Profile:
     halting_open: int = 0
     halting_steps: int = 0
     advice: list[str] = field(default_factory=list)
+    predicted_ms: float = 0.0
+    patched_ms: float = 0.0
     commands: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     timeline: Timeline | None = None
@@ -178,6 +182,12 @@ class Profile:
     def save_json(self, path: str | Path) -> None:
         """All numbers, one JSON object."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
+
+    def save_html(self, path: str | Path) -> None:
+        """A report in one file: no network, light and dark, readable on a phone."""
+        from recurx.profile.html import render
+
+        Path(path).write_text(render(self), encoding="utf-8")
 
     def save_trace(self, path: str | Path) -> None:
         """A trace for ui.perfetto.dev or chrome://tracing: nested ranges, down to operators."""

@@ -108,9 +108,8 @@ def profile(
         made = _assemble(todo, trace, times, events, ceilings, device, samples)
         casts = sum(o.bytes for o in trace.ops if o.name == "_to_copy" and o.stage in PRODUCTS)
         measured = advice.Measured(made.ms, made.rows, casts)
-        made.advice = advice.advise(
-            model, todo, measured, samples, train or run is not None, compare
-        )
+        said = advice.advise(model, todo, measured, samples, train or run is not None, compare)
+    made.advice, made.predicted_ms, made.patched_ms = vars(said).values()
     top = max(made.rows, key=lambda row: row.ms, default=result.empty_row("other"))
     made.commands = commands(script, events, top.label)
     made.notes = notes + _notes(made, device)

@@ -139,9 +139,8 @@ def _halting(p: Profile) -> str:
         return ""
     lines = [f"halting: samples by the supervision step at which they halt ({p.halting_steps} run)"]
     for step in sorted(p.halting):
-        lines.append(
-            f"  step {step:3d}  {p.halting[step]:5d}  {'#' * round(40 * p.halting[step] / total)}"
-        )
+        count = p.halting[step]
+        lines.append(f"  step {step:3d}  {count:5d}  {'#' * round(40 * count / total)}")
     if p.halting_open:
         lines.append(f"  later     {p.halting_open:5d}  {'#' * round(40 * p.halting_open / total)}")
     return "\n".join(lines)

@@ -204,7 +204,7 @@ def test_advice_names_what_would_be_replaced_and_measures_it() -> None:
     found = profile(model, compare=True, seconds=0.2)
     text = "\n".join(found.advice)
     assert "would replace the recursion (trm(2, 2), 6 net calls)" in text
-    assert "Predicted" in text and "Measured here: recurx.patch(model)" in text
+    assert "Predicted" in text and "Measured here: on recurx" in text
     assert "not patched, runs on PyTorch" in text  # recurx.explain
     refused = profile(build("trm", frozenset({"causal"})), compare=True)
     assert any("causal" in line for line in refused.advice)
@@ -356,13 +356,23 @@ def test_arguments_are_checked() -> None:
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from recurx.cli import main
 
-    files = [tmp_path / name for name in ("t.json", "p.json")]
-    arguments = ["--trace", str(files[0]), "--json", str(files[1]), "--seconds", "0.1"]
+    files = [tmp_path / name for name in ("t.json", "p.json", "p.html")]
+    arguments = [
+        "--trace",
+        str(files[0]),
+        "--json",
+        str(files[1]),
+        "--html",
+        str(files[2]),
+        "--seconds",
+        "0.1",
+    ]
     assert main(["profile", "--preset", "small", "--batch", "2", "--train", *arguments]) == 0
     out = capsys.readouterr().out
     assert "training step, B=2" in out and "recursion, by stage" in out and "EMA" in out
     assert "--nvtx" in out  # the Nsight lines run this command
-    assert all(json.loads(path.read_text()) for path in files)
+    assert all(json.loads(path.read_text()) for path in files[:2])
+    assert files[2].read_text().startswith("<!doctype html>")
     if not torch.cuda.is_available():
         assert main(["profile", "--nvtx"]) == 2
         assert "CUDA" in capsys.readouterr().err
