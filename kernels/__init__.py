@@ -20,5 +20,7 @@ The rest of a training step (their addresses come in tables of `multi_tensor`):
     stablemax_cross_entropy   the loss of each token and its gradient, without fp64
     adam_atan2                one optimiser step of all weights
     ema                       the average of all weights
+    act_halt                  which samples halt, with counter-based exploration
+    queue_take                where the halted slots find their next samples
     sign_sgd                  the rows of a puzzle embedding that a batch touched
 """

@@ -79,7 +79,7 @@ def one_minus_power(rate, steps):
 def adam_atan2_kernel(
     table, lr, weight1, weight2, beta2, rate1, rate2, decay,
     LR_ON_DEVICE: tl.constexpr, WEIGHT_BF16: tl.constexpr, GRAD_BF16: tl.constexpr,
-    CLEAR: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
+    ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     row = table + tl.program_id(0) * 6
     offsets = tl.arange(0, CHUNK)
@@ -104,8 +104,6 @@ def adam_atan2_kernel(
     tl.store(w_at, w.to(w_at.dtype.element_ty), mask=inside)
     tl.store(m_at, m, mask=inside)
     tl.store(v_at, v, mask=inside)
-    if CLEAR:
-        tl.store(g_at, tl.zeros_like(g).to(g_at.dtype.element_ty), mask=inside)
 
 
 def adam_atan2(
@@ -118,15 +116,14 @@ def adam_atan2(
     lr: float | torch.Tensor,
     betas: tuple[float, float],
     weight_decay: float,
-    clear_grads: bool = False,
     tables: multi_tensor.Tables,
     name: object = "",
 ) -> None:
     """Update weights, means and squares in place; `steps` already count this step.
 
     weights and grads: contiguous, one dtype each (bf16 or fp32); means and squares fp32 of the same
-    shapes; steps 0-d fp32; all on one device. lr: a float, or a 0-d fp32 tensor there. clear_grads:
-    write zeros into the gradients that were read. Raises InvalidArgument.
+    shapes; steps 0-d fp32; all on one device. lr: a float, or a 0-d fp32 tensor there. Raises
+    InvalidArgument.
     """
     op = "kernels.adam_atan2"
     for arg, tensors in (("weights", weights), ("grads", grads)):
@@ -143,7 +140,7 @@ def adam_atan2(
     lists = [[ts[n] for n in live] for ts in (weights, grads, means, squares)]
     table, aligned = tables.get(name, lists, [[steps[n] for n in live]])
     args, constants, options = launch_arguments(
-        table, lr, betas, weight_decay, weights[0].dtype, grads[0].dtype, clear_grads, aligned
+        table, lr, betas, weight_decay, weights[0].dtype, grads[0].dtype, aligned
     )
     adam_atan2_kernel[(table.shape[0],)](*args, **constants, **options)
 
@@ -155,7 +152,6 @@ def launch_arguments(
     weight_decay: float,
     weight_dtype: torch.dtype,
     grad_dtype: torch.dtype,
-    clear_grads: bool,
     aligned: bool,
 ) -> tuple[tuple, dict, dict]:
     """(runtime arguments, compile-time arguments, compiler options) of one launch."""
@@ -165,7 +161,6 @@ def launch_arguments(
     args = (table, rate, 1 - betas[0], 1 - betas[1], float(betas[1]), *rates, float(weight_decay))
     constants = {
         "LR_ON_DEVICE": on_device, "WEIGHT_BF16": weight_dtype == torch.bfloat16,
-        "GRAD_BF16": grad_dtype == torch.bfloat16, "CLEAR": clear_grads, "ALIGNED": aligned,
-        "CHUNK": multi_tensor.CHUNK,
+        "GRAD_BF16": grad_dtype == torch.bfloat16, "ALIGNED": aligned, "CHUNK": multi_tensor.CHUNK,
     }  # fmt: skip
     return args, constants, {"num_warps": multi_tensor.WARPS, "enable_fp_fusion": True}

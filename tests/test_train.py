@@ -131,7 +131,10 @@ def test_interrupted_and_resumed_is_the_undisturbed_run_to_the_bit(
     assert second.sampler.state_dict() == whole.sampler.state_dict()
 
 
-@pytest.mark.parametrize("forgotten", ["optimizer", "rng", "average", "carry", "sampler"])
+@pytest.mark.parametrize(
+    "forgotten",
+    ["optimizer", "exploration", "average", "updates", "carry", "sampler", "queue", "count"],
+)
 def test_the_comparison_notices_anything_that_is_not_restored(
     tmp_path, forgotten: str, monkeypatch
 ) -> None:
@@ -146,13 +149,20 @@ def test_the_comparison_notices_anything_that_is_not_restored(
         monkeypatch.setattr(tasks.Sampler, "load_state_dict", lambda self, state: None)
     resumed = Trainer.resume(tmp_path)
     if forgotten == "optimizer":
-        resumed.optimizer = resumed._make_optimizer()
-    elif forgotten == "rng":
-        resumed._rng = fresh._rng
+        resumed.optimizer.state.clear()
+    elif forgotten == "exploration":
+        resumed.exploration.state.copy_(fresh.exploration.state)
     elif forgotten == "average":
-        resumed.average = fresh.average
+        for name, weight in resumed.average.weights.items():
+            weight.copy_(resumed.model.get_parameter(name).detach())
+    elif forgotten == "updates":
+        resumed.average.updates = 0
     elif forgotten == "carry":
         resumed.carry.steps.zero_()
+    elif forgotten == "queue":
+        resumed.queue.load({})
+    elif forgotten == "count":  # of the warm-up
+        resumed.one_step.count.zero_()
     resumed.run(steps=9)
     assert differing(resumed, whole)
 

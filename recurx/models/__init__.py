@@ -2,6 +2,7 @@
 
 from recurx.models.act import HRM, TRM, Carry, RecursiveModel
 from recurx.models.config import VARIANTS, HRMConfig, ModelConfig, TRMConfig, Variant
+from recurx.models.exploration import Exploration
 from recurx.models.inner import Inner
 from recurx.models.losses import ACTLossHead, softmax_cross_entropy, stablemax_cross_entropy
 from recurx.models.puzzle_embedding import PuzzleEmbedding
@@ -13,6 +14,7 @@ __all__ = [
     "VARIANTS",
     "ACTLossHead",
     "Carry",
+    "Exploration",
     "HRMConfig",
     "Inner",
     "ModelConfig",

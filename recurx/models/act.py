@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from recurx.errors import bad_argument
 from recurx.models.config import HRMConfig, ModelConfig, TRMConfig
+from recurx.models.exploration import Exploration
 from recurx.models.inner import Inner, States
 from recurx.models.puzzle_embedding import PuzzleEmbedding
 
@@ -45,6 +46,10 @@ class RecursiveModel(nn.Module):
         backend: name of the backend that runs the recursion ("auto" chooses).
         fields: the configuration's fields, instead of `config`.
 
+    Attributes:
+        exploration: draws of halting that are the same on every device and in captured replays;
+            None (at first) draws from PyTorch's generator, as the official code does.
+
     Raises:
         InvalidArgument: the configuration does not fit this class or itself.
     """
@@ -60,6 +65,7 @@ class RecursiveModel(nn.Module):
         super().__init__()
         self.config = self._read_config(config, fields)
         self.inner = Inner(self.config, backend)
+        self.exploration: Exploration | None = None
 
     @classmethod
     def _read_config(
@@ -131,6 +137,10 @@ class RecursiveModel(nn.Module):
 
     def _halt(self, last: Tensor, steps: Tensor, q_halt: Tensor, q_continue: Tensor) -> Tensor:
         """Which slots halt: by their q, but not before an explored minimum of steps."""
+        if self.exploration is not None:
+            bar = None if self.config.no_ACT_continue else q_continue
+            most, probability = self.config.halt_max_steps, self.config.halt_exploration_prob
+            return self.exploration.halt(steps, q_halt, bar, most, probability)
         threshold = 0 if self.config.no_ACT_continue else q_continue
         wants = last | (q_halt > threshold)
         explores = torch.rand_like(q_halt) < self.config.halt_exploration_prob

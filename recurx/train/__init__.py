@@ -5,18 +5,24 @@ trainer.run(time_budget=60)
 recurx.train.evaluate(trainer.averaged(), trainer.task, trainer.held_out(512))
 """
 
+from recurx.train.captured import CapturedStep, CudaGraphs
 from recurx.train.config import PRESETS, TrainConfig, preset
 from recurx.train.ema import Average
 from recurx.train.evaluate import Report, evaluate
 from recurx.train.optim import AdamATan2, SparseSignSGD
-from recurx.train.trainer import Progress, Trainer
+from recurx.train.progress import Progress
+from recurx.train.queue import SampleQueue
+from recurx.train.trainer import Trainer
 
 __all__ = [
     "PRESETS",
     "AdamATan2",
     "Average",
+    "CapturedStep",
+    "CudaGraphs",
     "Progress",
     "Report",
+    "SampleQueue",
     "SparseSignSGD",
     "TrainConfig",
     "Trainer",

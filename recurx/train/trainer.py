@@ -3,7 +3,8 @@
 One step is one supervision step of every slot, one loss, one optimiser step; slots whose sample
 halted take fresh ones. Everything that the next step depends on is in `state.safetensors`, so a
 run that was stopped and resumed gives the bits of a run that was not (on a CPU, with as many
-threads). `model.safetensors` beside it holds the averaged weights for everybody else.
+threads). `model.safetensors` beside it holds the averaged weights for everybody else. The step
+itself is a `CapturedStep`: one CUDA graph on a GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +24,18 @@ from torch import Tensor
 
 from recurx import tasks
 from recurx.checkpoint import save_checkpoint
-from recurx.errors import InvalidArgument
-from recurx.models import HRM, TRM, ACTLossHead, Carry, RecursiveModel
+from recurx.errors import CheckpointError, InvalidArgument
+from recurx.models import HRM, TRM, ACTLossHead, Carry, Exploration, RecursiveModel
 from recurx.tasks.base import Examples
 from recurx.train import state as state_file
+from recurx.train.captured import CapturedStep, tensors_of
 from recurx.train.config import TrainConfig
 from recurx.train.ema import Average
-from recurx.train.optim import AdamATan2
+from recurx.train.optim import AdamATan2, SparseSignSGD
+from recurx.train.progress import Progress
+from recurx.train.queue import SampleQueue
 
 MODEL_FILE, STATE_FILE, METRICS_FILE = "model.safetensors", "state.safetensors", "metrics.jsonl"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What one training step tells: the mean loss of its batch, and its finished samples.
-
-    `exact` and `steps_mean` are over the samples that halted in this step, None if there are none.
-    """
-
-    step: int
-    seconds: float
-    loss: float
-    finished: int
-    exact: float | None
-    steps_mean: float | None
 
 
 class Trainer:
@@ -57,6 +45,7 @@ class Trainer:
         config: what to train (of a resumed run, see `Trainer.resume`).
         folder: where checkpoints and metrics go (made if missing); None keeps all in memory.
         device, backend: where and on what the model runs.
+        captured: whether a step is one CUDA graph; None: on a GPU.
     """
 
     def __init__(
@@ -66,6 +55,7 @@ class Trainer:
         *,
         device: torch.device | str = "cpu",
         backend: str = "auto",
+        captured: bool | None = None,
     ) -> None:
         self.config, self.device = config, torch.device(device)
         self.folder = None if folder is None else Path(folder)
@@ -78,108 +68,94 @@ class Trainer:
             model_config = config.model_config()
             model_class = HRM if model_config.variant == "hrm" else TRM
             self.model: RecursiveModel = model_class(model_config, backend).to(self.device)
-            self._rng = torch.get_rng_state()
+        # Exploration draws from this run's generator, whatever else the process draws.
+        self.exploration = Exploration(config.seed, self.device)
+        self.model.exploration = self.exploration
         self.average = Average(self.model, config.ema)
         self.optimizer = self._make_optimizer()
-        self.head = ACTLossHead(self.model, config.loss)
-        self.carry: Carry | None = None
+        optimizers = [self.optimizer]
+        if model_config.puzzle_emb_ndim:
+            rate, decay = config.puzzle_emb_lr, config.weight_decay
+            optimizers.append(SparseSignSGD(self.model.puzzle_emb.buffers(), rate, decay))
+        self.queue = SampleQueue(self._draw, config.batch_size, self.device)
+        warmup = max(1, config.warmup)
+        self.one_step = CapturedStep(
+            ACTLossHead(self.model, config.loss),
+            optimizers,
+            self.queue,
+            average=self.average,
+            schedule=lambda done: ((done + 1) / warmup).clamp_max(1),
+            capture=captured,
+        )
+
+    @property
+    def carry(self) -> Carry:
+        """The carry between steps; every slot is halted before the first."""
+        return self.one_step.carry
 
     @classmethod
     def resume(
-        cls, folder: str | Path, *, device: torch.device | str = "cpu", backend: str = "auto"
+        cls,
+        folder: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        backend: str = "auto",
+        captured: bool | None = None,
     ) -> Trainer:
         """The run whose files lie in `folder`, exactly where it was saved.
 
         Raises:
             InvalidArgument: there is no run in `folder`.
-            CheckpointError: its state file is damaged.
+            CheckpointError: its state file is damaged, or of another version.
         """
         path = Path(folder) / STATE_FILE
         if not path.is_file():
             raise InvalidArgument(f"train: nothing to resume in {folder}: no {STATE_FILE} there.")
         values, tensors = state_file.read(path)
-        trainer = cls(
-            TrainConfig.from_json(values["config"]), folder, device=device, backend=backend
-        )
+        config = TrainConfig.from_json(values["config"])
+        trainer = cls(config, folder, device=device, backend=backend, captured=captured)
+        missing = {"model", "average", "carry", "exploration"} - tensors.keys()
+        if missing:
+            raise CheckpointError(
+                f"{path}: no {', '.join(sorted(missing))} in it: written by another version of "
+                f"recurx. {MODEL_FILE} beside it still loads."
+            )
         trainer._load(values, tensors)
         return trainer
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
-        made = AdamATan2 if config.optimizer == "adam-atan2" else torch.optim.AdamW
-        return made(
-            self.model.parameters(),
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
-        )
+        settings: dict[str, Any] = {
+            "lr": torch.tensor(config.lr, device=self.device),
+            "betas": (config.beta1, config.beta2),
+            "weight_decay": config.weight_decay,
+        }
+        if config.optimizer == "adam-atan2":
+            return AdamATan2(self.model.parameters(), **settings)
+        on_gpu = self.device.type == "cuda"
+        return torch.optim.AdamW(self.model.parameters(), **settings, capturable=on_gpu)
 
     # ---- one step ------------------------------------------------------------------------------
 
     def train_step(self) -> Progress:
         """One supervision step of every slot, and one optimiser step."""
         start = time.perf_counter()
-        config = self.config
-        batch = self._next_batch()
-        self.model.train()
-        rate = min(1.0, (self.step + 1) / max(1, config.warmup))
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.lr * rate
-        with self._own_randomness():
-            self.carry, loss, metrics, _, _ = self.head(carry=self.carry, batch=batch)
-        (loss / config.batch_size).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.model.config.puzzle_emb_ndim:
-            self.model.puzzle_emb.sign_sgd_(config.puzzle_emb_lr * rate, config.weight_decay)
-        self.average.update(self.model)
+        self.one_step()
         self.step += 1
         self.seconds += time.perf_counter() - start
-        return self._progress(float(loss.detach()) / config.batch_size, metrics)
+        step = self.one_step
+        values = step.latest.clone()  # the next step writes there again
+        return Progress(self.step, self.seconds, self.config.batch_size, step.names, values)
 
-    def _next_batch(self) -> dict[str, Tensor]:
-        """Slots whose sample halted get a fresh one; the others keep theirs."""
-        if self.carry is None:
-            batch = self._tensors(self.sampler.draw(self.config.batch_size))
-            self.carry = self.head.initial_carry(batch)
-            return batch
-        halted, batch = self.carry.halted, dict(self.carry.current_data)
-        if halted.any():
-            fresh = self._tensors(self.sampler.draw(int(halted.sum())))
-            for key, values in fresh.items():
-                batch[key] = batch[key].clone()
-                batch[key][halted] = values
-        return batch
+    def _draw(self, count: int) -> dict[str, Tensor]:
+        return self._tensors(self.sampler.draw(count))
 
     def _tensors(self, examples: Examples) -> dict[str, Tensor]:
-        inputs = torch.from_numpy(examples.inputs).to(self.device)
         return {
-            "inputs": inputs,
-            "labels": torch.from_numpy(examples.answers).to(self.device),
-            "puzzle_identifiers": torch.zeros(len(inputs), dtype=torch.int32, device=self.device),
+            "inputs": torch.from_numpy(examples.inputs),
+            "labels": torch.from_numpy(examples.answers),
+            "puzzle_identifiers": torch.zeros(len(examples), dtype=torch.int32),
         }
-
-    @contextlib.contextmanager
-    def _own_randomness(self) -> Iterator[None]:
-        """Exploration draws from this run's generator, whatever else the process draws."""
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.set_rng_state(self._rng)
-            if devices:  # the device's generator follows from the CPU's: one state to save
-                torch.cuda.manual_seed(int(torch.randint(2**62, ())))
-            yield
-            self._rng = torch.get_rng_state()
-
-    def _progress(self, loss: float, metrics: dict[str, Tensor]) -> Progress:
-        finished = int(metrics["count"])
-        return Progress(
-            step=self.step,
-            seconds=self.seconds,
-            loss=loss,
-            finished=finished,
-            exact=float(metrics["exact_accuracy"]) / finished if finished else None,
-            steps_mean=float(metrics["steps"]) / finished if finished else None,
-        )
 
     # ---- the run -------------------------------------------------------------------------------
 
@@ -260,30 +236,27 @@ class Trainer:
             "model": self.model.state_dict(),
             "average": self.average.weights,
             "optimizer": self.optimizer.state_dict()["state"],
-            "carry": {} if self.carry is None else vars(self.carry),
-            "rng": self._rng,
+            "carry": vars(self.carry),
+            "queue": self.queue.tensors(),
+            "exploration": self.exploration.state,
         }
 
     def _load(self, values: dict[str, Any], tensors: dict[str, Any]) -> None:
         self.step, self.seconds = values["step"], values["seconds"]
         self.sampler.load_state_dict(values["sampler"])
         self.average.updates = values["average_updates"]
+        self.one_step.count.fill_(self.step)
         self.model.load_state_dict(tensors["model"])
         for name, weight in self.average.weights.items():
             weight.copy_(tensors["average"][name])
         saved = {int(index): slots for index, slots in tensors.get("optimizer", {}).items()}
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": saved, "param_groups": groups})
-        self._rng = tensors["rng"]
-        to = self.device
-        if "carry" in tensors:
-            carry = tensors["carry"]
-            self.carry = Carry(
-                inner_carry={key: value.to(to) for key, value in carry["inner_carry"].items()},
-                steps=carry["steps"].to(to),
-                halted=carry["halted"].to(to),
-                current_data={key: value.to(to) for key, value in carry["current_data"].items()},
-            )
+        self.queue.load(tensors.get("queue", {}))
+        self.exploration.state.copy_(tensors["exploration"])
+        carry = Carry(**{key: tensors["carry"][key] for key in vars(self.carry)})
+        for now, before in zip(tensors_of(self.carry), tensors_of(carry), strict=True):
+            now.copy_(before)
         self._forget_metrics_after(self.step)
 
     def _forget_metrics_after(self, step: int) -> None:

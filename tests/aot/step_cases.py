@@ -12,7 +12,7 @@ from aot.triton_cases import Launch, TritonCase
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
-def _meta(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
+def _meta(*shape: int | tuple[()], dtype: torch.dtype = FP32) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
@@ -20,7 +20,7 @@ def _adam_atan2(dtype: torch.dtype) -> Launch:
     from recurx.kernels.adam_atan2 import launch_arguments
 
     table, lr = _meta(6800, 6, dtype=torch.int64), _meta(())
-    return launch_arguments(table, lr, (0.9, 0.95), 0.1, dtype, dtype, True, True)
+    return launch_arguments(table, lr, (0.9, 0.95), 0.1, dtype, dtype, True)
 
 
 def _ema(dtype: torch.dtype) -> Launch:
@@ -54,6 +54,21 @@ def _backward(dtype: torch.dtype) -> Launch:
     return (*args[:2], *outputs, *args[2:]), constants, options
 
 
+def _act_halt(dtype: torch.dtype) -> Launch:
+    from recurx.kernels.act_halt import launch_arguments
+
+    steps, state = _meta(768, dtype=torch.int32), _meta(2, dtype=torch.int64)
+    halted = _meta(768, dtype=torch.uint8)
+    return launch_arguments(steps, _meta(768), _meta(768), state, halted, 16, 1 << 20)
+
+
+def _queue_take(dtype: torch.dtype) -> Launch:
+    from recurx.kernels.queue_take import launch_arguments
+
+    halted, index = _meta(768, dtype=torch.uint8), _meta(768, dtype=torch.int64)
+    return launch_arguments(halted, _meta((), dtype=torch.int64), index, 8 * 768)
+
+
 # label, module, kernel, its launch by dtype, the dtypes
 KERNELS = (
     ("adam_atan2", "adam_atan2", "adam_atan2_kernel", _adam_atan2, (FP32, BF16)),
@@ -62,6 +77,8 @@ KERNELS = (
     ("stablemax forward", "stablemax_cross_entropy", "stablemax_forward_kernel", _forward, (BF16,)),
     ("stablemax backward", "stablemax_cross_entropy", "stablemax_backward_kernel", _backward,
      (BF16,)),
+    ("act_halt", "act_halt", "act_halt_kernel", _act_halt, (FP32,)),
+    ("queue_take", "queue_take", "queue_take_kernel", _queue_take, (FP32,)),
 )  # fmt: skip
 
 

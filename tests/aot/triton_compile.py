@@ -15,7 +15,7 @@ from aot.toolchain import Built, cached
 
 _POINTERS = {
     torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32",
-    torch.bool: "*i1",
+    torch.uint8: "*u8",
 }  # fmt: skip
 
 

@@ -53,7 +53,7 @@ def test_stablemax_reads_slices_and_any_label_type(triton_device):
 # ---- AdamATan2 ----------------------------------------------------------------------------------
 
 
-def run_adam(device, weights, grads, *, lr=cases.ADAM["lr"], clear=False):
+def run_adam(device, weights, grads, *, lr=cases.ADAM["lr"]):
     from recurx.kernels.adam_atan2 import adam_atan2
     from recurx.kernels.multi_tensor import Tables
 
@@ -71,9 +71,8 @@ def run_adam(device, weights, grads, *, lr=cases.ADAM["lr"], clear=False):
         torch._foreach_add_(steps, 1)
         adam_atan2(
             weights, kept, means, squares, steps, lr=lr, betas=cases.ADAM["betas"],
-            weight_decay=cases.ADAM["weight_decay"], clear_grads=clear, tables=tables,
+            weight_decay=cases.ADAM["weight_decay"], tables=tables,
         )  # fmt: skip
-    assert all((g == 0).all() for g in kept) == clear
     return [w.cpu() for w in weights]
 
 
@@ -88,15 +87,12 @@ def test_adam_atan2(triton_device, dtype, grad_dtype):
     cases.assert_weights(got, cases.adam_atan2_fp64(weights, grads), 3)
 
 
-def test_adam_atan2_reads_lr_on_the_device_clears_gradients_and_repeats(triton_device):
+def test_adam_atan2_reads_lr_on_the_device_and_repeats_bit_equal(triton_device):
     weights, grads = cases.weights_and_grads(2)
     plain = run_adam(triton_device, weights, grads)
     lr = torch.tensor(0.1, device=triton_device)
-    for got in (
-        run_adam(triton_device, weights, grads, lr=lr),
-        run_adam(triton_device, weights, grads, clear=True),
-    ):
-        assert all(torch.equal(a, b) for a, b in zip(got, plain, strict=True))
+    again = run_adam(triton_device, weights, grads, lr=lr)
+    assert all(torch.equal(a, b) for a, b in zip(again, plain, strict=True))
 
 
 def test_unaligned_weights_are_the_same_weights(triton_device):
@@ -191,6 +187,39 @@ def test_average(triton_device, dtype, share):
         for got, want, value in zip(there, exact, values, strict=True):
             torch.testing.assert_close(got.cpu().double(), want, rtol=4 * cases.U, atol=4 * cases.U)
             assert share < 1 or torch.equal(got.cpu(), value.float())
+
+
+# ---- ACT ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_continue", [False, True])
+def test_halting_gives_the_bits_of_plain_pytorch(triton_device, with_continue):
+    from recurx.kernels.act_halt import act_halt
+
+    exploration, steps, q_halt, q_continue = cases.halting()
+    bar = q_continue if with_continue else None
+    there = [None if t is None else t.to(triton_device) for t in (steps, q_halt, bar)]
+    for count in (0, 1, 2**31 - 1, 2**31, 2**40 + 5):
+        exploration.state[1] = count
+        state = exploration.state.to(triton_device, copy=True)
+        got = act_halt(*there, state, 5, round(0.4 * 2**24))
+        assert torch.equal(got.cpu(), exploration.halt(steps, q_halt, bar, 5, 0.4)), count
+
+
+@pytest.mark.parametrize("slots", [1, 7, 300])
+def test_the_queue_hands_out_rows_in_order(triton_device, slots):
+    from recurx.kernels.queue_take import queue_take
+
+    generator = torch.Generator().manual_seed(slots)
+    cursor, expected = torch.tensor(1000, device=triton_device), 1000
+    for _ in range(3):
+        halted = torch.rand(slots, generator=generator) < 0.4
+        index = queue_take(halted.to(triton_device), cursor, 613).cpu()
+        want = (expected + torch.arange(int(halted.sum()))) % 613
+        assert torch.equal(index[halted], want)
+        assert ((index >= 0) & (index < 613)).all()
+        expected += int(halted.sum())
+        assert cursor.item() == expected
 
 
 # ---- tables -------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recurx.models.exploration import Exploration
+
 U = 2.0**-24  # half a unit in the last place of fp32
 BF16_ROUNDING = 2.0**-8  # half a unit in the last of 8 bits
 
@@ -139,6 +141,17 @@ def assert_weights(got: list[Tensor], exact: list[Tensor], steps: int) -> None:
             f"weight {index}: {int((error > 0).sum())} entries differ, worst by "
             f"{(a.double() - b).abs().max():.3g} at {int(error.argmax())}"
         )
+
+
+# ---- halting ------------------------------------------------------------------------------------
+
+
+def halting() -> tuple[Exploration, Tensor, Tensor, Tensor]:
+    """A seeded exploration; steps 1..6, q_halt and q_continue of 300 samples."""
+    generator = torch.Generator().manual_seed(4)
+    steps = torch.randint(1, 7, (300,), generator=generator, dtype=torch.int32)
+    q_halt, q_continue = torch.randn(2, 300, generator=generator)
+    return Exploration(2**62 + 12345), steps, q_halt.contiguous(), q_continue.contiguous()
 
 
 # ---- sign SGD -----------------------------------------------------------------------------------

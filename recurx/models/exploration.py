@@ -1,0 +1,118 @@
+"""Halting with exploration by a counter-based generator: no host, no hidden state, any device.
+
+The official code draws from PyTorch's generators. A model with `exploration` set draws from Philox
+4x32-10 (Salmon et al., SC 2011) of (seed; slot, count) instead: the same numbers on every device
+and in every captured replay, and two integers to save.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from recurx import launch, ops
+from recurx.errors import bad_argument
+
+LOW = 0xFFFFFFFF  # the low 32 bits
+
+
+class Exploration:
+    """Decides which samples halt, and explores: some must take a random number of steps first.
+
+    Args:
+        seed: of all draws; 0..2^63 - 1.
+        device: of the model.
+
+    Attributes:
+        state: int64 [2] on the device, (seed, number of draws so far). Save and copy it to resume.
+    """
+
+    def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
+        if not 0 <= seed < 2**63:
+            raise bad_argument("models.Exploration", "seed", "0..2^63 - 1", seed)
+        self.state = torch.tensor([seed, 0], dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def halt(
+        self,
+        steps: Tensor,
+        q_halt: Tensor,
+        q_continue: Tensor | None,
+        most: int,
+        probability: float,
+    ) -> Tensor:
+        """Which samples halt now: [B] bool.
+
+        At their last step, or where q_halt > q_continue (> 0 without one); but where a draw says so
+        (with `probability`), not before a number of steps drawn from 2..most.
+
+        Args:
+            steps: [B] int32, steps of each sample, this one included.
+            q_halt, q_continue: [B] logits.
+            most: supervision steps a sample may take, at least 2.
+        """
+        if most < 2:
+            raise bad_argument("models.Exploration.halt", "most", "at least 2 steps", most)
+        threshold = round(probability * 2**24)
+        halted: Tensor = _halt_op(steps, q_halt, q_continue, self.state, most, threshold)
+        self.state[1:].add_(1)
+        return halted
+
+
+def _halt(
+    steps: Tensor,
+    q_halt: Tensor,
+    q_continue: Tensor | None,
+    state: Tensor,
+    most: int,
+    threshold: int,
+) -> Tensor:
+    steps, q_halt = steps.to(torch.int32).contiguous(), q_halt.to(torch.float32).contiguous()
+    if q_continue is not None:
+        q_continue = q_continue.to(torch.float32).contiguous()
+    if launch.on_triton(steps):
+        from recurx.kernels.act_halt import act_halt
+
+        return act_halt(steps, q_halt, q_continue, state, most, threshold)
+    slots = torch.arange(steps.numel(), device=steps.device)
+    count = state[1]
+    explored, drawn, _, _ = philox(state[0], slots, count & 0x7FFFFFFF, count >> 31, 0)
+    least = torch.where((explored >> 8) < threshold, 2 + (drawn >> 8) % (most - 1), 0)
+    wants = (steps >= most) | (q_halt > (0 if q_continue is None else q_continue))
+    return wants & (steps >= least)
+
+
+def _halt_fake(steps: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(steps, dtype=torch.bool, memory_format=torch.contiguous_format)
+
+
+_halt_op = ops._register("recurx::act_halt", _halt, _halt_fake)
+
+
+def philox(
+    seed: Tensor | int,
+    c0: Tensor | int,
+    c1: Tensor | int,
+    c2: Tensor | int,
+    c3: Tensor | int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox 4x32-10: four words of 32 random bits, as int64, for a 64-bit seed and counter words.
+
+    At least one argument is an int64 tensor; they broadcast.
+    """
+    words = [torch.as_tensor(c) & LOW for c in (c0, c1, c2, c3)]
+    seed = torch.as_tensor(seed)
+    k0, k1 = seed & LOW, (seed >> 32) & LOW
+    for _ in range(10):
+        high0, low0 = _multiply(words[0], 0xD2511F53)
+        high1, low1 = _multiply(words[2], 0xCD9E8D57)
+        words = [high1 ^ words[1] ^ k0, low1, high0 ^ words[3] ^ k1, low0]
+        k0, k1 = (k0 + 0x9E3779B9) & LOW, (k1 + 0xBB67AE85) & LOW
+    return words[0], words[1], words[2], words[3]
+
+
+def _multiply(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a product of 32-bit numbers, in int64 without overflow."""
+    low = word * (factor & 0xFFFF)
+    middle = word * (factor >> 16) + (low >> 16)
+    return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)

@@ -1,0 +1,265 @@
+"""One supervision step as one CUDA graph: sample replacement, forward, loss, backward, optimisers.
+
+Everything that a step reads and writes lies on the device at an address that never changes: carry,
+gradients, counts, learning rates, metrics, the queue of samples. So the step is a function without
+arguments that can be recorded once and replayed, and nothing in it waits for the device. Where
+there are no graphs the same function runs as it is, and gives the same numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from recurx.errors import RecurxError, bad_argument
+from recurx.train.ema import Average
+from recurx.train.queue import SampleQueue
+
+Schedule = Callable[[Tensor], Tensor]  # steps done so far (0-d) -> factor of each learning rate
+
+
+class Capturer(Protocol):
+    """How a step is recorded; `CudaGraphs`, or a stand-in in tests."""
+
+    warm_steps: int
+
+    def warm(self, run: Callable[[], None]) -> None:
+        """Run a step for real before the recording."""
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Record `run` without effect; the result replays it."""
+
+
+class CudaGraphs:
+    """Records CUDA graphs.
+
+    Args:
+        warm_steps: real steps before the recording: lazily made workspaces, compiled kernels,
+            gradients and optimiser states exist after them.
+        generators: CUDA generators that the step draws from, beside the default one.
+    """
+
+    def __init__(self, warm_steps: int = 3, generators: Sequence[torch.Generator] = ()) -> None:
+        self.warm_steps, self.generators = warm_steps, generators
+        self._stream: torch.cuda.Stream | None = None
+
+    def warm(self, run: Callable[[], None]) -> None:
+        # Off the default stream, so that what autograd remembers of it is not captured.
+        self._stream = self._stream or torch.cuda.Stream()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            run()
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        for generator in self.generators:
+            graph.register_generator_state(generator)
+        with torch.cuda.graph(graph):
+            run()
+        return graph.replay
+
+
+class CapturedStep:
+    """A training step of a loss head without a host in it; call it once a step.
+
+    Args:
+        head: module called as `head(return_keys=(), carry=, batch=)`, giving (carry, loss, metrics,
+            outputs, all_halted) like the official `ACTLossHead`, or ours; on one device. Its
+            metrics are 0-d tensors.
+        optimizers: stepped in order. On a GPU they must not read the device: `AdamATan2`,
+            `SparseSignSGD`, PyTorch's with capturable=True, or official ones after
+            `recurx.train.swap`. Their `lr` becomes a tensor, `schedule` times what it was.
+        queue: where halted slots find their next samples.
+        average: updated after the optimisers.
+        schedule: factor of the learning rates from the number of steps done (a 0-d fp32 tensor on
+            the device): pure PyTorch.
+        synchronize: called with all gradients after the backward, e.g. to all-reduce them over
+            ranks (NCCL's collectives can be captured).
+        capture: None captures where the head is on a GPU; False never does; or a `Capturer`.
+
+    Attributes:
+        carry: the carry between steps; its tensors stay where they are.
+
+    Raises:
+        InvalidArgument: a capture is wanted and an optimizer cannot be captured.
+    """
+
+    def __init__(
+        self,
+        head: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        queue: SampleQueue,
+        *,
+        average: Average | None = None,
+        schedule: Schedule | None = None,
+        synchronize: Callable[[list[Tensor]], None] | None = None,
+        capture: Capturer | bool | None = None,
+    ) -> None:
+        self.head, self.optimizers, self.queue = head, list(optimizers), queue
+        self.average, self.schedule, self.synchronize = average, schedule, synchronize
+        device = queue.device
+        self.capturer = _capturer(capture, device)
+        self.count = torch.zeros((), dtype=torch.float32, device=device)
+        self._rates = [_rate_on_device(g, device) for g in self._groups()]
+        if self.capturer is not None:
+            self._check_capturable()
+        queue.refill()
+        with torch.device(device):  # official carries are made on the default device
+            first = {key: values[: queue.slots] for key, values in queue.ring.items()}
+            self.carry = head.initial_carry(first)
+        for tensor in tensors_of(self.carry):
+            tensor.zero_()  # official ones are not initialised
+        self.carry.halted.fill_(True)
+        self.names: tuple[str, ...] = ()
+        self.latest = self.totals = torch.zeros(0, device=device)
+        self._grads: list[Tensor] | None = None
+        self._warmed = 0
+        self._replay: Callable[[], None] | None = None
+        self._addresses: list[int] = []
+
+    def __call__(self) -> None:
+        """One step: uncaptured while warming up (and without a capturer), then as a graph.
+
+        Raises:
+            RecurxError: a tensor moved since the capture.
+        """
+        self.queue.refill()
+        self.head.train()
+        if self.capturer is None:
+            self._step()
+        elif self._warmed < max(1, self.capturer.warm_steps):
+            self.capturer.warm(self._step)
+            self._warmed += 1
+        else:
+            if self._replay is None:
+                self._replay = self.capturer.capture(self._step)
+                self._addresses = [t.data_ptr() for t in self.static_tensors()]
+            elif self._addresses != [t.data_ptr() for t in self.static_tensors()]:
+                raise RecurxError(
+                    "recurx.train.CapturedStep: a weight, gradient, state or buffer moved since "
+                    "the capture (load_state_dict of an optimizer, .to(), zero_grad?). Make "
+                    "changes in place, or make a new CapturedStep."
+                )
+            self._replay()
+        self.queue.stepped()
+
+    @property
+    def captured(self) -> bool:
+        """Whether steps are replayed now."""
+        return self._replay is not None
+
+    def metrics(self) -> dict[str, float]:
+        """The head's metrics of the last step and its "loss" (a sum over slots); waits for it."""
+        return dict(zip(self.names, self.latest.tolist(), strict=True))
+
+    def read_totals(self) -> dict[str, float]:
+        """Sums of the metrics over the steps since the last call; waits for the device."""
+        totals = dict(zip(self.names, self.totals.tolist(), strict=True))
+        self.totals.zero_()
+        return totals
+
+    def static_tensors(self) -> list[Tensor]:
+        """Every tensor that outlives a step."""
+        found = [self.count, self.latest, self.totals, self.queue.cursor]
+        found += [*self.queue.ring.values(), *tensors_of(self.carry), *self._rates]
+        found += [*self.head.parameters(), *self.head.buffers(), *(self._grads or ())]
+        for optimizer in self.optimizers:
+            found += [t for state in optimizer.state.values() for t in tensors_of(dict(state))]
+        if self.average is not None:
+            found += [self.average.count, *self.average.weights.values()]
+        return found
+
+    # ---- the step: from here on no host ----------------------------------------------------------
+
+    def _step(self) -> None:
+        if self._grads is not None:
+            torch._foreach_zero_(self._grads)
+        self._set_rates()
+        batch = self.queue.take(self.carry.halted)
+        carry, loss, metrics, _, _ = self.head(return_keys=(), carry=self.carry, batch=batch)
+        (loss / self.queue.slots).backward()
+        if self._grads is None:  # weights that the loss does not reach have none, and stay
+            self._grads = [t.grad for t in self._leaves() if t.grad is not None]
+        with torch.no_grad():
+            if self.synchronize is not None:
+                self.synchronize(self._grads)
+            for optimizer in self.optimizers:
+                optimizer.step()
+            if self.average is not None:
+                self.average.update(self.head)
+            self._keep(metrics | {"loss": loss.detach()})
+            for old, new in zip(tensors_of(self.carry), tensors_of(carry), strict=True):
+                old.copy_(new)
+            self.count.add_(1)
+
+    @torch.no_grad()
+    def _set_rates(self) -> None:
+        for group, base in zip(self._groups(), self._rates, strict=True):
+            group["lr"].copy_(base if self.schedule is None else base * self.schedule(self.count))
+
+    def _keep(self, metrics: Mapping[str, Tensor]) -> None:
+        if not self.names:
+            self.names = tuple(metrics)
+            self.latest = torch.zeros(len(metrics), device=self.queue.device)
+            self.totals = torch.zeros_like(self.latest, dtype=torch.float64)
+        values = [metrics[name].to(torch.float32) for name in self.names]
+        torch.stack(values, out=self.latest)
+        self.totals.add_(self.latest)
+
+    def _groups(self) -> Iterator[dict[str, Any]]:
+        return (group for optimizer in self.optimizers for group in optimizer.param_groups)
+
+    def _leaves(self) -> list[Tensor]:
+        """What gets gradients: weights, and the rows of a sparse embedding (a buffer)."""
+        leaves = [*self.head.parameters(), *self.head.buffers()]
+        leaves += [p for group in self._groups() for p in group["params"]]
+        unique = {id(t): t for t in leaves if t.requires_grad and t.is_leaf}
+        return list(unique.values())
+
+    def _check_capturable(self) -> None:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                if group.get("capturable") is False:
+                    raise bad_argument(
+                        "train.CapturedStep", "optimizers", "ones that never read the device",
+                        f"{type(optimizer).__name__} with capturable=False",
+                        "Build it with capturable=True.",
+                    )  # fmt: skip
+
+
+def _capturer(capture: Capturer | bool | None, device: torch.device) -> Capturer | None:
+    if capture is None:
+        capture = device.type == "cuda"
+    if capture is True:
+        if device.type != "cuda":
+            raise bad_argument(
+                "train.CapturedStep", "capture", "a queue and a head on a CUDA device", device.type,
+                "Leave capture out: the same step then runs uncaptured here.",
+            )  # fmt: skip
+        return CudaGraphs()
+    return None if capture is False else capture
+
+
+def _rate_on_device(group: dict[str, Any], device: torch.device) -> Tensor:
+    """The base learning rate of a group; its `lr` becomes a tensor that the step writes."""
+    base = torch.as_tensor(group["lr"], dtype=torch.float32).to(device, copy=True)
+    group["lr"] = base.clone()
+    return base
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors in nested dataclasses, mappings and sequences, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if dataclasses.is_dataclass(value):
+        return [t for f in dataclasses.fields(value) for t in tensors_of(getattr(value, f.name))]
+    if isinstance(value, Mapping):
+        return [t for item in value.values() for t in tensors_of(item)]
+    if isinstance(value, (list, tuple)):
+        return [t for item in value for t in tensors_of(item)]
+    return []
