@@ -9,6 +9,7 @@ build serves every torch version. Objects go to build/, ninja compiles what chan
     RECURX_NATIVE      0 installs pure Python, 1 makes a missing C++ compiler an error
     RECURX_CUDA        0 leaves CUDA out, 1 makes its absence or a failed compile an error
     RECURX_CUDA_ARCHS  e.g. "90": fewer GPU generations, a shorter build
+    RECURX_TIMELINE    1 lets the recursion kernels record when each phase ran (and slows them)
     CXX, CXXFLAGS, MAX_JOBS   as usual
 """
 
@@ -131,6 +132,8 @@ def _nvcc(cuda: Cuda, compiler: Compiler) -> list[str]:
         *host,
         *include,
         "-DRX_CUDA=1",
+        "--threads=4",  # generations of a file at once: one kernel takes ptxas ten seconds each
+        *(["-DRX_TIMELINE=1"] if os.environ.get("RECURX_TIMELINE") == "1" else []),
     ]
 
 

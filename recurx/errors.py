@@ -18,6 +18,10 @@ class BackendUnavailable(RecurxError, RuntimeError):
     """A backend that was asked for by name cannot run here, or cannot run this problem."""
 
 
+class CudaError(RecurxError, RuntimeError):
+    """CUDA, or the host code of a kernel, refused a launch; the message has the error's name."""
+
+
 class CheckpointError(RecurxError, ValueError):
     """A checkpoint is damaged, or does not fit the model; the message names key and shape."""
 

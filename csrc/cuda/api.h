@@ -102,6 +102,20 @@ typedef struct {
 void rx_recursion_abi(int32_t sizes[6]);
 int rx_timeline_compiled(void); /* 1: kernels write RxRecursion.timeline */
 
+/* owner_sm80: one CTA owns `samples` samples and runs every call on them (sm_80 and later).
+ * hidden 64, 128, 256, 384 or 512; head_dim 32, 64 or 128; samples * ceil(tokens / 16) <= tiles. */
+typedef struct {
+  int32_t owners;  /* CTAs; each takes the next group of samples until none is left */
+  int32_t samples; /* samples a group, stacked in rows */
+  int32_t tiles;   /* row tiles of 16 that the kernel is compiled for */
+} RxOwnerPlan;
+
+int rx_recursion_owner_sm80(const RxRecursion* p, const RxOwnerPlan* plan, void* stream);
+int64_t rx_owner_sm80_scratch_bytes(const RxRecursion* p, const RxOwnerPlan* plan);
+int64_t rx_owner_sm80_shared_bytes(const RxRecursion* p, const RxOwnerPlan* plan);
+int64_t rx_owner_sm80_tape_bytes(const RxPack* p);
+int rx_pack_owner_sm80(const RxPack* p, void* stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -60,9 +60,27 @@ void pack_tape(uintptr_t w, uintptr_t tape, int n, int k, uintptr_t stream) {
   raise_unless_ok(code);
 }
 
+// Addresses of the C entries: recurx/backends/cuda_abi.py calls them with the structs of api.h.
+py::dict entries() {
+  py::dict found;
+#define RX_ENTRY(name) found[#name] = (uintptr_t)&name
+  RX_ENTRY(rx_cuda_last_error);
+  RX_ENTRY(rx_cuda_error_name);
+  RX_ENTRY(rx_recursion_abi);
+  RX_ENTRY(rx_timeline_compiled);
+  RX_ENTRY(rx_recursion_owner_sm80);
+  RX_ENTRY(rx_owner_sm80_scratch_bytes);
+  RX_ENTRY(rx_owner_sm80_shared_bytes);
+  RX_ENTRY(rx_owner_sm80_tape_bytes);
+  RX_ENTRY(rx_pack_owner_sm80);
+#undef RX_ENTRY
+  return found;
+}
+
 }  // namespace
 
 void bind(py::module_& m) {
+  m.def("cuda_entries", &entries, "{name: address} of the C entries of csrc/cuda/api.h.");
   m.def(
       "cuda_devices", &devices,
       "(devices, driver version, runtime version, reason): 0 devices and a reason without a GPU.");

@@ -63,6 +63,7 @@ class Backend(abc.ABC):
 
 # Fastest first; `auto` walks this list. Kept in one place: no other file ranks backends.
 ORDER = (
+    "cuda",
     "cpu",
     "triton",
     "eager",

@@ -131,6 +131,7 @@ class LaunchPlan:
 
 # The files of this package that hold a backend's candidates; each is imported when it is asked.
 BACKENDS = (
+    "cuda",
     "cpu",
     "triton",
     "eager",

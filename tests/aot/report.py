@@ -25,8 +25,8 @@ def triton_row(case: triton_cases.TritonCase, arch: str) -> Row:
     return case.label, usage, usage.faults(case.need(arch))
 
 
-def cuda_rows(case: cuda_cases.CudaCase, arch: str) -> list[Row]:
-    built = toolchain.nvcc_compile(case.source, arch, to="cubin")
+def cuda_rows(case: cuda_cases.CudaCase, arch: str, flags: tuple[str, ...] = ()) -> list[Row]:
+    built = toolchain.nvcc_compile(case.source, arch, to="cubin", flags=flags)
     return [
         (f"{case.source.stem} {short_name(usage.kernel)}", usage, usage.faults(case.need))
         for usage in resources.read(built, arch)

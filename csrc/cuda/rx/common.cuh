@@ -13,6 +13,7 @@
 #define RX_DYN_SMEM(name) extern __shared__ __align__(1024) unsigned char name[]
 #endif
 #define RX_DEVICE __device__ __forceinline__
+#define RX_BOTH __host__ __device__ inline
 
 namespace rx {
 
@@ -44,6 +45,26 @@ RX_DEVICE float2 unpack_bf16(uint32_t v) {
     float value;
   } lo = {v << 16}, hi = {v & 0xffff0000u};
   return make_float2(lo.value, hi.value);
+}
+
+// The same value, of which the compiler knows nothing: what is derived from it is not computed
+// ahead of a loop and kept in a register throughout.
+RX_DEVICE int opaque(int x) {
+#ifndef RX_EMU
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
+// Nanoseconds of a clock that all SMs share; in the emulator a count of the times it was asked.
+RX_DEVICE uint64_t global_time_ns() {
+#ifdef RX_EMU
+  return emu::global_time_ns();
+#else
+  uint64_t t;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
+  return t;
+#endif
 }
 
 RX_DEVICE void bar_sync(int id, int threads) {

@@ -45,6 +45,29 @@ RX_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, 
 #endif
 }
 
+// Two column tiles, with b as one ldmatrix_x4 loads it.
+RX_DEVICE void mma_m16n16k16(float (&d0)[4], float (&d1)[4], const uint32_t (&a)[4],
+                             const uint32_t (&b)[4]) {
+#ifdef RX_EMU
+  emu::mma_m16n16k16_bf16(d0, d1, a, b);
+#else
+  mma_m16n8k16(d0, a, b[0], b[1]);
+  mma_m16n8k16(d1, a, b[2], b[3]);
+#endif
+}
+
+// Two row tiles.
+RX_DEVICE void mma_m32n8k16(float (&d0)[4], float (&d1)[4], const uint32_t (&a0)[4],
+                            const uint32_t (&a1)[4], uint32_t b0, uint32_t b1) {
+#ifdef RX_EMU
+  const uint32_t b[2] = {b0, b1};
+  emu::mma_m32n8k16_bf16(d0, d1, a0, a1, b);
+#else
+  mma_m16n8k16(d0, a0, b0, b1);
+  mma_m16n8k16(d1, a1, b0, b1);
+#endif
+}
+
 // Two row tiles by two column tiles, with b as one ldmatrix_x4 loads it.
 RX_DEVICE void mma_m32n16k16(float (&d00)[4], float (&d01)[4], float (&d10)[4], float (&d11)[4],
                              const uint32_t (&a0)[4], const uint32_t (&a1)[4],

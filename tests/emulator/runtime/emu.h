@@ -94,6 +94,8 @@ uint32_t mapa(uint32_t addr, unsigned rank);
 void access(const void* p, size_t n, bool write, const char* what = "ld/st",
             bool unchanged = false);
 
+uint64_t global_time_ns();  // of the calling CTA: 32 more at each call, so that runs repeat
+
 // ---- synchronisation
 void bar_sync(int id, int threads);  // threads -1: every live thread of the CTA
 void bar_arrive(int id, int threads);
@@ -128,6 +130,9 @@ void stmatrix(uint32_t addr, const uint32_t* in, int n, bool trans);
 void mma_m16n8k16_bf16(float* d, const uint32_t* a, const uint32_t* b, const float* c);
 void mma_m32n16k16_bf16(float* d00, float* d01, float* d10, float* d11, const uint32_t* a0,
                         const uint32_t* a1, const uint32_t* b);  // four in one, d += a * b
+void mma_m16n16k16_bf16(float* d0, float* d1, const uint32_t* a, const uint32_t* b);
+void mma_m32n8k16_bf16(float* d0, float* d1, const uint32_t* a0, const uint32_t* a1,
+                       const uint32_t* b);
 
 // ---- asynchronous copies
 void cp_async(uint32_t dst, const void* src, int bytes, int src_bytes);  // the rest is zero-filled

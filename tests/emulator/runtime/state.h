@@ -154,6 +154,7 @@ struct Cta {
   std::vector<std::unique_ptr<Warpgroup>> warpgroups;
   std::vector<RegisterShare> registers;  // of each warpgroup
   Published exit_clocks;
+  uint64_t time_ns = 0;  // see global_time_ns()
 };
 
 struct Cluster {

@@ -180,26 +180,28 @@ template <unsigned kRows, unsigned kColumns>
 static void multiply(const char* op, float* const (&d)[kRows * kColumns],
                      const float* const (&c)[kRows * kColumns], const uint32_t* const (&a)[kRows],
                      const uint32_t* b) {
-  constexpr unsigned n = kColumns * 8;
+  // One pitch for all shapes: each lane's elements lie where they lie for every other shape, so a
+  // lane that is at the next instruction already leaves alone what others have yet to fetch.
+  constexpr unsigned n = kColumns * 8, pitch = 16;
   Thread* me = self();
   Warp& w = *me->home;
   unsigned g = me->lane / 4, t = me->lane % 4 * 2;
   auto mine = [&](unsigned tile, unsigned half) {
-    return &w.d[(tile / kColumns * 16 + half * 8 + g) * n + tile % kColumns * 8 + t];
+    return &w.d[(tile / kColumns * 16 + half * 8 + g) * pitch + tile % kColumns * 8 + t];
   };
   for (unsigned i = 0; i < kRows; i++)
     for (unsigned e = 0; e < 4; e++) put_pair(&w.a[i * 16 + e % 2 * 8 + g][e / 2 * 8 + t], a[i][e]);
   for (unsigned j = 0; j < kColumns * 2; j++) {
     float two[2];
     put_pair(two, b[j]);
-    float* column = &w.b[(j % 2 * 8 + t) * n + j / 2 * 8 + g];
+    float* column = &w.b[(j % 2 * 8 + t) * pitch + j / 2 * 8 + g];
     column[0] = two[0];
-    column[n] = two[1];
+    column[pitch] = two[1];
   }
   for (unsigned tile = 0; tile < kRows * kColumns; tile++)
     for (unsigned half = 0; half < 2; half++) memcpy(mine(tile, half), c[tile] + half * 2, 8);
   collective(~0u, op, nullptr, [](Warp& all, Rendezvous&) {
-    multiply_add(all.d, all.a[0], all.b, kRows * 16, n);
+    multiply_add(all.d, all.a[0], all.b, kRows * 16, n, pitch);
     gang->stats.mma += kRows * kColumns;
     gang->stats.flop += 2 * kRows * 16 * n * 16;
   });
@@ -213,6 +215,14 @@ void mma_m16n8k16_bf16(float* d, const uint32_t* a, const uint32_t* b, const flo
 void mma_m32n16k16_bf16(float* d00, float* d01, float* d10, float* d11, const uint32_t* a0,
                         const uint32_t* a1, const uint32_t* b) {
   multiply<2, 2>("four mma.m16n8k16", {d00, d01, d10, d11}, {d00, d01, d10, d11}, {a0, a1}, b);
+}
+
+void mma_m16n16k16_bf16(float* d0, float* d1, const uint32_t* a, const uint32_t* b) {
+  multiply<1, 2>("two mma.m16n8k16", {d0, d1}, {d0, d1}, {a}, b);
+}
+void mma_m32n8k16_bf16(float* d0, float* d1, const uint32_t* a0, const uint32_t* a1,
+                       const uint32_t* b) {
+  multiply<2, 1>("two mma.m16n8k16 of two rows", {d0, d1}, {d0, d1}, {a0, a1}, b);
 }
 
 }  // namespace emu

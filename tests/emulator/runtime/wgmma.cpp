@@ -74,7 +74,7 @@ static void execute(const Cta& cta, WgmmaOp& op) {
   unpack(cta, a.b, a.n, a.trans_b, B, 1, a.n, a.negate_b ? -1.f : 1.f);
   auto& D = op.accumulator->buffer;
   if (!a.scale_d) std::fill(D.begin(), D.end(), 0.f);
-  multiply_add(D.data(), A, B, 64, a.n);
+  multiply_add(D.data(), A, B, 64, a.n, a.n);
   std::vector<float>().swap(op.a_registers);
   gang->stats.wgmma++;
   gang->stats.flop += 2ull * 64 * 16 * unsigned(a.n);

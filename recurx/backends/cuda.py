@@ -1,0 +1,349 @@
+"""backend="cuda": the recursion kernels of csrc/cuda/, every call of the schedule in one launch.
+
+`LaunchPlan.pick` chooses among the kinds of recurx/plan/cuda.py. States are bf16, forward only: in
+training it runs the calls before the gradient window and hands the carry on.
+
+Weights are rounded to bf16 and packed into a tape on the device, once, until a parameter changes.
+A change shows in a tensor's address or `_version`. NOTE: an edit through `.data` shows in neither;
+call `recurx.backends.cuda.forget()` after such surgery.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import threading
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recurx.backends import Backend, cuda_abi
+from recurx.backends.weights import WeightCache, device_words
+from recurx.errors import BackendUnavailable, CudaError, bad_argument
+from recurx.nets import ATTENTION, BlockSpec, Net
+from recurx.plan.cuda import OWNER_PLANS, Shapes, candidates, refusals
+from recurx.plan.device import Device
+from recurx.plan.launch import LaunchPlan
+from recurx.problem import Problem
+from recurx.schedule import INPUT, Schedule
+
+MAX_TAPES = 16  # nets kept packed; a full-size TRM net is 14 MB
+ALIGNMENT = 16  # bytes: states are read 16 bytes at a time
+
+
+class Cuda(Backend):
+    name = "cuda"
+    device_types = ("cuda",)
+
+    def __init__(
+        self,
+        source: ModuleType | ctypes.CDLL | None = None,
+        device: Device | None = None,
+        owner_plans: Shapes = OWNER_PLANS,
+    ) -> None:
+        """The backend over recurx._C, or over a build that runs on the CPU.
+
+        Args:
+            source: a library other than recurx._C; it gets CPU tensors (an emulated build).
+            device: what plans are made for, with `source`.
+            owner_plans: the owner kernels in `source`, (hidden, row tiles) each.
+        """
+        self._source, self._device, self._owner_plans = source, device, owner_plans
+        self._lock = threading.Lock()
+        self._library: cuda_abi.Library | None = None
+        self._missing: str | None = None
+        self.tapes = WeightCache(MAX_TAPES)
+        self._timeline: Timeline | None = None
+
+    # ---- can it run ------------------------------------------------------------------------
+
+    def runs_on(self, device_type: str) -> bool:
+        return device_type == ("cuda" if self._source is None else "cpu")
+
+    def library(self) -> cuda_abi.Library | None:
+        """The compiled kernels; None if there are none (see `why_unavailable`)."""
+        with self._lock:
+            if self._library is None and self._missing is None:
+                try:
+                    source = _compiled_module() if self._source is None else self._source
+                    self._library = cuda_abi.Library(source)
+                except (ImportError, CudaError) as error:
+                    self._missing = str(error)
+            return self._library
+
+    def why_unavailable(self) -> str | None:
+        if self.library() is None:
+            return self._missing
+        if self._source is None and not torch.cuda.is_available():
+            return "needs an NVIDIA GPU; torch sees none (no device, no driver, or a CPU build)"
+        return None
+
+    def why_unsupported(self, problem: Problem) -> str | None:
+        device = self._plan_device(problem.device_type)
+        if candidates(problem, device, self._owner_plans):
+            return None
+        return "; ".join(refusals(problem, device, self._owner_plans))
+
+    def plan(self, problem: Problem, device: torch.device | str | None = None) -> LaunchPlan:
+        """How `run` would run it on `device` (default: the current one)."""
+        return _pick(problem, self._plan_device(device or problem.device_type), self._owner_plans)
+
+    def _plan_device(self, device: torch.device | str) -> Device:
+        return Device.of(device) if self._device is None else self._device
+
+    # ---- run it ----------------------------------------------------------------------------
+
+    def run(
+        self,
+        problem: Problem,
+        x: Tensor,
+        states: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        cos: Tensor | None,
+        sin: Tensor | None,
+        start: int,
+        stop: int,
+    ) -> list[Tensor]:
+        check_inputs(problem, x, states)
+        if start == stop or problem.batch == 0:
+            return [state.clone(memory_format=torch.contiguous_format) for state in states]
+        library = self.library()
+        assert library is not None, "checked by why_unavailable"
+        plan = self.plan(problem, x.device)
+        with self._on(x.device) as stream:
+            inputs = [_aligned(tensor.detach()) for tensor in (x, *states)]
+            outputs = [self.new(tuple(x.shape), x.dtype, x.device) for _ in states]
+            tables = [None if t is None else _aligned(t.detach().float()) for t in (cos, sin)]
+            calls = _calls(problem.schedule, start, stop, problem, x.device)
+            p = cuda_abi.Recursion(
+                problem.batch, problem.tokens, problem.hidden, len(states), len(problem.nets),
+                stop - start, calls=calls.data_ptr(), x=inputs[0].data_ptr(),
+                cos=_address(tables[0]), sin=_address(tables[1]),
+            )  # fmt: skip
+            for i, (state, out) in enumerate(zip(inputs[1:], outputs, strict=True)):
+                p.states_in[i], p.states_out[i] = state.data_ptr(), out.data_ptr()
+            tapes = [
+                self._tape(library, net, problem.tokens, x.device, stream)
+                for net in problem.bind(weights).values()
+            ]
+            for i, ((_, spec), tape) in enumerate(zip(problem.nets, tapes, strict=True)):
+                p.nets[i].num_blocks, p.nets[i].tape = len(spec.blocks), tape.data_ptr()
+                p.nets[i].blocks[: len(spec.blocks)] = [_block(block) for block in spec.blocks]
+            owner = cuda_abi.OwnerPlan(*(plan[name] for name in ("owners", "samples", "tiles")))
+            size = library.bytes_of("rx_owner_sm80_scratch_bytes", p, owner)
+            scratch = self.new((size,), torch.uint8, x.device)
+            p.scratch, p.scratch_bytes = scratch.data_ptr(), size
+            with self._recorded(p, owner.owners, x.device):
+                library.call("rx_recursion_owner_sm80", p, owner, stream)
+        return outputs
+
+    def new(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Uninitialised memory that a kernel writes."""
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    @contextlib.contextmanager
+    def _on(self, device: torch.device) -> Iterator[ctypes.c_void_p | None]:
+        """The current stream of `device`, which is current inside; None for an emulated build."""
+        if self._source is not None:
+            yield None
+            return
+        with torch.cuda.device(device):
+            yield ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+
+    def _tape(
+        self,
+        library: cuda_abi.Library,
+        net: Net,
+        tokens: int,
+        device: torch.device,
+        stream: ctypes.c_void_p | None,
+    ) -> Tensor:
+        """The packed weights of a net, a byte tensor."""
+
+        def make(_: Any) -> Tensor:
+            rounded = [w.detach().to(torch.bfloat16).contiguous() for w in net.weights]
+            blocks = net.spec.blocks
+            p = cuda_abi.Pack(net.spec.hidden, tokens, len(blocks))
+            p.blocks[: len(blocks)] = [_block(block) for block in blocks]
+            p.weights[: len(rounded)] = [weight.data_ptr() for weight in rounded]
+            size = library.bytes_of("rx_owner_sm80_tape_bytes", p)
+            tape = torch.empty(size, dtype=torch.uint8, device=device)
+            p.tape = tape.data_ptr()
+            library.call("rx_pack_owner_sm80", p, stream)
+            return tape
+
+        # The token MLP's tape depends on T, which its spec holds; attention's does not.
+        tape: Tensor = self.tapes.get(("owner", net.spec), net.weights, make)
+        return tape
+
+    # ---- the in-kernel timeline ------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def timeline(self, events_per_owner: int = 4096) -> Iterator[Timeline]:
+        """Inside, launches record when which phase ran; read `.events` after the block.
+
+        Raises:
+            CudaError: the kernels were built without RECURX_TIMELINE=1.
+        """
+        library = self.library()
+        if library is None or not library.has_timeline:
+            raise CudaError(
+                "recurx: these kernels record no timeline; build with "
+                "RECURX_TIMELINE=1 python csrc/native_build.py"
+            )
+        self._timeline = Timeline(events_per_owner)
+        try:
+            yield self._timeline
+        finally:
+            self._timeline = None
+
+    @contextlib.contextmanager
+    def _recorded(self, p: cuda_abi.Recursion, owners: int, device: torch.device) -> Iterator[None]:
+        if self._timeline is None:
+            yield
+            return
+        size = owners * self._timeline.events_per_owner * ctypes.sizeof(cuda_abi.Event)
+        buffer = torch.zeros(size, dtype=torch.uint8, device=device)
+        p.timeline, p.timeline_events = buffer.data_ptr(), self._timeline.events_per_owner
+        yield
+        self._timeline.buffers.append(buffer)
+
+
+class Timeline:
+    """What the launches of a `with backend.timeline()` block wrote."""
+
+    def __init__(self, events_per_owner: int) -> None:
+        self.events_per_owner = events_per_owner
+        self.buffers: list[Tensor] = []
+
+    @property
+    def events(self) -> list[dict[str, int | str]]:
+        """{"owner", "call", "block", "phase", "sample", "start_ns", "end_ns"} of each phase.
+
+        Launch after launch, owner after owner, in the order of time. Waits for the device.
+        """
+        found = []
+        for buffer in self.buffers:
+            raw = buffer.cpu().numpy().tobytes()
+            records = (
+                cuda_abi.Event * (len(raw) // ctypes.sizeof(cuda_abi.Event))
+            ).from_buffer_copy(raw)
+            for index, event in enumerate(records):
+                if event.end_ns:
+                    found.append(
+                        {
+                            "owner": index // self.events_per_owner,
+                            "call": event.call,
+                            "block": event.block,
+                            "phase": cuda_abi.PHASES[event.phase],
+                            "sample": event.sample,
+                            "start_ns": event.start_ns,
+                            "end_ns": event.end_ns,
+                        }
+                    )
+        return found
+
+    def table(self) -> str:
+        """Time and share of each phase, summed over owners, the longest first."""
+        total: dict[str, int] = {}
+        for event in self.events:
+            phase, took = str(event["phase"]), int(event["end_ns"]) - int(event["start_ns"])
+            total[phase] = total.get(phase, 0) + took
+        whole = max(1, sum(total.values()))
+        rows = sorted(total.items(), key=lambda item: -item[1])
+        return "\n".join(
+            ["| phase | us | share |", "|---|---|---|"]
+            + [f"| {phase} | {ns / 1e3:.1f} | {ns / whole:.1%} |" for phase, ns in rows]
+        )
+
+
+# ---- from recurx's values to the C interface ----------------------------------------------
+
+
+def check_inputs(problem: Problem, x: Tensor, states: Sequence[Tensor]) -> None:
+    """Everything a kernel takes on trust: number of states, shapes, dtype, one device.
+
+    Raises:
+        InvalidArgument: one of them is not as `problem` says.
+    """
+    names = (INPUT, *problem.schedule.states)
+    shape = (problem.batch, problem.tokens, problem.hidden)
+    if len(states) + 1 != len(names):
+        raise bad_argument("recurse", "carry", f"{len(names) - 1} states", len(states))
+    for name, tensor in zip(names, (x, *states), strict=True):
+        if tuple(tensor.shape) != shape or tensor.dtype != torch.bfloat16:
+            expected = f"bfloat16 {list(shape)}"
+            raise bad_argument("recurse", name, expected, f"{tensor.dtype} {list(tensor.shape)}")
+        if tensor.device != x.device:
+            raise bad_argument(
+                "recurse", name, f"a tensor on {x.device}", f"one on {tensor.device}"
+            )
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Contiguous and 16-byte aligned: a view into the middle of a buffer is copied."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _block(block: BlockSpec) -> cuda_abi.Block:
+    token_mlp = block.kind != ATTENTION
+    return cuda_abi.Block(token_mlp, block.inner, block.num_heads, block.token_inner, block.eps)
+
+
+def _calls(
+    schedule: Schedule, start: int, stop: int, problem: Problem, device: torch.device
+) -> Tensor:
+    """RxCall of calls start..stop-1, as words on the device; made once."""
+    nets = tuple(name for name, _ in problem.nets)
+    return device_words(call_words(schedule, nets, start, stop), device)
+
+
+@functools.lru_cache(maxsize=256)
+def call_words(schedule: Schedule, nets: tuple[str, ...], start: int, stop: int) -> tuple[int, ...]:
+    """The calls as the int32 words of RxCall; a state by its index in `schedule.states`, x last."""
+    index = {name: i for i, name in enumerate((*schedule.states, INPUT))}
+    words: list[int] = []
+    for step in schedule.steps[start:stop]:
+        call = cuda_abi.Call(
+            nets.index(step.net), index[step.write], len(step.state), len(step.inject)
+        )
+        call.state[: len(step.state)] = [index[name] for name in step.state]
+        call.inject[: len(step.inject)] = [index[name] for name in step.inject]
+        words += (ctypes.c_int32 * (ctypes.sizeof(call) // 4)).from_buffer(call)
+    return tuple(words)
+
+
+@functools.lru_cache(maxsize=256)
+def _pick(problem: Problem, device: Device, owner_plans: Shapes) -> LaunchPlan:
+    plans = candidates(problem, device, owner_plans)
+    if not plans:
+        reasons = "; ".join(refusals(problem, device, owner_plans))
+        raise BackendUnavailable(f"recurx.recurse: backend 'cuda': {reasons}")
+    return min(plans, key=lambda plan: (plan.seconds(device), plan.settings))
+
+
+def _compiled_module() -> ModuleType:
+    try:
+        from recurx import _C
+    except ImportError as error:
+        raise ImportError(f"needs the compiled module recurx._C ({error})") from None
+    if not hasattr(_C, "cuda_entries"):
+        raise ImportError("needs a recurx._C with CUDA kernels; rebuild it where nvcc is found")
+    return _C
+
+
+BACKEND = Cuda()
+
+
+def forget() -> None:
+    """Drop all packed weights, so that the next call packs anew."""
+    BACKEND.tapes.clear()

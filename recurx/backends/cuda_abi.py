@@ -1,0 +1,174 @@
+"""The C interface of the GPU kernels (csrc/cuda/api.h) as Python sees it: structs and entries.
+
+The entries come from the compiled module, which gives their addresses, or from any shared library
+that exports them (tests run emulated builds). Field for field the structs mirror api.h; `Library`
+refuses a build whose structs have other sizes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import (
+    POINTER,
+    Structure,
+    byref,
+    c_char_p,
+    c_float,
+    c_int32,
+    c_int64,
+    c_uint64,
+    c_void_p,
+)
+from types import ModuleType
+from typing import Any
+
+from recurx.errors import CudaError
+
+MAX_STATES = MAX_READS = MAX_BLOCKS = 8
+MAX_NETS = 2
+
+# Phases of the in-kernel timeline, in the order of csrc/cuda/owner/timeline.cuh.
+PHASES = ("input", "token_mlp", "qkv", "attention", "o", "gate_up", "down", "store")
+
+
+class Call(Structure):
+    """RxCall: one net call on states by index; index `num_states` is x."""
+
+    _fields_ = [
+        *((name, c_int32) for name in ("net", "write", "num_state", "num_inject")),
+        ("state", c_int32 * MAX_READS),
+        ("inject", c_int32 * MAX_READS),
+    ]
+
+
+class Block(Structure):
+    """RxBlock."""
+
+    _fields_ = [
+        *((name, c_int32) for name in ("token_mlp", "inner", "heads", "token_inner")),
+        ("eps", c_float),
+    ]
+
+
+class Net(Structure):
+    """RxNet."""
+
+    _fields_ = [("num_blocks", c_int32), ("blocks", Block * MAX_BLOCKS), ("tape", c_void_p)]
+
+
+class Event(Structure):
+    """RxEvent: one phase of the in-kernel timeline."""
+
+    _fields_ = [
+        *((name, c_int32) for name in ("call", "block", "phase", "sample")),
+        ("start_ns", c_uint64),
+        ("end_ns", c_uint64),
+    ]
+
+
+class Recursion(Structure):
+    """RxRecursion: a problem with its memory."""
+
+    _fields_ = [
+        *(
+            (name, c_int32)
+            for name in ("batch", "tokens", "hidden", "num_states", "num_nets", "num_calls")
+        ),
+        ("calls", c_void_p),
+        ("nets", Net * MAX_NETS),
+        *((name, c_void_p) for name in ("x", "cos", "sin")),
+        ("states_in", c_void_p * MAX_STATES),
+        ("states_out", c_void_p * MAX_STATES),
+        ("scratch", c_void_p),
+        ("scratch_bytes", c_int64),
+        ("timeline", c_void_p),
+        ("timeline_events", c_int64),
+    ]
+
+
+class Pack(Structure):
+    """RxPack: the weights of one net, and where their tape goes."""
+
+    _fields_ = [
+        *((name, c_int32) for name in ("hidden", "tokens", "num_blocks")),
+        ("blocks", Block * MAX_BLOCKS),
+        ("weights", c_void_p * (4 * MAX_BLOCKS)),
+        ("tape", c_void_p),
+    ]
+
+
+class OwnerPlan(Structure):
+    """RxOwnerPlan."""
+
+    _fields_ = [(name, c_int32) for name in ("owners", "samples", "tiles")]
+
+
+_MIRRORED = (Call, Block, Net, Event, Recursion, Pack)
+
+# Entries that return an error code, and those that return a number of bytes.
+_CODES = {
+    "rx_recursion_owner_sm80": [POINTER(Recursion), POINTER(OwnerPlan), c_void_p],
+    "rx_pack_owner_sm80": [POINTER(Pack), c_void_p],
+}
+_BYTES = {
+    "rx_owner_sm80_scratch_bytes": [POINTER(Recursion), POINTER(OwnerPlan)],
+    "rx_owner_sm80_shared_bytes": [POINTER(Recursion), POINTER(OwnerPlan)],
+    "rx_owner_sm80_tape_bytes": [POINTER(Pack)],
+}
+
+
+class Library:
+    """The entries of one build.
+
+    Args:
+        source: the compiled module (with `cuda_entries`), or a `ctypes.CDLL`.
+
+    Raises:
+        CudaError: the build's structs are not those of this file.
+    """
+
+    def __init__(self, source: ModuleType | ctypes.CDLL) -> None:
+        self._source = source
+        self._addresses: dict[str, int] = (
+            source.cuda_entries() if hasattr(source, "cuda_entries") else {}
+        )
+        self._last_error = self._entry("rx_cuda_last_error", c_char_p, [])
+        self._error_name = self._entry("rx_cuda_error_name", c_char_p, [c_int32])
+        self._codes = {name: self._entry(name, c_int32, types) for name, types in _CODES.items()}
+        self._sizes = {name: self._entry(name, c_int64, types) for name, types in _BYTES.items()}
+        sizes = (c_int32 * len(_MIRRORED))()
+        self._entry("rx_recursion_abi", None, [POINTER(c_int32)])(sizes)
+        wanted = [ctypes.sizeof(mirrored) for mirrored in _MIRRORED]
+        if list(sizes) != wanted:
+            raise CudaError(
+                f"recurx: the compiled kernels have structs of {list(sizes)} bytes, this recurx "
+                f"of {wanted}; rebuild recurx._C (python csrc/native_build.py)"
+            )
+        self.has_timeline = bool(self._entry("rx_timeline_compiled", c_int32, [])())
+
+    def _entry(self, name: str, result: Any, arguments: list[Any]) -> Any:
+        if self._addresses:
+            return ctypes.CFUNCTYPE(result, *arguments)(self._addresses[name])
+        function = getattr(self._source, name)
+        function.restype, function.argtypes = result, arguments
+        return function
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Call an entry that returns an error code; structs are passed by reference.
+
+        Raises:
+            CudaError: with the message of the kernel's host code and the CUDA error's name.
+        """
+        code = self._codes[name](*(_by_reference(argument) for argument in arguments))
+        if code:
+            text = self._last_error().decode()
+            error = self._error_name(code).decode()
+            raise CudaError(f"recurx: {text}" + ("" if error in text else f" ({error})"))
+
+    def bytes_of(self, name: str, *arguments: Any) -> int:
+        """Call an entry that returns a number of bytes."""
+        return int(self._sizes[name](*(_by_reference(argument) for argument in arguments)))
+
+
+def _by_reference(argument: Any) -> Any:
+    return byref(argument) if isinstance(argument, Structure) else argument

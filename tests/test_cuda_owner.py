@@ -1,0 +1,331 @@
+"""backend="cuda", the owner kernel, in the emulator with its race checker: right and clean."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import re
+
+import pytest
+import torch
+
+import recurx
+from emulator.build import KERNELS, unavailable
+from emulator.owner import EmulatedCuda, installed
+from recurx import BackendUnavailable, Schedule, Step
+from recurx.backends import cuda as backend
+from recurx.backends import cuda_abi
+from recurx.errors import CudaError, InvalidArgument
+from recurx.nets import ATTENTION, KINDS, TOKEN_MLP
+from recurx.plan import DEVICES
+from recurx.plan import cuda as plan
+from tests.factories import make_inputs, make_net, problem_for, rope
+from tests.test_numerics import SYSTEMS, teacher_forced
+
+pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+
+SMALL = ((64, 2), (64, 4), (128, 3))
+ONE_CALL = Schedule((Step("L", "z_L", ("z_L",), ("z_H", "x")),))
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def small() -> EmulatedCuda:
+    return EmulatedCuda(SMALL)
+
+
+@pytest.fixture
+def checked(small: EmulatedCuda) -> EmulatedCuda:
+    small.emulated.configure(seed=1)
+    return small
+
+
+# ---- right and clean -----------------------------------------------------------------------
+
+# one call: kind, tokens, hidden, heads, inner, token_inner, blocks
+CASES = {
+    "one head": (ATTENTION, 17, 64, 1, 96, 0, 2),
+    "two heads of 32": (ATTENTION, 13, 64, 2, 256, 0, 1),
+    "no padding": (ATTENTION, 32, 64, 1, 96, 0, 1),
+    "last rows not stored": (ATTENTION, 33, 128, 2, 160, 0, 2),
+    "head of 128": (ATTENTION, 33, 128, 1, 96, 0, 1),
+    "tokens": (TOKEN_MLP, 17, 64, 0, 96, 40, 2),
+    "more tokens": (TOKEN_MLP, 33, 128, 0, 96, 32, 1),
+}
+
+
+def sizes(case: tuple) -> dict[str, int]:
+    _, tokens, hidden, heads, inner, token_inner, blocks = case
+    return dict(
+        tokens=tokens, hidden=hidden, heads=heads or 1, inner=inner, token_inner=token_inner,
+        blocks=blocks,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_one_call_is_right_and_clean_under_ten_seeds(checked: EmulatedCuda, case: tuple) -> None:
+    size = sizes(case)
+    nets = {"L": make_net(case[0], **size)}
+    teacher_forced(checked, ONE_CALL, nets, BF16, **size)
+    x, carry = make_inputs(
+        ONE_CALL, batch=2, tokens=size["tokens"], hidden=size["hidden"], dtype=BF16
+    )
+    outs = []
+    for seed in range(1, 11):
+        checked.emulated.configure(seed=seed)
+        cos_sin = rope(size["tokens"], size["hidden"], size["heads"])
+        outs.append(checked(ONE_CALL, nets, x, carry, cos_sin)["z_L"])
+    assert all(torch.equal(out, outs[0]) for out in outs), "another schedule gave other bits"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_every_call_teacher_forced(checked: EmulatedCuda, system: str, kind: str) -> None:
+    schedule = SYSTEMS[system]
+    nets = {name: make_net(kind, seed=seed) for seed, name in enumerate(schedule.nets)}
+    teacher_forced(checked, schedule, nets, BF16)
+
+
+CUSTOM = Schedule(
+    (
+        Step("L", "a", ("a",), ("b", "x")),
+        Step("L", "a", ("a",), ("b", "x")),  # resident, and the sum b + x is kept
+        Step("H", "b", ("b", "a"), ("a",)),  # reads what the call before left on chip
+        Step("L", "a", ("a",), ("b", "x")),  # the kept sum is stale: b was written
+        Step("L", "a", ("a", "a"), ("c",)),  # resident, but read twice
+        Step("H", "b", ("x",), ()),
+    )
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "schedule",
+    [Schedule.trm(2, 2), Schedule.hrm(2, 2), Schedule.single_z(2, 2), Schedule.hier(6, 1), CUSTOM],
+    ids=["trm", "hrm", "single_z", "hier6", "custom"],
+)
+def test_a_launch_of_many_calls_is_many_launches_of_one(
+    checked: EmulatedCuda, schedule: Schedule, kind: str
+) -> None:
+    """Bit by bit: what stays on chip between calls is what a hand-over would have stored."""
+    nets = {name: make_net(kind, blocks=1, seed=seed) for seed, name in enumerate(schedule.nets)}
+    x, carry = make_inputs(schedule, batch=2, dtype=BF16)
+    whole = checked(schedule, nets, x, carry, rope())
+    for k in range(len(schedule)):
+        carry = checked(schedule, nets, x, carry, rope(), start_from=k, stop_after=k + 1)
+    for name in schedule.states:
+        assert torch.equal(whole[name], carry[name]), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_samples_a_cta_and_several_groups(checked: EmulatedCuda, kind: str) -> None:
+    """Seven samples, two or three a CTA, the last group not full: the bits of single samples."""
+    schedule = Schedule.trm(1, 1)
+    nets = {"L": make_net(kind, blocks=1)}
+    x, carry = make_inputs(schedule, batch=7, dtype=BF16)
+    alone = [
+        checked(schedule, nets, x[i : i + 1], {n: s[i : i + 1] for n, s in carry.items()}, rope())
+        for i in range(7)
+    ]
+    few = dataclasses.replace(DEVICES["a100"], units=2)
+    for samples in (1, 2, 3):
+        stacked = EmulatedCuda(SMALL, device=few)
+        problem = dataclasses.replace(problem_for(schedule, nets, x), dtype=BF16)
+        plans = plan.candidates(problem, few, SMALL)
+        (chosen,) = [p for p in plans if p["samples"] == samples]
+        assert chosen["owners"] == 2
+        stacked.plan = lambda *_, chosen=chosen: chosen  # type: ignore[method-assign]
+        got = stacked(schedule, nets, x, carry, rope())
+        for name in schedule.states:
+            want = torch.cat([out[name] for out in alone])
+            assert torch.equal(got[name], want), f"{samples} samples a CTA: {name}"
+
+
+def test_without_rotary_tables(checked: EmulatedCuda) -> None:
+    nets = {"L": make_net()}
+    x, carry = make_inputs(ONE_CALL, batch=1, dtype=BF16)
+    got = checked(ONE_CALL, nets, x, carry, None)
+    zero_angle = (torch.ones(13, 32), torch.zeros(13, 32))
+    assert torch.equal(got["z_L"], checked(ONE_CALL, nets, x, carry, zero_angle)["z_L"])
+    assert not torch.equal(got["z_L"], checked(ONE_CALL, nets, x, carry, rope())["z_L"])
+
+
+@pytest.mark.slow
+def test_full_size_and_384() -> None:
+    """A call of the published nets at T=97, D=512, and D=384, which takes other paths."""
+    plain = EmulatedCuda(((512, 7), (384, 2)), checked=False)
+    for kind, tokens, hidden, heads, inner, token_inner in (
+        (ATTENTION, 97, 512, 8, 1536, 0),
+        (TOKEN_MLP, 97, 512, 8, 1536, 512),
+        (ATTENTION, 17, 384, 6, 256, 0),
+        (TOKEN_MLP, 17, 384, 6, 256, 64),
+    ):
+        size = dict(tokens=tokens, hidden=hidden, heads=heads, inner=inner, token_inner=token_inner)
+        teacher_forced(plain, ONE_CALL, {"L": make_net(kind, **size)}, BF16, **size)
+
+
+# ---- memory: conflicts and sizes -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ldmatrix_has_no_bank_conflicts(checked: EmulatedCuda, kind: str) -> None:
+    nets = {"L": make_net(kind, blocks=1)}
+    x, carry = make_inputs(ONE_CALL, batch=1, dtype=BF16)
+    checked.emulated.reset_stats()
+    checked(ONE_CALL, nets, x, carry, rope())
+    assert checked.emulated.stat("ldmatrix") > 100
+    assert checked.emulated.stat("ldmatrix_conflicts") == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("samples, tokens, tiles", [(1, 17, 2), (1, 33, 3), (2, 17, 4), (1, 97, 7)])
+def test_plans_know_the_compiled_sizes(
+    checked: EmulatedCuda, kind: str, samples: int, tokens: int, tiles: int
+) -> None:
+    net = make_net(kind, tokens=tokens, hidden=512, heads=8)
+    x, _ = make_inputs(ONE_CALL, batch=1, tokens=tokens, hidden=512, dtype=BF16)
+    p = cuda_abi.Recursion(1, tokens, 512, 2, 1, 1)
+    p.nets[0].num_blocks = 2
+    p.nets[0].blocks[:2] = [backend._block(block) for block in net.spec.blocks]
+    library = checked.library()
+    assert library is not None
+    sizes = cuda_abi.OwnerPlan(1, samples, tiles)
+    want = library.bytes_of("rx_owner_sm80_shared_bytes", p, sizes)
+    problem = problem_for(ONE_CALL, {"L": net}, x)
+    assert plan.owner_shared_bytes(problem, samples, tiles) == want
+
+
+def test_the_compiled_kernels_are_those_that_plans_know() -> None:
+    text = (KERNELS / "owner_sm80.cu").read_text()
+    listed = re.search(r"#elif !defined\(RX_OWNER_PLANS\)(.*?)#endif", text, re.DOTALL)[1]
+    pairs = tuple((int(a), int(b)) for a, b in re.findall(r"X\((\d+), (\d+)\)", listed))
+    assert pairs == plan.OWNER_PLANS
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_shared_memory_is_within_the_device(name: str) -> None:
+    device = DEVICES[name]
+    net = make_net(tokens=97, hidden=512, heads=8, inner=1536)
+    x, _ = make_inputs(ONE_CALL, batch=64, tokens=97, hidden=512, dtype=BF16)
+    problem = dataclasses.replace(problem_for(ONE_CALL, {"L": net}, x), device_type="cuda")
+    plans = plan.candidates(problem, device)
+    fits = device.shared_bytes >= 166336
+    assert bool(plans) == fits
+    assert all(p["shared_bytes"] <= device.shared_bytes for p in plans)
+    if not fits:
+        (reason,) = plan.refusals(problem, device)
+        assert "needs 166336 bytes of shared memory for T=97, D=512" in reason
+
+
+# ---- refusals: before anything is launched ----------------------------------------------------
+
+
+def problem(**changes: object):  # type: ignore[no-untyped-def]
+    net = make_net()
+    x, _ = make_inputs(ONE_CALL, batch=1, dtype=BF16)
+    made = dataclasses.replace(problem_for(ONE_CALL, {"L": net}, x), device_type="cuda")
+    return dataclasses.replace(made, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes, device, reason",
+    [
+        (dict(dtype=torch.float32), "h100", r"runs bfloat16 states, not torch\.float32"),
+        (dict(tokens=129), "h100", r"keeps up to T=128 tokens in shared memory, got T=129"),
+        (dict(hidden=96), "h100", r"compiled for D in \[64, 128, 256, 384, 512\], got D=96"),
+        (dict(opaque=("L",)), "h100", r"cannot look inside the plain callable 'L'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_reason(
+    changes: dict, device: str, reason: str
+) -> None:
+    found = plan.refusals(problem(**changes), DEVICES[device])
+    assert len(found) == 1 and re.search(reason, found[0])
+    assert plan.candidates(problem(**changes), DEVICES[device]) == []
+
+
+def test_old_devices_and_head_sizes_are_refused() -> None:
+    old = dataclasses.replace(DEVICES["a100"], name="t4", capability=(7, 5))
+    assert "needs compute capability 8.0" in plan.refusals(problem(), old)[0]
+    net = make_net(heads=4)  # head_dim 16
+    x, _ = make_inputs(ONE_CALL, batch=1, dtype=BF16)
+    p = dataclasses.replace(problem_for(ONE_CALL, {"L": net}, x), device_type="cuda")
+    assert "head_dim in (32, 64, 128), net 'L' has 16" in plan.refusals(p, DEVICES["a100"])[0]
+
+
+def test_through_recurse_and_explain(checked: EmulatedCuda) -> None:
+    schedule = Schedule.trm(2, 2)
+    nets = {"L": make_net(requires_grad=True)}
+    x, carry = make_inputs(schedule, batch=1, dtype=BF16)
+    with installed(checked):
+        got = recurx.recurse(schedule, nets, x, carry, backend="cuda", cos_sin=rope())
+        # In training it runs the calls before the window: gradient reaches the weights.
+        got["z_H"].float().sum().backward()
+        assert all(w.grad is not None for w in nets["L"].weights)
+        with torch.no_grad():
+            whole = recurx.recurse(schedule, nets, x, carry, backend="cuda", cos_sin=rope())
+            assert torch.equal(whole["z_L"], checked(schedule, nets, x, carry, rope())["z_L"])
+        text = recurx.explain(problem_for(schedule, nets, x), backend="cuda")
+        assert "backend 'cuda' -> cuda" in text
+        with pytest.raises(BackendUnavailable, match="runs bfloat16 states"):
+            recurx.recurse(
+                schedule, nets, x.float(), {n: s.float() for n, s in carry.items()},
+                backend="cuda", cos_sin=rope(),
+            )  # fmt: skip
+
+
+def test_weights_are_packed_again_when_they_change(checked: EmulatedCuda) -> None:
+    nets = {"L": make_net()}
+    x, carry = make_inputs(ONE_CALL, batch=1, dtype=BF16)
+    first = checked(ONE_CALL, nets, x, carry, rope())
+    packed = len(checked.tapes)
+    assert torch.equal(checked(ONE_CALL, nets, x, carry, rope())["z_L"], first["z_L"])
+    assert len(checked.tapes) == packed
+    with torch.no_grad():
+        nets["L"].weights[0].mul_(1.5)
+    assert not torch.equal(checked(ONE_CALL, nets, x, carry, rope())["z_L"], first["z_L"])
+
+
+def test_states_that_are_not_as_said_never_reach_the_kernel(checked: EmulatedCuda) -> None:
+    net = make_net()
+    x, carry = make_inputs(ONE_CALL, batch=1, dtype=BF16)
+    p = problem_for(ONE_CALL, {"L": net}, x)
+    z_L, z_H = carry["z_L"], carry["z_H"]
+    for bad, words in (
+        ([z_L.float(), z_H], "argument `z_L`: expected bfloat16"),
+        ([z_L, z_H[:, :5]], "argument `z_H`: expected bfloat16"),
+        ([z_L], "argument `carry`: expected 2 states, got 1"),
+    ):
+        with pytest.raises(InvalidArgument, match=words):
+            checked.run(p, x, bad, net.weights, None, None, 0, 1)
+
+
+def test_the_kernel_refuses_what_its_plan_does_not_fit(checked: EmulatedCuda) -> None:
+    library = checked.library()
+    assert library is not None
+    p = cuda_abi.Recursion(1, 40, 64, 1, 1, 1)
+    p.nets[0].num_blocks = 1
+    p.nets[0].blocks[0] = cuda_abi.Block(0, 64, 1, 0, 1e-5)
+    for sizes, words in (
+        ((1, 1, 2), "1 samples of 40 tokens need more than 2 row tiles"),
+        ((1, 1, 4), "scratch has 0 bytes"),
+        ((0, 1, 4), "owners and samples must be positive"),
+    ):
+        with pytest.raises(CudaError, match=rf"recursion_owner_sm80: {words}.*invalid shape"):
+            library.call("rx_recursion_owner_sm80", p, cuda_abi.OwnerPlan(*sizes), None)
+    p.scratch_bytes = 1 << 30
+    with pytest.raises(CudaError, match="no kernel is compiled for hidden 64 and 5 row tiles"):
+        library.call("rx_recursion_owner_sm80", p, cuda_abi.OwnerPlan(1, 1, 5), None)
+    p.nets[0].blocks[0].heads = 3
+    with pytest.raises(CudaError, match="3 heads at hidden 64; head_dim must be 32, 64 or 128"):
+        library.call("rx_recursion_owner_sm80", p, cuda_abi.OwnerPlan(1, 1, 4), None)
+
+
+def test_a_build_with_other_structs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    shorter = type("Shorter", (ctypes.Structure,), {"_fields_": [("net", ctypes.c_int32)]})
+    mirrored = (shorter, *cuda_abi._MIRRORED[1:])
+    monkeypatch.setattr(cuda_abi, "_MIRRORED", mirrored)
+    fresh = EmulatedCuda(SMALL)
+    assert "structs of" in str(fresh.why_unavailable()) and "rebuild" in str(
+        fresh.why_unavailable()
+    )
