@@ -1,9 +1,10 @@
-"""Whether a small op runs as a Triton kernel: one question, asked by every op that has one."""
+"""Small ops that have a Triton kernel: when it runs, and what autograd must be told afterwards."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -22,3 +23,16 @@ def on_triton(tensor: Tensor) -> bool:
     import torch
 
     return torch.cuda.get_device_capability(tensor.device) >= LEAST_CAPABILITY
+
+
+def wrote(tensors: Iterable[Tensor]) -> None:
+    """Tell PyTorch that a kernel, or a replayed graph, changed these in place.
+
+    Autograd's checks, and every cache of rounded weights, go by the version of a tensor, which only
+    PyTorch's own operations count up.
+    """
+    from torch.autograd.graph import increment_version
+
+    for tensor in tensors:
+        if not tensor.is_inference():
+            increment_version(tensor)

@@ -87,6 +87,7 @@ def sign_sgd_(
         from recurx.kernels.sign_sgd import sign_sgd
 
         sign_sgd(weights, grads, ids.contiguous(), lr=lr, weight_decay=weight_decay)
+        launch.wrote([weights])
         return
     if ids.numel() == 0:
         return

@@ -12,6 +12,7 @@ from recurx.train.evaluate import Report, evaluate
 from recurx.train.optim import AdamATan2, SparseSignSGD
 from recurx.train.progress import Progress
 from recurx.train.queue import SampleQueue
+from recurx.train.swap import provide_adam_atan2, swap
 from recurx.train.trainer import Trainer
 
 __all__ = [
@@ -28,4 +29,6 @@ __all__ = [
     "Trainer",
     "evaluate",
     "preset",
+    "provide_adam_atan2",
+    "swap",
 ]

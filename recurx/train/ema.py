@@ -77,6 +77,7 @@ def move_(
 
             tables = multi_tensor.Tables() if tables is None else tables
             ema.ema(some, towards, share, tables=tables, name=kind)
+            launch.wrote(some)
             continue
         towards = [v.to(a.dtype) for a, v in pairs]
         if isinstance(share, Tensor):

@@ -115,6 +115,7 @@ def _step_group(
 
         tables = _tables_of(optimizer)
         adam_atan2(some, grads, *lists, **settings, tables=tables, name=(index, *kind))
+        launch.wrote([*some, *lists[0], *lists[1]])
 
 
 def _kernel_takes(param: Tensor, state: dict[str, Tensor]) -> bool:
@@ -186,13 +187,20 @@ class SparseSignSGD(torch.optim.Optimizer):
             the table [rows, D], the rows of the batch with gradient [B, D], and their ids [B].
         lr: a float (0 is accepted) or a 0-d tensor on the device.
         weight_decay: decoupled.
+        world_size: ranks of the default process group that train on this table; each step gathers
+            their gradients and ids, so that every copy of the table takes the same step.
     """
 
     def __init__(
-        self, params: Iterable[Tensor], lr: float | Tensor = 1e-3, weight_decay: float = 0.0
+        self,
+        params: Iterable[Tensor],
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.0,
+        world_size: int = 1,
     ) -> None:
         check_rate("train.SparseSignSGD", lr, weight_decay)
-        super().__init__(list(params), {"lr": lr, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "weight_decay": weight_decay, "world_size": world_size}
+        super().__init__(list(params), defaults)
         for group in self.param_groups:
             embedding_buffers(group["params"])
 
@@ -203,11 +211,26 @@ class SparseSignSGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            table, local, ids = embedding_buffers(group["params"])
-            if local.grad is not None:
-                sign_sgd_(table, local.grad, ids, group["lr"], group["weight_decay"])
+        sparse_sign_sgd_(self)
         return loss
+
+
+def sparse_sign_sgd_(optimizer: torch.optim.Optimizer) -> None:
+    """One SparseSignSGD step with the groups of any optimizer that has its settings."""
+    for group in optimizer.param_groups:
+        table, local, ids = embedding_buffers(group["params"])
+        if local.grad is None:
+            continue
+        grads, ranks = local.grad, group["world_size"]
+        if ranks > 1:
+            grads, ids = (_gathered(t.contiguous(), ranks) for t in (grads, ids))
+        sign_sgd_(table, grads, ids, group["lr"], group["weight_decay"])
+
+
+def _gathered(tensor: Tensor, ranks: int) -> Tensor:
+    gathered = tensor.new_empty(ranks * tensor.shape[0], *tensor.shape[1:])
+    torch.distributed.all_gather_into_tensor(gathered, tensor)
+    return gathered
 
 
 def embedding_buffers(params: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

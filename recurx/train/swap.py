@@ -1,0 +1,232 @@
+"""`recurx.train.swap`: the rest of a training step, in place, in official code.
+
+    handle = recurx.train.swap(model, *optimizers, ema_helper)   # any of them, in any order
+    print(handle.report)                                        # what was swapped, what not, why
+    handle.remove()                                             # the originals again
+
+Swapped are the stablemax loss of a loss head (no fp64), AdamATan2 (one launch), the sparse sign SGD
+of puzzle embeddings (no `unique`), and the weight average (one launch); after it the official step
+can be captured, see `CapturedStep`. Things are recognised by their structure and, where they can be
+tried, by their numbers, never by their names.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from types import MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recurx.errors import UnsupportedModel
+from recurx.models.losses import stablemax_cross_entropy
+from recurx.models.stablemax import fused_stablemax_cross_entropy
+from recurx.patch.handle import Entry, PatchHandle
+from recurx.train.ema import move_
+from recurx.train.optim import (
+    AdamATan2,
+    SparseSignSGD,
+    adam_atan2_,
+    embedding_buffers,
+    sparse_sign_sgd_,
+)
+
+_KNOWN = "a loss head with a stablemax `loss_fn`, AdamATan2, sparse sign SGD, an EMA helper"
+_ADAM, _SIGN_SGD = {"lr", "betas", "weight_decay"}, {"lr", "weight_decay", "world_size"}
+
+
+def swap(*things: Any) -> PatchHandle:
+    """Replace the loss, optimisers and average of an official training loop by recurx's.
+
+    Args:
+        things: modules (anything with loss heads in their tree, compiled or not), optimizers, EMA
+            helpers.
+
+    Returns:
+        A handle: `.report` says what was swapped and what not and why, `.remove()` restores; it is
+        a context manager too.
+
+    Raises:
+        UnsupportedModel: one of them holds nothing that recurx knows; nothing was changed.
+    """
+    handle = PatchHandle()
+    ready: list[tuple[Any, str, Any]] = []
+    for thing in things:
+        before = len(ready)
+        if isinstance(thing, nn.Module):
+            ready += _losses(handle, thing)
+        elif isinstance(thing, torch.optim.Optimizer):
+            ready += _optimizer(handle, thing)
+        else:
+            ready += _average(handle, thing)
+        if len(ready) == before:
+            lines = [f"recurx.train.swap: nothing to swap in {type(thing).__name__}."]
+            lines += [str(entry) for entry in handle.report.refused]
+            raise UnsupportedModel("\n".join([*lines, f"  Known: {_KNOWN}."]))
+    for owner, name, value in ready:  # all or nothing: no error comes after this line
+        _install(handle, owner, name, value)
+    return handle
+
+
+def provide_adam_atan2() -> None:
+    """Let `from adam_atan2 import AdamATan2` give recurx's where that package is not installed.
+
+    Call it before importing official training code; the real package, which must be built for a
+    GPU, is left alone where it is installed.
+    """
+    if "adam_atan2" in sys.modules or importlib.util.find_spec("adam_atan2") is not None:
+        return
+    module = ModuleType("adam_atan2", "recurx's AdamATan2 under the name official code imports.")
+    module.AdamATan2 = AdamATan2  # type: ignore[attr-defined]
+    sys.modules["adam_atan2"] = module
+
+
+def _install(handle: PatchHandle, owner: Any, name: str, value: Any) -> None:
+    own, before = name in vars(owner), vars(owner).get(name)
+
+    def undo() -> None:
+        if vars(owner).get(name) is not value:
+            return  # somebody replaced it again: leave theirs
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+    setattr(owner, name, value)
+    handle.on_remove(undo)
+
+
+# ---- losses -------------------------------------------------------------------------------------
+
+
+def _losses(handle: PatchHandle, model: nn.Module) -> list[tuple[Any, str, Any]]:
+    ready = []
+    for where, module in model.named_modules():
+        # torch.compile's wrapper shows the attributes of what it wraps, which is found too
+        if not callable(getattr(module, "loss_fn", None)) or "_orig_mod" in module._modules:
+            continue
+        difference = _not_stablemax(module.loss_fn)
+        kind = type(module).__name__
+        if difference is None:
+            ready.append((module, "loss_fn", fused_stablemax_cross_entropy))
+            handle.note(Entry(where, kind, True, ("loss_fn: stablemax cross-entropy, no fp64",)))
+        else:
+            handle.note(Entry(where, kind, False, (f"loss_fn {difference}",)))
+    return ready
+
+
+def _not_stablemax(loss: Callable[..., Tensor]) -> str | None:
+    """None if `loss` is stablemax cross-entropy, else what differs; tried on 48 tokens."""
+    if loss is fused_stablemax_cross_entropy:
+        return "is recurx's already"
+    logits = torch.linspace(-9, 9, 48 * 5).view(4, 12, 5).sin() * 6
+    labels = torch.arange(48).view(4, 12) % 5
+    labels[0, :3] = -100
+    try:
+        got = loss(logits, labels, ignore_index=-100)
+    except Exception as error:  # foreign code may raise anything; then it is no such loss
+        return f"cannot be called as loss(logits, labels, ignore_index=): {error}"
+    want = stablemax_cross_entropy(logits, labels)
+    if not isinstance(got, Tensor) or got.shape != want.shape:
+        return "does not give one value a token"
+    error = (got.double() - want).abs().max().item()
+    return None if error < 1e-5 else f"is not stablemax cross-entropy: differs by {error:.3g}"
+
+
+# ---- optimisers ---------------------------------------------------------------------------------
+
+
+def _optimizer(handle: PatchHandle, optimizer: torch.optim.Optimizer) -> list[tuple[Any, str, Any]]:
+    kind = type(optimizer).__name__
+    if isinstance(optimizer, (AdamATan2, SparseSignSGD)):
+        handle.note(Entry("", kind, False, ("it is recurx's already",)))
+        return []
+    settings = [set(group) - {"params", "initial_lr"} for group in optimizer.param_groups]
+    if all(keys == _SIGN_SGD for keys in settings):
+        difference, rule, what = _not_sign_sgd(optimizer), sparse_sign_sgd_, "sparse sign SGD"
+    elif all(keys == _ADAM for keys in settings):
+        difference, rule, what = _not_adam_atan2(optimizer), adam_atan2_, "AdamATan2, one launch"
+    else:
+        difference = f"has the settings {sorted(set().union(*settings))}"
+    if difference is not None:
+        handle.note(Entry("", kind, False, (difference,)))
+        return []
+    handle.note(Entry("", kind, True, (f"step: {what}",)))
+    return [(optimizer, "step", MethodType(_stepping(rule), optimizer))]
+
+
+def _stepping(rule: Callable[[torch.optim.Optimizer], None]) -> Callable[..., Any]:
+    @torch.no_grad()
+    def step(self: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        rule(self)
+        return loss
+
+    return step
+
+
+def _not_sign_sgd(optimizer: torch.optim.Optimizer) -> str | None:
+    try:
+        for group in optimizer.param_groups:
+            embedding_buffers(group["params"])
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _not_adam_atan2(optimizer: torch.optim.Optimizer) -> str | None:
+    """None if two steps of a new one, on the device of its weights, are those of AdamATan2."""
+    keys = set().union(*(state.keys() for state in optimizer.state.values()))
+    if keys - {"step", "exp_avg", "exp_avg_sq"}:
+        return f"keeps {sorted(keys)} of a weight"
+    device = optimizer.param_groups[0]["params"][0].device
+    weights = []
+    for cls in (type(optimizer), AdamATan2):
+        weight = nn.Parameter(torch.linspace(-1, 1, 64, device=device))
+        try:
+            new = cls([weight], lr=0.1, betas=(0.8, 0.9), weight_decay=0.3)
+            for scale in (1.0, -0.3):
+                weight.grad = scale * torch.linspace(-2, 3, 64, device=device).cos()
+                new.step()
+        except Exception as error:  # foreign code may raise anything; then nothing is known of it
+            return f"cannot be tried on a small weight: {error}"
+        weights.append(weight.detach())
+    error = (weights[0] - weights[1]).abs().max().item()
+    return None if error < 1e-5 else f"is not AdamATan2: two steps differ by {error:.3g}"
+
+
+# ---- averages -----------------------------------------------------------------------------------
+
+
+def _average(handle: PatchHandle, helper: Any) -> list[tuple[Any, str, Any]]:
+    kind = type(helper).__name__
+    shadow, decay = getattr(helper, "shadow", None), getattr(helper, "mu", None)
+    if not isinstance(shadow, dict) or not isinstance(decay, float):
+        handle.note(Entry("", kind, False, ("it has no `shadow` dict and decay `mu`",)))
+        return []
+    if not callable(getattr(helper, "update", None)):
+        handle.note(Entry("", kind, False, ("it has no `update(module)`",)))
+        return []
+    handle.note(Entry("", kind, True, ("update: the average of all weights, one launch",)))
+    return [(helper, "update", MethodType(_updating(), helper))]
+
+
+def _updating() -> Callable[[Any, nn.Module], None]:
+    tables: Any = None
+
+    @torch.no_grad()
+    def update(self: Any, module: nn.Module) -> None:
+        nonlocal tables
+        if isinstance(module, nn.DataParallel):
+            module = module.module
+        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        averages = [self.shadow[name].data for name, _ in named]
+        tables = move_(averages, [p.detach() for _, p in named], 1.0 - self.mu, tables)
+
+    return update
