@@ -116,6 +116,23 @@ int64_t rx_owner_sm80_shared_bytes(const RxRecursion* p, const RxOwnerPlan* plan
 int64_t rx_owner_sm80_tape_bytes(const RxPack* p);
 int rx_pack_owner_sm80(const RxPack* p, void* stream);
 
+/* grid_sm80: every call is spread over all CTAs of a cooperative launch (sm_80 and later), for a
+ * few samples. tokens <= 128; hidden a multiple of 32 up to 512; head_dim a multiple of 16 up to
+ * 128. Arrays: mixer in (qkv, or gate_up over tokens), mixer out, gate_up, down. */
+typedef struct {
+  int32_t ctas;          /* all run at once: at most one for each multiprocessor */
+  int32_t row_groups[4]; /* row tiles are dealt to so many groups of CTAs, each with all of the
+                            weight in its shared memory */
+  int32_t k_splits[4];   /* warps that share the depth of a row tile: 1, 2, 4 or 8 */
+  int32_t shared_bytes;  /* of a CTA; weights that do not fit are read from L2 in each call */
+} RxGridPlan;
+
+int rx_recursion_grid_sm80(const RxRecursion* r, const RxGridPlan* plan, void* stream);
+int64_t rx_grid_sm80_scratch_bytes(const RxRecursion* r);
+/* Shared memory of a CTA before its first weight. */
+int64_t rx_grid_sm80_fixed_shared_bytes(const RxRecursion* r, const RxGridPlan* plan);
+int64_t rx_grid_sm80_tape_bytes(const RxPack* p); /* recurx/backends/cuda_grid.py packs it */
+
 #ifdef __cplusplus
 }
 #endif

@@ -61,11 +61,22 @@ int launch(const LaunchShape& s, void*, void (*kernel)(Params...), const Args&..
   return 0;
 }
 
+// Zeros in device memory, in the order of the stream.
+inline int clear(void* p, size_t bytes, void*) {
+  memset(p, 0, bytes);
+  return 0;
+}
+
 #else
 
 inline int fail(const char* what, cudaError_t e) {
   return fail(int(e),
               std::string(what) + ": " + cudaGetErrorName(e) + ": " + cudaGetErrorString(e));
+}
+
+inline int clear(void* p, size_t bytes, void* stream) {
+  cudaError_t e = cudaMemsetAsync(p, 0, bytes, static_cast<cudaStream_t>(stream));
+  return e ? fail("cudaMemsetAsync", e) : 0;
 }
 
 template <class... Params, class... Args>

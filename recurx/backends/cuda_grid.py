@@ -1,0 +1,78 @@
+"""Weights as the grid kernel reads them (csrc/cuda/grid/sizes.cuh describes the tape).
+
+The tape of a net is its weights one after another, block by block, each cut into units of output
+channels, each unit into pieces of 512 bytes that a warp reads as 16 bytes a lane: operands of
+mma.sync, ready to use. Packing is a permutation, so it runs wherever the weights are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from recurx.nets import ATTENTION, WEIGHT_NAMES, BlockSpec, NetSpec
+
+
+def pack_net(spec: NetSpec, weights: Sequence[Tensor]) -> Tensor:
+    """The tape of a net: a flat bf16 tensor on the weights' device.
+
+    Args:
+        spec: the net.
+        weights: flat, in the order of `recurx.nets.WEIGHT_NAMES`, any floating dtype.
+    """
+    pieces, index = [], 0
+    for block in spec.blocks:
+        count = len(WEIGHT_NAMES[block.kind])
+        pieces += pack_block(block, weights[index : index + count])
+        index += count
+    return torch.cat(pieces)
+
+
+def pack_block(block: BlockSpec, weights: Sequence[Tensor]) -> list[Tensor]:
+    """The four weights of one block, each as flat bf16 in the order of the tape."""
+    mixer_in, mixer_out, gate_up, down = (weight.detach().bfloat16() for weight in weights)
+    if block.kind == ATTENTION:
+        first = wide(_pair_rotated_columns(mixer_in, block.num_heads))
+    else:
+        first = wide(_pair_gate_with_up(mixer_in))
+    return [first, narrow(mixer_out), wide(_pair_gate_with_up(gate_up)), narrow(down)]
+
+
+def _padded(weight: Tensor, rows: int, depth: int) -> Tensor:
+    """`weight` [out, in] with zeros added until its sizes are multiples of `rows` and `depth`."""
+    return F.pad(weight, (0, -weight.shape[1] % depth, 0, -weight.shape[0] % rows))
+
+
+def wide(weight: Tensor) -> Tensor:
+    """Units of 16 channels: lane 4g + t of a 16 x 16 piece holds the words (2 values each)
+    (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8) of (channel, depth)."""
+    weight = _padded(weight, 16, 16)
+    units, depth = weight.shape[0] // 16, weight.shape[1] // 16
+    pieces = weight.reshape(units, 2, 8, depth, 2, 4, 2).permute(0, 3, 2, 5, 4, 1, 6)
+    return pieces.reshape(-1)
+
+
+def narrow(weight: Tensor) -> Tensor:
+    """Units of 8 channels: lane 4g + t of an 8 x 32 piece holds the words
+    (g, 2t), (g, 2t + 8), (g, 2t + 16), (g, 2t + 24) of (channel, depth)."""
+    weight = _padded(weight, 8, 32)
+    units, depth = weight.shape[0] // 8, weight.shape[1] // 32
+    pieces = weight.reshape(units, 8, depth, 2, 2, 4, 2).permute(0, 2, 1, 5, 3, 4, 6)
+    return pieces.reshape(-1)
+
+
+def _pair_rotated_columns(qkv: Tensor, heads: int) -> Tensor:
+    """Q and K in units of the channels (j .. j+7, j + head_dim/2 .. +7), which RoPE combines."""
+    query_key, value = qkv.tensor_split([2 * qkv.shape[0] // 3])
+    dim = value.shape[0] // heads
+    paired = query_key.reshape(2 * heads, 2, dim // 16, 8, -1).transpose(1, 2)
+    return torch.cat([paired.reshape(query_key.shape), value])
+
+
+def _pair_gate_with_up(gate_up: Tensor) -> Tensor:
+    """Units of eight gates and their eight ups; the inner width is padded to a multiple of 32."""
+    gate, up = (_padded(half, 32, 1) for half in gate_up.chunk(2))
+    return torch.stack([gate.unflatten(0, (-1, 8)), up.unflatten(0, (-1, 8))], 1).flatten(0, 2)

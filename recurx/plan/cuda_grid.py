@@ -1,0 +1,278 @@
+"""The plan of the grid kernel (csrc/cuda/grid_sm80.cuh): which CTA multiplies what.
+
+A product has `units` of output channels and `tiles` of rows. Its rows are dealt to g groups of
+CTAs, its units to the CTAs of a group; so a CTA reads 1/g of the rows in each call, and keeps
+g / CTAs of the weight in shared memory, or reads that in each call too where it does not fit. g is
+chosen for each of the four products of a block together, by the bytes that the busiest CTA reads
+and the products that it forms. Sizes are those of csrc/cuda/grid/sizes.cuh; a test compares them.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import dataclass
+
+from recurx.nets import ATTENTION, BlockSpec
+from recurx.plan.count import flops
+from recurx.plan.device import Device
+from recurx.plan.launch import LaunchPlan, Work
+from recurx.problem import Problem
+
+MAX_TOKENS, MAX_HIDDEN, MAX_HEAD_DIM = 128, 512, 128
+WARPS = 8
+GROUPS = (1, 2, 3, 4, 6, 8, 12, 16)
+FIXED = 2304  # bytes of shared memory: sizes, the table of slices, two exchanges of row sums
+PROBABILITIES = 4096
+# Share of the peak that mma.sync reaches (published for Hopper), and of that what loads that are
+# not hidden leave: an assumption, not measured.
+MMA_SYNC = {8: 1.0, 9: 0.62, 10: 0.3, 12: 1.0}
+EFFICIENCY = 0.5
+# After each barrier a CTA waits for its first rows: a round trip to L2, about half a barrier.
+FIRST_LOAD = 0.5
+
+
+@dataclass(frozen=True)
+class Product:
+    """One product: units of 16 (wide) or 8 output channels, depth and rows in tiles of 16."""
+
+    units: int
+    depth: int
+    wide: bool
+    tiles: int
+
+    @property
+    def units_a_pass(self) -> int:
+        return 3 if self.wide else 4
+
+    @property
+    def unit_bytes(self) -> int:
+        return self.depth * (512 if self.wide else 256)
+
+
+def _up(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def products_of(block: BlockSpec, batch: int, tokens: int) -> tuple[Product, ...]:
+    """The four products of a block on [B, T, D]: mixer in, mixer out, gate_up, down."""
+    width, token_tiles = block.hidden // 16, _up(tokens, 16)
+    inner, token_inner = 32 * _up(block.inner, 32), 32 * _up(block.token_inner, 32)
+    rows, columns = batch * token_tiles, batch * width
+    if block.kind == ATTENTION:
+        mixer = (Product(3 * width, width, True, rows), Product(2 * width, width, False, rows))
+    else:
+        mixer = (
+            Product(token_inner // 8, token_tiles, True, columns),
+            Product(_up(tokens, 8), token_inner // 16, False, columns),
+        )
+    return (
+        *mixer,
+        Product(inner // 8, width, True, rows),
+        Product(2 * width, inner // 16, False, rows),
+    )
+
+
+@dataclass(frozen=True)
+class Share:
+    """What the busiest CTA has of a product whose rows are dealt to `groups` groups."""
+
+    product: Product
+    ctas: int
+    groups: int
+
+    @property
+    def units(self) -> int:
+        return _up(self.product.units, self.ctas // self.groups)
+
+    @property
+    def tiles(self) -> int:
+        return _up(self.product.tiles, self.groups)
+
+    @property
+    def splits(self) -> int:
+        """Warps that share a row tile's depth, so that none rests."""
+        return next(s for s in (8, 4, 2, 1) if s * min(self.tiles, WARPS) <= WARPS)
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.units * self.product.unit_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        return _up(self.units, self.product.units_a_pass) * self.tiles * self.product.depth * 512
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Of the weight, read from L2: once for each round of rows that the warps take together."""
+        return _up(self.tiles * self.splits, WARPS) * self.weight_bytes
+
+    @property
+    def flops(self) -> float:
+        return (
+            2.0
+            * self.tiles
+            * self.units
+            * (16 if self.product.wide else 8)
+            * (self.product.depth * 256)
+        )
+
+    def handover_bytes(self, splits: int) -> int:
+        one = (
+            min(self.units, self.product.units_a_pass) * (1024 if self.product.wide else 512) + 256
+        )
+        return (WARPS - WARPS // splits) * one
+
+
+def why_not_grid(problem: Problem, device: Device) -> str | None:
+    """What this kernel lacks for a problem that csrc/cuda takes in general; None: nothing."""
+    if problem.tokens > MAX_TOKENS:
+        return f"runs up to T={MAX_TOKENS} tokens, got T={problem.tokens}"
+    if problem.hidden % 32 or problem.hidden > MAX_HIDDEN:
+        return f"needs D to be a multiple of 32 up to {MAX_HIDDEN}, got D={problem.hidden}"
+    for name, spec in problem.nets:
+        for block in spec.blocks:
+            dim = block.head_dim
+            if block.kind == ATTENTION and (dim % 16 or dim > MAX_HEAD_DIM):
+                return (
+                    f"needs head_dim to be a multiple of 16 up to {MAX_HEAD_DIM}, "
+                    f"net {name!r} has {dim}"
+                )
+    return None
+
+
+@functools.lru_cache(maxsize=256)
+def grid_plans(problem: Problem, device: Device) -> tuple[LaunchPlan, ...]:
+    """The plan with the least predicted time, if the kernel runs the problem at all."""
+    if why_not_grid(problem, device) is not None or problem.batch == 0:
+        return ()
+    blocks = [
+        products_of(block, problem.batch, problem.tokens)
+        for _, spec in problem.nets
+        for block in spec.blocks
+    ]
+    ctas = device.units
+    rate = device.flops(2) * MMA_SYNC.get(device.capability[0], 0.3) * EFFICIENCY / ctas
+    seconds_a_byte = ctas / (device.l2_gbs * 1e9)
+
+    # Not more groups than any product of this slot has row tiles, nor than there are CTAs.
+    most = [min(ctas, max(block[slot].tiles for block in blocks)) for slot in range(4)]
+    choices = [[g for g in GROUPS if g <= m] for m in most]
+    handover, numbers = {}, {}
+    for slot, g in [(slot, g) for slot, some in enumerate(choices) for g in some]:
+        shares = {block[slot]: Share(block[slot], ctas, g) for block in blocks}
+        handover[slot, g] = _handover(list(shares.values()))
+        for product, s in shares.items():  # bytes of the weight, seconds, and more if it is read
+            once = s.flops / rate + s.row_bytes * seconds_a_byte
+            numbers[slot, g, product] = s.weight_bytes, once, s.streamed_bytes * seconds_a_byte
+
+    def cost(groups: tuple[int, ...]) -> tuple[float, tuple[int, ...]]:
+        """Seconds of the busiest CTA for one call of every block, without barriers."""
+        at = FIXED + max(PROBABILITIES, *(handover[pair] for pair in enumerate(groups)))
+        total = 0.0
+        for block in blocks:
+            for slot, product in enumerate(block):
+                size, seconds, streamed = numbers[slot, groups[slot], product]
+                kept = at + size <= device.shared_bytes
+                at += size if kept else 0
+                total += seconds + (0 if kept else streamed)
+        return total, groups
+
+    _, groups = min(cost(g) for g in itertools.product(*choices))
+    return (_plan(problem, device, blocks, groups),)
+
+
+def _slot(blocks: list[tuple[Product, ...]], ctas: int, slot: int, groups: int) -> list[Share]:
+    """The shares of this slot's products, equal ones once."""
+    products = dict.fromkeys(block[slot] for block in blocks)
+    return [Share(product, ctas, groups) for product in products]
+
+
+def _handover(shares: list[Share]) -> int:
+    splits = min(share.splits for share in shares)
+    return max(share.handover_bytes(splits) for share in shares)
+
+
+def _splits(blocks: list[tuple[Product, ...]], ctas: int, groups: tuple[int, ...]) -> list[int]:
+    slots = (_slot(blocks, ctas, slot, g) for slot, g in enumerate(groups))
+    return [min(share.splits for share in shares) for shares in slots]
+
+
+def fixed_shared_bytes(
+    blocks: list[tuple[Product, ...]], ctas: int, groups: tuple[int, ...]
+) -> int:
+    """Shared memory of a CTA before its first weight."""
+    slots = (_slot(blocks, ctas, slot, g) for slot, g in enumerate(groups))
+    return FIXED + max(PROBABILITIES, *(_handover(shares) for shares in slots))
+
+
+def _layout(
+    blocks: list[tuple[Product, ...]], ctas: int, groups: tuple[int, ...], shared_bytes: int
+) -> list[tuple[Share, bool]]:
+    """Every product's share, and whether its slice of the weight stays in shared memory."""
+    at = fixed_shared_bytes(blocks, ctas, groups)
+    found = []
+    for block in blocks:
+        for slot, product in enumerate(block):
+            share = Share(product, ctas, groups[slot])
+            kept = at + share.weight_bytes <= shared_bytes
+            at += share.weight_bytes if kept else 0
+            found.append((share, kept))
+    return found
+
+
+def barriers_a_call(kinds: list[str]) -> int:
+    """Grid barriers of one net call with blocks of these kinds, the one to enter included."""
+    token_blocks = [number for number, kind in enumerate(kinds) if kind != ATTENTION]
+    return 1 + 5 * len(kinds) + sum(number > 0 for number in token_blocks)
+
+
+def _plan(
+    problem: Problem, device: Device, blocks: list[tuple[Product, ...]], groups: tuple[int, ...]
+) -> LaunchPlan:
+    ctas, specs = device.units, dict(problem.nets)
+    layout = _layout(blocks, ctas, groups, device.shared_bytes)
+    splits = _splits(blocks, ctas, groups)
+    state_bytes = 2.0 * problem.batch * problem.tokens * problem.hidden
+    first, ranges = 0, {}
+    for name, spec in problem.nets:
+        ranges[name] = layout[first : first + 4 * len(spec.blocks)]
+        first += 4 * len(spec.blocks)
+    padded = moved = barriers = 0.0
+    for step in problem.schedule.steps:
+        for share, kept in ranges[step.net]:
+            padded += ctas * share.flops
+            moved += ctas * (share.row_bytes + (0 if kept else share.streamed_bytes))
+        for block in specs[step.net].blocks:
+            token_tiles = _up(problem.tokens, 16)
+            if block.kind == ATTENTION:  # a CTA reads 16 queries, all keys and values of a head
+                items = problem.batch * block.num_heads * token_tiles
+                moved += _up(items, ctas) * ctas * 32 * block.head_dim * (1 + 2 * token_tiles)
+                padded += 4.0 * items * 16 * 16 * token_tiles * block.head_dim
+        moved += state_bytes * (2 + len(step.reads))
+        barriers += barriers_a_call([block.kind for block in specs[step.net].blocks])
+    work = Work(
+        flops=flops(problem),
+        padded_flops=padded,
+        dram_bytes=state_bytes * (1 + 2 * len(problem.schedule.states)),
+        l2_bytes=moved + sum(ctas * s.weight_bytes for s, kept in layout if kept),
+        launches=2,  # the memset of the barrier, and the kernel
+        barriers=barriers * (1 + FIRST_LOAD),
+        efficiency=MMA_SYNC.get(device.capability[0], 0.3) * EFFICIENCY,
+        overlap=False,
+    )
+    kept = sum(s.weight_bytes for s, kept in layout if kept)
+    whole = sum(s.weight_bytes for s, _ in layout)
+    names = ("mixer_in", "mixer_out", "gate_up", "down")
+    settings = (
+        ("ctas", ctas),
+        *((f"groups_{name}", g) for name, g in zip(names, groups, strict=True)),
+        *((f"splits_{name}", s) for name, s in zip(names, splits, strict=True)),
+        ("shared_bytes", device.shared_bytes),
+        ("grid_barriers", int(barriers)),
+    )
+    why = (
+        f"every call is spread over all {ctas} CTAs, which keep {kept // 1024} of their "
+        f"{whole // 1024} KB of weights in shared memory; {int(barriers)} grid barriers"
+    )
+    return LaunchPlan("cuda", "grid", settings, work, why)

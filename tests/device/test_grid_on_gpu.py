@@ -1,0 +1,74 @@
+"""The grid kernel on the hardware: the emulator's numerics at full size, and many reruns."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from nvcc_library import KERNELS, call, library
+
+from aot import toolchain
+from emulator.grid import FILES, GridKernel, Plan
+from recurx import Schedule
+from recurx.nets import KINDS
+from recurx.plan import Device, cuda_grid
+from tests.factories import make_inputs, make_net, problem_for, rope
+from tests.test_numerics import teacher_forced
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(toolchain.find_nvcc() is None, reason="nvcc is not here"),
+]
+PUBLISHED = dict(tokens=97, hidden=512, inner=1536, heads=8, token_inner=512)
+
+
+def on_device(schedule, nets, batch, shape) -> GridKernel:
+    """The kernel, with the plan that recurx picks for this device."""
+    major, minor = torch.cuda.get_device_capability()
+    lib = library([KERNELS / name for name in FILES], f"{major}{minor}")
+    entries = SimpleNamespace(
+        library=lib,
+        checked=False,
+        unwatch_all=lambda: None,
+        call=lambda entry, *arguments: call(lib, entry, *arguments),
+    )
+    x, _ = make_inputs(schedule, batch=batch, dtype=torch.bfloat16, **shape)
+    problem = replace(problem_for(schedule, nets, x), device_type="cuda")
+    (plan,) = cuda_grid.grid_plans(problem, Device.of("cuda"))
+    return GridKernel(entries, Plan.of(plan))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_call_teacher_forced(kind):
+    schedule, nets = Schedule.trm(1, 2), {"L": make_net(kind, **PUBLISHED)}
+    kernel = on_device(schedule, nets, 2, dict(tokens=97, hidden=512))
+
+    def run(schedule, nets, x, carry, cos_sin=None, start_from=0, stop_after=None):
+        carry = {name: state.cuda() for name, state in carry.items()}
+        moved = {
+            name: type(net)(net.spec, [w.cuda() for w in net.weights]) for name, net in nets.items()
+        }
+        tables = tuple(table.cuda() for table in cos_sin)
+        out = kernel.run(schedule, moved, x.cuda(), carry, tables, start_from, stop_after)
+        return {name: state.cpu() for name, state in out.items()}
+
+    teacher_forced(run, schedule, nets, torch.bfloat16, **PUBLISHED)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch", [1, 8])
+def test_reruns_are_bit_equal(kind, batch):
+    shape = dict(tokens=97, hidden=512)
+    schedule, net = Schedule.trm(3, 6), make_net(kind, **PUBLISHED)
+    nets = {"L": type(net)(net.spec, [w.cuda() for w in net.weights])}
+    kernel = on_device(schedule, nets, batch, shape)
+    x, carry = make_inputs(schedule, batch=batch, dtype=torch.bfloat16, **shape)
+    x, carry = x.cuda(), {name: state.cuda() for name, state in carry.items()}
+    tables = tuple(table.cuda() for table in rope(97, 512, 8))
+    first = kernel.run(schedule, nets, x, carry, tables)
+    for rerun in range(200):
+        again = kernel.run(schedule, nets, x, carry, tables)
+        for name in first:
+            assert torch.equal(first[name], again[name]), f"rerun {rerun}: {name} differs"

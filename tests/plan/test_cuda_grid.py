@@ -1,0 +1,92 @@
+"""The grid kernel's plan: what fits, what it is made of, and that it is the least of its kind."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from recurx import Schedule
+from recurx.nets import ATTENTION, TOKEN_MLP, BlockSpec, NetSpec
+from recurx.plan import DEVICES, cuda_grid
+from recurx.problem import Problem
+
+ATT = NetSpec((BlockSpec(ATTENTION, 512, 1536, num_heads=8),) * 2)
+MLP = NetSpec((BlockSpec(TOKEN_MLP, 512, 1536, tokens=97, token_inner=512),) * 2)
+GPUS = sorted(DEVICES)
+
+
+def problem(spec: NetSpec = ATT, batch: int = 1, tokens: int = 97) -> Problem:
+    nets = (("L", spec),)
+    return Problem(
+        Schedule.trm(3, 6), nets, batch, tokens, spec.hidden, torch.bfloat16, "cuda", True
+    )
+
+
+def plan_of(asked: Problem, device: str):
+    (plan,) = cuda_grid.grid_plans(asked, DEVICES[device])
+    return plan
+
+
+@pytest.mark.parametrize("device", GPUS)
+@pytest.mark.parametrize("spec", [ATT, MLP], ids=["attention", "token_mlp"])
+def test_one_cta_a_multiprocessor_within_its_shared_memory(device, spec):
+    plan = plan_of(problem(spec), device)
+    assert plan["ctas"] == DEVICES[device].units
+    assert plan["shared_bytes"] <= DEVICES[device].shared_bytes
+    assert 0 < cuda_grid.FIXED < plan["shared_bytes"]
+
+
+def test_barriers_are_those_of_the_stages():
+    """Enter, and five stages a block; a token-MLP that is not first is turned to before."""
+    assert plan_of(problem(ATT), "h100")["grid_barriers"] == 21 * (1 + 2 * 5)
+    assert plan_of(problem(MLP), "h100")["grid_barriers"] == 21 * (1 + 2 * 5 + 1)
+
+
+def test_time_grows_with_the_batch_and_falls_with_the_device():
+    for spec in (ATT, MLP):
+        times = {
+            device: [plan_of(problem(spec, b), device).seconds(DEVICES[device]) for b in (1, 2, 8)]
+            for device in ("l4", "a100", "h100")
+        }
+        for device in times:
+            assert times[device] == sorted(times[device])
+        assert times["h100"][0] < times["a100"][0] < times["l4"][0]
+
+
+@pytest.mark.parametrize("device", ["h100", "l4"])
+def test_no_other_groups_are_predicted_faster(device):
+    """All combinations, each through the whole cost model instead of the search's shortcut."""
+    asked, found = problem(ATT), plan_of(problem(ATT), device)
+    blocks = [cuda_grid.products_of(block, 1, 97) for block in ATT.blocks]
+    others = [
+        cuda_grid._plan(asked, DEVICES[device], blocks, groups)
+        for groups in itertools.product((1, 2, 4), repeat=4)
+    ]
+    best = min(plan.seconds(DEVICES[device]) for plan in others)
+    assert found.seconds(DEVICES[device]) <= best * (1 + 1e-9)
+
+
+def test_a_larger_shared_memory_never_costs_time():
+    h100 = DEVICES["h100"]
+    small = replace(h100, name="small", shared_bytes=64 * 1024)
+    (less,) = cuda_grid.grid_plans(problem(), small)
+    assert plan_of(problem(), "h100").seconds(h100) < less.seconds(small)
+
+
+@pytest.mark.parametrize(
+    "asked, reason",
+    [
+        (problem(tokens=129), "up to T=128 tokens, got T=129"),
+        (problem(NetSpec((BlockSpec(ATTENTION, 80, 96, num_heads=5),))), "multiple of 32.*D=80"),
+        (problem(NetSpec((BlockSpec(ATTENTION, 512, 96, num_heads=2),))), "head_dim .* has 256"),
+    ],
+    ids=["tokens", "hidden", "heads"],
+)
+def test_what_does_not_fit_is_refused_with_a_reason(asked, reason):
+
+    assert cuda_grid.grid_plans(asked, DEVICES["h100"]) == ()
+    assert re.search(reason, cuda_grid.why_not_grid(asked, DEVICES["h100"]))
