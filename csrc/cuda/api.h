@@ -98,6 +98,15 @@ typedef struct {
   void* tape;
 } RxPack;
 
+/* ---- cluster_sm90a: two CTAs a sample, weights multicast to a cluster (cluster_sm90a.cuh).
+ * hidden 128, 256, 384 or 512; heads 64 wide; 1 to 128 tokens. No scratch. */
+typedef struct {
+  int32_t cluster; /* CTAs that share a tape: 2, 4 or 8 */
+} RxClusterPlan;
+int rx_recursion_cluster_sm90a(const RxRecursion* r, const RxClusterPlan* plan, void* stream);
+int64_t rx_cluster_sm90a_tape_bytes(int hidden, int num_blocks, const RxBlock* blocks);
+int rx_pack_cluster_sm90a(const RxPack* pack, void* stream); /* tape 1024-byte aligned */
+
 /* sizeof of RxCall, RxBlock, RxNet, RxEvent, RxRecursion, RxPack: for callers that mirror them. */
 void rx_recursion_abi(int32_t sizes[6]);
 int rx_timeline_compiled(void); /* 1: kernels write RxRecursion.timeline */

@@ -46,6 +46,10 @@ class Bug:
     def is_gemm(self) -> bool:
         return self.kernel in (SM80, SM90A)
 
+    @property
+    def copies_kernels(self) -> bool:
+        return self.is_gemm
+
     def edited_file(self) -> str:
         if self.file:
             return self.file
@@ -53,7 +57,7 @@ class Bug:
 
     def plant(self, folder: Path) -> None:
         """Makes a copy of the sources with the bug in it."""
-        shutil.copytree(KERNELS if self.is_gemm else WRAPPERS, folder, dirs_exist_ok=True)
+        shutil.copytree(KERNELS if self.copies_kernels else WRAPPERS, folder, dirs_exist_ok=True)
         path = folder / self.edited_file()
         text = path.read_text()
         for old, new in self.edits:

@@ -187,6 +187,15 @@ def stmatrix() -> Words:
     return tile.ravel()
 
 
+def stmatrix_trans() -> Words:
+    tile = np.zeros((16, 16), np.uint16)
+    for m in range(4):
+        for e in range(2):
+            rows, columns = m % 2 * 8 + LANE % 4 * 2 + e, m // 2 * 8 + LANE // 4
+            tile[rows, columns] = (LANE * 4 + m) * (1 + e)
+    return tile.view(np.uint32).ravel()
+
+
 def fragment_of(full: np.ndarray) -> np.ndarray:
     """[64, N] as the threads of a warpgroup hold it: [128, N / 2]."""
     n = full.shape[1]
@@ -233,12 +242,16 @@ EXPECTED: dict[str, Callable[[], Words]] = {
     "tensor_load_2d": lambda: tensor(False),
     "tensor_load_2d_multicast": lambda: tensor(True),
     "stmatrix_x4": stmatrix,
+    "stmatrix_x4_trans": stmatrix_trans,
     **{
         f"wgmma_{n}{form}": (lambda n=n: wgmma(n))
-        for n in (64, 128, 192, 256)
+        for n in (32, 64, 128, 192, 256)
         for form in ("", "_registers", "_transposed")
         if (n, form) not in ((192, "_transposed"), (256, "_transposed"))
     },
+    "wgmma_128_transposed_a": lambda: wgmma(128),
+    "wgmma_64_swizzle_64b": lambda: wgmma(64),
+    "wgmma_256_swizzle_64b": lambda: wgmma(256),
     "wgmma_setmaxnreg": wgmma_setmaxnreg,
 }
 

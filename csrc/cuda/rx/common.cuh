@@ -48,8 +48,9 @@ RX_DEVICE float2 unpack_bf16(uint32_t v) {
 }
 
 // The same value, of which the compiler knows nothing: what is derived from it is not computed
-// ahead of a loop and kept in a register throughout.
-RX_DEVICE int opaque(int x) {
+// ahead of a loop and kept in a register throughout. For 32-bit integers.
+template <class T>
+RX_DEVICE T opaque(T x) {
 #ifndef RX_EMU
   asm volatile("" : "+r"(x));
 #endif

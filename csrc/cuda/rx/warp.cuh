@@ -29,6 +29,13 @@ RX_DEVICE void stmatrix_x4(uint32_t addr, const uint32_t (&r)[4]) {  // sm_90
       asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr),
                    "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory"));
 }
+RX_DEVICE void stmatrix_x4_trans(uint32_t addr, const uint32_t (&r)[4]) {  // sm_90
+  RX_EITHER(
+      emu::stmatrix(addr, r, 4, true),
+      asm volatile(
+          "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr),
+          "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory"));
+}
 
 // ---- mma.sync: d[16, n] += a[16, 16] * b[16, n], fp32 accumulation
 // Lane l holds rows l/4 and l/4 + 8; of d columns 2*(l%4) and the next, of every eight.

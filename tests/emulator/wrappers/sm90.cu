@@ -188,18 +188,25 @@ int run_tensor(uint32_t* out_g, void* stream) {
                     map, out_g, kMulticast);
 }
 
+template <bool kTransposed>
 __global__ void stmatrix_kernel(uint32_t* out_g) {
   RX_DYN_SMEM(smem);
   const uint32_t lane = threadIdx.x;
   uint32_t r[4];
   for (uint32_t i = 0; i < 4; i++) r[i] = (lane * 4 + i) * 0x00020001u;
-  rx::stmatrix_x4(rx::smem_u32(smem) + (lane & 15) * 48 + (lane >> 4) * 16, r);
+  const uint32_t at = rx::smem_u32(smem) + (lane & 15) * 48 + (lane >> 4) * 16;
+  if constexpr (kTransposed)
+    rx::stmatrix_x4_trans(at, r);
+  else
+    rx::stmatrix_x4(at, r);
   __syncwarp();
   const uint32_t* words = reinterpret_cast<const uint32_t*>(smem);
   for (uint32_t i = lane; i < 128; i += 32) out_g[i] = words[i / 8 * 12 + i % 8];
 }
+template <bool kTransposed>
 int run_stmatrix(uint32_t* out_g, void* stream) {
-  return rx::launch({"stmatrix", dim3(1), dim3(32), 16 * 48}, stream, stmatrix_kernel, out_g);
+  return rx::launch({"stmatrix", dim3(1), dim3(32), 16 * 48}, stream, stmatrix_kernel<kTransposed>,
+                    out_g);
 }
 
 constexpr Entry kTable[] = {
@@ -212,7 +219,8 @@ constexpr Entry kTable[] = {
     {"bulk_scratch", 2 * kWords, run_bulk_scratch},
     {"tensor_load_2d", kMatrixWords + 4 * kBoxWords, run_tensor<0>},
     {"tensor_load_2d_multicast", kMatrixWords + 4 * kBoxWords, run_tensor<1>},
-    {"stmatrix_x4", 128, run_stmatrix},
+    {"stmatrix_x4", 128, run_stmatrix<false>},
+    {"stmatrix_x4_trans", 128, run_stmatrix<true>},
 };
 
 }  // namespace wrappers

@@ -13,17 +13,28 @@ RX_DEVICE void put(unsigned char* tile, int row, int column, float v) {
   *reinterpret_cast<uint16_t*>(tile + at) = uint16_t(rx::pack_bf16(v, 0.f));
 }
 
-enum Form { kShared, kRegisters, kTransposedB };
+// The same in two tiles of 32 columns with the 64-byte swizzle.
+RX_DEVICE void put_64b(unsigned char* tiles, int rows, int row, int column, float v) {
+  const int chunk = column % 32 / 8 ^ (row >> 1 & 3);
+  unsigned char* at = tiles + (column / 32 * rows + row) * 64 + chunk * 16 + column % 8 * 2;
+  *reinterpret_cast<uint16_t*>(at) = uint16_t(rx::pack_bf16(v, 0.f));
+}
+
+enum Form { kShared, kRegisters, kTransposedB, kTransposedA, kSwizzle64 };
 template <int N, Form kForm>
 __global__ void __launch_bounds__(128) wgmma_kernel(uint32_t* out_g) {
   RX_DYN_SMEM(smem);
   unsigned char *a_s = smem, *b_s = smem + 64 * 128;
-  for (int i = threadIdx.x; i < 64 * kDepth; i += 128)
-    put(a_s, i / kDepth, i % kDepth, a_at(i / kDepth, i % kDepth));
+  for (int i = threadIdx.x; i < 64 * kDepth; i += 128) {
+    const int r = i / kDepth, k = i % kDepth;
+    put(a_s, kForm == kTransposedA ? k : r, kForm == kTransposedA ? r : k, a_at(r, k));
+  }
   for (int i = threadIdx.x; i < N * kDepth; i += 128) {
     const int column = i / kDepth, k = i % kDepth;
     if (kForm == kTransposedB)  // rows of k, 64 columns a tile
       put(b_s + column / 64 * kDepth * 128, k, column % 64, b_at(k, column));
+    else if (kForm == kSwizzle64)
+      put_64b(b_s, N, column, k, b_at(k, column));
     else
       put(b_s, column, k, b_at(k, column));
   }
@@ -42,16 +53,20 @@ __global__ void __launch_bounds__(128) wgmma_kernel(uint32_t* out_g) {
   rx::wgmma_fence();
 #pragma unroll
   for (int ks = 0; ks < kDepth / 16; ks++) {
-    const uint64_t a_desc = rx::wgmma_desc_128b(rx::smem_u32(a_s) + ks * 32);
+    const uint64_t a_desc = kForm == kTransposedA
+                                ? rx::wgmma_desc_128b_mn(rx::smem_u32(a_s) + ks * 16 * 128, 8192)
+                                : rx::wgmma_desc_128b(rx::smem_u32(a_s) + ks * 32);
     // K-major: 16 columns of k are 32 bytes. N-major: 16 rows of k, tiles of 64 columns apart.
     const uint64_t b_desc =
         kForm == kTransposedB
             ? rx::wgmma_desc_128b_mn(rx::smem_u32(b_s) + ks * 16 * 128, kDepth * 128)
+        : kForm == kSwizzle64
+            ? rx::wgmma_desc_64b(rx::smem_u32(b_s) + ks / 2 * N * 64 + ks % 2 * 32)
             : rx::wgmma_desc_128b(rx::smem_u32(b_s) + ks * 32);
     if constexpr (kForm == kRegisters)
       rx::wgmma<N>(d, a[ks], b_desc, 1);
     else
-      rx::wgmma<N, kForm == kTransposedB>(d, a_desc, b_desc, 1);
+      rx::wgmma<N, kForm == kTransposedB, kForm == kTransposedA>(d, a_desc, b_desc, 1);
   }
   rx::wgmma_commit();
   rx::wgmma_wait<0>();
@@ -61,7 +76,7 @@ __global__ void __launch_bounds__(128) wgmma_kernel(uint32_t* out_g) {
 }
 template <int N, Form kForm>
 int run_wgmma(uint32_t* out_g, void* stream) {
-  const uint32_t smem = 64 * 128 + N * 128;
+  const uint32_t smem = 64 * 128 + (N < 64 ? 64 : N) * 128;  // N-major tiles are 64 wide
   return rx::launch({"wgmma", dim3(1), dim3(128), smem}, stream, wgmma_kernel<N, kForm>, out_g);
 }
 
@@ -107,6 +122,12 @@ constexpr Entry kTable[] = {
     {"wgmma_256_registers", 64 * 256, run_wgmma<256, kRegisters>},
     {"wgmma_64_transposed", 64 * 64, run_wgmma<64, kTransposedB>},
     {"wgmma_128_transposed", 64 * 128, run_wgmma<128, kTransposedB>},
+    {"wgmma_32", 64 * 32, run_wgmma<32, kShared>},
+    {"wgmma_32_registers", 64 * 32, run_wgmma<32, kRegisters>},
+    {"wgmma_32_transposed", 64 * 32, run_wgmma<32, kTransposedB>},
+    {"wgmma_128_transposed_a", 64 * 128, run_wgmma<128, kTransposedA>},
+    {"wgmma_64_swizzle_64b", 64 * 64, run_wgmma<64, kSwizzle64>},
+    {"wgmma_256_swizzle_64b", 64 * 256, run_wgmma<256, kSwizzle64>},
     {"wgmma_setmaxnreg", 128 * 64, run_setmaxnreg},
 };
 

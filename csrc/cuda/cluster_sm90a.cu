@@ -1,0 +1,63 @@
+// cluster_sm90a.cu - host side of the cluster recursion: what fits, and the launch.
+#include "cluster_sm90a.cuh"
+
+#include <string>
+
+#include "rx/launch.cuh"
+
+namespace cluster_sm90a {
+
+static int refuse(const std::string& what) {
+  return rx::fail(kRxInvalidShape, "cluster_sm90a: " + what);
+}
+
+static int check(const RxRecursion& r, int cluster) {
+  auto text = [](int x) { return std::to_string(x); };
+  if (cluster != 2 && cluster != 4 && cluster != 8)
+    return refuse("cluster is " + text(cluster) + "; 2, 4 or 8 CTAs are possible");
+  if (r.tokens < 1 || r.tokens > kMaxTokens)
+    return refuse("tokens is " + text(r.tokens) + "; two CTAs hold 1 to " + text(kMaxTokens));
+  if (r.num_calls > 65535) return refuse("num_calls is " + text(r.num_calls) + "; at most 65535");
+  for (int n = 0; n < r.num_nets; n++)
+    for (int b = 0; b < r.nets[n].num_blocks; b++) {
+      const RxBlock& block = r.nets[n].blocks[b];
+      if (!block.token_mlp && block.heads * kHeadDim != r.hidden)
+        return refuse("heads is " + text(block.heads) + " at hidden " + text(r.hidden) +
+                      "; a head is 64 wide");
+    }
+  return 0;
+}
+
+template <int kHidden>
+static int launch(const RxRecursion& r, int cluster, void* stream) {
+  using P = Plan<kHidden>;
+  Params p{r, {}, cluster};
+  for (int n = 0; n < r.num_nets; n++)
+    for (int b = 0; b < r.nets[n].num_blocks; b++)
+      p.stages[n] += P::tape().block(r.nets[n].blocks[b]);
+  const int clusters = (2 * r.batch + cluster - 1) / cluster;
+  const rx::LaunchShape s{"cluster_sm90a", dim3(unsigned(clusters * cluster)), dim3(P::kThreads),
+                          P::kShared, unsigned(cluster)};
+  return rx::launch(s, stream, kernel<kHidden>, p);
+}
+
+}  // namespace cluster_sm90a
+
+extern "C" int rx_recursion_cluster_sm90a(const RxRecursion* r, const RxClusterPlan* plan,
+                                          void* stream) {
+  namespace c = cluster_sm90a;
+  if (int e = c::check(*r, plan->cluster)) return e;
+  switch (r->hidden) {
+    case 128:
+      return c::launch<128>(*r, plan->cluster, stream);
+    case 256:
+      return c::launch<256>(*r, plan->cluster, stream);
+    case 384:
+      return c::launch<384>(*r, plan->cluster, stream);
+    case 512:
+      return c::launch<512>(*r, plan->cluster, stream);
+    default:
+      return c::refuse("hidden is " + std::to_string(r->hidden) +
+                       "; 128, 256, 384 and 512 are compiled");
+  }
+}
