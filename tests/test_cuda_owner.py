@@ -27,6 +27,7 @@ pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailabl
 SMALL = ((64, 2), (64, 4), (128, 3))
 ONE_CALL = Schedule((Step("L", "z_L", ("z_L",), ("z_H", "x")),))
 BF16 = torch.bfloat16
+OWNER = ("owner",)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +132,7 @@ def test_several_samples_a_cta_and_several_groups(checked: EmulatedCuda, kind: s
     for samples in (1, 2, 3):
         stacked = EmulatedCuda(SMALL, device=few)
         problem = dataclasses.replace(problem_for(schedule, nets, x), dtype=BF16)
-        plans = plan.candidates(problem, few, SMALL)
+        plans = plan.candidates(problem, few, SMALL, OWNER)
         (chosen,) = [p for p in plans if p["samples"] == samples]
         assert chosen["owners"] == 2
         stacked.plan = lambda *_, chosen=chosen: chosen  # type: ignore[method-assign]
@@ -208,12 +209,12 @@ def test_shared_memory_is_within_the_device(name: str) -> None:
     net = make_net(tokens=97, hidden=512, heads=8, inner=1536)
     x, _ = make_inputs(ONE_CALL, batch=64, tokens=97, hidden=512, dtype=BF16)
     problem = dataclasses.replace(problem_for(ONE_CALL, {"L": net}, x), device_type="cuda")
-    plans = plan.candidates(problem, device)
+    plans = plan.candidates(problem, device, kinds=OWNER)
     fits = device.shared_bytes >= 166336
     assert bool(plans) == fits
     assert all(p["shared_bytes"] <= device.shared_bytes for p in plans)
     if not fits:
-        (reason,) = plan.refusals(problem, device)
+        (reason,) = plan.refusals(problem, device, kinds=OWNER)
         assert "needs 166336 bytes of shared memory for T=97, D=512" in reason
 
 
@@ -239,9 +240,9 @@ def problem(**changes: object):  # type: ignore[no-untyped-def]
 def test_what_does_not_fit_is_refused_with_the_reason(
     changes: dict, device: str, reason: str
 ) -> None:
-    found = plan.refusals(problem(**changes), DEVICES[device])
+    found = plan.refusals(problem(**changes), DEVICES[device], kinds=OWNER)
     assert len(found) == 1 and re.search(reason, found[0])
-    assert plan.candidates(problem(**changes), DEVICES[device]) == []
+    assert plan.candidates(problem(**changes), DEVICES[device], kinds=OWNER) == []
 
 
 def test_old_devices_and_head_sizes_are_refused() -> None:

@@ -8,8 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+import recurx
 from emulator.build import EmulatorFault, load_kernels, unavailable
 from recurx import Schedule, Step
+from recurx.backends.cuda import Cuda
 from recurx.nets import ATTENTION, KINDS, TOKEN_MLP, Net, NetSpec
 from recurx.plan import DEVICES, cuda_grid
 from tests.factories import make_inputs, make_net, problem_for, rope
@@ -18,6 +20,7 @@ from tests.test_numerics import SYSTEMS, teacher_forced
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 from emulator import bugs_grid  # noqa: E402
 from emulator.grid import FILES, GridKernel, Plan  # noqa: E402
+from emulator.owner import installed  # noqa: E402
 
 BF16 = torch.bfloat16
 ONE_CALL = Schedule((Step("L", "z_L", ("z_L",), ("z_H", "x")),))
@@ -195,6 +198,24 @@ def test_the_picked_plan_is_what_runs(plain, kind):
     assert kernel.fixed_shared_bytes(2, 33, nets) == fixed
     kernel.run(schedule, nets, x, carry, rotary)
     assert kernel.barriers == plan["grid_barriers"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_through_recurse(plain, kind):
+    """backend="cuda" with this kernel alone: the picked plan, packed once, the kernel's bits."""
+    schedule, nets = Schedule.trm(1, 2), {"L": make_net(kind, **LARGER)}
+    cuda = Cuda(plain.library, replace(DEVICES["a100"], units=4))
+    x, carry, rotary = inputs_of(schedule, 2, LARGER)
+    with installed(cuda):
+        got = recurx.recurse(schedule, nets, x, carry, backend="cuda", cos_sin=rotary)
+        again = recurx.recurse(schedule, nets, x, carry, backend="cuda", cos_sin=rotary)
+    assert len(cuda.tapes) == 1
+    problem = replace(problem_for(schedule, nets, x), device_type="cuda")
+    plan = cuda.plan(problem)
+    assert plan.kind == "grid"
+    want = GridKernel(plain, Plan.of(plan)).run(schedule, nets, x, carry, rotary)
+    for name in schedule.states:
+        assert torch.equal(got[name], want[name]) and torch.equal(again[name], want[name])
 
 
 @pytest.mark.slow

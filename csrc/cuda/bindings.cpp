@@ -73,6 +73,10 @@ py::dict entries() {
   RX_ENTRY(rx_owner_sm80_shared_bytes);
   RX_ENTRY(rx_owner_sm80_tape_bytes);
   RX_ENTRY(rx_pack_owner_sm80);
+  RX_ENTRY(rx_recursion_grid_sm80);
+  RX_ENTRY(rx_grid_sm80_scratch_bytes);
+  RX_ENTRY(rx_grid_sm80_fixed_shared_bytes);
+  RX_ENTRY(rx_grid_sm80_tape_bytes);
 #undef RX_ENTRY
   return found;
 }

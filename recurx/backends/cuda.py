@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recurx.backends import Backend, cuda_abi
+from recurx.backends import Backend, cuda_abi, cuda_grid
 from recurx.backends.weights import WeightCache, device_words
 from recurx.errors import BackendUnavailable, CudaError, bad_argument
 from recurx.nets import ATTENTION, BlockSpec, Net
-from recurx.plan.cuda import OWNER_PLANS, Shapes, candidates, refusals
+from recurx.plan.cuda import KINDS, OWNER_PLANS, Shapes, candidates, refusals
 from recurx.plan.device import Device
 from recurx.plan.launch import LaunchPlan
 from recurx.problem import Problem
@@ -84,13 +84,20 @@ class Cuda(Backend):
 
     def why_unsupported(self, problem: Problem) -> str | None:
         device = self._plan_device(problem.device_type)
-        if candidates(problem, device, self._owner_plans):
+        if candidates(problem, device, self._owner_plans, self._kinds()):
             return None
-        return "; ".join(refusals(problem, device, self._owner_plans))
+        return "; ".join(refusals(problem, device, self._owner_plans, self._kinds()))
 
     def plan(self, problem: Problem, device: torch.device | str | None = None) -> LaunchPlan:
         """How `run` would run it on `device` (default: the current one)."""
-        return _pick(problem, self._plan_device(device or problem.device_type), self._owner_plans)
+        device = self._plan_device(device or problem.device_type)
+        return _pick(problem, device, self._owner_plans, self._kinds())
+
+    def _kinds(self) -> tuple[str, ...]:
+        """Kinds of plan that the build holds; the owner kernels alone write a timeline."""
+        library = self.library()
+        kinds = KINDS if library is None else library.kinds
+        return ("owner",) if self._timeline is not None else kinds
 
     def _plan_device(self, device: torch.device | str) -> Device:
         return Device.of(device) if self._device is None else self._device
@@ -127,18 +134,25 @@ class Cuda(Backend):
             for i, (state, out) in enumerate(zip(inputs[1:], outputs, strict=True)):
                 p.states_in[i], p.states_out[i] = state.data_ptr(), out.data_ptr()
             tapes = [
-                self._tape(library, net, problem.tokens, x.device, stream)
+                self._tape(library, plan.kind, net, problem.tokens, x.device, stream)
                 for net in problem.bind(weights).values()
             ]
             for i, ((_, spec), tape) in enumerate(zip(problem.nets, tapes, strict=True)):
                 p.nets[i].num_blocks, p.nets[i].tape = len(spec.blocks), tape.data_ptr()
                 p.nets[i].blocks[: len(spec.blocks)] = [_block(block) for block in spec.blocks]
-            owner = cuda_abi.OwnerPlan(*(plan[name] for name in ("owners", "samples", "tiles")))
-            size = library.bytes_of("rx_owner_sm80_scratch_bytes", p, owner)
+            if plan.kind == "grid":
+                settings: ctypes.Structure = cuda_grid.settings(plan)
+                size = library.bytes_of("rx_grid_sm80_scratch_bytes", p)
+                entry = "rx_recursion_grid_sm80"
+            else:
+                names = ("owners", "samples", "tiles")
+                settings = cuda_abi.OwnerPlan(*(plan[name] for name in names))
+                size = library.bytes_of("rx_owner_sm80_scratch_bytes", p, settings)
+                entry = "rx_recursion_owner_sm80"
             scratch = self.new((size,), torch.uint8, x.device)
             p.scratch, p.scratch_bytes = scratch.data_ptr(), size
-            with self._recorded(p, owner.owners, x.device):
-                library.call("rx_recursion_owner_sm80", p, owner, stream)
+            with self._recorded(p, plan, x.device):
+                library.call(entry, p, settings, stream)
         return outputs
 
     def new(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -157,12 +171,18 @@ class Cuda(Backend):
     def _tape(
         self,
         library: cuda_abi.Library,
+        kind: str,
         net: Net,
         tokens: int,
         device: torch.device,
         stream: ctypes.c_void_p | None,
     ) -> Tensor:
-        """The packed weights of a net, a byte tensor."""
+        """The packed weights of a net for a kind of kernel."""
+        if kind == "grid":
+            packed: Tensor = self.tapes.get(
+                ("grid", net.spec), net.weights, lambda _: cuda_grid.pack_net(net.spec, net.weights)
+            )
+            return packed
 
         def make(_: Any) -> Tensor:
             rounded = [w.detach().to(torch.bfloat16).contiguous() for w in net.weights]
@@ -202,11 +222,13 @@ class Cuda(Backend):
             self._timeline = None
 
     @contextlib.contextmanager
-    def _recorded(self, p: cuda_abi.Recursion, owners: int, device: torch.device) -> Iterator[None]:
+    def _recorded(
+        self, p: cuda_abi.Recursion, plan: LaunchPlan, device: torch.device
+    ) -> Iterator[None]:
         if self._timeline is None:
             yield
             return
-        size = owners * self._timeline.events_per_owner * ctypes.sizeof(cuda_abi.Event)
+        size = plan["owners"] * self._timeline.events_per_owner * ctypes.sizeof(cuda_abi.Event)
         buffer = torch.zeros(size, dtype=torch.uint8, device=device)
         p.timeline, p.timeline_events = buffer.data_ptr(), self._timeline.events_per_owner
         yield
@@ -323,10 +345,12 @@ def call_words(schedule: Schedule, nets: tuple[str, ...], start: int, stop: int)
 
 
 @functools.lru_cache(maxsize=256)
-def _pick(problem: Problem, device: Device, owner_plans: Shapes) -> LaunchPlan:
-    plans = candidates(problem, device, owner_plans)
+def _pick(
+    problem: Problem, device: Device, owner_plans: Shapes, kinds: tuple[str, ...]
+) -> LaunchPlan:
+    plans = candidates(problem, device, owner_plans, kinds)
     if not plans:
-        reasons = "; ".join(refusals(problem, device, owner_plans))
+        reasons = "; ".join(refusals(problem, device, owner_plans, kinds))
         raise BackendUnavailable(f"recurx.recurse: backend 'cuda': {reasons}")
     return min(plans, key=lambda plan: (plan.seconds(device), plan.settings))
 

@@ -8,6 +8,7 @@ refuses a build whose structs have other sizes.
 from __future__ import annotations
 
 import ctypes
+import functools
 from ctypes import (
     POINTER,
     Structure,
@@ -103,18 +104,35 @@ class OwnerPlan(Structure):
     _fields_ = [(name, c_int32) for name in ("owners", "samples", "tiles")]
 
 
+class GridPlan(Structure):
+    """RxGridPlan."""
+
+    _fields_ = [
+        ("ctas", c_int32),
+        ("row_groups", c_int32 * 4),
+        ("k_splits", c_int32 * 4),
+        ("shared_bytes", c_int32),
+    ]
+
+
 _MIRRORED = (Call, Block, Net, Event, Recursion, Pack)
 
 # Entries that return an error code, and those that return a number of bytes.
 _CODES = {
     "rx_recursion_owner_sm80": [POINTER(Recursion), POINTER(OwnerPlan), c_void_p],
     "rx_pack_owner_sm80": [POINTER(Pack), c_void_p],
+    "rx_recursion_grid_sm80": [POINTER(Recursion), POINTER(GridPlan), c_void_p],
 }
 _BYTES = {
     "rx_owner_sm80_scratch_bytes": [POINTER(Recursion), POINTER(OwnerPlan)],
     "rx_owner_sm80_shared_bytes": [POINTER(Recursion), POINTER(OwnerPlan)],
     "rx_owner_sm80_tape_bytes": [POINTER(Pack)],
+    "rx_grid_sm80_scratch_bytes": [POINTER(Recursion)],
+    "rx_grid_sm80_fixed_shared_bytes": [POINTER(Recursion), POINTER(GridPlan)],
+    "rx_grid_sm80_tape_bytes": [POINTER(Pack)],
 }
+# The entry that runs each kind of plan; an emulated build may hold some of them only.
+_KINDS = {"owner": "rx_recursion_owner_sm80", "grid": "rx_recursion_grid_sm80"}
 
 
 class Library:
@@ -134,8 +152,9 @@ class Library:
         )
         self._last_error = self._entry("rx_cuda_last_error", c_char_p, [])
         self._error_name = self._entry("rx_cuda_error_name", c_char_p, [c_int32])
-        self._codes = {name: self._entry(name, c_int32, types) for name, types in _CODES.items()}
-        self._sizes = {name: self._entry(name, c_int64, types) for name, types in _BYTES.items()}
+        self._codes = self._entries(c_int32, _CODES)
+        self._sizes = self._entries(c_int64, _BYTES)
+        self.kinds = tuple(kind for kind, entry in _KINDS.items() if entry in self._codes)
         sizes = (c_int32 * len(_MIRRORED))()
         self._entry("rx_recursion_abi", None, [POINTER(c_int32)])(sizes)
         wanted = [ctypes.sizeof(mirrored) for mirrored in _MIRRORED]
@@ -145,6 +164,14 @@ class Library:
                 f"of {wanted}; rebuild recurx._C (python csrc/native_build.py)"
             )
         self.has_timeline = bool(self._entry("rx_timeline_compiled", c_int32, [])())
+
+    def _entries(self, result: Any, wanted: dict[str, list[Any]]) -> dict[str, Any]:
+        """Those entries that this build holds."""
+        found = self._addresses if self._addresses else self._source
+        has = found.__contains__ if self._addresses else functools.partial(hasattr, found)
+        return {
+            name: self._entry(name, result, types) for name, types in wanted.items() if has(name)
+        }
 
     def _entry(self, name: str, result: Any, arguments: list[Any]) -> Any:
         if self._addresses:

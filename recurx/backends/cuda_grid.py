@@ -1,4 +1,4 @@
-"""Weights as the grid kernel reads them (csrc/cuda/grid/sizes.cuh describes the tape).
+"""What the grid kernel is given: its settings, and weights as csrc/cuda/grid/sizes.cuh describes.
 
 The tape of a net is its weights one after another, block by block, each cut into units of output
 channels, each unit into pieces of 512 bytes that a warp reads as 16 bytes a lane: operands of
@@ -13,7 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recurx.backends.cuda_abi import GridPlan
 from recurx.nets import ATTENTION, WEIGHT_NAMES, BlockSpec, NetSpec
+from recurx.plan.cuda_grid import SLOTS
+from recurx.plan.launch import LaunchPlan
+
+
+def settings(plan: LaunchPlan) -> GridPlan:
+    """The C struct of a plan of kind "grid"."""
+    made = GridPlan(ctas=plan["ctas"], shared_bytes=plan["shared_bytes"])
+    made.row_groups[:] = [plan[f"groups_{slot}"] for slot in SLOTS]
+    made.k_splits[:] = [plan[f"splits_{slot}"] for slot in SLOTS]
+    return made
 
 
 def pack_net(spec: NetSpec, weights: Sequence[Tensor]) -> Tensor:

@@ -1,6 +1,7 @@
 """Plans of backend "cuda": the kinds of recursion kernel, what each needs, and what fits.
 
     owner    one CTA owns a group of samples and runs every call (csrc/cuda/owner_sm80.cuh)
+    grid     every call is spread over all multiprocessors (csrc/cuda/grid_sm80.cuh, cuda_grid.py)
 
 The sizes here are those of csrc/cuda/owner/plan.cuh; a test compares them with the compiled ones.
 """
@@ -11,6 +12,7 @@ import torch
 
 from recurx.nets import ATTENTION, BlockSpec, NetSpec
 from recurx.plan.count import flops
+from recurx.plan.cuda_grid import grid_plans, why_not_grid
 from recurx.plan.device import Device
 from recurx.plan.launch import LaunchPlan, Work
 from recurx.problem import Problem
@@ -34,26 +36,52 @@ KERNEL_EFFICIENCY = 0.85
 Shapes = tuple[tuple[int, int], ...]
 
 
+KINDS = (
+    "owner",
+    "grid",
+)
+
+
 def candidates(
-    problem: Problem, device: Device, compiled: Shapes = OWNER_PLANS
+    problem: Problem,
+    device: Device,
+    compiled: Shapes = OWNER_PLANS,
+    kinds: tuple[str, ...] = KINDS,
 ) -> list[LaunchPlan]:
-    """The owner plans that fit: one for each number of samples a CTA.
+    """The plans that fit: owner plans, one for each number of samples a CTA, and one grid plan.
 
     Args:
-        compiled: what the build holds, as OWNER_PLANS.
+        compiled: the owner kernels that the build holds, as OWNER_PLANS.
+        kinds: the kinds of kernel that the build holds.
     """
-    if why_not_owner(problem, device, compiled) is not None:
+    if why_not_recursion(problem, device) is not None:
         return []
-    return [
-        _owner_plan(problem, device, samples, tiles)
-        for samples, tiles in _owner_shapes(problem, device, compiled)
-    ]
+    found = []
+    if "owner" in kinds and why_not_owner(problem, device, compiled) is None:
+        found += [
+            _owner_plan(problem, device, samples, tiles)
+            for samples, tiles in _owner_shapes(problem, device, compiled)
+        ]
+    if "grid" in kinds:
+        found += grid_plans(problem, device)
+    return found
 
 
-def refusals(problem: Problem, device: Device, compiled: Shapes = OWNER_PLANS) -> list[str]:
-    """Why the owner kernel does not run it; [] if it does."""
-    reason = why_not_owner(problem, device, compiled)
-    return [] if reason is None else [f"owner: {reason}"]
+def refusals(
+    problem: Problem,
+    device: Device,
+    compiled: Shapes = OWNER_PLANS,
+    kinds: tuple[str, ...] = KINDS,
+) -> list[str]:
+    """Why each kind does not run it; one sentence for all if none ever could."""
+    general = why_not_recursion(problem, device)
+    if general is not None:
+        return [general]
+    reasons = {
+        "owner": why_not_owner(problem, device, compiled),
+        "grid": why_not_grid(problem, device),
+    }
+    return [f"{kind}: {reasons[kind]}" for kind in kinds if reasons[kind] is not None]
 
 
 def why_not_owner(problem: Problem, device: Device, compiled: Shapes = OWNER_PLANS) -> str | None:

@@ -21,6 +21,7 @@ from recurx.problem import Problem
 
 MAX_TOKENS, MAX_HIDDEN, MAX_HEAD_DIM = 128, 512, 128
 WARPS = 8
+SLOTS = ("mixer_in", "mixer_out", "gate_up", "down")
 GROUPS = (1, 2, 3, 4, 6, 8, 12, 16)
 FIXED = 2304  # bytes of shared memory: sizes, the table of slices, two exchanges of row sums
 PROBABILITIES = 4096
@@ -263,11 +264,10 @@ def _plan(
     )
     kept = sum(s.weight_bytes for s, kept in layout if kept)
     whole = sum(s.weight_bytes for s, _ in layout)
-    names = ("mixer_in", "mixer_out", "gate_up", "down")
     settings = (
         ("ctas", ctas),
-        *((f"groups_{name}", g) for name, g in zip(names, groups, strict=True)),
-        *((f"splits_{name}", s) for name, s in zip(names, splits, strict=True)),
+        *((f"groups_{name}", g) for name, g in zip(SLOTS, groups, strict=True)),
+        *((f"splits_{name}", s) for name, s in zip(SLOTS, splits, strict=True)),
         ("shared_bytes", device.shared_bytes),
         ("grid_barriers", int(barriers)),
     )

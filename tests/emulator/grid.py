@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from recurx import Schedule
-from recurx.backends.cuda_grid import pack_net
+from recurx.backends import cuda_grid
+from recurx.backends.cuda_abi import Block, Call, GridPlan, Pack, Recursion
 from recurx.nets import ATTENTION, Net
 from recurx.plan import LaunchPlan
 from recurx.schedule import INPUT
@@ -24,45 +25,7 @@ from .build import Emulated, load_kernels
 
 FILES = ["grid_sm80.cu", "runtime.cu"]
 ENTRY = "rx_recursion_grid_sm80"
-SLOTS = 4
 GUARD = 4096  # bytes behind a state that nobody may write
-int32, pointer, reads = ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32 * 8
-
-
-class RxCall(ctypes.Structure):
-    _fields_ = [(name, int32) for name in ("net", "write", "num_state", "num_inject")]
-    _fields_ += [("state", reads), ("inject", reads)]
-
-
-class RxBlock(ctypes.Structure):
-    _fields_ = [(name, int32) for name in ("token_mlp", "inner", "heads", "token_inner")]
-    _fields_ += [("eps", ctypes.c_float)]
-
-
-class RxNet(ctypes.Structure):
-    _fields_ = [("num_blocks", int32), ("blocks", RxBlock * 8), ("tape", pointer)]
-
-
-class RxRecursion(ctypes.Structure):
-    _fields_ = [
-        (name, int32)
-        for name in ("batch", "tokens", "hidden", "num_states", "num_nets", "num_calls")
-    ]
-    _fields_ += [("calls", pointer), ("nets", RxNet * 2), ("x", pointer)]
-    _fields_ += [("cos", pointer), ("sin", pointer), ("states_in", pointer * 8)]
-    _fields_ += [("states_out", pointer * 8), ("scratch", pointer)]
-    _fields_ += [("scratch_bytes", ctypes.c_int64), ("timeline", pointer)]
-    _fields_ += [("timeline_events", ctypes.c_int64)]
-
-
-class RxGridPlan(ctypes.Structure):
-    _fields_ = [("ctas", int32), ("row_groups", int32 * 4), ("k_splits", int32 * 4)]
-    _fields_ += [("shared_bytes", int32)]
-
-
-class RxPack(ctypes.Structure):
-    _fields_ = [(name, int32) for name in ("hidden", "tokens", "num_blocks")]
-    _fields_ += [("blocks", RxBlock * 8), ("weights", pointer * 32), ("tape", pointer)]
 
 
 @dataclass(frozen=True)
@@ -77,15 +40,12 @@ class Plan:
     @staticmethod
     def of(plan: LaunchPlan) -> Plan:
         """The settings that recurx picked."""
-        names = ("mixer_in", "mixer_out", "gate_up", "down")
-        groups, splits = (tuple(plan[f"{k}_{n}"] for n in names) for k in ("groups", "splits"))
-        return Plan(plan["ctas"], groups, splits, plan["shared_bytes"])
+        made = cuda_grid.settings(plan)
+        return Plan(made.ctas, tuple(made.row_groups), tuple(made.k_splits), made.shared_bytes)
 
-    def struct(self) -> RxGridPlan:
-        four = int32 * SLOTS
-        return RxGridPlan(
-            self.ctas, four(*self.row_groups), four(*self.k_splits), self.shared_bytes
-        )
+    def struct(self) -> GridPlan:
+        four = ctypes.c_int32 * 4
+        return GridPlan(self.ctas, four(*self.row_groups), four(*self.k_splits), self.shared_bytes)
 
 
 class Guarded:
@@ -128,14 +88,14 @@ class GridKernel:
         names = (*schedule.states, INPUT)
         order = list(schedule.nets)
         steps = schedule.steps[start_from:stop_after]
-        calls = (RxCall * max(1, len(steps)))()
+        calls = (Call * max(1, len(steps)))()
         for call, step in zip(calls, steps, strict=False):
             call.net, call.write = order.index(step.net), names.index(step.write)
             call.num_state, call.num_inject = len(step.state), len(step.inject)
             call.state[: len(step.state)] = [names.index(name) for name in step.state]
             call.inject[: len(step.inject)] = [names.index(name) for name in step.inject]
         words = torch.frombuffer(bytearray(calls), dtype=torch.int32).to(x.device)
-        p, keep = RxRecursion(), [words]
+        p, keep = Recursion(), [words]
         p.batch, p.tokens, p.hidden = x.shape
         p.num_states, p.num_nets, p.num_calls = len(schedule.states), len(order), len(steps)
         p.calls = words.data_ptr()
@@ -169,21 +129,21 @@ class GridKernel:
             for name, state, out in zip(schedule.states, inputs, outs, strict=True)
         }
 
-    def _fill_net(self, p: RxRecursion, index: int, source: Net) -> Tensor:
-        net, pack = p.nets[index], RxPack(p.hidden, p.tokens, len(source.spec.blocks))
+    def _fill_net(self, p: Recursion, index: int, source: Net) -> Tensor:
+        net, pack = p.nets[index], Pack(p.hidden, p.tokens, len(source.spec.blocks))
         net.num_blocks = len(source.spec.blocks)
         for i, spec in enumerate(source.spec.blocks):
             token_mlp = spec.kind != ATTENTION
-            block = RxBlock(token_mlp, spec.inner, spec.num_heads, spec.token_inner, spec.eps)
+            block = Block(token_mlp, spec.inner, spec.num_heads, spec.token_inner, spec.eps)
             net.blocks[i] = pack.blocks[i] = block
-        tape = pack_net(source.spec, source.weights)
+        tape = cuda_grid.pack_net(source.spec, source.weights)
         assert self._bytes("rx_grid_sm80_tape_bytes", pack) == tape.numel() * tape.element_size()
         net.tape = tape.data_ptr()
         return tape
 
     def fixed_shared_bytes(self, batch: int, tokens: int, nets: Mapping[str, Net]) -> int:
         """Shared memory of a CTA before its first weight, as the kernel reckons it."""
-        p = RxRecursion(batch, tokens, next(iter(nets.values())).spec.hidden, 1, len(nets))
+        p = Recursion(batch, tokens, next(iter(nets.values())).spec.hidden, 1, len(nets))
         keep = [self._fill_net(p, i, net) for i, net in enumerate(nets.values())]
         found = self._bytes("rx_grid_sm80_fixed_shared_bytes", p, self.plan.struct())
         del keep
