@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recurx import backends, ops, reference
+from recurx import backends, checkpointed, ops, reference
 from recurx.errors import RecurxError, bad_argument
 from recurx.nets import ATTENTION, TOKEN_MLP, Net, NetSpec, as_net
 from recurx.problem import encode
 from recurx.schedule import Schedule
 
-SAVE = ("all", "states")
+SAVE = ("all", "block", "states")  # from most to least memory
 
 
 class _DifferentiableOnce(torch.autograd.Function):
@@ -65,8 +65,10 @@ def recurse(
         cos_sin: rotary tables, two [T, head_dim] fp32 tensors (`recurx.rope_tables`), or None.
         start_from: index of the first call to run, `carry` being the states before it.
         stop_after: number of the calls (counted from call 0) after which to stop; None for all.
-        save: what the window keeps for the backward: "all" (PyTorch's own graph, fastest) or
-            "states" (the entering states only; every call is recomputed).
+        save: what the window keeps for the backward, from fast to small: "all" (whatever spares
+            work; on PyTorch its own graph), "block" (each block's input; the rest is computed
+            again) or "states" (only what enters; every call is run again). On PyTorch under
+            torch.compile "block" is "all": the compiler itself chooses what to keep.
 
     Returns:
         {name: [B, T, D]} with every state. Under autocast the recursion runs in autocast's dtype
@@ -113,7 +115,7 @@ def _run(
 ) -> dict[str, Tensor]:
     """Calls before the window without gradient on `backend`, the window differentiably."""
     opaque = [name for name, net in nets.items() if not isinstance(net, Net)]
-    if opaque and (backend not in ("auto", "eager") or save == "states"):
+    if opaque and (backend not in ("auto", "eager") or save != "all"):
         raise bad_argument(
             "recurse",
             f"nets[{opaque[0]!r}]",
@@ -129,9 +131,10 @@ def _run(
     wants_grad = wants_grad and torch.is_grad_enabled()
     split = min(max(start, schedule.grad_from), stop) if wants_grad else stop
 
+    key = encode(schedule, [(n, net.spec) for n, net in nets.items() if isinstance(net, Net)])
+    cos, sin = (None, None) if cos_sin is None else cos_sin
+
     def fused(values: dict[str, Tensor], begin: int, end: int) -> dict[str, Tensor]:
-        key = encode(schedule, [(n, net.spec) for n, net in nets.items() if isinstance(net, Net)])
-        cos, sin = (None, None) if cos_sin is None else cos_sin
         out = ops.recurse_op(x, list(values.values()), weights, cos, sin, key, backend, begin, end)
         return dict(zip(values, out, strict=True))
 
@@ -141,12 +144,25 @@ def _run(
                 states = reference.run(schedule, nets, x, states, cos_sin, start, split)
             else:
                 states = fused(states, start, split)
-    if split < stop and save == "states":
+    if split == stop:
+        return states
+
+    compiling = torch.compiler.is_compiling()
+    if not plain:
+        # Sizes may be symbolic while compiling; a wrong guess is refused when the op runs.
+        tokens = 0 if compiling else x.shape[1]
+        rope = cos_sin is not None
+        chosen = backends.window_backend(backend, key, x.dtype, x.device.type, rope, tokens)
+        if chosen is not None:
+            tensors = list(states.values()), weights, cos, sin
+            out = ops.window_op(x, *tensors, key, chosen, split, stop, save)
+            return dict(zip(states, out, strict=False))  # what follows the states is kept
+    if save == "states":
         return fused(states, split, stop)
-    if split < stop:
-        states = reference.run(schedule, nets, x, states, cos_sin, split, stop)
-        return states if torch.compiler.is_compiling() else _once(states)
-    return states
+    if save == "block" and not compiling:
+        return _once(checkpointed.run(schedule, nets, x, states, cos_sin, split, stop))
+    states = reference.run(schedule, nets, x, states, cos_sin, split, stop)
+    return states if compiling else _once(states)
 
 
 def _once(states: dict[str, Tensor]) -> dict[str, Tensor]:

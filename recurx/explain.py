@@ -14,7 +14,7 @@ from recurx.models.inner import Inner
 from recurx.nets import Net, as_net
 from recurx.patch.handle import PatchHandle, installed
 from recurx.patch.install import find
-from recurx.problem import Problem
+from recurx.problem import Problem, encode
 
 
 def explain(model_or_problem: Any, *, backend: str | None = None, batch_size: int = 1) -> str:
@@ -134,7 +134,7 @@ def _explain_problem(problem: Problem, asked: str, both: bool = False) -> str:
     if both or not problem.needs_grad:
         lines.append(f"  without gradient: {_calls(0, len(problem.schedule))} on {chosen}")
     if both or problem.needs_grad:
-        lines.append(f"  in training: {_training(problem, chosen)}")
+        lines.append(f"  in training: {_training(problem, chosen, asked)}")
     return "\n".join(lines)
 
 
@@ -148,12 +148,22 @@ def _verdicts(problem: Problem, chosen: str) -> list[str]:
     return lines
 
 
-def _training(problem: Problem, chosen: str) -> str:
+def _training(problem: Problem, chosen: str, asked: str) -> str:
     schedule = problem.schedule
     split, calls = schedule.grad_from, len(schedule)
-    window = f"window {_range(split, calls)} on eager under autograd"
+    key = encode(schedule, problem.nets)
+    window = f"window {_range(split, calls)} "
+    fused = None
     if chosen != "eager":
-        window += f' (save="states": forward on {chosen}, backward recomputes call by call)'
+        fused = backends.window_backend(
+            asked, key, problem.dtype, problem.device_type, problem.rope, problem.tokens
+        )
+    if fused is not None:
+        window += f'on {fused}, forward and backward (save="all", "block" or "states")'
+    else:
+        window += "on eager under autograd"
+        if chosen != "eager":
+            window += f' (save="states": forward on {chosen}, backward recomputes call by call)'
     if split == 0:
         return f"all calls are in the window; {window}"
     return f"{_calls(0, split)} on {chosen} without gradient; {window}"

@@ -1,8 +1,10 @@
 """The recursion as `torch.library` custom ops, so that it traces, fakes and differentiates.
 
-`torch.ops.recurx.recurse` runs calls start..stop-1 and is differentiable in x, states and weights
-over exactly those calls; `recurx.recurse` composes it into windows with a detached carry. The
-backward keeps nothing but the states that entered and recomputes call by call.
+`torch.ops.recurx.recurse` runs calls start..stop-1 on any backend and is differentiable in x,
+states and weights over exactly those calls; its backward is the reference's, written out: it keeps
+nothing but the states that entered and recomputes call by call. `torch.ops.recurx.window` does the
+same on a backend that has a backward of its own (`recurx.backends.Window`) and returns, after the
+states, what its backward will read. `recurx.recurse` composes both with a detached carry.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from recurx import backends, reference_backward
+from recurx.checkpointed import DOUBLE_BACKWARD
 from recurx.errors import RecurxError
 from recurx.problem import Problem, decode
 
@@ -136,10 +139,148 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
 
 torch.library.register_autograd("recurx::recurse", _backward, setup_context=_save_for_backward)
 
-DOUBLE_BACKWARD = (
-    "recurx.recurse: double backward (create_graph=True) is not supported: the recursion is "
-    "differentiable once. For higher derivatives call recurx.reference.run, which is plain PyTorch."
-)
+# ---- the window of a backend that has a backward of its own ----------------------------------
+
+
+def _window(
+    x: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    key: str,
+    backend: str,
+    start: int,
+    stop: int,
+    save: str,
+) -> list[Tensor]:
+    """The states after calls start..stop-1, then what the backward reads."""
+    problem = problem_of(key, x, cos, needs_grad=True)
+    chosen = backends.select(backend, problem)
+    inputs = x.contiguous(), [state.contiguous() for state in states], list(weights), cos, sin
+    window = chosen.window(problem)
+    assert window is not None, "window_backend names backends that have one"
+    if save == "states":
+        return chosen.run(problem, *inputs, start, stop)
+    outs, kept = window.forward(problem, *inputs, start, stop, save)
+    return [*outs, *kept]
+
+
+def _window_fake(
+    x: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    key: str,
+    backend: str,
+    start: int,
+    stop: int,
+    save: str,
+) -> list[Tensor]:
+    problem = problem_of(key, x, cos, needs_grad=True)
+    window = backends.get(backend).window(problem)
+    assert window is not None, "window_backend names backends that have one"
+    # While torch.compile traces with dynamic shapes, plain integers may come as symbols too.
+    kept = window.kept(problem, int(start), int(stop), save)
+    return [
+        *_recurse_fake(x, states),
+        *(x.new_empty(shape, dtype=dtype) for shape, dtype in kept),
+    ]
+
+
+def _window_backward(
+    grads: Sequence[Tensor],
+    x: Tensor,
+    states: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    kept: Sequence[Tensor],
+    key: str,
+    backend: str,
+    start: int,
+    stop: int,
+    save: str,
+    given: Sequence[bool],
+    wants: Sequence[bool],
+) -> list[Tensor]:
+    """The gradients that `wants` asks for, of x, each state and each weight, in this order.
+
+    `grads` are those of the states for which `given` says so.
+    """
+    problem = problem_of(key, x, cos, needs_grad=True)
+    window = backends.get(backend).window(problem)
+    assert window is not None, "window_backend names backends that have one"
+    rest = iter(grads)
+    d_outs = [next(rest).contiguous() if there else None for there in given]
+    with torch.no_grad():
+        results = window.backward(
+            problem, x.contiguous(), [state.contiguous() for state in states], list(outs),
+            list(weights), cos, sin, list(kept), d_outs, list(wants), start, stop, save,
+        )  # fmt: skip
+    return [result for result in results if result is not None]
+
+
+def _window_backward_fake(
+    grads: Sequence[Tensor],
+    x: Tensor,
+    states: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    *rest: Any,
+) -> list[Tensor]:
+    wants = rest[-1]
+    return [
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        for tensor, wanted in zip((x, *states, *weights), wants, strict=True)
+        if wanted
+    ]
+
+
+window_op = _register("recurx::window", _window, _window_fake)
+window_backward_op = _register("recurx::window_backward", _window_backward, _window_backward_fake)
+
+
+def _save_window(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, states, weights, cos, sin, ctx.key, ctx.backend, ctx.start, ctx.stop, ctx.save = inputs
+    outs, kept = output[: len(states)], output[len(states) :]
+    # What is kept has no gradient; without the next line autograd would make zeros for all of it.
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*kept)
+    ctx.rope, ctx.num_states, ctx.num_weights = cos is not None, len(states), len(weights)
+    ctx.num_outs = 0 if ctx.save == "states" else len(outs)
+    tables = [cos, sin] if ctx.rope else []
+    ctx.save_for_backward(x, *tables, *states, *outs[: ctx.num_outs], *weights, *kept)
+
+
+def _differentiate_window(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    x, *rest = ctx.saved_tensors
+    cos, sin = (rest.pop(0), rest.pop(0)) if ctx.rope else (None, None)
+    cut = [ctx.num_states, ctx.num_outs, ctx.num_weights]
+    ends = [sum(cut[: i + 1]) for i in range(3)]
+    states, outs, weights = (rest[end - n : end] for n, end in zip(cut, ends, strict=True))
+    grads = grads[: ctx.num_states]
+    given = [grad is not None for grad in grads]
+    x_wanted, states_wanted, weights_wanted, *_ = ctx.needs_input_grad
+    wants = [bool(x_wanted), *_each(states_wanted, states), *_each(weights_wanted, weights)]
+    results = window_backward_op(
+        [grad for grad in grads if grad is not None], x, states, outs, weights, cos, sin,
+        rest[ends[-1] :], ctx.key, ctx.backend, ctx.start, ctx.stop, ctx.save, given, wants,
+    )  # fmt: skip
+    flow = iter(results)
+    d_x, *flat = [next(flow) if wanted else None for wanted in wants]
+    d_states, d_weights = flat[: ctx.num_states], flat[ctx.num_states :]
+    return d_x, d_states, d_weights, *[None] * 7
+
+
+def _each(needs: Any, tensors: Sequence[Tensor]) -> list[bool]:
+    """needs_input_grad of a list argument: a list of flags, or one False for an empty list."""
+    return [bool(flag) for flag in needs] if isinstance(needs, (list, tuple)) else []
+
+
+torch.library.register_autograd("recurx::window", _differentiate_window, setup_context=_save_window)
 
 
 def _no_double_backward(ctx: Any, *_: Any) -> None:
@@ -147,3 +288,4 @@ def _no_double_backward(ctx: Any, *_: Any) -> None:
 
 
 torch.library.register_autograd("recurx::recurse_backward", _no_double_backward)
+torch.library.register_autograd("recurx::window_backward", _no_double_backward)

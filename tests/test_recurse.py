@@ -43,7 +43,7 @@ def loss_of(carry: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("window", [1, "cycle", 5, "full"])
-@pytest.mark.parametrize("save", ["all", "states"])
+@pytest.mark.parametrize("save", ["all", "block", "states"])
 def test_gradients_of_every_window(backend: str, kind: str, window: int | str, save: str) -> None:
     schedule = Schedule.trm(3, 2, window=window)
     net = make_net(kind, requires_grad=True)
@@ -87,7 +87,7 @@ def test_carry_is_detached_on_entry_and_not_modified(backend: str) -> None:
     assert all(torch.equal(carry[name], before[name]) for name in carry)
 
 
-@pytest.mark.parametrize("save", ["all", "states"])
+@pytest.mark.parametrize("save", ["all", "block", "states"])
 def test_gradient_flows_into_the_carry_when_asked(save: str) -> None:
     schedule = Schedule(SCHEDULE.steps, detach_carry=False)
     net, (x, carry) = make_net(), make_inputs(schedule)
@@ -98,6 +98,28 @@ def test_gradient_flows_into_the_carry_when_asked(save: str) -> None:
     expected = torch.autograd.grad(loss_of(direct), list(leaves.values()))
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_block_keeps_each_blocks_input_and_no_more() -> None:
+    """On PyTorch: bytes that autograd holds between forward and backward, and the same states."""
+    net, (x, carry) = make_net(), make_inputs(SCHEDULE)
+    x.requires_grad_()
+    held, outs = {}, {}
+    for save in ("all", "block", "states"):
+        seen: dict[int, int] = {}
+
+        def pack(tensor: Tensor, seen: dict[int, int] = seen) -> Tensor:
+            seen[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            outs[save] = recurx.recurse(
+                SCHEDULE, {"L": net}, x, carry, backend="eager", cos_sin=rope(), save=save
+            )
+        held[save] = sum(n for p, n in seen.items() if p not in {w.data_ptr() for w in net.weights})
+    assert held["states"] < held["block"] < held["all"] / 4
+    for name in carry:
+        assert torch.equal(outs["block"][name], outs["all"][name])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -178,7 +200,7 @@ class Blocks(torch.nn.Module):
 @pytest.mark.parametrize(
     ("backend", "dynamic"), [*((name, None) for name in BACKENDS), ("auto", True)]
 )
-@pytest.mark.parametrize("save", ["all", "states"])
+@pytest.mark.parametrize("save", ["all", "states"])  # "block" is "all" while compiling
 def test_traces_whole_with_dynamic_batch(backend: str, save: str, dynamic: bool | None) -> None:
     torch._dynamo.reset()
     net, schedule = Blocks(), Schedule.trm(2, 1)
@@ -200,7 +222,7 @@ def test_traces_whole_with_dynamic_batch(backend: str, save: str, dynamic: bool 
         torch.testing.assert_close(*grads)
 
 
-@pytest.mark.parametrize("save", ["all", "states"])
+@pytest.mark.parametrize("save", ["all", "block", "states"])
 def test_double_backward_is_refused_clearly(save: str) -> None:
     net, (x, carry) = make_net(), make_inputs(SCHEDULE)
     x.requires_grad_()
@@ -266,7 +288,8 @@ X, CARRY = make_inputs(SCHEDULE)
         (dict(start_from=8, stop_after=3), ["stop_after", "8", "3"]),
         (dict(stop_after=10), ["stop_after", "10"]),
         (dict(start_from=-1), ["start_from", "-1"]),
-        (dict(save="none"), ["save", "none"]),
+        (dict(save="none"), ["save", "none", "block"]),
+        (dict(save="block", nets={"L": torch.nn.Identity()}), ["nets['L']", "plain callable"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -3,6 +3,8 @@
 A backend is asked three questions: can it run on this machine, can it run this problem, and run
 it. An explicit backend never falls back. `auto` takes the first backend of `ORDER` for the device
 that answers yes to both, so its choice is deterministic and `recurx.explain` can retell it.
+
+A backend that has a backward offers a `Window`; without one the gradient window runs on PyTorch.
 """
 
 from __future__ import annotations
@@ -12,10 +14,11 @@ import functools
 import importlib
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from recurx.errors import BackendUnavailable, bad_argument
-from recurx.problem import Problem
+from recurx.problem import Problem, decode
 
 
 class Backend(abc.ABC):
@@ -58,6 +61,76 @@ class Backend(abc.ABC):
 
         Returns:
             All states in the same order, in fresh contiguous tensors that alias no input.
+        """
+
+    def window(self, problem: Problem) -> Window | None:
+        """Its differentiable window for `problem`, or None: then PyTorch runs the window.
+
+        May not depend on B, which torch.compile may have made symbolic.
+        """
+        return None
+
+
+class Window(abc.ABC):
+    """Optional: a forward that keeps what its backward reads, and that backward.
+
+    `save` is the knob of `recurx.recurse`: "all" keeps whatever spares work, "block" each block's
+    input, "states" nothing (the entering states are always there), so that of the bytes kept
+    states < block < all. Tensors come checked, contiguous and on one device, as for `Backend.run`.
+    """
+
+    @abc.abstractmethod
+    def kept(
+        self, problem: Problem, start: int, stop: int, save: str
+    ) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each tensor that `forward` keeps; the sizes may be symbolic."""
+
+    @abc.abstractmethod
+    def forward(
+        self,
+        problem: Problem,
+        x: Tensor,
+        states: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        cos: Tensor | None,
+        sin: Tensor | None,
+        start: int,
+        stop: int,
+        save: str,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The states after calls start..stop-1 as `Backend.run` returns them, and what is kept.
+
+        All in fresh tensors that alias no input and not each other.
+        """
+
+    @abc.abstractmethod
+    def backward(
+        self,
+        problem: Problem,
+        x: Tensor,
+        states: Sequence[Tensor],
+        outs: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        cos: Tensor | None,
+        sin: Tensor | None,
+        kept: Sequence[Tensor],
+        d_outs: Sequence[Tensor | None],
+        wants: Sequence[bool],
+        start: int,
+        stop: int,
+        save: str,
+    ) -> list[Tensor | None]:
+        """Gradients of x, each state and each weight, flat in this order; None where not wanted.
+
+        Args:
+            states, outs: what entered and what left; `outs` is empty for save="states".
+            kept: what `forward` kept; not modified, it may be asked twice.
+            d_outs: gradients of `outs`, None for zero; not modified.
+            wants: for each gradient in the order of the result, whether it is wanted.
+
+        Returns:
+            Fresh tensors that alias nothing; weight gradients, summed in fp32 over all calls, in
+            the dtype of the masters.
         """
 
 
@@ -128,6 +201,28 @@ def has_fused(device_type: str) -> bool:
     )
 
 
+def window_backend(
+    name: str, key: str, dtype: torch.dtype, device_type: str, rope: bool, tokens: int
+) -> str | None:
+    """Name of the backend whose `Window` serves a problem under the requested `name`, or None.
+
+    `key` is the encoded schedule and nets, `tokens` is T, or 0 while torch.compile traces and T may
+    be symbolic. For "auto" it is the first that `auto` may take and that has a window; an explicit
+    backend without one has PyTorch's.
+    """
+    schedule, nets = decode(key)
+    tokens = tokens or max([block.tokens for _, spec in nets for block in spec.blocks] + [1])
+    hidden = nets[0][1].hidden
+    problem = Problem(schedule, nets, 1, tokens, hidden, dtype, device_type, rope, needs_grad=True)
+    for candidate in ORDER if name == "auto" else (name,):
+        if candidate == "eager" or (name == "auto" and not auto_may_take(candidate, device_type)):
+            continue
+        if why_not(candidate, problem) is None and get(candidate).window(problem) is not None:
+            return candidate
+    return None
+
+
 # What torch.compiler.assume_constant_result sets; calling that would import torch._dynamo, which
 # takes seconds, for everybody who never compiles.
 has_fused._dynamo_marked_constant = True  # type: ignore[attr-defined]
+window_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]

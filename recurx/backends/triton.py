@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recurx.backends import Backend
+from recurx.backends import Backend, Window
 from recurx.backends.calls import CallTable, lower
 from recurx.backends.graphs import Capture, Recording, RecordingCache, cuda_capture
 from recurx.backends.weights import Tape, WeightCache
@@ -140,6 +140,11 @@ class Triton(Backend):
             return way(
                 plan, problem, table, tape, x.detach(), [s.detach() for s in states], cos_sin
             )
+
+    def window(self, problem: Problem) -> Window:
+        from recurx.backends.triton_window import TritonWindow
+
+        return TritonWindow(self.tape)
 
     def tape(self, problem: Problem, weights: Sequence[Tensor]) -> Tape:
         """The weights of all nets rounded to the problem's dtype, in buffers that stay."""

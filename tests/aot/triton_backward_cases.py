@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
-from aot.triton_cases import Maker, _meta
+from aot.triton_cases import ARCHS, GENERATIONS, Maker, TritonCase, _case, _meta
 
 
 def _rms_backward(batch: int, tokens: int, d: int, over_tokens: bool = False) -> Maker:
@@ -129,18 +131,32 @@ MAIN = (
     _wgrad(97 * 64, 1536, 512),
     _attention_backward("keys", 64, 97, 8, 64),
 )
-# Over tokens, the widest rows, long and small attention; the sum of the partial gradients.
+# Over tokens, the widest rows, long and wide attention.
 MORE = (
-    _rms_backward(64, 97, 512, over_tokens=True),
     _dgrad(512, 1024, 97, over_tokens=True),
     _dgrad_rms_backward(97 * 64, 1536, 768),
-    _dgrad_rms_backward(17 * 64, 256, 64),
     _swiglu_backward(512, 97, 512, over_tokens=True),
     _wgrad(512, 97, 512, over_tokens=True),
-    _wgrad_sum(1536, 512),
     _attention_backward("queries", 64, 916, 8, 64),
     _attention_backward("keys", 64, 916, 8, 64),
-    _attention_backward("keys", 2, 40, 2, 128),
     _attention_backward("keys", 2, 300, 2, 128),
+)
+THOROUGH = (
+    _rms_backward(64, 97, 512, over_tokens=True),
+    _dgrad_rms_backward(17 * 64, 256, 64),
+    _wgrad_sum(1536, 512),
+    _attention_backward("keys", 2, 40, 2, 128),
     _attention_backward("queries", 2, 300, 2, 32),
 )
+
+
+def cases(thorough: bool = False) -> Iterator[TritonCase]:
+    """bf16 on every architecture; fp32, and the small shapes, only if `thorough`."""
+    for maker in MAIN:
+        yield _case(maker, torch.bfloat16, ARCHS)
+    for maker in MORE:
+        yield _case(maker, torch.bfloat16, ARCHS if thorough else GENERATIONS)
+    for maker in (*MAIN, *MORE, *THOROUGH) if thorough else ():
+        yield _case(maker, torch.float32, ARCHS)
+    for maker in THOROUGH if thorough else ():
+        yield _case(maker, torch.bfloat16, ARCHS)

@@ -139,18 +139,17 @@ GENERATIONS = ("80", "90")  # mma.sync and wgmma: they stand for the others
 
 def cases(thorough: bool = False) -> Iterator[TritonCase]:
     """bf16 for every architecture and fp32 for one; `thorough` leaves nothing out."""
-    from aot import triton_backward_cases as backward  # which imports this module's makers
-
     bf16, fp32 = torch.bfloat16, torch.float32
-    for maker in (*MAIN, *backward.MAIN):
+    for maker in MAIN:
         yield _case(maker, bf16, ARCHS)
         yield _case(maker, fp32, ARCHS if thorough else GENERATIONS[:1])
-    for maker in (*MORE, *backward.MORE):
+    for maker in MORE:
         yield _case(maker, bf16, ARCHS if thorough else GENERATIONS)
         if thorough:
             yield _case(maker, fp32, ARCHS)
-    from aot import step_cases
+    from aot import step_cases, triton_backward_cases
 
+    yield from triton_backward_cases.cases(thorough)
     yield from step_cases.cases(ARCHS if thorough else GENERATIONS)
 
 

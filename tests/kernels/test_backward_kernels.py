@@ -197,17 +197,18 @@ def attention_problem(batch, tokens, heads, head_dim, dtype, device, rotate=True
 
 
 # On an sm_90 one kernel up to T=128 (bf16; T=32 in fp32), on an sm_80 up to T=64; then two.
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "batch, tokens, heads, head_dim, rotate",
+    "arch, dtype, batch, tokens, heads, head_dim, rotate",
     [
-        (2, 97, 2, 64, True), (1, 16, 3, 32, True), (1, 65, 1, 128, True), (2, 1, 2, 64, True),
-        (1, 150, 2, 32, True), (1, 140, 1, 128, True), (1, 33, 1, 64, False),
+        (90, torch.bfloat16, 2, 97, 1, 64, True), (80, torch.bfloat16, 1, 97, 2, 64, True),
+        (90, torch.bfloat16, 1, 150, 1, 32, True), (80, torch.bfloat16, 1, 16, 3, 32, True),
+        (90, torch.bfloat16, 1, 70, 1, 128, True), (80, torch.bfloat16, 1, 33, 1, 128, True),
+        (90, torch.bfloat16, 2, 1, 2, 64, True), (80, torch.float32, 2, 1, 1, 32, True),
+        (80, torch.float32, 1, 40, 2, 64, True), (80, torch.float32, 1, 17, 1, 128, False),
     ],
 )  # fmt: skip
 def test_attention_backward(
-    triton_device, monkeypatch, arch, batch, tokens, heads, head_dim, rotate, dtype
+    triton_device, monkeypatch, arch, dtype, batch, tokens, heads, head_dim, rotate
 ):
     from recurx.kernels import tiles
     from recurx.kernels.attention_backward import attention_backward

@@ -1,0 +1,373 @@
+"""The window on Triton kernels, forward and backward, through `recurx.recurse`, in the interpreter.
+
+Gradients are judged against eager autograd: in fp32 by cosine and norm, in bf16 by fp64, with the
+error of PyTorch's own bf16 as the measure.
+"""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton", reason="triton has no wheel for this platform")
+from compare import relative_error
+from simulate import triton_on_cpu
+
+import recurx
+from recurx import Schedule, Step, backends, ops, reference
+from recurx.nets import ATTENTION, KINDS, TOKEN_MLP, Net
+from recurx.problem import encode
+from tests.factories import make_inputs, make_net, rope, rounded, wide
+
+SAVE = ("all", "block", "states")
+SYSTEMS = {
+    "trm": Schedule.trm(2, 1),
+    "hrm": Schedule.hrm(2, 1),
+    "single_z": Schedule.single_z(2, 1),
+    "hier": Schedule.hier(2, 2),
+    "full": Schedule.trm(1, 2, window="full"),
+}
+ONE_CALL = Schedule((Step("L", "z", ("z",), ("x",)),))
+SMALL = dict(tokens=9, inner=48, token_inner=32, blocks=1)
+
+
+def loss_of(carry: dict) -> torch.Tensor:
+    """Every entry of every state counts, with another weight."""
+    total = 0.0
+    for n, state in enumerate(carry.values()):
+        wide_state = state.to(torch.promote_types(state.dtype, torch.float32))
+        ramp = torch.linspace(-1, 1, state.shape[1] * state.shape[2]).view(state.shape[1:])
+        total = total + (wide_state * torch.roll(ramp.to(wide_state.dtype), n, 0)).square().sum()
+    return total
+
+
+def gradients_of(run, schedule, nets, x, carry, into_carry=False):
+    """Gradients of x and all weights, and of the carry, by name."""
+    x = x.detach().clone().requires_grad_()
+    carry = {name: s.detach().clone().requires_grad_(into_carry) for name, s in carry.items()}
+    nets = {
+        name: Net(net.spec, [w.detach().clone().requires_grad_() for w in net.weights])
+        for name, net in nets.items()
+    }
+    leaves = {"x": x, **(carry if into_carry else {})}
+    leaves |= {f"{name}[{i}]": w for name, net in nets.items() for i, w in enumerate(net.weights)}
+    loss = loss_of(run(schedule, nets, x, carry))
+    grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+    return dict(zip(leaves, grads, strict=True))
+
+
+def autograd(cos_sin):
+    """Plain PyTorch with the window cut by hand."""
+
+    def run(schedule, nets, x, carry):
+        if schedule.detach_carry:
+            carry = {name: state.detach() for name, state in carry.items()}
+        with torch.no_grad():
+            before = reference.run(schedule, nets, x, carry, cos_sin, 0, schedule.grad_from)
+        before = before if schedule.grad_from else carry
+        return reference.run(schedule, nets, x, before, cos_sin, schedule.grad_from)
+
+    return run
+
+
+def on_triton(cos_sin, save="all"):
+    def run(schedule, nets, x, carry):
+        return recurx.recurse(
+            schedule, nets, x, carry, backend="triton", cos_sin=cos_sin, save=save
+        )
+
+    return run
+
+
+def assert_close(got: dict, schedule, nets, x, carry, cos_sin, into_carry=False) -> None:
+    """`got` against autograd; with fp32 states by cosine and norm, with bf16 through fp64."""
+    arguments = dict(into_carry=into_carry)
+    plain = gradients_of(autograd(cos_sin), schedule, nets, x, carry, **arguments)
+    if x.dtype == torch.float32:
+        for name, a in got.items():
+            b = plain[name]
+            assert a.dtype == b.dtype
+            if not b.any():
+                assert not a.any(), f"{name} should be zero"
+                continue
+            cosine = F.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0)
+            assert cosine > 0.9999, f"gradient of {name}: cosine {cosine}"
+            norm = (a.norm() / b.norm()).item()
+            assert abs(norm - 1) < 1e-3, f"gradient of {name}: norm off by {norm}"
+        return
+    exact_nets = {name: rounded(net, x.dtype, torch.float64) for name, net in nets.items()}
+    exact = gradients_of(
+        autograd(cos_sin), schedule, exact_nets, x.double(), wide(carry), **arguments
+    )
+    # All gradients together: alone, a small matrix's error of one draw scatters by more than 1.25.
+    errors = [
+        torch.stack(
+            [
+                torch.tensor(relative_error(g[name], exact[name]))
+                for name in exact
+                if exact[name].any()
+            ]
+        )
+        for g in (got, plain)
+    ]
+    ours, theirs = (e.square().mean().sqrt().item() for e in errors)
+    assert ours <= 1.25 * theirs, f"gradients: relative error {ours:.3g}, PyTorch's {theirs:.3g}"
+
+
+def problem(system="trm", kind=ATTENTION, dtype=torch.float32, batch=2, **shape):
+    schedule = SYSTEMS[system] if isinstance(system, str) else system
+    nets = {
+        name: rounded(make_net(kind, seed=n, **shape), dtype, torch.float32)
+        for n, name in enumerate(schedule.nets)
+    }
+    sizes = {k: shape[k] for k in ("tokens", "hidden") if k in shape}
+    x, carry = make_inputs(schedule, batch=batch, dtype=dtype, **sizes)
+    cos_sin = rope(**{k: shape[k] for k in ("tokens", "hidden", "heads") if k in shape})
+    return schedule, nets, x, carry, cos_sin
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    "system, kind, blocks, dtype",
+    [
+        ("trm", ATTENTION, 2, FP32), ("trm", TOKEN_MLP, 2, FP32),
+        ("trm", ATTENTION, 1, BF16), ("trm", TOKEN_MLP, 2, BF16),
+        ("hrm", ATTENTION, 1, FP32), ("hrm", TOKEN_MLP, 1, FP32),
+        ("single_z", TOKEN_MLP, 1, FP32), ("hier", ATTENTION, 1, FP32),
+        ("full", ATTENTION, 1, FP32), ("full", TOKEN_MLP, 1, BF16),
+    ],
+)  # fmt: skip
+def test_gradients_of_every_system(system, kind, blocks, dtype):
+    *given, cos_sin = problem(system, kind, dtype, **{**SMALL, "blocks": blocks})
+    with triton_on_cpu():
+        got = gradients_of(on_triton(cos_sin), *given)
+    assert all(g.dtype == torch.float32 for name, g in got.items() if name != "x")
+    assert_close(got, *given, cos_sin)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_kept_changes_no_bit_and_neither_does_a_rerun(kind):
+    blocks = 2 if kind == ATTENTION else 1
+    *given, cos_sin = problem(Schedule.trm(1, 1), kind, BF16, **{**SMALL, "blocks": blocks})
+    with triton_on_cpu():
+        first, *others = (gradients_of(on_triton(cos_sin, save), *given) for save in ("all", *SAVE))
+    for other, save in zip(others, SAVE, strict=True):
+        for name in first:
+            assert torch.equal(first[name], other[name]), f"save={save!r}: gradient of {name}"
+
+
+@pytest.mark.parametrize("save", SAVE)
+def test_gradient_flows_into_the_carry_when_asked(save):
+    """Full back-propagation: the states that enter have a gradient, of every read and of none."""
+    steps = (Step("L", "a", ("a", "a"), ("x",)), Step("L", "b", ("a",)))
+    schedule = Schedule((*steps, Step("L", "a", ("c",))), detach_carry=False)
+    *given, cos_sin = problem(schedule, **SMALL)
+    with triton_on_cpu():
+        got = gradients_of(on_triton(cos_sin, save), *given, into_carry=True)
+    assert not got["b"].any() and got["a"].any() and got["c"].any()
+    assert_close(got, *given, cos_sin, into_carry=True)
+
+
+@pytest.mark.parametrize(
+    "kind, shape, batch, dtype",
+    [
+        (ATTENTION, dict(tokens=5, hidden=384, heads=6, inner=64), 1, BF16),
+        (TOKEN_MLP, dict(tokens=3, hidden=768, inner=32, token_inner=16), 1, BF16),
+        (TOKEN_MLP, dict(tokens=33, hidden=128, inner=32, token_inner=16), 3, FP32),
+        (ATTENTION, dict(tokens=1), 1, FP32),
+        (ATTENTION, {}, 0, FP32),
+        (TOKEN_MLP, {}, 0, FP32),
+    ],
+)
+def test_shapes_and_strides(kind, shape, batch, dtype):
+    given = problem(ONE_CALL, kind, dtype, batch=batch, **{**SMALL, **shape})
+    schedule, nets, x, carry, cos_sin = given
+    x = x.transpose(0, 2).contiguous().transpose(0, 2)
+    nets = {  # weights with strides of their own
+        name: Net(net.spec, [w.T.contiguous().T for w in net.weights]) for name, net in nets.items()
+    }
+    with triton_on_cpu():
+        got = gradients_of(on_triton(cos_sin), schedule, nets, x, carry)
+    assert got["x"].shape == x.shape
+    assert_close(got, schedule, nets, x, carry, cos_sin)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_window_keeps_what_its_knob_says(kind):
+    """Bytes that autograd holds between forward and backward, beside x, carry and weights."""
+    schedule, nets, x, carry, cos_sin = problem(kind=kind, dtype=BF16, **{**SMALL, "blocks": 2})
+    x.requires_grad_()
+    ours = {t.data_ptr() for t in (x, *carry.values(), *cos_sin)}
+    ours |= {w.data_ptr() for net in nets.values() for w in net.weights}
+    held = {}
+    with triton_on_cpu():
+        for save in SAVE:
+            seen: dict[int, int] = {}
+
+            def pack(tensor, seen=seen):
+                seen[tensor.data_ptr()] = tensor.nbytes
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                out = recurx.recurse(
+                    schedule, nets, x, carry, backend="triton", cos_sin=cos_sin, save=save
+                )
+            mine = {p: n for p, n in seen.items() if p not in ours}
+            held[save] = sum(mine.values()), out
+    rows = x.nbytes  # [B, T, D] once
+    entering = 2 * rows  # the states as the calls before the window left them
+    assert held["states"][0] <= entering
+    # Two calls of two blocks: h of each block and both outs, which leave as states here.
+    assert held["block"][0] < entering + 6.5 * rows
+    assert held["states"][0] < held["block"][0] < held["all"][0]
+    with triton_on_cpu():  # an op that says less than it keeps would be found here
+        loss_of(held["states"][1]).backward()
+
+
+def test_traces_whole_and_keeps_a_dynamic_batch():
+    torch._dynamo.reset()
+    schedule, nets, x, carry, cos_sin = problem(**SMALL)
+    weights = [w.requires_grad_() for w in nets["L"].weights]
+
+    def step(x, z_H, z_L):
+        net = {"L": Net(nets["L"].spec, weights)}
+        out = recurx.recurse(
+            schedule, net, x, {"z_H": z_H, "z_L": z_L}, backend="triton", cos_sin=cos_sin
+        )
+        return out["z_H"].square().sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    with triton_on_cpu():
+        for batch in (2, 3):
+            x, carry = make_inputs(schedule, batch=batch, tokens=9)
+            x.requires_grad_()
+            got, want = (
+                torch.autograd.grad(f(x, carry["z_H"], carry["z_L"]), [x, *weights])
+                for f in (compiled, step)
+            )
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("save", ["block", "states"])
+def test_opcheck(save):
+    schedule, nets, x, carry, cos_sin = problem(ONE_CALL, **SMALL)
+    weights = [w.requires_grad_() for w in nets["L"].weights]
+    key = encode(schedule, [("L", nets["L"].spec)])
+    states = [state.requires_grad_() for state in carry.values()]
+    inputs = (x.requires_grad_(), states, weights, *cos_sin, key, "triton", 0, 1, save)
+    with triton_on_cpu():
+        torch.library.opcheck(
+            ops.window_op, inputs, test_utils=("test_schema", "test_autograd_registration",
+                                              "test_faketensor"),
+        )  # fmt: skip
+
+
+def test_double_backward_is_refused_clearly():
+    schedule, nets, x, carry, cos_sin = problem(ONE_CALL, **SMALL)
+    x.requires_grad_()
+    with triton_on_cpu():
+        out = recurx.recurse(schedule, nets, x, carry, backend="triton", cos_sin=cos_sin)
+        with pytest.raises(recurx.RecurxError, match="double backward"):
+            (grad,) = torch.autograd.grad(loss_of(out), x, create_graph=True)
+            torch.autograd.grad(grad.square().sum(), x)
+
+
+def test_autocast_trains_in_its_dtype_with_fp32_weight_gradients():
+    schedule, nets, x, carry, cos_sin = problem(ONE_CALL, **SMALL)
+
+    def autocast(schedule, nets, x, carry):
+        with torch.autocast("cpu", dtype=BF16):
+            return on_triton(cos_sin)(schedule, nets, x, carry)
+
+    def by_hand(schedule, nets, x, carry):
+        half = {name: state.to(BF16) for name, state in carry.items()}
+        out = on_triton(cos_sin)(schedule, nets, x.to(BF16), half)
+        return {name: state.float() for name, state in out.items()}
+
+    with triton_on_cpu():
+        got, want = (gradients_of(f, schedule, nets, x, carry) for f in (autocast, by_hand))
+    for name in want:
+        assert got[name].dtype == torch.float32 and torch.equal(got[name], want[name]), name
+
+
+def test_only_what_is_asked_for_is_computed():
+    """With frozen weights no weight gradient is launched, and x alone is as in the full run."""
+    schedule, nets, x, carry, cos_sin = problem(ONE_CALL, **SMALL)
+    x.requires_grad_()
+    with triton_on_cpu():
+        out = recurx.recurse(schedule, nets, x, carry, backend="triton", cos_sin=cos_sin)
+        with mock.patch("recurx.backends.triton_block.wgrad", side_effect=AssertionError):
+            (got,) = torch.autograd.grad(loss_of(out), x)
+        want = gradients_of(on_triton(cos_sin), schedule, nets, x, carry)["x"]
+    assert torch.equal(got, want)
+
+
+# ---- planted bugs: the judgement above must reject each of them ---------------------------------
+def without_residual(real):
+    return lambda d_out, weight, residual, *rest: real(d_out, weight, 0 * residual, *rest)
+
+
+def forget_what_was_added(real):
+    return lambda d_out, x, partial, *, add: real(d_out, x, partial, add=False)
+
+
+def swap_gate_and_up(real):
+    def swiglu_backward(x, gate_up, down, d_out):
+        d_gate_up, mid = real(x, gate_up, down, d_out)
+        return torch.roll(d_gate_up, gate_up.shape[0] // 2, -1), mid
+
+    return swiglu_backward
+
+
+def without_rotation(real):
+    return lambda qkv, out, lse, d_out, cos_sin: real(qkv, out, lse, d_out, None)
+
+
+PLANTED = {
+    "residual path missing": ("dgrad_rms_backward", without_residual),
+    "calls of the window overwrite each other's weight gradient": ("wgrad", forget_what_was_added),
+    "gate and up swapped": ("swiglu_backward", swap_gate_and_up),
+    "rope backward missing": ("attention_backward", without_rotation),
+}
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_planted_bugs_are_rejected(bug):
+    from recurx.backends import triton_block
+
+    name, plant = PLANTED[bug]
+    *given, cos_sin = problem(Schedule.trm(1, 1), **SMALL)
+    with (
+        triton_on_cpu(),
+        mock.patch.object(triton_block, name, plant(getattr(triton_block, name))),
+    ):
+        got = gradients_of(on_triton(cos_sin), *given)
+    with pytest.raises(AssertionError, match="gradient"):
+        assert_close(got, *given, cos_sin)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_a_window_off_by_one_is_rejected(dtype):
+    schedule, *given, cos_sin = problem(Schedule.trm(2, 2), dtype=dtype, **SMALL)
+    assert_close(gradients_of(autograd(cos_sin), schedule, *given), schedule, *given, cos_sin)
+    for off in (-1, 1):
+        wrong = schedule.with_window(schedule.window + off)
+        got = gradients_of(autograd(cos_sin), wrong, *given)
+        with pytest.raises(AssertionError, match="gradient"):
+            assert_close(got, schedule, *given, cos_sin)
+
+
+def test_which_backend_takes_the_window():
+    schedule, nets, *_ = problem(ONE_CALL, **SMALL)
+    key = encode(schedule, [("L", nets["L"].spec)])
+    arguments = (key, FP32, "cpu", True, 9)
+    assert backends.window_backend("cpu", *arguments) is None
+    assert backends.window_backend("auto", *arguments) is None
+    with triton_on_cpu():
+        assert backends.window_backend("triton", *arguments) == "triton"
+        assert backends.window_backend("triton", key, torch.float64, "cpu", True, 9) is None
