@@ -2,7 +2,8 @@
 
     cases.py      named cases (models and their data) and suites (what is run in one go)
     variants.py   ways to run a case: PyTorch's, and every backend of the registry; fp32 and bf16
-    subjects.py   one variant of one case as an object that steps: inference, solve, training
+    subjects.py   one variant of one case as an object that steps: inference and solving
+    training.py   the same for training
     official.py   optimiser and averages as official loops run them, the baseline of training
     worker.py     the process that holds a subject
     counters.py   launches, memory, energy

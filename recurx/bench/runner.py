@@ -21,6 +21,7 @@ from recurx.bench.variants import YARDSTICK
 SAMPLE_SECONDS = 0.02  # short steps are repeated until a sample takes about this long
 MOST_ROUNDS, FEWEST_ROUNDS = 200, 3
 SLOW = 20  # a variant this many times slower than the fastest takes part in fewer rounds
+RECORDED = 4  # torch.compile records its graphs in the second step, CapturedStep in the fourth
 ENERGY_SECONDS = 0.5
 CACHE = {
     "warm": "warm: a sample is steps back to back",
@@ -187,8 +188,8 @@ class Measurement:
             compiled = way is not None and way.compile is not None
             share = lane.row["first_seconds"] / self.group.seconds
             plain = way is not None and not compiled
-            if compiled:  # a graph is recorded in the second step, and replayed from the third
-                self._ask(lane, lambda r: r.ask("time", repeats=2))
+            if compiled or self.options.device == "cuda":
+                self._ask(lane, lambda remote: remote.ask("time", repeats=RECORDED))
             if plain and share > 0.6:
                 lane.times.append(lane.row["first_seconds"])
                 lane.row["note"] = "too slow for rounds: its first step is the sample"

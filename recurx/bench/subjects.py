@@ -14,16 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recurx import train
 from recurx.api import recurse
-from recurx.bench import official
 from recurx.bench.cases import SOLVE_STEPS, build, case, sample
 from recurx.bench.variants import Variant
-from recurx.models import ACTLossHead, RecursiveModel
+from recurx.models import RecursiveModel
 from recurx.solve import Answers, solve
 
 CHECK_ROWS = 64  # samples are independent: more rows would prove no more
-LR, BETAS, DECAY = 1e-4, (0.9, 0.95), 1.0  # published
+ANSWERS = {"q": "answers at the halt", None: "answers after all steps"}
 NET_FILE = "trained.safetensors"  # of a case that solves, in the group's folder
 
 Outputs = dict[str, Tensor]
@@ -33,7 +31,9 @@ def subject(
     case_name: str, mode: str, variant: Variant, batch: int, device: str, unit: str, folder: str
 ) -> Any:
     """The subject of a variant; `unit` is what torch.compile compiles, "net" or "step"."""
-    made = {"step": StepSubject, "train": TrainSubject, "solve": SolveSubject}[mode]
+    from recurx.bench.training import train_subject
+
+    made: Any = {"step": StepSubject, "train": train_subject, "solve": SolveSubject}[mode]
     return made(case_name, variant, batch, device, unit, folder)
 
 
@@ -142,84 +142,19 @@ class StepSubject:
         return {}
 
 
-# ---- training ------------------------------------------------------------------------------------
-
-
-class TrainSubject:
-    """One training step after another, on one batch of random labels.
-
-    PyTorch's ways take loss, optimiser, weight average and embedding update as official loops do
-    (`official.py`), recurx its own.
-    """
-
-    def __init__(
-        self, name: str, variant: Variant, batch: int, device: str, unit: str, folder: str
-    ) -> None:
-        self.variant, self.batch = variant, batch
-        self.model = build(name, variant.dtype, variant.backend, batch).to(device).train()
-        data, _ = sample(self.model, batch)
-        self.data = {key: value.to(device) for key, value in data.items()}
-        self.carry = self.model.initial_carry(self.data)
-        self.parameters = list(self.model.parameters())
-        self.loss = torch.zeros(())
-        settings: dict[str, Any] = {"lr": LR, "betas": BETAS, "weight_decay": DECAY}
-        ours = variant.ours
-        loss = "fused_stablemax_cross_entropy" if ours else "stablemax_cross_entropy"
-        self.head: Callable[..., Any] = ACTLossHead(self.model, loss)
-        made = train.AdamATan2 if ours else official.AdamATan2
-        self.optimizer = made(self.parameters, **settings)
-        self.average = (train.Average if ours else official.Average)(self.model, 0.999)
-        self.rows = (
-            list(self.model.puzzle_emb.buffers()) if self.model.config.puzzle_emb_ndim else []
-        )
-        self.sparse = train.SparseSignSGD(self.rows, LR, DECAY) if ours and self.rows else None
-        way = variant.way
-        if way is not None and way.compile is not None:
-            if unit == "net":
-                compile_nets(self.model, way.compile, dynamic=False)
-            else:
-                self.head = torch.compile(self.head, dynamic=False, **way.compile)
-
-    def step(self) -> None:
-        if self.variant.engine == "reduce-overhead":
-            torch.compiler.cudagraph_mark_step_begin()
-        carry, loss, _, _, _ = self.head(carry=self.carry, batch=self.data)
-        if self.variant.engine == "reduce-overhead":  # the next run overwrites what this one wrote
-            carry.inner_carry = {name: z.clone() for name, z in carry.inner_carry.items()}
-        self.carry, self.loss = carry, loss.detach()
-        (loss / self.batch).backward()
-        self.optimizer.step()
-        if self.sparse is not None:
-            self.sparse.step()
-            self.sparse.zero_grad()
-        elif self.rows:
-            official.sign_sgd_(*train.optim.embedding_buffers(self.rows), LR, DECAY)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.average.update(self.model)
-
-    def outputs(self) -> Outputs:
-        """Of the first step: its loss, and its gradient out of the optimiser's mean, which is then
-        (1 - beta1) times it."""
-        means = [self.optimizer.state[p].get("exp_avg", p.detach() * 0) for p in self.parameters]
-        gradient = torch.cat([mean.flatten() for mean in means]).float().cpu() / (1 - BETAS[0])
-        return {"loss": self.loss.float().cpu() / self.batch, "gradient": gradient}
-
-    def facts(self) -> dict[str, Any]:
-        return {}
-
-
 # ---- solving -------------------------------------------------------------------------------------
 
 
 def train_net(name: str, folder: str) -> None:
     """Train the net that every variant of the group loads."""
     from recurx.checkpoint import save_checkpoint
-    from recurx.train import Trainer, preset
+    from recurx.train import Trainer
 
     chosen = case(name)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # nets 64 wide gain nothing from a second thread
-    trainer = Trainer(preset(chosen.preset, chosen.task))
+    assert chosen.training is not None  # the command refuses other cases
+    trainer = Trainer(chosen.training())
     for _ in range(chosen.train_steps):
         trainer.train_step()
     save_checkpoint(Path(folder) / NET_FILE, trainer.averaged(), {"task": chosen.task})
@@ -257,8 +192,11 @@ class SolveSubject:
 
     def outputs(self) -> Outputs:
         assert self.answers is not None
-        name = "answers at the halt" if self.halt else "answers after all steps"
-        return {name: self.answers.predictions.cpu()}
+        found = {ANSWERS[self.halt]: self.answers.predictions.cpu()}
+        if self.variant.engine == "eager":  # the yardstick of both ways to end
+            halted = solve(self.model, self.data, max_steps=SOLVE_STEPS, halt="q")
+            found[ANSWERS["q"]] = halted.predictions.cpu()
+        return found
 
     def facts(self) -> dict[str, Any]:
         assert self.answers is not None

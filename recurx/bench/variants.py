@@ -37,7 +37,10 @@ WAYS = {
     "max-autotune": Way(
         "torch.compile, mode max-autotune", ("cuda",), ("step", "train"), {"mode": "max-autotune"}
     ),
-    "graph": Way("eager, captured into one CUDA graph", ("cuda",), ("step",)),
+    "graph": Way(
+        "eager, captured into one CUDA graph; in training with recurx's optimisers, which can be",
+        ("cuda",), ("step", "train"),
+    ),
     "tuned": Way(
         "weights cast beforehand, compiled with freezing and max-autotune", ("cpu",), ("step",),
         {"mode": "max-autotune-no-cudagraphs"},
@@ -70,7 +73,7 @@ class Variant:
 
     @property
     def captured(self) -> bool:
-        """Whether the bench captures its step into one CUDA graph."""
+        """Whether eager is captured into one CUDA graph."""
         return self.engine == "graph"
 
     @property

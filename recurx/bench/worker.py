@@ -98,12 +98,28 @@ class Worker:
         way = self.variant.way
         compiled = way is not None and way.compile is not None
         found = counters.launches(self.subject.step, self.device, compiled)
-        if self.device == "cuda":  # the first step's peak includes the compiler's trials
-            memory = counters.Memory(self.device)
-            self.subject.step()
-            self._wait()
-            found |= memory.peak()
+        if self.device == "cuda":
+            found |= self._device_memory()
         return found | counters.energy(self.subject.step, self.device, seconds)
+
+    def _device_memory(self) -> dict[str, Any]:
+        """Peak of a later step, since the first one's includes the compiler's trials; and what
+        stays reserved.
+
+        A replayed graph allocates nothing, its memory is in the pool of its recording: then the
+        first step's peak stands, which was not replayed, and `reserved_mib` has the pool.
+        """
+        found: dict[str, Any] = {}
+        memory = counters.Memory(self.device)
+        self.subject.step()
+        self._wait()
+        captured = self.variant.captured or (self.mode == "train" and self.variant.ours)
+        if not captured:
+            found |= memory.peak()
+        torch.cuda.empty_cache()
+        self.subject.step()
+        self._wait()
+        return found | {"reserved_mib": round(torch.cuda.memory_reserved() / 2**20, 1)}
 
     def _wait(self) -> None:
         if self.device == "cuda":

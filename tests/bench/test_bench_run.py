@@ -66,7 +66,7 @@ def wrong_backend(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_step_in_worker_processes(tmp_path, wrong_backend):
-    options = ("--case", "toy", "--engine", "recurx", "--seconds", "0.1", "--dtype", "fp32")
+    options = ("--case", "toy", "--engine", "recurx", "--seconds", "1", "--dtype", "fp32")
     document = run(tmp_path, *options, "--import", wrong_backend)
     assert document["status"] == "complete"
     facts = document["provenance"]
@@ -108,9 +108,9 @@ def test_training_and_solving(tmp_path, workers_here):
 
 def test_a_wrong_gradient_gets_no_time(tmp_path, workers_here, monkeypatch):
     """Planted: a gradient window of one call too many. The forward is the same, bit for bit."""
-    from recurx.bench import subjects
+    from recurx.bench import training
 
-    right = subjects.build
+    right = training.build
 
     def longer_window(name, dtype, backend, batch):
         model = right(name, dtype, backend, batch)
@@ -119,7 +119,7 @@ def test_a_wrong_gradient_gets_no_time(tmp_path, workers_here, monkeypatch):
             model.inner.schedule = schedule.with_window(schedule.window + 1)
         return model
 
-    monkeypatch.setattr(subjects, "build", longer_window)
+    monkeypatch.setattr(training, "build", longer_window)
     document = run(tmp_path, "--case", "toy", "--mode", "train", "--dtype", "fp32", "--engine",
                    "recurx-cpu", "--seconds", "0.05")  # fmt: skip
     row = rows_of(document)["recurx-cpu/fp32"]
@@ -230,7 +230,7 @@ def test_the_suite_of_gpus_covers_the_published_targets():
     wanted = {("trm-att", "step", b) for b in (1, 8, 64, 132, 512)}
     wanted |= {("trm-mlp", "step", b) for b in (1, 8, 64, 512)}
     wanted |= {("trm-att", "train", 768), ("trm-mlp", "train", 768)}
-    wanted |= {("arc", "step", 64), ("arc", "train", 192), ("sudoku-4x4", "solve", 4096)}
+    wanted |= {("arc", "step", 64), ("arc", "train", 192), ("sudoku-6x6", "solve", 4096)}
     assert wanted <= shapes
 
 
