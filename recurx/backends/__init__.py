@@ -1,8 +1,9 @@
 """The registry of backends: one file each, chosen by name or by `auto`.
 
 A backend is asked three questions: can it run on this machine, can it run this problem, and run
-it. An explicit backend never falls back. `auto` takes the first backend of `ORDER` for the device
-that answers yes to both, so its choice is deterministic and `recurx.explain` can retell it.
+it. An explicit backend never falls back. `auto` takes the best of those that answer yes to both
+(`ranked`), so its choice is deterministic and `recurx.explain` can retell it; on a GPU each kind of
+plan is compared with the reference before its first use (`first_use.py`).
 
 A backend that has a backward offers a `Window`; without one the gradient window runs on PyTorch.
 """
@@ -134,7 +135,7 @@ class Window(abc.ABC):
         """
 
 
-# Fastest first; `auto` walks this list. Kept in one place: no other file ranks backends.
+# `auto` walks this list; see `ranked`. Kept in one place: no other file ranks backends.
 ORDER = (
     "cuda",
     "cpu",
@@ -169,12 +170,7 @@ def select(name: str, problem: Problem) -> Backend:
         BackendUnavailable: an explicit backend cannot; the message says what is missing.
     """
     if name == "auto":
-        name = next(
-            candidate
-            for candidate in ORDER
-            if auto_may_take(candidate, problem.device_type) and why_not(candidate, problem) is None
-        )
-        return get(name)
+        return get(ranked(problem)[0])
     reason = why_not(name, problem)
     if reason is not None:
         raise BackendUnavailable(
@@ -182,6 +178,34 @@ def select(name: str, problem: Problem) -> Backend:
             f'Use backend="auto" to let recurx choose, or see recurx.explain(...).'
         )
     return get(name)
+
+
+def ranked(problem: Problem) -> list[str]:
+    """The backends that `auto` may take for `problem`, best first; never empty.
+
+    In the order of `ORDER`; but where several have plans for the device of a problem with samples,
+    the predicted time of their plans decides (`LaunchPlan.pick`).
+    """
+    names = [
+        name
+        for name in ORDER
+        if auto_may_take(name, problem.device_type) and why_not(name, problem) is None
+    ]
+    if len(names) <= 2 or problem.batch == 0:  # one fused backend and eager: nothing to compare
+        return names
+    fused = [name for name in names if name != "eager"]
+    return [*sorted(fused, key=lambda name: _predicted(name, problem)), "eager"]
+
+
+@functools.lru_cache(maxsize=1024)
+def _predicted(name: str, problem: Problem) -> float:
+    """Seconds that the best plan of a backend is predicted to take; inf if it makes no plans."""
+    from recurx.plan import Device
+    from recurx.plan.launch import all_candidates
+
+    device = Device.of(problem.device_type)
+    plans = all_candidates(problem, device, name)
+    return min((plan.seconds(device) for plan in plans), default=float("inf"))
 
 
 def auto_may_take(name: str, device_type: str) -> bool:
