@@ -29,9 +29,10 @@ ISA_FLAGS = {
     "amx": ((*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"), "__AMX_BF16__"),
 }
 
-# SASS for every generation that has cp.async and bf16 mma, PTX of the first for all the rest.
-# "90a" kernels (wgmma) run on nothing but sm_90 and are compiled for that alone.
-CUDA_ARCHS = ("80", "90", "100", "120")
+# SASS for Ampere and Ada (sm_80 code runs on sm_86 and sm_89 too), for Hopper, and for the GPUs of
+# this machine; PTX of the last for all newer ones, which the driver compiles at first use. Each
+# generation costs a minute of compiling. "90a" kernels (wgmma) run on nothing but sm_90.
+CUDA_ARCHS = ("80", "90")
 
 
 class NotFound(Exception):
@@ -138,8 +139,18 @@ def _toolkit_of(nvcc: str) -> Path:
 
 
 def _wanted_archs() -> tuple[str, ...]:
-    """RECURX_CUDA_ARCHS="90" (or "80;90") narrows the list: a shorter build for one machine."""
-    return tuple(re.findall(r"\d+", os.environ.get("RECURX_CUDA_ARCHS", ""))) or CUDA_ARCHS
+    """RECURX_CUDA_ARCHS="90" (or "80;90") names the list: a shorter build for one machine."""
+    named = tuple(re.findall(r"\d+", os.environ.get("RECURX_CUDA_ARCHS", "")))
+    return named or tuple(sorted({*CUDA_ARCHS, *_newer_archs_here()}, key=int))
+
+
+def _newer_archs_here() -> set[str]:
+    """Generations of this machine's GPUs that no code of CUDA_ARCHS runs on."""
+    if shutil.which("nvidia-smi") is None:
+        return set()
+    listed = _output("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+    found = {"".join(match) for match in re.findall(r"^(\d+)\.(\d)$", listed, re.MULTILINE)}
+    return {arch for arch in found if int(arch) >= 100}
 
 
 def gencode(source: str, archs: tuple[str, ...]) -> list[str]:
@@ -153,9 +164,9 @@ def gencode(source: str, archs: tuple[str, ...]) -> list[str]:
         number, kind = own.groups()
         code = f"{number}{kind}"
         return [f"-gencode=arch=compute_{code},code=sm_{code}"] if number in archs else []
-    lowest = min(archs, key=int)
+    newest = max(archs, key=int)
     sass = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    return [*sass, f"-gencode=arch=compute_{lowest},code=compute_{lowest}"]
+    return [*sass, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
 
 
 def _glob(root: Path, *folders: str, name: str) -> Iterator[Path]:

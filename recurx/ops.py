@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from recurx import backends, reference_backward
+from recurx.backends import first_use
 from recurx.checkpointed import DOUBLE_BACKWARD
 from recurx.errors import RecurxError
 from recurx.problem import Problem, decode
@@ -68,17 +69,10 @@ def _recurse(
 ) -> list[Tensor]:
     """Run calls start..stop-1 on `backend`; the arguments are those of `Backend.run`."""
     problem = problem_of(key, x, cos)
-    chosen = backends.select(backend, problem)
-    return chosen.run(
-        problem,
-        x.contiguous(),
-        [state.contiguous() for state in states],
-        list(weights),
-        cos,
-        sin,
-        start,
-        stop,
-    )
+    x, weights = x.contiguous(), list(weights)
+    states = [state.contiguous() for state in states]
+    chosen = first_use.choose(backend, problem, x, states, weights, cos, sin)
+    return chosen.run(problem, x, states, weights, cos, sin, start, stop)
 
 
 def _recurse_fake(x: Tensor, states: Sequence[Tensor], *_: Any) -> list[Tensor]:

@@ -281,7 +281,7 @@ def test_instruction_sets_come_from_the_file_name(tmp_path):
 @pytest.mark.parametrize(
     ("file", "archs", "targets"),
     [
-        ("block.cu", ("80", "90"), ["80,code=sm_80", "90,code=sm_90", "80,code=compute_80"]),
+        ("block.cu", ("80", "90"), ["80,code=sm_80", "90,code=sm_90", "90,code=compute_90"]),
         ("block.cu", ("90",), ["90,code=sm_90", "90,code=compute_90"]),
         ("block_sm90a.cu", ("80", "90"), ["90a,code=sm_90a"]),
         ("block_sm90a.cu", ("80",), []),

@@ -130,3 +130,18 @@ def _right(
 
 
 FIRST_USE = FirstUse()
+
+
+def choose(
+    name: str,
+    problem: Problem,
+    x: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    cos: Tensor | None,
+    sin: Tensor | None,
+) -> Backend:
+    """The backend for the requested `name`; what `auto` finds on a GPU is compared first."""
+    if name != "auto" or x.device.type == "cpu":  # the CPU engine is proven on CPUs by the tests
+        return backends.select(name, problem)
+    return FIRST_USE.choose(problem, x, states, weights, cos, sin)
