@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
-from recurx.errors import RecurxError
+from recurx.errors import RecurxError, UnsupportedModel
 from recurx.explain import explain, problem_of_model
 from recurx.models.inner import Inner
 from recurx.patch import patch
@@ -50,12 +51,14 @@ def advise(
     batch: int,
     training: bool,
     measure: bool,
+    parts: Sequence[Any] = (),
     seconds: float = 10.0,
 ) -> Advice:
     """What to say, in the order of the model's recursions; ends with `recurx.explain`.
 
     Args:
         measure: patch the model for a moment and time the step again (within `seconds`).
+        parts: loss head, optimisers and average of a training step, for `recurx.train.swap`.
     """
     lines: list[str] = []
     patchable, predicted_ms, patched_ms = False, 0.0, 0.0
@@ -71,12 +74,20 @@ def advise(
             patchable = True
             plan: Any = adapter.plan(module, "auto")
             problem = dataclasses.replace(adapter.problem(module, plan), batch=batch)
+            if problem.opaque:
+                lines.append(
+                    f"recurx would replace the loop of {len(problem.schedule)} net calls only: the "
+                    "network is foreign code and stays PyTorch. No gain is expected."
+                )
+                continue
             lines += _replaced(problem, measured)
             predicted_ms, line = _predicted(problem, measured, training)
             lines.append(line)
     if patchable and measure:
         patched_ms, line = _gain(model, step, measured, seconds)
         lines.append(line)
+    if measure and parts:
+        lines += _swapped(model, parts, step, measured, seconds)
     if not lines:
         lines.append("recurx would replace nothing: it finds no recursion that it knows here.")
     lines += explain(model, batch_size=max(1, batch)).splitlines()
@@ -109,8 +120,6 @@ def _replaced(problem: Problem, measured: Measured) -> list[str]:
 
 
 def _predicted(problem: Problem, measured: Measured, training: bool) -> tuple[float, str]:
-    if problem.opaque:
-        return 0.0, f"  Predicted: nothing, {', '.join(problem.opaque)} is foreign code."
     device = Device.of(problem.device_type)
     try:
         plan = LaunchPlan.pick(problem, device)
@@ -164,18 +173,9 @@ def _gain(
     model: nn.Module, step: Callable[[], Any], measured: Measured, seconds: float
 ) -> tuple[float, str]:
     """Patch, run the same step, undo."""
-    device = device_of(model)
-    times: list[float] = []
     try:
         with _on_recurx(model):
-            until = time.perf_counter() + seconds
-            step()  # packs weights
-            while len(times) < 3 and (not times or time.perf_counter() < until):
-                synchronize(device)
-                begin = time.perf_counter()
-                step()
-                synchronize(device)
-                times.append((time.perf_counter() - begin) * 1e3)
+            times = _times(step, device_of(model), seconds)
     except RecurxError as error:
         return 0.0, f"  Measured: nothing; recurx.patch refuses this model: {error}"
     after = median(times)
@@ -183,3 +183,47 @@ def _gain(
         f"  Measured here: on recurx the step goes from {measured.ms:.4g} to "
         f"{after:.4g} ms ({measured.ms / after:.2f}x; median of {len(times)} steps)."
     )
+
+
+def _swapped(
+    model: nn.Module, parts: Sequence[Any], step: Callable[[], Any], measured: Measured,
+    seconds: float,
+) -> list[str]:  # fmt: skip
+    """The same with loss, optimisers and average on recurx as well; [] if none can be."""
+    from recurx.train.swap import swap
+
+    names = []
+    with contextlib.ExitStack() as stack:
+        for part in parts:
+            try:
+                stack.enter_context(swap(part))
+            except UnsupportedModel:
+                continue
+            names.append(type(part).__name__)
+        if not names:
+            return []
+        with contextlib.suppress(UnsupportedModel):
+            stack.enter_context(_on_recurx(model))
+        times = _times(step, device_of(model), seconds)
+    after = median(times)
+    rest = sum(row.ms for row in measured.rows if row.group == "training")
+    return [
+        f"recurx.train.swap would replace the inside of {', '.join(names)} (all training stages "
+        f"together: {rest:.4g} of {measured.ms:.4g} ms).",
+        f"  Measured here: with the recursion on recurx as well, the step takes {after:.4g} ms "
+        f"({measured.ms / after:.2f}x; median of {len(times)} steps).",
+    ]
+
+
+def _times(step: Callable[[], Any], device: torch.device, seconds: float) -> list[float]:
+    """Milliseconds of up to three steps within `seconds`, after one that packs weights."""
+    times: list[float] = []
+    until = time.perf_counter() + seconds
+    step()
+    while len(times) < 3 and (not times or time.perf_counter() < until):
+        synchronize(device)
+        begin = time.perf_counter()
+        step()
+        synchronize(device)
+        times.append((time.perf_counter() - begin) * 1e3)
+    return times

@@ -59,8 +59,8 @@ class Split:
     def of(
         cls, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Split | None:
-        """For an op of recurx, about to run; None for every other operator."""
-        if not name.startswith("recurx::"):
+        """For a recursion of recurx, about to run; None for every other operator."""
+        if not name.startswith("recurx::recurse"):
             return None
         names = [argument.name for argument in func._schema.arguments]
         given = dict(zip(names, args, strict=False)) | dict(kwargs)

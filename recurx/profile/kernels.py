@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from recurx.profile.tracer import MARK, Op
+from recurx.profile.records import Op
+from recurx.profile.tracer import MARK
 
 STEP = "recurx::step"
 

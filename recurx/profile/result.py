@@ -11,8 +11,8 @@ from typing import Any
 
 from recurx.profile.attribute import STAGES
 from recurx.profile.ceilings import Ceilings
+from recurx.profile.records import BACKWARD, Op, Trace
 from recurx.profile.timeline import Timeline
-from recurx.profile.tracer import BACKWARD, Op, Trace
 
 
 @dataclass

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from recurx.profile import advice, kernels, result, step
 from recurx.profile.attribute import NET_STAGES, PRODUCTS, resolve
 from recurx.profile.ceilings import measure, synchronize
 from recurx.profile.commands import commands
+from recurx.profile.records import Trace, best_of
 from recurx.profile.result import Profile
 from recurx.profile.roles import Roles, roles_of
-from recurx.profile.tracer import Trace, Tracer, best_of
+from recurx.profile.tracer import Tracer, stage
 
 ROUNDS = 5  # untraced steps whose median is the step's time
 TRACES, TRACE_SECONDS = 3, 3.0  # traced steps, of which each operator's shortest time counts
@@ -54,16 +56,19 @@ def profile(
         carry: where to start; None for the model's own initial carry.
         train: a training step (forward, loss, backward, `optimizer`, `ema`) instead of a
             supervision step without gradient. An ACT wrapper gets recurx's loss head.
-        optimizer: one or several, stepped and zeroed in a training step.
-        ema: anything with `update(model)`, called at the end of a training step.
+        optimizer: one or several, stepped and zeroed in a training step; with `run`, those that
+            it steps.
+        ema: anything with `update(model)`, called at the end of a training step; with `run`, the
+            one that it calls.
         run: your own step, called without arguments and run as it is (some ten times); it may
-            train, and what it changes stays changed. Ranges of your own: `recurx.profile.stage`,
-            from the module `recurx.profile`. An `ema` given as well is recognised in it.
+            train, and what it changes stays changed. Ranges of your own:
+            `from recurx.profile import stage`.
         halting_steps: steps of deep supervision for the histogram of halting; fewer if `seconds`
             are over.
         compare: patch the model for a moment and time the same step on recurx.
         seconds: for the untraced steps; the trace, the ceilings and the comparison come on top.
-        timeline: phases inside a kernel of the CUDA engine, see `Profile.add_timeline`.
+        timeline: phases inside a kernel, see `Profile.add_timeline`; None records those of the
+            CUDA engine, where its kernels were built to tell them.
         script: what the Nsight command lines run.
 
     Returns:
@@ -85,10 +90,11 @@ def profile(
     device = step.device_of(model)
     optimizers = _as_list(optimizer)
     changes = train
-    training = None if run is not None else train
+    mode = None if run is not None else train
     with (
-        step.undisturbed(model, training, optimizers if changes else (), ema, changes),
-        _watched(ema) if run is not None else contextlib.nullcontext(),
+        step.undisturbed(model, mode, optimizers if changes else (), ema, changes),
+        _watched([(o, "step", "optimizer") for o in optimizers]),
+        _watched([] if ema is None else [(ema, "update", "ema")]),
     ):
         if run is None:
             batch = step.random_batch(model, batch_size) if batch is None else batch
@@ -108,7 +114,11 @@ def profile(
         made = _assemble(todo, trace, times, events, ceilings, device, samples)
         casts = sum(o.bytes for o in trace.ops if o.name == "_to_copy" and o.stage in PRODUCTS)
         measured = advice.Measured(made.ms, made.rows, casts)
-        said = advice.advise(model, todo, measured, samples, train or run is not None, compare)
+        training = train or run is not None
+        parts = [todo.model, *optimizers, *([] if ema is None else [ema])] if training else []
+        said = advice.advise(model, todo, measured, samples, training, compare, parts)
+        if timeline is None:
+            timeline = _engine_timeline(todo, trace, device)
     made.advice, made.predicted_ms, made.patched_ms = vars(said).values()
     top = max(made.rows, key=lambda row: row.ms, default=result.empty_row("other"))
     made.commands = commands(script, events, top.label)
@@ -129,24 +139,30 @@ def _samples(batch: Mapping[str, Tensor] | None) -> int:
 
 
 @contextlib.contextmanager
-def _watched(ema: Any):  # type: ignore[no-untyped-def]
-    """The user's own EMA object as a stage, inside a step of theirs."""
-    if ema is None:
-        yield
-        return
-    from recurx.profile.tracer import stage
-
-    original = ema.update
-
-    def update(*args: Any, **kwargs: Any) -> Any:
-        with stage("ema"):
-            return original(*args, **kwargs)
-
-    ema.update = update
+def _watched(calls: Sequence[tuple[Any, str, str]]) -> Iterator[None]:
+    """Methods of given objects as stages: (object, method, stage). Hooks see an optimiser's step,
+    unless its instance got another (`recurx.train.swap`); nothing else sees an average."""
+    undo: list[tuple[Any, str, bool, Any]] = []
+    for owner, name, label in calls:
+        undo.append((owner, name, name in vars(owner), getattr(owner, name)))
+        setattr(owner, name, _staged(getattr(owner, name), label))
     try:
         yield
     finally:
-        del ema.update
+        for owner, name, own, before in reversed(undo):
+            if own:
+                setattr(owner, name, before)
+            else:
+                delattr(owner, name)
+
+
+def _staged(function: Callable[..., Any], label: str) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def staged(*args: Any, **kwargs: Any) -> Any:
+        with stage(label):
+            return function(*args, **kwargs)
+
+    return staged
 
 
 def _timed(todo: step.Step, device: torch.device, seconds: float, halting: int) -> list[float]:
@@ -185,6 +201,25 @@ def _traced(todo: step.Step, device: torch.device) -> tuple[Trace, list[Any]]:
     tracer = Tracer(roles, annotate=True)
     trace, events = kernels.record(lambda: tracer.record(todo.model, todo))
     return trace, kernels.attach(events, trace.ops)
+
+
+def _engine_timeline(
+    todo: step.Step, trace: Trace, device: torch.device
+) -> list[dict[str, Any]] | None:
+    """What the kernels of backend "cuda" record of one more step; None if they record nothing."""
+    if not any(op.split is not None and op.split.backend == "cuda" for op in trace.ops):
+        return None
+    from recurx import backends
+
+    engine: Any = backends.get("cuda")
+    library = engine.library()
+    if library is None or not library.has_timeline:
+        return None
+    with engine.timeline() as recorded:
+        todo()
+        synchronize(device)
+    events: list[dict[str, Any]] = recorded.events
+    return events
 
 
 def _warm_up(roles: Roles) -> None:

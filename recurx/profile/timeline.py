@@ -10,6 +10,7 @@ from typing import Any
 from recurx.errors import bad_argument
 
 KEYS = ("owner", "call", "block", "phase", "start_ns", "end_ns")
+OPTIONAL = ("sample",)
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Timeline:
                     "profile", f"timeline[{number}]", "end_ns >= start_ns",
                     f"{event['start_ns']}..{event['end_ns']}",
                 )  # fmt: skip
-            checked.append({key: event[key] for key in KEYS})
+            checked.append({key: event[key] for key in (*KEYS, *OPTIONAL) if key in event})
         if checked:
             first = min(event["start_ns"] for event in checked)
             for event in checked:

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from recurx.profile.attribute import NET_STAGES
+from recurx.profile.records import BACKWARD, Op
 from recurx.profile.result import Profile, empty_row
-from recurx.profile.tracer import BACKWARD, Op
 
 HOST, GPU, ENGINE = 1, 2, 3  # process ids in the trace
 
@@ -81,7 +81,7 @@ def chrome_trace(profile: Profile) -> dict[str, Any]:
             events.append(
                 _event(
                     ENGINE, e["owner"], e["phase"], "phase", begin + e["start_ns"],
-                    begin + e["end_ns"], {"call": e["call"], "block": e["block"]},
+                    begin + e["end_ns"], {k: e[k] for k in ("call", "block", "sample") if k in e},
                 )
             )  # fmt: skip
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": profile.versions}

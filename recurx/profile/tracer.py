@@ -14,9 +14,8 @@ import bisect
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from time import perf_counter_ns
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,78 +28,10 @@ from torch.optim.optimizer import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recurx.profile import counts, fused
-from recurx.profile.counts import Place
+from recurx.profile.records import BACKWARD, Op, Trace, Where
 from recurx.profile.roles import Role, Roles
 
-FORWARD, BACKWARD = "forward", "backward"
 MARK = "recurx#"  # record_function names, by which CUDA kernels find their operator
-
-
-class Where(NamedTuple):
-    """Where an operator runs. `part` is that of `Role`, "top" outside every known module."""
-
-    part: str = "top"
-    name: str = ""
-    recursion: int = -1
-    call: int = -1
-    block: int = -1
-
-
-@dataclass(slots=True)
-class Op:
-    """One operator of the step; times in ns since the step began, by the tracer's clock.
-
-    `start` is the end of the operator before; `run` is the time inside the operator itself. The
-    last fields are filled by `attribute.resolve`.
-    """
-
-    name: str
-    where: Where
-    start: int
-    end: int
-    run: int
-    free: bool
-    flops: float
-    bytes: int
-    phase: str = FORWARD
-    origin: int = -1  # backward: index of the forward operator; -1 if there is none
-    reads_table: bool = False
-    sync: str | None = None
-    place: Place | None = None
-    split: fused.Split | None = None
-    kernels: list[tuple[str, float]] = field(default_factory=list)  # CUDA: (name, us)
-    stage: str = ""
-    cycle: int = -1
-    call: int = -1
-    net: str = ""
-
-    @property
-    def ns(self) -> int:
-        return self.end - self.start
-
-
-@dataclass
-class Trace:
-    """All operators of one step; `wall` and `lost` in ns (measured around it; taken out)."""
-
-    ops: list[Op]
-    wall: int
-    lost: int
-    cycles: dict[int, int]  # recursion -> net calls of one cycle, 0 if unknown
-    ns: list[int]  # of every operator: its shortest in `steps` traced steps
-    steps: int = 1
-
-
-def best_of(traces: list[Trace]) -> Trace:
-    """The shortest trace; with it, each operator's shortest time in all those that ran the same
-    operators, since a busy machine interrupts one step here and another there."""
-    best = min(traces, key=lambda trace: trace.wall - trace.lost)
-    names = [op.name for op in best.ops]
-    same = [trace for trace in traces if [op.name for op in trace.ops] == names]
-    best.ns = [min(times) for times in zip(*(trace.ns for trace in same), strict=True)]
-    best.steps = len(same)
-    return best
-
 
 _active: Tracer | None = None
 
@@ -204,8 +135,8 @@ class Tracer(TorchDispatchMode):
     def _entered(self, role: Role) -> Where:
         if role.part == "inner":
             self.begin_recursion(self.roles.cycle)
-        elif role.part in ("net", "foreign"):
-            self.call += 1
+        elif role.part in ("net", "foreign") and self.where.part != "foreign":
+            self.call += 1  # (a patched loop of foreign code has counted it already)
         elif role.part in ("act", "loss", "module"):
             return Where(role.part, role.name)
         return self.inside(role.part, role.name, role.block)

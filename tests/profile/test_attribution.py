@@ -221,3 +221,31 @@ def test_foreign_code_is_shown_by_its_modules() -> None:
     )
     assert {"module 0", "module 1"} <= {row.name for row in found.rows}
     assert any("finds no recursion" in line for line in found.advice)
+
+
+# ---- lucidrains ----------------------------------------------------------------------------------
+
+
+def test_lucidrains_package() -> None:
+    """Its network is any module: a net call each, without stages inside."""
+    lucid = pytest.importorskip("tiny_recursive_model")
+    model = lucid.TinyRecursiveModel(
+        dim=16, num_tokens=8, network=lucid.MLPMixer1D(dim=16, depth=1, seq_len=12),
+        num_refinement_blocks=3, num_latent_refinements=4,
+    )  # fmt: skip
+    ids = torch.zeros(2, 12, dtype=torch.long)
+
+    def step() -> None:
+        outputs, latents = model.get_initial()
+        loss, *_ = model(ids, outputs, latents, labels=ids)
+        loss.backward()
+
+    found = recurx.profile(model, run=step, seconds=0.05, halting_steps=0, compare=False)
+    assert [c.call for c in found.calls] == list(range(15))
+    assert [c.cycle for c in found.calls] == [n // 5 for n in range(15)]
+    assert found.row("foreign").share > 0.3 and found.row("inject").operators
+    assert any("foreign code" in line for line in found.advice)
+    with recurx.patch(model):
+        patched = recurx.profile(model, run=step, seconds=0.05, halting_steps=0, compare=False)
+    assert [c.call for c in patched.calls] == list(range(15))
+    assert kernels_of(patched, "foreign") == kernels_of(found, "foreign")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,10 @@ import torch
 from torch.nn.modules import module as module_hooks
 
 import recurx
-from recurx import reference
+from recurx import backends, reference
 from recurx.errors import InvalidArgument
 from recurx.models import TRM, TRMConfig
-from recurx.profile import counts, nvtx_ranges
+from recurx.profile import counts, fused, nvtx_ranges
 from recurx.profile.attribute import resolve
 from recurx.profile.commands import commands
 from recurx.profile.kernels import attach
@@ -25,6 +27,7 @@ from recurx.profile.step import initial_carry, random_batch, supervision_step
 from recurx.profile.timeline import Timeline
 from recurx.profile.trace import chrome_trace
 from recurx.profile.tracer import Tracer
+from recurx.train import AdamATan2, Average
 from tests import lookalike
 from tests.profile.profile_cases import build, profile
 
@@ -211,6 +214,28 @@ def test_advice_names_what_would_be_replaced_and_measures_it() -> None:
     assert not any("Measured here" in line for line in refused.advice)
 
 
+def test_advice_swaps_the_rest_of_a_training_step() -> None:
+    model = tiny(batch_size=2)
+    optimizer, average = AdamATan2(model.parameters()), Average(model)
+    found = short(model, train=True, optimizer=optimizer, ema=average, compare=True)
+    text = "\n".join(found.advice)
+    assert "recurx.train.swap would replace the inside of ACTLossHead (" in text
+    assert "with the recursion on recurx as well" in text
+    assert "step" not in vars(optimizer) and "update" not in vars(average)
+    assert model.inner.backend == "eager"
+
+
+def test_an_optimiser_with_a_step_of_its_own_is_still_the_optimiser() -> None:
+    """`recurx.train.swap` replaces `step` in the instance, where torch's hooks do not see it."""
+    model = tiny(batch_size=2)
+    optimizer = AdamATan2(model.parameters())
+    function = optimizer.step
+    optimizer.step = lambda: torch.zeros(3).add_(1)  # type: ignore[method-assign]
+    found = short(model, train=True, optimizer=optimizer)
+    assert [o.name for o in found.ops if o.stage == "optimizer"] == ["zeros", "add_"]
+    assert optimizer.step is not function and vars(optimizer)["step"].__name__ == "<lambda>"
+
+
 def test_ceilings_bound_the_stages() -> None:
     found = short(tiny())
     assert found.ceilings.gbs > 0.1 and found.ceilings.tflops["float32"] > 0
@@ -265,6 +290,46 @@ def test_timeline_of_the_cuda_engine_in_the_same_trace() -> None:
         "phases_ms": {"qkv": 0.002, "attention": 0.001, "(between phases)": pytest.approx(0.001)},
     }  # fmt: skip
     assert "2 owners" in str(found)
+
+
+def test_timeline_is_recorded_where_the_cuda_engine_tells_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a stand-in for the backend: one more step runs inside its `timeline()`."""
+    model = TRM(TRMConfig.tiny(7, 9), backend="cpu")
+    inside: list[bool] = []
+
+    class Engine:
+        open, device_types = False, ("cuda",)
+
+        def runs_on(self, device_type: str) -> bool:
+            return False  # for recurx.explain
+
+        def library(self) -> Any:
+            return type("Library", (), {"has_timeline": True})
+
+        @contextlib.contextmanager
+        def timeline(self) -> Iterator[Any]:
+            self.open = True
+            yield type("Recorded", (), {"events": [e | {"sample": 2} for e in EVENTS]})
+            self.open = False
+
+    engine = Engine()
+    real = backends.get
+    monkeypatch.setattr(backends, "get", lambda name: engine if name == "cuda" else real(name))
+    monkeypatch.setattr(fused, "_resolve", lambda *_: "cuda")
+    batch = random_batch(model, 2)
+    todo = supervision_step(model.eval(), batch, initial_carry(model, batch))
+
+    def step() -> None:
+        inside.append(engine.open)
+        todo()
+
+    found = recurx.profile(model, run=step, seconds=0.05, halting_steps=0, compare=False)
+    assert inside.count(True) == 1 and found.timeline is not None
+    assert len(found.timeline.events) == 3
+    phases = [e for e in chrome_trace(found)["traceEvents"] if e.get("cat") == "phase"]
+    assert phases[0]["args"] == {"call": 0, "block": 0, "sample": 2}
 
 
 def test_a_bad_timeline_is_refused() -> None:
