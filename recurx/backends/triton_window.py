@@ -150,11 +150,13 @@ class TritonWindow(Window):
             torch.empty(shape, dtype=dtype, device=x.device)
             for shape, dtype in self.kept(problem, start, stop, save)
         ]
-        values = {INPUT: x, **dict(zip(names, states, strict=True))}
+        inputs, values = CallInputs(), {INPUT: x, **dict(zip(names, states, strict=True))}
         for k, step in enumerate(problem.schedule.steps[start:stop]):
             spec, own = nets[step.net]
             tapes = _tapes(problem, kept, start, stop, k) if kept else _empty_tapes(x, spec)
-            values[step.write] = _call(step, values, tapes, spec, own, cos_sin, save == "all")
+            values[step.write] = _call(
+                inputs, step, values, tapes, spec, own, cos_sin, save == "all"
+            )
         entered = dict(zip(names, states, strict=True))
         return [
             values[name].clone() if values[name] is entered[name] else values[name]
@@ -267,6 +269,7 @@ class _Recomputed:
         values: dict[str, Tensor],
     ) -> None:
         self._steps, self._nets, self._cos_sin = steps, nets, cos_sin
+        self._inputs = CallInputs()
         self._before: list[dict[str, Tensor]] = []
         self._last: list[tuple[Tensor | None, Tensor | None]] = []
         self._tapes: list[BlockTape] = []
@@ -274,7 +277,9 @@ class _Recomputed:
             spec, own = nets[step.net]
             self._before.append(dict(values))
             self._tapes = _empty_tapes(values[INPUT], spec)
-            values[step.write] = _call(step, values, self._tapes, spec, own, cos_sin, True)
+            values[step.write] = _call(
+                self._inputs, step, values, self._tapes, spec, own, cos_sin, True
+            )
             self._last.append((self._tapes[-1].out, self._tapes[-1].scale_out))
 
     def __call__(self, k: int) -> list[BlockTape]:
@@ -285,11 +290,14 @@ class _Recomputed:
         spec, own = self._nets[step.net]
         tapes = _empty_tapes(self._before[k][INPUT], spec)
         tapes[-1].out, tapes[-1].scale_out = self._last[k]
-        _call(step, self._before[k], tapes, spec, own, self._cos_sin, True, again=True)
+        _call(
+            self._inputs, step, self._before[k], tapes, spec, own, self._cos_sin, True, again=True
+        )
         return tapes
 
 
 def _call(
+    inputs: CallInputs,
     step: Step,
     values: Mapping[str, Tensor],
     tapes: list[BlockTape],
@@ -303,7 +311,7 @@ def _call(
 
     `again`: the last block's out is there already, so its feed-forward is not run.
     """
-    call_input(step, values, tapes[0].h)
+    inputs(step, values, tapes[0].h)
     for number, (tape, block, own) in enumerate(zip(tapes, spec.blocks, matrices, strict=True)):
         full = tape if keep else BlockTape(tape.h, tape.out, tape.scale_out)
         mix(full, block, own, cos_sin)
@@ -315,18 +323,37 @@ def _call(
     return out
 
 
-def call_input(step: Step, values: Mapping[str, Tensor], out: Tensor) -> None:
-    """sum(state) + (sum(inject)) into `out`: left to right, rounded after each addition."""
-    total = values[step.state[0]]
-    for name in step.state[1:]:
-        total = torch.add(total, values[name], out=None if step.inject else out)
-    if step.inject:
-        inject = values[step.inject[0]]
-        for name in step.inject[1:]:
-            inject = inject + values[name]
-        torch.add(total, inject, out=out)
-    elif total is not out:
-        out.copy_(total)
+class CallInputs:
+    """sum(state) + (sum(inject)) of one call after the other, with `reference.call_input`'s bits.
+
+    A sum that the next call injects again (z_H + x, constant over a cycle) is formed once.
+    """
+
+    def __init__(self) -> None:
+        self._terms: tuple[Tensor, ...] = ()
+        self._sum: Tensor | None = None
+
+    def __call__(self, step: Step, values: Mapping[str, Tensor], out: Tensor) -> None:
+        """Into `out`: left to right, rounded after each addition."""
+        total = values[step.state[0]]
+        for name in step.state[1:]:
+            total = total + values[name]
+        if step.inject:
+            torch.add(total, self._inject(tuple(values[name] for name in step.inject)), out=out)
+        else:
+            out.copy_(total)
+
+    def _inject(self, terms: tuple[Tensor, ...]) -> Tensor:
+        if len(terms) == 1:
+            return terms[0]
+        same = len(terms) == len(self._terms)
+        if not (same and all(a is b for a, b in zip(terms, self._terms, strict=True))):
+            total = terms[0]
+            for term in terms[1:]:
+                total = total + term
+            self._terms, self._sum = terms, total
+        assert self._sum is not None
+        return self._sum
 
 
 def _tapes(

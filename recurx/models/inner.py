@@ -31,13 +31,15 @@ class Inner(nn.Module):
 
     Args:
         config: see `ModelConfig`.
-        backend: name of the backend that runs the recursion; may be changed at any time.
+        backend: name of the backend that runs the recursion. It and the attribute `save` may be
+            changed at any time.
     """
 
     def __init__(self, config: ModelConfig, backend: str = "auto") -> None:
         super().__init__()
         self.config = config
         self.backend = backend
+        self.save = "all"  # what the window keeps for the backward; see `recurx.recurse`
         self.schedule = config.schedule
         width, tokens, dtype = config.hidden_size, config.tokens, config.dtype
         self.embed_scale = math.sqrt(width)
@@ -142,7 +144,8 @@ class Inner(nn.Module):
         """
         x = self.embed(batch["inputs"], batch.get("puzzle_identifiers"))
         states = recurse(
-            self.schedule, self.nets(), x, carry, backend=self.backend, cos_sin=self.cos_sin()
-        )
+            self.schedule, self.nets(), x, carry,
+            backend=self.backend, cos_sin=self.cos_sin(), save=self.save,
+        )  # fmt: skip
         logits, q_halt, q_continue = self.heads(states)
         return {name: z.detach() for name, z in states.items()}, logits, (q_halt, q_continue)
