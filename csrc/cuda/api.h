@@ -104,8 +104,8 @@ typedef struct {
   int32_t cluster; /* CTAs that share a tape: 2, 4 or 8 */
 } RxClusterPlan;
 int rx_recursion_cluster_sm90a(const RxRecursion* r, const RxClusterPlan* plan, void* stream);
-int64_t rx_cluster_sm90a_tape_bytes(int hidden, int num_blocks, const RxBlock* blocks);
-int rx_pack_cluster_sm90a(const RxPack* pack, void* stream); /* tape 1024-byte aligned */
+int64_t rx_cluster_sm90a_tape_bytes(const RxPack* pack);
+int rx_pack_cluster_sm90a(const RxPack* pack, void* stream); /* tape 16-byte aligned */
 
 /* sizeof of RxCall, RxBlock, RxNet, RxEvent, RxRecursion, RxPack: for callers that mirror them. */
 void rx_recursion_abi(int32_t sizes[6]);

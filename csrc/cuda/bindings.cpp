@@ -77,6 +77,11 @@ py::dict entries() {
   RX_ENTRY(rx_grid_sm80_scratch_bytes);
   RX_ENTRY(rx_grid_sm80_fixed_shared_bytes);
   RX_ENTRY(rx_grid_sm80_tape_bytes);
+#ifdef RX_HAVE_SM90A  // else nvcc left the file out
+  RX_ENTRY(rx_recursion_cluster_sm90a);
+  RX_ENTRY(rx_cluster_sm90a_tape_bytes);
+  RX_ENTRY(rx_pack_cluster_sm90a);
+#endif
 #undef RX_ENTRY
   return found;
 }

@@ -113,9 +113,10 @@ __global__ void kernel(const Params p) {
 
 }  // namespace cluster_pack
 
-extern "C" int64_t rx_cluster_sm90a_tape_bytes(int hidden, int num_blocks, const RxBlock* blocks) {
+extern "C" int64_t rx_cluster_sm90a_tape_bytes(const RxPack* pack) {
   int64_t stages = 0;
-  for (int i = 0; i < num_blocks; i++) stages += cluster_sm90a::Tape{hidden}.block(blocks[i]);
+  for (int i = 0; i < pack->num_blocks; i++)
+    stages += cluster_sm90a::Tape{pack->hidden}.block(pack->blocks[i]);
   return stages * cluster_sm90a::kStage;
 }
 

@@ -140,15 +140,7 @@ class Cuda(Backend):
             for i, ((_, spec), tape) in enumerate(zip(problem.nets, tapes, strict=True)):
                 p.nets[i].num_blocks, p.nets[i].tape = len(spec.blocks), tape.data_ptr()
                 p.nets[i].blocks[: len(spec.blocks)] = [_block(block) for block in spec.blocks]
-            if plan.kind == "grid":
-                settings: ctypes.Structure = cuda_grid.settings(plan)
-                size = library.bytes_of("rx_grid_sm80_scratch_bytes", p)
-                entry = "rx_recursion_grid_sm80"
-            else:
-                names = ("owners", "samples", "tiles")
-                settings = cuda_abi.OwnerPlan(*(plan[name] for name in names))
-                size = library.bytes_of("rx_owner_sm80_scratch_bytes", p, settings)
-                entry = "rx_recursion_owner_sm80"
+            entry, settings, size = _launch(library, plan, p)
             scratch = self.new((size,), torch.uint8, x.device)
             p.scratch, p.scratch_bytes = scratch.data_ptr(), size
             with self._recorded(p, plan, x.device):
@@ -190,14 +182,15 @@ class Cuda(Backend):
             p = cuda_abi.Pack(net.spec.hidden, tokens, len(blocks))
             p.blocks[: len(blocks)] = [_block(block) for block in blocks]
             p.weights[: len(rounded)] = [weight.data_ptr() for weight in rounded]
-            size = library.bytes_of("rx_owner_sm80_tape_bytes", p)
+            family = _FAMILIES[kind]
+            size = library.bytes_of(f"rx_{family}_tape_bytes", p)
             tape = torch.empty(size, dtype=torch.uint8, device=device)
             p.tape = tape.data_ptr()
-            library.call("rx_pack_owner_sm80", p, stream)
+            library.call(f"rx_pack_{family}", p, stream)
             return tape
 
         # The token MLP's tape depends on T, which its spec holds; attention's does not.
-        tape: Tensor = self.tapes.get(("owner", net.spec), net.weights, make)
+        tape: Tensor = self.tapes.get((kind, net.spec), net.weights, make)
         return tape
 
     # ---- the in-kernel timeline ------------------------------------------------------------
@@ -304,6 +297,24 @@ def check_inputs(problem: Problem, x: Tensor, states: Sequence[Tensor]) -> None:
             raise bad_argument(
                 "recurse", name, f"a tensor on {x.device}", f"one on {tensor.device}"
             )
+
+
+# The kernel family of each kind of plan, as its C entries are named.
+_FAMILIES = {"owner": "owner_sm80", "grid": "grid_sm80", "cluster": "cluster_sm90a"}
+
+
+def _launch(
+    library: cuda_abi.Library, plan: LaunchPlan, p: cuda_abi.Recursion
+) -> tuple[str, ctypes.Structure, int]:
+    """The entry that runs a plan, the plan as its struct, and the bytes of scratch it needs."""
+    family = _FAMILIES[plan.kind]
+    entry, scratch_bytes = f"rx_recursion_{family}", f"rx_{family}_scratch_bytes"
+    if plan.kind == "grid":
+        return entry, cuda_grid.settings(plan), library.bytes_of(scratch_bytes, p)
+    if plan.kind == "cluster":
+        return entry, cuda_abi.ClusterPlan(plan["cluster"]), 0
+    owner = cuda_abi.OwnerPlan(*(plan[name] for name in ("owners", "samples", "tiles")))
+    return entry, owner, library.bytes_of(scratch_bytes, p, owner)
 
 
 def _aligned(tensor: Tensor) -> Tensor:

@@ -115,6 +115,12 @@ class GridPlan(Structure):
     ]
 
 
+class ClusterPlan(Structure):
+    """RxClusterPlan."""
+
+    _fields_ = [("cluster", c_int32)]
+
+
 _MIRRORED = (Call, Block, Net, Event, Recursion, Pack)
 
 # Entries that return an error code, and those that return a number of bytes.
@@ -122,6 +128,8 @@ _CODES = {
     "rx_recursion_owner_sm80": [POINTER(Recursion), POINTER(OwnerPlan), c_void_p],
     "rx_pack_owner_sm80": [POINTER(Pack), c_void_p],
     "rx_recursion_grid_sm80": [POINTER(Recursion), POINTER(GridPlan), c_void_p],
+    "rx_recursion_cluster_sm90a": [POINTER(Recursion), POINTER(ClusterPlan), c_void_p],
+    "rx_pack_cluster_sm90a": [POINTER(Pack), c_void_p],
 }
 _BYTES = {
     "rx_owner_sm80_scratch_bytes": [POINTER(Recursion), POINTER(OwnerPlan)],
@@ -130,9 +138,14 @@ _BYTES = {
     "rx_grid_sm80_scratch_bytes": [POINTER(Recursion)],
     "rx_grid_sm80_fixed_shared_bytes": [POINTER(Recursion), POINTER(GridPlan)],
     "rx_grid_sm80_tape_bytes": [POINTER(Pack)],
+    "rx_cluster_sm90a_tape_bytes": [POINTER(Pack)],
 }
 # The entry that runs each kind of plan; an emulated build may hold some of them only.
-_KINDS = {"owner": "rx_recursion_owner_sm80", "grid": "rx_recursion_grid_sm80"}
+_KINDS = {
+    "owner": "rx_recursion_owner_sm80",
+    "grid": "rx_recursion_grid_sm80",
+    "cluster": "rx_recursion_cluster_sm90a",
+}
 
 
 class Library:

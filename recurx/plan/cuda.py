@@ -2,6 +2,7 @@
 
     owner    one CTA owns a group of samples and runs every call (csrc/cuda/owner_sm80.cuh)
     grid     every call is spread over all multiprocessors (csrc/cuda/grid_sm80.cuh, cuda_grid.py)
+    cluster  two CTAs of a cluster own a sample (csrc/cuda/cluster_sm90a.cuh, cuda_cluster.py)
 
 The sizes here are those of csrc/cuda/owner/plan.cuh; a test compares them with the compiled ones.
 """
@@ -12,6 +13,7 @@ import torch
 
 from recurx.nets import ATTENTION, BlockSpec, NetSpec
 from recurx.plan.count import flops
+from recurx.plan.cuda_cluster import cluster_plans, why_not_cluster
 from recurx.plan.cuda_grid import grid_plans, why_not_grid
 from recurx.plan.device import Device
 from recurx.plan.launch import LaunchPlan, Work
@@ -39,6 +41,7 @@ Shapes = tuple[tuple[int, int], ...]
 KINDS = (
     "owner",
     "grid",
+    "cluster",
 )
 
 
@@ -48,7 +51,8 @@ def candidates(
     compiled: Shapes = OWNER_PLANS,
     kinds: tuple[str, ...] = KINDS,
 ) -> list[LaunchPlan]:
-    """The plans that fit: owner plans, one for each number of samples a CTA, and one grid plan.
+    """The plans that fit: an owner plan for each number of samples a CTA, one grid plan, a cluster
+    plan for each size of a cluster.
 
     Args:
         compiled: the owner kernels that the build holds, as OWNER_PLANS.
@@ -64,6 +68,8 @@ def candidates(
         ]
     if "grid" in kinds:
         found += grid_plans(problem, device)
+    if "cluster" in kinds:
+        found += cluster_plans(problem, device)
     return found
 
 
@@ -80,6 +86,7 @@ def refusals(
     reasons = {
         "owner": why_not_owner(problem, device, compiled),
         "grid": why_not_grid(problem, device),
+        "cluster": why_not_cluster(problem, device),
     }
     return [f"{kind}: {reasons[kind]}" for kind in kinds if reasons[kind] is not None]
 

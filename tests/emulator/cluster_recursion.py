@@ -234,7 +234,7 @@ class Case:
             pack.weights[4 * i : 4 * i + 4] = [w.ctypes.data for w in weights]
         tape_bytes = lib.library.rx_cluster_sm90a_tape_bytes
         tape_bytes.restype = ctypes.c_int64
-        tape = aligned((tape_bytes(shape.hidden, len(net), pack.blocks) // 2,))
+        tape = aligned((tape_bytes(ctypes.byref(pack)) // 2,))
         tape[:] = NAN
         pack.tape = tape.ctypes.data
         lib.call("rx_pack_cluster_sm90a", ctypes.byref(pack), None)

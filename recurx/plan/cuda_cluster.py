@@ -1,0 +1,112 @@
+"""The plan of the cluster kernel (csrc/cuda/cluster_sm90a.cuh): two CTAs a sample on Hopper.
+
+A cluster of 2, 4 or 8 CTAs shares one multicast tape of weights, so a larger cluster reads less
+from L2; but its CTAs must sit on one GPC, and a device has fewer places for it.
+"""
+
+from __future__ import annotations
+
+from recurx.nets import ATTENTION, BlockSpec
+from recurx.plan.count import flops
+from recurx.plan.device import Device
+from recurx.plan.launch import LaunchPlan, Work
+from recurx.problem import Problem
+
+WIDTHS = (128, 256, 384, 512)
+ROWS, HEAD_DIM, MAX_TOKENS = 64, 64, 128
+MIDDLE, TOKEN_MIDDLE = 128, 64  # columns of the middles a round
+STAGE = 16384  # bytes of the tape
+MAX_CALLS = 65535
+CLUSTERS = (2, 4, 8)
+# Multiprocessors of an H100's GPC that clusters of more than two can count on: some have 18.
+GPC = 16
+# Share of the peak left by wgmma's shared-memory traffic, waits for the exchange, softmax and the
+# epilogues: reckoned phase by phase in cluster_sm90a.cuh, not measured.
+EFFICIENCY = 0.6
+
+
+def why_not_cluster(problem: Problem, device: Device) -> str | None:
+    """One sentence saying what the cluster kernel lacks for this problem or device, or None."""
+    if device.capability[0] != 9:
+        major, minor = device.capability
+        return (
+            f"is Hopper's alone (wgmma, compute capability 9.0), {device.name} has {major}.{minor}"
+        )
+    if problem.hidden not in WIDTHS:
+        return f"is compiled for D in {list(WIDTHS)}, got D={problem.hidden}"
+    if problem.tokens > MAX_TOKENS:
+        return f"keeps up to T={MAX_TOKENS} tokens in two CTAs, got T={problem.tokens}"
+    if len(problem.schedule.steps) > MAX_CALLS:
+        return f"runs up to {MAX_CALLS} calls, got {len(problem.schedule.steps)}"
+    for name, spec in problem.nets:
+        for block in spec.blocks:
+            if block.kind == ATTENTION and block.head_dim != HEAD_DIM:
+                return f"needs head_dim {HEAD_DIM}, net {name!r} has {block.head_dim}"
+    return None
+
+
+def cluster_plans(problem: Problem, device: Device) -> list[LaunchPlan]:
+    """One plan for each size of the cluster that the batch can fill."""
+    if why_not_cluster(problem, device) is not None:
+        return []
+    return [
+        _plan(problem, device, cluster)
+        for cluster in CLUSTERS
+        if cluster == 2 or cluster <= 2 * problem.batch
+    ]
+
+
+def _up(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def block_stages(block: BlockSpec) -> int:
+    """Stages of a block's tape, as struct Tape of cluster_sm90a_layout.cuh counts them."""
+    d = block.hidden
+    first, query, second = d // 32, d // 64, 8 if d > 256 else d // 64
+    if block.kind == ATTENTION:
+        mixer = block.num_heads // 2 * (first + query + second)
+    else:
+        mixer = 3 * _up(block.token_inner, TOKEN_MIDDLE)
+    return mixer + _up(block.inner, MIDDLE) * (first + second)
+
+
+def _block_flops(block: BlockSpec) -> float:
+    """FLOPs of both CTAs of a sample, padding to 128 rows included."""
+    d, rows = block.hidden, 2 * ROWS
+    middle = MIDDLE * _up(block.inner, MIDDLE)
+    if block.kind == ATTENTION:
+        mixer = 2.0 * rows * 4 * d * d + 4.0 * rows * rows * d
+    else:
+        mixer = 2.0 * d * 3 * TOKEN_MIDDLE * _up(block.token_inner, TOKEN_MIDDLE) * rows
+    return mixer + 2.0 * rows * 3 * middle * d
+
+
+def _plan(problem: Problem, device: Device, cluster: int) -> LaunchPlan:
+    clusters = max(1, _up(2 * problem.batch, cluster))
+    places = device.units // 2 if cluster == 2 else device.units // GPC * (GPC // cluster)
+    busy = min(clusters, max(1, places))
+    rounds = _up(clusters, busy)
+    specs = dict(problem.nets)
+    nets = [specs[step.net] for step in problem.schedule.steps]
+    a_sample = sum(_block_flops(block) for spec in nets for block in spec.blocks)
+    tape = STAGE * sum(block_stages(block) for spec in nets for block in spec.blocks)
+    state_bytes = 2.0 * problem.batch * problem.tokens * problem.hidden
+    reads = sum(len(step.reads) for step in problem.schedule.steps)
+    work = Work(
+        flops=flops(problem),
+        # The last round is as long as the others, however few clusters still work in it.
+        padded_flops=busy * rounds * (cluster // 2) * a_sample,
+        dram_bytes=state_bytes * (1 + 2 * len(problem.schedule.states)),
+        l2_bytes=busy * rounds * tape + state_bytes * reads,
+        launches=1,
+        parallel=busy * cluster,
+        efficiency=EFFICIENCY,
+    )
+    why = (
+        f"two CTAs own a sample for all {len(nets)} calls, "
+        f"{cluster} share one multicast tape of weights"
+    )
+    if rounds > 1:
+        why += f"; {clusters} clusters in {rounds} rounds"
+    return LaunchPlan("cuda", "cluster", (("cluster", cluster),), work, why)
