@@ -365,6 +365,12 @@ def test_only_rows_of_the_batch_are_updated_by_sign_sgd() -> None:
     torch.testing.assert_close(embedding.weights, expected)
 
 
+def test_rows_of_a_moved_table_still_learn() -> None:
+    embedding = table().double()
+    embedding(torch.tensor([1, 2])).sum().backward()
+    assert embedding.local_weights.is_leaf and embedding.local_weights.grad.abs().sum() == 12
+
+
 def test_evaluation_reads_the_table_and_training_batches_are_bounded() -> None:
     embedding = table()
     ids = torch.tensor([1, 1, 9, 0, 3])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +35,13 @@ class PuzzleEmbedding(nn.Module):
         self.register_buffer("weights", weights)
         self.register_buffer("local_weights", local, persistent=False)
         self.register_buffer("local_ids", torch.zeros(batch_size, dtype=torch.int32), False)
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> PuzzleEmbedding:
+        """`.to()` and its kin; PyTorch would record the move of a buffer that has gradient."""
+        super()._apply(fn, recurse)
+        if not self.local_weights.is_leaf:
+            self.local_weights = self.local_weights.detach().requires_grad_()
+        return self
 
     def forward(self, ids: Tensor) -> Tensor:
         """Rows [B, width] in the forward dtype; `ids` [B] of any integer dtype.

@@ -64,7 +64,6 @@ def test_average_and_sign_sgd_take_their_kernels(kernels):
     assert versions(average.weights.values()) > before and average.updates == 1
 
     embedding = PuzzleEmbedding(6, 4, 3, torch.float32, init_std=1.0).to(kernels)
-    embedding.local_weights = embedding.local_weights.detach().requires_grad_()
     table = embedding.weights.clone()
     ids = torch.tensor([2, 2, 5], device=kernels)
     embedding(ids).mul(torch.tensor([[1.0], [-3.0], [2.0]], device=kernels)).sum().backward()
