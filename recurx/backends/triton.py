@@ -39,7 +39,7 @@ from recurx.problem import Problem
 MAX_TAPES = 16  # sets of nets kept rounded; a full-size TRM net is 14 MB in bf16
 MAX_RECORDINGS = 8  # each holds a slice's activations (tens of MB) and its graph
 OLDEST = (3, 6)  # of Triton: the first whose code these kernels are tested with
-KINDS = ("tiled",)  # of plan
+KINDS = ("tiled", "persistent")  # of plan
 DTYPES = (torch.bfloat16, torch.float32)
 HEAD_DIMS = (32, 64, 128)
 MAX_TOKENS = 1024

@@ -1,5 +1,6 @@
-"""The plans of backend "triton" (recurx/backends/triton.py): the only place with its thresholds.
+"""The plans of backend "triton" (recurx/backends/triton.py), and their thresholds.
 
+persistent: see recurx/plan/triton_persistent.py.
 tiled: the batch is cut into slices whose activations stay in L2 for the whole recursion; a slice is
 one captured graph of five kernels a block and one a call. Several slice sizes are proposed, because
 the last wave of tiles is rarely full; the predicted time decides.
@@ -20,6 +21,7 @@ from recurx.nets import ATTENTION, BlockSpec
 from recurx.plan.count import flops, weight_values
 from recurx.plan.device import Device
 from recurx.plan.launch import LaunchPlan, Work
+from recurx.plan.triton_persistent import persistent, why_not
 from recurx.problem import Problem
 
 # Share of the L2 that a slice's activations may take; weights and what passes through need the
@@ -35,7 +37,7 @@ def candidates(problem: Problem, device: Device) -> list[LaunchPlan]:
     """Plans that fit `device`."""
     if device.kind != "cuda" or problem.batch == 0:
         return []
-    return list(_tiled(problem, device))
+    return [*_tiled(problem, device), *persistent(problem, device)]
 
 
 def refusals(problem: Problem, device: Device) -> list[str]:
@@ -44,7 +46,8 @@ def refusals(problem: Problem, device: Device) -> list[str]:
         return [f"backend triton does not run on {device.name}"]
     if problem.batch == 0:
         return ["backend triton needs no plan for an empty batch"]
-    return []
+    reason = why_not(problem, device)
+    return [] if reason is None else [f"triton/{reason}"]
 
 
 # ---- tiled -----------------------------------------------------------------------------------

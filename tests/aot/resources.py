@@ -36,6 +36,7 @@ class Need:
     tensor: tuple[str, ...] = TENSOR_KINDS  # one of these must occur; empty: none is meant
     bulk: bool = False  # bulk copies are meant
     max_registers: int = 255
+    max_spills: int = 0  # spill instructions of each sort that are put up with
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class Usage:
         """Every reason to reject this kernel, in words."""
         base = re.match(r"\d+", self.arch)[0]
         found = []
-        if self.stack or self.counts["LDL"] or self.counts["STL"]:
+        spills = max(self.counts["LDL"], self.counts["STL"])
+        if spills > need.max_spills or (self.stack and not need.max_spills):
             found.append(
                 f"spills: {self.stack} bytes of stack, {self.counts['STL']} STL, "
                 f"{self.counts['LDL']} LDL"

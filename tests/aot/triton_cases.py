@@ -26,6 +26,7 @@ class TritonCase:
     archs: tuple[str, ...]
     kernel: Callable[[], object]  # imports triton only when asked
     launch: Callable[[torch.dtype, int], Launch]  # for a dtype and so much shared memory
+    spills: int = 0  # see resources.Need
     products: bool = True  # whether it is meant for the tensor cores
 
     def need(self, arch: str) -> Need:
@@ -34,12 +35,13 @@ class TritonCase:
         wgmma takes 64 rows; a tile of fewer (wide rows, few registers) is mma.sync there too.
         """
         if self.dtype == torch.float32 or not self.products:
-            return Need(tensor=())
+            return Need(tensor=(), max_spills=self.spills)
         _, constants, options = self.launch(self.dtype, SHARED_LIMIT[arch])
         if "PRECISION" not in constants:  # a kernel without products
             return Need(tensor=())
         wide_enough = constants["ROWS"] >= 64 and options["num_warps"] >= 4
-        return Need(tensor=("HGMMA",) if arch == "90" and wide_enough else TENSOR_KINDS)
+        tensor = ("HGMMA",) if arch == "90" and wide_enough else TENSOR_KINDS
+        return Need(tensor=tensor, max_spills=self.spills)
 
     def compile(self, arch: str) -> Compiled:
         return compile_kernel(self.kernel(), *self.launch(self.dtype, SHARED_LIMIT[arch]), arch)
@@ -147,8 +149,9 @@ def cases(thorough: bool = False) -> Iterator[TritonCase]:
         yield _case(maker, bf16, ARCHS if thorough else GENERATIONS)
         if thorough:
             yield _case(maker, fp32, ARCHS)
-    from aot import step_cases, triton_backward_cases
+    from aot import recursion_cases, step_cases, triton_backward_cases
 
+    yield from recursion_cases.cases(thorough)
     yield from triton_backward_cases.cases(thorough)
     yield from step_cases.cases(ARCHS if thorough else GENERATIONS)
 

@@ -15,7 +15,7 @@ import contextlib
 import inspect
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import numpy as np
@@ -80,7 +80,13 @@ def check_internals() -> None:
                 f"bf16_interpreter: InterpreterBuilder.{name} has parameters {found}, expected "
                 f"{expected} (triton {triton.__version__}); adapt this file"
             )
-    for name in ("_get_np_dtype", "_validate_np_data_size", "_interpreter", "InterpretedFunction"):
+    for name in (
+        "_get_np_dtype",
+        "_validate_np_data_size",
+        "_interpreter",
+        "InterpretedFunction",
+        "_patch_lang",
+    ):
         if not hasattr(interpreter, name):
             raise RuntimeError(f"bf16_interpreter: triton.runtime.interpreter.{name} is gone")
     if interpreter._get_np_dtype(tl.bfloat16) != np.uint16:
@@ -234,6 +240,12 @@ def language_restored() -> Iterator[None]:
                     setattr(space, name, before[name])
 
 
+class _WholeLanguage:
+    """What `_patch_lang` takes for a kernel: it patches the modules that a kernel's file names."""
+
+    __globals__: ClassVar[dict] = {"tl": tl, "core": tl.core}
+
+
 @contextlib.contextmanager
 def interpreting() -> Iterator[None]:
     """Every `@triton.jit` kernel launched inside the block runs in the interpreter, on CPU tensors.
@@ -251,10 +263,13 @@ def interpreting() -> Iterator[None]:
     def launch(self, *args, grid, warmup=False, **options):
         # Only while a kernel runs: a module imported meanwhile must still be jitted.
         with mock.patch.object(type(knobs.runtime), "interpret", True), language_restored():
+            interpreter._patch_lang(_WholeLanguage)
             return twin(self).run(*args, grid=grid, warmup=warmup, **options)
 
     def call(self, *args, **options):
-        return twin(self)(*args, **options)
+        # The interpreter would patch the language again at each call of a device function, which
+        # takes longer than most of them do.
+        return twin(self).rewrite()(*args, **options)
 
     with exact_bf16(), mock.patch.multiple(JITFunction, run=launch, __call__=call):
         yield

@@ -15,7 +15,7 @@ from simulate import KINDS, triton_on_cpu
 import recurx
 from recurx import Schedule, Step, backends, reference
 from recurx.errors import BackendUnavailable
-from recurx.nets import ATTENTION, TOKEN_MLP
+from recurx.nets import ATTENTION, TOKEN_MLP, Net, NetSpec
 from tests.factories import make_inputs, make_net, problem_for, rope
 from tests.test_numerics import teacher_forced
 
@@ -53,6 +53,15 @@ def test_every_call_teacher_forced(system, kind, dtype, plan):
     schedule = SYSTEMS[system]
     with triton_on_cpu(plan):
         teacher_forced(run, schedule, nets_of(schedule, kind, blocks=1), dtype)
+
+
+@pytest.mark.parametrize("plan", KINDS)
+def test_both_kinds_of_block_in_one_net(plan):
+    both = [make_net(kind, blocks=1, seed=n) for n, kind in enumerate((ATTENTION, TOKEN_MLP))]
+    spec = NetSpec(tuple(block for net in both for block in net.spec.blocks))
+    net = Net(spec, [weight for one in both for weight in one.weights])
+    with triton_on_cpu(plan):
+        teacher_forced(run, ONE_CALL, {"L": net}, torch.bfloat16)
 
 
 SHAPES = {

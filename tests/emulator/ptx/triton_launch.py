@@ -7,10 +7,11 @@ with emulating("90", seed=1):
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from unittest import mock
 
+import torch
 from triton.runtime.jit import JITFunction
 
 from aot.triton_compile import Compiled, compile_kernel
@@ -43,13 +44,22 @@ def _launching(arch: str, use: Callable[[TritonLaunch], None]) -> Iterator[None]
 
 
 @contextlib.contextmanager
-def emulating(arch: str, **settings: float) -> Iterator[None]:
-    """Triton kernels launched inside run in the emulator, with the race checker on."""
+def emulating(arch: str, watch: Sequence[torch.Tensor] = (), **settings: float) -> Iterator[None]:
+    """Triton kernels launched inside run in the emulator, with the race checker on.
+
+    `watch`: tensors in global memory that are checked too, where threads of a block hand over data
+    through them. (Shared memory always is.) What different blocks do to them is not compared.
+    """
 
     def run(launch: TritonLaunch) -> None:
         kernel = PtxKernel(launch.made.ptx)
         kernel.configure(**{"race": 1, "seed": 1} | settings)
-        launch.run(kernel)
+        for number, tensor in enumerate(watch):
+            kernel.library.watch(tensor.data_ptr(), tensor.nbytes, f"watched {number}")
+        try:
+            launch.run(kernel)
+        finally:
+            kernel.library.unwatch_all()
 
     with _launching(arch, run):
         yield
