@@ -61,7 +61,8 @@ def _model(arguments: argparse.Namespace) -> Any:
     from recurx.models import HRM, TRM, HRMConfig, TRMConfig
 
     if arguments.checkpoint:
-        return load_checkpoint(arguments.checkpoint).build(backend=arguments.backend)
+        loaded = load_checkpoint(arguments.checkpoint)
+        return loaded.build(backend=arguments.backend, batch_size=arguments.batch)
     torch.manual_seed(0)
     size = {"batch_size": arguments.batch}
     if arguments.preset == "hrm":

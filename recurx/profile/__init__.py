@@ -7,7 +7,8 @@
 
 Files, in the order of the data: `step.py` (what runs), `roles.py`, `fused.py` and `tracer.py` (the
 trace), `counts.py` (FLOPs, bytes, syncs), `attribute.py` (operator -> stage), `kernels.py` (CUDA),
-`ceilings.py`, `advice.py`, `result.py` (the numbers), then `text.py`, `trace.py`, `html.py`.
+`ceilings.py`, `tables.py` and `result.py` (the numbers), `advice.py`, `text.py`, `trace.py`,
+`html.py`.
 """
 
 from recurx.profile.nvtx import nvtx_ranges

@@ -22,7 +22,7 @@ from recurx.plan import Device, LaunchPlan
 from recurx.problem import Problem
 from recurx.profile.attribute import NET_STAGES, PRODUCTS
 from recurx.profile.ceilings import synchronize
-from recurx.profile.result import Row, median
+from recurx.profile.result import Row, median, short
 from recurx.profile.step import device_of
 
 
@@ -102,7 +102,7 @@ def _replaced(problem: Problem, measured: Measured) -> list[str]:
     share = total / measured.ms if measured.ms else 0.0
     lines = [
         f"recurx would replace the recursion ({problem.schedule.name}, "
-        f"{len(problem.schedule)} net calls): {total:.4g} of {measured.ms:.4g} ms "
+        f"{len(problem.schedule)} net calls): {short(total)} of {short(measured.ms)} ms "
         f"({share:.0%} of the step), {launches} launches.",
     ]
     if total:
@@ -110,7 +110,7 @@ def _replaced(problem: Problem, measured: Measured) -> list[str]:
             f"  Why it gains: {glue / total:.0%} of that time is neither a product nor attention "
             f"(norms, RoPE, SwiGLU, sums), which fused kernels do while they write a product"
             + (
-                f"; casts of the weights move {measured.cast_bytes / 1e6:.4g} MB a step, "
+                f"; casts of the weights move {short(measured.cast_bytes / 1e6)} MB a step, "
                 "which recurx does once per weight update."
                 if measured.cast_bytes
                 else "."
@@ -137,9 +137,9 @@ def _predicted(problem: Problem, measured: Measured, training: bool) -> tuple[fl
     limit = max(parts, key=lambda name: parts[name])
     state = "measured rates" if device.measured else "published rates, unverified"
     return step, (
-        f"  Predicted (a model, {state}): forward of the recursion {now:.4g} -> {then:.4g} ms, "
-        f"the step {measured.ms:.4g} -> {step:.4g} ms ({measured.ms / step:.2f}x), "
-        f"limited by {limit}; plan {plan}"
+        f"  Predicted (a model, {state}): forward of the recursion {short(now)} -> "
+        f"{short(then)} ms, the step {short(measured.ms)} -> {short(step)} ms "
+        f"({measured.ms / step:.2f}x), limited by {limit}; plan {plan}"
     )
 
 
@@ -180,8 +180,8 @@ def _gain(
         return 0.0, f"  Measured: nothing; recurx.patch refuses this model: {error}"
     after = median(times)
     return after, (
-        f"  Measured here: on recurx the step goes from {measured.ms:.4g} to "
-        f"{after:.4g} ms ({measured.ms / after:.2f}x; median of {len(times)} steps)."
+        f"  Measured here: on recurx the step goes from {short(measured.ms)} to "
+        f"{short(after)} ms ({measured.ms / after:.2f}x; median of {len(times)} steps)."
     )
 
 
@@ -209,8 +209,8 @@ def _swapped(
     rest = sum(row.ms for row in measured.rows if row.group == "training")
     return [
         f"recurx.train.swap would replace the inside of {', '.join(names)} (all training stages "
-        f"together: {rest:.4g} of {measured.ms:.4g} ms).",
-        f"  Measured here: with the recursion on recurx as well, the step takes {after:.4g} ms "
+        f"together: {short(rest)} of {short(measured.ms)} ms).",
+        f"  Measured here: with the recursion on recurx as well, the step takes {short(after)} ms "
         f"({measured.ms / after:.2f}x; median of {len(times)} steps).",
     ]
 

@@ -8,56 +8,14 @@ from html import escape
 from typing import Any
 
 from recurx.profile.attribute import KINDS, NET_STAGES, STAGES, kind_of
-from recurx.profile.result import Profile, quantile
+from recurx.profile.result import Profile, quantile, short
 from recurx.profile.roofline import roofline
+from recurx.profile.style import STYLE
 from recurx.profile.text import GROUPS, MAX_PLACES
 from recurx.profile.trace import ranges
 
 STRIP_WIDTH, STRIP_ROW = 1200, 20
 NARROWEST = 0.35  # px: thinner ranges are left out of the strip
-
-_STYLE = """
-:root { color-scheme: light dark; --bg: #fcfcfb; --ink: #1c1c1a; --dim: #62625d; --line: #dcdcd6;
-  --card: #f3f3ef; --product: #2a78d6; --attention: #159a6b; --glue: #e0622c; --fused: #0f8fa8;
-  --around: #8d8d86; --training: #5a49bd; --other: #c3a51a; }
-@media (prefers-color-scheme: dark) { :root { --bg: #171716; --ink: #ecece8; --dim: #a3a39c;
-  --line: #3a3a37; --card: #232321; --product: #4a94ea; --attention: #2bb584; --glue: #e8763f;
-  --fused: #35b3cc; --around: #85857e; --training: #9486ee; --other: #cfb33a; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 66rem; padding: 1rem 1rem 3rem; background: var(--bg);
-  color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.35rem; line-height: 1.25; margin: .5rem 0; overflow-wrap: anywhere; }
-h2 { font-size: 1.08rem; margin: 2.2rem 0 .5rem; }
-p, li { max-width: 46rem; } .dim, footer { color: var(--dim); font-size: .88rem; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .6rem; }
-.tile { background: var(--card); border-radius: .5rem; padding: .6rem .8rem; }
-.tile b { display: block; font-size: 1.3rem; font-variant-numeric: tabular-nums; }
-.tile span { color: var(--dim); font-size: .82rem; }
-.scroll { overflow-x: auto; } svg { display: block; width: 100%; height: auto; }
-.scroll svg.strip { min-width: 900px; }
-.scroll svg.roofline { min-width: 34rem; } figure { margin: 0; } figcaption { color: var(--dim); }
-table { border-collapse: collapse; width: 100%; font-size: .88rem;
-  font-variant-numeric: tabular-nums; }
-th, td { padding: .22rem .5rem; text-align: right; border-bottom: 1px solid var(--line);
-  white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 9rem; }
-th { color: var(--dim); font-weight: 500; } tr.group td { font-weight: 600; padding-top: .8rem; }
-.bar { min-width: 5rem; } .bar i { display: block; height: .75rem; border-radius: 2px;
-  min-width: 1px; }
-pre { background: var(--card); border-radius: .5rem; padding: .7rem .9rem; overflow-x: auto;
-  font-size: .82rem; line-height: 1.45; white-space: pre-wrap; overflow-wrap: anywhere; }
-.keys { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .85rem; margin: .4rem 0; }
-.keys i { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px;
-  margin-right: .35rem; vertical-align: -1px; }
-svg text { font: 12px system-ui, sans-serif; fill: var(--ink); } svg text.axis { fill: var(--dim); }
-.grid { stroke: var(--line); stroke-width: 1; } .roof { stroke: var(--ink); stroke-width: 2;
-  fill: none; } .roof.low { stroke-dasharray: 5 4; stroke-width: 1.2; }
-circle { fill-opacity: .72; stroke: var(--bg); stroke-width: 1; }
-rect { stroke: var(--bg); stroke-width: .6; } rect.frame { fill: var(--card); }
-@media (max-width: 44rem) { .wide { display: none; } body { font-size: 14px; padding: .7rem; }
-  th, td { padding: .2rem .3rem; } th:first-child, td:first-child { min-width: 6rem; }
-  .bar { min-width: 2.5rem; } }
-"""
 
 
 def render(profile: Profile) -> str:
@@ -78,7 +36,7 @@ def render(profile: Profile) -> str:
             "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">",
             '<link rel="icon" href="data:,">',
             f"<title>{escape(profile.title)}: recurx profile</title>",
-            f"<style>{_STYLE}{kinds}</style></head><body>",
+            f"<style>{STYLE}{kinds}</style></head><body>",
             *(part for part in body if part),
             f'<script type="application/json" id="recurx-profile">{numbers}</script>',
             "</body></html>",
@@ -88,13 +46,13 @@ def render(profile: Profile) -> str:
 
 def _head(p: Profile) -> str:
     tiles = [
-        (f"{p.ms:.4g} ms", f"one {p.kind}, median of {len(p.step_ms)}"),
+        (f"{short(p.ms)} ms", f"one {p.kind}, median of {len(p.step_ms)}"),
         (f"{p.launches}", "kernels" if p.device != "cpu" else "operators that are no views"),
         (f"{sum(s.count for s in p.syncs)}", "host syncs" + _would(p)),
     ]
     if p.patched_ms:
-        tiles.append((f"{p.ms / p.patched_ms:.2f}x", f"on recurx: {p.patched_ms:.4g} ms"))
-    spread = f"p20 {quantile(p.step_ms, 0.2):.4g}, p80 {quantile(p.step_ms, 0.8):.4g} ms"
+        tiles.append((f"{p.ms / p.patched_ms:.2f}x", f"on recurx: {short(p.patched_ms)} ms"))
+    spread = f"p20 {short(quantile(p.step_ms, 0.2))}, p80 {short(quantile(p.step_ms, 0.8))} ms"
     made = "".join(f'<div class="tile"><b>{escape(a)}</b><span>{escape(b)}</span></div>'
                    for a, b in tiles)  # fmt: skip
     return (
@@ -154,7 +112,7 @@ def _stages(p: Profile) -> str:
             total = sum(row.ms for row in members)
             share = total / p.ms if p.ms else 0.0
             rows.append(
-                f'<tr class="group"><td colspan="2">{escape(title)}</td><td>{total:.4g}</td>'
+                f'<tr class="group"><td colspan="2">{escape(title)}</td><td>{short(total)}</td>'
                 f"<td>{share:.1%}</td></tr>"
             )
         for row in members:
@@ -187,7 +145,7 @@ def _strip(p: Profile) -> str:
             continue
         depth = max(depth, level)
         kind = kind_of(labels[name]) if name in labels else "frame"
-        note = escape(f"{name}: {(stop - start) * 1e-6:.4g} ms traced")
+        note = escape(f"{name}: {short((stop - start) * 1e-6)} ms traced")
         rects.append(
             f'<rect class="{kind}" x="{left:.2f}" y="{level * STRIP_ROW}" width="{width:.2f}" '
             f'height="{STRIP_ROW - 2}"><title>{note}</title></rect>'
@@ -235,7 +193,7 @@ def _calls(p: Profile) -> str:
     table = _table(["net call", "cycle", "", "forward ms", "backward ms"], rows)
     inside = sum(row.ms for row in p.rows if row.name in NET_STAGES)
     return _section(
-        "Net calls", f"<details><summary>{len(p.calls)} calls, {inside:.4g} ms</summary>{table}"
+        "Net calls", f"<details><summary>{len(p.calls)} calls, {short(inside)} ms</summary>{table}"
         "</details>",
     )  # fmt: skip
 
@@ -243,8 +201,8 @@ def _calls(p: Profile) -> str:
 def _engines(p: Profile) -> str:
     parts = []
     for engine in p.engines:
-        parts.append(f"<p>{escape(engine.label)}: {engine.ms:.4g} ms, "
-                     f"{engine.flops / 1e9:.4g} GFLOP</p>")  # fmt: skip
+        parts.append(f"<p>{escape(engine.label)}: {short(engine.ms)} ms, "
+                     f"{short(engine.flops / 1e9)} GFLOP</p>")  # fmt: skip
         if engine.phases:
             rows = [[escape(phase), f"{ms:.3f}", f"{flops / ms / 1e9:.3g}" if flops and ms else "-"]
                     for phase, ms, flops in engine.phases]  # fmt: skip
@@ -256,7 +214,9 @@ def _timeline(p: Profile) -> str:
     if p.timeline is None:
         return ""
     rows = [[escape(name), f"{ms:.4f}"] for name, ms in p.timeline.phases().items()]
-    text = f"<p>{len(p.timeline.owners)} owners, {p.timeline.span_ms:.4g} ms; mean of an owner.</p>"
+    text = (
+        f"<p>{len(p.timeline.owners)} owners, {short(p.timeline.span_ms)} ms; mean of an owner.</p>"
+    )
     return _section("Inside the kernel", text, _table(["phase", "ms"], rows))
 
 

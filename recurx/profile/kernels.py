@@ -32,8 +32,8 @@ def record(run: Callable[[], Any]) -> tuple[Any, list[Any]]:
 def attach(events: Iterable[Any], ops: Sequence[Op]) -> list[tuple[str, float, float]]:
     """Give each operator its kernels; returns (name, start us, us) of all kernels of the step.
 
-    `events` are torch.profiler's `FunctionEvent`s. Kernels of work outside every operator (none is
-    known) are in the returned list only.
+    `events` are torch.profiler's `FunctionEvent`s. Kernels that no operator of PyTorch launched (an
+    extension that is called directly) are in the returned list only.
     """
     events = list(events)
     origin = next((e.time_range.start for e in events if e.name == STEP), 0.0)

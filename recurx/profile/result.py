@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from recurx.profile.attribute import STAGES
 from recurx.profile.ceilings import Ceilings
-from recurx.profile.records import BACKWARD, Op, Trace
+from recurx.profile.records import Op
 from recurx.profile.timeline import Timeline
 
 
@@ -146,8 +145,8 @@ class Profile:
     def how(self) -> str:
         """How stage times were made, in a sentence."""
         return (
-            f"Stage times: {self.traces} traced step(s) ({self.traced_ms:.4g} ms, of which the "
-            f"tracer's books took {self.lost_ms:.4g}), each operator's shortest, less "
+            f"Stage times: {self.traces} traced step(s) ({short(self.traced_ms)} ms, of which the "
+            f"tracer's books took {short(self.lost_ms)}), each operator's shortest, less "
             f"{self.overhead_us:.3g} us for its trace, scaled to the median of "
             f"{len(self.step_ms)} untraced steps."
         )
@@ -200,6 +199,11 @@ def median(values: Sequence[float]) -> float:
     return quantile(values, 0.5)
 
 
+def short(value: float) -> str:
+    """Four digits, without an exponent for large numbers."""
+    return f"{value:.4g}" if abs(value) < 9999.5 else f"{value:,.0f}"
+
+
 def quantile(values: Sequence[float], q: float) -> float:
     """The value below which a share `q` lies, between the two nearest."""
     ordered = sorted(values)
@@ -215,87 +219,3 @@ def empty_row(name: str) -> Row:
     base = name.partition(": ")[0]
     group, label = STAGES.get(base, ("other", name))
     return Row(name, label if name == base else name.replace("optimizer", "optimiser"), group)
-
-
-def operator_ms(trace: Trace, step_ms: float) -> tuple[list[float], float]:
-    """Milliseconds of every operator of an untraced step, and the overhead taken out (us each).
-
-    The trace costs about the same for every operator: that much is taken from each (but at most
-    four fifths of it), and the rest is scaled to add up to `step_ms`.
-    """
-    raw = [ns * 1e-6 for ns in trace.ns]
-    overhead = max(0.0, (sum(raw) - step_ms) / max(1, len(raw)))
-    less = [max(ms - overhead, 0.2 * ms) for ms in raw]
-    factor = step_ms / sum(less) if sum(less) > 0 else 1.0
-    return [ms * factor for ms in less], overhead * 1e3
-
-
-def device_ms(trace: Trace) -> list[float]:
-    """Milliseconds of the kernels of every operator (CUDA)."""
-    return [sum(us for _, us in op.kernels) * 1e-3 for op in trace.ops]
-
-
-def make_rows(ops: Sequence[Op], ms: Sequence[float], total: float, roofs: Ceilings) -> list[Row]:
-    """Stages in the order of `STAGES`, ranges of the user after them."""
-    rows: dict[str, Row] = {}
-    for op, time in zip(ops, ms, strict=True):
-        row = rows.setdefault(op.stage, empty_row(op.stage))
-        row.ms += time
-        if op.phase == BACKWARD:
-            row.backward_ms += time
-        else:
-            row.forward_ms += time
-        row.operators += 1
-        row.launches += len(op.kernels) if op.kernels else not op.free
-        row.flops += op.flops
-        row.bytes += op.bytes
-    order = {name: index for index, name in enumerate(STAGES)}
-    for row in rows.values():
-        seconds = row.ms * 1e-3
-        row.share = row.ms / total if total else 0.0
-        if seconds > 0:
-            row.tflops, row.gbs = row.flops / seconds / 1e12, row.bytes / seconds / 1e9
-            row.of_roof = roofs.bound(row.flops, row.bytes) / seconds
-        compute = row.flops / (roofs.best_tflops * 1e12)
-        row.limit = "compute" if compute > row.bytes / (roofs.gbs * 1e9) else "memory"
-    return sorted(rows.values(), key=lambda r: order.get(r.name.partition(": ")[0], len(order)))
-
-
-def make_calls(ops: Sequence[Op], ms: Sequence[float]) -> list[Call]:
-    """Net calls in order; fused ops of recurx hold several and are not among them."""
-    calls: dict[tuple[int, int], Call] = {}
-    for op, time in zip(ops, ms, strict=True):
-        if op.call < 0 or op.split is not None:
-            continue
-        key = (op.where.recursion, op.call)
-        call = calls.setdefault(key, Call(key[0], op.cycle, op.call, op.net, 0.0, 0.0))
-        if op.phase == BACKWARD:
-            call.backward_ms += time
-        else:
-            call.forward_ms += time
-    return [calls[key] for key in sorted(calls)]
-
-
-def make_syncs(ops: Iterable[Op]) -> list[Sync]:
-    """Places where the host waits, most frequent first."""
-    counted: Counter[tuple[str, str, str, str]] = Counter()
-    for op in ops:
-        if op.sync and op.place:
-            counted[(str(op.place), op.place.text, op.sync, op.stage)] += 1
-    return [Sync(*key, count) for key, count in counted.most_common()]
-
-
-def make_engines(ops: Sequence[Op], ms: Sequence[float]) -> list[Engine]:
-    """The recurx ops of the step with their own split."""
-    found = []
-    for op, time in zip(ops, ms, strict=True):
-        split = op.split
-        if split is None:
-            continue
-        calls = f"calls {split.start}..{split.stop - 1} of {split.calls}"
-        what = "backward" if split.backward else "forward"
-        label = f"{split.backend}: {what} of {calls}"
-        label += "" if split.phases else " (opaque: no split inside)"
-        phases = [(phase, share * time, flops) for phase, share, flops in split.phases]
-        found.append(Engine(label, time, split.flops, phases))
-    return found

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from recurx.errors import bad_argument
-from recurx.profile import advice, kernels, result, step
+from recurx.profile import advice, kernels, result, step, tables
 from recurx.profile.attribute import NET_STAGES, PRODUCTS, resolve
 from recurx.profile.ceilings import measure, synchronize
 from recurx.profile.commands import commands
@@ -232,11 +232,11 @@ def _assemble(
     device: torch.device, samples: int,
 ) -> Profile:  # fmt: skip
     total = result.median(times)
-    ms, overhead = result.operator_ms(trace, total)
+    ms, overhead = tables.operator_ms(trace, total)
     idle = 0.0
     if events:  # a GPU: stages are the time of their kernels, the rest is waiting for the host
-        ms = result.device_ms(trace)
-        idle = max(0.0, total - sum(ms))
+        ms = tables.device_ms(trace)
+        idle = max(0.0, total - sum(us for _, _, us in events) * 1e-3)
     ops = trace.ops
     return Profile(
         title=type(todo.model).__name__,
@@ -251,10 +251,10 @@ def _assemble(
         traced_ms=trace.wall * 1e-6,
         lost_ms=trace.lost * 1e-6,
         overhead_us=overhead,
-        rows=result.make_rows(ops, ms, total, ceilings),
-        calls=result.make_calls(ops, ms),
-        syncs=result.make_syncs(ops),
-        engines=result.make_engines(ops, ms),
+        rows=tables.make_rows(ops, ms, total, ceilings, events),
+        calls=tables.make_calls(ops, ms),
+        syncs=tables.make_syncs(ops),
+        engines=tables.make_engines(ops, ms),
         launches=len(events) if events else sum(not op.free for op in ops),
         operators=len(ops),
         idle_ms=idle,
@@ -285,6 +285,8 @@ def _notes(made: Profile, device: torch.device) -> list[str]:
             f"{other:.0%} of the step is in no known stage; name your own ranges with "
             "`from recurx.profile import stage`."
         )
+    if device.type == "cuda" and not made.kernel_events:
+        notes.append("torch.profiler recorded no kernel (no CUPTI?): stage times are the host's.")
     if device.type == "cpu":
         notes.append("Bytes are those of the operators; caches may serve them, so GB/s and "
                      "'of roof' can exceed the copy bandwidth.")  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from recurx.profile.result import Profile, Row, quantile
+from recurx.profile.result import Profile, Row, quantile, short
 
 GROUPS = {
     "net": "recursion, by stage of a block (all net calls together)",
@@ -32,11 +32,11 @@ def _indent(lines: Sequence[str]) -> list[str]:
 
 def _head(p: Profile) -> str:
     tflops = ", ".join(f"{value:.3g} TFLOP/s {name}" for name, value in p.ceilings.tflops.items())
-    spread = f"p20 {quantile(p.step_ms, 0.2):.4g}, p80 {quantile(p.step_ms, 0.8):.4g}"
+    spread = f"p20 {short(quantile(p.step_ms, 0.2))}, p80 {short(quantile(p.step_ms, 0.8))}"
     kernels = "kernels" if p.device != "cpu" else "operators that are no views"
     lines = [
         f"{p.title}: one {p.kind}, B={p.batch}, {p.dtype} on {p.device} ({p.threads} threads)",
-        f"  {p.ms:.4g} ms (median of {len(p.step_ms)}; {spread})",
+        f"  {short(p.ms)} ms (median of {len(p.step_ms)}; {spread})",
         f"  {p.launches} launches ({kernels}), {p.operators} ATen operators, "
         f"{sum(s.count for s in p.syncs)} host syncs",
         f"  ceilings measured in this run: {p.ceilings.gbs:.3g} GB/s copy, {tflops}",
@@ -58,7 +58,7 @@ def _stages(p: Profile) -> str:
         if not rows:
             continue
         total = sum(row.ms for row in rows)
-        lines.append(f"{title:36s}  {total:.4g} ms, {total / p.ms if p.ms else 0:.1%}")
+        lines.append(f"{title:36s}  {short(total)} ms, {total / p.ms if p.ms else 0:.1%}")
         lines += [_row(row, backward) for row in rows]
     if p.idle_ms:
         lines.append(f"  {'GPU idle: waits for the host':34s} {p.idle_ms:9.3f} "
@@ -90,11 +90,11 @@ def _calls(p: Profile) -> str:
         again = f"recursion {recursion}, " if recursion > 0 else ""
         where = f"cycle {cycle}, " if cycle >= 0 else ""
         lines.append(
-            f"  {again}{where}net {net or '?'}: {len(times)} x {sum(times) / len(times):.4g} ms "
-            f"({min(times):.4g} to {max(times):.4g}), backward included"
+            f"  {again}{where}net {net or '?'}: {len(times)} x {short(sum(times) / len(times))} ms "
+            f"({short(min(times))} to {short(max(times))}), backward included"
             if any(c.backward_ms for c in p.calls)
             else f"  {again}{where}net {net or '?'}: {len(times)} x "
-            f"{sum(times) / len(times):.4g} ms ({min(times):.4g} to {max(times):.4g})"
+            f"{short(sum(times) / len(times))} ms ({short(min(times))} to {short(max(times))})"
         )
     return "\n".join(lines)
 
@@ -102,7 +102,7 @@ def _calls(p: Profile) -> str:
 def _engines(p: Profile) -> str:
     lines = []
     for engine in p.engines:
-        lines.append(f"  {engine.label}: {engine.ms:.4g} ms, {engine.flops / 1e9:.4g} GFLOP")
+        lines.append(f"  {engine.label}: {short(engine.ms)} ms, {short(engine.flops / 1e9)} GFLOP")
         for phase, ms, flops in engine.phases:
             rate = f", {flops / ms / 1e9:.3g} TFLOP/s" if flops and ms else ""
             lines.append(f"    {phase:12s} {ms:9.3f} ms{rate}")
@@ -114,7 +114,7 @@ def _timeline(p: Profile) -> str:
         return ""
     head = (
         f"inside the kernel: {len(p.timeline.owners)} owners, "
-        f"{p.timeline.span_ms:.4g} ms; mean of an owner"
+        f"{short(p.timeline.span_ms)} ms; mean of an owner"
     )
     return "\n".join([head, *(f"  {n:20s} {ms:9.4f} ms" for n, ms in p.timeline.phases().items())])
 

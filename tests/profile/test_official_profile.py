@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import recurx
 from recurx.profile.attribute import STAGES
+from recurx.train import AdamATan2
 from tests import official
 from tests.profile.profile_cases import ATTENTION_STAGES, BLOCK_STAGES, TOKEN_STAGES, kernels_of
 
@@ -74,3 +76,42 @@ def test_official_training_step() -> None:
     assert [c.call for c in found.calls if c.backward_ms] == [6, 7, 8]
     assert "Measured here" in "\n".join(found.advice)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_official_optimiser_of_puzzle_rows_and_average() -> None:
+    """The training loop of the official code, step by step; its `unique` is a host sync."""
+    with official.importable("trm"):
+        parts = official.import_parts("trm")
+        sparse = importlib.import_module("models.sparse_embedding")
+        average = importlib.import_module("models.ema").EMAHelper(mu=0.999)
+    torch.manual_seed(0)
+    model = parts["loss"](parts["model"](official.config("trm")), "stablemax_cross_entropy").train()
+    batch = official.batch()
+    optimizers = [
+        AdamATan2(model.parameters(), lr=1e-4),
+        sparse.CastedSparseEmbeddingSignSGD_Distributed(
+            model.model.puzzle_emb.buffers(), world_size=1, lr=1e-2, weight_decay=0.1
+        ),
+    ]
+    average.register(model)
+    carry = [model.initial_carry(batch)]
+
+    def step() -> None:
+        carry[0], loss, metrics, _, _ = model(carry=carry[0], batch=batch, return_keys=[])
+        (loss / 4).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        average.update(model)
+        torch.stack(list(metrics.values())).cpu().numpy()
+
+    found = recurx.profile(
+        model, run=step, optimizer=optimizers, ema=average, seconds=0.05, halting_steps=0
+    )
+    assert kernels_of(found, "optimizer")["_unique2"] == 1
+    assert kernels_of(found, "ema")["mul"] == 2 * len(list(model.parameters()))
+    (unique,) = [sync for sync in found.syncs if "unique" in sync.what]
+    assert "sparse_embedding.py" in unique.place and "unique(" in unique.text
+    text = "\n".join(found.advice)
+    assert "recurx.train.swap would replace the inside of" in text and "EMAHelper" in text
+    assert found.row("other").share < 0.1

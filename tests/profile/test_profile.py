@@ -21,9 +21,9 @@ from recurx.profile import counts, fused, nvtx_ranges
 from recurx.profile.attribute import resolve
 from recurx.profile.commands import commands
 from recurx.profile.kernels import attach
-from recurx.profile.result import operator_ms
 from recurx.profile.roles import roles_of
 from recurx.profile.step import initial_carry, random_batch, supervision_step
+from recurx.profile.tables import make_rows, operator_ms
 from recurx.profile.timeline import Timeline
 from recurx.profile.trace import chrome_trace
 from recurx.profile.tracer import Tracer
@@ -373,6 +373,11 @@ def test_kernels_find_their_operator() -> None:
     assert kernels == [("gemm<128>", 10.0, 7.0)]
     assert found.ops[3].kernels == [("gemm<128>", 7.0)]
     assert not found.ops[2].kernels
+    ms = [0.007 if op.kernels else 0.0 for op in found.ops]
+    rows = make_rows(found.ops, ms, 1.0, found.ceilings, [*kernels, ("flash", 50.0, 3.0)])
+    other = next(row for row in rows if row.name == "other")
+    assert sum(row.launches for row in rows) == 2 and other.launches == 1
+    assert other.ms == pytest.approx(0.003) and sum(row.ms for row in rows) == pytest.approx(0.01)
 
 
 def test_nsight_lines() -> None:
@@ -416,6 +421,17 @@ def test_arguments_are_checked() -> None:
         recurx.profile(tiny(), run=lambda: None, train=True)
     with pytest.raises(InvalidArgument, match="update"):
         recurx.profile(tiny(), ema=3)
+
+
+def test_command_line_on_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from recurx.cli import main
+
+    config = {"puzzle_emb_ndim": 64, "num_puzzle_identifiers": 3}
+    recurx.save_checkpoint(tmp_path / "m.safetensors", tiny(**config))
+    arguments = ["--checkpoint", str(tmp_path / "m.safetensors"), "--seconds", "0.05"]
+    assert main(["profile", *arguments, "--batch", "3", "--train", "--backend", "eager"]) == 0
+    out = capsys.readouterr().out
+    assert "B=3" in out and "sign SGD of puzzle rows" in out and "net calls (6)" in out
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
