@@ -62,8 +62,10 @@ def attention_backward_keys_kernel(
     T: tl.constexpr, H: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr,
     WHOLE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    batch, head = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
-    keys = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    across = tl.cdiv(T, COLS)
+    number = tl.program_id(0) // across  # of the head, over the batch
+    batch, head = (number // H).to(tl.int64), number % H
+    keys = (tl.program_id(0) % across) * COLS + tl.arange(0, COLS)
     j = tl.arange(0, HALF)
     e = tl.arange(0, 2 * HALF)
     stride = 6 * H * HALF  # elements from token to token in qkv
@@ -123,8 +125,10 @@ def attention_backward_queries_kernel(
     T: tl.constexpr, H: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    batch, head = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    across = tl.cdiv(T, ROWS)
+    number = tl.program_id(0) // across
+    batch, head = (number // H).to(tl.int64), number % H
+    rows = (tl.program_id(0) % across) * ROWS + tl.arange(0, ROWS)
     j = tl.arange(0, HALF)
     e = tl.arange(0, 2 * HALF)
     stride = 6 * H * HALF
@@ -198,7 +202,8 @@ def attention_backward(
     delta = torch.empty_like(lse)
     shared = tiles.shared_bytes(qkv.device)
     args, constants, options = launch_arguments(qkv, out, lse, delta, d_out, cos_sin, d_qkv, shared)
-    grid = (triton.cdiv(tokens, constants["COLS"]), batch * heads)
+    # One axis: the others of a grid end at 65535, which B * H may pass.
+    grid = (triton.cdiv(tokens, constants["COLS"]) * batch * heads,)
     if not constants["WHOLE"]:
         attention_backward_queries_kernel[grid](*args, **over_queries(constants), **options)
     attention_backward_keys_kernel[grid](*args, **constants, **options)

@@ -43,7 +43,7 @@ def swiglu_backward_tile(m: int, n: int, k: int, itemsize: int, shared: int) -> 
     rows = 32 if narrow else 128 if m >= 4096 else 64
     cols = min(32 if narrow else 64, _power(n))
     depth = min(32 if narrow else 64, _power(k))
-    return _staged(rows, cols, 2, depth, 8 if rows == 128 else 4, itemsize, shared)
+    return _staged(rows, cols, 2, depth, 8 if rows == 128 or narrow else 4, itemsize, shared)
 
 
 def wgrad_tile(m: int, n: int, k: int, itemsize: int, shared: int) -> tuple[Tile, int]:
@@ -79,7 +79,9 @@ def attention_backward_tile(
     held = 2 * cols * head_dim * itemsize  # K and V
     bytes_a_step = 3 * rows * head_dim * itemsize  # Q, the output and its gradient
     stages = max(1, min(2, (shared - SCRATCH_BYTES - held) // bytes_a_step))
-    tile = Tile(rows, cols, 1, head_dim, 8 if cols >= 64 else 4, stages)
+    tile = Tile(
+        rows, cols, 1, head_dim, 8 if cols >= 64 or (narrow and head_dim == 128) else 4, stages
+    )
     return tile, cols >= tokens and (roomy or cols <= 64)
 
 

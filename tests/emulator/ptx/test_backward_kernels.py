@@ -33,6 +33,23 @@ def rms_backward_over_tokens():
     return lambda: [rms_backward(y, scale, d)], [d_rms(y, scale, d)]
 
 
+def forward_that_keeps_the_factors():
+    from recurx.kernels.linear_residual_rms import linear_residual_rms
+
+    a, w, residual = (
+        randn(70, 32, seed=0),
+        randn(512, 32, seed=1, scale=0.1),
+        randn(70, 512, seed=2),
+    )
+    scale = torch.empty(70)
+    wide = residual.double() + a.double() @ w.double().T
+    want = torch.rsqrt(wide.square().mean(-1) + 1e-5)
+    return lambda: [linear_residual_rms(a, w, residual, scale=scale), scale], [
+        wide * want[:, None],
+        want,
+    ]
+
+
 def dgrad():
     from recurx.kernels.dgrad import dgrad
 
@@ -107,7 +124,8 @@ def attention_backward_of_two_kernels():
 
 # All on an sm_90 (wgmma), and on an sm_80 (mma.sync) those whose code differs most.
 CASES = [
-    ("90", rms_backward_over_tokens), ("90", dgrad), ("90", swiglu_backward),
+    ("90", forward_that_keeps_the_factors), ("90", rms_backward_over_tokens),
+    ("90", dgrad), ("90", swiglu_backward),
     ("90", dgrad_rms_backward), ("80", dgrad_rms_backward),
     ("90", wgrad), ("80", wgrad),
     ("90", attention_backward_of_one_block), ("90", attention_backward_of_two_kernels),

@@ -53,7 +53,7 @@ def emulating(arch: str, watch: Sequence[torch.Tensor] = (), **settings: float) 
 
     def run(launch: TritonLaunch) -> None:
         kernel = PtxKernel(launch.made.ptx)
-        kernel.configure(**{"race": 1, "seed": 1} | settings)
+        kernel.configure(**{"race": 1, "seed": 1, "copies_may_write": 1} | settings)
         for number, tensor in enumerate(watch):
             kernel.library.watch(tensor.data_ptr(), tensor.nbytes, f"watched {number}")
         try:

@@ -96,10 +96,15 @@ void RaceChecker::touch_piece(Piece& piece, unsigned size, unsigned from, unsign
 }
 
 // The same value, by the same instruction, from lanes of one warp: compilers do not bother to
-// choose one of them.
+// choose one of them. Nor do Triton's among warps that hold copies of a row's sum: there it is the
+// whole CTA (`copies_may_write`).
 static bool same_store(const Event& e, const Event& before) {
-  return e.unchanged && e.kind == Kind::kGeneric && before.kind == Kind::kGeneric &&
-         e.where == before.where && e.actor / 32 == before.actor / 32;
+  if (!e.unchanged || e.kind != Kind::kGeneric || before.kind != Kind::kGeneric ||
+      e.where != before.where)
+    return false;
+  if (gang->config.copies_may_write)
+    return gang->threads[e.actor].cta == gang->threads[before.actor].cta;
+  return e.actor / 32 == before.actor / 32;
 }
 
 void RaceChecker::check_write(Cell& c, const Event& e, const View& view, const uint8_t* at) {
