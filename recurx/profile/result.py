@@ -75,10 +75,16 @@ class Sync:
 class Engine:
     """One recurx op: which calls ran where, and the engine's own split (empty if opaque)."""
 
-    label: str
+    backend: str
+    what: str
     ms: float
     flops: float
-    phases: list[tuple[str, float, float]]  # (phase, ms, FLOPs)
+    phases: list[tuple[str, float, float]]  # (phase, ms, FLOPs; 0 if not counted)
+
+    @property
+    def label(self) -> str:
+        opaque = "" if self.phases else " (opaque: no split inside)"
+        return f"{self.backend}: {self.what}{opaque}"
 
 
 @dataclass
@@ -177,6 +183,10 @@ class Profile:
             InvalidArgument: an event lacks a key, or ends before it starts.
         """
         self.timeline = Timeline.of(events)
+        shares = self.timeline.shares()
+        for engine in self.engines:
+            if engine.backend == "cuda" and not engine.phases:
+                engine.phases = [(name, share * engine.ms, 0.0) for name, share in shares.items()]
 
     def save_json(self, path: str | Path) -> None:
         """All numbers, one JSON object."""

@@ -98,10 +98,8 @@ def make_engines(ops: Sequence[Op], ms: Sequence[float]) -> list[Engine]:
         split = op.split
         if split is None:
             continue
-        calls = f"calls {split.start}..{split.stop - 1} of {split.calls}"
-        what = "backward" if split.backward else "forward"
-        label = f"{split.backend}: {what} of {calls}"
-        label += "" if split.phases else " (opaque: no split inside)"
+        direction = "backward" if split.backward else "forward"
+        what = f"{direction} of calls {split.start}..{split.stop - 1} of {split.calls}"
         phases = [(phase, share * time, flops) for phase, share, flops in split.phases]
-        found.append(Engine(label, time, split.flops, phases))
+        found.append(Engine(split.backend, what, time, split.flops, phases))
     return found

@@ -67,5 +67,11 @@ class Timeline:
         mean["(between phases)"] = max(0.0, self.span_ms - sum(mean.values()))
         return dict(sorted(mean.items(), key=lambda item: -item[1]))
 
+    def shares(self) -> dict[str, float]:
+        """{phase: share of the kernel}."""
+        phases = self.phases()
+        total = sum(phases.values()) or 1.0
+        return {phase: ms / total for phase, ms in phases.items()}
+
     def to_dict(self) -> dict[str, Any]:
         return {"owners": len(self.owners), "span_ms": self.span_ms, "phases_ms": self.phases()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -79,7 +80,7 @@ def test_the_trace_accounts_for_the_time_of_the_step() -> None:
     inside = sum(op.ns for op in trace.ops) + trace.lost
     assert inside == pytest.approx(trace.wall, rel=1e-3)
     assert trace.wall == pytest.approx(outside, rel=0.05)
-    for before, op in zip(trace.ops, trace.ops[1:], strict=False):
+    for before, op in itertools.pairwise(trace.ops):
         assert op.start == before.end  # a partition: no gap, no overlap
     resolve(trace)
     assert max(trace.ops, key=lambda op: op.ns).ns > 0.04e9  # the sleep went to the next operator
