@@ -36,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", type=options.setting, action="append", default=[],
                         metavar="KEY=VALUE", help="a field of the model, e.g. hidden_size=128",
                         )  # fmt: skip
+    parser.add_argument("--no-capture", action="store_true",
+                        help="on a GPU: launch every kernel of a step, not one CUDA graph",
+                        )  # fmt: skip
     options.add_machine(parser)
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
 
@@ -103,14 +106,18 @@ def _started(arguments: argparse.Namespace, device: Any) -> Any:
         raise InvalidArgument(
             f"{folder} already holds a run: go on with --resume {folder}, or choose another --out."
         )
-    return Trainer(config, folder, device=device, backend=arguments.backend)
+    captured = False if arguments.no_capture else None
+    return Trainer(config, folder, device=device, backend=arguments.backend, captured=captured)
 
 
 def _resumed(arguments: argparse.Namespace, device: Any) -> Any:
     from recurx.errors import InvalidArgument
     from recurx.train import Trainer
 
-    trainer = Trainer.resume(arguments.resume, device=device, backend=arguments.backend)
+    trainer = Trainer.resume(
+        arguments.resume, device=device, backend=arguments.backend,
+        captured=False if arguments.no_capture else None,
+    )  # fmt: skip
     if arguments.task not in (None, trainer.config.task):
         raise InvalidArgument(
             f"{arguments.resume} is a run of {trainer.config.task}, not of {arguments.task}."

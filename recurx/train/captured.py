@@ -79,8 +79,8 @@ class CapturedStep:
         average: updated after the optimisers.
         schedule: factor of the learning rates from the number of steps done (a 0-d fp32 tensor on
             the device): pure PyTorch.
-        synchronize: called with all gradients after the backward, e.g. to all-reduce them over
-            ranks (NCCL's collectives can be captured).
+        synchronize: called with all gradients after the backward, e.g. to average them over ranks
+            (NCCL's collectives can be captured; `SparseSignSGD(world_size=)` gathers its own).
         capture: None captures where the head is on a GPU; False never does; or a `Capturer`.
 
     Attributes:

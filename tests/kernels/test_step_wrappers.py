@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from recurx import launch
 from recurx.models import PuzzleEmbedding, fused_stablemax_cross_entropy
 from recurx.train import AdamATan2, Average, SparseSignSGD, Trainer
-from tests.step import cases
+from tests.step import cases, guards
 from tests.test_train import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")
@@ -102,3 +103,53 @@ def test_a_training_step_on_kernels_follows_the_plain_one(kernels, monkeypatch):
         torch.testing.assert_close(other, weight.detach(), rtol=1e-4, atol=1e-5, msg=name)
     for name, weight in plain.average.weights.items():
         torch.testing.assert_close(ours.average.weights[name].cpu(), weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_triton_engine_never_waits_inside_a_step(monkeypatch):
+    """Forward, window and backward on backend triton, all kernels of the step: no host sync.
+
+    The interpreter itself reads tensors, so the guard looks away while a kernel runs; and it looks
+    into the custom ops, which hide what they do from a mode outside.
+    """
+    pytest.importorskip("triton")
+    from simulate import triton_on_cpu
+    from triton.runtime.jit import JITFunction
+
+    entered = []
+
+    def guarded(name, method):
+        def run(*arguments, **keywords):
+            entered.append(name)
+            with guards.NoHostSync():
+                return method(*arguments, **keywords)
+
+        return run
+
+    with triton_on_cpu("tiled") as engine:
+        monkeypatch.setattr(launch, "on_triton", lambda tensor: True)
+        window = engine.window(None)
+        monkeypatch.setattr(engine, "window", lambda problem: window)
+        for owner, name in ((engine, "run"), (window, "forward"), (window, "backward")):
+            monkeypatch.setattr(owner, name, guarded(name, getattr(owner, name)))
+        config = tiny(
+            batch_size=2, loss="fused_stablemax_cross_entropy",
+            model={"hidden_size": 32, "H_cycles": 2, "L_cycles": 1, "puzzle_emb_ndim": 32},
+        )  # fmt: skip
+        run = Trainer(config, backend="triton")
+        run.train_step()
+        interpret = JITFunction.run
+
+        def out_of_sight(kernel, *arguments, **keywords):
+            with _disable_current_modes():
+                return interpret(kernel, *arguments, **keywords)
+
+        monkeypatch.setattr(JITFunction, "run", out_of_sight)
+        entered.clear()
+        with guards.NoHostSync():
+            run.one_step._step()
+        assert set(entered) == {"run", "forward", "backward"}
+        with pytest.raises(guards.HostSync), guards.NoHostSync():  # the guard looks into ops
+            monkeypatch.setattr(engine, "run", guarded("run", lambda *a: bool(a[1].sum() > 0)))
+            run.one_step._step()
+        monkeypatch.undo()

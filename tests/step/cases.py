@@ -18,6 +18,13 @@ BF16_ROUNDING = 2.0**-8  # half a unit in the last of 8 bits
 LOGITS = {
     "usual": lambda g: 3 * torch.randn(6, 7, 11, generator=g),
     "sure of the label": lambda g: 60 * F.one_hot(torch.arange(42) % 11, 11).view(6, 7, 11) - 30.0,
+    # the loss passes through every size of q below 1, where log1p is its series
+    "leaning to the label": lambda g: (
+        torch.randn(6, 7, 11, generator=g)
+        + F.one_hot(torch.arange(42) % 11, 11).view(6, 7, 11)
+        * 200
+        * torch.rand(6, 7, 1, generator=g)
+    ),
     "large": lambda g: 1e4 * torch.randn(6, 7, 11, generator=g),
     "extreme": lambda g: (
         10 ** (76 * torch.rand(6, 7, 11, generator=g) - 38)

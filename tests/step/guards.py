@@ -25,7 +25,9 @@ class HostSync(AssertionError):
     """Raised where a step would wait for the device."""
 
 
-class _NoHostSync(TorchDispatchMode):
+class NoHostSync(TorchDispatchMode):
+    """Raises HostSync at every operation that waits; see `no_host_sync` for the rest."""
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         if name in WAITS and func.namespace == "aten":
@@ -52,7 +54,7 @@ def no_host_sync() -> Iterator[None]:
 
     names = ("tolist", "numpy", "cpu", "item", "__bool__", "__int__", "__float__", "__index__")
     patches = {name: refuse(name) for name in names}
-    with mock.patch.multiple(Tensor, **patches), _NoHostSync():
+    with mock.patch.multiple(Tensor, **patches), NoHostSync():
         yield
 
 
