@@ -51,9 +51,10 @@ RX_DEVICE Source first_middle(const Params& p, int round, int stage, int chunk) 
 RX_DEVICE Source second(const Params& p, const rx::bf16* w_g, int depth, int round, int stage,
                         int chunk) {
   const int unit_chunks = int(Tape{p.hidden}.unit() / 16), at = stage * kChunks + chunk;
-  const int unit = at / unit_chunks, row = at % unit_chunks / 4;
+  const int unit = at / unit_chunks, row = at % unit_chunks / 2;
+  const int column = (at % 2 ^ (row >> 2 & 1)) * 8;
   return {w_g, row < p.hidden / 2 ? unit % 2 * (p.hidden / 2) + row : -1,
-          round * kMiddle + unit / 2 * 32 + column_of(row, at % 4), depth};
+          round * kMiddle + unit / 2 * 16 + column, depth};
 }
 RX_DEVICE Source token_mix(const Params& p, int stage, int chunk) {
   const int round = stage / 3, part = stage % 3, tile = chunk / 512, row = chunk % 512 / 4;

@@ -5,6 +5,12 @@
 
 #include "rx/launch.cuh"
 
+// The values of hidden that are compiled; a test may ask for fewer.
+#ifndef RX_CLUSTER_WIDTHS
+#define RX_CLUSTER_WIDTHS(X) X(128) X(256) X(384) X(512)
+#endif
+#define RX_NAME(hidden) " " #hidden
+
 namespace cluster_sm90a {
 
 static int refuse(const std::string& what) {
@@ -47,17 +53,13 @@ extern "C" int rx_recursion_cluster_sm90a(const RxRecursion* r, const RxClusterP
                                           void* stream) {
   namespace c = cluster_sm90a;
   if (int e = c::check(*r, plan->cluster)) return e;
+#define RX_CASE(hidden) \
+  case hidden:          \
+    return c::launch<hidden>(*r, plan->cluster, stream);
   switch (r->hidden) {
-    case 128:
-      return c::launch<128>(*r, plan->cluster, stream);
-    case 256:
-      return c::launch<256>(*r, plan->cluster, stream);
-    case 384:
-      return c::launch<384>(*r, plan->cluster, stream);
-    case 512:
-      return c::launch<512>(*r, plan->cluster, stream);
+    RX_CLUSTER_WIDTHS(RX_CASE)
     default:
-      return c::refuse("hidden is " + std::to_string(r->hidden) +
-                       "; 128, 256, 384 and 512 are compiled");
+      return c::refuse("hidden is " + std::to_string(r->hidden) + "; compiled are" +
+                       RX_CLUSTER_WIDTHS(RX_NAME));
   }
 }

@@ -1,17 +1,18 @@
 // cluster_sm90a_layout.cuh - the sizes of the cluster recursion: its tape and its shared memory.
 //
 // The tape of a net is a row of stages of 16 KB in the order of use. All weights lie as wgmma's
-// operand B, K-major: rows of 32 columns (64 bytes) with the 64-byte swizzle. w is a warpgroup, 0
-// or 1, of the two that multiply; every tile serves one of them, but for the token mix.
+// operand B, K-major: tiles of 32 columns (64-byte swizzle), of `second` 16 columns (32-byte
+// swizzle). w is a warpgroup, 0 or 1, of the two that multiply; a tile serves one of them, a stage
+// both.
 //
 //   stage of     holds
 //   first        [w][128 rows][32 of k]: K and V of head 2p + w, or gate and up of 64 of the middle
 //   query        [w][2 tiles of k][64 rows][32]: Q of head 2p + w
-//   second       units [tile of k][w][hidden / 2 rows][32]: O over two heads, or down over 128 of
-//   the
+//   second       units [16 of k][w][hidden / 2 rows][16]: O over two heads, or down over 128 of the
 //                middle; w owns the columns w * hidden / 2 .. of the output
 //   token first  [2 tiles of k][128 rows][32]: gate and up of 64 of the token middle, k = tokens
 //   token second [2 tiles of k][128 rows][32]: rows are tokens, k = 64 of the token middle
+//                (both warpgroups multiply all of these two)
 //
 //   attention    first(0) query(0) | first(p) second(p - 1) query(p), p = 1.. | second(last)
 //   token mix    (token first, token first, token second) for each 64 of the token middle
@@ -38,11 +39,11 @@ struct Tape {
 
   __host__ __device__ constexpr int first() const { return hidden / 32; }
   __host__ __device__ constexpr int query() const { return hidden / 64; }
-  // A unit of `second`: hidden / 2 rows of 64 bytes; 384 wide, a quarter of its stage is unused.
+  // A unit of `second`: hidden / 2 rows of 32 bytes; 384 wide, a quarter of its place is unused.
   __host__ __device__ constexpr uint32_t unit() const {
-    return hidden > 256 ? kStage : uint32_t(hidden) * 32;
+    return hidden > 256 ? kHalfStage : uint32_t(hidden) * 16;
   }
-  __host__ __device__ constexpr int second() const { return int(8 * unit() / kStage); }
+  __host__ __device__ constexpr int second() const { return int(16 * unit() / kStage); }
 
   __host__ __device__ constexpr int rounds(const RxBlock& b) const {
     return (b.inner + kMiddle - 1) / kMiddle;

@@ -132,25 +132,17 @@ struct Consumer {
   // acc += A[64, 128] W^T, A in two tiles of 64 columns, one of each warpgroup.
   RX_DEVICE void second(float (&acc)[P::kColumns / 2], uint32_t a0, uint32_t a1) {
     constexpr uint32_t kUnit = P::tape().unit();
-    constexpr int kUnits = int(kStage / kUnit);  // a stage; 1: stages alternate between warpgroups
+    constexpr int kSteps = int(kStage / kUnit) / 2;  // of 16 columns, a stage
 #pragma unroll 1
     for (int s = 0; s < P::tape().second(); s++) {
-      const uint32_t stage = ring.acquire();
-      if (kUnits == 1 && s % 2 != w) {
-        sync_warpgroup();  // all warps have seen it full, which no product of theirs shows
-        ring.skip();
-        continue;
-      }
-      const uint32_t b = stage + (kUnits == 1 ? 0 : uint32_t(w) * kUnit);
+      const uint32_t b = ring.acquire() + uint32_t(w) * kUnit;
       rx::wgmma_fence();
 #pragma unroll
-      for (int u = 0; u < (kUnits + 1) / 2; u++) {
-        const int k = kUnits == 1 ? s / 2 : s * (kUnits / 2) + u;  // 32 columns
-        const uint32_t a = (k < 2 ? a0 : a1) + uint32_t(k % 2) * 64;
-#pragma unroll
-        for (int ks = 0; ks < 2; ks++)
-          rx::wgmma<P::kColumns>(acc, rx::wgmma_desc_128b(a + ks * 32),
-                                 rx::wgmma_desc_64b(b + 2 * u * kUnit + ks * 32), 1);
+      for (int i = 0; i < kSteps; i++) {
+        const int k = s * kSteps + i;
+        const uint32_t a = (k < 4 ? a0 : a1) + uint32_t(k % 4) * 32;
+        rx::wgmma<P::kColumns>(acc, rx::wgmma_desc_128b(a),
+                               rx::wgmma_desc_32b(b + uint32_t(2 * i) * kUnit), 1);
       }
       ring.issued();
     }

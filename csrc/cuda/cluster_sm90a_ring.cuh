@@ -112,12 +112,6 @@ struct Ring {
     pending = s;
     advance();
   }
-  // Stage s has nothing for this warpgroup, all of whose warps have acquired it: one that had not
-  // would miss the end of the phase, once the stage is filled again, and wait for ever.
-  RX_DEVICE void skip() {
-    release(s);
-    advance();
-  }
   // All products are done.
   RX_DEVICE void drain() {
     rx::wgmma_wait<0>();

@@ -1,150 +1,201 @@
-"""Bugs planted in the cluster recursion, and the small cases that must show them.
+"""Bugs planted in the cluster recursion, all in one build, and the small case that shows each.
 
-python -m emulator.bugs_cluster [part of a name]        # what is reported for each
+    python -m emulator.bugs_cluster [part of a name]        # what is reported for each
+
+Each edit is an exact substitution whose new text holds BUG, which is true while that bug is awake;
+so all of them cost one compilation.
 """
 
 from __future__ import annotations
 
+import ctypes
 import re
+import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from .bugs_gemm import DEADLOCK, RACE
-from .planted import Bug, run
+from .build import KERNELS, Emulated, build
+from .cluster_recursion import ATT, FILES, MLP, Case, Shape, outcome
 
 WRONG = r"is wrong: error"
-ATT = ("att", "--tokens", "70", "--schedule", "trm")
-MLP = ("mlp", "--tokens", "70", "--schedule", "trm")
-TWO_PAIRS = ("att", "--hidden", "256", "--tokens", "70")
-TWO_SAMPLES = ("att", "--tokens", "20", "--batch", "2", "--cluster", "4")
+UNSET = RACE + "|uninitialised"
+UNFENCED = r"missing fence\.proxy\.async"
 RING, PRODUCTS = "cluster_sm90a_ring.cuh", "cluster_sm90a_products.cuh"
 ATTENTION, TOKEN_MIX = "cluster_sm90a_attention.cuh", "cluster_sm90a_token_mix.cuh"
 KERNEL = "cluster_sm90a.cuh"
 
+ONE = Shape((ATT,))
+CALLS = Shape((ATT,), schedule="trm")
+TWO_PAIRS = Shape((ATT,), hidden=256, tokens=70)
+ROUNDS = Shape((ATT,), inner=512)
+TWO_SAMPLES = Shape((ATT,), tokens=20, batch=2, cluster=4)
+TOKENS = Shape((MLP,), schedule="trm")
+NETS = Shape((ATT,), tokens=20, schedule="hrm")
+
 
 @dataclass(frozen=True)
-class ClusterBug(Bug):
-    """`kernel` is the case, as arguments of emulator.cluster_recursion joined by spaces.
+class Bug:
+    """every_seed: whether each of two schedules shows the bug; else one of six must."""
 
-    every_seed: whether each schedule shows the bug; else one of six must.
-    """
-
+    name: str
+    shape: Shape
+    file: str
+    old: str
+    new: str
+    found: str
     every_seed: bool = True
 
-    @property
-    def seeds(self) -> int:
-        return 2 if self.every_seed else 6
-
-    def missed(self, outcomes: list[str]) -> list[str]:
+    def missed(self, library: Emulated, case: Case) -> list[str]:
         """The outcomes that should have reported the bug and did not."""
+        seeds = range(1, 3 if self.every_seed else 7)
+        outcomes = [outcome(library, case, seed=seed) for seed in seeds]
         missed = [o for o in outcomes if not re.search(self.found, o)]
         return missed if self.every_seed or len(missed) == len(outcomes) else []
 
-    def plant(self, folder: Path) -> None:
-        super().plant(folder)
-        keep_one_width(folder / "cluster_sm90a.cu", self.width)
 
-    @property
-    def copies_kernels(self) -> bool:
-        return True
-
-    @property
-    def width(self) -> int:
-        found = re.search(r"--hidden (\d+)", self.kernel)
-        return int(found[1]) if found else 128
-
-    def command(self) -> list[str]:
-        module = "emulator.cluster_recursion"
-        return [sys.executable, "-m", module, *self.kernel.split(), "--json"]
-
-
-def keep_one_width(path: Path, width: int) -> None:
-    """Compile one template instead of all: drop the other cases of the host's switch."""
-
-    def keep(case: re.Match[str]) -> str:
-        return case[0] if int(case[1]) == width else ""
-
-    text, count = re.subn(r"    case (\d+):\s+return [^;]+;\n", keep, path.read_text())
-    assert count >= 4, f"the switch over widths in {path.name} is not as expected"
-    path.write_text(text)
-
-
-def bug(
-    name: str, case: tuple[str, ...], file: str, old: str, new: str, found: str, every: bool = True
-) -> ClusterBug:
-    return ClusterBug(name, " ".join(case), ((old, new),), found, file, every)
-
-
-START = "  if (threadIdx.x == 0) init_barriers(at);\n  rx::cluster_arrive();\n  rx::cluster_wait();"
-END = "  __syncwarp();\n  rx::cluster_arrive();\n  rx::cluster_wait();  // a CTA that left"
+CLUSTER_BARRIER = "  rx::cluster_arrive();\n  rx::cluster_wait();  // "
 BUGS = [
     # ---- the tape
-    bug("producer waits for the wrong parity", ATT, RING,
-        "uint32_t parity = 1;  // waits", "uint32_t parity = 0;  // waits", DEADLOCK),
-    bug("tape multicast to the sample's own CTAs only", TWO_SAMPLES, RING,
-        "uint16_t((1u << at.cluster) - 1)", "uint16_t(3u << (at.rank() & ~1u))", DEADLOCK),
-    bug("stage released while its products run", ATT, RING,
+    Bug("producer waits for the wrong parity", ONE, RING,
+        "uint32_t parity = 1;", "uint32_t parity = !BUG;", DEADLOCK),
+    Bug("tape multicast to the sample's own CTAs only", TWO_SAMPLES, RING,
+        "uint16_t((1u << at.cluster) - 1)",
+        "uint16_t(BUG ? 3u << (at.rank() & ~1u) : (1u << at.cluster) - 1)", DEADLOCK),
+    Bug("a CTA fetches its peer's share", TWO_SAMPLES, RING,
+        "mine = share * at.rank();", "mine = share * (at.rank() & (BUG ? 2 : 3));", UNSET),
+    Bug("stage released while its products run", ONE, RING,
         "    rx::wgmma_wait<1>();\n    if (pending >= 0) release(pending);\n    pending = s;\n",
-        "    release(s);\n", RACE),
-    bug("stages released in the own CTA only", TWO_SAMPLES, RING,
-        "rx::mapa(at.empty(stage), uint32_t(t))", "at.empty(stage)", RACE + "|more arrivals"),
-    bug("skipped stage released before all warps saw it",
-        ("att", "--hidden", "384", "--tokens", "97", "--inner", "256"), PRODUCTS,
-        "        sync_warpgroup();  // all warps", "        // all warps", DEADLOCK, False),
+        "    if (!BUG) rx::wgmma_wait<1>();\n    if (BUG) release(s);\n"
+        "    else if (pending >= 0) release(pending);\n    pending = BUG ? -1 : s;\n", RACE),
+    Bug("stages released in the own CTA only", TWO_SAMPLES, RING,
+        "rx::mapa(at.empty(stage), uint32_t(t))",
+        "(BUG ? at.empty(stage) : rx::mapa(at.empty(stage), uint32_t(t)))",
+        RACE + "|more arrivals"),
+    Bug("an idle warpgroup releases what not all of its warps saw",
+        Shape((MLP,), tokens=20, token_inner=640), TOKEN_MIX,
+        "if (!mine(0)) me.sync_warpgroup();", "if (!BUG && !mine(0)) me.sync_warpgroup();",
+        DEADLOCK, False),
     # ---- the cluster
-    bug("no cluster barrier at the start", ATT, KERNEL, START,
-        START.replace("rx::cluster_arrive();\n  rx::cluster_wait();", "__syncthreads();"),
+    Bug("no cluster barrier at the start", ONE, KERNEL, CLUSTER_BARRIER + "no copy",
+        "  if (BUG) __syncthreads();\n  else rx::cluster_arrive(), rx::cluster_wait();  // no copy",
         "before its initialisation is visible|not initialised"),
-    bug("a CTA leaves while its peer needs it", ATT, KERNEL, END,
-        "  // a CTA that left", "may exit before|has exited"),
-    # ---- hand-overs between warpgroups, and the exchange between CTAs
-    bug("no fence.proxy.async before a hand-over", ATT, PRODUCTS,
+    Bug("a CTA leaves while its peer needs it", ONE, KERNEL, CLUSTER_BARRIER + "a CTA",
+        "  if (!BUG) rx::cluster_arrive(), rx::cluster_wait();  // a CTA",
+        "may exit before|has exited"),
+    # ---- h, hand-overs between warpgroups, and the exchange between CTAs
+    Bug("no fence.proxy.async behind the input", ONE, KERNEL,
+        "    rx::fence_proxy_async();\n", "    if (!BUG) rx::fence_proxy_async();\n", UNFENCED),
+    Bug("no barrier behind the input", ONE, KERNEL,
+        "    me.sync_consumers();\n#pragma unroll 1\n    for (now.block",
+        "    if (!BUG) me.sync_consumers();\n#pragma unroll 1\n    for (now.block", UNSET),
+    Bug("no fence.proxy.async before a hand-over", ONE, PRODUCTS,
         "    rx::fence_proxy_async();\n    sync_warpgroup();\n    rx::bar_arrive",
-        "    sync_warpgroup();\n    rx::bar_arrive", r"missing fence\.proxy\.async"),
-    bug("no fence.proxy.async before K and V are sent", ATT, ATTENTION,
-        "  rx::fence_proxy_async();\n  me.sync_warpgroup();\n", "  me.sync_warpgroup();\n",
-        r"missing fence\.proxy\.async"),
-    bug("the other warpgroup's half is not waited for", ATT, PRODUCTS,
-        "    rx::bar_sync(kBarHandover + int(handovers % 2) * 2 + (w ^ 1), 256);\n", "",
+        "    if (!BUG) rx::fence_proxy_async();\n    sync_warpgroup();\n    rx::bar_arrive",
+        UNFENCED),
+    Bug("no fence.proxy.async before K and V are sent", ONE, ATTENTION,
+        "  rx::fence_proxy_async();\n  me.sync_warpgroup();\n",
+        "  if (!BUG) rx::fence_proxy_async();\n  me.sync_warpgroup();\n", UNFENCED),
+    Bug("no fence.proxy.async before rows are returned", TOKENS, TOKEN_MIX,
+        "    rx::fence_proxy_async();\n", "    if (!BUG) rx::fence_proxy_async();\n", UNFENCED),
+    Bug("the other warpgroup's half is not waited for", ONE, PRODUCTS,
+        "    rx::bar_sync(kBarHandover + int(handovers % 2)",
+        "    if (!BUG) rx::bar_sync(kBarHandover + int(handovers % 2)", UNSET),
+    Bug("the middle of each round in the same place", ROUNDS, PRODUCTS,
+        "w + round % 2 * 2", "w + (BUG ? 0 : round % 2 * 2)", RACE),
+    Bug("mixed heads where K is sent from", CALLS, ATTENTION,
+        "return at.exchange_tile(w, at.half() ^ 1);",
+        "return at.exchange_tile(w, at.half() ^ !BUG);", RACE),
+    Bug("K and V stored while the peer may still read the last ones", TWO_PAIRS, ATTENTION,
+        "  me.wait_exchange_free();\n", "  if (!BUG) me.wait_exchange_free();\n", RACE),
+    Bug("K and V stored for the other CTA's rows", ONE, ATTENTION,
+        "exchange_tile(me.w, at.half()),", "exchange_tile(me.w, at.half() ^ BUG),",
         RACE + "|uninit"),
-    bug("K and V stored while the peer may still read the last ones", TWO_PAIRS, ATTENTION,
-        "  me.wait_exchange_free();\n", "", RACE),
-    bug("attends before the peer's keys are there", ATT, ATTENTION,
-        "    me.wait_exchanged();\n", "    me.exchanges++;\n", RACE + "|uninit"),
-    bug("exchange freed in the own CTA only", TWO_PAIRS, PRODUCTS,
-        "at.rank() ^ uint32_t(i)", "at.rank()", RACE + "|more arrivals"),
-    bug("norm before both warpgroups' sums are there", ATT, PRODUCTS,
-        "    sync_consumers();\n    float scale[2];", "    float scale[2];", RACE + "|uninit"),
-    bug("token mix goes on before its rows are back", MLP, TOKEN_MIX,
-        "    rx::mbar_wait(at.returned(), me.returns++ & 1);\n", "", RACE),
-    bug("rows returned unannounced", MLP, PRODUCTS,
-        "    rx::mbar_arrive_remote(rx::mapa(at.exchanged(w), at.peer()));\n",
-        "    rx::mbar_arrive(at.exchanged(w));\n", RACE),
+    Bug("attends before the peer's keys are there", ONE, PRODUCTS,
+        "    rx::mbar_wait(at.exchanged(w), exchanges & 1);\n",
+        "    if (!BUG) rx::mbar_wait(at.exchanged(w), exchanges & 1);\n", UNSET),
+    Bug("exchange freed in the own CTA only", TWO_PAIRS, PRODUCTS,
+        "at.rank() ^ uint32_t(i)", "at.rank() ^ uint32_t(BUG ? 0 : i)", RACE + "|more arrivals"),
+    Bug("exchange freed before O has read it", TWO_PAIRS, ATTENTION,
+        "    if (pair > 0) {\n", "    if (BUG && pair > 0) me.free_exchange();\n"
+        "    if (pair > 0) {\n", RACE + "|more arrivals"),
+    Bug("norm before both warpgroups' sums are there", ONE, PRODUCTS,
+        "    sync_consumers();\n    float scale[2];",
+        "    if (!BUG) sync_consumers();\n    float scale[2];", UNSET),
+    Bug("token mix goes on before its rows are back", TOKENS, TOKEN_MIX,
+        "    rx::mbar_wait(at.returned(), me.returns++ & 1);\n",
+        "    if (!BUG) rx::mbar_wait(at.returned(), me.returns++ & 1);\n", RACE),
+    Bug("rows returned unannounced", TOKENS, PRODUCTS,
+        "rx::mbar_arrive_remote(rx::mapa(at.exchanged(w), at.peer()));",
+        "rx::mbar_arrive_remote(rx::mapa(at.exchanged(w), at.rank() ^ !BUG));", RACE),
     # ---- arithmetic
-    bug("gate and up swapped", ATT, PRODUCTS,
-        "silu(gate_up[i]) * gate_up[32 + i];", "silu(gate_up[32 + i]) * gate_up[i];", WRONG),
-    bug("mask off by one", ("att", "--tokens", "3"), ATTENTION,
-        "+ i >= me.p.r.tokens", "+ i > me.p.r.tokens", WRONG),
-    bug("earlier keys not corrected for a higher maximum", ATT, ATTENTION,
-        "part == 1 ? sum[e] : e ? correction.y : correction.x", "part == 1 ? sum[e] : 1.f", WRONG),
-    bug("both CTAs rotate by the angles of the first 64 rows", ATT, ATTENTION,
-        "min(int(me.at.half()) * kRows + me.row()", "min(me.row()", WRONG),
-    bug("token norm over 128 tokens", MLP, TOKEN_MIX,
-        "sum[e] / float(tokens)", "sum[e] / 128.f", WRONG),
-    bug("last call's state is not written", ATT, KERNEL,
-        "    if (!resident) now.written", "    if (resident) now.written", WRONG),
+    Bug("gate and up swapped", ONE, PRODUCTS,
+        "silu(gate_up[i]) * gate_up[32 + i];",
+        "silu(gate_up[BUG * 32 + i]) * gate_up[!BUG * 32 + i];", WRONG),
+    Bug("mask off by one", Shape((ATT,), tokens=3), ATTENTION,
+        "+ i >= me.p.r.tokens", "+ i >= me.p.r.tokens + BUG", WRONG),
+    Bug("earlier keys not corrected for a higher maximum", ONE, ATTENTION,
+        "e ? correction.y : correction.x", "BUG ? 1.f : e ? correction.y : correction.x", WRONG),
+    Bug("both CTAs rotate by the angles of the first 64 rows", ONE, ATTENTION,
+        "min(int(me.at.half()) * kRows", "min(int(me.at.half()) * !BUG * kRows", WRONG),
+    Bug("Q not rotated", ONE, ATTENTION, "    rope_rotate(me, query);\n",
+        "    if (!BUG) rope_rotate(me, query);\n", WRONG),
+    Bug("token norm over 128 tokens", TOKENS, TOKEN_MIX,
+        "sum[e] / float(tokens)", "sum[e] / float(BUG ? 128 : tokens)", WRONG),
+    Bug("stale state: h taken for every first operand", NETS, KERNEL,
+        "resident = rx::stays_resident(", "resident = BUG || rx::stays_resident(", WRONG),
+    Bug("states of this launch read as they came in", CALLS, KERNEL,
+        "return 1u << state;", "return BUG ? 0 : 1u << state;", WRONG),
+    Bug("the first net's tape for all", NETS, RING,
+        "const int net = p.r.calls[c].net;", "const int net = BUG ? 0 : p.r.calls[c].net;", WRONG),
 ]  # fmt: skip
+
+
+def plant_all(folder: Path) -> Emulated:
+    """Builds a copy of the sources with every bug asleep."""
+    shutil.copytree(KERNELS, folder, dirs_exist_ok=True)
+    texts = {bug.file: (folder / bug.file).read_text() for bug in BUGS}
+    for number, bug in enumerate(BUGS, 1):
+        count = texts[bug.file].count(bug.old)
+        assert count == 1, f"{bug.name}: {bug.old!r} occurs {count} times"
+        new = bug.new.replace("BUG", f"(rx_bug == {number})")
+        texts[bug.file] = texts[bug.file].replace(bug.old, new)
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    layout = folder / "cluster_sm90a_layout.cuh"
+    layout.write_text(
+        layout.read_text().replace(
+            "namespace cluster_sm90a {", "inline int rx_bug = 0;\nnamespace cluster_sm90a {", 1
+        )
+    )
+    with (folder / FILES[0]).open("a") as host:
+        host.write('\nextern "C" void rx_wake_bug(int number) { rx_bug = number; }\n')
+    widths = sorted({bug.shape.hidden for bug in BUGS})
+    listed = " ".join(f"X({width})" for width in widths)
+    sources = [folder / name for name in FILES]
+    return Emulated(build(sources, True, [f"-DRX_CLUSTER_WIDTHS(X)={listed}"]), True)
+
+
+def wake(library: Emulated, bug: Bug | None) -> None:
+    number = 0 if bug is None else BUGS.index(bug) + 1
+    library.library.rx_wake_bug(ctypes.c_int(number))
 
 
 def main() -> None:
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""
-    for planted in BUGS:
-        if wanted in planted.name:
-            outcomes = run(planted, seeds=planted.seeds)
-            missed = planted.missed(outcomes)
-            verdict = f"MISSED {len(missed)}: {missed[0]}" if missed else outcomes[0]
-            print(f"{planted.name}: {verdict[:400]}\n", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        library = plant_all(Path(folder) / "sources")
+        for bug in BUGS:
+            if wanted not in bug.name:
+                continue
+            case = Case(bug.shape)
+            wake(library, None)
+            assert outcome(library, case, seed=1) == "right"
+            wake(library, bug)
+            missed, first = bug.missed(library, case), outcome(library, case, seed=1)
+            print(f"{'MISSED ' if missed else ''}{bug.name}: {first[:300]}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """Drive the cluster recursion (csrc/cuda/cluster_sm90a.cu) in the emulator, judged by numpy.
 
-Runs without torch, so that a test can start it as a fresh process for every planted bug:
-
     python -m emulator.cluster_recursion att --hidden 128 --tokens 70 --seeds 10
 
 The yardstick of the error is the same recursion in plain bf16: every operation rounds its result,
@@ -12,17 +10,16 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from .build import KERNELS, Emulated, EmulatorFault, load_kernels
+from recurx.backends import cuda_abi
+
+from .build import Emulated, EmulatorFault, load_kernels
 from .gemm_residual_rms import aligned, from_bf16, to_bf16
-from .recursion_abi import RxCall, RxPack, RxRecursion
 
 FILES = ["cluster_sm90a.cu", "cluster_pack.cu", "runtime.cu"]
 EPS = 1e-5
@@ -31,12 +28,6 @@ GUARD = 2048  # elements behind an output that nobody may write
 NAN = 0x7FFF
 ATT, MLP = "att", "mlp"
 Array = np.ndarray
-
-
-class ClusterPlan(ctypes.Structure):
-    """RxClusterPlan of csrc/cuda/api.h."""
-
-    _fields_ = [("cluster", ctypes.c_int32)]
 
 
 @dataclass(frozen=True)
@@ -203,10 +194,10 @@ class Case:
 
     def arguments(self, lib: Emulated, outs: list[Array]) -> tuple[tuple[object, ...], object]:
         """The arguments of the C entry, and what must stay alive during the call."""
-        shape, r = self.shape, RxRecursion()
+        shape, r = self.shape, cuda_abi.Recursion()
         r.batch, r.tokens, r.hidden = self.x.shape
         r.num_states, r.num_nets, r.num_calls = len(self.states), shape.nets, len(self.calls)
-        calls = (RxCall * len(self.calls))()
+        calls = (cuda_abi.Call * len(self.calls))()
         for c, call in zip(calls, self.calls, strict=True):
             number = [len(self.states) if v == "x" else v for v in (*call.state, *call.inject)]
             c.net, c.write, c.num_state, c.num_inject = (
@@ -221,11 +212,11 @@ class Case:
             r.cos, r.sin = self.cos.ctypes.data, self.sin.ctypes.data
         for i, (state, out) in enumerate(zip(self.states, outs, strict=True)):
             r.states_in[i], r.states_out[i] = state.ctypes.data, out.ctypes.data
-        plan = ClusterPlan(shape.cluster)
+        plan = cuda_abi.ClusterPlan(shape.cluster)
         return (ctypes.byref(r), ctypes.byref(plan)), (r, plan, calls, tapes)
 
     def pack(self, lib: Emulated, net: list[list[Array]], to: object) -> Array:
-        shape, pack = self.shape, RxPack()
+        shape, pack = self.shape, cuda_abi.Pack()
         pack.hidden, pack.tokens, pack.num_blocks = shape.hidden, shape.tokens, len(net)
         for i, (kind, weights) in enumerate(zip(shape.kinds, net, strict=True)):
             heads = shape.hidden // HEAD_DIM if kind == ATT else 0
@@ -314,23 +305,18 @@ def main() -> None:
         )
     parser.add_argument("--schedule", choices=SCHEDULES, default=defaults.schedule)
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--folder", type=Path, default=KERNELS, help="a copy of csrc/cuda")
     parser.add_argument("--plain", action="store_true", help="no race checker")
-    parser.add_argument("--json", action="store_true", help="one line: the list of outcomes")
     args = parser.parse_args()
-    lib = load_kernels(FILES, not args.plain, args.folder)
+    lib = load_kernels(FILES, not args.plain)
     sizes = ("hidden", "tokens", "inner", "token_inner", "batch", "cluster", "schedule")
     case = Case(Shape(tuple(args.kinds), **{name: getattr(args, name) for name in sizes}))
-    outcomes = []
     for seed in range(1, args.seeds + 1):
         start = time.perf_counter()
-        outcomes.append(outcome(lib, case, seed=seed))
+        found = outcome(lib, case, seed=seed)
         took = time.perf_counter() - start
-        if not args.json:
-            print(f"seed {seed}: {took:.2f} s, {case.flop / took * 1e-9:.2f} GFLOP/s: "
-                  f"{outcomes[-1]}", flush=True)  # fmt: skip
-    if args.json:
-        print(json.dumps(outcomes))
+        print(
+            f"seed {seed}: {took:.2f} s, {case.flop / took * 1e-9:.2f} GFLOP/s: {found}", flush=True
+        )
 
 
 if __name__ == "__main__":

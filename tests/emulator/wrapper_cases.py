@@ -252,6 +252,8 @@ EXPECTED: dict[str, Callable[[], Words]] = {
     "wgmma_128_transposed_a": lambda: wgmma(128),
     "wgmma_64_swizzle_64b": lambda: wgmma(64),
     "wgmma_256_swizzle_64b": lambda: wgmma(256),
+    "wgmma_64_swizzle_32b": lambda: wgmma(64),
+    "wgmma_256_swizzle_32b": lambda: wgmma(256),
     "wgmma_setmaxnreg": wgmma_setmaxnreg,
 }
 

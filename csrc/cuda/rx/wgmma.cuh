@@ -27,6 +27,11 @@ RX_DEVICE uint64_t wgmma_desc_128b_mn(uint32_t addr, uint32_t tile_stride) {
 RX_DEVICE uint64_t wgmma_desc_64b(uint32_t addr) {
   return uint64_t((addr & 0x3ffff) >> 4) | 1ull << 16 | uint64_t(512 >> 4) << 32 | 2ull << 62;
 }
+// A K-major operand with the 32-byte swizzle: rows of 16 bf16, the two chunks of row r exchanged by
+// r / 4 % 2, tile aligned to 256 bytes.
+RX_DEVICE uint64_t wgmma_desc_32b(uint32_t addr) {
+  return uint64_t((addr & 0x3ffff) >> 4) | 1ull << 16 | uint64_t(256 >> 4) << 32 | 3ull << 62;
+}
 // Byte offset of 16-byte chunk c (0..7) of row r in a tile with the 128-byte swizzle.
 RX_DEVICE uint32_t swizzle_128b(int r, int c) { return uint32_t(r * 128 + ((c ^ (r & 7)) << 4)); }
 

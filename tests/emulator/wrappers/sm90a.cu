@@ -13,14 +13,17 @@ RX_DEVICE void put(unsigned char* tile, int row, int column, float v) {
   *reinterpret_cast<uint16_t*>(tile + at) = uint16_t(rx::pack_bf16(v, 0.f));
 }
 
-// The same in two tiles of 32 columns with the 64-byte swizzle.
-RX_DEVICE void put_64b(unsigned char* tiles, int rows, int row, int column, float v) {
-  const int chunk = column % 32 / 8 ^ (row >> 1 & 3);
-  unsigned char* at = tiles + (column / 32 * rows + row) * 64 + chunk * 16 + column % 8 * 2;
+// The same in tiles of 32 or 16 columns with the 64-byte or the 32-byte swizzle.
+template <int kColumns>
+RX_DEVICE void put_narrow(unsigned char* tiles, int rows, int row, int column, float v) {
+  constexpr int kBytes = kColumns * 2;
+  const int chunk = column % kColumns / 8 ^ (kColumns == 32 ? row >> 1 & 3 : row >> 2 & 1);
+  unsigned char* at =
+      tiles + (column / kColumns * rows + row) * kBytes + chunk * 16 + column % 8 * 2;
   *reinterpret_cast<uint16_t*>(at) = uint16_t(rx::pack_bf16(v, 0.f));
 }
 
-enum Form { kShared, kRegisters, kTransposedB, kTransposedA, kSwizzle64 };
+enum Form { kShared, kRegisters, kTransposedB, kTransposedA, kSwizzle64, kSwizzle32 };
 template <int N, Form kForm>
 __global__ void __launch_bounds__(128) wgmma_kernel(uint32_t* out_g) {
   RX_DYN_SMEM(smem);
@@ -34,7 +37,9 @@ __global__ void __launch_bounds__(128) wgmma_kernel(uint32_t* out_g) {
     if (kForm == kTransposedB)  // rows of k, 64 columns a tile
       put(b_s + column / 64 * kDepth * 128, k, column % 64, b_at(k, column));
     else if (kForm == kSwizzle64)
-      put_64b(b_s, N, column, k, b_at(k, column));
+      put_narrow<32>(b_s, N, column, k, b_at(k, column));
+    else if (kForm == kSwizzle32)
+      put_narrow<16>(b_s, N, column, k, b_at(k, column));
     else
       put(b_s, column, k, b_at(k, column));
   }
@@ -62,7 +67,8 @@ __global__ void __launch_bounds__(128) wgmma_kernel(uint32_t* out_g) {
             ? rx::wgmma_desc_128b_mn(rx::smem_u32(b_s) + ks * 16 * 128, kDepth * 128)
         : kForm == kSwizzle64
             ? rx::wgmma_desc_64b(rx::smem_u32(b_s) + ks / 2 * N * 64 + ks % 2 * 32)
-            : rx::wgmma_desc_128b(rx::smem_u32(b_s) + ks * 32);
+        : kForm == kSwizzle32 ? rx::wgmma_desc_32b(rx::smem_u32(b_s) + ks * N * 32)
+                              : rx::wgmma_desc_128b(rx::smem_u32(b_s) + ks * 32);
     if constexpr (kForm == kRegisters)
       rx::wgmma<N>(d, a[ks], b_desc, 1);
     else
@@ -128,6 +134,8 @@ constexpr Entry kTable[] = {
     {"wgmma_128_transposed_a", 64 * 128, run_wgmma<128, kTransposedA>},
     {"wgmma_64_swizzle_64b", 64 * 64, run_wgmma<64, kSwizzle64>},
     {"wgmma_256_swizzle_64b", 64 * 256, run_wgmma<256, kSwizzle64>},
+    {"wgmma_64_swizzle_32b", 64 * 64, run_wgmma<64, kSwizzle32>},
+    {"wgmma_256_swizzle_32b", 64 * 256, run_wgmma<256, kSwizzle32>},
     {"wgmma_setmaxnreg", 128 * 64, run_setmaxnreg},
 };
 
