@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recurx.errors import bad_argument
+from recurx import noise
+from recurx.errors import BackendUnavailable, bad_argument
 
 HALTS = ("q", None)
 SELECTIONS = ("q", "vote")
@@ -65,6 +66,7 @@ def solve(
     sigma: float = 0.0,
     select: str = "q",
     *,
+    backend: str | None = None,
     halt_above: float = 0.0,
     seed: int = 0,
     logits: bool = False,
@@ -79,17 +81,22 @@ def solve(
         max_steps: budget a sample; it may exceed the steps the model was trained with.
         halt: "q" ends a row as training does (q_halt > 0, or q_halt > q_continue with Q-learning);
             None runs every row to the budget.
+        backend: what runs the recursion; None for what the model runs on. With "cuda" all steps of
+            all rows are one launch: a row that halts makes room for the next inside the kernel, and
+            nothing waits for the host (recurx/backends/cuda_solve.py).
         halt_above: how far q_halt must exceed that limit. It is a logit of "this answer is right":
             0 halts at even odds, 3 at 20 to 1, for more steps and fewer wrong answers.
         rollouts: noisy copies R of each sample (PTRM), from which `select` picks.
         sigma: standard deviation of the noise that is added to the answer state before each step.
         select: "q" picks the rollout with the highest q; "vote" the most frequent whole answer,
             the one with the highest q among equals.
-        seed: of the noise; the same seed gives the same answers.
+        seed: of the noise, a counter-based stream of its own for every row and step
+            (recurx/noise.py): the same seed gives the same noise on any device and backend.
         logits, trace: also return them (see `Answers`).
 
     Raises:
         InvalidArgument: a bad argument, or a model without the ACT interface.
+        BackendUnavailable: `backend` cannot run this model here; the message says why.
     """
     _check(max_steps, halt, rollouts, sigma, select)
     if not isinstance(halt_above, (int, float)) or halt_above != halt_above:
@@ -97,10 +104,79 @@ def solve(
     model = _act_model(model)
     data = _complete(batch)
     samples = len(data["inputs"])
-    data = {key: value.repeat_interleave(rollouts, dim=0) for key, value in data.items()}
     with _evaluating(model):
-        found = _refine(model, data, max_steps, halt, halt_above, sigma, seed, logits, trace)
+        if backend == "cuda" and samples:
+            found = _refine_in_kernel(
+                model, data, max_steps, halt, halt_above, rollouts, sigma, seed, logits, trace
+            )
+        else:
+            rows = {key: value.repeat_interleave(rollouts, dim=0) for key, value in data.items()}
+            with _running_on(model, backend):
+                found = _refine(
+                    model, rows, max_steps, halt, halt_above, sigma, seed, logits, trace
+                )
     return _select(found, samples, rollouts, select)
+
+
+@contextlib.contextmanager
+def _running_on(model: Any, backend: str | None) -> Iterator[None]:
+    """Inside, the model's recursion runs on `backend` (None changes nothing)."""
+    from recurx.models.inner import Inner
+    from recurx.patch import patch
+    from recurx.patch.handle import installed
+
+    if backend is None:
+        yield
+    elif isinstance(model.inner, Inner):
+        before, model.inner.backend = model.inner.backend, backend
+        try:
+            yield
+        finally:
+            model.inner.backend = before
+    elif installed(model.inner, "forward") is not None:
+        raise bad_argument(
+            "solve", "backend", "None for a patched model", repr(backend),
+            "It runs on the backend that recurx.patch(model, backend=...) was given.",
+        )  # fmt: skip
+    else:
+        with patch(model, backend=backend):
+            yield
+
+
+def _refine_in_kernel(
+    model: Any,
+    data: dict[str, Tensor],
+    max_steps: int,
+    halt: str | None,
+    halt_above: float,
+    rollouts: int,
+    sigma: float,
+    seed: int,
+    keep_logits: bool,
+    keep_trace: bool,
+) -> Answers:
+    """What `_refine` does with every rollout of `data`, in one launch of the CUDA engine."""
+    from recurx import backends
+    from recurx.backends import cuda_solve
+
+    first = {key: value[:1] for key, value in data.items()}
+    carry = _fresh_carry(model, first).inner_carry
+    fresh = carry if isinstance(carry, dict) else vars(carry)
+    who = cuda_solve.reasoner(model, {name: state[0] for name, state in fresh.items()})
+    if isinstance(who, str):
+        raise BackendUnavailable(f"recurx.solve: backend 'cuda' {who}")
+    found = cuda_solve.refine(
+        backends.get("cuda"), who, data, max_steps=max_steps, halt=halt, halt_above=halt_above,
+        rollouts=rollouts, sigma=sigma, seed=seed, keep_logits=keep_logits, keep_trace=keep_trace,
+    )  # fmt: skip
+    trace, predictions = found.trace, found.predictions
+    if trace is not None:  # an entry that halted keeps its answer
+        after = torch.arange(max_steps, device=trace.device)[:, None] >= found.steps
+        trace = torch.where(after[..., None], predictions, trace).long()
+    steps = found.steps.long()
+    return Answers(
+        predictions.long(), steps, found.q, found.halted.bool(), steps[:, None], found.logits, trace
+    )
 
 
 def _refine(
@@ -123,14 +199,13 @@ def _refine(
     predictions = torch.zeros_like(inputs, dtype=torch.int64)
     all_logits: Tensor | None = None
     trace: list[Tensor] = []
-    noise = torch.Generator(device).manual_seed(seed)
     carry = _fresh_carry(model, data)
 
-    for _ in range(max_steps):
+    for step in range(max_steps):
         if len(rows) == 0:
             break
         if sigma:
-            _add_noise(carry.inner_carry, sigma, noise, rows, len(inputs))
+            _add_noise(carry.inner_carry, sigma, rows, step, seed)
         carry, outputs = model(carry=carry, batch=carry.current_data)
         # The wrapper flags rows at its own budget, and would restart them; here `max_steps` rules.
         carry.halted = torch.zeros_like(carry.halted)
@@ -230,18 +305,16 @@ def _rows_of(value: Any, keep: Tensor) -> Any:
     return type(value)(**fields)
 
 
-def _add_noise(
-    states: Any, sigma: float, generator: torch.Generator, rows: Tensor, total: int
-) -> None:
+def _add_noise(states: Any, sigma: float, rows: Tensor, step: int, seed: int) -> None:
     """Add sigma * N(0, 1) to the state that the heads read: z_H, or the only one.
 
-    Drawn for all rows, halted or not, so that a row's noise does not depend on its neighbours.
+    The noise follows from (seed, row, step) alone, so it does not depend on a row's neighbours.
     """
     values = states if isinstance(states, dict) else vars(states)
     name = "z_H" if "z_H" in values else next(iter(values))
     state = values[name]
-    drawn = torch.randn(total, *state.shape[1:], generator=generator, device=state.device)
-    values[name] = state + sigma * drawn[rows].to(state.dtype)
+    drawn = noise.normals(rows, step, tuple(state.shape[1:]), seed)
+    values[name] = state + (sigma * drawn).to(state.dtype)
 
 
 @contextlib.contextmanager

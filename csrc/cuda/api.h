@@ -125,6 +125,36 @@ int64_t rx_owner_sm80_shared_bytes(const RxRecursion* p, const RxOwnerPlan* plan
 int64_t rx_owner_sm80_tape_bytes(const RxPack* p);
 int rx_pack_owner_sm80(const RxPack* p, void* stream);
 
+/* Supervision steps, heads and halting inside the owner kernel (owner/solve.cuh). The recursion's
+ * batch is the number of slots: owners * samples of the plan; its states_in are its states_out,
+ * slot buffers that are zero at first, and its x is slot_x. Entry e of the queue is rollout e %
+ * rollouts of puzzle e / rollouts. Head weights are bf16 and contiguous; all pointers are device
+ * memory. */
+typedef struct {
+  int32_t entries, rollouts; /* entries = puzzles * rollouts; 0: nothing is solved */
+  int32_t max_steps;
+  int32_t halt;   /* 0: never; 1: q_halt > halt_above; 2: q_halt > q_continue + halt_above */
+  int32_t output; /* index of the state that the heads read */
+  int32_t prefix; /* tokens before the answer */
+  int32_t vocab;
+  float halt_above, sigma;
+  uint64_t seed;
+  const void* x;                         /* [puzzles, tokens, hidden] bf16 */
+  const void* start[kRxMaxStates];       /* [tokens, hidden] bf16: each state of a fresh sample */
+  void* slot_x;                          /* [slots, tokens, hidden] bf16 */
+  const void *lm_head, *q_head, *q_bias; /* [vocab, hidden], [2, hidden], [2]: q_halt, q_continue */
+  uint32_t* next;                        /* 0 at first: the first entry that nobody took */
+  int32_t *predictions, *steps, *halted; /* [entries, tokens - prefix], [entries], [entries] */
+  float* q;                              /* [entries]: q_halt at the last step */
+  void* logits;                          /* [entries, tokens - prefix, vocab] bf16, or null */
+  int32_t* trace; /* [max_steps, entries, tokens - prefix], or null; what an entry did not reach is
+                     not written */
+} RxSolve;
+
+int64_t rx_solve_bytes(void); /* sizeof(RxSolve) */
+int rx_solve_owner_sm80(const RxRecursion* p, const RxOwnerPlan* plan, const RxSolve* solve,
+                        void* stream);
+
 /* grid_sm80: every call is spread over all CTAs of a cooperative launch (sm_80 and later), for a
  * few samples. tokens <= 128; hidden a multiple of 32 up to 512; head_dim a multiple of 16 up to
  * 128. Arrays: mixer in (qkv, or gate_up over tokens), mixer out, gate_up, down. */

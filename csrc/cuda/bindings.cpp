@@ -69,6 +69,8 @@ py::dict entries() {
   RX_ENTRY(rx_recursion_abi);
   RX_ENTRY(rx_timeline_compiled);
   RX_ENTRY(rx_recursion_owner_sm80);
+  RX_ENTRY(rx_solve_owner_sm80);
+  RX_ENTRY(rx_solve_bytes);
   RX_ENTRY(rx_owner_sm80_scratch_bytes);
   RX_ENTRY(rx_owner_sm80_shared_bytes);
   RX_ENTRY(rx_owner_sm80_tape_bytes);

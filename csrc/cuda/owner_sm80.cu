@@ -80,20 +80,51 @@ extern "C" int64_t rx_owner_sm80_shared_bytes(const RxRecursion* r, const RxOwne
   return owner::geometry(*r, plan->samples, plan->tiles).shared_bytes;
 }
 
-extern "C" int rx_recursion_owner_sm80(const RxRecursion* r, const RxOwnerPlan* plan,
-                                       void* stream) {
-  if (int e = owner::check(*r, *plan)) return e;
-  owner::Params params{*r, owner::geometry(*r, plan->samples, plan->tiles), {}};
-  if (r->scratch_bytes < params.at.scratch_bytes * plan->owners)
-    return owner::refuse("scratch has " + owner::number(r->scratch_bytes) + " bytes, " +
-                         owner::number(params.at.scratch_bytes * plan->owners) + " are needed");
-  for (int n = 0; n < r->num_nets; n++)
-    owner::list_segments(r->nets[n], *r, *plan, params.segments + n * owner::kMaxSegments);
-#define RX_OWNER_LAUNCH(hidden_, tiles_)             \
-  if (r->hidden == hidden_ && plan->tiles == tiles_) \
-    return owner::launch<hidden_, tiles_>(params, *plan, stream);
+namespace owner {
+
+static int launch_any(const RxRecursion& r, const RxOwnerPlan& plan, const RxSolve& solve,
+                      void* stream) {
+  if (int e = check(r, plan)) return e;
+  Params params{r, solve, geometry(r, plan.samples, plan.tiles), {}};
+  if (r.scratch_bytes < params.at.scratch_bytes * plan.owners)
+    return refuse("scratch has " + number(r.scratch_bytes) + " bytes, " +
+                  number(params.at.scratch_bytes * plan.owners) + " are needed");
+  for (int n = 0; n < r.num_nets; n++)
+    list_segments(r.nets[n], r, plan, params.segments + n * kMaxSegments);
+#define RX_OWNER_LAUNCH(hidden_, tiles_)           \
+  if (r.hidden == hidden_ && plan.tiles == tiles_) \
+    return launch<hidden_, tiles_>(params, plan, stream);
   RX_OWNER_PLANS(RX_OWNER_LAUNCH)
 #undef RX_OWNER_LAUNCH
-  return owner::refuse("no kernel is compiled for hidden " + owner::number(r->hidden) + " and " +
-                       owner::number(plan->tiles) + " row tiles");
+  return refuse("no kernel is compiled for hidden " + number(r.hidden) + " and " +
+                number(plan.tiles) + " row tiles");
+}
+
+static int check_solve(const RxRecursion& r, const RxOwnerPlan& plan, const RxSolve& s) {
+  if (s.entries < 1 || s.rollouts < 1 || s.max_steps < 1 || s.vocab < 1)
+    return refuse("entries, rollouts, max_steps and vocab must be positive");
+  if (s.prefix < 0 || s.prefix >= r.tokens)
+    return refuse("a prefix of " + number(s.prefix) + " leaves no answer in " + number(r.tokens) +
+                  " tokens");
+  if (s.output < 0 || s.output >= r.num_states) return refuse("output is no state");
+  if (s.halt < 0 || s.halt > 2) return refuse("halt is " + number(s.halt) + "; 0, 1 or 2");
+  if (r.batch != plan.owners * plan.samples)
+    return refuse("batch is " + number(r.batch) + "; it must be the number of slots, " +
+                  number(plan.owners * plan.samples));
+  return 0;
+}
+
+}  // namespace owner
+
+extern "C" int rx_recursion_owner_sm80(const RxRecursion* r, const RxOwnerPlan* plan,
+                                       void* stream) {
+  return owner::launch_any(*r, *plan, RxSolve{}, stream);
+}
+
+extern "C" int64_t rx_solve_bytes(void) { return int64_t(sizeof(RxSolve)); }
+
+extern "C" int rx_solve_owner_sm80(const RxRecursion* r, const RxOwnerPlan* plan,
+                                   const RxSolve* solve, void* stream) {
+  if (int e = owner::check_solve(*r, *plan, *solve)) return e;
+  return owner::launch_any(*r, *plan, *solve, stream);
 }

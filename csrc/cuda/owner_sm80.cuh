@@ -25,6 +25,7 @@
 #include "owner/attention.cuh"
 #include "owner/mlp.cuh"
 #include "owner/residual.cuh"
+#include "owner/solve.cuh"
 #include "owner/states.cuh"
 #include "owner/token_mlp.cuh"
 
@@ -80,9 +81,16 @@ template <int kHidden, int kTiles>
 __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Params p) {
   RX_DYN_SMEM(smem);
   Owner<Plan<kHidden, kTiles>> o(p, smem);
-  const int group = p.at.samples;
-  for (int first = int(blockIdx.x) * group; first < p.r.batch; first += int(gridDim.x) * group)
+  const bool solves = p.solve.entries > 0;
+  int first = int(blockIdx.x) * p.at.samples;
+  if (solves) fill_slots(p);
+  while (solves ? begin_step(p) : first < p.r.batch) {
     run_recursion(o, first);
+    if (solves)
+      end_step(p);
+    else
+      first += int(gridDim.x) * p.at.samples;
+  }
   o.ring.drain();
 }
 

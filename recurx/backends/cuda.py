@@ -52,7 +52,7 @@ class Cuda(Backend):
             device: what plans are made for, with `source`.
             owner_plans: the owner kernels in `source`, (hidden, row tiles) each.
         """
-        self._source, self._device, self._owner_plans = source, device, owner_plans
+        self._source, self._device, self.owner_plans = source, device, owner_plans
         self._lock = threading.Lock()
         self._library: cuda_abi.Library | None = None
         self._missing: str | None = None
@@ -83,15 +83,15 @@ class Cuda(Backend):
         return None
 
     def why_unsupported(self, problem: Problem) -> str | None:
-        device = self._plan_device(problem.device_type)
-        if candidates(problem, device, self._owner_plans, self._kinds()):
+        device = self.plan_device(problem.device_type)
+        if candidates(problem, device, self.owner_plans, self._kinds()):
             return None
-        return "; ".join(refusals(problem, device, self._owner_plans, self._kinds()))
+        return "; ".join(refusals(problem, device, self.owner_plans, self._kinds()))
 
     def plan(self, problem: Problem, device: torch.device | str | None = None) -> LaunchPlan:
         """How `run` would run it on `device` (default: the current one)."""
-        device = self._plan_device(device or problem.device_type)
-        return _pick(problem, device, self._owner_plans, self._kinds())
+        device = self.plan_device(device or problem.device_type)
+        return _pick(problem, device, self.owner_plans, self._kinds())
 
     def _kinds(self) -> tuple[str, ...]:
         """Kinds of plan that the build holds; the owner kernels alone write a timeline."""
@@ -99,7 +99,7 @@ class Cuda(Backend):
         kinds = KINDS if library is None else library.kinds
         return ("owner",) if self._timeline is not None else kinds
 
-    def _plan_device(self, device: torch.device | str) -> Device:
+    def plan_device(self, device: torch.device | str) -> Device:
         return Device.of(device) if self._device is None else self._device
 
     # ---- run it ----------------------------------------------------------------------------
@@ -121,38 +121,66 @@ class Cuda(Backend):
         library = self.library()
         assert library is not None, "checked by why_unavailable"
         plan = self.plan(problem, x.device)
-        with self._on(x.device) as stream:
+        with self.on(x.device) as stream:
             inputs = [_aligned(tensor.detach()) for tensor in (x, *states)]
             outputs = [self.new(tuple(x.shape), x.dtype, x.device) for _ in states]
-            tables = [None if t is None else _aligned(t.detach().float()) for t in (cos, sin)]
-            calls = _calls(problem.schedule, start, stop, problem, x.device)
-            p = cuda_abi.Recursion(
-                problem.batch, problem.tokens, problem.hidden, len(states), len(problem.nets),
-                stop - start, calls=calls.data_ptr(), x=inputs[0].data_ptr(),
-                cos=_address(tables[0]), sin=_address(tables[1]),
-            )  # fmt: skip
-            for i, (state, out) in enumerate(zip(inputs[1:], outputs, strict=True)):
-                p.states_in[i], p.states_out[i] = state.data_ptr(), out.data_ptr()
-            tapes = [
-                self._tape(library, plan.kind, net, problem.tokens, x.device, stream)
-                for net in problem.bind(weights).values()
-            ]
-            for i, ((_, spec), tape) in enumerate(zip(problem.nets, tapes, strict=True)):
-                p.nets[i].num_blocks, p.nets[i].tape = len(spec.blocks), tape.data_ptr()
-                p.nets[i].blocks[: len(spec.blocks)] = [_block(block) for block in spec.blocks]
+            tables = None if cos is None or sin is None else (cos, sin)
+            p, kept = self.describe(
+                plan.kind, problem, inputs, outputs, weights, tables, start, stop, stream
+            )
             entry, settings, size = _launch(library, plan, p)
             scratch = self.new((size,), torch.uint8, x.device)
             p.scratch, p.scratch_bytes = scratch.data_ptr(), size
             with self._recorded(p, plan, x.device):
                 library.call(entry, p, settings, stream)
+            del kept  # until here: the stream orders what comes later after this launch
         return outputs
+
+    def describe(
+        self,
+        kind: str,
+        problem: Problem,
+        inputs: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        cos_sin: tuple[Tensor, Tensor] | None,
+        start: int,
+        stop: int,
+        stream: ctypes.c_void_p | None,
+    ) -> tuple[cuda_abi.Recursion, list[Tensor]]:
+        """The RxRecursion of calls start..stop-1 without its scratch, and what it points to.
+
+        Args:
+            kind: of plan, which decides how weights are packed.
+            inputs: x and the states; outputs: the states. Contiguous and aligned.
+        """
+        library, x = self.library(), inputs[0]
+        assert library is not None, "checked by why_unavailable"
+        tables = [_aligned(table.detach().float()) for table in cos_sin or ()]
+        calls = _calls(problem.schedule, start, stop, problem, x.device)
+        p = cuda_abi.Recursion(
+            problem.batch, problem.tokens, problem.hidden, len(outputs), len(problem.nets),
+            stop - start, calls=calls.data_ptr(), x=x.data_ptr(),
+        )  # fmt: skip
+        if tables:
+            p.cos, p.sin = (table.data_ptr() for table in tables)
+        for i, (state, out) in enumerate(zip(inputs[1:], outputs, strict=True)):
+            p.states_in[i], p.states_out[i] = state.data_ptr(), out.data_ptr()
+        tapes = [
+            self._tape(library, kind, net, problem.tokens, x.device, stream)
+            for net in problem.bind(weights).values()
+        ]
+        for i, ((_, spec), tape) in enumerate(zip(problem.nets, tapes, strict=True)):
+            p.nets[i].num_blocks, p.nets[i].tape = len(spec.blocks), tape.data_ptr()
+            p.nets[i].blocks[: len(spec.blocks)] = [_block(block) for block in spec.blocks]
+        return p, [*inputs, *outputs, *tables, calls, *tapes]
 
     def new(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Uninitialised memory that a kernel writes."""
         return torch.empty(shape, dtype=dtype, device=device)
 
     @contextlib.contextmanager
-    def _on(self, device: torch.device) -> Iterator[ctypes.c_void_p | None]:
+    def on(self, device: torch.device) -> Iterator[ctypes.c_void_p | None]:
         """The current stream of `device`, which is current inside; None for an emulated build."""
         if self._source is not None:
             yield None
@@ -321,10 +349,6 @@ def _aligned(tensor: Tensor) -> Tensor:
     """Contiguous and 16-byte aligned: a view into the middle of a buffer is copied."""
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _block(block: BlockSpec) -> cuda_abi.Block:

@@ -104,6 +104,25 @@ class OwnerPlan(Structure):
     _fields_ = [(name, c_int32) for name in ("owners", "samples", "tiles")]
 
 
+class Solve(Structure):
+    """RxSolve: a queue of samples for the owner kernel, its heads, and where answers go."""
+
+    _fields_ = [
+        *(
+            (name, c_int32)
+            for name in ("entries", "rollouts", "max_steps", "halt", "output", "prefix", "vocab")
+        ),
+        ("halt_above", c_float),
+        ("sigma", c_float),
+        ("seed", c_uint64),
+        ("x", c_void_p),
+        ("start", c_void_p * MAX_STATES),
+        *((name, c_void_p) for name in ("slot_x", "lm_head", "q_head", "q_bias")),
+        *((name, c_void_p) for name in ("next", "predictions", "steps", "halted", "q")),
+        *((name, c_void_p) for name in ("logits", "trace")),
+    ]
+
+
 class GridPlan(Structure):
     """RxGridPlan."""
 
@@ -126,12 +145,14 @@ _MIRRORED = (Call, Block, Net, Event, Recursion, Pack)
 # Entries that return an error code, and those that return a number of bytes.
 _CODES = {
     "rx_recursion_owner_sm80": [POINTER(Recursion), POINTER(OwnerPlan), c_void_p],
+    "rx_solve_owner_sm80": [POINTER(Recursion), POINTER(OwnerPlan), POINTER(Solve), c_void_p],
     "rx_pack_owner_sm80": [POINTER(Pack), c_void_p],
     "rx_recursion_grid_sm80": [POINTER(Recursion), POINTER(GridPlan), c_void_p],
     "rx_recursion_cluster_sm90a": [POINTER(Recursion), POINTER(ClusterPlan), c_void_p],
     "rx_pack_cluster_sm90a": [POINTER(Pack), c_void_p],
 }
 _BYTES = {
+    "rx_solve_bytes": [],
     "rx_owner_sm80_scratch_bytes": [POINTER(Recursion), POINTER(OwnerPlan)],
     "rx_owner_sm80_shared_bytes": [POINTER(Recursion), POINTER(OwnerPlan)],
     "rx_owner_sm80_tape_bytes": [POINTER(Pack)],
@@ -176,6 +197,10 @@ class Library:
                 f"recurx: the compiled kernels have structs of {list(sizes)} bytes, this recurx "
                 f"of {wanted}; rebuild recurx._C (python csrc/native_build.py)"
             )
+        if "rx_solve_bytes" in self._sizes and self.bytes_of("rx_solve_bytes") != ctypes.sizeof(
+            Solve
+        ):
+            raise CudaError("recurx: the compiled RxSolve has another size; rebuild recurx._C")
         self.has_timeline = bool(self._entry("rx_timeline_compiled", c_int32, [])())
 
     def _entries(self, result: Any, wanted: dict[str, list[Any]]) -> dict[str, Any]:

@@ -90,11 +90,12 @@ struct Geometry {
   // byte offsets in shared memory; h is at 0
   uint32_t keys, values, ring, scales, shared_bytes;
   // byte offsets in the scratch of one owner
-  int64_t query, mixed, middle_at, inject, scratch_bytes;
+  int64_t query, mixed, middle_at, inject, slots, scratch_bytes;
 };
 
 struct Params {
   RxRecursion r;
+  RxSolve solve;  // entries 0: one recursion on every sample of the batch
   Geometry at;
   Segment segments[kRxMaxNets * kMaxSegments];  // of net n from n * kMaxSegments on
 };
@@ -124,7 +125,8 @@ inline Geometry geometry(const RxRecursion& r, int samples, int tiles) {
   g.mixed = g.query + tile_row * (g.unit / 16);
   g.middle_at = g.mixed + tile_row * (r.hidden / 16);
   g.inject = g.middle_at + tile_row * (g.middle / 16);
-  g.scratch_bytes = g.inject + int64_t(2 * tiles) * (r.hidden / 8) * kMatrix;
+  g.slots = g.inject + int64_t(2 * tiles) * (r.hidden / 8) * kMatrix;
+  g.scratch_bytes = g.slots + 8 * 16;  // up to 8 slots of 16 bytes (owner/solve.cuh)
   return g;
 }
 

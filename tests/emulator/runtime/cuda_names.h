@@ -67,6 +67,8 @@ inline T __shfl_xor_sync(uint32_t mask, T v, int m) {
 }
 inline uint32_t __ballot_sync(uint32_t mask, bool p) { return emu::ballot(mask, p); }
 
+inline float cospif(float x) { return float(std::cos(3.14159265358979323846 * x)); }
+inline float sinpif(float x) { return float(std::sin(3.14159265358979323846 * x)); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float a, float b) { return a / b; }
