@@ -19,6 +19,7 @@ import triton.language as tl
 from recurx.errors import bad_argument
 
 from . import checks, tiles
+from .products import add_product
 
 HEAD_DIMS = (32, 64, 128)
 MAX_TOKENS = 1024
@@ -55,7 +56,7 @@ def attention_kernel(
         v_g = q_g + 2 * H * HEAD_DIM + keys[:, None] * stride + e[None, :]
         value = tl.load(v_g, mask=keys[:, None] < T, other=0.0)
         acc = acc * rescale[:, None]
-        acc = tl.dot(p.to(value.dtype), value, acc, input_precision=PRECISION)
+        acc = add_product(acc, p.to(value.dtype), value, PRECISION)
         highest = higher
 
     mixed = (acc / total[:, None]).to(out.dtype.element_ty)

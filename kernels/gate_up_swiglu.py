@@ -17,6 +17,7 @@ import triton.language as tl
 from recurx.errors import bad_argument
 
 from . import checks, tiles
+from .products import add_product
 
 
 @triton.jit
@@ -43,8 +44,8 @@ def gate_up_swiglu_kernel(
         w_gate = w + cols[None, :] * W_ROW + ks[:, None]
         gate_slab = tl.load(w_gate, mask=w_inside, other=0.0)
         up_slab = tl.load(w_gate + F * W_ROW, mask=w_inside, other=0.0)
-        gate = tl.dot(slab, gate_slab, gate, input_precision=PRECISION)
-        up = tl.dot(slab, up_slab, up, input_precision=PRECISION)
+        gate = add_product(gate, slab, gate_slab, PRECISION)
+        up = add_product(up, slab, up_slab, PRECISION)
 
     middle = gate * tl.sigmoid(gate) * up
     pointers = out + rows.to(tl.int64)[:, None] * F + cols[None, :]

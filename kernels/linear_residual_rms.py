@@ -22,6 +22,7 @@ import triton.language as tl
 from recurx.errors import bad_argument
 
 from . import checks, tiles
+from .products import add_product
 
 MAX_COLUMNS = 1024  # beyond it a row's accumulator no longer fits the registers of a block
 
@@ -33,7 +34,7 @@ def _accumulate(
     """acc + a_slab @ W[cols, ks]^T."""
     inside = (cols[None, :] < N) & (ks[:, None] < W_ROW)
     w_slab = tl.load(w + cols[None, :] * W_ROW + ks[:, None], mask=inside, other=0.0)
-    return tl.dot(a_slab, w_slab, acc, input_precision=PRECISION)
+    return add_product(acc, a_slab, w_slab, PRECISION)
 
 
 @triton.jit

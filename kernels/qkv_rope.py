@@ -17,6 +17,7 @@ import triton.language as tl
 from recurx.errors import bad_argument
 
 from . import checks, tiles
+from .products import add_product
 
 HEAD_DIMS = (32, 64, 128)
 
@@ -38,8 +39,8 @@ def _half_product(
         w_low = w + weight_rows[None, :] * D + ks[:, None]
         low_slab = tl.load(w_low, mask=inside, other=0.0)
         high_slab = tl.load(w_low + HALF * D, mask=inside, other=0.0)
-        low = tl.dot(slab, low_slab, low, input_precision=PRECISION)
-        high = tl.dot(slab, high_slab, high, input_precision=PRECISION)
+        low = add_product(low, slab, low_slab, PRECISION)
+        high = add_product(high, slab, high_slab, PRECISION)
     return low, high
 
 

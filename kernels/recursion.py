@@ -36,6 +36,7 @@ from recurx.backends.weights import ALIGN, Tape, device_words, padded_columns
 from recurx.nets import ATTENTION, TOKEN_MLP, BlockSpec
 
 from .inject import ROW, call_input
+from .products import add_product
 
 CosSin = tuple[torch.Tensor, torch.Tensor]
 
@@ -105,7 +106,7 @@ def _attention(
         v = _project(h, wk + D * D, first + e, D, D, DP, PRECISION).to(h.dtype)
         mixed = tl.dot(p.to(h.dtype), v, input_precision=PRECISION) / tl.sum(p, 1)[:, None]
         wo_head = _transposed(wo, tl.arange(0, DP), first + e, D, D, D)
-        acc = tl.dot(mixed.to(h.dtype), wo_head, acc, input_precision=PRECISION)
+        acc = add_product(acc, mixed.to(h.dtype), wo_head, PRECISION)
     return acc
 
 
@@ -123,7 +124,7 @@ def _swiglu(
         up = _project(h, wgu + F * D, f, F, D, DP, PRECISION)
         middle = (gate * tl.sigmoid(gate) * up).to(h.dtype)
         down = _transposed(wdown, tl.arange(0, DP), f, D, F_ROW, F_ROW)
-        acc = tl.dot(middle, down, acc, input_precision=PRECISION)
+        acc = add_product(acc, middle, down, PRECISION)
     return acc
 
 
@@ -146,7 +147,7 @@ def _token_swiglu(
         middle = (gate * tl.sigmoid(gate) * up).to(h.dtype)
         inside = (t < T)[:, None] & (f < F_ROW)[None, :]
         down = tl.load(wdown + t[:, None] * F_ROW + f[None, :], mask=inside, other=0.0)
-        acc = tl.dot(down, middle, acc, input_precision=PRECISION)
+        acc = add_product(acc, down, middle, PRECISION)
     return acc
 
 
