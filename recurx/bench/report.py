@@ -129,12 +129,15 @@ def _cell(mode: str, variant: str, rows: dict[str, Row]) -> str:
     if row["status"] != "timed":
         return str(row["status"])
     value = _figure(row["puzzles_per_s"] if mode == "solve" else row["p50_ms"])
+    exact = (
+        f", {row['exact']:.0%} exact in {row['steps_mean']:.1f} steps" if mode == "solve" else ""
+    )
     fastest = min(r["p50_ms"] for r in rows.values() if r["status"] == "timed")
     value = f"**{value}**" if row["p50_ms"] == fastest else value
     ours = best_ours(rows, row["dtype"])
     if row["ours"] or ours is None:
-        return value
-    return f"{value} ({times(row['p50_ms'] / ours['p50_ms'])})"
+        return value + exact
+    return f"{value} ({times(row['p50_ms'] / ours['p50_ms'])}){exact}"
 
 
 def times(ratio: float) -> str:

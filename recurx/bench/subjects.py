@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from recurx.api import recurse
-from recurx.bench.cases import SOLVE_STEPS, build, case, sample
+from recurx.bench.cases import HALT_ABOVE, SOLVE_STEPS, build, case, sample, train_net
 from recurx.bench.variants import Variant
 from recurx.models import RecursiveModel
 from recurx.solve import Answers, solve
 
 CHECK_ROWS = 64  # samples are independent: more rows would prove no more
 ANSWERS = {"q": "answers at the halt", None: "answers after all steps"}
-NET_FILE = "trained.safetensors"  # of a case that solves, in the group's folder
+TOY_STEPS = 3
 
 Outputs = dict[str, Tensor]
 
@@ -145,20 +145,15 @@ class StepSubject:
 # ---- solving -------------------------------------------------------------------------------------
 
 
-def train_net(name: str, folder: str) -> None:
-    """Train the net that every variant of the group loads."""
-    from recurx.checkpoint import save_checkpoint
-    from recurx.train import Trainer
-
+def net_file(name: str, folder: str) -> Path:
+    """The trained net of a case: the shipped one, or one that is hardly trained, in `folder`."""
     chosen = case(name)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # nets 64 wide gain nothing from a second thread
-    assert chosen.training is not None  # the command refuses other cases
-    trainer = Trainer(chosen.training())
-    for _ in range(chosen.train_steps):
-        trainer.train_step()
-    save_checkpoint(Path(folder) / NET_FILE, trainer.averaged(), {"task": chosen.task})
-    torch.set_num_threads(threads)
+    if chosen.net is not None:
+        return chosen.net
+    path = Path(folder) / "toy.safetensors"
+    if not path.exists():
+        train_net(chosen.task, TOY_STEPS, path)
+    return path
 
 
 class SolveSubject:
@@ -176,7 +171,7 @@ class SolveSubject:
         self.variant = variant
         self.task = tasks.get(case(name).task)
         dtype = {"bf16": "bfloat16", "fp32": "float32"}[variant.dtype]
-        loaded = load_checkpoint(Path(folder) / NET_FILE, forward_dtype=dtype)
+        loaded = load_checkpoint(net_file(name, folder), forward_dtype=dtype)
         self.model = loaded.build(backend=variant.backend).to(device)
         examples = tasks.Sampler(self.task, 0, "held-out").draw(batch)
         self.examples = examples
@@ -188,14 +183,16 @@ class SolveSubject:
         self.answers: Answers | None = None
 
     def step(self) -> None:
-        self.answers = solve(self.model, self.data, max_steps=SOLVE_STEPS, halt=self.halt)
+        self.answers = self.solve(self.halt)
+
+    def solve(self, halt: str | None) -> Answers:
+        return solve(self.model, self.data, SOLVE_STEPS, halt, halt_above=HALT_ABOVE)
 
     def outputs(self) -> Outputs:
         assert self.answers is not None
         found = {ANSWERS[self.halt]: self.answers.predictions.cpu()}
         if self.variant.engine == "eager":  # the yardstick of both ways to end
-            halted = solve(self.model, self.data, max_steps=SOLVE_STEPS, halt="q")
-            found[ANSWERS["q"]] = halted.predictions.cpu()
+            found[ANSWERS["q"]] = self.solve("q").predictions.cpu()
         return found
 
     def facts(self) -> dict[str, Any]:

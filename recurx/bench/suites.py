@@ -75,7 +75,7 @@ SUITES: dict[str, tuple[Group, ...]] = {
         for case, mode, batch in (
             ("trm-att", "step", 64), ("trm-att", "step", 1), ("trm-att", "step", 512),
             ("trm-att", "train", 768), ("trm-mlp", "step", 64), ("trm-mlp", "step", 512),
-            ("arc", "step", 64), ("trm-att", "step", 8), ("sudoku-4x4", "solve", 4096),
+            ("arc", "step", 64), ("trm-att", "step", 8), ("sudoku-6x6", "solve", 4096),
             ("arc", "train", 192),
         )
     ),

@@ -164,7 +164,7 @@ def _groups(arguments: argparse.Namespace, default: str) -> tuple[Any, ...]:
     if "solve" in arguments.mode:
         for name in arguments.case:
             if not CASES[name].task:
-                raise InvalidArgument(f"--mode solve: {name} is a net that the run does not train.")
+                raise InvalidArgument(f"--mode solve: {name} has no trained net.")
     return tuple(
         Group(case, mode, batch, tuple(arguments.engine), tuple(arguments.dtype), arguments.seconds)
         for case in arguments.case
@@ -204,7 +204,10 @@ def _show(group: dict[str, Any], console: Any) -> None:
         ours = best_ours(rows, row["dtype"])
         factor = "" if ours is None else f"{row['p50_ms'] / ours['p50_ms']:.2f}x"
         times = [f"{row[q]:.4g}" for q in ("p20_ms", "p50_ms", "p80_ms")]
-        lines.append((name, *times, factor, row.get("note", "")))
+        note = row.get("note", "")
+        if "exact" in row:
+            note = f"{row['exact']:.0%} exact in {row['steps_mean']:.1f} steps {note}"
+        lines.append((name, *times, factor, note))
     title = f"{group['case']} {group['mode']} B={group['batch']}"
     heads = ("variant", "p20 ms", "p50 ms", "p80 ms", "times recurx", "")
     console.print(output.table(title, heads, lines))

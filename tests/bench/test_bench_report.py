@@ -47,6 +47,14 @@ def test_the_table_shows_every_row_lost_ones_included(result):
     assert "| trm-att step, cpu bf16 | 1 | 10-12 | 100 | 50% | – | – | 1 | 9.5 |" in text
 
 
+def test_solving_shows_accuracy_beside_speed(tmp_path):
+    ours = row("recurx-cpu/fp32", [100.0], puzzles_per_s=2560.0, exact=0.95, steps_mean=3.0)
+    fixed = row("eager/fp32", [1600.0], puzzles_per_s=160.0, exact=0.97, steps_mean=16.0)
+    made = document([ours, fixed], case="sudoku-6x6", mode="solve", batch=256)
+    text = report.markdown([write(tmp_path / "solve.json", made)])
+    assert "| **2,560**, 95% exact in 3.0 steps | 160 (16x), 97% exact in 16.0 steps |" in text
+
+
 def test_the_newest_row_of_a_key_is_shown(tmp_path, result):
     later = document([row("recurx-cpu/bf16", [5, 5, 5])], date="2026-02-01T00:00:00+00:00")
     text = report.markdown([result, write(tmp_path / "later.json", later)])

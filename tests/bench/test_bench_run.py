@@ -66,7 +66,7 @@ def wrong_backend(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_step_in_worker_processes(tmp_path, wrong_backend):
-    options = ("--case", "toy", "--engine", "recurx", "--seconds", "1", "--dtype", "fp32")
+    options = ("--case", "toy", "--engine", "recurx", "--seconds", "3", "--dtype", "fp32")
     document = run(tmp_path, *options, "--import", wrong_backend)
     assert document["status"] == "complete"
     facts = document["provenance"]
@@ -106,6 +106,16 @@ def test_training_and_solving(tmp_path, workers_here):
     assert 0 <= rows["eager/fp32"]["exact"] <= 1
 
 
+def test_the_shipped_net_solves_and_halts():
+    """Else its time to solve would mean nothing."""
+    from recurx.bench.subjects import SolveSubject
+
+    subject = SolveSubject("sudoku-6x6", variants.Variant("eager-halt", "fp32"), 64, "cpu", "", "")
+    subject.step()
+    facts = subject.facts()
+    assert facts["exact"] > 0.8 and 2 < facts["steps_mean"] < 14, facts
+
+
 def test_a_wrong_gradient_gets_no_time(tmp_path, workers_here, monkeypatch):
     """Planted: a gradient window of one call too many. The forward is the same, bit for bit."""
     from recurx.bench import training
@@ -131,15 +141,21 @@ def test_a_wrong_gradient_gets_no_time(tmp_path, workers_here, monkeypatch):
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path, workers_here, monkeypatch, capsys):
     count = 0
-    right = workers_here.ask
+    ask, receive = workers_here.ask, workers_here.receive
 
     def interrupted(self, do, timeout=0.0, **arguments):
         nonlocal count
-        count += do == "time"
+        if do != "time":
+            return ask(self, do, timeout, **arguments)
+        count += 1
         if count == 9:
             raise KeyboardInterrupt
-        return right(self, do, timeout, **arguments)
+        return {"seconds": 0.01}  # however busy the machine is
 
+    def started(self, timeout):
+        return receive(self, timeout) | {"first_seconds": 0.01}
+
+    monkeypatch.setattr(workers_here, "receive", started)
     monkeypatch.setattr(workers_here, "ask", interrupted)
     path = tmp_path / "result.json"
     options = ["--case", "toy", "small-64", "--engine", "eager", "--seconds", "0.5"]
@@ -147,8 +163,9 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, workers_here, monkeypatch, cap
     document = results.load(path).document
     assert document["status"] == "partial" and len(document["groups"]) == 1
     timed = [row for row in document["groups"][0]["rows"] if row["status"] == "timed"]
-    # two warm-up samples, then six of the nine in rounds of two variants
-    assert sorted(row["rounds"] for row in timed) == [3, 3]
+    # two samples to warm up, then six in rounds of two variants
+    assert [row["rounds"] for row in timed] == [3, 3]
+    assert {row["p50_ms"] for row in timed} == {10}
     assert "interrupted" in capsys.readouterr().err
 
 
@@ -201,7 +218,7 @@ def test_bad_options_are_refused(capsys):
     for options, message in (
         (["--engine", "elgar"], "elgar"),
         (["--suite", "cpu", "--case", "toy"], "--suite"),
-        (["--case", "trm-att", "--mode", "solve"], "does not train"),
+        (["--case", "trm-att", "--mode", "solve"], "no trained net"),
         (["--cold", "--device", "cpu"], "--cold"),
     ):
         case = [] if "--case" in options else ["--case", "toy"]
