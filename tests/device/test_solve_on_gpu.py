@@ -1,4 +1,4 @@
-"""recurx.solve(backend="cuda") on a real GPU, against the loop on the host over the same kernels."""
+"""recurx.solve(backend="cuda") on a real GPU, against the loop on the host."""
 
 import pytest
 import torch
