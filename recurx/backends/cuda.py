@@ -1,7 +1,8 @@
 """backend="cuda": the recursion kernels of csrc/cuda/, every call of the schedule in one launch.
 
 `LaunchPlan.pick` chooses among the kinds of recurx/plan/cuda.py. States are bf16, forward only: in
-training it runs the calls before the gradient window and hands the carry on.
+training it runs the calls before the gradient window and hands the carry to backend triton, or to
+PyTorch where there is no Triton.
 
 Weights are rounded to bf16 and packed into a tape on the device, once, until a parameter changes.
 A change shows in a tensor's address or `_version`. NOTE: an edit through `.data` shows in neither;
@@ -21,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recurx.backends import Backend, cuda_abi, cuda_grid
+from recurx import backends
+from recurx.backends import Backend, Window, cuda_abi, cuda_grid
 from recurx.backends.weights import WeightCache, device_words
 from recurx.errors import BackendUnavailable, CudaError, bad_argument
 from recurx.nets import ATTENTION, BlockSpec, Net
@@ -101,6 +103,13 @@ class Cuda(Backend):
 
     def plan_device(self, device: torch.device | str) -> Device:
         return Device.of(device) if self._device is None else self._device
+
+    def window(self, problem: Problem) -> Window | None:
+        """That of backend triton where it can run: the kernels here have no backward."""
+        triton = backends.get("triton")
+        if backends.why_not("triton", problem) is not None:
+            return None
+        return triton.window(problem)
 
     # ---- run it ----------------------------------------------------------------------------
 
