@@ -135,13 +135,13 @@ MAIN = (
 MORE = (
     _dgrad(512, 1024, 97, over_tokens=True),
     _dgrad_rms_backward(97 * 64, 1536, 768),
-    _swiglu_backward(512, 97, 512, over_tokens=True),
     _wgrad(512, 97, 512, over_tokens=True),
     _attention_backward("queries", 64, 916, 8, 64),
-    _attention_backward("keys", 64, 916, 8, 64),
     _attention_backward("keys", 2, 300, 2, 128),
 )
 THOROUGH = (
+    _swiglu_backward(512, 97, 512, over_tokens=True),
+    _attention_backward("keys", 64, 916, 8, 64),
     _rms_backward(64, 97, 512, over_tokens=True),
     _dgrad_rms_backward(17 * 64, 256, 64),
     _wgrad_sum(1536, 512),

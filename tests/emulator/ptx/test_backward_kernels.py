@@ -126,8 +126,7 @@ def attention_backward_of_two_kernels():
 CASES = [
     ("90", forward_that_keeps_the_factors), ("90", rms_backward_over_tokens),
     ("90", dgrad), ("90", swiglu_backward),
-    ("90", dgrad_rms_backward), ("80", dgrad_rms_backward),
-    ("90", wgrad), ("80", wgrad),
+    ("90", dgrad_rms_backward), ("90", wgrad), ("80", wgrad),
     ("90", attention_backward_of_one_block), ("90", attention_backward_of_two_kernels),
     ("80", attention_backward_of_two_kernels),
 ]  # fmt: skip
