@@ -27,6 +27,13 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def plain_attention():
+    """The fused attention of PyTorch sums its gradient in no fixed order: no bits to compare."""
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        yield
+
+
 def differing(a: CapturedStep, b: CapturedStep) -> list[int]:
     pairs = zip(a.static_tensors(), b.static_tensors(), strict=True)
     return [n for n, (x, y) in enumerate(pairs) if not torch.equal(x, y)]
@@ -78,6 +85,8 @@ def test_draws_of_pytorch_generators_are_captured_too():
     """An official-style head draws its exploration from PyTorch; each replay draws anew."""
     run = Trainer(tiny(model={"halt_exploration_prob": 1.0}), device="cuda", captured=False)
     run.model.exploration = None
+    with torch.no_grad():
+        run.model.inner.q_head.bias[0] = 5  # everybody wants to halt, but draws 2 or 3 steps first
     head = LossHead(run.model)
     swap(head)
     adam = AdamATan2(head.parameters(), lr=0.0)
@@ -87,4 +96,4 @@ def test_draws_of_pytorch_generators_are_captured_too():
     for _ in range(12):
         step()
         halted.append(tuple(step.carry.halted.tolist()))
-    assert step.captured and len(set(halted[3:])) > 1
+    assert step.captured and len(set(halted[3:])) > 4

@@ -153,8 +153,7 @@ def test_the_angle_and_the_bias_correction_are_exact_to_a_few_units(triton_devic
 # ---- sign SGD, the average ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wide", [False, True])
-@pytest.mark.parametrize("duplicates", [True, False])
+@pytest.mark.parametrize("duplicates, wide", [(True, False), (False, True)])
 def test_sign_sgd(triton_device, duplicates, wide):
     from recurx.kernels.sign_sgd import sign_sgd
 
