@@ -33,6 +33,7 @@ _EXPORTS = {
     "save_checkpoint": "recurx.checkpoint",
     "solve": "recurx.solve",
     "Answers": "recurx.solve",
+    "quantize": "recurx.quantize",
     "LaunchPlan": "recurx.plan",
     "cost": "recurx.plan",
     "RecurxError": "recurx.errors",
@@ -40,8 +41,9 @@ _EXPORTS = {
     "InvalidArgument": "recurx.errors",
     "CheckpointError": "recurx.errors",
     "UnsupportedModel": "recurx.errors",
+    "QuantizationRefused": "recurx.errors",
 }
-_MODULES = ("models", "reference", "backends", "kernels", "plan", "tasks", "train")
+_MODULES = ("models", "reference", "backends", "kernels", "plan", "tasks", "train", "fp8")
 
 __all__ = [*_EXPORTS, "__version__"]
 
@@ -61,7 +63,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Keeps `recurx.patch`, `recurx.explain` and `recurx.solve` the functions.
+    """Keeps `recurx.patch`, `recurx.explain`, `recurx.solve`, `recurx.quantize` the functions.
 
     Modules of the same names define them, and Python's import sets a submodule as an attribute of
     its package, whoever imports it first.

@@ -30,6 +30,14 @@ class UnsupportedModel(RecurxError, TypeError):
     """`recurx.patch` does not recognise the model; the message says what differs."""
 
 
+class QuantizationRefused(RecurxError, ValueError):
+    """`recurx.quantize` found that a model behaves differently with fewer bits; see `.gate`."""
+
+    def __init__(self, message: str, gate: object) -> None:
+        super().__init__(message)
+        self.gate = gate
+
+
 def bad_argument(op: str, arg: str, expected: str, got: object, hint: str = "") -> InvalidArgument:
     """Build (not raise) the error for one bad argument of `op`.
 

@@ -164,13 +164,15 @@ typedef struct {
                             weight in its shared memory */
   int32_t k_splits[4];   /* warps that share the depth of a row tile: 1, 2, 4 or 8 */
   int32_t shared_bytes;  /* of a CTA; weights that do not fit are read from L2 in each call */
+  int32_t fp8;           /* 1: tapes hold e4m3 with a scale for each output channel */
 } RxGridPlan;
 
 int rx_recursion_grid_sm80(const RxRecursion* r, const RxGridPlan* plan, void* stream);
 int64_t rx_grid_sm80_scratch_bytes(const RxRecursion* r);
 /* Shared memory of a CTA before its first weight. */
 int64_t rx_grid_sm80_fixed_shared_bytes(const RxRecursion* r, const RxGridPlan* plan);
-int64_t rx_grid_sm80_tape_bytes(const RxPack* p); /* recurx/backends/cuda_grid.py packs it */
+int64_t rx_grid_sm80_tape_bytes(const RxPack* p,
+                                int fp8); /* recurx/backends/cuda_grid.py packs it */
 
 #ifdef __cplusplus
 }

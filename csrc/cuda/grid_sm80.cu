@@ -66,11 +66,11 @@ extern "C" int64_t rx_grid_sm80_fixed_shared_bytes(const RxRecursion* r, const R
   return grid_sm80::shared_of(*r, *plan).weights;
 }
 
-extern "C" int64_t rx_grid_sm80_tape_bytes(const RxPack* p) {
+extern "C" int64_t rx_grid_sm80_tape_bytes(const RxPack* p, int fp8) {
   int64_t bytes = 0;
   for (int b = 0; b < p->num_blocks; b++)
     for (int slot = 0; slot < grid_sm80::kSlots; slot++)
-      bytes += grid_sm80::weight_of(p->hidden, p->tokens, p->blocks[b], slot).bytes();
+      bytes += grid_sm80::weight_of(p->hidden, p->tokens, p->blocks[b], slot, fp8).bytes();
   return bytes;
 }
 
@@ -87,5 +87,14 @@ extern "C" int rx_recursion_grid_sm80(const RxRecursion* r, const RxGridPlan* pl
   rx::LaunchShape s{"recursion_grid_sm80", dim3(unsigned(plan->ctas)), dim3(g::kThreads),
                     uint32_t(plan->shared_bytes)};
   s.cooperative = true;
-  return rx::launch(s, stream, g::kernel, *r, *plan);
+  // A build that is only looked at (RX_LARGEST) holds the FP8 kernel, which has all that the other
+  // has; the build of planted bugs (RX_NO_FP8) holds the other.
+#ifndef RX_LARGEST
+  if (!plan->fp8) return rx::launch(s, stream, g::kernel<false>, *r, *plan);
+#endif
+#ifdef RX_NO_FP8
+  return g::refuse("this build has no FP8 kernel");
+#else
+  return rx::launch(s, stream, g::kernel<true>, *r, *plan);
+#endif
 }

@@ -72,6 +72,8 @@ RX_DEVICE void keep_weights(const RxRecursion& r, const RxGridPlan& plan, unsign
   __syncthreads();
 }
 
+// kFp8: tapes hold e4m3 codes and scales.
+template <bool kFp8>
 struct Grid {
   const RxRecursion& r;
   const RxGridPlan& plan;
@@ -90,22 +92,16 @@ struct Grid {
   RX_DEVICE Product describe(int n, int b, int slot, int64_t rows, int row_tiles, bool normalise,
                              float eps) const {
     const RxNet& net = r.nets[n];
-    const Weight w = weight_of(r, net.blocks[b], slot);
+    const Weight w = weight_of(r, net.blocks[b], slot, kFp8);
     const Place place =
         reinterpret_cast<const Place*>(smem + at.table)[(n * kRxMaxBlocks + b) * kSlots + slot];
     const unsigned char* weights = place.shared < 0
                                        ? static_cast<const unsigned char*>(net.tape) + place.tape
                                        : smem + place.shared;
     const Slice slice = slice_of(plan, slot, w.units, blockIdx.x);
-    return {tiles_g(rows),
-            reinterpret_cast<const uint4*>(weights),
-            row_tiles,
-            w.depth,
-            slice,
-            plan.k_splits[slot],
-            handover_bytes(w, slice),
-            normalise,
-            eps};
+    return {tiles_g(rows),       weights, row_tiles,           w.depth,
+            int(w.unit_bytes()), slice,   plan.k_splits[slot], handover_bytes(w, slice),
+            normalise,           eps};
   }
 
   RX_DEVICE void attention(int heads) {
@@ -141,7 +137,7 @@ struct Grid {
       const int inner = round_up(mixer ? block.token_inner : block.inner, 32) / 16;
       const bool scaled = !block.token_mlp && (normalise || !mixer);
       const int64_t rows = turned ? z.ht : z.h;
-      product<2>(
+      product<2, kFp8>(
           describe(n, b, pair * 2, rows, row_tiles, scaled, mixer ? before : block.eps),
           smem + at.scratch,
           FinishWide{
@@ -151,10 +147,11 @@ struct Grid {
         attention(block.heads);
         barrier();
       }
-      product<1>(describe(n, b, pair * 2 + 1, attends ? z.mixed : z.middle, row_tiles, false, 0.f),
-                 smem + at.scratch,
-                 FinishResidual{scratch_g + rows, block.token_mlp ? nullptr : scale_g(),
-                                turned ? z.token_tiles : z.width});
+      product<1, kFp8>(
+          describe(n, b, pair * 2 + 1, attends ? z.mixed : z.middle, row_tiles, false, 0.f),
+          smem + at.scratch,
+          FinishResidual{scratch_g + rows, block.token_mlp ? nullptr : scale_g(),
+                         turned ? z.token_tiles : z.width});
       barrier();
       if (turned) {
         turn_back(r, z, block.eps);
@@ -176,19 +173,20 @@ struct Grid {
   }
 };
 
+template <bool kFp8>
 __global__ void __launch_bounds__(kThreads, 1)
     kernel(const __grid_constant__ RxRecursion r, const __grid_constant__ RxGridPlan plan) {
   RX_DYN_SMEM(smem);
   unsigned char* scratch_g = static_cast<unsigned char*>(r.scratch);
   keep_weights(r, plan, smem);
   const Header& header = *reinterpret_cast<const Header*>(smem);
-  Grid grid{r,
-            plan,
-            header.sizes,
-            header.shared,
-            smem,
-            scratch_g,
-            {reinterpret_cast<uint32_t*>(scratch_g), 0}};
+  Grid<kFp8> grid{r,
+                  plan,
+                  header.sizes,
+                  header.shared,
+                  smem,
+                  scratch_g,
+                  {reinterpret_cast<uint32_t*>(scratch_g), 0}};
   uint32_t written = 0;  // bit i: state i is in states_out
   int made = -1;         // the state that the last call wrote: its rows are in scratch yet
   float eps = 0.f;

@@ -26,6 +26,7 @@ from recurx import backends
 from recurx.backends import Backend, Window, cuda_abi, cuda_grid
 from recurx.backends.weights import WeightCache, device_words
 from recurx.errors import BackendUnavailable, CudaError, bad_argument
+from recurx.fp8 import codes_of
 from recurx.nets import ATTENTION, BlockSpec, Net
 from recurx.plan.cuda import KINDS, OWNER_PLANS, Shapes, candidates, refusals
 from recurx.plan.device import Device
@@ -90,10 +91,16 @@ class Cuda(Backend):
             return None
         return "; ".join(refusals(problem, device, self.owner_plans, self._kinds()))
 
-    def plan(self, problem: Problem, device: torch.device | str | None = None) -> LaunchPlan:
-        """How `run` would run it on `device` (default: the current one)."""
+    def plan(
+        self, problem: Problem, device: torch.device | str | None = None, fp8: bool = False
+    ) -> LaunchPlan:
+        """How `run` would run it on `device` (default: the current one).
+
+        Args:
+            fp8: with weights that `recurx.quantize` made.
+        """
         device = self.plan_device(device or problem.device_type)
-        return _pick(problem, device, self.owner_plans, self._kinds())
+        return _pick(problem, device, self.owner_plans, self._kinds(), fp8)
 
     def _kinds(self) -> tuple[str, ...]:
         """Kinds of plan that the build holds; the owner kernels alone write a timeline."""
@@ -129,13 +136,14 @@ class Cuda(Backend):
             return [state.clone(memory_format=torch.contiguous_format) for state in states]
         library = self.library()
         assert library is not None, "checked by why_unavailable"
-        plan = self.plan(problem, x.device)
+        fp8 = all(codes_of(weight) is not None for weight in weights)
+        plan = self.plan(problem, x.device, fp8)
         with self.on(x.device) as stream:
             inputs = [_aligned(tensor.detach()) for tensor in (x, *states)]
             outputs = [self.new(tuple(x.shape), x.dtype, x.device) for _ in states]
             tables = None if cos is None or sin is None else (cos, sin)
             p, kept = self.describe(
-                plan.kind, problem, inputs, outputs, weights, tables, start, stop, stream
+                plan.kind, problem, inputs, outputs, weights, tables, start, stop, stream, fp8
             )
             entry, settings, size = _launch(library, plan, p)
             scratch = self.new((size,), torch.uint8, x.device)
@@ -156,11 +164,13 @@ class Cuda(Backend):
         start: int,
         stop: int,
         stream: ctypes.c_void_p | None,
+        fp8: bool = False,
     ) -> tuple[cuda_abi.Recursion, list[Tensor]]:
         """The RxRecursion of calls start..stop-1 without its scratch, and what it points to.
 
         Args:
             kind: of plan, which decides how weights are packed.
+            fp8: the weights are quantised; the grid kernel reads their codes.
             inputs: x and the states; outputs: the states. Contiguous and aligned.
         """
         library, x = self.library(), inputs[0]
@@ -176,7 +186,7 @@ class Cuda(Backend):
         for i, (state, out) in enumerate(zip(inputs[1:], outputs, strict=True)):
             p.states_in[i], p.states_out[i] = state.data_ptr(), out.data_ptr()
         tapes = [
-            self._tape(library, kind, net, problem.tokens, x.device, stream)
+            self._tape(library, kind, net, problem.tokens, x.device, stream, fp8)
             for net in problem.bind(weights).values()
         ]
         for i, ((_, spec), tape) in enumerate(zip(problem.nets, tapes, strict=True)):
@@ -205,11 +215,14 @@ class Cuda(Backend):
         tokens: int,
         device: torch.device,
         stream: ctypes.c_void_p | None,
+        fp8: bool,
     ) -> Tensor:
         """The packed weights of a net for a kind of kernel."""
         if kind == "grid":
             packed: Tensor = self.tapes.get(
-                ("grid", net.spec), net.weights, lambda _: cuda_grid.pack_net(net.spec, net.weights)
+                (kind, fp8, net.spec),
+                net.weights,
+                lambda _: cuda_grid.pack_net(net.spec, net.weights, fp8),
             )
             return packed
 
@@ -390,9 +403,9 @@ def call_words(schedule: Schedule, nets: tuple[str, ...], start: int, stop: int)
 
 @functools.lru_cache(maxsize=256)
 def _pick(
-    problem: Problem, device: Device, owner_plans: Shapes, kinds: tuple[str, ...]
+    problem: Problem, device: Device, owner_plans: Shapes, kinds: tuple[str, ...], fp8: bool
 ) -> LaunchPlan:
-    plans = candidates(problem, device, owner_plans, kinds)
+    plans = candidates(problem, device, owner_plans, kinds, fp8)
     if not plans:
         reasons = "; ".join(refusals(problem, device, owner_plans, kinds))
         raise BackendUnavailable(f"recurx.recurse: backend 'cuda': {reasons}")

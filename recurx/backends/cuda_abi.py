@@ -131,6 +131,7 @@ class GridPlan(Structure):
         ("row_groups", c_int32 * 4),
         ("k_splits", c_int32 * 4),
         ("shared_bytes", c_int32),
+        ("fp8", c_int32),
     ]
 
 
@@ -158,7 +159,7 @@ _BYTES = {
     "rx_owner_sm80_tape_bytes": [POINTER(Pack)],
     "rx_grid_sm80_scratch_bytes": [POINTER(Recursion)],
     "rx_grid_sm80_fixed_shared_bytes": [POINTER(Recursion), POINTER(GridPlan)],
-    "rx_grid_sm80_tape_bytes": [POINTER(Pack)],
+    "rx_grid_sm80_tape_bytes": [POINTER(Pack), c_int32],
     "rx_cluster_sm90a_tape_bytes": [POINTER(Pack)],
 }
 # The entry that runs each kind of plan; an emulated build may hold some of them only.

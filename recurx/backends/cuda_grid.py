@@ -1,8 +1,9 @@
 """What the grid kernel is given: its settings, and weights as csrc/cuda/grid/sizes.cuh describes.
 
 The tape of a net is its weights one after another, block by block, each cut into units of output
-channels, each unit into pieces of 512 bytes that a warp reads as 16 bytes a lane: operands of
-mma.sync, ready to use. Packing is a permutation, so it runs wherever the weights are.
+channels, each unit into pieces that a warp reads as 16 bytes a lane: operands of mma.sync, ready to
+use. With FP8 they are half as long, and the scales of a unit lie behind its codes. Packing is a
+permutation, so it runs wherever the weights are.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recurx.backends.cuda_abi import GridPlan
+from recurx.fp8 import codes_of
 from recurx.nets import ATTENTION, WEIGHT_NAMES, BlockSpec, NetSpec
 from recurx.plan.cuda_grid import SLOTS
 from recurx.plan.launch import LaunchPlan
@@ -24,32 +26,49 @@ def settings(plan: LaunchPlan) -> GridPlan:
     made = GridPlan(ctas=plan["ctas"], shared_bytes=plan["shared_bytes"])
     made.row_groups[:] = [plan[f"groups_{slot}"] for slot in SLOTS]
     made.k_splits[:] = [plan[f"splits_{slot}"] for slot in SLOTS]
+    made.fp8 = plan["weights"] == "fp8"
     return made
 
 
-def pack_net(spec: NetSpec, weights: Sequence[Tensor]) -> Tensor:
-    """The tape of a net: a flat bf16 tensor on the weights' device.
+def pack_net(spec: NetSpec, weights: Sequence[Tensor], fp8: bool = False) -> Tensor:
+    """The tape of a net: flat on the weights' device, bf16, or bytes with FP8.
 
     Args:
         spec: the net.
-        weights: flat, in the order of `recurx.nets.WEIGHT_NAMES`, any floating dtype.
+        weights: flat, in the order of `recurx.nets.WEIGHT_NAMES`, any floating dtype; with `fp8`
+            such that `recurx.fp8.codes_of` knows each.
     """
     pieces, index = [], 0
     for block in spec.blocks:
         count = len(WEIGHT_NAMES[block.kind])
-        pieces += pack_block(block, weights[index : index + count])
+        for slot, weight in enumerate(weights[index : index + count]):
+            pieces.append(_pack(block, slot, weight, fp8))
         index += count
     return torch.cat(pieces)
 
 
-def pack_block(block: BlockSpec, weights: Sequence[Tensor]) -> list[Tensor]:
-    """The four weights of one block, each as flat bf16 in the order of the tape."""
-    mixer_in, mixer_out, gate_up, down = (weight.detach().bfloat16() for weight in weights)
-    if block.kind == ATTENTION:
-        first = wide(_pair_rotated_columns(mixer_in, block.num_heads))
-    else:
-        first = wide(_pair_gate_with_up(mixer_in))
-    return [first, narrow(mixer_out), wide(_pair_gate_with_up(gate_up)), narrow(down)]
+def _pack(block: BlockSpec, slot: int, weight: Tensor, fp8: bool) -> Tensor:
+    """One weight in the order of the tape, flat."""
+    if not fp8:
+        return _units(block, slot, weight.detach().bfloat16()).reshape(-1)
+    codes = codes_of(weight)
+    assert codes is not None, "the caller asks for FP8 of quantised weights only"
+    values = _units(block, slot, codes.codes.view(torch.uint8))
+    scales = _padded(_rows(block, slot, codes.scales[:, None]), 16 if slot % 2 == 0 else 8, 1)
+    scales = scales.reshape(len(values), -1).contiguous().view(torch.uint8)
+    return torch.cat([values.reshape(len(values), -1), scales], dim=1).reshape(-1)
+
+
+def _rows(block: BlockSpec, slot: int, weight: Tensor) -> Tensor:
+    """The output channels in the order of the units."""
+    if slot == 0 and block.kind == ATTENTION:
+        return _pair_rotated_columns(weight, block.num_heads)
+    return _pair_gate_with_up(weight) if slot % 2 == 0 else weight
+
+
+def _units(block: BlockSpec, slot: int, weight: Tensor) -> Tensor:
+    """[units, values of a unit]: the products that go in are wide, those that come out narrow."""
+    return (wide if slot % 2 == 0 else narrow)(_rows(block, slot, weight))
 
 
 def _padded(weight: Tensor, rows: int, depth: int) -> Tensor:
@@ -63,7 +82,7 @@ def wide(weight: Tensor) -> Tensor:
     weight = _padded(weight, 16, 16)
     units, depth = weight.shape[0] // 16, weight.shape[1] // 16
     pieces = weight.reshape(units, 2, 8, depth, 2, 4, 2).permute(0, 3, 2, 5, 4, 1, 6)
-    return pieces.reshape(-1)
+    return pieces.reshape(units, -1)
 
 
 def narrow(weight: Tensor) -> Tensor:
@@ -72,7 +91,7 @@ def narrow(weight: Tensor) -> Tensor:
     weight = _padded(weight, 8, 32)
     units, depth = weight.shape[0] // 8, weight.shape[1] // 32
     pieces = weight.reshape(units, 8, depth, 2, 2, 4, 2).permute(0, 2, 1, 5, 3, 4, 6)
-    return pieces.reshape(-1)
+    return pieces.reshape(units, -1)
 
 
 def _pair_rotated_columns(qkv: Tensor, heads: int) -> Tensor:

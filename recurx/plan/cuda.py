@@ -50,6 +50,7 @@ def candidates(
     device: Device,
     compiled: Shapes = OWNER_PLANS,
     kinds: tuple[str, ...] = KINDS,
+    fp8: bool = False,
 ) -> list[LaunchPlan]:
     """The plans that fit: an owner plan for each number of samples a CTA, one grid plan, a cluster
     plan for each size of a cluster.
@@ -57,6 +58,7 @@ def candidates(
     Args:
         compiled: the owner kernels that the build holds, as OWNER_PLANS.
         kinds: the kinds of kernel that the build holds.
+        fp8: all weights are quantised; the grid kernel alone makes use of that.
     """
     if why_not_recursion(problem, device) is not None:
         return []
@@ -67,7 +69,7 @@ def candidates(
             for samples, tiles in _owner_shapes(problem, device, compiled)
         ]
     if "grid" in kinds:
-        found += grid_plans(problem, device)
+        found += grid_plans(problem, device, fp8)
     if "cluster" in kinds:
         found += cluster_plans(problem, device)
     return found

@@ -20,6 +20,8 @@ from recurx.plan.launch import LaunchPlan, Work
 from recurx.problem import Problem
 
 MAX_TOKENS, MAX_HIDDEN, MAX_HEAD_DIM = 128, 512, 128
+# Beyond, other kernels are predicted faster on every device: this one moves each row to many CTAs.
+MAX_SAMPLES = 16
 WARPS = 8
 SLOTS = ("mixer_in", "mixer_out", "gate_up", "down")
 GROUPS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -41,6 +43,7 @@ class Product:
     depth: int
     wide: bool
     tiles: int
+    fp8: bool = False
 
     @property
     def units_a_pass(self) -> int:
@@ -48,29 +51,30 @@ class Product:
 
     @property
     def unit_bytes(self) -> int:
-        return self.depth * (512 if self.wide else 256)
+        values = self.depth * (256 if self.wide else 128)
+        return values + (64 if self.wide else 32) if self.fp8 else 2 * values
 
 
 def _up(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def products_of(block: BlockSpec, batch: int, tokens: int) -> tuple[Product, ...]:
+def products_of(
+    block: BlockSpec, batch: int, tokens: int, fp8: bool = False
+) -> tuple[Product, ...]:
     """The four products of a block on [B, T, D]: mixer in, mixer out, gate_up, down."""
     width, token_tiles = block.hidden // 16, _up(tokens, 16)
     inner, token_inner = 32 * _up(block.inner, 32), 32 * _up(block.token_inner, 32)
     rows, columns = batch * token_tiles, batch * width
     if block.kind == ATTENTION:
-        mixer = (Product(3 * width, width, True, rows), Product(2 * width, width, False, rows))
+        shapes = [(3 * width, width, rows), (2 * width, width, rows)]
     else:
-        mixer = (
-            Product(token_inner // 8, token_tiles, True, columns),
-            Product(_up(tokens, 8), token_inner // 16, False, columns),
-        )
-    return (
-        *mixer,
-        Product(inner // 8, width, True, rows),
-        Product(2 * width, inner // 16, False, rows),
+        shapes = [(token_inner // 8, token_tiles, columns)]
+        shapes += [(_up(tokens, 8), token_inner // 16, columns)]
+    shapes += [(inner // 8, width, rows), (2 * width, inner // 16, rows)]
+    return tuple(
+        Product(units, depth, slot % 2 == 0, tiles, fp8)
+        for slot, (units, depth, tiles) in enumerate(shapes)
     )
 
 
@@ -127,6 +131,8 @@ class Share:
 
 def why_not_grid(problem: Problem, device: Device) -> str | None:
     """What this kernel lacks for a problem that csrc/cuda takes in general; None: nothing."""
+    if problem.batch > MAX_SAMPLES:
+        return f"is for up to {MAX_SAMPLES} samples at once, got B={problem.batch}"
     if problem.tokens > MAX_TOKENS:
         return f"runs up to T={MAX_TOKENS} tokens, got T={problem.tokens}"
     if problem.hidden % 32 or problem.hidden > MAX_HIDDEN:
@@ -143,12 +149,16 @@ def why_not_grid(problem: Problem, device: Device) -> str | None:
 
 
 @functools.lru_cache(maxsize=256)
-def grid_plans(problem: Problem, device: Device) -> tuple[LaunchPlan, ...]:
-    """The plan with the least predicted time, if the kernel runs the problem at all."""
+def grid_plans(problem: Problem, device: Device, fp8: bool = False) -> tuple[LaunchPlan, ...]:
+    """The plan with the least predicted time, if the kernel runs the problem at all.
+
+    Args:
+        fp8: all weights are quantised (`recurx.quantize`).
+    """
     if why_not_grid(problem, device) is not None or problem.batch == 0:
         return ()
     blocks = [
-        products_of(block, problem.batch, problem.tokens)
+        products_of(block, problem.batch, problem.tokens, fp8)
         for _, spec in problem.nets
         for block in spec.blocks
     ]
@@ -269,6 +279,7 @@ def _plan(
         *((f"groups_{name}", g) for name, g in zip(SLOTS, groups, strict=True)),
         *((f"splits_{name}", s) for name, s in zip(SLOTS, splits, strict=True)),
         ("shared_bytes", device.shared_bytes),
+        ("weights", "fp8" if layout[0][0].product.fp8 else "bf16"),
         ("grid_barriers", int(barriers)),
     )
     why = (

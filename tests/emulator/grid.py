@@ -36,16 +36,19 @@ class Plan:
     row_groups: tuple[int, ...] = (1, 2, 1, 3)
     k_splits: tuple[int, ...] = (1, 2, 4, 8)
     shared_bytes: int = 100 * 1024
+    fp8: bool = False
 
     @staticmethod
     def of(plan: LaunchPlan) -> Plan:
         """The settings that recurx picked."""
         made = cuda_grid.settings(plan)
-        return Plan(made.ctas, tuple(made.row_groups), tuple(made.k_splits), made.shared_bytes)
+        groups, splits = tuple(made.row_groups), tuple(made.k_splits)
+        return Plan(made.ctas, groups, splits, made.shared_bytes, bool(made.fp8))
 
     def struct(self) -> GridPlan:
         four = ctypes.c_int32 * 4
-        return GridPlan(self.ctas, four(*self.row_groups), four(*self.k_splits), self.shared_bytes)
+        groups, splits = four(*self.row_groups), four(*self.k_splits)
+        return GridPlan(self.ctas, groups, splits, self.shared_bytes, self.fp8)
 
 
 class Guarded:
@@ -136,8 +139,8 @@ class GridKernel:
             token_mlp = spec.kind != ATTENTION
             block = Block(token_mlp, spec.inner, spec.num_heads, spec.token_inner, spec.eps)
             net.blocks[i] = pack.blocks[i] = block
-        tape = cuda_grid.pack_net(source.spec, source.weights)
-        assert self._bytes("rx_grid_sm80_tape_bytes", pack) == tape.numel() * tape.element_size()
+        tape = cuda_grid.pack_net(source.spec, source.weights, self.plan.fp8)
+        assert self._bytes("rx_grid_sm80_tape_bytes", pack, int(self.plan.fp8)) == tape.nbytes
         net.tape = tape.data_ptr()
         return tape
 
@@ -149,10 +152,10 @@ class GridKernel:
         del keep
         return found
 
-    def _bytes(self, entry: str, *structs: ctypes.Structure) -> int:
+    def _bytes(self, entry: str, *arguments: ctypes.Structure | int) -> int:
         function = getattr(self.library.library, entry)
         function.restype = ctypes.c_int64
-        return function(*(ctypes.byref(struct) for struct in structs))
+        return function(*(a if isinstance(a, int) else ctypes.byref(a) for a in arguments))
 
 
 def main() -> None:

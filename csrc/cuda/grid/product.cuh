@@ -13,9 +13,9 @@
 namespace grid_sm80 {
 
 struct Product {
-  const uint4* a_g;  // [row tiles][depth] tiles
-  const uint4* w;    // this CTA's slice: [units][depth] in shared or in global memory
-  int row_tiles, depth;
+  const uint4* a_g;        // [row tiles][depth] tiles
+  const unsigned char* w;  // the slice of this CTA: units of unit_bytes, shared or global memory
+  int row_tiles, depth, unit_bytes;
   Slice slice;
   int splits, slot_bytes;  // warps that share a row tile's depth; what one of them hands over
   bool normalise;          // rows are not normalised yet
@@ -46,11 +46,43 @@ RX_DEVICE float square_of(uint32_t pair) {
   return x.x * x.x + x.y * x.y;
 }
 
-// acc[u][n] += one batch times unit u.
+// Two e4m3 values (bits 0-7 and 8-15 of `two`) as bf16, exactly. Exponent and mantissa are shifted
+// to where fp32 has its own, and 2^120 corrects the bias; so are subnormals.
+RX_DEVICE uint32_t bf16_of_e4m3(uint32_t two) {
+  union Word {
+    uint32_t bits;
+    float value;
+  };
+  const Word lo = {(two << 24 & 0x80000000u) | (two & 0x7f) << 20};
+  const Word hi = {(two << 16 & 0x80000000u) | (two >> 8 & 0x7f) << 20};
+  return rx::pack_bf16(lo.value * 0x1p120f, hi.value * 0x1p120f);
+}
+
+// The operand at `index` of a unit: 16 bytes a lane as bf16, 8 as e4m3.
+template <bool kFp8>
+RX_DEVICE uint4 load_weight(const unsigned char* unit, int index) {
+  if constexpr (!kFp8) return reinterpret_cast<const uint4*>(unit)[index * 32 + lane_id()];
+  const uint2 v = reinterpret_cast<const uint2*>(unit)[index * 32 + lane_id()];
+  return make_uint4(bf16_of_e4m3(v.x), bf16_of_e4m3(v.x >> 16), bf16_of_e4m3(v.y),
+                    bf16_of_e4m3(v.y >> 16));
+}
+
+// Sums times the scales of their channels, which lie behind the unit's codes.
 template <int kTiles>
+RX_DEVICE void scale_channels(float (&acc)[kTiles][4], const unsigned char* unit, int depth) {
+#pragma unroll
+  for (int n = 0; n < kTiles; n++) {
+    const float2 s =
+        reinterpret_cast<const float2*>(unit + depth * kTiles * 128)[n * 4 + (lane_id() & 3)];
+    acc[n][0] *= s.x, acc[n][1] *= s.y, acc[n][2] *= s.x, acc[n][3] *= s.y;
+  }
+}
+
+// acc[u][n] += one batch times unit u.
+template <int kTiles, bool kFp8>
 RX_DEVICE void multiply_batch(Accumulators<kTiles>& acc, float (&squares)[2],
-                              const uint4 (&a)[kBatch], const Product& p, const uint4* w, int k,
-                              int end, int units) {
+                              const uint4 (&a)[kBatch], const Product& p, const unsigned char* w,
+                              int k, int end, int units) {
   constexpr int kStep = 3 - kTiles;  // tiles of A that one 16-byte operand of W meets
 #pragma unroll
   for (int i = 0; i < kBatch; i += kStep) {
@@ -65,7 +97,7 @@ RX_DEVICE void multiply_batch(Accumulators<kTiles>& acc, float (&squares)[2],
 #pragma unroll
     for (int u = 0; u < kUnits<kTiles>; u++) {
       if (u >= units) break;
-      const uint4 b = w[(u * (p.depth / kStep) + (k + i) / kStep) * 32 + lane_id()];
+      const uint4 b = load_weight<kFp8>(w + u * p.unit_bytes, (k + i) / kStep);
       const uint32_t a0[4] = {a[i].x, a[i].y, a[i].z, a[i].w};
       if constexpr (kTiles == 2) {
         rx::mma_m16n8k16(acc[u][0], a0, b.x, b.z);
@@ -129,7 +161,7 @@ RX_DEVICE void row_scales(float (&scale)[2], const float (&squares)[2], int leng
 
 // All row tiles of this CTA's group times all units of its slice.
 // finish(row tile, unit, sums of the unit, scales of the two rows) runs in one warp.
-template <int kTiles, class Finish>
+template <int kTiles, bool kFp8, class Finish>
 RX_DEVICE void product(const Product& p, unsigned char* handover, const Finish& finish) {
   constexpr int kStep = 3 - kTiles;
   const int rows = kWarps / p.splits, row = warp_id() / p.splits, part = warp_id() % p.splits;
@@ -139,7 +171,7 @@ RX_DEVICE void product(const Product& p, unsigned char* handover, const Finish& 
 #pragma unroll 1
   for (int first = p.slice.first; first < p.slice.last; first += kUnits<kTiles>) {
     const int units = min(kUnits<kTiles>, p.slice.last - first);
-    const uint4* w = p.w + int64_t(first - p.slice.first) * steps * 32;
+    const unsigned char* w = p.w + int64_t(first - p.slice.first) * p.unit_bytes;
 #pragma unroll 1
     for (int base = 0; base < tiles; base += rows) {
       const int tile = (base + row) * p.slice.groups + p.slice.group;
@@ -153,17 +185,20 @@ RX_DEVICE void product(const Product& p, unsigned char* handover, const Finish& 
 #pragma unroll 1
         for (int k = begin; k < end; k += 2 * kBatch) {
           load_batch(next, a_g, k + kBatch, end);
-          multiply_batch(acc, squares, now, p, w, k, end, units);
+          multiply_batch<kTiles, kFp8>(acc, squares, now, p, w, k, end, units);
           load_batch(now, a_g, k + 2 * kBatch, end);
-          multiply_batch(acc, squares, next, p, w, k + kBatch, end, units);
+          multiply_batch<kTiles, kFp8>(acc, squares, next, p, w, k + kBatch, end, units);
         }
       }
       if (p.splits > 1) combine(acc, squares, handover, p.slot_bytes, row, part, p.splits, units);
       if (work && part == 0) {
         if (p.normalise) row_scales(scale, squares, p.depth * 16, p.eps);
 #pragma unroll
-        for (int u = 0; u < kUnits<kTiles>; u++)
-          if (u < units) finish(tile, first + u, acc[u], scale);
+        for (int u = 0; u < kUnits<kTiles>; u++) {
+          if (u >= units) break;
+          if constexpr (kFp8) scale_channels(acc[u], w + u * p.unit_bytes, p.depth);
+          finish(tile, first + u, acc[u], scale);
+        }
       }
       if (p.splits > 1) __syncthreads();  // the slots are free again
     }

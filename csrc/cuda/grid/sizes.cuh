@@ -11,6 +11,8 @@
 //                    1, 3). QKV pairs channels (j, j + head_dim/2), gate_up a gate with its up
 //   weights, narrow  8 output channels x 32 of depth: O, down and their token twins have so few
 //                    channels that sixteen at a time would leave half of the CTAs idle
+//   with FP8         the same, a byte (e4m3) for each value, and behind each unit the fp32 scales
+//                    of its channels
 //   activations      [row tiles][depth / 16]; a sample's tokens are padded to whole tiles
 #pragma once
 #include "../api.h"
@@ -36,24 +38,27 @@ RX_BOTH constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 // One weight as the tape holds it: `units` of output channels, each `depth` tiles of 16 deep.
 struct Weight {
   int units, depth;
-  bool wide;
-  RX_BOTH int64_t unit_bytes() const { return int64_t(depth) * (wide ? 512 : 256); }
+  bool wide, fp8;
+  RX_BOTH int64_t unit_bytes() const {
+    const int64_t values = int64_t(depth) * (wide ? 256 : 128);
+    return fp8 ? values + (wide ? 64 : 32) : values * 2;
+  }
   RX_BOTH int64_t bytes() const { return units * unit_bytes(); }
 };
 
-RX_BOTH Weight weight_of(int hidden, int tokens, const RxBlock& b, int slot) {
+RX_BOTH Weight weight_of(int hidden, int tokens, const RxBlock& b, int slot, bool fp8 = false) {
   const int inner = round_up(b.inner, 32), token_inner = round_up(b.token_inner, 32);
-  if (slot == kGateUp) return {inner / 8, hidden / 16, true};
-  if (slot == kDown) return {hidden / 8, inner / 16, false};
+  if (slot == kGateUp) return {inner / 8, hidden / 16, true, fp8};
+  if (slot == kDown) return {hidden / 8, inner / 16, false, fp8};
   if (b.token_mlp) {
-    if (slot == kMixerIn) return {token_inner / 8, ceil_div(tokens, 16), true};
-    return {ceil_div(tokens, 8), token_inner / 16, false};
+    if (slot == kMixerIn) return {token_inner / 8, ceil_div(tokens, 16), true, fp8};
+    return {ceil_div(tokens, 8), token_inner / 16, false, fp8};
   }
-  if (slot == kMixerIn) return {3 * hidden / 16, hidden / 16, true};
-  return {hidden / 8, hidden / 16, false};
+  if (slot == kMixerIn) return {3 * hidden / 16, hidden / 16, true, fp8};
+  return {hidden / 8, hidden / 16, false, fp8};
 }
-RX_BOTH Weight weight_of(const RxRecursion& r, const RxBlock& b, int slot) {
-  return weight_of(r.hidden, r.tokens, b, slot);
+RX_BOTH Weight weight_of(const RxRecursion& r, const RxBlock& b, int slot, bool fp8 = false) {
+  return weight_of(r.hidden, r.tokens, b, slot, fp8);
 }
 
 // Row tiles and what is kept in scratch, in tiles from the start of each buffer.
@@ -162,7 +167,7 @@ RX_BOTH void for_each_slice(const RxRecursion& r, const RxGridPlan& plan, int ct
     int64_t tape = 0;
     for (int b = 0; b < r.nets[n].num_blocks; b++)
       for (int slot = 0; slot < kSlots; slot++) {
-        const Weight w = weight_of(r, r.nets[n].blocks[b], slot);
+        const Weight w = weight_of(r, r.nets[n].blocks[b], slot, plan.fp8);
         const Slice slice = slice_of(plan, slot, w.units, cta);
         const int64_t bytes = (slice.last - slice.first) * w.unit_bytes();
         const bool fits = at + bytes <= plan.shared_bytes;
