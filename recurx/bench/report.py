@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from recurx.bench import scaling
 from recurx.bench.cases import CASES, MODES
 from recurx.bench.provenance import ROOT
 from recurx.bench.results import Key, Result
@@ -57,6 +58,7 @@ def markdown(results: Sequence[Result]) -> str:
         ours = [key for key in newest if newest[key][0].get("ours")]
         parts.append(_reached(ours, newest))
         parts.append(_reasons(newest))
+    parts.append(scaling.report())
     return "\n\n".join(part for part in parts if part)
 
 

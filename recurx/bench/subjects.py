@@ -186,7 +186,11 @@ class SolveSubject:
         self.answers = self.solve(self.halt)
 
     def solve(self, halt: str | None) -> Answers:
-        return solve(self.model, self.data, SOLVE_STEPS, halt, halt_above=HALT_ABOVE)
+        # Named, backend cuda solves inside its kernel instead of step by step from the host.
+        inside = "cuda" if self.variant.backend == "cuda" else None
+        return solve(
+            self.model, self.data, SOLVE_STEPS, halt, halt_above=HALT_ABOVE, backend=inside
+        )
 
     def outputs(self) -> Outputs:
         assert self.answers is not None
