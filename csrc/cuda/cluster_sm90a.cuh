@@ -71,7 +71,7 @@ struct States {
                               rx::sum_states(p.r, written, call.inject, call.num_inject, offset));
       at.vector(h) = sum;
     });
-    rx::fence_proxy_async();
+    rx::fence_proxy_async_shared();
   }
   RX_DEVICE uint32_t store(int state) const {  // returns its bit
     each([&](uint32_t h, size_t offset, bool exists) {

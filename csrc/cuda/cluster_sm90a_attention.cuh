@@ -49,7 +49,7 @@ RX_DEVICE void exchange_keys(Consumer<P>& me, float (&kv)[64]) {
   me.store_chunks(v, kv + 32, 0, 8);
   rope_rotate(me, kv);  // now: its loads take the registers that V held
   me.store_chunks(k, kv, 0, 8);
-  rx::fence_proxy_async();
+  rx::fence_proxy_async_shared();
   me.sync_warpgroup();
   if (me.t() == 0) {
     const uint32_t there = rx::mapa(at.exchanged(me.w), at.peer());

@@ -64,7 +64,7 @@ struct Consumer {
   // other's. Two barriers a direction take turns: the next hand-over may begin before the last
   // ends.
   RX_DEVICE void hand_over() const {  // what this warpgroup wrote for wgmma
-    rx::fence_proxy_async();
+    rx::fence_proxy_async_shared();
     sync_warpgroup();
     rx::bar_arrive(kBarHandover + int(handovers % 2) * 2 + w, 256);
   }
@@ -76,19 +76,19 @@ struct Consumer {
   // ---- The exchange area is free again once both warpgroups of both CTAs have said so.
   RX_DEVICE void free_exchange() const {
     const int i = t();
-    if (i < 2) rx::mbar_arrive_remote(rx::mapa(at.exchange_free(), at.rank() ^ uint32_t(i)));
+    if (i < 2) rx::mbar_arrive_remote_reads(rx::mapa(at.exchange_free(), at.rank() ^ uint32_t(i)));
   }
   RX_DEVICE void wait_exchange_free() const {  // passes at once the first time
-    rx::mbar_wait(at.exchange_free(), (exchanges & 1) ^ 1);
+    rx::mbar_wait_copies(at.exchange_free(), (exchanges & 1) ^ 1);
   }
   // By one thread: `bytes` will come to this warpgroup from the peer's, and I am about to send. The
   // arrival there says that what this CTA did before is over: a copy's completion alone does not.
   RX_DEVICE void announce_exchange(uint32_t bytes) const {
     rx::mbar_arrive_expect_tx(at.exchanged(w), bytes);
-    rx::mbar_arrive_remote(rx::mapa(at.exchanged(w), at.peer()));
+    rx::mbar_arrive_remote_reads(rx::mapa(at.exchanged(w), at.peer()));
   }
   RX_DEVICE void wait_exchanged() {
-    rx::mbar_wait(at.exchanged(w), exchanges & 1);
+    rx::mbar_wait_copies(at.exchanged(w), exchanges & 1);
     exchanges++;
   }
 
@@ -203,7 +203,7 @@ struct Consumer {
       for (int e = 0; e < 2; e++)
         at.word(chunk(e, j)) =
             rx::pack_bf16(acc[4 * j + 2 * e] * scale[e], acc[4 * j + 2 * e + 1] * scale[e]);
-    rx::fence_proxy_async();
+    rx::fence_proxy_async_shared();
     sync_consumers();
   }
 };

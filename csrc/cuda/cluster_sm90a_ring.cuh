@@ -74,7 +74,7 @@ RX_DEVICE void produce(const Cta<P>& at, const Params& p) {
     const int net = p.r.calls[c].net;
     const auto* tape_g = static_cast<const unsigned char*>(p.r.nets[net].tape) + mine;
     for (int i = 0; i < p.stages[net]; i++, tape_g += kStage) {
-      rx::mbar_wait(at.empty(s), parity);
+      rx::mbar_wait_copies(at.empty(s), parity);
       rx::mbar_arrive_expect_tx(at.full(s), kStage);
       rx::bulk_load_multicast(at.stage(s) + mine, tape_g, share, at.full(s), all);
       if (++s == P::kStages) s = 0, parity ^= 1;
@@ -94,12 +94,12 @@ struct Ring {
   uint32_t parity = 0;
 
   RX_DEVICE uint32_t acquire() {
-    rx::mbar_wait(at.full(s), parity);
+    rx::mbar_wait_copies(at.full(s), parity);
     return at.stage(s);
   }
   RX_DEVICE void release(int stage) {
     const int t = thread_of_warpgroup();
-    if (t < at.cluster) rx::mbar_arrive_remote(rx::mapa(at.empty(stage), uint32_t(t)));
+    if (t < at.cluster) rx::mbar_arrive_remote_reads(rx::mapa(at.empty(stage), uint32_t(t)));
   }
   RX_DEVICE void advance() {
     if (++s == P::kStages) s = 0, parity ^= 1;

@@ -48,14 +48,14 @@ struct TokenMix {
     me.wait_exchanged();
   }
   RX_DEVICE void return_rows() {
-    rx::fence_proxy_async();
+    rx::fence_proxy_async_shared();
     me.sync_warpgroup();
     if (me.t() == 0)
       for (int g = me.w; g < kGroups; g += 2)
         rx::bulk_to_cluster(rx::mapa(at.h(int(at.half()) * kGroups + g), at.peer()),
                             at.exchange_tile(g, at.half()), kTile,
                             rx::mapa(at.returned(), at.peer()));
-    rx::mbar_wait(at.returned(), me.returns++ & 1);
+    rx::mbar_wait_copies(at.returned(), me.returns++ & 1);
     me.sync_consumers();  // h is whole again, for both warpgroups
   }
 

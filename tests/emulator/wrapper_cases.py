@@ -237,6 +237,7 @@ EXPECTED: dict[str, Callable[[], Words]] = {
     "bulk_load": bulk,
     "bulk_load_multicast": bulk,
     "bulk_to_cluster": lambda: bulk(1),
+    "bulk_hand_back": lambda: (np.arange(4)[:, None] * 1000 + np.arange(256)).ravel().astype("u4"),
     "bulk_store": bulk_store,
     "bulk_scratch": lambda: 7 * np.r_[np.arange(256), np.arange(255, -1, -1)].astype("u4"),
     "tensor_load_2d": lambda: tensor(False),

@@ -102,6 +102,13 @@ RX_DEVICE void mbar_arrive_remote(uint32_t bar) {
             asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
                 bar) : "memory"));
 }
+// The same with a release at CTA scope alone: for barriers that hand back memory which this thread
+// has read, or that wgmma has. The release at cluster scope is a MEMBAR.ALL.GPU, a stop of hundreds
+// of cycles at every stage of a ring; nothing that the other CTA reads waits for it here.
+RX_DEVICE void mbar_arrive_remote_reads(uint32_t bar) {
+  RX_EITHER(emu::mbar_arrive(bar),
+            asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory"));
+}
 RX_DEVICE void mbar_arrive_expect_tx(uint32_t bar, uint32_t bytes) {
   RX_EITHER(emu::mbar_arrive_expect_tx(bar, bytes),
             asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar),
@@ -122,11 +129,25 @@ RX_DEVICE void mbar_wait(uint32_t bar, uint32_t parity) {
                    "@!done bra wait_%=;\n}" ::"r"(bar),
                    "r"(parity) : "memory"));
 }
+// The same, acquiring at CTA scope alone: for what bulk copies bring, whose bytes the barrier
+// itself counts, and for memory handed back. At cluster scope every wait also empties L1
+// (CCTL.IVALL).
+RX_DEVICE void mbar_wait_copies(uint32_t bar, uint32_t parity) {
+  RX_EITHER(emu::mbar_wait(bar, parity),
+            asm volatile("{\n.reg .pred done;\nwait_%=:\n"
+                         "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                         "@!done bra wait_%=;\n}" ::"r"(bar),
+                         "r"(parity) : "memory"));
+}
 
 // ---- fences
 // Generic writes (st, cp.async) of this thread become visible to wgmma and bulk copies.
 RX_DEVICE void fence_proxy_async() {
   RX_EITHER(emu::proxy_fence(), asm volatile("fence.proxy.async;" :: : "memory"));
+}
+// The same for this CTA's shared memory alone, without the MEMBAR.ALL.GPU that the other brings.
+RX_DEVICE void fence_proxy_async_shared() {
+  RX_EITHER(emu::proxy_fence(), asm volatile("fence.proxy.async.shared::cta;" :: : "memory"));
 }
 // Initialised mbarriers become visible to the cluster, bulk copies included; then synchronise.
 RX_DEVICE void fence_mbarrier_init() {

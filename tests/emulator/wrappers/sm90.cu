@@ -114,6 +114,43 @@ int run_bulk(uint32_t* out_g, void* stream) {
                     int(kRoute));
 }
 
+// CTA 0 sends four rounds into one buffer of CTA 1, each after CTA 1 has handed the buffer back.
+constexpr int kRounds = 4;
+__global__ void bulk_hand_back_kernel(uint32_t* out_g) {
+  RX_DYN_SMEM(smem);
+  const uint32_t data = rx::smem_u32(smem), full = data + kWords * 4, empty = full + 8;
+  uint32_t* words = reinterpret_cast<uint32_t*>(smem);
+  if (threadIdx.x == 0) {
+    rx::mbar_init(full, 1);
+    rx::mbar_init(empty, 1);
+    rx::fence_mbarrier_init();
+  }
+  cluster_sync();
+  const uint32_t rank = rx::cluster_rank();
+  for (uint32_t round = 0; round < kRounds; round++) {
+    if (rank == 0) {
+      if (round) rx::mbar_wait_copies(empty, (round - 1) & 1);  // the copy has read its source, too
+      for (int i = threadIdx.x; i < kWords; i += 32) words[i] = round * 1000 + i;
+      rx::fence_proxy_async_shared();
+      __syncwarp();
+      if (threadIdx.x == 0)
+        rx::bulk_to_cluster(rx::mapa(data, 1), data, kWords * 4, rx::mapa(full, 1));
+    } else {
+      if (threadIdx.x == 0) rx::mbar_arrive_expect_tx(full, kWords * 4);
+      rx::mbar_wait_copies(full, round & 1);
+      for (int i = threadIdx.x; i < kWords; i += 32) out_g[round * kWords + i] = words[i];
+      __syncwarp();
+      if (threadIdx.x == 0) rx::mbar_arrive_remote_reads(rx::mapa(empty, 0));
+    }
+  }
+  __syncwarp();
+  cluster_sync();
+}
+int run_bulk_hand_back(uint32_t* out_g, void* stream) {
+  return rx::launch({"bulk_hand_back", dim3(2), dim3(32), kWords * 4 + 16, 2}, stream,
+                    bulk_hand_back_kernel, out_g);
+}
+
 // A bulk copy reads what the threads of the CTA have just written to global memory.
 __global__ void bulk_scratch_kernel(uint32_t* out_g) {
   RX_DYN_SMEM(smem);
@@ -215,6 +252,7 @@ constexpr Entry kTable[] = {
     {"bulk_load", 3 * kWords, run_bulk<kLoad>},
     {"bulk_load_multicast", 3 * kWords, run_bulk<kMulticast>},
     {"bulk_to_cluster", 3 * kWords, run_bulk<kToCluster>},
+    {"bulk_hand_back", kRounds * kWords, run_bulk_hand_back},
     {"bulk_store", kWords, run_bulk_store},
     {"bulk_scratch", 2 * kWords, run_bulk_scratch},
     {"tensor_load_2d", kMatrixWords + 4 * kBoxWords, run_tensor<0>},
