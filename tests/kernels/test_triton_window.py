@@ -18,7 +18,7 @@ import recurx
 from recurx import Schedule, Step, backends, ops
 from recurx.nets import ATTENTION, KINDS, TOKEN_MLP, Net
 from recurx.problem import encode
-from tests.factories import make_inputs, make_net, rope, rounded
+from tests.factories import make_inputs, make_net, problem_for, rope, rounded
 
 SAVE = ("all", "block", "states")
 SYSTEMS = {
@@ -275,7 +275,7 @@ def test_a_window_off_by_one_is_rejected(dtype):
 
 
 def test_which_backend_takes_the_window():
-    schedule, nets, *_ = problem(ONE_CALL, **SMALL)
+    schedule, nets, x, *_ = problem(ONE_CALL, **SMALL)
     key = encode(schedule, [("L", nets["L"].spec)])
     arguments = (key, FP32, "cpu", True, 9)
     assert backends.window_backend("cpu", *arguments) is None
@@ -283,3 +283,5 @@ def test_which_backend_takes_the_window():
     with triton_on_cpu():
         assert backends.window_backend("triton", *arguments) == "triton"
         assert backends.window_backend("triton", key, torch.float64, "cpu", True, 9) is None
+        asked = problem_for(schedule, nets, x, needs_grad=True)
+        assert "on triton, forward and backward" in recurx.explain(asked, backend="triton")
