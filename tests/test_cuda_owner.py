@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import itertools
 import re
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 import recurx
 from emulator.build import KERNELS, unavailable
-from emulator.owner import EmulatedCuda, installed
+from emulator.owner import EmulatedCuda, emulate, installed
 from recurx import BackendUnavailable, Schedule, Step
 from recurx.backends import cuda as backend
 from recurx.backends import cuda_abi
@@ -32,7 +33,7 @@ OWNER = ("owner",)
 
 @pytest.fixture(scope="module")
 def small() -> EmulatedCuda:
-    return EmulatedCuda(SMALL)
+    return emulate(SMALL)
 
 
 @pytest.fixture
@@ -130,7 +131,7 @@ def test_several_samples_a_cta_and_several_groups(checked: EmulatedCuda, kind: s
     ]
     few = dataclasses.replace(DEVICES["a100"], units=2)
     for samples in (1, 2, 3):
-        stacked = EmulatedCuda(SMALL, device=few)
+        stacked = emulate(SMALL, device=few)
         problem = dataclasses.replace(problem_for(schedule, nets, x), dtype=BF16)
         plans = plan.candidates(problem, few, SMALL, OWNER)
         (chosen,) = [p for p in plans if p["samples"] == samples]
@@ -154,7 +155,7 @@ def test_without_rotary_tables(checked: EmulatedCuda) -> None:
 @pytest.mark.slow
 def test_full_size_and_384() -> None:
     """A call of the published nets at T=97, D=512, and D=384, which takes other paths."""
-    plain = EmulatedCuda(((512, 7), (384, 2)), checked=False)
+    plain = emulate(((512, 7), (384, 2)), checked=False)
     for kind, tokens, hidden, heads, inner, token_inner in (
         (ATTENTION, 97, 512, 8, 1536, 0),
         (TOKEN_MLP, 97, 512, 8, 1536, 512),
@@ -326,7 +327,55 @@ def test_a_build_with_other_structs_is_refused(monkeypatch: pytest.MonkeyPatch) 
     shorter = type("Shorter", (ctypes.Structure,), {"_fields_": [("net", ctypes.c_int32)]})
     mirrored = (shorter, *cuda_abi._MIRRORED[1:])
     monkeypatch.setattr(cuda_abi, "_MIRRORED", mirrored)
-    fresh = EmulatedCuda(SMALL)
+    fresh = emulate(SMALL)
     assert "structs of" in str(fresh.why_unavailable()) and "rebuild" in str(
         fresh.why_unavailable()
     )
+
+
+# ---- the in-kernel timeline --------------------------------------------------------------------
+
+
+def test_the_timeline_names_every_phase_in_order() -> None:
+    recording = emulate(((64, 2),), checked=False, flags=("-DRX_TIMELINE=1",))
+    schedule = Schedule.trm(1, 2)
+    nets = {"L": make_net(tokens=17)}
+    x, carry = make_inputs(schedule, batch=3, tokens=17, dtype=BF16)
+    few = dataclasses.replace(DEVICES["a100"], units=2)
+    recording._device = few
+    with recording.timeline() as timeline:
+        recorded = recording(schedule, nets, x, carry, rope(17))
+    events = timeline.events
+    halves = ["qkv", "attention", "o", "gate_up", "down"]
+    call = ["input", *halves, *halves]
+    # The state stays on chip after the first call: nothing is stored there.
+    phases = [*call, *call, "store", *call, "store"]
+    assert [e["phase"] for e in events if e["owner"] == 1] == phases
+    assert [e["phase"] for e in events if e["owner"] == 0] == phases * 2  # samples 0 and 2
+    assert {e["sample"] for e in events if e["owner"] == 0} == {0, 2}
+    for owner in (0, 1):
+        own = [e for e in events if e["owner"] == owner]
+        for before, after in itertools.pairwise(own):
+            assert before["start_ns"] < before["end_ns"] <= after["start_ns"]
+        assert [e["call"] for e in own[: len(phases)]] == [0] * 11 + [1] * 12 + [2] * 12
+        assert [e["block"] for e in own if e["call"] == 0 and e["phase"] == "o"][:2] == [0, 1]
+    table = timeline.table()
+    assert all(f"| {phase} |" in table for phase in (*halves, "input", "store"))
+    # What is recorded is the same recursion.
+    assert torch.equal(recorded["z_H"], recording(schedule, nets, x, carry, rope(17))["z_H"])
+
+
+def test_a_short_timeline_buffer_is_not_overrun() -> None:
+    recording = emulate(((64, 2),), checked=False, flags=("-DRX_TIMELINE=1",))
+    x, carry = make_inputs(ONE_CALL, batch=2, dtype=BF16)
+    with recording.timeline(events_per_owner=4) as timeline:
+        recording(ONE_CALL, {"L": make_net()}, x, carry, rope())
+    assert [e["owner"] for e in timeline.events] == [0] * 4 + [1] * 4
+
+
+def test_without_the_switch_the_timeline_says_how_to_build_it(checked: EmulatedCuda) -> None:
+    with (
+        pytest.raises(CudaError, match="RECURX_TIMELINE=1 python csrc/native_build"),
+        checked.timeline(),
+    ):
+        pass

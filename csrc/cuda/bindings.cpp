@@ -42,11 +42,13 @@ void gemm_residual_rms(const std::string& target, uintptr_t a, uintptr_t w, uint
     py::gil_scoped_release release;
     if (target == "sm_80")
       code = rx_gemm_residual_rms_sm80(&p, (void*)stream);
+#ifdef RX_HAVE_SM90A  // RECURX_CUDA_ARCHS may leave it out
     else if (target == "sm_90a")
       code = rx_gemm_residual_rms_sm90a(&p, cluster_rows, (void*)stream);
+#endif
     else
       throw std::invalid_argument("cuda_gemm_residual_rms: target is '" + target +
-                                  "'; sm_80 and sm_90a exist");
+                                  "'; sm_80 and sm_90a exist, this build may lack the second");
   }
   raise_unless_ok(code);
 }

@@ -1,6 +1,6 @@
 """backend="cuda" over the owner kernel in the emulator: the real backend object, CPU tensors.
 
-cuda = EmulatedCuda(((64, 2), (128, 3)))       # compiles these kernels alone
+cuda = emulate(((64, 2), (128, 3)))            # compiles these kernels alone
 cuda.emulated.configure(seed=3)
 out = cuda(schedule, nets, x, carry, cos_sin)  # or through recurx.recurse, see `installed`
 """
@@ -8,6 +8,7 @@ out = cuda(schedule, nets, x, carry, cos_sin)  # or through recurx.recurse, see 
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from recurx import Schedule, backends, reference
 from recurx.backends.cuda import Cuda
 from recurx.nets import Net
 from recurx.plan import DEVICES, Device
+from recurx.plan.cuda import Shapes
 from recurx.problem import Problem
 
 from .build import KERNELS, Emulated, build
@@ -26,31 +28,21 @@ FILES = ("owner_sm80.cu", "pack_owner.cu", "runtime.cu")
 
 
 class EmulatedCuda(Cuda):
-    """The backend over an emulated build.
+    """The backend over an emulated build; what it allocates starts as NaN and is watched for races.
 
     Args:
-        plans: the kernels to compile, (hidden, row tiles) each.
-        checked: with the race checker; what the backend allocates is watched too.
-        folder: a copy of csrc/cuda, perhaps with a bug planted.
-        flags: more compiler flags, such as -DRX_TIMELINE=1.
+        emulated: the build.
+        plans: the kernels in it, (hidden, row tiles) each.
+        device: what plans are made for.
     """
 
-    def __init__(
-        self,
-        plans: tuple[tuple[int, int], ...],
-        checked: bool = True,
-        folder: Path = KERNELS,
-        flags: tuple[str, ...] = (),
-        device: Device = DEVICES["a100"],
-    ) -> None:
-        listed = " ".join(f"X({hidden}, {tiles})" for hidden, tiles in plans)
-        flags = (*flags, f"-DRX_OWNER_PLANS(X)={listed}")
-        self.emulated = Emulated(build([folder / name for name in FILES], checked, flags), checked)
-        super().__init__(self.emulated.library, device, plans)
+    def __init__(self, emulated: Emulated, plans: Shapes, device: Device) -> None:
+        super().__init__(emulated.library, device, plans)
+        self.emulated = emulated
 
     def new(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         tensor = super().new(shape, dtype, device)
-        tensor.view(torch.uint8).fill_(0xFF)  # NaN: what nobody writes shows
+        tensor.view(torch.uint8).fill_(0xFF)
         if self.emulated.checked:
             self.emulated.watch(tensor.data_ptr(), tensor.nbytes, "memory of the backend")
         return tensor
@@ -65,6 +57,7 @@ class EmulatedCuda(Cuda):
         start_from: int = 0,
         stop_after: int | None = None,
     ) -> dict[str, Tensor]:
+        """As `recurx.recurse`, without its checks."""
         specs = tuple((name, nets[name].spec) for name in schedule.nets)
         problem = Problem(schedule, specs, *x.shape, x.dtype, "cpu", cos_sin is not None)
         reason = self.why_unavailable() or self.why_unsupported(problem)
@@ -72,20 +65,36 @@ class EmulatedCuda(Cuda):
         weights = [w for name in schedule.nets for w in nets[name].weights]
         stop = len(schedule) if stop_after is None else stop_after
         states = [carry[name] for name in schedule.states]
+        tables = cos_sin or (None, None)
         try:
-            out = self.run(
-                problem, x, states, weights, *(cos_sin or (None, None)), start_from, stop
-            )
+            out = self.run(problem, x, states, weights, *tables, start_from, stop)
         finally:
             self.emulated.unwatch_all()
         return dict(zip(schedule.states, out, strict=True))
 
 
+def only(plans: Shapes) -> str:
+    """The compiler's flag that leaves out all other kernels."""
+    return "-DRX_OWNER_PLANS(X)=" + " ".join(f"X({hidden}, {tiles})" for hidden, tiles in plans)
+
+
+def emulate(
+    plans: Shapes,
+    checked: bool = True,
+    folder: Path = KERNELS,
+    flags: tuple[str, ...] = (),
+    device: Device = DEVICES["a100"],
+) -> EmulatedCuda:
+    """A build of these kernels from `folder` (a copy of csrc/cuda, perhaps with a bug planted)."""
+    path = build([folder / name for name in FILES], checked, (*flags, only(plans)))
+    return EmulatedCuda(Emulated(path, checked), plans, device)
+
+
 @contextlib.contextmanager
 def installed(cuda: Cuda) -> Iterator[None]:
     """Inside, backend="cuda" of recurx is this object."""
-    real = backends.get("cuda")
-    module = __import__("recurx.backends.cuda", fromlist=["BACKEND"])
+    module = importlib.import_module("recurx.backends.cuda")
+    real = module.BACKEND
     backends.get.cache_clear()
     module.BACKEND = cuda
     try:

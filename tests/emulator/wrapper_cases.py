@@ -85,7 +85,8 @@ def ldmatrix(matrices: int, trans: bool) -> Words:
     return out.ravel()
 
 
-def mma(tiles: int) -> Words:
+def mma(*times: int) -> Words:
+    """`times`: how often each of the four tiles gets the product."""
     a = small(np.arange(512)).reshape(32, 16)
     b = small(1000 + np.arange(256)).reshape(16, 16)
     product = a @ b
@@ -93,10 +94,9 @@ def mma(tiles: int) -> Words:
     for lane in range(32):
         for tile in range(4):
             out[lane, tile] = 100 * tile + lane + np.arange(4)
-            if tile < tiles:
-                rows = tile // 2 * 16 + lane // 4 + np.array([0, 0, 8, 8])
-                columns = tile % 2 * 8 + lane % 4 * 2 + np.array([0, 1, 0, 1])
-                out[lane, tile] += product[rows, columns]
+            rows = tile // 2 * 16 + lane // 4 + np.array([0, 0, 8, 8])
+            columns = tile % 2 * 8 + lane % 4 * 2 + np.array([0, 1, 0, 1])
+            out[lane, tile] += times[tile] * product[rows, columns]
     return as_words(out)
 
 
@@ -224,8 +224,11 @@ EXPECTED: dict[str, Callable[[], Words]] = {
     "ldmatrix_x4": lambda: ldmatrix(4, False),
     "ldmatrix_x4_trans": lambda: ldmatrix(4, True),
     "ldmatrix_x2": lambda: ldmatrix(2, False),
-    "mma_m16n8k16": lambda: mma(1),
-    "mma_m32n16k16": lambda: mma(4),
+    "mma_m16n8k16": lambda: mma(1, 0, 0, 0),
+    "mma_m16n16k16": lambda: mma(1, 1, 0, 0),
+    "mma_m32n8k16": lambda: mma(1, 0, 1, 0),
+    "mma_m32n16k16": lambda: mma(1, 1, 1, 1),
+    "mma_all_shapes": lambda: mma(4, 2, 2, 1),
     **{f"cp_async_{n}": (lambda n=n: cp_async(n)) for n in (4, 8, 16)},
     "cp_async_groups": lambda: np.concatenate([cp_async_source()] * 2),
     "named_barrier": named_barrier,

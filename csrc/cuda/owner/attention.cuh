@@ -86,6 +86,7 @@ RX_DEVICE void project_unit(Owner<P>& o, int head_dim) {
     TokenCounter tokens{o.p.at.sample_tiles};
 #pragma unroll
     for (int i = 0; i < P::kTiles; i++) {
+      if (i >= o.p.at.tiles) break;
       store_rotated<P, kColumns>(o, acc[i][0], acc[i][1], i, tokens.next(), o.warp & 3, part,
                                  head_dim);
       store_value<P, kColumns>(o, acc[i][2], i, o.warp);
@@ -99,6 +100,7 @@ RX_DEVICE void project_unit(Owner<P>& o, int head_dim) {
       TokenCounter tokens{o.p.at.sample_tiles};
 #pragma unroll
       for (int i = 0; i < P::kTiles; i++) {
+        if (i >= o.p.at.tiles) break;
         if (pass < 2) {
           const Part part = pass == 0 ? Part::kQuery : Part::kKey;
           store_rotated<P, kColumns>(o, acc[i][0], acc[i][1], i, tokens.next(), o.warp, part,
@@ -206,7 +208,7 @@ RX_DEVICE void attend_tile(Owner<P>& o, int unit, int head, int i) {
 
 template <class P, int kColumns>
 RX_DEVICE void attend(Owner<P>& o, int unit, int head_dim) {
-  const int tiles = o.p.at.samples * o.p.at.sample_tiles;
+  const int tiles = o.p.at.tiles;
   for (int task = o.warp; task < kColumns / head_dim * tiles; task += kWarps) {
     const int head = task / tiles, i = task % tiles;
     if constexpr (kColumns == 128)

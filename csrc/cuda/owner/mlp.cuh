@@ -13,6 +13,7 @@ RX_DEVICE void store_middle(Owner<P>& o, const float (&acc)[P::kTiles][4][4], in
   const float* scale_s = o.scales();
 #pragma unroll
   for (int i = 0; i < P::kTiles; i++) {
+    if (i >= o.p.at.tiles) break;
     uint32_t word[4];
 #pragma unroll
     for (int half = 0; half < 2; half++) {

@@ -84,6 +84,7 @@ RX_BOTH constexpr int token_passes(int hidden, int tiles) {
 struct Geometry {
   int32_t samples;       // a group
   int32_t sample_tiles;  // row tiles of one sample
+  int32_t tiles;         // row tiles in use: samples * sample_tiles
   int32_t row_blocks;    // rows of 8 that are stored: the last may be left out when nobody needs it
   int32_t unit;          // widest attention unit of any block; 0 without attention
   int32_t middle;        // widest padded middle of any block
@@ -104,6 +105,7 @@ inline Geometry geometry(const RxRecursion& r, int samples, int tiles) {
   Geometry g{};
   g.samples = samples;
   g.sample_tiles = ceil_div(r.tokens, 16);
+  g.tiles = samples * g.sample_tiles;
   const int rows = (samples - 1) * g.sample_tiles * 16 + r.tokens;
   g.row_blocks = rows <= tiles * 16 - 8 ? 2 * tiles - 1 : 2 * tiles;
   for (int n = 0; n < r.num_nets; n++)

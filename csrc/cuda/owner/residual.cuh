@@ -17,7 +17,7 @@ RX_DEVICE void add_to_h(Owner<P>& o, const float (&acc)[P::kTiles][P::kOutTiles]
   for (int i = 0; i < P::kTiles; i++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      if (!o.is_stored(i, half)) continue;
+      if (i >= o.p.at.tiles || !o.is_stored(i, half)) continue;
       const int row = o.row(i, half);
       const float scale = scale_s[row];
       float sum = 0.f;
@@ -43,7 +43,7 @@ template <class P>
 RX_DEVICE void update_scales(Owner<P>& o, float eps) {
   __syncthreads();
   const int row = int(threadIdx.x);
-  if (row < o.p.at.row_blocks * 8) {
+  if (row < o.p.at.tiles * 16 && row < o.p.at.row_blocks * 8) {
     float sum = 0.f;
 #pragma unroll
     for (int w = 0; w < kWarps; w++) sum += o.sums()[w * P::kRows + row];

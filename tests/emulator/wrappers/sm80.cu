@@ -32,7 +32,9 @@ int run_ldmatrix(uint32_t* out_g, void* stream) {
                     kKind);
 }
 
-__global__ void mma_kernel(uint32_t* out_g, int four) {
+// The shapes of mma, a bit each: they run one after the other on the same accumulators.
+enum { kM16n8 = 1, kM16n16 = 2, kM32n8 = 4, kM32n16 = 8 };
+__global__ void mma_kernel(uint32_t* out_g, int shapes) {
   const int lane = threadIdx.x, g = lane / 4, t = lane % 4 * 2;
   auto a_at = [](int row, int k) { return float(small(row * 16 + k)); };
   auto b_at = [](int k, int column) { return float(small(1000 + k * 16 + column)); };
@@ -47,15 +49,15 @@ __global__ void mma_kernel(uint32_t* out_g, int four) {
   float d[4][4];  // row tile 0 and its two column tiles, then row tile 1
   for (int tile = 0; tile < 4; tile++)
     for (int e = 0; e < 4; e++) d[tile][e] = float(100 * tile + lane + e);
-  if (four)
-    rx::mma_m32n16k16(d[0], d[1], d[2], d[3], a[0], a[1], b);
-  else
-    rx::mma_m16n8k16(d[0], a[0], b[0], b[1]);
+  if (shapes & kM16n8) rx::mma_m16n8k16(d[0], a[0], b[0], b[1]);
+  if (shapes & kM16n16) rx::mma_m16n16k16(d[0], d[1], a[0], b);
+  if (shapes & kM32n8) rx::mma_m32n8k16(d[0], d[2], a[0], a[1], b[0], b[1]);
+  if (shapes & kM32n16) rx::mma_m32n16k16(d[0], d[1], d[2], d[3], a[0], a[1], b);
   for (int i = 0; i < 16; i++) out_g[lane * 16 + i] = bits(d[i / 4][i % 4]);
 }
-template <int kFour>
+template <int kShapes>
 int run_mma(uint32_t* out_g, void* stream) {
-  return rx::launch({"mma", dim3(1), dim3(32)}, stream, mma_kernel, out_g, kFour);
+  return rx::launch({"mma", dim3(1), dim3(32)}, stream, mma_kernel, out_g, kShapes);
 }
 
 // Words 0..63 of the output double as the source: the host side cannot pass arrays.
@@ -179,8 +181,11 @@ constexpr Entry kTable[] = {
     {"ldmatrix_x4", 128, run_ldmatrix<0>},
     {"ldmatrix_x4_trans", 128, run_ldmatrix<1>},
     {"ldmatrix_x2", 128, run_ldmatrix<2>},
-    {"mma_m16n8k16", 512, run_mma<0>},
-    {"mma_m32n16k16", 512, run_mma<1>},
+    {"mma_m16n8k16", 512, run_mma<kM16n8>},
+    {"mma_m16n16k16", 512, run_mma<kM16n16>},
+    {"mma_m32n8k16", 512, run_mma<kM32n8>},
+    {"mma_m32n16k16", 512, run_mma<kM32n16>},
+    {"mma_all_shapes", 512, run_mma<kM16n8 | kM16n16 | kM32n8 | kM32n16>},
     {"cp_async_4", 64 + 16, run_cp_async<4>},
     {"cp_async_8", 64 + 32, run_cp_async<8>},
     {"cp_async_16", 64 + 64, run_cp_async<16>},

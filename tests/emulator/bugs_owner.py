@@ -1,0 +1,257 @@
+"""Bugs planted in the owner kernel: exact substitutions in a copy of csrc/cuda."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from recurx import Schedule, Step, reference
+from recurx.errors import CudaError
+from recurx.nets import ATTENTION, TOKEN_MLP
+from tests.factories import make_inputs, make_net, rope, rounded, wide
+from tests.kernels.compare import assert_as_exact
+
+from .build import KERNELS, source_lines
+from .owner import EmulatedCuda, emulate
+
+RACE = r"race: (read|write) after (read|write)|uninitialised shared memory"
+WRONG = r"relative error"
+
+ONE_CALL = Schedule((Step("L", "z_L", ("z_L",), ("z_H", "x")),))
+HRM = Schedule.hrm(1, 1)
+KEPT = Schedule(
+    (
+        Step("L", "a", ("a",), ("b", "x")),
+        Step("L", "b", ("b",), ("b", "x")),
+        Step("L", "a", ("a",), ("b", "x")),
+    )
+)
+TWICE = Schedule((Step("L", "a", ("a",), ("x",)), Step("L", "a", ("a",), ("a",))))
+
+
+@dataclass(frozen=True)
+class OwnerBug:
+    """`old` becomes `new` in `file`; what is reported matches `found`, under every seed."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    found: str
+    kind: str = ATTENTION
+    schedule: Schedule = ONE_CALL
+    tokens: int = 17
+    hidden: int = 64
+    heads: int = 2
+    blocks: int = 1
+
+    def build(self, folder: Path) -> EmulatedCuda:
+        shutil.copytree(KERNELS, folder, dirs_exist_ok=True)
+        path = folder / self.file
+        text = path.read_text()
+        count = text.count(self.old)
+        assert count == 1, f"{self.name}: {self.old!r} occurs {count} times in {self.file}"
+        path.write_text(text.replace(self.old, self.new))
+        return emulate(((self.hidden, 2),), folder=folder, flags=("-O1", "-g0"))
+
+    def outcome(self, cuda: EmulatedCuda, seed: int) -> str:
+        """'right', or what was found."""
+        cuda.emulated.configure(seed=seed)
+        size = dict(tokens=self.tokens, hidden=self.hidden, heads=self.heads)
+        nets = {
+            name: make_net(self.kind, **size, blocks=self.blocks, seed=number)
+            for number, name in enumerate(self.schedule.nets)
+        }
+        x, carry = make_inputs(
+            self.schedule, batch=2, tokens=self.tokens, hidden=self.hidden, dtype=torch.bfloat16
+        )
+        exact_nets = {n: rounded(net, torch.bfloat16, torch.float64) for n, net in nets.items()}
+        tables = rope(**size)
+        exact = reference.run(self.schedule, exact_nets, x.double(), wide(carry), tables)
+        plain = reference.run(self.schedule, nets, x, carry, tables)
+        try:
+            got = cuda(self.schedule, nets, x, carry, tables)
+        except CudaError as error:
+            return source_lines(str(error))
+        try:
+            for name in self.schedule.states:
+                # A few calls are not yet chaotic, but small samples scatter.
+                ratio = 1.25 if len(self.schedule) == 1 else 2
+                assert_as_exact(got[name], plain[name], exact[name], ratio)
+        except AssertionError as error:
+            return str(error)
+        return "right"
+
+
+RING, ATTEND, STATES = "owner/ring.cuh", "owner/attention.cuh", "owner/states.cuh"
+RULES, TOKENS, TOP = "recursion.cuh", "owner/token_mlp.cuh", "owner_sm80.cuh"
+OPERAND = (
+    "    __syncthreads();  // the operand is complete, and nobody reads h as an operand any more\n"
+)
+
+BUGS = [
+    # ---- synchronisation
+    OwnerBug(
+        "wait leaves one group too many in flight",
+        RING,
+        "cp_async_wait<kStages - 2>();\n    __syncwarp",
+        "cp_async_wait<kStages - 1>();\n    __syncwarp",
+        RACE,
+    ),
+    OwnerBug(
+        "no __syncwarp where the split over lanes changes",  # from V's half fragments to O's whole
+        RING,
+        "    __syncwarp();",
+        "",
+        RACE,
+        hidden=256,
+        heads=4,
+    ),
+    OwnerBug(
+        "copy into the slot that is read",
+        RING,
+        "fetch(now == 0 ? kStages - 1 : now - 1);",
+        "fetch(now);",
+        RACE,
+    ),
+    OwnerBug(
+        "shared weights without a barrier",
+        RING,
+        "    __syncthreads();  // the step is there for all, and all have left the one before\n",
+        "",
+        RACE,
+        TOKEN_MLP,
+    ),
+    OwnerBug(
+        "no barrier when the shared weights end",
+        RING,
+        "release_shared() { __syncthreads(); }",
+        "release_shared() {}",
+        RACE,
+        TOKEN_MLP,
+    ),
+    OwnerBug(
+        "K and V are overwritten while they are read",
+        ATTEND,
+        "    __syncthreads();\n    const Part part",
+        "    const Part part",
+        RACE,
+        hidden=128,
+    ),
+    OwnerBug(
+        "attention does not wait for K and V",
+        ATTEND,
+        "  __syncthreads();\n}\n\n// Scores",
+        "}\n\n// Scores",
+        RACE,
+    ),
+    OwnerBug("a product does not wait for its operand", TOP, OPERAND, "", RACE),
+    OwnerBug(
+        "scales are formed before all sums are there",
+        "owner/residual.cuh",
+        "  __syncthreads();\n  const int row",
+        "  const int row",
+        RACE,
+    ),
+    OwnerBug(
+        "scales are reset while they are read",
+        STATES,
+        "RX_DEVICE void reset_scales(Owner<P>& o) {\n  __syncthreads();",
+        "RX_DEVICE void reset_scales(Owner<P>& o) {",
+        RACE,
+        schedule=TWICE,
+    ),
+    OwnerBug(
+        "padding rows that are not stored are stored",
+        "owner/owner.cuh",
+        "(p.at.row_blocks & 1));",
+        "false);",
+        RACE,
+    ),
+    # ---- arithmetic and data
+    OwnerBug(
+        "gate and up swapped",
+        "owner/mlp.cuh",
+        "*gate = &acc[i][j][half * 2], *up = &acc[i][j + 2][half * 2];",
+        "*up = &acc[i][j][half * 2], *gate = &acc[i][j + 2][half * 2];",
+        WRONG,
+    ),
+    OwnerBug("rope dropped", ATTEND, "if (r.cos && token < r.tokens) {", "if (false) {", WRONG),
+    OwnerBug(
+        "mask off by one",
+        ATTEND,
+        "(e & 1) >= o.p.r.tokens)",
+        "(e & 1) > o.p.r.tokens)",
+        WRONG,
+        tokens=5,
+    ),
+    OwnerBug(
+        "padding rows are not zero",
+        STATES,
+        "uint4 x = make_uint4(0, 0, 0, 0);",
+        "uint4 x = make_uint4(0x7fc07fc0u, 0, 0, 0);",
+        WRONG,
+    ),
+    OwnerBug(
+        "norm over a column too many",
+        "owner/residual.cuh",
+        "(1.f / P::kHidden)",
+        "(1.f / (P::kHidden + 1))",
+        WRONG,
+    ),
+    OwnerBug(
+        "token norm counts padding",
+        TOKENS,
+        "/ float(o.p.r.tokens)",
+        "/ float(o.p.at.sample_tiles * 16)",
+        WRONG,
+        TOKEN_MLP,
+    ),
+    OwnerBug(
+        "row scales forgotten before tokens are mixed",
+        TOKENS,
+        "  apply_scales(o);\n",
+        "",
+        WRONG,
+        TOKEN_MLP,
+        blocks=2,
+    ),
+    OwnerBug(
+        "wrong ring step", RING, "from_g += s.warp_bytes * s.warps;", "from_g += 4096;", WRONG
+    ),
+    OwnerBug(
+        "weights of the first net for all calls",
+        RING,
+        "const int net = p.r.calls[k].net;",
+        "const int net = p.r.calls[0].net;",
+        WRONG,
+        schedule=HRM,
+    ),
+    OwnerBug(
+        "stale sum: b + x is kept though b was written",
+        RULES,
+        "calls[k + 1]) &&\n         !reads(calls[k].inject, calls[k].num_inject, calls[k].write);",
+        "calls[k + 1]);",
+        WRONG,
+        schedule=KEPT,
+    ),
+    OwnerBug(
+        "a state that is read again is not stored",
+        RULES,
+        " &&\n         !reads(next.inject, next.num_inject, now.write);",
+        ";",
+        WRONG,
+        schedule=TWICE,
+    ),
+    OwnerBug(
+        "the resident state loses its scale",
+        STATES,
+        "x = rx::scale_rounded(*h_s, o.scales()[row]);",
+        "x = *h_s;",
+        WRONG,
+        schedule=TWICE,
+    ),
+]
