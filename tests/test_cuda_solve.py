@@ -13,7 +13,7 @@ import torch
 
 import recurx
 from emulator.build import KERNELS, EmulatorFault, unavailable
-from emulator.owner import EmulatedCuda, installed
+from emulator.owner import emulate, installed
 from recurx import noise
 from recurx.backends import cuda_abi, cuda_solve
 from recurx.errors import CudaError
@@ -31,7 +31,7 @@ SMALL = dict(
 
 @pytest.fixture(scope="module")
 def cuda():
-    return EmulatedCuda(((64, 2), (64, 4)))
+    return emulate(((64, 2), (64, 4)))
 
 
 @pytest.fixture
@@ -221,7 +221,7 @@ def test_planted_bugs_are_found(bug, tmp_path):
     right, wrong = BUGS[bug]
     assert text.count(right) == 1, f"{bug}: the line it changes is not there (once)"
     source.write_text(text.replace(right, wrong))
-    broken = EmulatedCuda(((64, 2),), folder=folder)
+    broken = emulate(((64, 2),), folder=folder)
     broken._device = dataclasses.replace(broken._device, units=2)
     model = make()
     with torch.no_grad():  # two equal rows of the head: ties

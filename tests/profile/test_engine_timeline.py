@@ -10,7 +10,7 @@ import torch
 
 import recurx
 from emulator.build import unavailable
-from emulator.owner import EmulatedCuda, installed
+from emulator.owner import emulate, installed
 from recurx.backends.cuda_abi import PHASES
 from recurx.models import TRM, TRMConfig
 from recurx.profile.trace import chrome_trace
@@ -23,7 +23,7 @@ pytestmark = [
 
 def test_the_kernels_own_phases_are_in_the_trace() -> None:
     """Two samples, two calls, two blocks: every owner tells every phase of every call."""
-    cuda = EmulatedCuda(((64, 1),), checked=False, flags=("-DRX_TIMELINE=1",))
+    cuda = emulate(((64, 1),), checked=False, flags=("-DRX_TIMELINE=1",))
     torch.manual_seed(0)
     config = TRMConfig.tiny(7, 9, H_cycles=1, L_cycles=1, forward_dtype="bfloat16")
     with installed(cuda):
