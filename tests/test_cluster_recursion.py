@@ -31,16 +31,16 @@ from recurx.schedule import INPUT, Schedule, Step
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
 # Ragged tokens on either side of the first CTA's 64, one and two pairs of heads, one and several
-# rounds, odd batches in clusters of two samples, a mix of both kinds of block.
+# rounds, a cluster with no second sample, a mix of both kinds of block.
 SMALL = [
-    Shape((ATT,), tokens=17, batch=3, cluster=4),
+    Shape((ATT,), tokens=17, cluster=4),
     Shape((ATT,), tokens=70, inner=200),
     Shape((ATT, ATT), tokens=97),
     Shape((ATT,), hidden=256, tokens=128, inner=384),
     Shape((MLP,), tokens=17, batch=2, cluster=4),
     Shape((MLP,), hidden=256, tokens=70, token_inner=100),
     Shape((MLP, MLP), tokens=97, token_inner=128),
-    Shape((ATT, MLP), tokens=65, schedule="hrm"),
+    Shape((ATT, MLP), tokens=65),
     Shape((MLP, ATT), tokens=64, schedule="single_z", rope=False),
 ]
 FULL = [

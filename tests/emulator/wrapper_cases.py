@@ -253,6 +253,7 @@ EXPECTED: dict[str, Callable[[], Words]] = {
         for form in ("", "_registers", "_transposed")
         if (n, form) not in ((192, "_transposed"), (256, "_transposed"))
     },
+    "wgmma_32_transposed_high": lambda: wgmma(32),
     "wgmma_128_transposed_a": lambda: wgmma(128),
     "wgmma_64_swizzle_64b": lambda: wgmma(64),
     "wgmma_256_swizzle_64b": lambda: wgmma(256),

@@ -23,7 +23,8 @@ RX_DEVICE void put_narrow(unsigned char* tiles, int rows, int row, int column, f
   *reinterpret_cast<uint16_t*>(at) = uint16_t(rx::pack_bf16(v, 0.f));
 }
 
-enum Form { kShared, kRegisters, kTransposedB, kTransposedA, kSwizzle64, kSwizzle32 };
+// kHighB: kTransposedB with 32 columns in the upper half of the rows, the descriptor 64 bytes on.
+enum Form { kShared, kRegisters, kTransposedB, kHighB, kTransposedA, kSwizzle64, kSwizzle32 };
 template <int N, Form kForm>
 __global__ void __launch_bounds__(128) wgmma_kernel(uint32_t* out_g) {
   RX_DYN_SMEM(smem);
@@ -36,6 +37,8 @@ __global__ void __launch_bounds__(128) wgmma_kernel(uint32_t* out_g) {
     const int column = i / kDepth, k = i % kDepth;
     if (kForm == kTransposedB)  // rows of k, 64 columns a tile
       put(b_s + column / 64 * kDepth * 128, k, column % 64, b_at(k, column));
+    else if (kForm == kHighB)
+      put(b_s, k, 32 + column, b_at(k, column));
     else if (kForm == kSwizzle64)
       put_narrow<32>(b_s, N, column, k, b_at(k, column));
     else if (kForm == kSwizzle32)
@@ -65,6 +68,7 @@ __global__ void __launch_bounds__(128) wgmma_kernel(uint32_t* out_g) {
     const uint64_t b_desc =
         kForm == kTransposedB
             ? rx::wgmma_desc_128b_mn(rx::smem_u32(b_s) + ks * 16 * 128, kDepth * 128)
+        : kForm == kHighB ? rx::wgmma_desc_128b_mn(rx::smem_u32(b_s) + ks * 16 * 128 + 64, 8192)
         : kForm == kSwizzle64
             ? rx::wgmma_desc_64b(rx::smem_u32(b_s) + ks / 2 * N * 64 + ks % 2 * 32)
         : kForm == kSwizzle32 ? rx::wgmma_desc_32b(rx::smem_u32(b_s) + ks * N * 32)
@@ -72,7 +76,8 @@ __global__ void __launch_bounds__(128) wgmma_kernel(uint32_t* out_g) {
     if constexpr (kForm == kRegisters)
       rx::wgmma<N>(d, a[ks], b_desc, 1);
     else
-      rx::wgmma<N, kForm == kTransposedB, kForm == kTransposedA>(d, a_desc, b_desc, 1);
+      rx::wgmma<N, kForm == kTransposedB || kForm == kHighB, kForm == kTransposedA>(d, a_desc,
+                                                                                    b_desc, 1);
   }
   rx::wgmma_commit();
   rx::wgmma_wait<0>();
@@ -131,6 +136,7 @@ constexpr Entry kTable[] = {
     {"wgmma_32", 64 * 32, run_wgmma<32, kShared>},
     {"wgmma_32_registers", 64 * 32, run_wgmma<32, kRegisters>},
     {"wgmma_32_transposed", 64 * 32, run_wgmma<32, kTransposedB>},
+    {"wgmma_32_transposed_high", 64 * 32, run_wgmma<32, kHighB>},
     {"wgmma_128_transposed_a", 64 * 128, run_wgmma<128, kTransposedA>},
     {"wgmma_64_swizzle_64b", 64 * 64, run_wgmma<64, kSwizzle64>},
     {"wgmma_256_swizzle_64b", 64 * 256, run_wgmma<256, kSwizzle64>},
