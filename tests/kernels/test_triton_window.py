@@ -70,9 +70,11 @@ def test_gradients_of_every_system(system, kind, blocks, dtype):
 def test_what_is_kept_changes_no_bit_and_neither_does_a_rerun(kind):
     blocks, dtype = (2, FP32) if kind == ATTENTION else (1, BF16)
     *given, cos_sin = problem(Schedule.trm(1, 1), kind, dtype, **{**SMALL, "blocks": blocks})
+    saves = SAVE[1:] if kind == ATTENTION else SAVE  # one rerun is enough
     with triton_on_cpu():
-        first, *others = (gradients_of(on_triton(cos_sin, save), *given) for save in ("all", *SAVE))
-    for other, save in zip(others, SAVE, strict=True):
+        first = gradients_of(on_triton(cos_sin, "all"), *given)
+        others = [gradients_of(on_triton(cos_sin, save), *given) for save in saves]
+    for other, save in zip(others, saves, strict=True):
         for name in first:
             assert torch.equal(first[name], other[name]), f"save={save!r}: gradient of {name}"
 
