@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 if TYPE_CHECKING:
     from recurx.train import Progress as StepProgress
     from recurx.train import Report, Trainer
+
+BETWEEN_TEXTS = 0.1  # seconds: on a GPU, reading the loss waits for the step
 
 
 class TrainingDisplay:
@@ -36,6 +39,7 @@ class TrainingDisplay:
         self.solve_arguments = {"halt": None, **solve_arguments}
         self.report: Report | None = None
         self._evaluated_at = -1
+        self._next_text = 0.0
         self._bar = Progress(
             TextColumn("training"),
             BarColumn(bar_width=30),
@@ -60,7 +64,9 @@ class TrainingDisplay:
 
     def on_step(self, progress: StepProgress) -> bool:
         """Called after every training step; True ends the run."""
-        self._bar.update(self._row, text=f"step {progress.step}  loss {progress.loss:.3f}")
+        if time.monotonic() >= self._next_text:
+            self._bar.update(self._row, text=f"step {progress.step}  loss {progress.loss:.3f}")
+            self._next_text = time.monotonic() + BETWEEN_TEXTS
         if progress.step % self.eval_every:
             return False
         report = self.evaluate()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import nn
 
 from recurx.errors import InvalidArgument, RecurxError
 from recurx.models import ACTLossHead
-from recurx.train import Average, CapturedStep, SampleQueue, Trainer
+from recurx.train import Average, CapturedStep, CudaGraphs, SampleQueue, Trainer
 from recurx.train.captured import tensors_of
 from tests.step.guards import HostSync, Tape, no_host_sync
 from tests.test_train import tiny
@@ -193,6 +195,48 @@ def test_gradients_are_handed_to_synchronize_before_the_optimiser() -> None:
     rate = step.optimizers[0].param_groups[0]["lr"] * run.config.weight_decay
     for now, then in zip(run.model.parameters(), before, strict=True):
         torch.testing.assert_close(now, then * (1 - rate))  # only the decay
+
+
+def test_cuda_graphs_warm_up_aside_and_register_generators(monkeypatch) -> None:
+    """The calls that a GPU would get, in order; `tests/device` has the real ones."""
+    said: list[str] = []
+
+    class Stream:
+        def __init__(self, name: str = "side") -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            said.append(f"{self.name} waits for {other.name}")
+
+    class Graph:
+        def register_generator_state(self, generator: torch.Generator) -> None:
+            said.append("generator registered")
+
+        def replay(self) -> None:
+            said.append("replayed")
+
+    @contextmanager
+    def noted(kind: str, what: object):
+        said.append(f"enter {kind} {getattr(what, 'name', '')}".strip())
+        yield
+        said.append(f"leave {kind}")
+
+    main = Stream("main")
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: noted("stream", stream))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: noted("graph", graph))
+    capturer = CudaGraphs(warm_steps=1, generators=[torch.Generator()])
+    capturer.warm(lambda: said.append("step"))
+    assert said == [
+        "side waits for main", "enter stream side", "step", "leave stream", "main waits for side"
+    ]  # fmt: skip
+    said.clear()
+    replay = capturer.capture(lambda: said.append("step"))
+    assert said == ["generator registered", "enter graph", "step", "leave graph"]
+    replay()
+    assert said[-1] == "replayed"
 
 
 # ---- the queue ----------------------------------------------------------------------------------
