@@ -150,6 +150,12 @@ class Profile:
     @property
     def how(self) -> str:
         """How stage times were made, in a sentence."""
+        if self.kernel_events:
+            return (
+                "Stage times are those of the kernels that a stage launched, in one traced step; "
+                f"the step is the median of {len(self.step_ms)} untraced ones, and what its "
+                "kernels leave of it is idle time."
+            )
         return (
             f"Stage times: {self.traces} traced step(s) ({short(self.traced_ms)} ms, of which the "
             f"tracer's books took {short(self.lost_ms)}), each operator's shortest, less "
