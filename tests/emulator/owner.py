@@ -85,7 +85,7 @@ def emulate(
     flags: tuple[str, ...] = (),
     device: Device = DEVICES["a100"],
 ) -> EmulatedCuda:
-    """A build of these kernels; owner_sm80.cu may come from a copy of csrc/cuda with a bug in it."""
+    """A build of these kernels; owner_sm80.cu may come from a copy of csrc/cuda with a bug."""
     sources = [folder / FILES[0], *(KERNELS / name for name in FILES[1:])]
     path = build(sources, checked, (*flags, only(plans)))
     return EmulatedCuda(Emulated(path, checked), plans, device)
