@@ -40,8 +40,7 @@ void gemm_residual_rms(const std::string& target, uintptr_t a, uintptr_t w, uint
   int code;
   {
     py::gil_scoped_release release;
-    if (target == "sm_80")
-      code = rx_gemm_residual_rms_sm80(&p, (void*)stream);
+    if (target == "sm_80") code = rx_gemm_residual_rms_sm80(&p, (void*)stream);
 #ifdef RX_HAVE_SM90A  // RECURX_CUDA_ARCHS may leave it out
     else if (target == "sm_90a")
       code = rx_gemm_residual_rms_sm90a(&p, cluster_rows, (void*)stream);
