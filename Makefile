@@ -7,6 +7,9 @@ PY     ?= $(VENV)/bin/python
 #   make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 
+# Processes that run tests.
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+
 PIP     = "$(PY)" -m pip --disable-pip-version-check
 SOURCES = $(shell find csrc -name '*.[ch]pp' -o -name '*.h' -o -name '*.cu*' -o -name '*.py')
 # The wheel of clang-format has no __main__, and scripts of an environment may not be on PATH.
@@ -42,11 +45,15 @@ help:
 
 setup: $(BUILT)
 
+# One process a core, a file of tests in one of them (they share built kernels). One thread each:
+# OpenMP teams of several processes would fight for the cores.
+PYTEST = OMP_NUM_THREADS=1 "$(PY)" -m pytest -q -n $(WORKERS) --dist loadfile
+
 test: $(BUILT)
-	"$(PY)" -m pytest -q
+	$(PYTEST)
 
 test-fast: $(BUILT)
-	"$(PY)" -m pytest -q -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 demo: $(BUILT)
 	"$(PY)" -m recurx demo
