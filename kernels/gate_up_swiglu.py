@@ -90,8 +90,8 @@ def launch_arguments(
     """(runtime arguments, compile-time arguments, compiler options) of one launch."""
     f, k = weight.shape[0] // 2, x.shape[-1]
     m = out.numel() // f
-    tile = tiles.output_tile(m, f, k, x.element_size(), shared)
     x3 = x.unsqueeze(0) if x.ndim == 2 else x
+    tile = tiles.gate_up_tile(m, f, k, x.element_size(), shared, plain=x3.stride(2) == 1)
     constants = {
         "R": x3.shape[1], "K": k, "F": f, "W_ROW": weight.stride(0),
         "X_ROW": x3.stride(1), "X_COL": x3.stride(2),

@@ -128,7 +128,7 @@ def launch_arguments(
     """(runtime arguments, compile-time arguments, compiler options) of one launch."""
     batch, tokens, d = x.shape
     m = batch * tokens
-    tile = tiles.output_tile(m, 3 * d // 2, d, x.element_size(), shared, cols=32)
+    tile = tiles.qkv_tile(m, d, x.element_size(), shared)
     cos, sin = cos_sin if cos_sin else (x, x)  # not read without ROTATE
     constants = {
         "T": tokens, "D": d, "HALF": head_dim // 2, "ROTATE": cos_sin is not None,

@@ -17,6 +17,12 @@ SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120
 # The part of it the compiler takes for its own scratch beside the pipeline's buffers.
 SCRATCH_BYTES = 4096
 
+# Devices with so much are the ones whose products read shared memory (sm_90, sm_100).
+WGMMA_SHARED = 200_000
+# A tile of 128 rows pays from so many programs on: the multiprocessors of the smallest data-centre
+# device here (A100, 108); below it more, smaller programs keep more of them busy.
+LARGE_PROGRAMS = 108
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -70,22 +76,40 @@ def row_tile(n: int, k: int, itemsize: int, shared: int) -> Tile:
     return Tile(rows, cols, chunks, depth, warps, max(1, stages))
 
 
-def output_tile(
-    m: int, n: int, k: int, itemsize: int, shared: int, cols: int = 64, products: int = 2
-) -> Tile:
-    """The tile of a kernel that computes `products` products of one A slab, n columns of each.
+def gate_up_tile(m: int, f: int, k: int, itemsize: int, shared: int, plain: bool = True) -> Tile:
+    """The tile of kernels/gate_up_swiglu.py; `plain`: x has contiguous rows.
 
-    `cols` is 32 where the epilogue holds as many values again (the rotary tables): 64 spill there.
+    Bytes from L2 bound these products (128 x 64 twice: 64 FLOP a byte, 128 x 128 twice: 85), so
+    the tile is as large as registers allow. Where wgmma reads its operands from shared memory that
+    is always; with mma.sync, which holds them in registers, only without masks over K.
     """
-    rows = 128 if m >= 4096 and itemsize == 2 else 64 if itemsize == 2 else 32
-    cols = min(cols, max(16, 1 << (n - 1).bit_length()))
+    wide = 128 if shared >= WGMMA_SHARED or (plain and k % 32 == 0) else 64
+    return _output_tile(m, f, k, itemsize, shared, cols=64, wide=wide)
+
+
+def qkv_tile(m: int, d: int, itemsize: int, shared: int) -> Tile:
+    """The tile of kernels/qkv_rope.py.
+
+    Its epilogue holds the rotary tables as well: with mma.sync 64 columns of each half spill.
+    """
+    wide = 64 if shared >= WGMMA_SHARED else 32
+    return _output_tile(m, 3 * d // 2, d, itemsize, shared, cols=32, wide=wide)
+
+
+def _output_tile(m: int, n: int, k: int, itemsize: int, shared: int, cols: int, wide: int) -> Tile:
+    """Two products of one A slab, n columns of each: 128 x `wide` if that makes programs enough."""
+    large = itemsize == 2 and -(-m // 128) * -(-n // wide) >= LARGE_PROGRAMS
+    rows = 128 if large else 64 if itemsize == 2 else 32
+    cols = min(wide if large else cols, max(16, 1 << (n - 1).bit_length()))
     warps = 8 if rows >= 128 else 4
-    depth = 64 if itemsize == 2 else 32
+    # With 64 columns of K in registers the large tile spills where products read registers.
+    deep = itemsize == 2 and not (large and cols == 128 and shared < WGMMA_SHARED)
+    depth = 64 if deep else 32
     while depth > max(16, k):
         depth //= 2
-    tile = Tile(rows, cols, products, depth, warps, stages=1)
+    tile = Tile(rows, cols, 2, depth, warps, stages=1)
     stages = min(4, (shared - SCRATCH_BYTES) // tile.stage_bytes(itemsize))
-    return Tile(rows, cols, products, depth, warps, max(1, stages))
+    return Tile(rows, cols, 2, depth, warps, max(1, stages))
 
 
 def attention_tile(tokens: int, head_dim: int, itemsize: int, shared: int) -> Tile:

@@ -3,7 +3,8 @@
 persistent: see recurx/plan/triton_persistent.py.
 tiled: the batch is cut into slices whose activations stay in L2 for the whole recursion; a slice is
 one captured graph of five kernels a block and one a call. Several slice sizes are proposed, because
-the last wave of tiles is rarely full; the predicted time decides.
+the last wave of tiles is rarely full, and because one may be better off outside L2 than in slices
+too small for the device; the predicted time decides.
 
 What is counted: products with the padding of the tiles and with the idle multiprocessors of the
 last wave; L2 traffic of every tile's operands; DRAM traffic of what enters and leaves.
@@ -27,7 +28,7 @@ from recurx.problem import Problem
 # Share of the L2 that a slice's activations may take; weights and what passes through need the
 # rest. An assumption: caches hash addresses, so a working set of all of it does not stay.
 L2_SHARE = 0.7
-MORE_SLICES = 4  # slice sizes proposed beyond the largest that fits
+SLICES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32, 48, 64)  # numbers of slices that are tried
 # Share of the rate that the inner loops of Triton's products reach on whole tiles. An assumption
 # (published figures of Triton's matmul on sm_80 and sm_90 are 0.6 to 0.8), not measured here.
 EFFICIENCY = 0.65
@@ -55,26 +56,25 @@ def refusals(problem: Problem, device: Device) -> list[str]:
 
 @dataclass(frozen=True)
 class _Kernel:
-    """One launch: programs, what a program multiplies, and the bytes that all of them load."""
+    """One launch: programs, what a program multiplies, the bytes that all of them load from L2, and
+    those of the activations that come from and go to DRAM if they do not stay in L2."""
 
     programs: int
     program_flops: float
     loaded: float
+    read: float
     stored: float
 
 
 def _tiled(problem: Problem, device: Device) -> Iterator[LaunchPlan]:
     table = lower(problem.schedule, 0, len(problem.schedule))
-    largest = max(1, min(problem.batch, _samples_in_l2(problem, table, device)))
-    fewest = math.ceil(problem.batch / largest)
-    sizes = {
-        math.ceil(problem.batch / slices)
-        for slices in range(fewest, min(problem.batch, fewest + MORE_SLICES) + 1)
-    }
+    sizes = {math.ceil(problem.batch / n) for n in SLICES}
+    sizes.add(min(problem.batch, max(1, _samples_in_l2(problem, table, device))))
     for size in sorted(sizes, reverse=True):
         work = _tiled_work(problem, table, size, device)
         slices = math.ceil(problem.batch / size)
-        why = f"{slices} slice(s) of {size} sample(s), a graph of kernels each, kept in L2"
+        kept = "kept in" if size <= _samples_in_l2(problem, table, device) else "more than"
+        why = f"{slices} slice(s) of {size} sample(s), a graph of kernels each, {kept} L2"
         yield LaunchPlan("triton", "tiled", (("slice", size),), work, why)
 
 
@@ -92,9 +92,11 @@ def sample_bytes(problem: Problem, table: CallTable) -> int:
 
 
 def _samples_in_l2(problem: Problem, table: CallTable, device: Device) -> int:
+    """Samples of a slice whose activations stay in L2; beside the weights, if those leave room."""
     weights = weight_values(problem) * problem.dtype.itemsize
-    room = L2_SHARE * device.l2_bytes - weights
-    return max(1, int(room // sample_bytes(problem, table)))
+    room = L2_SHARE * device.l2_bytes
+    room = room - weights if weights < room else room
+    return int(room // sample_bytes(problem, table))
 
 
 def _tiled_work(problem: Problem, table: CallTable, size: int, device: Device) -> Work:
@@ -102,24 +104,35 @@ def _tiled_work(problem: Problem, table: CallTable, size: int, device: Device) -
     itemsize = problem.dtype.itemsize
     specs = dict(problem.nets)
     state = size * problem.tokens * problem.hidden * itemsize
-    padded = l2 = 0.0
+    weights = weight_values(problem) * itemsize
+    # Weights that do not fit beside the activations come from DRAM anew at each call, and
+    # activations that do not fit at all with each kernel.
+    held = size * sample_bytes(problem, table)
+    weights_stay = weights + held <= L2_SHARE * device.l2_bytes
+    activations_stay = held <= L2_SHARE * device.l2_bytes
+    padded = l2 = dram = 0.0
     launches = 0
     for call in table.calls:
         if not call.is_identity:
             launches += 1
-            l2 += (len(call.state) + len(call.inject) + 1) * state
+            moved = (len(call.state) + len(call.inject) + 1) * state
+            l2 += moved
+            dram += 0 if activations_stay else moved
         for block in specs[call.net].blocks if call.net is not None else ():
+            if not weights_stay:
+                dram += sum(a * b for a, b in block.weight_shapes) * itemsize
             for kernel in _block_kernels(block, size, problem.tokens, itemsize, device):
                 waves = math.ceil(kernel.programs / device.units)
                 padded += waves * device.units * kernel.program_flops
                 l2 += kernel.loaded + kernel.stored
+                dram += 0 if activations_stay else kernel.read + kernel.stored
                 launches += 1
     inputs = len(problem.schedule.states) + 1
     entering = 2 * (inputs + len(problem.schedule.states)) * state
     return Work(
         flops=flops(problem),
         padded_flops=padded * slices,
-        dram_bytes=entering * slices + weight_values(problem) * itemsize,
+        dram_bytes=(dram + entering) * slices + weights,
         l2_bytes=(l2 + entering) * slices,
         launches=(launches + 2) * slices,
         itemsize=itemsize,
@@ -133,23 +146,27 @@ def _block_kernels(
     d, shared = block.hidden, device.shared_bytes
     m = batch * tokens
     if block.kind == ATTENTION:
-        yield _product(m, d, 3 * d // 2, itemsize, shared, cols=32)
+        tile = tiles.qkv_tile(m, d, itemsize, shared)
+        yield _product(m, d, 3 * d // 2, itemsize, tile)
         yield _attention(batch, tokens, block, itemsize, shared)
         yield _row_product(m, d, d, itemsize, shared)
     else:
-        yield _product(batch * d, tokens, block.token_inner, itemsize, shared)
+        inner = block.token_inner
+        tile = tiles.gate_up_tile(batch * d, inner, tokens, itemsize, shared, plain=False)
+        yield _product(batch * d, tokens, inner, itemsize, tile)
         yield _row_product(batch * d, block.token_inner, tokens, itemsize, shared)
-    yield _product(m, d, block.inner, itemsize, shared)
+    tile = tiles.gate_up_tile(m, block.inner, d, itemsize, shared)
+    yield _product(m, d, block.inner, itemsize, tile)
     yield _row_product(m, block.inner, d, itemsize, shared)
 
 
-def _product(m: int, k: int, n: int, itemsize: int, shared: int, cols: int = 64) -> _Kernel:
+def _product(m: int, k: int, n: int, itemsize: int, tile: tiles.Tile) -> _Kernel:
     """Two products of n columns of one [m, k] (gate-up, and the halves of Q, K, V)."""
-    tile = tiles.output_tile(m, n, k, itemsize, shared, cols=cols)
     rows, columns = math.ceil(m / tile.rows), math.ceil(n / tile.cols)
     depth = _up(k, tile.depth)
     loaded = rows * columns * (tile.rows + 2 * tile.cols) * depth * itemsize
-    return _Kernel(rows * columns, 4 * tile.rows * tile.cols * depth, loaded, 2 * m * n * itemsize)
+    flops = 4 * tile.rows * tile.cols * depth
+    return _Kernel(rows * columns, flops, loaded, m * k * itemsize, 2 * m * n * itemsize)
 
 
 def _row_product(m: int, k: int, n: int, itemsize: int, shared: int) -> _Kernel:
@@ -158,7 +175,8 @@ def _row_product(m: int, k: int, n: int, itemsize: int, shared: int) -> _Kernel:
     rows, width = math.ceil(m / tile.rows), tile.cols * tile.chunks
     depth = _up(k, tile.depth)
     loaded = (rows * (tile.rows + n) * depth + m * n) * itemsize
-    return _Kernel(rows, 2 * tile.rows * width * depth, loaded, m * n * itemsize)
+    read = m * (k + n) * itemsize
+    return _Kernel(rows, 2 * tile.rows * width * depth, loaded, read, m * n * itemsize)
 
 
 def _attention(batch: int, tokens: int, block: BlockSpec, itemsize: int, shared: int) -> _Kernel:
@@ -167,7 +185,7 @@ def _attention(batch: int, tokens: int, block: BlockSpec, itemsize: int, shared:
     programs = rows * batch * block.num_heads
     loaded = programs * (tile.rows + 2 * keys) * block.head_dim * itemsize
     stored = batch * tokens * block.hidden * itemsize
-    return _Kernel(programs, 4 * tile.rows * keys * block.head_dim, loaded, stored)
+    return _Kernel(programs, 4 * tile.rows * keys * block.head_dim, loaded, 3 * stored, stored)
 
 
 def _up(n: int, to: int) -> int:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from recurx import Problem, Schedule
+from recurx.backends.calls import lower
 from recurx.nets import ATTENTION, TOKEN_MLP, BlockSpec, NetSpec
 from recurx.plan import DEVICES, Device, LaunchPlan
 from recurx.plan.count import flops
@@ -33,24 +34,49 @@ def kinds(found: list[LaunchPlan]) -> set[str]:
     return {plan.kind for plan in found}
 
 
-def test_slices_keep_their_activations_in_l2():
-    for plan in candidates(problem(), H100):
-        held = plan["slice"] * sample_bytes(problem(), _table())
-        assert held < H100.l2_bytes and plan.backend == "triton"
-    smaller = replace(H100, l2_bytes=H100.l2_bytes // 2)
-    largest = max(plan["slice"] for plan in candidates(problem(), H100))
-    assert max(plan["slice"] for plan in candidates(problem(), smaller)) < largest
+def picked(wanted: Problem, device: Device) -> LaunchPlan:
+    return LaunchPlan.pick(wanted, device, "triton")
 
 
-def _table():
-    from recurx.backends.calls import lower
+def resident(wanted: Problem, device: Device) -> LaunchPlan:
+    """The largest slice that stays in L2."""
+    kept = [p for p in candidates(wanted, device) if "kept in L2" in p.why]
+    return max(kept, key=lambda plan: plan["slice"])
 
-    return lower(Schedule.trm(3, 6), 0, 21)
+
+def test_slices_that_are_said_to_stay_in_l2_fit_it():
+    table = lower(Schedule.trm(3, 6), 0, 21)
+    plan = resident(problem(), H100)
+    assert 0.6 * H100.l2_bytes < 13.6e6 + plan["slice"] * sample_bytes(problem(), table)
+    assert 13.6e6 + plan["slice"] * sample_bytes(problem(), table) < 0.75 * H100.l2_bytes
+    smaller = resident(problem(), replace(H100, l2_bytes=H100.l2_bytes * 3 // 4))
+    assert smaller["slice"] < plan["slice"]
+
+
+def test_what_leaves_l2_is_counted_as_dram_traffic_and_avoided_where_that_is_slow():
+    whole = next(p for p in candidates(problem(), H100) if p["slice"] == 512)
+    kept = resident(problem(), H100)
+    assert "more than L2" in whole.why
+    assert whole.work.dram_bytes > 20 * kept.work.dram_bytes
+    slow = replace(H100, dram_gbs=300)
+    assert picked(problem(), slow).work.dram_bytes < whole.work.dram_bytes / 10
+
+
+def test_weights_beyond_l2_are_read_again_at_each_call():
+    """HRM: 54 MB of weights. Slices must not shrink to make room for what has none anyway."""
+    block = BlockSpec(ATTENTION, 512, 1536, num_heads=8)
+    nets = tuple((name, NetSpec((block,) * 4)) for name in ("L", "H"))
+    wanted = Problem(Schedule.hrm(2, 2), nets, 64, 82, 512, torch.bfloat16, "cuda", rope=True)
+    plan = picked(wanted, H100)
+    one_net = 4 * sum(a * b for a, b in block.weight_shapes) * 2
+    slices = -(-64 // plan["slice"])
+    assert plan["slice"] >= 16
+    assert plan.work.dram_bytes > 6 * one_net * slices
 
 
 def test_launches_are_counted_kernel_by_kernel():
     """21 calls of 2 blocks of 5 kernels, 21 sums, 3 kept sums (z_H + x, a cycle), 2 copies."""
-    (plan,) = [p for p in candidates(problem(batch=1), H100) if p.kind == "tiled"]
+    plan = picked(problem(batch=1), H100)
     assert plan.work.launches == 21 * 2 * 5 + 21 + 3 + 2
     mlp = next(p for p in candidates(problem(batch=1, kind=TOKEN_MLP), H100))
     assert mlp.work.launches == 21 * 2 * 4 + 21 + 3 + 2
