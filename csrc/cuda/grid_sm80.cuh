@@ -7,20 +7,22 @@
 // Over 132 SMs the slices are 103 KB each, and need not be read again at all if they stay in shared
 // memory; what moves instead are the rows, to every CTA that multiplies them:
 //
-//   stage (H100, B=1)            units  row groups   rows read, KB   weights kept, KB (2 blocks)
-//   enter   last rms, next input    -        -              ~16                -
-//   qkv     + RoPE                 96        1              114               32
-//   attend  56 items                -        -               30                -
-//   o       + residual             64        2               65               16
-//   gate_up + SwiGLU              192        2               65               96
-//   down    + residual             64        2              196               49
+//   stage (H100, B=1, one block)   units  row groups   rows read, KB   weights, KB
+//   enter   last rms, next input     -        -              16              -
+//   qkv     + RoPE                  96        4              32             48
+//   attend  56 items                 -        -              30              -
+//   o       + residual              64        4              32             16
+//   gate_up + SwiGLU               192        2              64             48
+//   down    + residual              64        4              96             48
 //
 // A product whose rows are dealt to g groups of CTAs reads 1/g of the rows and keeps g copies of
-// the weight in the grid: the plan (recurx/plan/cuda.py) chooses g for each product, least
-// predicted time first, and what does not fit beside it is read from L2 in each call. Ten barriers
-// a call (about 1.2 us each) and one to enter; TRM's 21 calls are 231 barriers. A cluster a sample
-// would have cheaper barriers, but 1/8 of the L2 paths and no room for the weights; and the grid
-// runs on any sm_80.
+// the weight in the grid: the plan (recurx/plan/cuda_grid.py) chooses g for each product, least
+// predicted time first, and what does not fit in shared memory is read from L2 in each call. Above
+// that is 144 of the two blocks' 320 KB, and costs less than the rows that fewer groups would read
+// (g = 1, 2, 2, 2 keeps all weights and reads 432 KB of rows a block instead of 224). With FP8 all
+// fits. Ten barriers a call (about 1.2 us each) and one to enter; TRM's 21 calls are 231 barriers.
+// A cluster a sample would have cheaper barriers, but 1/8 of the paths to L2 and no room for the
+// weights; and the grid runs on any sm_80.
 //
 // Deterministic: every sum has one owner and one order; no float atomics. Between stages stands a
 // barrier over the grid: a counter in global memory that each CTA adds to (release) and watches

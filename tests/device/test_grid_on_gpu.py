@@ -11,10 +11,12 @@ from nvcc_library import KERNELS, call, library
 
 from aot import toolchain
 from emulator.grid import FILES, GridKernel, Plan
-from recurx import Schedule
-from recurx.nets import KINDS
+from recurx import Schedule, reference
+from recurx.fp8 import quantize_net
+from recurx.nets import KINDS, Net
 from recurx.plan import Device, cuda_grid
 from tests.factories import make_inputs, make_net, problem_for, rope
+from tests.kernels.compare import assert_as_exact
 from tests.test_numerics import teacher_forced
 
 pytestmark = [
@@ -24,7 +26,7 @@ pytestmark = [
 PUBLISHED = dict(tokens=97, hidden=512, inner=1536, heads=8, token_inner=512)
 
 
-def on_device(schedule, nets, batch, shape) -> GridKernel:
+def on_device(schedule, nets, batch, shape, fp8=False) -> GridKernel:
     """The kernel, with the plan that recurx picks for this device."""
     major, minor = torch.cuda.get_device_capability()
     lib = library([KERNELS / name for name in FILES], f"{major}{minor}")
@@ -36,7 +38,7 @@ def on_device(schedule, nets, batch, shape) -> GridKernel:
     )
     x, _ = make_inputs(schedule, batch=batch, dtype=torch.bfloat16, **shape)
     problem = replace(problem_for(schedule, nets, x), device_type="cuda")
-    (plan,) = cuda_grid.grid_plans(problem, Device.of("cuda"))
+    (plan,) = cuda_grid.grid_plans(problem, Device.of("cuda"), fp8)
     return GridKernel(entries, Plan.of(plan))
 
 
@@ -47,9 +49,7 @@ def test_every_call_teacher_forced(kind):
 
     def run(schedule, nets, x, carry, cos_sin=None, start_from=0, stop_after=None):
         carry = {name: state.cuda() for name, state in carry.items()}
-        moved = {
-            name: type(net)(net.spec, [w.cuda() for w in net.weights]) for name, net in nets.items()
-        }
+        moved = {name: Net(net.spec, [w.cuda() for w in net.weights]) for name, net in nets.items()}
         tables = tuple(table.cuda() for table in cos_sin)
         out = kernel.run(schedule, moved, x.cuda(), carry, tables, start_from, stop_after)
         return {name: state.cpu() for name, state in out.items()}
@@ -62,7 +62,7 @@ def test_every_call_teacher_forced(kind):
 def test_reruns_are_bit_equal(kind, batch):
     shape = dict(tokens=97, hidden=512)
     schedule, net = Schedule.trm(3, 6), make_net(kind, **PUBLISHED)
-    nets = {"L": type(net)(net.spec, [w.cuda() for w in net.weights])}
+    nets = {"L": Net(net.spec, [w.cuda() for w in net.weights])}
     kernel = on_device(schedule, nets, batch, shape)
     x, carry = make_inputs(schedule, batch=batch, dtype=torch.bfloat16, **shape)
     x, carry = x.cuda(), {name: state.cuda() for name, state in carry.items()}
@@ -72,3 +72,21 @@ def test_reruns_are_bit_equal(kind, batch):
         again = kernel.run(schedule, nets, x, carry, tables)
         for name in first:
             assert torch.equal(first[name], again[name]), f"rerun {rerun}: {name} differs"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fp8_against_fp64_with_the_dequantised_weights(kind):
+    shape, schedule = dict(tokens=97, hidden=512), Schedule.single_z(1, 1)
+    net = make_net(kind, **PUBLISHED)
+    small = quantize_net(Net(net.spec, [w.cuda() for w in net.weights]))
+    host = Net(net.spec, [w.cpu() for w in small.weights])
+    exact_net = Net(net.spec, [w.double() for w in host.weights])
+    x, carry = make_inputs(schedule, batch=1, dtype=torch.bfloat16, **shape)
+    tables = rope(97, 512, 8)
+    states = {name: state.double() for name, state in carry.items()}
+    exact = reference.run(schedule, {"L": exact_net}, x.double(), states, tables, 0, 1)
+    plain = reference.run(schedule, {"L": host}, x, carry, tables, 0, 1)
+    kernel = on_device(schedule, {"L": small}, 1, shape, fp8=True)
+    moved = {name: state.cuda() for name, state in carry.items()}
+    got = kernel.run(schedule, {"L": small}, x.cuda(), moved, tuple(t.cuda() for t in tables), 0, 1)
+    assert_as_exact(got["z"], plain["z"], exact["z"])

@@ -81,10 +81,11 @@ def test_a_larger_shared_memory_never_costs_time():
     "asked, reason",
     [
         (problem(tokens=129), "up to T=128 tokens, got T=129"),
+        (problem(batch=17), "up to 16 samples at once, got B=17"),
         (problem(NetSpec((BlockSpec(ATTENTION, 80, 96, num_heads=5),))), "multiple of 32.*D=80"),
         (problem(NetSpec((BlockSpec(ATTENTION, 512, 96, num_heads=2),))), "head_dim .* has 256"),
     ],
-    ids=["tokens", "hidden", "heads"],
+    ids=["tokens", "batch", "hidden", "heads"],
 )
 def test_what_does_not_fit_is_refused_with_a_reason(asked, reason):
 
