@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from recurx.bench import checks, counters, figures
+from recurx.bench.provenance import ROOT
 from recurx.bench.suites import Group
 from recurx.bench.variants import Variant
 
@@ -56,9 +60,13 @@ def test_launches_count_operators_but_no_views():
 
 
 def test_memory_sees_a_buffer():
-    memory = counters.Memory("cpu")
-    torch.ones(16 << 20)  # 64 MiB, freed at once
-    assert 60 < memory.peak()["peak_mib"] < 100
+    # In a process of its own: here the allocator may hold as much from an earlier test.
+    script = (
+        "import torch; from recurx.bench.counters import Memory; memory = Memory('cpu');"
+        "torch.ones(16 << 20); print(memory.peak()['peak_mib'])"  # 64 MiB, freed at once
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert 60 < float(done.stdout) < 100, done.stderr
 
 
 def test_counted_work_is_that_of_the_papers():

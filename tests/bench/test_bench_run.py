@@ -70,7 +70,7 @@ def test_a_step_in_worker_processes(tmp_path, wrong_backend):
     document = run(tmp_path, *options, "--import", wrong_backend)
     assert document["status"] == "complete"
     facts = document["provenance"]
-    assert facts["command"].startswith("python -m recurx ") and facts["threads"] == 1
+    assert facts["command"].startswith("python -m recurx") and facts["threads"] == 1
     assert facts["commit"] is None or len(facts["commit"]) == 40
     group, rows = document["groups"][0], rows_of(document)
     assert group["cache"].startswith("other") or "caches" in group["cache"]

@@ -13,7 +13,7 @@ from window_gradients import gradients_of
 
 import recurx
 from emulator.build import unavailable
-from emulator.owner import EmulatedCuda, installed
+from emulator.owner import emulate, installed
 from recurx import Schedule, backends
 from tests.factories import make_inputs, make_net, rope
 
@@ -36,7 +36,7 @@ def test_the_carry_is_handed_from_cuda_to_tritons_window():
     schedule = Schedule.trm(2, 1)
     nets = {"L": make_net("attention", inner=48, blocks=1, **SIZES)}
     x, carry = make_inputs(schedule, batch=2, tokens=9, hidden=64, dtype=torch.bfloat16)
-    cuda = EmulatedCuda(((64, 2),), checked=False)
+    cuda = emulate(((64, 2),), checked=False)
     given = schedule, nets, x, carry
     with triton_on_cpu() as triton, installed(cuda):
         with (
@@ -58,7 +58,7 @@ def cosine(a, b):
 
 
 def test_without_triton_the_window_is_pytorchs():
-    cuda = EmulatedCuda(((64, 2),), checked=False)
+    cuda = emulate(((64, 2),), checked=False)
     with installed(cuda):
         problem = recurx.Problem(
             Schedule.trm(2, 1), (("L", make_net("attention", **SIZES).spec),), 2, 9, 64,
