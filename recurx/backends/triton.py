@@ -51,6 +51,7 @@ class _Simulation:
     device: Device
     capture: Capture | None
     kinds: tuple[str, ...]
+    slice: int | None
 
 
 class Triton(Backend):
@@ -69,6 +70,7 @@ class Triton(Backend):
         *,
         capture: Capture | None = None,
         kinds: tuple[str, ...] = KINDS,
+        slice: int | None = None,
     ) -> Iterator[None]:
         """Inside, CPU tensors are accepted: something else than a GPU runs what is launched.
 
@@ -79,9 +81,10 @@ class Triton(Backend):
             device: what plans are made for.
             capture: stands for the capture of a CUDA graph; None launches plainly.
             kinds: the kinds of plan to choose from.
+            slice: the number of samples a slice must have, one that is proposed; None for any.
         """
         before = self._simulation
-        self._simulation = _Simulation(device, capture, kinds)
+        self._simulation = _Simulation(device, capture, kinds, slice)
         try:
             yield
         finally:
@@ -113,7 +116,8 @@ class Triton(Backend):
     def plan(self, problem: Problem, device: torch.device) -> LaunchPlan:
         """How `run` would run it on `device`."""
         if self._simulation is not None and device.type == "cpu":
-            return _pick(problem, self._simulation.device, self._simulation.kinds)
+            held = self._simulation
+            return _pick(problem, held.device, held.kinds, held.slice)
         return _pick(problem, Device.of(device), KINDS)
 
     def run(
@@ -225,11 +229,14 @@ class Triton(Backend):
 
 
 @functools.lru_cache(maxsize=256)
-def _pick(problem: Problem, device: Device, kinds: tuple[str, ...]) -> LaunchPlan:
-    """`LaunchPlan.pick`, remembered (it costs more than a launch) and held to some kinds."""
-    if kinds == KINDS:
+def _pick(
+    problem: Problem, device: Device, kinds: tuple[str, ...], slice: int | None = None
+) -> LaunchPlan:
+    """`LaunchPlan.pick`, remembered (it costs more than a launch) and held to some plans."""
+    if kinds == KINDS and slice is None:
         return LaunchPlan.pick(problem, device, Triton.name)
     plans = [p for p in all_candidates(problem, device, Triton.name) if p.kind in kinds]
+    plans = [p for p in plans if slice is None or dict(p.settings).get("slice") == slice]
     return min(plans, key=lambda plan: plan.seconds(device))
 
 

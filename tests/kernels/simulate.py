@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from unittest import mock
 
 from recurx.backends import triton as backend
@@ -13,25 +12,20 @@ from recurx.plan import DEVICES
 KINDS = backend.KINDS
 
 
-def small_l2(samples_of: int) -> object:
-    """A device whose L2 is `samples_of` bytes, so that slices are short."""
-    return replace(DEVICES["a100"], l2_bytes=samples_of)
-
-
 @contextlib.contextmanager
 def triton_on_cpu(
-    *kinds: str, device: object = None, capture: Callable | None = None
+    *kinds: str, slice: int | None = None, capture: Callable | None = None
 ) -> Iterator[object]:
     """`recurx.recurse(..., backend="triton")` works on CPU tensors inside; yields the backend.
 
+    `kinds` of plan and samples of a `slice` are left to the plans unless they are given.
     Nothing is remembered from before or after: no weights, no recordings.
     """
     from bf16_interpreter import interpreting
 
     backend.forget()
-    target = DEVICES["a100"] if device is None else device
-    chosen = {"kinds": kinds} if kinds else {}
-    with interpreting(), backend.BACKEND.simulated(target, capture=capture, **chosen):
+    chosen = {"kinds": kinds or KINDS, "slice": slice, "capture": capture}
+    with interpreting(), backend.BACKEND.simulated(DEVICES["a100"], **chosen):
         try:
             yield backend.BACKEND
         finally:

@@ -6,20 +6,18 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
-from simulate import FakeGraphs, small_l2, triton_on_cpu
+from simulate import FakeGraphs, triton_on_cpu
 
 import recurx
 from recurx import Schedule
 from recurx.backends import graphs as graphs_module
 from recurx.backends import triton as backend_module
-from recurx.backends.calls import lower
 from recurx.nets import ATTENTION, TOKEN_MLP, Net
 from tests.factories import make_inputs, make_net, rope
 
 SHAPE = dict(tokens=5, hidden=32)
 SCHEDULE = Schedule.trm(1, 1)
 HOISTED = Schedule.trm(1, 2)  # z_H + x is formed once, for two calls
-ONE_SAMPLE_EACH = small_l2(1)
 
 
 def net_of(kind=ATTENTION, seed=0):
@@ -48,7 +46,7 @@ def test_replays_have_the_bits_of_plain_launches(kind):
     with triton_on_cpu("tiled"):
         want = run(net, x, carry, HOISTED)
     graphs = FakeGraphs()
-    with triton_on_cpu("tiled", device=ONE_SAMPLE_EACH, capture=graphs) as backend:
+    with triton_on_cpu("tiled", slice=1, capture=graphs) as backend:
         assert same(run(net, x, carry, HOISTED), want)
         assert (graphs.captures, graphs.replays) == (1, 2)
         assert same(run(net, x, carry, HOISTED), want)
@@ -61,11 +59,7 @@ def test_a_short_last_slice():
     net, (x, carry) = net_of(TOKEN_MLP), inputs(3)
     with triton_on_cpu("tiled"):
         want = run(net, x, carry)
-    table = lower(SCHEDULE, 0, 2)
-    sample = (table.slots * 5 * 32 + 32 * 16) * 2
-    weights = 2 * sum(w.numel() for w in net.weights)
-    two = small_l2(int((2.5 * sample + weights) / 0.7))
-    with triton_on_cpu("tiled", device=two, capture=FakeGraphs()) as backend:
+    with triton_on_cpu("tiled", slice=2, capture=FakeGraphs()) as backend:
         assert same(run(net, x, carry), want)
         (recording,) = backend.recordings._entries.values()
         assert recording.buffers._arena.shape[1] == 2, "the batch was meant to be sliced"
@@ -76,7 +70,7 @@ def test_replays_follow_the_inputs_and_the_rotary_tables():
     """Nothing of the call that was captured may stick: x, states, cos and sin."""
     net, graphs = net_of(), FakeGraphs()
     turned = recurx.rope_tables(5, 32, base=100.0)
-    with triton_on_cpu("tiled", device=ONE_SAMPLE_EACH, capture=graphs):
+    with triton_on_cpu("tiled", slice=1, capture=graphs):
         run(net, *inputs(2))
         other = run(net, *inputs(2, seed=5), cos_sin=turned)
     assert graphs.captures == 1
@@ -88,7 +82,7 @@ def test_replays_follow_the_inputs_and_the_rotary_tables():
 def test_a_replay_sees_new_weights():
     """An optimiser step changes the masters; their rounded copies keep their addresses."""
     net, (x, carry), graphs = net_of(TOKEN_MLP), inputs(2), FakeGraphs()
-    with triton_on_cpu("tiled", device=ONE_SAMPLE_EACH, capture=graphs) as backend:
+    with triton_on_cpu("tiled", slice=1, capture=graphs) as backend:
         before = run(net, x, carry)
         with torch.no_grad():
             for weight in net.weights:
@@ -122,7 +116,7 @@ def test_weights_are_rounded_once(monkeypatch):
 def test_an_outer_capture_is_not_captured_again(monkeypatch):
     """Inside somebody's own graph: plain launches, and the rounding of weights is part of it."""
     net, (x, carry), graphs = net_of(TOKEN_MLP), inputs(2), FakeGraphs()
-    with triton_on_cpu("tiled", device=ONE_SAMPLE_EACH, capture=graphs) as backend:
+    with triton_on_cpu("tiled", slice=1, capture=graphs) as backend:
         want = run(net, x, carry)
         captured = graphs.captures, graphs.replays
         monkeypatch.setattr(backend_module, "_captured_outside", lambda device: True)
@@ -154,7 +148,7 @@ def test_recordings_are_bounded():
 def test_other_shapes_and_ranges_are_other_recordings():
     net, graphs = net_of(TOKEN_MLP), FakeGraphs()
     x, carry = inputs(2)
-    with triton_on_cpu("tiled", device=ONE_SAMPLE_EACH, capture=graphs) as backend:
+    with triton_on_cpu("tiled", slice=1, capture=graphs) as backend:
         run(net, x, carry)
         run(net, x, carry, stop_after=1)
         run(net, x.float(), {name: state.float() for name, state in carry.items()})
