@@ -288,6 +288,30 @@ def test_weights_are_packed_again_when_they_change(checked: EmulatedCuda) -> Non
     assert not torch.equal(checked(ONE_CALL, nets, x, carry, rope())["z_L"], first["z_L"])
 
 
+def test_a_capture_packs_for_itself_and_leaves_nothing(
+    checked: EmulatedCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nets = {"L": make_net()}
+    x, carry = make_inputs(ONE_CALL, batch=1, dtype=BF16)
+    launched: list[str] = []
+    call = cuda_abi.Library.call
+    monkeypatch.setattr(
+        cuda_abi.Library,
+        "call",
+        lambda self, name, *a: launched.append(name) or call(self, name, *a),
+    )
+    first = checked(ONE_CALL, nets, x, carry, rope())["z_L"]  # packs, and keeps the tape
+    kept = len(checked.tapes)
+    launched.clear()
+    monkeypatch.setattr(backend, "_captured_outside", lambda device: True)
+    assert torch.equal(checked(ONE_CALL, nets, x, carry, rope())["z_L"], first)
+    # A replay must find the weights of its time, so packing is one of the captured launches.
+    assert launched == ["rx_pack_owner_sm80", "rx_recursion_owner_sm80"]
+    other = {"L": make_net(seed=1)}
+    checked(ONE_CALL, other, x, carry, rope())
+    assert len(checked.tapes) == kept  # what a capture made is empty until its first replay
+
+
 def test_states_that_are_not_as_said_never_reach_the_kernel(checked: EmulatedCuda) -> None:
     net = make_net()
     x, carry = make_inputs(ONE_CALL, batch=1, dtype=BF16)

@@ -217,16 +217,15 @@ class Cuda(Backend):
         stream: ctypes.c_void_p | None,
         fp8: bool,
     ) -> Tensor:
-        """The packed weights of a net for a kind of kernel."""
-        if kind == "grid":
-            packed: Tensor = self.tapes.get(
-                (kind, fp8, net.spec),
-                net.weights,
-                lambda _: cuda_grid.pack_net(net.spec, net.weights, fp8),
-            )
-            return packed
+        """The packed weights of a net for a kind of kernel.
+
+        Inside somebody's CUDA graph packing becomes part of it: a kept tape would hold the weights
+        of the capture in every replay, and its memory may go when they change.
+        """
 
         def make(_: Any) -> Tensor:
+            if kind == "grid":
+                return cuda_grid.pack_net(net.spec, net.weights, fp8)
             rounded = [w.detach().to(torch.bfloat16).contiguous() for w in net.weights]
             blocks = net.spec.blocks
             p = cuda_abi.Pack(net.spec.hidden, tokens, len(blocks))
@@ -239,8 +238,11 @@ class Cuda(Backend):
             library.call(f"rx_pack_{family}", p, stream)
             return tape
 
+        if _captured_outside(device):
+            return make(None)
         # The token MLP's tape depends on T, which its spec holds; attention's does not.
-        tape: Tensor = self.tapes.get((kind, net.spec), net.weights, make)
+        key = (kind, fp8, net.spec) if kind == "grid" else (kind, net.spec)
+        tape: Tensor = self.tapes.get(key, net.weights, make)
         return tape
 
     # ---- the in-kernel timeline ------------------------------------------------------------
@@ -365,6 +367,11 @@ def _launch(
         return entry, cuda_abi.ClusterPlan(plan["cluster"]), 0
     owner = cuda_abi.OwnerPlan(*(plan[name] for name in ("owners", "samples", "tiles")))
     return entry, owner, library.bytes_of(scratch_bytes, p, owner)
+
+
+def _captured_outside(device: torch.device) -> bool:
+    """Whether somebody is capturing a CUDA graph of which this call becomes a part."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _aligned(tensor: Tensor) -> Tensor:
