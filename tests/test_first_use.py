@@ -13,6 +13,10 @@ from recurx.problem import Problem
 from recurx.schedule import Schedule
 
 
+class OutOfResources(Exception):
+    """As Triton's own: no RuntimeError."""
+
+
 class Double(Backend):
     """The reference, with a fault to plant, and a count of its runs."""
 
@@ -30,6 +34,8 @@ class Double(Backend):
 
     def run(self, problem, x, states, weights, cos, sin, start, stop):
         self.runs += 1
+        if self.fault == "compile":
+            raise OutOfResources("out of resource: shared memory")
         if self.fault == "raise":
             raise RuntimeError("recurx._C: launch failed (cudaErrorInvalidValue)")
         carry = dict(zip(problem.schedule.states, states, strict=True))
@@ -75,7 +81,7 @@ def test_a_right_backend_is_compared_once_and_then_used(monkeypatch, inputs):
     assert verdicts.choose(*inputs) is double and double.runs == 2
 
 
-@pytest.mark.parametrize("fault", ["rope", "nan", "raise", "swap"])
+@pytest.mark.parametrize("fault", ["rope", "nan", "raise", "compile", "swap"])
 def test_a_wrong_backend_is_left_with_a_warning(monkeypatch, inputs, fault):
     double = Double(fault)
     verdicts = use(monkeypatch, double)

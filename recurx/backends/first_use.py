@@ -117,7 +117,7 @@ def _right(
         if ours <= ALLOWED * theirs + SLACK.get(problem.dtype, 0.0):  # False for NaN
             return True
         error = f"error {ours:.3g} against {theirs:.3g} of plain PyTorch"
-    except RuntimeError as failure:  # a launch that failed: torch's and our own errors are these
+    except Exception as failure:  # a launch (RuntimeError), or Triton's compiler, which has its own
         error = f"{type(failure).__name__}: {failure}"
     warnings.warn(
         f"recurx: backend {backend.name!r} gave no right answer for one call of {problem} on "
