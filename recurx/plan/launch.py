@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from recurx.errors import BackendUnavailable
 from recurx.plan.device import Device
@@ -42,18 +42,6 @@ class Work:
     efficiency: float = 1.0
     overlap: bool = True
     from_python: bool = False
-
-    def scaled(self, factor: float) -> Work:
-        """The work of `factor` times as many equal pieces, one after the other."""
-        return replace(
-            self,
-            flops=self.flops * factor,
-            padded_flops=self.padded_flops * factor,
-            dram_bytes=self.dram_bytes * factor,
-            l2_bytes=self.l2_bytes * factor,
-            launches=self.launches * factor,
-            barriers=self.barriers * factor,
-        )
 
     def parts(self, device: Device) -> dict[str, float]:
         """Seconds of each limit on `device`: products, dram, l2, launches, barriers."""
