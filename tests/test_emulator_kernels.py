@@ -2,6 +2,8 @@
 
 import ctypes
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,6 +58,19 @@ def test_threads_may_be_switched_at_every_access(libraries):
         libraries[kernel].configure(yield_chance=0.5)
         check(libraries[kernel], kernel, shape, [1, 2])
         libraries[kernel].configure(yield_chance=0)
+
+
+def test_a_library_keeps_few_mappings(tmp_path):
+    # A process that loads hundreds of libraries otherwise runs out of them (vm.max_map_count), and
+    # then nothing maps any more: no library, no thread, no page.
+    mine = shutil.copy(load_kernels(gemm.FILES["sm90a"], checked=False).library._name, tmp_path)
+    library, before = Emulated(Path(mine), checked=False), mappings()
+    check(library, "sm90a", (200, 128, 832, 2), [1])
+    assert mappings() - before < 2 * 64 + 50, "two a stack, of at most 64 stacks, and other memory"
+
+
+def mappings() -> int:
+    return len(Path("/proc/self/maps").read_text().splitlines())
 
 
 def test_output_may_be_the_residual(libraries):

@@ -23,12 +23,14 @@ static size_t stack_color(unsigned thread) { return thread * 13 % 512 * 64; }
 // Kept between launches: mapping, guarding and touching pages costs more than a small kernel.
 class Arena {
  public:
-  ~Arena() {
+  ~Arena() { release(); }
+  void release() {
     if (base_) munmap(base_, bytes_);
+    base_ = nullptr, bytes_ = 0;
   }
   uint8_t* at_least(size_t bytes, size_t guard_every = 0) {
     if (bytes <= bytes_) return base_;
-    if (base_) munmap(base_, bytes_);
+    release();
     const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
     void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
     if (p == MAP_FAILED) throw Error("the emulator cannot map " + std::to_string(bytes) + " bytes");
@@ -38,6 +40,7 @@ class Arena {
       mprotect(base_ + i, 4096, PROT_NONE);
     return base_;
   }
+  size_t bytes() const { return bytes_; }
 
  private:
   uint8_t* base_ = nullptr;
@@ -47,6 +50,10 @@ class Arena {
 struct Memory {
   Arena stacks, windows;
 };
+
+// A guard page splits a mapping in two, and a process has 65,530 mappings (vm.max_map_count) for
+// hundreds of libraries with a pool each: only the stacks of a small gang are kept.
+static constexpr size_t kKeptStacks = 64;
 static std::mutex memory_lock;
 static std::vector<std::unique_ptr<Memory>> unused_memory;
 
@@ -58,6 +65,7 @@ static std::unique_ptr<Memory> take_memory() {
   return m;
 }
 static void give_back_memory(std::unique_ptr<Memory> m) {
+  if (m->stacks.bytes() > kKeptStacks * kStack) m->stacks.release();
   std::lock_guard<std::mutex> hold(memory_lock);
   unused_memory.push_back(std::move(m));
 }
