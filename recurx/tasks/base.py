@@ -16,23 +16,38 @@ PAD = 0
 
 @dataclass(frozen=True)
 class Examples:
-    """N questions and their answers, both [N, T] int64 token ids."""
+    """N questions and their answers, both [N, T] int64 token ids.
+
+    Padding in an answer marks tokens that nobody asks for: the loss skips them. `puzzles` [N] are
+    the rows of the puzzle embedding, of tasks that have more than the one blank row 0.
+    """
 
     inputs: Tokens
     answers: Tokens
+    puzzles: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.inputs)
 
+    @property
+    def identifiers(self) -> NDArray[np.int32]:
+        """[N] puzzle identifiers for a model; 0, the blank one, in tasks without."""
+        if self.puzzles is None:
+            return np.zeros(len(self), dtype=np.int32)
+        return self.puzzles.astype(np.int32)
+
     def take(self, rows: NDArray[np.int64] | Flags) -> Examples:
         """The rows that an index array or a mask selects."""
-        return Examples(self.inputs[rows], self.answers[rows])
+        puzzles = None if self.puzzles is None else self.puzzles[rows]
+        return Examples(self.inputs[rows], self.answers[rows], puzzles)
 
     @staticmethod
     def join(parts: list[Examples]) -> Examples:
+        puzzles = [part.puzzles for part in parts if part.puzzles is not None]
         return Examples(
             np.concatenate([part.inputs for part in parts]),
             np.concatenate([part.answers for part in parts]),
+            np.concatenate(puzzles) if puzzles else None,
         )
 
 
@@ -48,6 +63,11 @@ class Task(ABC):
     """
 
     name: str
+
+    @property
+    def num_puzzle_identifiers(self) -> int:
+        """Rows of the puzzle embedding; 1 where all puzzles follow the same rules."""
+        return 1
 
     @property
     @abstractmethod
@@ -69,6 +89,11 @@ class Task(ABC):
     def generate(self, rng: np.random.Generator, count: int) -> Examples:
         """`count` fresh examples."""
 
+    def candidates(self, rng: np.random.Generator, count: int, split: str) -> Examples:
+        """Fresh examples from which a sampler keeps those of `split`; a task whose two sides come
+        from two places draws from the right one."""
+        return self.generate(rng, count)
+
     @abstractmethod
     def augment(self, rng: np.random.Generator, examples: Examples) -> Examples:
         """Each example under a random symmetry of the task; the answer stays right."""
@@ -81,6 +106,11 @@ class Task(ABC):
     @abstractmethod
     def check(self, inputs: Tokens, answers: Tokens) -> Flags:
         """Whether each answer is right by the rules and the givens; needs no solution."""
+
+    def right(self, examples: Examples, answers: Tokens) -> Flags:
+        """Whether each answer to `examples` is right: by `check`, and by `examples.answers` only
+        in tasks whose rules nobody knows."""
+        return self.check(examples.inputs, answers)
 
     @abstractmethod
     def text(self, tokens: NDArray[np.int64]) -> str:

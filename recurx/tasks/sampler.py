@@ -55,7 +55,7 @@ class Sampler:
 
     def _candidates(self, count: int) -> Examples:
         if self._pool is None:
-            return self.task.generate(self._rng, count)
+            return self.task.candidates(self._rng, count, self.split)
         picked = self._pool.take(self._rng.integers(len(self._pool), size=count))
         return self.task.augment(self._rng, picked)
 

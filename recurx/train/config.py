@@ -46,8 +46,8 @@ class TrainConfig:
 
     Args:
         task: name of the task, options included (`recurx.tasks.get`).
-        model: fields of TRMConfig or HRMConfig (`variant` "hrm"); vocab_size, seq_len and
-            batch_size follow from the task and from here.
+        model: fields of TRMConfig or HRMConfig (`variant` "hrm"); vocab_size, seq_len,
+            num_puzzle_identifiers and batch_size follow from the task and from here.
         seed: of weights, data, and exploration.
         batch_size: slots B.
         lr, weight_decay, beta1, beta2, warmup: of the optimiser; warmup is linear, in steps.
@@ -90,6 +90,7 @@ class TrainConfig:
             "vocab_size": task.vocab_size,
             "seq_len": task.seq_len,
             "batch_size": self.batch_size,
+            "num_puzzle_identifiers": task.num_puzzle_identifiers,
         }
         config_class = HRMConfig if self.model.get("variant") == "hrm" else TRMConfig
         return config_class.from_dict({**sizes, **self.model})

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from recurx.solve import Answers, solve
-from recurx.tasks.base import Examples, Task
+from recurx.tasks.base import PAD, Examples, Task
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,19 @@ def evaluate(
     parts: list[Answers] = []
     start = time.perf_counter()
     for first in range(0, len(examples), batch_size):
-        inputs = torch.from_numpy(examples.inputs[first : first + batch_size]).to(device)
-        parts.append(solve(model, {"inputs": inputs}, trace=True, **solve_arguments))
+        part = examples.take(np.arange(first, min(first + batch_size, len(examples))))
+        batch = {
+            "inputs": torch.from_numpy(part.inputs).to(device),
+            "puzzle_identifiers": torch.from_numpy(part.identifiers).to(device),
+        }
+        parts.append(solve(model, batch, trace=True, **solve_arguments))
     seconds = time.perf_counter() - start
     answers = np.concatenate([part.predictions.cpu().numpy() for part in parts])
     known = np.ones(len(examples), dtype=bool) if known is None else known
-    cells = (answers == examples.answers)[known]
+    cells = (answers == examples.answers)[known[:, None] & (examples.answers != PAD)]
     return Report(
         count=len(examples),
-        exact=float(task.check(examples.inputs, answers).mean()),
+        exact=float(task.right(examples, answers).mean()),
         cells=float(cells.mean()) if cells.size else None,
         steps_mean=float(sum(int(p.rollout_steps.sum()) for p in parts) / len(examples)),
         seconds=seconds,
@@ -83,11 +87,7 @@ def _curve(task: Task, examples: Examples, parts: list[Answers]) -> tuple[float,
     traces = [part.trace.cpu().numpy() for part in parts if part.trace is not None]
     longest = max(map(len, traces))
     return tuple(
-        float(
-            task.check(
-                examples.inputs, np.concatenate([t[min(i, len(t) - 1)] for t in traces])
-            ).mean()
-        )
+        float(task.right(examples, np.concatenate([t[min(i, len(t) - 1)] for t in traces])).mean())
         for i in range(longest)
     )
 

@@ -26,7 +26,8 @@ from recurx import tasks
 from recurx.checkpoint import save_checkpoint
 from recurx.errors import CheckpointError, InvalidArgument
 from recurx.models import HRM, TRM, ACTLossHead, Carry, Exploration, RecursiveModel
-from recurx.tasks.base import Examples
+from recurx.models.stablemax import IGNORE
+from recurx.tasks.base import PAD, Examples
 from recurx.train import state as state_file
 from recurx.train.captured import CapturedStep, tensors_of
 from recurx.train.config import TrainConfig
@@ -151,10 +152,11 @@ class Trainer:
         return self._tensors(self.sampler.draw(count))
 
     def _tensors(self, examples: Examples) -> dict[str, Tensor]:
+        labels = torch.from_numpy(examples.answers)
         return {
             "inputs": torch.from_numpy(examples.inputs),
-            "labels": torch.from_numpy(examples.answers),
-            "puzzle_identifiers": torch.zeros(len(examples), dtype=torch.int32),
+            "labels": labels.masked_fill(labels == PAD, IGNORE),
+            "puzzle_identifiers": torch.from_numpy(examples.identifiers),
         }
 
     # ---- the run -------------------------------------------------------------------------------
