@@ -15,6 +15,12 @@ from torch import Tensor
 _LOW = 0xFFFFFFFF  # words are kept in int64: products of two may wrap, their 64 bits are right
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
+_STEPS, _STARTS = 0, 1  # last word of the counter: what the numbers are for
+
+# A normal cut at two of its own deviations, scaled to deviation 1: how H_init and L_init are drawn.
+_CUT = 2.0
+_MASS = math.erf(_CUT / math.sqrt(2))
+_SIGMA = 1 / math.sqrt(1 - 2 * _CUT * math.exp(-(_CUT**2) / 2) / math.sqrt(2 * math.pi) / _MASS)
 
 
 def philox(counter: list[Tensor], seed: int) -> list[Tensor]:
@@ -49,10 +55,38 @@ def normals(entries: Tensor, step: int, shape: tuple[int, ...], seed: int) -> Te
         shape: of one entry's noise.
         seed: below 2^64.
     """
-    count = math.prod(shape)
-    quads = torch.arange(-(-count // 4), device=entries.device)
-    entry = entries.long()[:, None].expand(-1, len(quads))
-    counter = [quads.expand_as(entry), entry, torch.full_like(entry, step), entry * 0]
-    a, b, c, d = philox(counter, seed)
+    a, b, c, d = _words(entries, step, _STEPS, shape, seed)
     found = torch.stack((*_box_muller(a, b), *_box_muller(c, d)), dim=-1)
-    return found.flatten(1)[:, :count].reshape(len(entries), *shape)
+    return _shaped(found, entries, shape)
+
+
+def truncated_normals(entries: Tensor, state: int, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Random start states [N, *shape] in fp32: mean 0, deviation 1, none beyond 2.27.
+
+    The distribution that the learned start was drawn from (a normal cut at two deviations), for
+    every token and channel of its own; the numbers are never those of `normals`.
+
+    Args:
+        entries: as in `normals`.
+        state: number of the state, which has a stream of its own; below 2^32.
+        shape, seed: as in `normals`.
+    """
+    words = torch.stack(_words(entries, state, _STARTS, shape, seed), dim=-1)
+    u = ((words >> 8).float() + 0.5) * 2.0**-24
+    found = torch.erfinv((2 * u - 1) * _MASS) * (math.sqrt(2) * _SIGMA)
+    return _shaped(found.clamp(-_CUT * _SIGMA, _CUT * _SIGMA), entries, shape)
+
+
+def _words(
+    entries: Tensor, third: int, use: int, shape: tuple[int, ...], seed: int
+) -> list[Tensor]:
+    """Four random words [N, quads] for every four elements of `shape`."""
+    quads = torch.arange(-(-math.prod(shape) // 4), device=entries.device)
+    entry = entries.long()[:, None].expand(-1, len(quads))
+    last = torch.full_like(entry, use)
+    return philox([quads.expand_as(entry), entry, torch.full_like(entry, third), last], seed)
+
+
+def _shaped(found: Tensor, entries: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """[N, quads, 4] without the elements beyond `shape`."""
+    return found.flatten(1)[:, : math.prod(shape)].reshape(len(entries), *shape)

@@ -9,51 +9,18 @@ kernels may round differently at another batch size; low bits can differ, as bet
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from recurx import noise
 from recurx.errors import BackendUnavailable, bad_argument
+from recurx.refine import HALTS, INITS, Answers, Rules, fresh_carry, refine
 
-HALTS = ("q", None)
+__all__ = ["Answers", "solve"]
+
 SELECTIONS = ("q", "vote")
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What `solve` found for B samples of T tokens, with R rollouts each.
-
-    Args:
-        predictions: [B, T] int64 token ids.
-        steps: [B] int64 supervision steps of the selected rollout.
-        q: [B] fp32 q_halt logits of the selected rollout at its last step.
-        halted: [B] bool, whether it halted by itself; False where the budget ended it.
-        rollout_steps: [B, R] int64 steps of every rollout.
-        logits: [B, T, vocab] of the selected rollout, if asked for.
-        trace: [steps, B, T] its predictions after each step, if asked for; a row that halted keeps
-            its answer.
-    """
-
-    predictions: Tensor
-    steps: Tensor
-    q: Tensor
-    halted: Tensor
-    rollout_steps: Tensor
-    logits: Tensor | None = None
-    trace: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.predictions)
-
-    def histogram(self) -> dict[int, int]:
-        """{number of steps: how many rollouts took them}, in ascending order."""
-        steps, counts = self.rollout_steps.flatten().unique(return_counts=True)
-        return dict(zip(steps.tolist(), counts.tolist(), strict=True))
 
 
 @torch.no_grad()
@@ -68,7 +35,11 @@ def solve(
     *,
     backend: str | None = None,
     halt_above: float = 0.0,
+    patience: int = 2,
+    init: str = "learned",
+    init_scale: float = 1.0,
     seed: int = 0,
+    first_sample: int = 0,
     logits: bool = False,
     trace: bool = False,
 ) -> Answers:
@@ -80,41 +51,52 @@ def solve(
         batch: "inputs" [B, T] integers, and "puzzle_identifiers" [B] (zeros if absent).
         max_steps: budget a sample; it may exceed the steps the model was trained with.
         halt: "q" ends a row as training does (q_halt > 0, or q_halt > q_continue with Q-learning);
-            None runs every row to the budget.
+            "fixed-point" ends it when its predicted answer did not change for `patience` steps;
+            "any" at whichever of the two comes first; None runs every row to the budget.
         backend: what runs the recursion; None for what the model runs on. With "cuda" all steps of
             all rows are one launch: a row that halts makes room for the next inside the kernel, and
-            nothing waits for the host (recurx/backends/cuda_solve.py).
+            nothing waits for the host (recurx/backends/cuda_solve.py). It halts by q or budget,
+            from the learned start; all else is refused, and runs with backend None on a model
+            whose own backend is "cuda".
         halt_above: how far q_halt must exceed that limit. It is a logit of "this answer is right":
             0 halts at even odds, 3 at 20 to 1, for more steps and fewer wrong answers.
-        rollouts: noisy copies R of each sample (PTRM), from which `select` picks.
-        sigma: standard deviation of the noise that is added to the answer state before each step.
+        patience: steps without a change that a fixed point takes; 2 ends a row after three equal
+            answers.
+        rollouts: copies R of each sample, from which `select` picks. They differ by `sigma`, by
+            `init`, or not at all.
+        sigma: standard deviation of the noise that is added to the answer state before each step
+            (PTRM).
+        init: where rollouts start: "learned", all at the learned states; "random", every one but
+            the first at states of its own, drawn as initial states are, for every token and channel
+            (EqR, arXiv 2605.21488). A single rollout always has the learned start.
+        init_scale: standard deviation of random initial states.
         select: "q" picks the rollout with the highest q; "vote" the most frequent whole answer,
             the one with the highest q among equals.
         seed: of the noise, a counter-based stream of its own for every row and step
             (recurx/noise.py): the same seed gives the same noise on any device and backend.
+        first_sample: number of the batch's first sample in that stream, so that a sample's noise
+            does not depend on how a data set is cut into batches.
         logits, trace: also return them (see `Answers`).
 
     Raises:
         InvalidArgument: a bad argument, or a model without the ACT interface.
         BackendUnavailable: `backend` cannot run this model here; the message says why.
     """
-    _check(max_steps, halt, rollouts, sigma, select)
-    if not isinstance(halt_above, (int, float)) or halt_above != halt_above:
-        raise bad_argument("solve", "halt_above", "a number", repr(halt_above))
+    rules = Rules(
+        max_steps, halt, halt_above, patience, rollouts, sigma, init, init_scale, seed,
+        first_sample, logits, trace,
+    )  # fmt: skip
+    _check(rules, select)
     model = _act_model(model)
     data = _complete(batch)
     samples = len(data["inputs"])
     with _evaluating(model):
         if backend == "cuda" and samples:
-            found = _refine_in_kernel(
-                model, data, max_steps, halt, halt_above, rollouts, sigma, seed, logits, trace
-            )
+            found = _refine_in_kernel(model, data, rules)
         else:
             rows = {key: value.repeat_interleave(rollouts, dim=0) for key, value in data.items()}
             with _running_on(model, backend):
-                found = _refine(
-                    model, rows, max_steps, halt, halt_above, sigma, seed, logits, trace
-                )
+                found = refine(model, rows, rules)
     return _select(found, samples, rollouts, select)
 
 
@@ -143,35 +125,26 @@ def _running_on(model: Any, backend: str | None) -> Iterator[None]:
             yield
 
 
-def _refine_in_kernel(
-    model: Any,
-    data: dict[str, Tensor],
-    max_steps: int,
-    halt: str | None,
-    halt_above: float,
-    rollouts: int,
-    sigma: float,
-    seed: int,
-    keep_logits: bool,
-    keep_trace: bool,
-) -> Answers:
-    """What `_refine` does with every rollout of `data`, in one launch of the CUDA engine."""
+def _refine_in_kernel(model: Any, data: dict[str, Tensor], rules: Rules) -> Answers:
+    """What `refine` does with every rollout of `data`, in one launch of the CUDA engine."""
     from recurx import backends
     from recurx.backends import cuda_solve
 
     first = {key: value[:1] for key, value in data.items()}
-    carry = _fresh_carry(model, first).inner_carry
+    carry = fresh_carry(model, first).inner_carry
     fresh = carry if isinstance(carry, dict) else vars(carry)
-    who = cuda_solve.reasoner(model, {name: state[0] for name, state in fresh.items()})
+    who = _beyond_the_kernel(rules)
+    who = who or cuda_solve.reasoner(model, {name: state[0] for name, state in fresh.items()})
     if isinstance(who, str):
         raise BackendUnavailable(f"recurx.solve: backend 'cuda' {who}")
     found = cuda_solve.refine(
-        backends.get("cuda"), who, data, max_steps=max_steps, halt=halt, halt_above=halt_above,
-        rollouts=rollouts, sigma=sigma, seed=seed, keep_logits=keep_logits, keep_trace=keep_trace,
+        backends.get("cuda"), who, data, max_steps=rules.max_steps, halt=rules.halt,
+        halt_above=rules.halt_above, rollouts=rules.rollouts, sigma=rules.sigma, seed=rules.seed,
+        keep_logits=rules.logits, keep_trace=rules.trace,
     )  # fmt: skip
     trace, predictions = found.trace, found.predictions
     if trace is not None:  # an entry that halted keeps its answer
-        after = torch.arange(max_steps, device=trace.device)[:, None] >= found.steps
+        after = torch.arange(rules.max_steps, device=trace.device)[:, None] >= found.steps
         trace = torch.where(after[..., None], predictions, trace).long()
     steps = found.steps.long()
     return Answers(
@@ -179,54 +152,20 @@ def _refine_in_kernel(
     )
 
 
-def _refine(
-    model: Any,
-    data: dict[str, Tensor],
-    max_steps: int,
-    halt: str | None,
-    halt_above: float,
-    sigma: float,
-    seed: int,
-    keep_logits: bool,
-    keep_trace: bool,
-) -> Answers:
-    """Run all rows of `data`; rollouts are rows like any other here."""
-    inputs = data["inputs"]
-    rows, device = torch.arange(len(inputs), device=inputs.device), inputs.device
-    steps = torch.zeros(len(rows), dtype=torch.int64, device=device)
-    q = torch.zeros(len(rows), device=device)
-    halted = torch.zeros(len(rows), dtype=torch.bool, device=device)
-    predictions = torch.zeros_like(inputs, dtype=torch.int64)
-    all_logits: Tensor | None = None
-    trace: list[Tensor] = []
-    carry = _fresh_carry(model, data)
-
-    for step in range(max_steps):
-        if len(rows) == 0:
-            break
-        if sigma:
-            _add_noise(carry.inner_carry, sigma, rows, step, seed)
-        carry, outputs = model(carry=carry, batch=carry.current_data)
-        # The wrapper flags rows at its own budget, and would restart them; here `max_steps` rules.
-        carry.halted = torch.zeros_like(carry.halted)
-        step_logits, q_halt = outputs["logits"], outputs["q_halt_logits"].float()
-        steps[rows] += 1
-        q[rows] = q_halt
-        predictions[rows] = step_logits.argmax(-1)
-        if keep_logits:
-            if all_logits is None:
-                all_logits = step_logits.new_zeros(len(inputs), *step_logits.shape[1:])
-            all_logits[rows] = step_logits
-        if keep_trace:
-            trace.append(predictions.clone())
-        if halt == "q":
-            done = q_halt > _threshold(model, outputs) + halt_above
-            halted[rows] = done
-            if done.any():
-                rows, carry = rows[~done], _rows_of(carry, ~done)
-
-    stacked = torch.stack(trace) if trace else None
-    return Answers(predictions, steps, q, halted, steps[:, None], all_logits, stacked)
+def _beyond_the_kernel(rules: Rules) -> str:
+    """What the kernel lacks that `rules` ask for ("" if nothing), and what to do."""
+    asked = {
+        f"halt={rules.halt!r}": rules.halt not in ("q", None),
+        f"init={rules.init!r}": rules.init != "learned",
+        f"first_sample={rules.first_sample}": bool(rules.first_sample and rules.sigma),
+    }
+    lacks = [name for name, beyond in asked.items() if beyond]
+    if not lacks:
+        return ""
+    return (
+        f"solves in its kernel without {' and '.join(lacks)}: leave `backend` out and set "
+        "model.backend = 'cuda' (the loop on the host over the same kernels)."
+    )
 
 
 def _select(found: Answers, samples: int, rollouts: int, select: str) -> Answers:
@@ -277,46 +216,6 @@ def _complete(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**batch, "puzzle_identifiers": identifiers}
 
 
-def _fresh_carry(model: Any, data: dict[str, Tensor]) -> Any:
-    """The carry in which every row holds its sample and the initial states, as the wrapper's first
-    step makes it; made here so that noise can reach the first step too."""
-    with data["inputs"].device:  # official code creates its carry on the default device
-        carry = model.initial_carry(data)
-    carry.inner_carry = model.inner.reset_carry(carry.halted, carry.inner_carry)
-    carry.halted = torch.zeros_like(carry.halted)
-    carry.current_data = dict(data)
-    return carry
-
-
-def _threshold(model: Any, outputs: Mapping[str, Tensor]) -> Tensor | float:
-    """What q_halt must exceed: 0, or q_continue in models trained with Q-learning (HRM)."""
-    if getattr(model.config, "no_ACT_continue", False):
-        return 0.0
-    return outputs["q_continue_logits"].float()
-
-
-def _rows_of(value: Any, keep: Tensor) -> Any:
-    """The kept rows of every tensor in a carry of dicts and dataclasses (ours and official)."""
-    if isinstance(value, Tensor):
-        return value[keep]
-    if isinstance(value, Mapping):
-        return {key: _rows_of(item, keep) for key, item in value.items()}
-    fields = {f.name: _rows_of(getattr(value, f.name), keep) for f in dataclasses.fields(value)}
-    return type(value)(**fields)
-
-
-def _add_noise(states: Any, sigma: float, rows: Tensor, step: int, seed: int) -> None:
-    """Add sigma * N(0, 1) to the state that the heads read: z_H, or the only one.
-
-    The noise follows from (seed, row, step) alone, so it does not depend on a row's neighbours.
-    """
-    values = states if isinstance(states, dict) else vars(states)
-    name = "z_H" if "z_H" in values else next(iter(values))
-    state = values[name]
-    drawn = noise.normals(rows, step, tuple(state.shape[1:]), seed)
-    values[name] = state + (sigma * drawn).to(state.dtype)
-
-
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, with the mode of every submodule restored afterwards."""
@@ -329,13 +228,20 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _check(max_steps: int, halt: str | None, rollouts: int, sigma: float, select: str) -> None:
-    for arg, value in (("max_steps", max_steps), ("rollouts", rollouts)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise bad_argument("solve", arg, "an int >= 1", repr(value))
-    if halt not in HALTS:
-        raise bad_argument("solve", "halt", f"one of {HALTS}", repr(halt))
-    if not 0 <= sigma < float("inf"):
-        raise bad_argument("solve", "sigma", "a finite number >= 0", repr(sigma))
+def _check(rules: Rules, select: str) -> None:
+    counts = {"max_steps": 1, "rollouts": 1, "patience": 1, "first_sample": 0}
+    for arg, least in counts.items():
+        value = getattr(rules, arg)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise bad_argument("solve", arg, f"an int >= {least}", repr(value))
+    for arg, known in (("halt", HALTS), ("init", INITS)):
+        if getattr(rules, arg) not in known:
+            raise bad_argument("solve", arg, f"one of {known}", repr(getattr(rules, arg)))
+    for arg in ("sigma", "init_scale"):
+        if not 0 <= getattr(rules, arg) < float("inf"):
+            raise bad_argument("solve", arg, "a finite number >= 0", repr(getattr(rules, arg)))
+    above = rules.halt_above
+    if not isinstance(above, (int, float)) or above != above:
+        raise bad_argument("solve", "halt_above", "a number", repr(above))
     if select not in SELECTIONS:
         raise bad_argument("solve", "select", f"one of {SELECTIONS}", repr(select))

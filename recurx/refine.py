@@ -1,0 +1,190 @@
+"""The loop behind `recurx.solve`: supervision steps, halting rules, start states and noise.
+
+Rows that end leave the batch, so no row is computed after it halts. Everything that decides about a
+row stays on the device; a step waits for it once, to know whether rows left.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recurx import noise
+
+HALTS = ("q", "fixed-point", "any", None)
+INITS = ("learned", "random")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How rows are refined; each field is the argument of `recurx.solve` of that name."""
+
+    max_steps: int = 16
+    halt: str | None = "q"
+    halt_above: float = 0.0
+    patience: int = 2
+    rollouts: int = 1
+    sigma: float = 0.0
+    init: str = "learned"
+    init_scale: float = 1.0
+    seed: int = 0
+    first_sample: int = 0
+    logits: bool = False
+    trace: bool = False
+
+    def ends(self, wants: Tensor, unchanged: Tensor) -> Tensor:
+        """Which rows end now.
+
+        Args:
+            wants: [N] bool, whether q asks to halt.
+            unchanged: [N] int, for how many steps in a row the predicted answer stayed the same.
+        """
+        if self.halt == "q":
+            return wants
+        settled = unchanged >= self.patience
+        return settled if self.halt == "fixed-point" else settled | wants
+
+    def entries(self, rows: Tensor) -> Tensor:
+        """The numbers of `rows` in the noise stream; a row is sample * rollouts + rollout."""
+        return rows + self.first_sample * self.rollouts
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What `solve` found for B samples of T tokens, with R rollouts each.
+
+    Args:
+        predictions: [B, T] int64 token ids.
+        steps: [B] int64 supervision steps of the selected rollout.
+        q: [B] fp32 q_halt logits of the selected rollout at its last step.
+        halted: [B] bool, whether it halted by itself; False where the budget ended it.
+        rollout_steps: [B, R] int64 steps of every rollout.
+        logits: [B, T, vocab] of the selected rollout, if asked for.
+        trace: [steps, B, T] its predictions after each step, if asked for; a row that halted keeps
+            its answer.
+    """
+
+    predictions: Tensor
+    steps: Tensor
+    q: Tensor
+    halted: Tensor
+    rollout_steps: Tensor
+    logits: Tensor | None = None
+    trace: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.predictions)
+
+    def histogram(self) -> dict[int, int]:
+        """{number of steps: how many rollouts took them}, in ascending order."""
+        steps, counts = self.rollout_steps.flatten().unique(return_counts=True)
+        return dict(zip(steps.tolist(), counts.tolist(), strict=True))
+
+
+def refine(model: Any, data: dict[str, Tensor], rules: Rules) -> Answers:
+    """Run all rows of `data`; rollouts are rows like any other here."""
+    inputs = data["inputs"]
+    rows, device = torch.arange(len(inputs), device=inputs.device), inputs.device
+    steps = torch.zeros(len(rows), dtype=torch.int64, device=device)
+    unchanged = torch.zeros_like(steps)
+    q = torch.zeros(len(rows), device=device)
+    halted = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    predictions = torch.zeros_like(inputs, dtype=torch.int64)
+    all_logits: Tensor | None = None
+    trace: list[Tensor] = []
+    carry = fresh_carry(model, data)
+    if rules.init == "random" and rules.rollouts > 1:
+        _randomise(carry.inner_carry, rows, rules)
+
+    for step in range(rules.max_steps):
+        if len(rows) == 0:
+            break
+        if rules.sigma:
+            _add_noise(carry.inner_carry, rows, step, rules)
+        carry, outputs = model(carry=carry, batch=carry.current_data)
+        # The wrapper flags rows at its own budget, and would restart them; here `max_steps` rules.
+        carry.halted = torch.zeros_like(carry.halted)
+        step_logits, q_halt = outputs["logits"], outputs["q_halt_logits"].float()
+        answers = step_logits.argmax(-1)
+        if step:  # the first answer has none before it
+            same = (answers == predictions[rows]).all(-1)
+            unchanged[rows] = torch.where(same, unchanged[rows] + 1, 0)
+        steps[rows] += 1
+        q[rows] = q_halt
+        predictions[rows] = answers
+        if rules.logits:
+            if all_logits is None:
+                all_logits = step_logits.new_zeros(len(inputs), *step_logits.shape[1:])
+            all_logits[rows] = step_logits
+        if rules.trace:
+            trace.append(predictions.clone())
+        if rules.halt is not None:
+            wants = q_halt > _threshold(model, outputs) + rules.halt_above
+            done = rules.ends(wants, unchanged[rows])
+            halted[rows] = done
+            if done.any():
+                rows, carry = rows[~done], _rows_of(carry, ~done)
+
+    stacked = torch.stack(trace) if trace else None
+    return Answers(predictions, steps, q, halted, steps[:, None], all_logits, stacked)
+
+
+def fresh_carry(model: Any, data: dict[str, Tensor]) -> Any:
+    """The carry in which every row holds its sample and the initial states, as the wrapper's first
+    step makes it; made here so that noise can reach the first step too."""
+    with data["inputs"].device:  # official code creates its carry on the default device
+        carry = model.initial_carry(data)
+    carry.inner_carry = model.inner.reset_carry(carry.halted, carry.inner_carry)
+    carry.halted = torch.zeros_like(carry.halted)
+    carry.current_data = dict(data)
+    return carry
+
+
+def _threshold(model: Any, outputs: Mapping[str, Tensor]) -> Tensor | float:
+    """What q_halt must exceed: 0, or q_continue in models trained with Q-learning (HRM)."""
+    if getattr(model.config, "no_ACT_continue", False):
+        return 0.0
+    return outputs["q_continue_logits"].float()
+
+
+def _rows_of(value: Any, keep: Tensor) -> Any:
+    """The kept rows of every tensor in a carry of dicts and dataclasses (ours and official)."""
+    if isinstance(value, Tensor):
+        return value[keep]
+    if isinstance(value, Mapping):
+        return {key: _rows_of(item, keep) for key, item in value.items()}
+    fields = {f.name: _rows_of(getattr(value, f.name), keep) for f in dataclasses.fields(value)}
+    return type(value)(**fields)
+
+
+def _named(states: Any) -> dict[str, Tensor]:
+    """The states of a carry by name: ours are a dict, official ones a dataclass."""
+    return states if isinstance(states, dict) else vars(states)
+
+
+def _add_noise(states: Any, rows: Tensor, step: int, rules: Rules) -> None:
+    """Add sigma * N(0, 1) to the state that the heads read: z_H, or the only one.
+
+    The noise follows from (seed, row, step) alone, so it does not depend on a row's neighbours.
+    """
+    values = _named(states)
+    name = "z_H" if "z_H" in values else next(iter(values))
+    state = values[name]
+    drawn = noise.normals(rules.entries(rows), step, tuple(state.shape[1:]), rules.seed)
+    values[name] = state + (rules.sigma * drawn).to(state.dtype)
+
+
+def _randomise(states: Any, rows: Tensor, rules: Rules) -> None:
+    """Give every rollout but the first of its sample a start of its own, in all states."""
+    keeps = (rows % rules.rollouts == 0).view(-1, 1, 1)
+    values = _named(states)
+    for number, name in enumerate(sorted(values)):
+        state = values[name]
+        shape = tuple(state.shape[1:])
+        drawn = noise.truncated_normals(rules.entries(rows), number, shape, rules.seed)
+        values[name] = torch.where(keeps, state, (rules.init_scale * drawn).to(state.dtype))
