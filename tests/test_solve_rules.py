@@ -99,7 +99,8 @@ def test_a_change_starts_the_count_again() -> None:
             carry.steps = at + 1
             said = self.says[batch["inputs"][:, 0].long(), at.long()]
             logits = torch.nn.functional.one_hot(said, 7)[:, None].float()
-            return carry, {"logits": logits.expand(-1, 9, -1), "q_halt_logits": -torch.ones(len(at))}
+            q = -torch.ones(len(at))
+            return carry, {"logits": logits.expand(-1, 9, -1), "q_halt_logits": q}
 
     rows = torch.arange(3)[:, None].expand(3, 9).clone()
     found = recurx.solve(Script(), {"inputs": rows}, 6, "fixed-point", patience=2, trace=True)
