@@ -18,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("task", nargs="?", help="default: the task that the checkpoint tells")
     parser.add_argument("--checkpoint", required=True, metavar="FILE")
     parser.add_argument("--puzzles", metavar="FILE", help="Sudokus: lines of digits (0 or . is a "
-                        "blank), or a CSV with the columns of Sudoku-Extreme")  # fmt: skip
+                        "blank), or a CSV with the columns of Sudoku-Extreme or Maze-Hard",
+                        )  # fmt: skip
     parser.add_argument("--count", type=options.positive, metavar="N", help="at most N puzzles "
                         "(default: 512 generated held-out ones, or the whole file)")  # fmt: skip
     parser.add_argument("--batch-size", type=options.positive, default=256)
@@ -78,19 +79,23 @@ def _examples(
 
 
 def read_puzzles(path: str, task: Task, limit: int | None) -> tuple[Examples, Any]:
-    """Sudokus from a file, with the answers of the file or those of the solver.
+    """Sudokus or mazes from a file, with the answers of the file or those of the solver, and which
+    of them are the only right ones (None: all).
 
     Raises:
-        InvalidArgument: the task is no Sudoku, or the file is bad.
+        InvalidArgument: the task is neither, or the file is bad.
     """
     from recurx.errors import InvalidArgument
-    from recurx.tasks import Examples, Sudoku
+    from recurx.tasks import Examples, Maze, Sudoku
+    from recurx.tasks.maze import files as maze_files
     from recurx.tasks.sudoku import files
     from recurx.tasks.sudoku.layout import to_tokens
     from recurx.tasks.sudoku.solver import solve
 
+    if isinstance(task, Maze):
+        return maze_files.read(path, task, limit)
     if not isinstance(task, Sudoku):
-        raise InvalidArgument(f"--puzzles: files hold Sudokus, the task is {task.name}.")
+        raise InvalidArgument(f"--puzzles: files hold Sudokus or mazes, the task is {task.name}.")
     read = files.read(path, task.layout, limit)
     if read.answers is not None:
         return Examples(to_tokens(read.puzzles), to_tokens(read.answers)), None

@@ -13,7 +13,10 @@ from collections.abc import Callable
 
 from recurx.errors import InvalidArgument
 from recurx.tasks.base import PAD, Examples, Task
-from recurx.tasks.maze import Maze
+from recurx.tasks.chain import Chain
+from recurx.tasks.compose import Compose
+from recurx.tasks.maze import Maze, MazeHard
+from recurx.tasks.reach import Reach
 from recurx.tasks.sampler import Sampler
 from recurx.tasks.sorting import Sorting
 from recurx.tasks.sudoku import Sudoku
@@ -24,10 +27,28 @@ _MAKERS: dict[str, Callable[..., Task]] = {
     "sudoku-4x4": functools.partial(Sudoku, size=4),
     "sort": Sorting,
     "maze": Maze,
+    "maze-hard": MazeHard,
+    "chain": Chain,
+    "compose": Compose,
+    "reach": Reach,
 }
 NAMES = tuple(_MAKERS)
 
-__all__ = ["NAMES", "PAD", "Examples", "Maze", "Sampler", "Sorting", "Sudoku", "Task", "get"]
+__all__ = [
+    "NAMES",
+    "PAD",
+    "Chain",
+    "Compose",
+    "Examples",
+    "Maze",
+    "MazeHard",
+    "Reach",
+    "Sampler",
+    "Sorting",
+    "Sudoku",
+    "Task",
+    "get",
+]
 
 
 def get(name: str) -> Task:

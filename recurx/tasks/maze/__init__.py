@@ -1,8 +1,8 @@
 """Mazes: find the shortest path from S to G.
 
 Tokens (the convention of the official Maze data): 0 padding, then `#` wall, space, S, G, and `o`
-for a cell of the path. The maze is a tree of corridors, so there is one path; the checker takes
-any shortest path, also in mazes from elsewhere that have several.
+for a cell of the path. `Maze` is a tree of corridors, so there is one path; `MazeHard` has walls
+in random places, and often several. The checker takes any shortest path.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recurx.errors import bad_argument
-from recurx.tasks.base import Examples, Flags, Task, Tokens, hashed_share
+from recurx.tasks.base import PAD, Examples, Flags, Task, Tokens, hashed_share
+from recurx.tasks.maze import hard, paths
 
 CHARACTERS = "?# SGo"  # by token id
 WALL, OPEN, START, GOAL, PATH = range(1, 6)
@@ -147,22 +148,63 @@ class Maze(Task):
         return hashed_share(canonical, HELD_OUT_SHARE)
 
     def check(self, inputs: Tokens, answers: Tokens) -> Flags:
-        return np.array(
-            [self._right(i, a) for i, a in zip(inputs, answers, strict=True)], dtype=bool
-        )
+        """Any shortest path is right: the maze is as given, and the marked cells, as many as the
+        shortest way needs, lead from S to G."""
+        grids, rows = (-1, self.size, self.size), np.arange(len(inputs))
+        path, starts, goals = answers == PATH, inputs == START, inputs == GOAL
+        unchanged = (np.where(path, OPEN, answers) == inputs).all(axis=1)
+        whole = (starts.sum(axis=1) == 1) & (goals.sum(axis=1) == 1) & (inputs != PAD).all(axis=1)
+        start, goal = starts.argmax(axis=1), goals.argmax(axis=1)
+        marked = path | starts | goals
+        steps = paths.distances((inputs != WALL).reshape(grids), start)[rows, goal]
+        along = paths.distances(marked.reshape(grids), start)[rows, goal]
+        return unchanged & whole & (along > 0) & (along == steps) & (path.sum(axis=1) + 1 == steps)
 
-    def _right(self, question: NDArray[np.int64], answer: NDArray[np.int64]) -> bool:
-        path = answer == PATH
-        if not (np.where(path, OPEN, answer) == question).all():
-            return False  # a wall, S or G was changed, or the path runs over one
-        start, goal = np.flatnonzero(question == START), np.flatnonzero(question == GOAL)
-        if len(start) != 1 or len(goal) != 1:
-            return False
-        steps = self._distances(question, int(start[0])).get(int(goal[0]))
-        only_path = np.where(path | (question == START) | (question == GOAL), OPEN, WALL)
-        along = self._distances(only_path, int(start[0])).get(int(goal[0]))
-        return along is not None and along == steps == path.sum() + 1
+    def solve(self, inputs: Tokens, rng: np.random.Generator | None = None) -> Tokens:
+        """Answers [N, T]: a random one of the shortest paths of each maze.
+
+        Raises:
+            InvalidArgument: a maze has not one S and one G, or no way between them (row named).
+        """
+        rng = np.random.default_rng(0) if rng is None else rng
+        starts, goals = inputs == START, inputs == GOAL
+        start, goal, rows = starts.argmax(axis=1), goals.argmax(axis=1), np.arange(len(inputs))
+        steps = paths.distances((inputs != WALL).reshape(-1, self.size, self.size), start)
+        whole = (starts.sum(axis=1) == 1) & (goals.sum(axis=1) == 1)
+        wrong = np.flatnonzero(~whole | (steps[rows, goal] < 1))
+        if len(wrong):
+            raise bad_argument(
+                "tasks.maze", "inputs", "one S, one G and a way between them in each maze",
+                f"maze {wrong[0] + 1} without ({len(wrong)} of {len(inputs)} are wrong)",
+            )  # fmt: skip
+        return np.where(paths.trace_back(steps, goal, rng) & (inputs == OPEN), PATH, inputs)
 
     def text(self, tokens: NDArray[np.int64]) -> str:
         rows = tokens.reshape(self.size, self.size)
         return "\n".join("".join(CHARACTERS[token] for token in row) for row in rows)
+
+
+@dataclass(frozen=True)
+class MazeHard(Maze):
+    """Walls in random places, and a shortest path of at least `shortest` steps: long for the size.
+
+    The published Maze-Hard has 30x30 cells and paths of more than 110 (arXiv 2506.21734). One maze
+    in a hundred is that hard, so most are thrown away.
+    """
+
+    size: int = 30
+    shortest: int = 110
+    name: str = "maze-hard"
+
+    def __post_init__(self) -> None:
+        if not 4 <= self.size <= hard.MOST_COLUMNS:
+            raise bad_argument("tasks.maze", "size", f"4..{hard.MOST_COLUMNS}", self.size)
+        if not 1 <= self.shortest <= self.seq_len // 2:
+            raise bad_argument("tasks.maze", "shortest", f"1..{self.seq_len // 2}", self.shortest)
+
+    def generate(self, rng: np.random.Generator, count: int) -> Examples:
+        passable, start, goal = hard.mazes(rng, count, self.size, self.shortest)
+        rows = np.arange(count)
+        inputs = np.where(passable.reshape(count, -1), OPEN, WALL).astype(np.int64)
+        inputs[rows, start], inputs[rows, goal] = START, GOAL
+        return Examples(inputs, self.solve(inputs, rng))
