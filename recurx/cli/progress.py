@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
     from recurx.train import Progress as StepProgress
@@ -92,3 +94,29 @@ class TrainingDisplay:
             )  # fmt: skip
             self._evaluated_at = trainer.step
         return self.report
+
+
+@contextlib.contextmanager
+def solving_display(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """Shows how far the puzzles of a file are solved: a bar on a terminal, else some lines."""
+    bar = Progress(
+        TextColumn("solving"), BarColumn(bar_width=30), TextColumn("{task.completed:.0f} puzzles"),
+        TimeElapsedColumn(), console=console, disable=not console.is_terminal, transient=True,
+    )  # fmt: skip
+    row: TaskID | None = None
+    tenth = 0
+
+    def on_progress(done: int, total: int) -> None:
+        nonlocal row, tenth
+        if row is None:
+            bar.start()
+            row = bar.add_task("", total=total)
+        bar.update(row, completed=done)
+        if not console.is_terminal and 10 * done // total > tenth:
+            tenth = 10 * done // total
+            console.print(f"  solved {done:,} of {total:,} puzzles of the file")
+
+    try:
+        yield on_progress
+    finally:
+        bar.stop()

@@ -13,6 +13,8 @@ HYPERPARAMETERS = {
     "batch_size": options.positive, "lr": float, "weight_decay": float, "warmup": int,
     "ema": float, "optimizer": str, "loss": str,
 }  # fmt: skip
+FIXED = (*HYPERPARAMETERS, "lr_decay", "reveal", "hold_out", "grid_positions", "out")
+HOLD_OUT = 256  # of a file of puzzles, unless --hold-out says otherwise
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +35,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     for name, kind in HYPERPARAMETERS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind)
+    parser.add_argument("--lr-decay", choices=("none", "cosine"), help="cosine: the learning rate "
+                        "falls to 0 at --steps")  # fmt: skip
+    parser.add_argument("--puzzles", metavar="FILE", help="train on these Sudokus: lines of 81 "
+                        "digits (0 or . is a blank), or a CSV with the columns of Sudoku-Extreme",
+                        )  # fmt: skip
+    parser.add_argument("--reveal", type=options.positive, metavar="N",
+                        help="fill 0..N blanks of each drawn puzzle of the file")  # fmt: skip
+    parser.add_argument("--hold-out", type=options.positive, metavar="K",
+                        help=f"puzzles of the file that are evaluated on and never trained on "
+                        f"(default {HOLD_OUT})")  # fmt: skip
+    parser.add_argument("--write-held-out", metavar="PATH", help="write them as lines of digits")
+    parser.add_argument("--grid-positions", action="store_true", default=None,
+                        help="learned positions start as row + column (+ box) vectors",
+                        )  # fmt: skip
     parser.add_argument("--set", type=options.setting, action="append", default=[],
                         metavar="KEY=VALUE", help="a field of the model, e.g. hidden_size=128",
                         )  # fmt: skip
@@ -45,16 +61,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from recurx.cli import output
-    from recurx.cli.progress import TrainingDisplay
+    from recurx.cli.progress import TrainingDisplay, solving_display
+    from recurx.errors import InvalidArgument
 
     if arguments.threads is None and arguments.preset.startswith("tiny"):
         arguments.threads = options.THREADS_OF_TINY_NETS
     device = options.prepare_machine(arguments)
-    trainer = _resumed(arguments, device) if arguments.resume else _started(arguments, device)
     console = output.make_console()
+    start = _resumed if arguments.resume else _started
+    with solving_display(console) as on_progress:
+        trainer = start(arguments, device, on_progress)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     console.print(f"{trainer.task.name}: {parameters:,} parameters, training in {trainer.folder}")
-    console.print(f"held-out examples: {trainer.task.held_out_rule}")
+    console.print(f"held-out examples: {trainer.held_out_rule}")
+    if arguments.write_held_out:
+        if trainer.split is None:
+            raise InvalidArgument("--write-held-out: only with --puzzles.")
+        trainer.split.write_held_out(arguments.write_held_out)
     display = TrainingDisplay(
         console, trainer, arguments.eval_every, arguments.eval_count, arguments.until
     )
@@ -86,7 +109,7 @@ _ENDINGS = {
 }
 
 
-def _started(arguments: argparse.Namespace, device: Any) -> Any:
+def _started(arguments: argparse.Namespace, device: Any, on_progress: Any) -> Any:
     from recurx.errors import InvalidArgument
     from recurx.train import Trainer, preset
     from recurx.train.trainer import STATE_FILE
@@ -98,6 +121,7 @@ def _started(arguments: argparse.Namespace, device: Any) -> Any:
         for name in HYPERPARAMETERS
         if getattr(arguments, name) is not None
     }
+    chosen |= _chosen_data(arguments)
     config = preset(
         arguments.preset, arguments.task, seed=arguments.seed, model=dict(arguments.set), **chosen
     )
@@ -107,22 +131,46 @@ def _started(arguments: argparse.Namespace, device: Any) -> Any:
             f"{folder} already holds a run: go on with --resume {folder}, or choose another --out."
         )
     captured = False if arguments.no_capture else None
-    return Trainer(config, folder, device=device, backend=arguments.backend, captured=captured)
+    return Trainer(
+        config, folder, device=device, backend=arguments.backend, captured=captured,
+        on_progress=on_progress,
+    )  # fmt: skip
 
 
-def _resumed(arguments: argparse.Namespace, device: Any) -> Any:
+def _chosen_data(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of TrainConfig about the file of puzzles, positions, and the decay."""
+    from recurx.errors import InvalidArgument
+
+    chosen: dict[str, Any] = {"grid_positions": bool(arguments.grid_positions)}
+    if arguments.lr_decay not in (None, "none"):
+        if arguments.steps is None:
+            raise InvalidArgument("--lr-decay: say with --steps when the learning rate is to be 0.")
+        chosen |= {"lr_decay": arguments.lr_decay, "decay_steps": arguments.steps}
+    if arguments.puzzles is not None:
+        hold_out = arguments.hold_out or HOLD_OUT
+        return chosen | {
+            "puzzles": arguments.puzzles, "reveal": arguments.reveal or 0, "hold_out": hold_out
+        }  # fmt: skip
+    for name in ("reveal", "hold_out"):
+        if getattr(arguments, name) is not None:
+            raise InvalidArgument(f"--{name.replace('_', '-')}: only with --puzzles.")
+    return chosen
+
+
+def _resumed(arguments: argparse.Namespace, device: Any, on_progress: Any) -> Any:
     from recurx.errors import InvalidArgument
     from recurx.train import Trainer
 
     trainer = Trainer.resume(
         arguments.resume, device=device, backend=arguments.backend,
         captured=False if arguments.no_capture else None,
+        puzzles=arguments.puzzles, on_progress=on_progress,
     )  # fmt: skip
     if arguments.task not in (None, trainer.config.task):
         raise InvalidArgument(
             f"{arguments.resume} is a run of {trainer.config.task}, not of {arguments.task}."
         )
-    fixed = [n for n in (*HYPERPARAMETERS, "out") if getattr(arguments, n) is not None]
+    fixed = [n for n in FIXED if getattr(arguments, n) is not None]
     if fixed or arguments.set:
         names = ", ".join(f"--{n.replace('_', '-')}" for n in fixed or ["set"])
         raise InvalidArgument(f"--resume goes on as the run was configured: leave out {names}.")

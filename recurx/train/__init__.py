@@ -11,6 +11,7 @@ from recurx.train.ema import Average
 from recurx.train.evaluate import Report, evaluate
 from recurx.train.optim import AdamATan2, SparseSignSGD
 from recurx.train.progress import Progress
+from recurx.train.puzzles import PuzzleSampler, PuzzleSplit
 from recurx.train.queue import SampleQueue
 from recurx.train.swap import provide_adam_atan2, swap
 from recurx.train.trainer import Trainer
@@ -22,6 +23,8 @@ __all__ = [
     "CapturedStep",
     "CudaGraphs",
     "Progress",
+    "PuzzleSampler",
+    "PuzzleSplit",
     "Report",
     "SampleQueue",
     "SparseSignSGD",

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from recurx import tasks
 from recurx.errors import InvalidArgument, bad_argument
 from recurx.models import HRMConfig, ModelConfig, TRMConfig
 
 OPTIMIZERS = ("adam-atan2", "adamw")
+LR_DECAYS = ("none", "cosine")
 
 # Model fields by preset. The first five are the published sizes; "tiny" ones train in minutes on
 # two cores. One low call and one cycle a supervision step leave the refining to the outer loop.
@@ -55,6 +60,14 @@ class TrainConfig:
         ema: decay of the weight average.
         loss: a key of recurx.models.losses.LOSSES.
         puzzle_emb_lr: of the puzzle embedding's sign SGD, where the model has one.
+        lr_decay: "none", or "cosine": after the warm-up the learning rates fall along half a
+            cosine, to 0 at step `decay_steps`.
+        puzzles: a file of Sudokus to train on (`recurx.train.puzzles`) instead of generated ones.
+        puzzles_sha256: of that file; None takes whatever is there, and the trainer fills it in.
+        reveal: each drawn puzzle of the file gets 0..reveal blanks filled in.
+        hold_out: puzzles of the file that are evaluated on and never trained on.
+        grid_positions: learned positions start as row + column (+ box) vectors
+            (`recurx.train.positions`).
     """
 
     task: str
@@ -70,6 +83,13 @@ class TrainConfig:
     ema: float = 0.999
     loss: str = "stablemax_cross_entropy"
     puzzle_emb_lr: float = 1e-4
+    lr_decay: str = "none"
+    decay_steps: int = 0
+    puzzles: str | None = None
+    puzzles_sha256: str | None = None
+    reveal: int = 0
+    hold_out: int = 0
+    grid_positions: bool = False
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
@@ -82,6 +102,20 @@ class TrainConfig:
             raise bad_argument("train", "ema", "a decay in [0, 1)", self.ema)
         if not self.lr >= 0:
             raise bad_argument("train", "lr", "a number >= 0", self.lr)
+        if self.lr_decay not in LR_DECAYS:
+            raise bad_argument("train", "lr_decay", f"one of {LR_DECAYS}", repr(self.lr_decay))
+        if self.lr_decay != "none" and self.decay_steps <= self.warmup:
+            raise bad_argument(
+                "train", "decay_steps", f"more steps than the warm-up's {self.warmup}",
+                self.decay_steps, "lr_decay falls to 0 there (--steps on the command line).",
+            )  # fmt: skip
+        if self.puzzles is None and (self.reveal or self.hold_out):
+            name = "reveal" if self.reveal else "hold_out"
+            raise bad_argument("train", name, "0 without a file of puzzles", getattr(self, name))
+        if self.reveal < 0:
+            raise bad_argument("train", "reveal", "cells >= 0", self.reveal)
+        if self.puzzles is not None and self.hold_out < 1:
+            raise bad_argument("train", "hold_out", "at least 1 puzzle", self.hold_out)
 
     def model_config(self) -> ModelConfig:
         """The model's configuration, with the sizes of the task filled in."""
@@ -94,6 +128,14 @@ class TrainConfig:
         }
         config_class = HRMConfig if self.model.get("variant") == "hrm" else TRMConfig
         return config_class.from_dict({**sizes, **self.model})
+
+    def rate_factor(self, done: Tensor) -> Tensor:
+        """The factor of the learning rates after `done` steps (a 0-d fp32 tensor)."""
+        factor = ((done + 1) / max(1, self.warmup)).clamp_max(1)
+        if self.lr_decay == "cosine":
+            share = ((done - self.warmup) / (self.decay_steps - self.warmup)).clamp(0, 1)
+            factor = factor * (0.5 + 0.5 * torch.cos(math.pi * share))
+        return factor
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

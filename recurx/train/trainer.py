@@ -9,13 +9,11 @@ itself is a `CapturedStep`: one CUDA graph on a GPU.
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import dataclasses
 import json
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +26,14 @@ from recurx.errors import CheckpointError, InvalidArgument
 from recurx.models import HRM, TRM, ACTLossHead, Carry, Exploration, RecursiveModel
 from recurx.models.stablemax import IGNORE
 from recurx.tasks.base import PAD, Examples
+from recurx.train import puzzles
 from recurx.train import state as state_file
 from recurx.train.captured import CapturedStep, tensors_of
 from recurx.train.config import TrainConfig
 from recurx.train.ema import Average
+from recurx.train.interrupts import interrupts
 from recurx.train.optim import AdamATan2, SparseSignSGD
+from recurx.train.positions import grid_positions_
 from recurx.train.progress import Progress
 from recurx.train.queue import SampleQueue
 
@@ -47,6 +48,10 @@ class Trainer:
         folder: where checkpoints and metrics go (made if missing); None keeps all in memory.
         device, backend: where and on what the model runs.
         captured: whether a step is one CUDA graph; None: on a GPU.
+        on_progress: called with (done, of how many) while the puzzles of a file are solved.
+
+    Attributes:
+        split: the two parts of the file of puzzles, None without a file.
     """
 
     def __init__(
@@ -57,18 +62,25 @@ class Trainer:
         device: torch.device | str = "cpu",
         backend: str = "auto",
         captured: bool | None = None,
+        on_progress: puzzles.OnProgress = lambda done, total: None,
     ) -> None:
+        self.split = None if config.puzzles is None else puzzles.load(config, on_progress)
+        if self.split is not None:
+            config = puzzles.pinned(config, self.split)
         self.config, self.device = config, torch.device(device)
         self.folder = None if folder is None else Path(folder)
         self.task = tasks.get(config.task)
         self.step = 0
         self.seconds = 0.0
-        self.sampler = tasks.Sampler(self.task, config.seed)
+        self.sampler = puzzles.sampler(config, self.split)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model_config = config.model_config()
             model_class = HRM if model_config.variant == "hrm" else TRM
-            self.model: RecursiveModel = model_class(model_config, backend).to(self.device)
+            self.model: RecursiveModel = model_class(model_config, backend)
+            if config.grid_positions:
+                grid_positions_(self.model, self.task)
+            self.model.to(self.device)
         # Exploration draws from this run's generator, whatever else the process draws.
         self.exploration = Exploration(config.seed, self.device)
         self.model.exploration = self.exploration
@@ -79,13 +91,12 @@ class Trainer:
             rate, decay = config.puzzle_emb_lr, config.weight_decay
             optimizers.append(SparseSignSGD(self.model.puzzle_emb.buffers(), rate, decay))
         self.queue = SampleQueue(self._draw, config.batch_size, self.device)
-        warmup = max(1, config.warmup)
         self.one_step = CapturedStep(
             ACTLossHead(self.model, config.loss),
             optimizers,
             self.queue,
             average=self.average,
-            schedule=lambda done: ((done + 1) / warmup).clamp_max(1),
+            schedule=config.rate_factor,
             capture=captured,
         )
 
@@ -102,11 +113,16 @@ class Trainer:
         device: torch.device | str = "cpu",
         backend: str = "auto",
         captured: bool | None = None,
+        puzzles: str | Path | None = None,
+        on_progress: puzzles.OnProgress = lambda done, total: None,
     ) -> Trainer:
         """The run whose files lie in `folder`, exactly where it was saved.
 
+        Args:
+            puzzles: where the run's file of puzzles lies now, if it moved.
+
         Raises:
-            InvalidArgument: there is no run in `folder`.
+            InvalidArgument: there is no run in `folder`, or its file of puzzles is another one now.
             CheckpointError: its state file is damaged, or of another version.
         """
         path = Path(folder) / STATE_FILE
@@ -114,7 +130,12 @@ class Trainer:
             raise InvalidArgument(f"train: nothing to resume in {folder}: no {STATE_FILE} there.")
         values, tensors = state_file.read(path)
         config = TrainConfig.from_json(values["config"])
-        trainer = cls(config, folder, device=device, backend=backend, captured=captured)
+        if puzzles is not None:
+            config = dataclasses.replace(config, puzzles=str(puzzles))
+        trainer = cls(
+            config, folder, device=device, backend=backend, captured=captured,
+            on_progress=on_progress,
+        )  # fmt: skip
         missing = {"model", "average", "carry", "exploration"} - tensors.keys()
         if missing:
             raise CheckpointError(
@@ -178,7 +199,7 @@ class Trainer:
             Why it ended: "steps", "time", "stopped" or "interrupted".
         """
         deadline = None if time_budget is None else time.perf_counter() + time_budget
-        with _interrupts() as interrupted:
+        with interrupts() as interrupted:
             while True:
                 if interrupted.is_set():
                     reason = "interrupted"
@@ -195,6 +216,16 @@ class Trainer:
                 self.save()
                 return reason
 
+    @property
+    def held_out_rule(self) -> str:
+        """One sentence saying what the held-out examples have that training never has."""
+        if self.split is None:
+            return self.task.held_out_rule
+        return (
+            f"{len(self.split.held_out):,} puzzles of the file; the {len(self.split.train):,} that "
+            f"are trained on have other solutions, up to symmetry"
+        )
+
     def averaged(self) -> RecursiveModel:
         """A copy of the model with the averaged weights, in evaluation mode."""
         model = copy.deepcopy(self.model).eval()
@@ -203,6 +234,8 @@ class Trainer:
 
     def held_out(self, count: int) -> Examples:
         """At most `count` distinct examples of the side that training never sees."""
+        if self.split is not None:
+            return self.split.examples(self.split.held_out[:count])
         return tasks.Sampler(self.task, self.config.seed, "held-out").draw_distinct(count)
 
     # ---- files ---------------------------------------------------------------------------------
@@ -230,7 +263,10 @@ class Trainer:
             "average_updates": self.average.updates,
         }
         state_file.write(self.folder / STATE_FILE, values, self._tensors_to_save())
-        extra = {"task": self.config.task, "step": self.step, "train": self.config.to_json()}
+        config = self.config
+        if config.puzzles is not None:  # who gets the weights needs no path of this machine
+            config = dataclasses.replace(config, puzzles=Path(config.puzzles).name)
+        extra = {"task": config.task, "step": self.step, "train": config.to_json()}
         save_checkpoint(self.folder / MODEL_FILE, self.averaged(), extra)
 
     def _tensors_to_save(self) -> dict[str, Any]:
@@ -275,26 +311,3 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError):
         return float("inf")
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets instead of raising; a second Ctrl-C raises."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event  # only the main thread may handle signals
-        return
-    previous = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number: int, frame: object) -> None:
-        if event.is_set():
-            raise KeyboardInterrupt
-        event.set()
-
-    for number in previous:
-        signal.signal(number, handle)
-    try:
-        yield event
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
