@@ -1,8 +1,4 @@
-"""Plots of result files, PNG and SVG, readable on light and on dark pages.
-
-The background is transparent; text and axes are one grey with about equal contrast to white and to
-a dark page, colours are mid-tones that colour-blind readers can tell apart.
-"""
+"""Plots of result files, PNG and SVG, readable on light and on dark pages."""
 
 from __future__ import annotations
 
@@ -10,25 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from recurx import plotting
 from recurx.bench.report import best_ours, by_device, case_order, newest_rows, times
 from recurx.bench.results import Result
-from recurx.errors import RecurxError
+from recurx.plotting import BLUE, INK, ORANGE, PAGES, contrast
 
-INK = "#737b85"  # 4.3 : 1 against white, 4.4 : 1 against #0d1117
-FASTER, SLOWER = "#2a8fbd", "#c4682b"  # recurx wins, recurx loses
-PAGES = {"light": "#ffffff", "dark": "#0d1117"}
+__all__ = ["FASTER", "INK", "PAGES", "SLOWER", "contrast", "draw", "speedups"]
 
-
-def contrast(one: str, other: str) -> float:
-    """Contrast ratio of two colours, 1 to 21 (WCAG 2, relative luminance)."""
-
-    def luminance(colour: str) -> float:
-        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    bright, dim = sorted((luminance(one), luminance(other)), reverse=True)
-    return (bright + 0.05) / (dim + 0.05)
+FASTER, SLOWER = BLUE, ORANGE  # recurx wins, recurx loses
 
 
 def speedups(results: Sequence[Result]) -> list[tuple[str, float, float, float]]:
@@ -60,40 +45,23 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
     Raises:
         RecurxError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise RecurxError(
-            "bench report: plots need matplotlib: pip install 'recurx[plot]', or --no-plots."
-        ) from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    folder.mkdir(parents=True, exist_ok=True)
+    plt = plotting.pyplot("bench report", "--no-plots")
     written = []
     for device, of_device in by_device(results).items():
         bars = speedups(of_device)
         if not bars:
             continue
-        style = {
-            "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK,
-            "ytick.color": INK, "font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "recurx",
-        }  # fmt: skip
-        with pyplot.rc_context(style):
-            figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.24 * len(bars)))
+        title = f"{device}, {of_device[-1].date[:10]}"
+        stem = "speed-" + "".join(c if c.isalnum() else "-" for c in device.lower()).strip("-")
+        while "--" in stem:
+            stem = stem.replace("--", "-")
+
+        def fill(figure: Any, bars: Any = bars, title: str = title) -> None:
+            axes = figure.add_subplot()
             _bars(axes, bars)
-            axes.set_title(f"{device}, {of_device[-1].date[:10]}", loc="left", fontsize=9)
-            figure.tight_layout()
-            stem = "speed-" + "".join(c if c.isalnum() else "-" for c in device.lower()).strip("-")
-            while "--" in stem:
-                stem = stem.replace("--", "-")
-            for kind in ("png", "svg"):
-                path = folder / f"{stem}.{kind}"
-                # No date in the file: the same figures give the same bytes.
-                metadata = {"Date": None} if kind == "svg" else None
-                figure.savefig(path, transparent=True, dpi=160, metadata=metadata)
-                written.append(path)
-            pyplot.close(figure)
+            axes.set_title(title, loc="left", fontsize=9)
+
+        written += plotting.save(plt, folder / stem, (8, 1.2 + 0.24 * len(bars)), fill)
     return written
 
 
@@ -118,5 +86,3 @@ def _bars(axes: Any, bars: list[tuple[str, float, float, float]]) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axes.xaxis.set_minor_formatter(lambda value, _: "")
     axes.set_xlabel("time of PyTorch / time of recurx, same dtype; left of 1: recurx is slower")
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)

@@ -1,4 +1,4 @@
-"""The command line: `python -m recurx env | demo | train | eval | profile | solve | bench`.
+"""The command line: `python -m recurx env | demo | train | eval | experiment | ...`.
 
 A mistake of the user ends in one line on stderr and exit code 2, never in a traceback. Commands
 import torch when they run, so that `--help` answers at once.
@@ -18,6 +18,7 @@ COMMANDS = {
     "train": ("recurx.cli.train", "train a model on a task, or resume"),
     "eval": ("recurx.cli.evaluate", "accuracy of a checkpoint, by steps of refinement"),
     "profile": ("recurx.cli.profile", "where one step of a model spends its time, by domain"),
+    "experiment": ("recurx.cli.experiment", "test a claim about recursion: sort, windows, ..."),
     "solve": ("recurx.cli.solve", "solve the Sudokus you type, or those of a file"),
     "bench": ("recurx.cli.bench", "measure this machine, show and compare measurements"),
 }

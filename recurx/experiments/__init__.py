@@ -1,0 +1,39 @@
+"""Experiments: each tests one claim about recursive reasoning, by one command, on a laptop.
+
+An experiment is a module of this package with
+
+    CLAIM: str                       # one sentence that the measurement can refute
+    SEEDS, SECONDS: int, float       # defaults: nets of each kind, training time of one net
+    add_arguments(parser)            # options of its own; imports no torch
+    measure(session, arguments)      # trains through `session.net`; returns a result, JSON-ready
+    tables(result)                   # [(title, columns, rows of strings)]
+    draw(result, figure)             # fills a matplotlib figure of SIZE inches
+    SIZE: tuple[float, float]
+
+and a line in EXPERIMENTS. `measure` returns at least "findings" (sentences with the measured
+figures) and "holds": whether the claim showed, by a rule that the module states.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from recurx.errors import InvalidArgument
+
+# Name -> (module, one line of help).
+EXPERIMENTS = {
+    "sort": ("recurx.experiments.sort", "one look against many: sorting in fixed depth"),
+    "windows": ("recurx.experiments.windows", "how much of the recursion needs a gradient"),
+}
+
+
+def load(name: str) -> ModuleType:
+    """The module of an experiment.
+
+    Raises:
+        InvalidArgument: unknown name; the known ones are listed.
+    """
+    if name not in EXPERIMENTS:
+        raise InvalidArgument(f"experiment: expected one of {', '.join(EXPERIMENTS)}, got {name!r}")
+    return importlib.import_module(EXPERIMENTS[name][0])
