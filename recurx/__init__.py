@@ -33,6 +33,7 @@ _EXPORTS = {
     "save_checkpoint": "recurx.checkpoint",
     "solve": "recurx.solve",
     "Answers": "recurx.solve",
+    "shipped": "recurx.shipped",
     "quantize": "recurx.quantize",
     "LaunchPlan": "recurx.plan",
     "cost": "recurx.plan",
@@ -63,7 +64,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Keeps `recurx.patch`, `recurx.explain`, `recurx.solve`, `recurx.quantize` the functions.
+    """Keeps functions like `recurx.patch`, `recurx.solve` and `recurx.shipped` what they are.
 
     Modules of the same names define them, and Python's import sets a submodule as an attribute of
     its package, whoever imports it first.

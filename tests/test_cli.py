@@ -126,9 +126,9 @@ def test_solve_judges_by_the_rules(run_folder: Path, capsys, monkeypatch) -> Non
         (["eval", "--checkpoint", "RUN", "--puzzles", "nowhere"], "cannot read nowhere"),
         (["eval", "--checkpoint", "RUN", "--sigma", "-1"], "sigma"),
         (["solve", "--checkpoint", "RUN"], "give puzzles"),
-        (["solve", "12", "--checkpoint", "RUN"], "puzzle 1, line 1: expected 16 characters"),
+        (["solve", "12", "--checkpoint", "RUN"], "puzzle 1: expected 16 characters"),
         (["solve", "5" * 16, "--checkpoint", "RUN"], "character 1: expected 1-4"),
-        (["demo", "12"], "puzzle 1, line 1: expected 81 characters"),
+        (["demo", "12"], "puzzle 1: expected 81 characters"),
         (["demo", "--puzzles", "nowhere"], "cannot read nowhere"),
     ],
 )

@@ -103,6 +103,9 @@ def test_wheel_holds_the_package_the_kernels_and_the_module(installed):
         assert f"recurx/kernels/{source.relative_to(ROOT / 'kernels')}" in files
     for source in ROOT.glob("recurx/**/*.py"):
         assert str(source.relative_to(ROOT)) in files
+    for folder in ("data", "bench/nets"):  # the nets that ship
+        shipped = list((ROOT / "recurx" / folder).iterdir())
+        assert shipped and all(str(path.relative_to(ROOT)) in files for path in shipped)
     assert {name.split("/")[0].split("-")[0] for name in files} == {"recurx"}
 
 

@@ -197,10 +197,10 @@ def test_reads_lines_comments_and_csv(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (SEVENTEEN[:-1], "line 1: expected 81 characters"),
-        (f"{SEVENTEEN}\n{SEVENTEEN[:-1]}x", "line 2, character 81: expected 1-9"),
+        (SEVENTEEN[:-1], "bad.txt:1: expected 81 characters"),
+        (f"{SEVENTEEN}\n{SEVENTEEN[:-1]}x", "bad.txt:2, character 81: expected 1-9"),
         ("# nothing\n", "no puzzle"),
-        (f"source,question,answer,rating\nbook,{SEVENTEEN},12,3\n", "line 2, column answer"),
+        (f"source,question,answer,rating\nbook,{SEVENTEEN},12,3\n", "bad.txt:2, column answer"),
         ("source,question,answer,rating\n", "no puzzle"),
     ],
 )

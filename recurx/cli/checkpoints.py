@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from recurx import tasks
 from recurx.checkpoint import Checkpoint, load_checkpoint
 from recurx.errors import InvalidArgument
 from recurx.models import RecursiveModel
+from recurx.shipped import shipped_path
 from recurx.tasks import Task
 
 SUDOKU_OF_LENGTH = {16: "sudoku-4x4", 36: "sudoku-6x6", 81: "sudoku"}
 
 
 def open_checkpoint(
-    path: str, task: str | None, device: Any, backend: str
+    path: str | Path | None, task: str | None, device: Any, backend: str
 ) -> tuple[RecursiveModel, Task, Checkpoint]:
     """The model in evaluation mode on `device`, and its task: the one asked for, that of the
-    file, or the Sudoku that fits its number of tokens.
+    file, or the Sudoku that fits its number of tokens. Without a path, the net that ships for the
+    task (9x9 Sudoku if none is named).
 
     Raises:
-        InvalidArgument: no task can be told, or model and task do not fit.
+        InvalidArgument: no task can be told, model and task do not fit, or no net ships for it.
         CheckpointError, FileNotFoundError: of `load_checkpoint`.
     """
+    if path is None:
+        task = task or "sudoku"
+        path = shipped_path(task)
     loaded = load_checkpoint(path)
     config = loaded.config
     name = task or loaded.extra.get("task") or SUDOKU_OF_LENGTH.get(config.seq_len)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from typing import Any
+
+from recurx.errors import InvalidArgument
 
 # NOTE: a second thread gains a 64-wide net little and can cost it 40 times the time: if the other
 # core is busy, every operation waits for a thread that does not run (measured on two cores).
@@ -49,38 +52,68 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
 
 
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", metavar="FILE",
+                        help="trained weights (default: the net that ships for the task)",
+                        )  # fmt: skip
+
+
+# Arguments of `recurx.solve` that `eval` and `solve` have options for, with their defaults.
+REFINEMENT: dict[str, Any] = {
+    "max_steps": 16, "halt": "q", "halt_above": 0.0, "patience": 2, "rollouts": 1, "sigma": 0.0,
+    "select": "q", "init": "learned", "init_scale": 1.0,
+}  # fmt: skip
+
+
 def add_refinement(parser: argparse.ArgumentParser) -> None:
+    """Options for `REFINEMENT`. Their own default is None: a net may recommend values."""
     parser.add_argument(
-        "--max-steps", type=positive, default=16, metavar="N",
-        help="supervision steps a puzzle may take (default 16)",
+        "--max-steps", type=positive, metavar="N",
+        help="supervision steps a puzzle may take (default 16; may exceed those of training)",
     )  # fmt: skip
     parser.add_argument(
-        "--halt", choices=("q", "none"), default="q",
-        help="q: a puzzle ends when the model says so (default); none: all steps",
+        "--halt", choices=("q", "fixed-point", "any", "none"),
+        help="a puzzle ends when the model says so (q, default), when its answer stays the same "
+        "(fixed-point), at the first of both (any), or after all steps (none)",
     )  # fmt: skip
     parser.add_argument(
-        "--halt-above", type=float, default=0.0, metavar="Q",
+        "--halt-above", type=float, metavar="Q",
         help="q (logit of being right) that ends a puzzle: 0 (default) is even odds, 3 is 20 to 1",
     )  # fmt: skip
-    parser.add_argument("--rollouts", type=positive, default=1, help="noisy copies (default 1)")
-    parser.add_argument("--sigma", type=float, default=0.0, help="noise of rollouts (default 0)")
     parser.add_argument(
-        "--select", choices=("q", "vote"), default="q", help="how a rollout is picked"
-    )
+        "--patience", type=positive, metavar="N",
+        help="steps without a change that are a fixed point (default 2)",
+    )  # fmt: skip
+    parser.add_argument("--rollouts", type=positive, metavar="N",
+                        help="tries of each puzzle (default 1)")  # fmt: skip
+    parser.add_argument("--sigma", type=float, help="noise in each step of a try (default 0)")
+    parser.add_argument(
+        "--init", choices=("learned", "random"),
+        help="where tries start: all at the learned states (default), or all but the first at "
+        "random ones",
+    )  # fmt: skip
+    parser.add_argument("--init-scale", type=float, metavar="STD",
+                        help="deviation of random starts (default 1)")  # fmt: skip
+    parser.add_argument("--select", choices=("q", "vote"),
+                        help="how the answer is picked among tries (default q)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of all randomness (default 0)")
 
 
-def refinement(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `recurx.solve` that `add_refinement` read."""
-    return {
-        "max_steps": arguments.max_steps,
-        "halt": None if arguments.halt == "none" else arguments.halt,
-        "halt_above": arguments.halt_above,
-        "rollouts": arguments.rollouts,
-        "sigma": arguments.sigma,
-        "select": arguments.select,
-        "seed": arguments.seed,
-    }
+def refinement(
+    arguments: argparse.Namespace, recommended: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The arguments of `recurx.solve` that `add_refinement` read: what the user said, else what
+    the net recommends (its checkpoint's extra["solve"]), else the defaults."""
+    values: dict[str, Any] = {**REFINEMENT, **(recommended or {}), "seed": arguments.seed}
+    for key in REFINEMENT:
+        given = getattr(arguments, key)
+        if given is not None:
+            values[key] = None if given == "none" else given
+    if values["rollouts"] > 1 and not values["sigma"] and values["init"] == "learned":
+        raise InvalidArgument(
+            "--rollouts: without --sigma or --init random all tries of a puzzle are the same."
+        )
+    return values
 
 
 def prepare_machine(arguments: argparse.Namespace) -> Any:
@@ -92,7 +125,6 @@ def prepare_machine(arguments: argparse.Namespace) -> Any:
     import torch
 
     from recurx import backends
-    from recurx.errors import InvalidArgument
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from recurx.budgets import Exit
 
 # NOTE: rich guesses 80 columns where there is no terminal, and wraps what a script wants to parse.
 WIDTH_WITHOUT_TERMINAL = 100
@@ -40,6 +43,29 @@ def curve(accuracies: Sequence[float]) -> str:
     return "\n".join(
         f"  {step:3d} {'step ' if step == 1 else 'steps'} {accuracy:7.1%}  {bar(accuracy)}"
         for step, accuracy in enumerate(accuracies, start=1)
+    )
+
+
+def exits(rows: Sequence[Exit], count: int) -> Table:
+    """Halting rules against always taking every step."""
+    made = [
+        [r.name, f"{r.exact:.1%}", f"{r.steps_mean:.1f}", f"{r.seconds:.3f} s", f"{r.speedup:.2f}x"]
+        for r in rows
+    ]
+    columns = ["a puzzle ends at", "exact", "steps each", "time", "speed"]
+    return table(f"Early exit, {count} puzzles, medians of interleaved rounds", columns, made)
+
+
+def fastest_exit(rows: Sequence[Exit]) -> str:
+    """What the table comes to, in a sentence."""
+    from recurx.budgets import fastest_at_equal_accuracy
+
+    best = fastest_at_equal_accuracy(rows)
+    if best is rows[0]:
+        return f"No rule solves as many as {rows[0].name}."
+    return (
+        f"Fastest that solves no fewer than {rows[0].name}: {best.name}, {best.speedup:.2f} times "
+        f"as fast."
     )
 
 

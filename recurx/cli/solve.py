@@ -1,4 +1,4 @@
-"""`python -m recurx solve PUZZLE... --checkpoint FILE`: boards in, boards out."""
+"""`python -m recurx solve PUZZLE...`: boards in, boards out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ UNSOLVED = 1  # exit code when an answer breaks a rule
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("puzzle", nargs="*", help="a board row after row, 0 or . for a blank")
     parser.add_argument("--puzzles", metavar="FILE", help="a file of such lines, or a CSV")
-    parser.add_argument("--checkpoint", required=True, metavar="FILE")
+    options.add_checkpoint(parser)
     parser.add_argument("--show", type=options.positive, default=10, metavar="N",
                         help="print at most N boards (default 10)")  # fmt: skip
     options.add_refinement(parser)
@@ -33,14 +33,17 @@ def run(arguments: argparse.Namespace) -> int:
     import recurx
     from recurx.cli import output
     from recurx.cli.checkpoints import open_checkpoint
+    from recurx.errors import InvalidArgument
     from recurx.tasks.sudoku.layout import to_boards
 
     device = options.prepare_machine(arguments)
-    model, task, _ = open_checkpoint(arguments.checkpoint, None, device, arguments.backend)
+    if bool(arguments.puzzle) == bool(arguments.puzzles):
+        raise InvalidArgument("give puzzles as arguments, or a file with --puzzles (one of both).")
+    name = None if arguments.checkpoint else _task_of(arguments)
+    model, task, loaded = open_checkpoint(arguments.checkpoint, name, device, arguments.backend)
     inputs = _inputs(arguments, task)
-    answers = recurx.solve(
-        model, {"inputs": torch.from_numpy(inputs).to(device)}, **options.refinement(arguments)
-    )
+    how = options.refinement(arguments, loaded.extra.get("solve"))
+    answers = recurx.solve(model, {"inputs": torch.from_numpy(inputs).to(device)}, **how)
     predictions = answers.predictions.cpu().numpy()
     right = task.check(inputs, predictions)
     console = output.make_console()
@@ -59,22 +62,27 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if right.all() else UNSOLVED
 
 
+def _task_of(arguments: argparse.Namespace) -> str:
+    """The Sudoku that the first puzzle has the length of; 9x9 if of none, which is then told."""
+    from recurx.cli.checkpoints import SUDOKU_OF_LENGTH
+    from recurx.tasks.sudoku import files
+
+    if arguments.puzzles:
+        first = files.first_puzzle(arguments.puzzles)
+    else:
+        first = arguments.puzzle[0].strip()
+    return SUDOKU_OF_LENGTH.get(len(first), "sudoku")
+
+
 def _inputs(arguments: argparse.Namespace, task: Task) -> NDArray[np.int64]:
     """Token ids [N, T] of the puzzles given as arguments or in a file."""
-    from recurx.cli.evaluate import read_puzzles
     from recurx.errors import InvalidArgument
     from recurx.tasks import Sudoku
     from recurx.tasks.sudoku import files
     from recurx.tasks.sudoku.layout import to_tokens
 
-    if bool(arguments.puzzle) == bool(arguments.puzzles):
-        raise InvalidArgument("give puzzles as arguments, or a file with --puzzles (one of both).")
-    if arguments.puzzles:
-        return read_puzzles(arguments.puzzles, task, None)[0].inputs
     if not isinstance(task, Sudoku):
         raise InvalidArgument(f"this checkpoint is for {task.name}: use eval for other tasks.")
-    boards = [files.parse_lines([p], task.layout, f"puzzle {i}").puzzles
-              for i, p in enumerate(arguments.puzzle, start=1)]  # fmt: skip
-    import numpy as np
-
-    return to_tokens(np.concatenate(boards))
+    if arguments.puzzles:
+        return to_tokens(files.read(arguments.puzzles, task.layout).puzzles)
+    return to_tokens(files.parse_boards(arguments.puzzle, task.layout))

@@ -36,8 +36,8 @@ class Examples:
             return np.zeros(len(self), dtype=np.int32)
         return self.puzzles.astype(np.int32)
 
-    def take(self, rows: NDArray[np.int64] | Flags) -> Examples:
-        """The rows that an index array or a mask selects."""
+    def take(self, rows: NDArray[np.int64] | Flags | slice) -> Examples:
+        """The rows that an index array, a mask or a slice selects."""
         puzzles = None if self.puzzles is None else self.puzzles[rows]
         return Examples(self.inputs[rows], self.answers[rows], puzzles)
 

@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from recurx.budgets import batch_of, synchronise
+from recurx.errors import bad_argument
 from recurx.solve import Answers, solve
 from recurx.tasks.base import PAD, Examples, Task
 
@@ -57,16 +59,23 @@ def evaluate(
         known: [N] which rows of `examples.answers` are known, for `cells`; None for all. The other
             rows count for everything else: the checker needs no solution.
         solve_arguments: max_steps, halt, rollouts, ... of `recurx.solve`.
+
+    Raises:
+        InvalidArgument: no examples, or a bad argument of `recurx.solve`.
     """
+    if not len(examples):
+        raise bad_argument("train.evaluate", "examples", "one example or more", "none")
+    on = torch.device(device)
     parts: list[Answers] = []
     start = time.perf_counter()
     for first in range(0, len(examples), batch_size):
-        part = examples.take(np.arange(first, min(first + batch_size, len(examples))))
-        batch = {
-            "inputs": torch.from_numpy(part.inputs).to(device),
-            "puzzle_identifiers": torch.from_numpy(part.identifiers).to(device),
-        }
+        batch = batch_of(examples, first, batch_size, on)
+        # A sample's noise follows from its number among all examples, so not from batch_size. NOTE:
+        # the CUDA engine's own solve counts from 0 in each batch.
+        if solve_arguments.get("backend") != "cuda":
+            solve_arguments["first_sample"] = first
         parts.append(solve(model, batch, trace=True, **solve_arguments))
+    synchronise(on)
     seconds = time.perf_counter() - start
     answers = np.concatenate([part.predictions.cpu().numpy() for part in parts])
     known = np.ones(len(examples), dtype=bool) if known is None else known

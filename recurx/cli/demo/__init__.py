@@ -1,7 +1,8 @@
 """`python -m recurx demo`: recursion at work, in about three minutes on two cores.
 
 1. a tiny model learns 6x6 Sudoku;  2. a board fills;  3. accuracy against refinement;
-4. the trained model on every engine;  5. full-size TRM on 9x9 puzzles on every engine.
+4. the trained model on every engine;  5. full-size TRM on 9x9 puzzles on every engine;
+6. the 9x9 net that comes with recurx fills a board, and on a terminal the one that you type.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ from recurx.cli import options
 from recurx.cli.options import THREADS_OF_TINY_NETS
 
 INTERRUPTED = 130
+UNSOLVED = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("puzzle", nargs="*", help="9x9 puzzles for the full-size model, 81 "
                         "characters each, 0 or . for a blank")  # fmt: skip
+    parser.add_argument("--puzzle", dest="puzzle_line", metavar="LINE", help="only this: the net "
+                        "that comes with recurx solves this 9x9 puzzle, step by step")  # fmt: skip
     parser.add_argument("--puzzles", metavar="FILE", help="a file of such lines, or a CSV")
-    parser.add_argument("--checkpoint", metavar="FILE", help="trained weights for the full-size "
-                        "model; without it they are random, and the demo says so")  # fmt: skip
+    parser.add_argument("--checkpoint", metavar="FILE", help="trained weights of 9x9 Sudoku: for "
+                        "the full-size model (random without), and for --puzzle")  # fmt: skip
     parser.add_argument("--time-budget", type=options.seconds, default=90.0, metavar="TIME",
                         help="for the training at most (default 90s)")  # fmt: skip
     parser.add_argument("--out", default="runs/demo", metavar="FOLDER", help="(default runs/demo)")
@@ -35,11 +39,14 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from recurx.cli import output
-    from recurx.cli.demo import full_size, learn
+    from recurx.cli.demo import full_size, learn, shipped_net
+    from recurx.shipped import available
     from recurx.tasks.sudoku.layout import to_boards
 
     device = options.prepare_machine(arguments)
     console = output.make_console()
+    if arguments.puzzle_line is not None:
+        return 0 if shipped_net.solve_typed(console, arguments, device) else UNSOLVED
     start = time.perf_counter()
     puzzles, source = full_size.read_puzzles(arguments)  # bad puzzles are told before the wait
 
@@ -54,6 +61,12 @@ def run(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(threads)
     small = full_size.race_trained(console, trained)
     large = full_size.race(console, puzzles, source, arguments, device)
+    net = None
+    if arguments.checkpoint or available("sudoku"):
+        learn.heading(console, 6, "A trained 9x9 net, one board step by step")
+        net = shipped_net.open_net(arguments, device)
+        model, task, loaded = net
+        shipped_net.fill(console, model, task, puzzles[0], loaded.extra.get("solve", {}))
     seconds = time.perf_counter() - start
     puzzle = "".join(map(str, to_boards(trained.examples.inputs[0]).tolist()))
     console.print(
@@ -62,6 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
         f"{puzzle}",
         soft_wrap=True,
     )
+    if net is not None and not arguments.json:
+        shipped_net.ask(console, net[0], net[1], net[2].extra.get("solve", {}))
     if arguments.json:
         output.json_line(
             {"seconds": seconds, "training_seconds": trained.trainer.seconds, "trained": small,

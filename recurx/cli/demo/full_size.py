@@ -42,9 +42,8 @@ def read_puzzles(arguments: argparse.Namespace) -> tuple[NDArray[np.int64], str]
         read = files.read(arguments.puzzles, layout, MOST_PUZZLES)
         return read.puzzles, f"the first {len(read)} of {arguments.puzzles}"
     lines = arguments.puzzle or PUZZLES
-    boards = [files.parse_lines([line], layout, f"puzzle {i}").puzzles
-              for i, line in enumerate(lines, start=1)]  # fmt: skip
-    return np.concatenate(boards), "yours" if arguments.puzzle else "well-known ones"
+    boards = files.parse_boards(lines, layout)
+    return boards, "yours" if arguments.puzzle else "well-known ones"
 
 
 def race_trained(console: Console, trained: Trained) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +15,9 @@ import recurx
 from recurx.cli.output import curve, table
 from recurx.cli.progress import TrainingDisplay
 from recurx.models import RecursiveModel
-from recurx.tasks import Examples
-from recurx.tasks.sudoku.layout import to_boards
+from recurx.tasks import Examples, Sudoku
+from recurx.tasks.base import Tokens
+from recurx.tasks.sudoku.layout import Layout, to_boards
 from recurx.train import Report, Trainer, evaluate, preset
 
 # 12 clues of 36; boards with every clue needed have 10, and take this net twice as long to learn.
@@ -84,6 +84,7 @@ def show_filling(console: Console, trained: Trained) -> None:
     """One held-out board after each supervision step."""
     heading(console, 2, "One board, refined step by step")
     task = trained.trainer.task
+    assert isinstance(task, Sudoku)
     batch = {"inputs": torch.from_numpy(trained.examples.inputs).to(trained.trainer.device)}
     answers = recurx.solve(trained.model, batch, halt_above=HALT_ABOVE, trace=True)
     assert answers.trace is not None
@@ -93,16 +94,28 @@ def show_filling(console: Console, trained: Trained) -> None:
     # Of the boards that fit on the screen, the one that took the most steps to come right.
     row = int(np.where(solved_at < MOST_BOARDS, solved_at, 0).argmax())
     last = int(solved_at[row]) or MOST_BOARDS - 1
-    states = [trained.examples.inputs[row], *trace[:last, row]]
-    boards = [_board(task, state, trained.examples, row) for state in states]
+    puzzle, answer = trained.examples.inputs[row], trained.examples.answers[row]
+    show_boards(console, task, [puzzle, *trace[:last, row]], answer)
+
+
+def show_boards(
+    console: Console, task: Sudoku, states: list[Tokens], answer: Tokens | None
+) -> None:
+    """Boards [T] side by side, the puzzle first; wrong cells are red on a terminal.
+
+    Args:
+        answer: [T] the known answer, by which cells are wrong; None: the cells whose digit stands
+            twice in a row, column or box are.
+    """
+    boards = [_board(task, state, states[0], answer) for state in states]
     for line in range(len(boards[0])):
         console.print(Text("   ").join(board[line] for board in boards))
 
 
-def _board(task: Any, tokens: NDArray[np.int64], examples: Examples, row: int) -> list[Text]:
-    """A board of the series: wrong cells red on a terminal, and counted below."""
-    given = to_boards(examples.inputs[row]) > 0
-    wrong = tokens != examples.answers[row]
+def _board(task: Sudoku, tokens: Tokens, puzzle: Tokens, answer: Tokens | None) -> list[Text]:
+    """A board of the series, its wrong cells counted below."""
+    given, board = to_boards(puzzle) > 0, to_boards(tokens)
+    wrong = clashes(task.layout, board) if answer is None else tokens != answer
     lines, cell = [], 0
     for line in task.text(tokens).splitlines():
         text = Text()
@@ -113,10 +126,20 @@ def _board(task: Any, tokens: NDArray[np.int64], examples: Examples, row: int) -
                 cell += 1
             text.append(character, style)
         lines.append(text)
-    width = len(lines[0])
-    blanks = int((to_boards(tokens) == 0).sum())
-    count = f"{blanks} blank" if blanks else f"{int(wrong.sum())} wrong"
-    return [*lines, Text((count if wrong.any() else "solved").center(width))]
+    blanks = int((board == 0).sum())
+    solved = bool(task.check(puzzle[None], tokens[None])[0])
+    text = "solved" if solved else f"{blanks} blank" if blanks else f"{int(wrong.sum())} wrong"
+    return [*lines, Text(text.center(len(lines[0])))]
+
+
+def clashes(layout: Layout, board: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """[cells] whether a cell's digit stands a second time in its row, column or box."""
+    found = np.zeros(layout.cells, dtype=bool)
+    for unit in layout.units:
+        digits = board[unit]
+        twice = (digits[:, None] == digits[None, :]).sum(axis=1) > 1
+        found[unit] |= twice & (digits > 0)
+    return found
 
 
 def show_accuracy(console: Console, trained: Trained) -> Report:

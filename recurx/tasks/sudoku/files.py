@@ -1,16 +1,19 @@
 """Reads Sudokus: lines of digits, and the CSV columns of Sudoku-Extreme.
 
-A line of digits is a whole board, row after row, `0` or `.` for a blank; `#` starts a comment and
-empty lines are skipped. The CSV has a header with `question` and, optionally, `answer`, `rating`
-and `source`. (81 characters for 9x9; smaller boards have fewer.)
+A line of digits is a whole board, row after row, `0` or `.` for a blank; `#` starts a comment,
+spaces around a board and empty lines are skipped, and lines end as on any system. The CSV has a
+header with `question` and, optionally, `answer`, `rating` and `source`. (81 characters for 9x9;
+smaller boards have fewer.)
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
@@ -36,18 +39,44 @@ def read(path: str | Path, layout: Layout, limit: int | None = None) -> PuzzleFi
     Raises:
         InvalidArgument: no such file, no puzzle in it, or a bad line (named with its number).
     """
-    path = Path(path)
+    with _open(path) as file:
+        head = file.readline()
+        file.seek(0)
+        if _is_csv(head):
+            return _read_csv(file, str(path), layout, limit)
+        return parse_lines(file, layout, str(path), limit)
+
+
+def first_puzzle(path: str | Path) -> str:
+    """The first board of a file as it is written there, "" if there is none; see `read`."""
+    with _open(path) as file:
+        head = file.readline()
+        file.seek(0)
+        if _is_csv(head):
+            return next((row["question"] or "" for row in csv.DictReader(file)), "").strip()
+        return next(filter(None, map(_without_comment, file)), "")
+
+
+@contextlib.contextmanager
+def _open(path: str | Path) -> Iterator[TextIO]:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            head = file.readline()
-            file.seek(0)
-            if "question" in head.strip().split(","):
-                return _read_csv(file, str(path), layout, limit)
-            return parse_lines(file, layout, str(path), limit)
+        # utf-8-sig: some editors begin a file with a byte order mark.
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
+            yield file
     except OSError as error:
         raise InvalidArgument(f"puzzles: cannot read {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise InvalidArgument(f"puzzles: {path} is not a text file ({error.reason}).") from error
+    except csv.Error as error:
+        raise InvalidArgument(f"puzzles: {path} is not a CSV file ({error}).") from error
+
+
+def _is_csv(head: str) -> bool:
+    return "question" in head.strip().split(",")
+
+
+def _without_comment(line: str) -> str:
+    return line.partition("#")[0].strip()
 
 
 def parse_lines(
@@ -58,12 +87,21 @@ def parse_lines(
     for number, line in enumerate(lines, start=1):
         if limit is not None and len(boards) == limit:
             break
-        text = line.partition("#")[0].strip()
-        if text:
-            boards.append(_board(text, layout, f"{source}, line {number}"))
+        if text := _without_comment(line):
+            boards.append(_board(text, layout, f"{source}:{number}"))
     if not boards:
         raise InvalidArgument(f"puzzles: {source} has no puzzle (only comments and empty lines).")
     return PuzzleFile(np.array(boards, dtype=np.int64))
+
+
+def parse_boards(texts: Iterable[str], layout: Layout) -> Boards:
+    """Boards [N, cells] that somebody typed; errors number them.
+
+    Raises:
+        InvalidArgument: one is no board.
+    """
+    boards = [_board(text.strip(), layout, f"puzzle {i}") for i, text in enumerate(texts, start=1)]
+    return np.array(boards, dtype=np.int64).reshape(-1, layout.cells)
 
 
 def _read_csv(file: Iterable[str], source: str, layout: Layout, limit: int | None) -> PuzzleFile:
@@ -71,10 +109,11 @@ def _read_csv(file: Iterable[str], source: str, layout: Layout, limit: int | Non
     columns = reader.fieldnames or []
     puzzles, answers, ratings = [], [], []
     for row in _first(reader, limit):
-        where = f"{source}, line {reader.line_num}"
-        puzzles.append(_board(row["question"] or "", layout, f"{where}, column question"))
+        where = f"{source}:{reader.line_num}"
+        puzzles.append(_board((row["question"] or "").strip(), layout, f"{where}, column question"))
         if "answer" in columns:
-            answers.append(_board(row["answer"] or "", layout, f"{where}, column answer"))
+            answer = (row["answer"] or "").strip()
+            answers.append(_board(answer, layout, f"{where}, column answer"))
         ratings.append(row.get("rating") or "")
     if not puzzles:
         raise InvalidArgument(f"puzzles: {source} has a header and no puzzle.")

@@ -1,0 +1,99 @@
+"""Draws accuracy against a budget: supervision steps on the left, wall time on the right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from recurx.budgets import Exit, Point
+from recurx.errors import InvalidArgument
+from recurx.plotting import COLOURS, INK, STYLE, pyplot
+
+SUFFIXES = (".png", ".svg")
+
+
+def check_path(path: str | Path) -> Path:
+    """The path of a picture, before anything is measured for it.
+
+    Raises:
+        InvalidArgument: its suffix is no kind of picture that is drawn here, or no folder is there.
+        RecurxError: matplotlib is not installed.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise InvalidArgument(f"curve: expected a file {' or '.join(SUFFIXES)}, got {path}.")
+    if not path.parent.is_dir():
+        raise InvalidArgument(f"curve: no folder {path.parent} for {path.name}.")
+    pyplot("eval --curve", "leave --curve out")
+    return path
+
+
+def write(path: Path, title: str, fill: Callable[[Any], None]) -> None:
+    """A picture of 8 inches by 3.2 that `fill` draws; the suffix of `path` says its kind."""
+    plt = pyplot("eval --curve", "leave --curve out")
+    with plt.rc_context(STYLE):
+        figure = plt.figure(figsize=(8, 3.2))
+        fill(figure)
+        figure.axes[0].set_title(title, loc="left", fontsize=9)
+        figure.tight_layout()
+        # No date in the file: the same figures give the same bytes.
+        metadata = {"Date": None} if path.suffix == ".svg" else None
+        figure.savefig(path, transparent=True, dpi=160, metadata=metadata)
+        plt.close(figure)
+
+
+def draw_budgets(points: Sequence[Point], figure: Any, trained_steps: int | None = None) -> None:
+    """Exact accuracy of `points` against steps and time, one line a number of rollouts.
+
+    Args:
+        trained_steps: marked by a vertical line: beyond it is what training never saw.
+    """
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    left, right = figure.subplots(1, 2, sharey=True)
+    numbers = sorted({p.rollouts for p in points})
+    for number, rollouts in enumerate(numbers):
+        line = [p for p in points if p.rollouts == rollouts]
+        how: dict[str, Any] = {
+            "color": COLOURS[number % len(COLOURS)], "marker": "osD^v"[number % 5],
+            "markersize": 4, "linewidth": 1.5,
+            "label": f"{rollouts} rollout{'s' if rollouts > 1 else ''}",
+        }  # fmt: skip
+        exact = [100 * p.exact for p in line]
+        left.plot([p.max_steps for p in line], exact, **how)
+        right.plot([1000 * p.seconds for p in line], exact, **how)
+    if trained_steps and trained_steps < max(p.max_steps for p in points):
+        left.axvline(trained_steps, color=INK, linewidth=1, linestyle="--")
+        left.text(trained_steps, 2, " steps in training", color=INK)
+    left.set_xscale("log", base=2)
+    left.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    left.set_xlabel("supervision steps at most, each rollout")
+    right.set_xscale("log")
+    right.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    right.xaxis.set_minor_locator(NullLocator())
+    right.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    right.set_xlabel("milliseconds a puzzle")
+    left.set_ylabel("exact answers, %")
+    left.set_ylim(0, 102)
+    if len(numbers) > 1:
+        right.legend(loc="lower right")
+
+
+def draw_exits(rows: Sequence[Exit], figure: Any) -> None:
+    """Exact accuracy of halting rules against the time that they take, fixed steps first."""
+    axes = figure.add_subplot()
+    fixed = rows[0]
+    axes.axhline(100 * fixed.exact, color=INK, linewidth=1, linestyle="--")
+    for number, row in enumerate(rows):
+        colour = INK if row is fixed else COLOURS[(number - 1) % len(COLOURS)]
+        label = f"{row.name}: {row.exact:.1%}, {row.speedup:.1f}x"
+        axes.plot(
+            row.seconds / fixed.seconds, 100 * row.exact, color=colour, linestyle="", markersize=7,
+            marker="osD^vPX"[number % 7], label=label,
+        )  # fmt: skip
+    axes.set_xlim(0, 1.05)
+    axes.margins(y=0.15)
+    axes.set_xlabel(f"time, as a share of {fixed.name}")
+    axes.set_ylabel("exact answers, %")
+    axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
