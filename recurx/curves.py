@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recurx.budgets import Exit, Point
+from recurx.budgets import Point
 from recurx.errors import InvalidArgument
 from recurx.plotting import COLOURS, INK, STYLE, pyplot
 
@@ -80,20 +80,23 @@ def draw_budgets(points: Sequence[Point], figure: Any, trained_steps: int | None
         right.legend(loc="lower right")
 
 
-def draw_exits(rows: Sequence[Exit], figure: Any) -> None:
-    """Exact accuracy of halting rules against the time that they take, fixed steps first."""
-    axes = figure.add_subplot()
+def draw_exits(rows: Sequence[Mapping[str, Any]], axes: Any) -> None:
+    """Exact accuracy of halting rules against the time that they take, fixed steps first.
+
+    Args:
+        rows: "name", "exact", "seconds" and "speedup" of each rule (see `recurx.budgets.Exit`).
+    """
     fixed = rows[0]
-    axes.axhline(100 * fixed.exact, color=INK, linewidth=1, linestyle="--")
+    axes.axhline(100 * fixed["exact"], color=INK, linewidth=1, linestyle="--")
     for number, row in enumerate(rows):
         colour = INK if row is fixed else COLOURS[(number - 1) % len(COLOURS)]
-        label = f"{row.name}: {row.exact:.1%}, {row.speedup:.1f}x"
+        label = f"{row['name']}: {row['exact']:.1%}, {row['speedup']:.1f}x"
         axes.plot(
-            row.seconds / fixed.seconds, 100 * row.exact, color=colour, linestyle="", markersize=7,
-            marker="osD^vPX"[number % 7], label=label,
+            row["seconds"] / fixed["seconds"], 100 * row["exact"], color=colour, linestyle="",
+            markersize=7, marker="osD^vPX"[number % 7], label=label,
         )  # fmt: skip
     axes.set_xlim(0, 1.05)
     axes.margins(y=0.15)
-    axes.set_xlabel(f"time, as a share of {fixed.name}")
+    axes.set_xlabel(f"time, as a share of {fixed['name']}")
     axes.set_ylabel("exact answers, %")
-    axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+    axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8)

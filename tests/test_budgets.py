@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -145,7 +146,10 @@ def test_pictures_are_drawn_and_say_what_they_show(tmp_path) -> None:
     assert curve("again.svg", POINTS, 2) == drawn
     one = curve("one.svg", POINTS[:3], 8)
     assert "1 rollout" not in one and "steps in training" not in one
-    curves.write(tmp_path / "exits.svg", "another", lambda f: curves.draw_exits(ROWS, f))
+    rows = [asdict(row) for row in ROWS]
+    curves.write(
+        tmp_path / "exits.svg", "another", lambda f: curves.draw_exits(rows, f.add_subplot())
+    )
     exits = (tmp_path / "exits.svg").read_text()
     assert "q &gt; 0: 95.0%, 8.0x" in exits and "share of always 16 steps" in exits
 

@@ -23,6 +23,7 @@ from recurx.errors import InvalidArgument
 
 # Name -> (module, one line of help).
 EXPERIMENTS = {
+    "exit": ("recurx.experiments.exit", "halting where the answer stands: how much faster"),
     "sort": ("recurx.experiments.sort", "one look against many: sorting in fixed depth"),
     "windows": ("recurx.experiments.windows", "how much of the recursion needs a gradient"),
 }
