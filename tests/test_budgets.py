@@ -85,7 +85,10 @@ def test_doubling() -> None:
 
 
 def test_a_report_is_what_the_script_says(model, task, examples) -> None:
-    report = evaluate(model, task, examples, halt=None, max_steps=5, batch_size=2)
+    done: list[int] = []
+    report = evaluate(model, task, examples, halt=None, max_steps=5, batch_size=2,
+                      on_batch=done.append)  # fmt: skip
+    assert done == [2, 4, 5]
     assert report.curve == (0.4, 0.6, 0.6, 0.8, 0.8) and report.exact == 0.8
     assert report.histogram == {5: 5} and report.steps_mean == 5
     unknown = evaluate(model, task, examples, known=np.zeros(5, dtype=bool), max_steps=2, halt=None)

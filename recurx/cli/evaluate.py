@@ -75,10 +75,11 @@ def run(arguments: argparse.Namespace) -> int:
         console.print(f"the net recommends {loaded.extra['solve']}", markup=False, soft_wrap=True)
     given = _given(console, arguments, task)
     console.print(f"{len(given.examples)} puzzles {given.source}")
-    report = evaluate(
-        model, task, given.examples, known=given.known, batch_size=arguments.batch_size,
-        device=device, **how,
-    )  # fmt: skip
+    with output.counting(console, "solving", len(given.examples)) as show:
+        report = evaluate(
+            model, task, given.examples, known=given.known, batch_size=arguments.batch_size,
+            device=device, on_batch=show, **how,
+        )  # fmt: skip
     _print_report(console, report, how)
     result = {"task": task.name, "checkpoint": str(loaded.path)} | report.to_dict()
     result["answers_seconds"] = given.seconds

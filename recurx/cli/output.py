@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -81,6 +83,18 @@ def side_by_side(boards: Sequence[str], gap: str = "     ") -> str:
         ).rstrip()
         for row in range(height)
     )
+
+
+@contextmanager
+def counting(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, moved by calling with how many of `total` are done; else nothing."""
+    bar = Progress(
+        TextColumn(what), BarColumn(bar_width=30), TextColumn("{task.completed} of {task.total}"),
+        TimeElapsedColumn(), console=console, disable=not console.is_terminal, transient=True,
+    )  # fmt: skip
+    row = bar.add_task("", total=total)
+    with bar:
+        yield lambda done: bar.update(row, completed=done)
 
 
 def json_line(values: dict[str, Any]) -> None:

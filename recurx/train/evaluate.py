@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -51,6 +52,7 @@ def evaluate(
     known: NDArray[np.bool_] | None = None,
     batch_size: int = 256,
     device: torch.device | str = "cpu",
+    on_batch: Callable[[int], None] = lambda done: None,
     **solve_arguments: Any,
 ) -> Report:
     """Refine every example with `recurx.solve` and check the answers by the rules.
@@ -58,6 +60,7 @@ def evaluate(
     Args:
         known: [N] which rows of `examples.answers` are known, for `cells`; None for all. The other
             rows count for everything else: the checker needs no solution.
+        on_batch: called with the number of examples that are done.
         solve_arguments: max_steps, halt, rollouts, ... of `recurx.solve`.
 
     Raises:
@@ -75,6 +78,7 @@ def evaluate(
         if solve_arguments.get("backend") != "cuda":
             solve_arguments["first_sample"] = first
         parts.append(solve(model, batch, trace=True, **solve_arguments))
+        on_batch(min(first + batch_size, len(examples)))
     synchronise(on)
     seconds = time.perf_counter() - start
     answers = np.concatenate([part.predictions.cpu().numpy() for part in parts])
