@@ -70,7 +70,9 @@ def draw_budgets(points: Sequence[Point], figure: Any, trained_steps: int | None
     left.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     left.set_xlabel("supervision steps at most, each rollout")
     right.set_xscale("log")
-    right.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    seconds = [p.seconds for p in points]
+    narrow = max(seconds) < 5 * min(seconds)
+    right.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if narrow else (1, 2, 5)))
     right.xaxis.set_minor_locator(NullLocator())
     right.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     right.set_xlabel("milliseconds a puzzle")
