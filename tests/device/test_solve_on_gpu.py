@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import recurx
+from recurx import noise, tasks
 from recurx.models import TRM
 from recurx.models.config import TRMConfig
 
@@ -47,3 +48,23 @@ def test_rollouts_repeat_bit_for_bit_and_wait_for_nobody(model):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(first.predictions, again.predictions) and torch.equal(first.q, again.q)
+
+
+def test_random_starts_are_those_of_the_cpu():
+    entries = torch.arange(5)
+    want = noise.truncated_normals(entries, 1, (9, 64), seed=(3 << 32) + 1)
+    got = noise.truncated_normals(entries.cuda(), 1, (9, 64), seed=(3 << 32) + 1).cpu()
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)  # erfinv of two libraries
+
+
+@pytest.mark.parametrize("rollouts", [1, 3])
+def test_a_fixed_point_ends_rows_where_it_does_on_the_cpu(rollouts):
+    net = recurx.shipped("sudoku-6x6").build()
+    task = tasks.get("sudoku-6x6:clues=12")
+    inputs = torch.from_numpy(tasks.Sampler(task, 0, "held-out").draw_distinct(64).inputs)
+    arguments = dict(halt="fixed-point", rollouts=rollouts, init="random", select="vote")
+    want = recurx.solve(net, {"inputs": inputs}, backend="eager", **arguments)
+    got = recurx.solve(net.cuda(), {"inputs": inputs.cuda()}, backend="eager", **arguments)
+    # fp32 with other orders of sums: a cell near a tie may take a step more or less.
+    assert (got.rollout_steps.cpu() == want.rollout_steps).float().mean() > 0.95
+    assert (got.predictions.cpu() == want.predictions).all(1).float().mean() > 0.95

@@ -82,7 +82,7 @@ def fill(
 
 def ask(console: Console, model: Any, task: Sudoku, how: dict[str, Any]) -> None:
     """Solve what the user types, if somebody is there to type; an empty line ends it."""
-    if not (sys.stdin.isatty() and console.is_terminal):
+    if sys.stdin is None or not (sys.stdin.isatty() and console.is_terminal):
         return
     while True:
         try:
