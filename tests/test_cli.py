@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import signal
@@ -218,17 +219,24 @@ def test_sigkill_at_any_moment_keeps_the_last_checkpoint(tmp_path) -> None:
 
 
 def test_demo_in_small(tmp_path, monkeypatch, capsys) -> None:
-    """All five parts, with a full-size model that is not, and next to no training."""
+    """All six parts, with a full-size model that is not, and next to no training."""
     monkeypatch.setattr(learn, "TASK", "sudoku-4x4")
     monkeypatch.setattr(learn, "MODEL", {"hidden_size": 32, "num_heads": 2})
     monkeypatch.setattr(learn, "FINAL_COUNT", 40)
     small = TRMConfig.sudoku_att(hidden_size=64, num_heads=2, puzzle_emb_ndim=64, inner_multiple=32)
     monkeypatch.setattr(TRMConfig, "sudoku_att", lambda: small)
+    shipped = importlib.import_module("recurx.shipped")
+    monkeypatch.setattr(shipped, "PACKAGE", tmp_path)
+    net = tmp_path / shipped.NETS["sudoku"]
+    net.parent.mkdir()
+    tiny = TRMConfig.tiny(11, 81, hidden_size=16, num_heads=2)
+    recurx.save_checkpoint(net, TRM(tiny), {"task": "sudoku"})
     arguments = ["demo", "--time-budget", "2", "--out", str(tmp_path / "run"), "--no-compile"]
     assert main([*arguments, "--json"]) == 0
     printed = capsys.readouterr().out
     for heading in ("1. A tiny", "2. One board", "3. Accuracy", "4. The trained", "5. Full-size"):
         assert heading in printed
+    assert "6. A trained 9x9 net" in printed and "a puzzle of one solution" in printed
     assert "UNTRAINED" in printed
     result = last_json(printed)
     trained = {row["engine"]: row for row in result["trained"]}
