@@ -42,4 +42,10 @@ def open_checkpoint(
             f"{path}: this model reads {config.seq_len} tokens out of {config.vocab_size}, "
             f"task {name} has {chosen.seq_len} out of {chosen.vocab_size}."
         )
+    rows = chosen.num_puzzle_identifiers
+    if rows > 1 and config.puzzle_emb_ndim and config.num_puzzle_identifiers != rows:
+        raise InvalidArgument(
+            f"{path}: this model knows {config.num_puzzle_identifiers:,} puzzles, task {name} has "
+            f"{rows:,}: name the task with the options that it was trained with."
+        )
     return loaded.build(backend=backend).to(device), chosen, loaded

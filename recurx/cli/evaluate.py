@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recurx.cli import options
+from recurx.cli import arc, options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget-count", type=options.positive, default=1024, metavar="N",
                         help="puzzles of --curve and --compare-exit at most (default 1024)",
                         )  # fmt: skip
+    arc.add_arguments(parser)
     options.add_refinement(parser)
     options.add_machine(parser)
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
@@ -73,6 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
         console.print(f"assumed {name}={getattr(loaded.config, name)!r}: {why}", markup=False)
     if loaded.extra.get("solve"):
         console.print(f"the net recommends {loaded.extra['solve']}", markup=False, soft_wrap=True)
+    if arc.applies(arguments, task):
+        return arc.evaluate(arguments, model, task, str(loaded.path), how, console, device)
     given = _given(console, arguments, task)
     console.print(f"{len(given.examples)} puzzles {given.source}")
     with output.counting(console, "solving", len(given.examples)) as show:

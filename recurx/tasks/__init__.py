@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable
 
 from recurx.errors import InvalidArgument
+from recurx.tasks.arc import Arc
 from recurx.tasks.base import PAD, Examples, Task
 from recurx.tasks.chain import Chain
 from recurx.tasks.compose import Compose
@@ -31,12 +32,15 @@ _MAKERS: dict[str, Callable[..., Task]] = {
     "chain": Chain,
     "compose": Compose,
     "reach": Reach,
+    "arc": Arc,
+    "arc-2": functools.partial(Arc, version=2),
 }
 NAMES = tuple(_MAKERS)
 
 __all__ = [
     "NAMES",
     "PAD",
+    "Arc",
     "Chain",
     "Compose",
     "Examples",

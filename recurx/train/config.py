@@ -127,7 +127,13 @@ class TrainConfig:
             "num_puzzle_identifiers": task.num_puzzle_identifiers,
         }
         config_class = HRMConfig if self.model.get("variant") == "hrm" else TRMConfig
-        return config_class.from_dict({**sizes, **self.model})
+        config = config_class.from_dict({**sizes, **self.model})
+        if task.num_puzzle_identifiers > 1 and not config.puzzle_emb_ndim:
+            raise bad_argument(
+                "train", "puzzle_emb_ndim", f"more than 0 for {self.task}, whose puzzles only "
+                "their embedding tells apart", 0, "Set it, e.g. --set puzzle_emb_ndim=64.",
+            )  # fmt: skip
+        return config
 
     def rate_factor(self, done: Tensor) -> Tensor:
         """The factor of the learning rates after `done` steps (a 0-d fp32 tensor)."""

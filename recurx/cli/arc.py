@@ -1,0 +1,109 @@
+"""`python -m recurx eval arc`: all augmentations of a test input vote for two attempts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recurx.cli import options
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from recurx.models import RecursiveModel
+    from recurx.tasks import Arc, Task
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--votes", type=options.positive, metavar="N", help="ARC: augmentations "
+                        "that vote on each test input (default: all of the task)")  # fmt: skip
+    parser.add_argument("--submission", metavar="FILE", help="ARC: write the two attempts at every "
+                        "test input, in the form of the competition")  # fmt: skip
+
+
+def applies(arguments: argparse.Namespace, task: Task) -> bool:
+    """Whether `task` is evaluated here.
+
+    Raises:
+        InvalidArgument: an option was given that `task` does not know.
+    """
+    from recurx.errors import InvalidArgument
+    from recurx.tasks import Arc
+
+    votes = isinstance(task, Arc)
+    others = ("puzzles", "curve", "compare_exit") if votes else ("votes", "submission")
+    for name in others:
+        if getattr(arguments, name):
+            option = f"--{name.replace('_', '-')}"
+            raise InvalidArgument(f"{option}: not for the task {task.name}, leave it out.")
+    return votes
+
+
+def evaluate(
+    arguments: argparse.Namespace,
+    model: RecursiveModel,
+    task: Arc,
+    checkpoint: str,
+    how: dict[str, Any],
+    console: Console,
+    device: Any,
+) -> int:
+    """Print pass@1 and pass@2 over the evaluation tasks (the first `--count` of them), found by
+    `recurx.solve` with the arguments `how`."""
+    import numpy as np
+    import torch
+
+    import recurx
+    from recurx.cli import output
+    from recurx.tasks.arc import vote
+
+    batches = task.test_batches(arguments.batch_size, arguments.votes, arguments.count)
+    ballots: list[vote.Ballot] = []
+    right, formed, steps = [], [], []
+    seconds = 0.0
+    for examples, marks in batches:
+        batch = {
+            "inputs": torch.from_numpy(examples.inputs).to(device),
+            "puzzle_identifiers": torch.from_numpy(examples.identifiers).to(device),
+        }
+        start = time.perf_counter()
+        found = recurx.solve(model, batch, **how)
+        answers, q = found.predictions.cpu().numpy(), found.q.cpu().numpy()
+        seconds += time.perf_counter() - start
+        ballots += task.ballots(marks, answers, q)
+        right.append(task.right(examples, answers))
+        formed.append(task.well_formed(answers))
+        steps.append(found.rollout_steps.sum(dim=1).cpu().numpy())
+    attempts = vote.ranked(ballots)
+    solutions = {key: grid for key, grid in task.solutions.items() if key in attempts}
+    report = {
+        "tasks": len({task_id for task_id, _ in solutions}),
+        "questions": len(solutions),
+        "predictions": len(ballots),
+        "pass@1": vote.pass_at(attempts, solutions, 1),
+        "pass@2": vote.pass_at(attempts, solutions, 2),
+        "exact": float(np.concatenate(right).mean()),
+        "well_formed": float(np.concatenate(formed).mean()),
+        "steps_mean": float(np.concatenate(steps).mean()),
+        "seconds": seconds,
+    }
+    console.print(
+        f"{report['questions']} test inputs of {report['tasks']} evaluation tasks, "
+        f"{report['predictions']} predictions (augmentations)"
+    )
+    console.print(f"pass@1       {report['pass@1']:.2%} of tasks, by vote, against the labels")
+    console.print(f"pass@2       {report['pass@2']:.2%}")
+    console.print(f"exact        {report['exact']:.2%} of single predictions, before the vote")
+    console.print(f"well-formed  {report['well_formed']:.2%} are a whole grid (needs no labels)")
+    console.print(f"steps        {report['steps_mean']:.2f} a prediction")
+    console.print(f"time         {seconds:.2f} s")
+    if arguments.submission is not None:
+        form = vote.submission(attempts, solutions)
+        Path(arguments.submission).write_text(json.dumps(form), encoding="utf-8")
+        console.print(f"attempts: {arguments.submission}", soft_wrap=True)
+    if arguments.json:
+        output.json_line({"task": task.name, "checkpoint": checkpoint} | report)
+    return 0
