@@ -31,8 +31,11 @@ def attention_kernel(
     T: tl.constexpr, H: tl.constexpr, HEAD_DIM: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    batch, head = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    # One axis: the others of a grid end at 65535, which B * H may pass.
+    row_tiles = tl.cdiv(T, ROWS)
+    sequence = tl.program_id(0) // row_tiles
+    batch, head = (sequence // H).to(tl.int64), sequence % H
+    rows = tl.program_id(0) % row_tiles * ROWS + tl.arange(0, ROWS)
     e = tl.arange(0, HEAD_DIM)
     live = rows[:, None] < T
     stride = 3 * H * HEAD_DIM  # elements from token to token
@@ -92,7 +95,7 @@ def attention(
     if out.numel() == 0:
         return out
     args, constants, options = launch_arguments(qkv, out, tiles.shared_bytes(qkv.device), lse)
-    grid = (triton.cdiv(tokens, constants["ROWS"]), batch * heads // 3)
+    grid = (triton.cdiv(tokens, constants["ROWS"]) * (batch * heads // 3),)
     attention_kernel[grid](*args, **constants, **options)
     return out
 

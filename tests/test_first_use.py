@@ -38,6 +38,8 @@ class Double(Backend):
             raise OutOfResources("out of resource: shared memory")
         if self.fault == "raise":
             raise RuntimeError("recurx._C: launch failed (cudaErrorInvalidValue)")
+        if self.fault == "memory":
+            raise torch.OutOfMemoryError("CUDA out of memory")
         carry = dict(zip(problem.schedule.states, states, strict=True))
         nets = problem.bind(weights)
         tables = None if self.fault == "rope" or cos is None else (cos, sin)
@@ -91,6 +93,16 @@ def test_a_wrong_backend_is_left_with_a_warning(monkeypatch, inputs, fault):
         warnings.simplefilter("error")
         assert verdicts.choose(*inputs).name == "eager"  # remembered, and warned of once
     assert double.runs == 1
+
+
+def test_too_little_memory_is_no_verdict(monkeypatch, inputs):
+    double = Double("memory")
+    verdicts = use(monkeypatch, double)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert verdicts.choose(*inputs).name == "eager"
+        double.fault = None
+        assert verdicts.choose(*inputs) is double
 
 
 def test_nothing_is_compared_nor_relied_on_inside_a_capture(monkeypatch, inputs):

@@ -109,6 +109,30 @@ def test_training_on_the_backend_of_auto_has_the_same_gradients(
         torch.testing.assert_close(got[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("save", ["block", "states"])
+def test_what_the_window_keeps_can_be_chosen(save: str) -> None:
+    model = lookalike.build("trm", hidden_size=64)
+    kept: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        kept.append(tensor.nbytes)
+        return tensor
+
+    def run(save: str) -> tuple[int, dict[str, Tensor]]:
+        kept.clear()
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        with recurx.patch(model, backend="eager", save=save), hooks:
+            out = step(model)
+        return sum(kept), out
+
+    (most, want), (fewer, got) = run("all"), run(save)
+    assert fewer < most, (fewer, most)
+    for name, tensor in want.items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+    with pytest.raises(recurx.InvalidArgument, match="save"):
+        recurx.patch(model, save="some")
+
+
 def test_patching_changes_nothing_else() -> None:
     model = lookalike.build().train()
     inner_of(model).lm_head.eval()

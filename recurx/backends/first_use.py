@@ -59,7 +59,10 @@ class FirstUse:
                 if key not in self._verdicts:
                     if _capturing(x):
                         continue  # nothing can be compared inside a CUDA graph
-                    self._verdicts[key] = _right(backend, problem, x, states, weights, cos, sin)
+                    verdict = _right(backend, problem, x, states, weights, cos, sin)
+                    if verdict is None:
+                        continue  # asked again the next time
+                    self._verdicts[key] = verdict
                 if self._verdicts[key]:
                     return backend
         raise AssertionError("eager runs everything")
@@ -90,8 +93,11 @@ def _right(
     weights: Sequence[Tensor],
     cos: Tensor | None,
     sin: Tensor | None,
-) -> bool:
-    """Whether the first call of the schedule comes out as PyTorch says; warns if not."""
+) -> bool | None:
+    """Whether the first call of the schedule comes out as PyTorch says; warns if not.
+
+    None where the memory did not suffice, which says nothing about the kernel.
+    """
     names, step = problem.schedule.states, problem.schedule.steps[0]
     error = "it raised"
     try:
@@ -117,6 +123,8 @@ def _right(
         if ours <= ALLOWED * theirs + SLACK.get(problem.dtype, 0.0):  # False for NaN
             return True
         error = f"error {ours:.3g} against {theirs:.3g} of plain PyTorch"
+    except torch.OutOfMemoryError:
+        return None
     except Exception as failure:  # a launch (RuntimeError), or Triton's compiler, which has its own
         error = f"{type(failure).__name__}: {failure}"
     warnings.warn(

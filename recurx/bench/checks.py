@@ -1,8 +1,8 @@
 """Whether a variant is right, before it is timed.
 
-Long recursions in bf16 drift chaotically, so a whole step is held against the drift of eager
-PyTorch of the same dtype from fp32, times 1.25; and the first call alone, where nothing has
-drifted yet, against eager's error there. Slack covers another order of summation in fp32.
+The first call alone, where nothing has drifted yet, is held against eager PyTorch's error in the
+same dtype, times 1.25. Long recursions in bf16 drift chaotically, so a whole step is held against
+eager's drift from fp32, times 1.5. Slack covers another order of summation in fp32.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 FACTOR = 1.25  # of eager's own error in that dtype
+# A drift is one draw of a chaotic quantity: for one sample torch.compile's, which is eager but for
+# the order of its sums, was 1.15 to 1.4 times eager's.
+FACTOR_OF_A_STEP = 1.5
 # One call has errors of a few roundings (fp32: 1e-6, bf16: 1e-2); 21 calls amplify a rounding of
 # fp32 to 1e-3 (measured on a Zen 3). A loss is one number: eager's error in it may be zero by luck.
 SLACK = {"one call": 1e-4, "loss": 0.01, "gradient": 0.01}
@@ -54,7 +57,8 @@ def judge(got: dict[str, Tensor], exact: dict[str, Tensor], yard: dict[str, Tens
         if not value.is_floating_point():
             slack = SLACK_OF_ANSWERS
         own = distance(yard[name], exact[name]) if name in yard else 0.0
-        allowed[name] = FACTOR * own + slack
+        factor = FACTOR if name in SLACK else FACTOR_OF_A_STEP
+        allowed[name] = factor * own + slack
         if not drift[name] <= allowed[name]:
             wrong.append(f"{name}: drift {drift[name]:.3g}, allowed {allowed[name]:.3g}")
     if not drift and not wrong:

@@ -15,6 +15,7 @@ class Plan(Protocol):
     """What a replacement needs beyond the module itself. Holds no module and no tensor."""
 
     backend: str
+    save: str
 
 
 class Adapter(Protocol):
@@ -31,8 +32,8 @@ class Adapter(Protocol):
     def differences(self, module: nn.Module) -> list[str]:
         """What keeps `module` from being patched, one sentence each; empty if nothing."""
 
-    def plan(self, module: nn.Module, backend: str) -> Plan:
-        """The plan of a module without differences."""
+    def plan(self, module: nn.Module, backend: str) -> Any:
+        """The plan (a dataclass like `Plan`) of a module without differences."""
 
     def problem(self, module: nn.Module, plan: Any) -> Problem:
         """The recursion as backends see it, for one sample."""

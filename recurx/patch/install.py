@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable
@@ -11,13 +12,25 @@ from typing import Any
 from torch import nn
 
 from recurx import backends
-from recurx.errors import BackendUnavailable, UnsupportedModel
+from recurx.api import SAVE
+from recurx.errors import BackendUnavailable, UnsupportedModel, bad_argument
 from recurx.patch.adapter import Adapter
 from recurx.patch.handle import Entry, PatchHandle
 from recurx.patch.lucidrains import Lucidrains
 from recurx.patch.official import Official
 
 ADAPTERS: tuple[Adapter, ...] = (Official(), Lucidrains())
+
+
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """What the caller of `patch` chose for every module."""
+
+    backend: str
+    save: str
+    probe: bool
+
+
 _KNOWN = "official TRM, single-z, hier6 and HRM code, and lucidrains' TinyRecursiveModel"
 
 
@@ -25,6 +38,7 @@ def patch(
     model: nn.Module | type[nn.Module] | ModuleType,
     backend: str = "auto",
     *,
+    save: str = "all",
     probe: bool = True,
 ) -> PatchHandle:
     """Run the recursion of official TRM / HRM code, or of lucidrains', on recurx.
@@ -35,6 +49,8 @@ def patch(
             classes: then every instance built from now on is patched.
         backend: what runs the recursion, see `recurx.recurse`. An explicit one that cannot run
             here raises at once.
+        save: what the gradient window keeps for its backward: "all", "block" or "states" trades
+            memory for work, see `recurx.recurse`. A net of foreign code takes "all".
         probe: compare with the original on a small random batch before the swap; costs about one
             supervision step. False trusts the structure alone.
 
@@ -49,13 +65,16 @@ def patch(
     """
     if backend not in backends.NAMES:
         backends.get(backend)  # raises, with the known names
+    if save not in SAVE:
+        raise bad_argument("patch", "save", f"one of {SAVE}", repr(save))
+    how = _How(backend, save, probe)
     handle = PatchHandle()
     if isinstance(model, nn.Module):
-        _patch_instance(handle, model, backend, probe)
+        _patch_instance(handle, model, how)
     elif isinstance(model, type) and issubclass(model, nn.Module):
-        _patch_class(handle, model, backend, probe)
+        _patch_class(handle, model, how)
     elif isinstance(model, ModuleType):
-        _patch_module(handle, model, backend, probe)
+        _patch_module(handle, model, how)
     else:
         raise UnsupportedModel(
             f"recurx.patch: expected a torch module, a class of them or an imported module, "
@@ -75,17 +94,17 @@ def find(model: nn.Module) -> list[tuple[str, nn.Module, Adapter]]:
     ]
 
 
-def _patch_instance(handle: PatchHandle, model: nn.Module, backend: str, probe: bool) -> None:
+def _patch_instance(handle: PatchHandle, model: nn.Module, how: _How) -> None:
     ready: list[tuple[nn.Module, str, Callable[..., object]]] = []
     for where, module, adapter in find(model):
         differences = adapter.differences(module)
         details: list[str] = []
         if not differences:
-            plan = adapter.plan(module, backend)
+            plan = dataclasses.replace(adapter.plan(module, how.backend), save=how.save)
             details = adapter.describe(module, plan)
             details.append(f"backend: {_resolve(adapter, module, plan)}")
             try:
-                details.append(adapter.probe(module, plan) if probe else "not probed, as asked")
+                details.append(adapter.probe(module, plan) if how.probe else "not probed, as asked")
                 ready.append((module, adapter.method, adapter.replacement(plan)))
             except UnsupportedModel as error:
                 differences = [str(error)]
@@ -102,17 +121,18 @@ def _resolve(adapter: Adapter, module: nn.Module, plan: Any) -> str:
     problem = adapter.problem(module, plan)
     if not problem.opaque:
         chosen = backends.select(plan.backend, problem).name
-    elif plan.backend in ("auto", "eager"):
+    elif plan.backend in ("auto", "eager") and plan.save == "all":
         chosen = "eager"
     else:
         raise BackendUnavailable(
-            f"recurx.patch: backend {plan.backend!r} cannot run a network of foreign code "
-            f'({type(getattr(module, "network", module)).__name__}). Use backend="auto".'
+            f"recurx.patch: backend {plan.backend!r} with save={plan.save!r} cannot run a network "
+            f"of foreign code ({type(getattr(module, 'network', module)).__name__}). "
+            f'Use backend="auto" and save="all".'
         )
     return chosen if plan.backend == chosen else f"{plan.backend} -> {chosen}"
 
 
-def _patch_class(handle: PatchHandle, cls: type[nn.Module], backend: str, probe: bool) -> None:
+def _patch_class(handle: PatchHandle, cls: type[nn.Module], how: _How) -> None:
     """Patch each instance at the end of its construction."""
     neighbours = vars(sys.modules.get(cls.__module__, ModuleType(""))).values()
     if not any(_is_known_class(c) for c in (cls, *neighbours)):
@@ -125,7 +145,7 @@ def _patch_class(handle: PatchHandle, cls: type[nn.Module], backend: str, probe:
     def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         if type(self) is cls:  # a subclass is not complete yet, and may do anything
-            _patch_instance(handle, self, backend, probe)
+            _patch_instance(handle, self, how)
 
     def undo() -> None:
         if cls.__init__ is not __init__:
@@ -141,12 +161,12 @@ def _patch_class(handle: PatchHandle, cls: type[nn.Module], backend: str, probe:
     handle.note(Entry(cls.__qualname__, "class", True, details))
 
 
-def _patch_module(handle: PatchHandle, module: ModuleType, backend: str, probe: bool) -> None:
+def _patch_module(handle: PatchHandle, module: ModuleType, how: _How) -> None:
     known = [value for value in vars(module).values() if _is_known_class(value)]
     if not known:
         raise UnsupportedModel(_refusal(handle, f"module {module.__name__}"))
     for cls in dict.fromkeys(known):
-        _patch_class(handle, cls, backend, probe)
+        _patch_class(handle, cls, how)
 
 
 def _is_known_class(value: object) -> bool:

@@ -35,12 +35,13 @@ class LucidPlan:
     Args:
         schedule: states "outputs" and "latents", net "net".
         counts: (num_refinement_blocks, num_latent_refinements) at the time of the patch.
-        backend: what runs it; a network of foreign code runs on PyTorch.
+        backend, save: as given to `recurx.recurse`; a network of foreign code runs on PyTorch.
     """
 
     schedule: Schedule
     counts: tuple[int, int]
     backend: str
+    save: str = "all"
 
 
 class Lucidrains:
@@ -102,7 +103,9 @@ class Lucidrains:
                 "latents": latents.expand_as(inputs).to(inputs.dtype),
             }
             net = {"net": _net_of(self)}
-            states = recurse(plan.schedule, net, inputs, carry, backend=plan.backend)
+            states = recurse(
+                plan.schedule, net, inputs, carry, backend=plan.backend, save=plan.save
+            )
             return states["outputs"], states["latents"]
 
         deep_refinement.recurx_plan = plan  # type: ignore[attr-defined]

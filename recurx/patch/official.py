@@ -38,7 +38,7 @@ class OfficialPlan:
         nets: (net, attribute of the module).
         output: the state that the heads read.
         rope: whether `rotary_emb` is used by the blocks.
-        backend: what runs it.
+        backend, save: as given to `recurx.recurse`.
     """
 
     schedule: Schedule
@@ -48,6 +48,7 @@ class OfficialPlan:
     output: str
     rope: bool
     backend: str
+    save: str = "all"
 
 
 class Official:
@@ -136,6 +137,7 @@ class Official:
                 carried,
                 backend=plan.backend,
                 cos_sin=self.rotary_emb() if plan.rope else None,
+                save=plan.save,
             )
             answer = states[plan.output]
             new = {attribute: states[name].detach() for name, attribute in plan.states}

@@ -60,7 +60,8 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         for generator in self.generators:
             graph.register_generator_state(generator)
-        with torch.cuda.graph(graph):
+        # On the stream of the warm-up; another thread (a data loader) may allocate meanwhile.
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             run()
         return graph.replay
 
