@@ -226,7 +226,11 @@ def test_cuda_graphs_warm_up_aside_and_register_generators(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: noted("stream", stream))
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: noted("graph", graph))
+
+    def recording(graph: Graph, stream: Stream, capture_error_mode: str):
+        return noted(f"{capture_error_mode} graph on", stream)
+
+    monkeypatch.setattr(torch.cuda, "graph", recording)
     capturer = CudaGraphs(warm_steps=1, generators=[torch.Generator()])
     capturer.warm(lambda: said.append("step"))
     assert said == [
@@ -234,7 +238,8 @@ def test_cuda_graphs_warm_up_aside_and_register_generators(monkeypatch) -> None:
     ]  # fmt: skip
     said.clear()
     replay = capturer.capture(lambda: said.append("step"))
-    assert said == ["generator registered", "enter graph", "step", "leave graph"]
+    recorded = ["enter thread_local graph on side", "step", "leave thread_local graph on"]
+    assert said == ["generator registered", *recorded]
     replay()
     assert said[-1] == "replayed"
 
