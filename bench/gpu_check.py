@@ -196,6 +196,7 @@ def main() -> int:
         report.write_text(json.dumps({"status": "no gpu", "reason": reason}, indent=1) + "\n")
         return 0
     from recurx.bench.provenance import provenance  # imports torch, which may be missing
+    from recurx.jsonfile import write_json
 
     start = time.monotonic()
     todo = phases(arguments.quick, folder, arguments.figures)
@@ -209,9 +210,7 @@ def main() -> int:
         content["status"] = state if passed else "failed"
         content["seconds"] = round(time.monotonic() - start, 1)
         content["phases"] = [asdict(result) for result in results]
-        aside = report.with_suffix(".part")  # a report is whole or not there
-        aside.write_text(json.dumps(content, indent=1) + "\n")
-        aside.replace(report)
+        write_json(report, content)
 
     run_all(todo, folder, environment(), TOTAL, write)
     print(f"{content['status']} in {content['seconds']} s: {report}")

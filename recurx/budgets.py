@@ -18,6 +18,7 @@ from torch import nn
 
 from recurx.solve import solve
 from recurx.tasks.base import Examples, Task
+from recurx.timing import synchronize
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -167,13 +168,13 @@ class _Solver:
 
     def __call__(self, **arguments: Any) -> tuple[float, float, float]:
         """(share right, mean steps an example with rollouts added up, seconds)."""
-        synchronise(self.device)
+        synchronize(self.device)
         start = time.perf_counter()
         found = [
             solve(self.model, batch, first_sample=first, **arguments)
             for first, batch in zip(self.firsts, self.batches, strict=True)
         ]
-        synchronise(self.device)
+        synchronize(self.device)
         seconds = time.perf_counter() - start
         answers = np.concatenate([part.predictions.cpu().numpy() for part in found])
         steps = sum(int(part.rollout_steps.sum()) for part in found)
@@ -191,9 +192,3 @@ def batch_of(
             device
         ),
     }
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for a GPU, so that a clock shows its work and not its launches."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

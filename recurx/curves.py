@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from recurx import plotting
 from recurx.budgets import Point
 from recurx.errors import InvalidArgument
-from recurx.plotting import COLOURS, INK, STYLE, pyplot
+from recurx.plotting import COLOURS, INK, pyplot
 
 SUFFIXES = (".png", ".svg")
 
@@ -31,16 +32,13 @@ def check_path(path: str | Path) -> Path:
 
 def write(path: Path, title: str, fill: Callable[[Any], None]) -> None:
     """A picture of 8 inches by 3.2 that `fill` draws; the suffix of `path` says its kind."""
-    plt = pyplot("eval --curve", "leave --curve out")
-    with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(8, 3.2))
+
+    def titled(figure: Any) -> None:
         fill(figure)
         figure.axes[0].set_title(title, loc="left", fontsize=9)
-        figure.tight_layout()
-        # No date in the file: the same figures give the same bytes.
-        metadata = {"Date": None} if path.suffix == ".svg" else None
-        figure.savefig(path, transparent=True, dpi=160, metadata=metadata)
-        plt.close(figure)
+
+    plt = pyplot("eval --curve", "leave --curve out")
+    plotting.write(plt, [path], (8, 3.2), titled)
 
 
 def draw_budgets(points: Sequence[Point], figure: Any, trained_steps: int | None = None) -> None:

@@ -6,7 +6,7 @@ a dark page, colours are mid-tones that colour-blind readers can tell apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +59,23 @@ def save(
     plt: Any, stem: Path, size: tuple[float, float], fill: Callable[[Any], None]
 ) -> list[Path]:
     """Let `fill` draw into a figure of `size` inches; write `stem`.png and `stem`.svg."""
-    written = []
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
+    write(plt, paths, size, fill)
+    return paths
+
+
+def write(
+    plt: Any, paths: Sequence[Path], size: tuple[float, float], fill: Callable[[Any], None]
+) -> None:
+    """Let `fill` draw into a figure of `size` inches; write it to each of `paths`, whose suffix
+    says the kind of picture."""
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=size)
         fill(figure)
         figure.tight_layout()
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        for kind in ("png", "svg"):
-            path = stem.with_name(f"{stem.name}.{kind}")
+        for path in paths:
             # No date in the file: the same figures give the same bytes.
-            metadata = {"Date": None} if kind == "svg" else None
+            metadata = {"Date": None} if path.suffix == ".svg" else None
             figure.savefig(path, transparent=True, dpi=160, metadata=metadata)
-            written.append(path)
         plt.close(figure)
-    return written

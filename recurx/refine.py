@@ -37,6 +37,11 @@ class Rules:
     logits: bool = False
     trace: bool = False
 
+    @property
+    def compares(self) -> bool:
+        """Whether a row may end because its answer stays the same."""
+        return self.halt in ("fixed-point", "any")
+
     def ends(self, wants: Tensor, unchanged: Tensor) -> Tensor:
         """Which rows end now.
 
@@ -111,7 +116,7 @@ def refine(model: Any, data: dict[str, Tensor], rules: Rules) -> Answers:
         carry.halted = torch.zeros_like(carry.halted)
         step_logits, q_halt = outputs["logits"], outputs["q_halt_logits"].float()
         answers = step_logits.argmax(-1)
-        if step:  # the first answer has none before it
+        if step and rules.compares:  # the first answer has none before it
             same = (answers == predictions[rows]).all(-1)
             unchanged[rows] = torch.where(same, unchanged[rows] + 1, 0)
         steps[rows] += 1

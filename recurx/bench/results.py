@@ -12,8 +12,6 @@ A row that is not "timed" (wrong, refused, failed) has no time but a reason.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -131,18 +129,3 @@ def load_folder(folder: Path) -> list[Result]:
         with suppress(BadResult):
             found.append(load(path))
     return sorted(found, key=lambda result: result.date)
-
-
-def save(path: Path, document: dict[str, Any]) -> None:
-    """Write beside the name, then rename: a kill at any moment leaves the old file or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(json.dumps(document, indent=1) + "\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise

@@ -96,6 +96,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from recurx.bench.runner import Measurement
     from recurx.cli import output
     from recurx.errors import InvalidArgument
+    from recurx.jsonfile import write_json
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -142,11 +143,11 @@ def _run(arguments: argparse.Namespace) -> int:
             finally:
                 if measurement.lanes:
                     document["groups"].append(measurement.document())
-                results.save(path, document)
+                write_json(path, document)
             _show(document["groups"][-1], console)
     if not skipped:
         document["status"] = "complete"
-    results.save(path, document)
+    write_json(path, document)
     if skipped:
         console.print(f"{skipped} of {len(groups)} groups were left out")
     console.print(f"written to {path}")

@@ -7,8 +7,6 @@ nets that are missing; a net whose settings changed is trained again.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from recurx.jsonfile import write_json
 
 if TYPE_CHECKING:
     from recurx.train import Report, TrainConfig, Trainer
@@ -220,17 +220,3 @@ def spread(values: list[float]) -> dict[str, Any]:
 def read_json(path: Path) -> Any:
     """The content of a JSON file; None if there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write whole or not at all: aside, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(json.dumps(value, indent=1) + "\n")
-        os.chmod(aside, 0o644)  # mkstemp makes files that only their owner reads
-        os.replace(aside, path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise

@@ -21,9 +21,9 @@ from recurx.patch.install import find
 from recurx.plan import Device, LaunchPlan
 from recurx.problem import Problem
 from recurx.profile.attribute import NET_STAGES, PRODUCTS
-from recurx.profile.ceilings import synchronize
 from recurx.profile.result import Row, median, short
 from recurx.profile.step import device_of
+from recurx.timing import synchronize
 
 
 @dataclass(frozen=True)

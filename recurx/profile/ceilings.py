@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from recurx.timing import synchronize
+
 COPY_VALUES = 16 << 20  # 64 MB of fp32: beyond the caches of the processors we know
 PRODUCT_ROWS = {"cpu": 512, "cuda": 4096}  # enough to fill the device, 0.27 and 137 GFLOP
 LIMIT = 0.3  # seconds for each ceiling
@@ -56,9 +58,3 @@ def _best(run: Callable[[], object], device: torch.device) -> float:
             synchronize(device)
             best = min(best, time.perf_counter() - begin)
     return max(best, 1e-9)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device, where there is something to wait for."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from recurx.errors import bad_argument
 from recurx.profile import advice, kernels, result, step, tables
 from recurx.profile.attribute import NET_STAGES, PRODUCTS, resolve
-from recurx.profile.ceilings import measure, synchronize
+from recurx.profile.ceilings import measure
 from recurx.profile.commands import commands
 from recurx.profile.records import Trace, best_of
 from recurx.profile.result import Profile
 from recurx.profile.roles import Roles, roles_of
 from recurx.profile.tracer import Tracer, stage
+from recurx.timing import synchronize
 
 ROUNDS = 5  # untraced steps whose median is the step's time
 TRACES, TRACE_SECONDS = 3, 3.0  # traced steps, of which each operator's shortest time counts

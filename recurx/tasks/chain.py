@@ -38,10 +38,6 @@ class Chain(Task):
         return self.length + 1
 
     @property
-    def pool(self) -> int:
-        return 0
-
-    @property
     def held_out_rule(self) -> str:
         # All lists of one length are images of each other, so no split could hold out more.
         return "none of their lists is a training list (all are relabelled images of one list)"

@@ -44,10 +44,6 @@ class Compose(Task):
         return len(self._permutations) + 1
 
     @property
-    def pool(self) -> int:
-        return 0
-
-    @property
     def held_out_rule(self) -> str:
         return "no training word becomes one of theirs when the permuted things are renamed"
 

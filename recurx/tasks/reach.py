@@ -40,10 +40,6 @@ class Reach(Task):
         return HERE + self.nodes  # distances end at nodes - 1
 
     @property
-    def pool(self) -> int:
-        return 0
-
-    @property
     def held_out_rule(self) -> str:
         return "no training graph becomes one of theirs when nodes are renamed"
 

@@ -39,10 +39,6 @@ class Sorting(Task):
         return self.values + 1
 
     @property
-    def pool(self) -> int:
-        return 0
-
-    @property
     def held_out_rule(self) -> str:
         return "no training example has the same values, in whatever order"
 

@@ -12,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from recurx.budgets import batch_of, synchronise
+from recurx.budgets import batch_of
 from recurx.errors import bad_argument
 from recurx.solve import Answers, solve
 from recurx.tasks.base import PAD, Examples, Task
+from recurx.timing import synchronize
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def evaluate(
             solve_arguments["first_sample"] = first
         parts.append(solve(model, batch, trace=True, **solve_arguments))
         on_batch(min(first + batch_size, len(examples)))
-    synchronise(on)
+    synchronize(on)
     seconds = time.perf_counter() - start
     answers = np.concatenate([part.predictions.cpu().numpy() for part in parts])
     known = np.ones(len(examples), dtype=bool) if known is None else known

@@ -8,10 +8,12 @@ import sys
 import pytest
 from documents import document, row, untimed, write
 
+from recurx import jsonfile
 from recurx.bench import plots, report, results
 from recurx.bench.provenance import ROOT
 from recurx.cli import main
 from recurx.errors import InvalidArgument, RecurxError
+from recurx.jsonfile import write_json
 
 ROWS = [
     row("recurx-cpu/bf16", [10, 11, 12], tflops=0.1, of_peak=0.5, launches=1, peak_mib=9.5),
@@ -158,13 +160,13 @@ def test_a_damaged_document_is_named(tmp_path, damage, problem):
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "folder" / "result.json"
-    results.save(path, document(ROWS))
+    write_json(path, document(ROWS))
     before = path.read_text()
 
     def full(*arguments):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(results.os, "replace", full)
+    monkeypatch.setattr(jsonfile.os, "replace", full)
     with pytest.raises(OSError):
-        results.save(path, document([]))
+        write_json(path, document([]))
     assert path.read_text() == before and list(path.parent.iterdir()) == [path]

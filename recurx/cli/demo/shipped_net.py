@@ -64,15 +64,8 @@ def fill(
     shown = sorted({int(step) for step in np.linspace(1, last, MOST_BOARDS - 1).round()})
     states = [puzzle, *(trace[step - 1] for step in shown)]
     show_boards(console, task, states, to_tokens(found.boards[0]) if unique else None)
-    many = (
-        "a puzzle of one solution"
-        if unique
-        else (
-            "this puzzle has no solution"
-            if found.count[0] == 0
-            else "a puzzle of several solutions"
-        )
-    )
+    known = {0: "this puzzle has no solution", 1: "a puzzle of one solution"}
+    many = known.get(int(found.count[0]), "a puzzle of several solutions")
     console.print(
         f"after steps {', '.join(map(str, shown))} of {int(answers.steps[0])}; {many}. "
         + ("Solved." if right[-1] else "Not solved: this net does not solve every puzzle.")

@@ -66,10 +66,6 @@ class Arc(Task):
         return 1 + len(self.puzzles) * (self.augmentations + 1)
 
     @property
-    def pool(self) -> int:
-        return 0
-
-    @property
     def held_out_rule(self) -> str:
         return "they are test inputs of the evaluation set; training has its demonstrations alone"
 

@@ -12,6 +12,7 @@ import contextlib
 import csv
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
@@ -108,7 +109,7 @@ def _read_csv(file: Iterable[str], source: str, layout: Layout, limit: int | Non
     reader = csv.DictReader(file)
     columns = reader.fieldnames or []
     puzzles, answers, ratings = [], [], []
-    for row in _first(reader, limit):
+    for row in islice(reader, limit):
         where = f"{source}:{reader.line_num}"
         puzzles.append(_board((row["question"] or "").strip(), layout, f"{where}, column question"))
         if "answer" in columns:
@@ -122,15 +123,6 @@ def _read_csv(file: Iterable[str], source: str, layout: Layout, limit: int | Non
         np.array(answers, dtype=np.int64) if answers else None,
         tuple(ratings),
     )
-
-
-def _first(
-    rows: Iterable[dict[str, str | None]], limit: int | None
-) -> Iterator[dict[str, str | None]]:
-    for index, row in enumerate(rows):
-        if index == limit:
-            return
-        yield row
 
 
 def _board(text: str, layout: Layout, where: str) -> list[int]:
