@@ -5,8 +5,9 @@
 
     steps [B] int32 (this step included), q_halt and q_continue [B] fp32, halted [B] uint8
 
-The random numbers are Philox 4x32-10 of (seed; slot, count): they depend on nothing else, so a
-captured launch draws new ones as the count on the device goes on, and every device draws the same.
+The random numbers are Philox 4x32-10 of (seed; first + slot, count): they depend on nothing
+else, so a captured launch draws new ones as the count on the device goes on, and every device draws
+the same.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ BLOCK = 256
 
 @triton.jit
 def act_halt_kernel(
-    steps, q_halt, q_continue, state, halted, B, threshold,
+    steps, q_halt, q_continue, state, halted, B, threshold, first,
     MOST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -29,7 +30,7 @@ def act_halt_kernel(
     zero = slot * 0
     low = zero + (count & 0x7FFFFFFF).to(tl.int32)
     high = zero + (count >> 31).to(tl.int32)
-    r0, r1, _r2, _r3 = tl.philox(seed, slot, low, high, zero)
+    r0, r1, _r2, _r3 = tl.philox(seed, first + slot, low, high, zero)
     explores = (r0 >> 8).to(tl.int32) < threshold
     least = tl.where(explores, 2 + (r1 >> 8).to(tl.int32) % (MOST - 1), 0)
 
@@ -47,15 +48,17 @@ def act_halt(
     state: torch.Tensor,
     most: int,
     threshold: int,
+    first: int = 0,
 ) -> torch.Tensor:
     """[B] bool; shapes as above, contiguous on one device, state int64 [2] = (seed, count).
 
-    threshold: explore where 24 random bits are below it. Checked by `recurx.models.exploration`.
+    threshold: explore where 24 random bits are below it. first: number of the first slot.
+    Checked by `recurx.models.exploration`.
     """
     halted = torch.empty(steps.shape, dtype=torch.bool, device=steps.device)
     if steps.numel():
         args, constants, options = launch_arguments(
-            steps, q_halt, q_continue, state, halted.view(torch.uint8), most, threshold
+            steps, q_halt, q_continue, state, halted.view(torch.uint8), most, threshold, first
         )
         grid = (triton.cdiv(steps.numel(), BLOCK),)
         act_halt_kernel[grid](*args, **constants, **options)
@@ -70,7 +73,8 @@ def launch_arguments(
     halted: torch.Tensor,
     most: int,
     threshold: int,
+    first: int = 0,
 ) -> tuple[tuple, dict, dict]:
     """(runtime arguments, compile-time arguments, compiler options) of one launch."""
-    args = (steps, q_halt, q_continue, state, halted, steps.numel(), threshold)
+    args = (steps, q_halt, q_continue, state, halted, steps.numel(), threshold, first)
     return args, {"MOST": most, "BLOCK": BLOCK}, {"num_warps": 4}

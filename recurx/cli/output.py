@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 WIDTH_WITHOUT_TERMINAL = 100
 
 
-def make_console() -> Console:
-    console = Console(highlight=False)
+def make_console(quiet: bool = False) -> Console:
+    console = Console(highlight=False, quiet=quiet)
     if not console.is_terminal:
-        console = Console(highlight=False, width=WIDTH_WITHOUT_TERMINAL)
+        console = Console(highlight=False, width=WIDTH_WITHOUT_TERMINAL, quiet=quiet)
     return console
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -63,20 +64,29 @@ def run(arguments: argparse.Namespace) -> int:
     from recurx.cli import output
     from recurx.cli.progress import TrainingDisplay, solving_display
     from recurx.errors import InvalidArgument
+    from recurx.train.ranks import join_torchrun
 
     if arguments.threads is None and arguments.preset.startswith("tiny"):
         arguments.threads = options.THREADS_OF_TINY_NETS
+    if arguments.device == "cuda" and "LOCAL_RANK" in os.environ:
+        arguments.device = f"cuda:{os.environ['LOCAL_RANK']}"
     device = options.prepare_machine(arguments)
-    console = output.make_console()
+    ranks = join_torchrun(device)
+    console = output.make_console(quiet=not ranks.first)
     start = _resumed if arguments.resume else _started
     with solving_display(console) as on_progress:
         trainer = start(arguments, device, on_progress)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     console.print(f"{trainer.task.name}: {parameters:,} parameters, training in {trainer.folder}")
     console.print(f"held-out examples: {trainer.held_out_rule}")
+    if ranks.world > 1:
+        console.print(f"{ranks.world} ranks share batches of {trainer.config.batch_size}")
+    if arguments.write_held_out and trainer.split is None:
+        raise InvalidArgument("--write-held-out: only with --puzzles.")
+    if not ranks.first:  # works, and leaves showing and evaluating to the first
+        trainer.run(arguments.steps, arguments.time_budget, save_every=arguments.save_every)
+        return 0
     if arguments.write_held_out:
-        if trainer.split is None:
-            raise InvalidArgument("--write-held-out: only with --puzzles.")
         trainer.split.write_held_out(arguments.write_held_out)
     display = TrainingDisplay(
         console, trainer, arguments.eval_every, arguments.eval_count, arguments.until

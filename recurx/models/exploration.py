@@ -24,12 +24,14 @@ class Exploration:
         device: of the model.
 
     Attributes:
+        first_slot: number of the model's first slot, where a batch is shared by several processes.
         state: int64 [2] on the device, (seed, number of draws so far). Save and copy it to resume.
     """
 
     def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
         if not 0 <= seed < 2**63:
             raise bad_argument("models.Exploration", "seed", "0..2^63 - 1", seed)
+        self.first_slot = 0
         self.state = torch.tensor([seed, 0], dtype=torch.int64, device=device)
 
     @torch.no_grad()
@@ -54,7 +56,9 @@ class Exploration:
         if most < 2:
             raise bad_argument("models.Exploration.halt", "most", "at least 2 steps", most)
         threshold = round(probability * 2**24)
-        halted: Tensor = _halt_op(steps, q_halt, q_continue, self.state, most, threshold)
+        halted: Tensor = _halt_op(
+            steps, q_halt, q_continue, self.state, most, threshold, self.first_slot
+        )
         self.state[1:].add_(1)
         return halted
 
@@ -66,6 +70,7 @@ def _halt(
     state: Tensor,
     most: int,
     threshold: int,
+    first: int,
 ) -> Tensor:
     steps, q_halt = steps.to(torch.int32).contiguous(), q_halt.to(torch.float32).contiguous()
     if q_continue is not None:
@@ -73,8 +78,8 @@ def _halt(
     if launch.on_triton(steps):
         from recurx.kernels.act_halt import act_halt
 
-        return act_halt(steps, q_halt, q_continue, state, most, threshold)
-    slots = torch.arange(steps.numel(), device=steps.device)
+        return act_halt(steps, q_halt, q_continue, state, most, threshold, first)
+    slots = first + torch.arange(steps.numel(), device=steps.device)
     count = state[1]
     explored, drawn, _, _ = philox(state[0], slots, count & 0x7FFFFFFF, count >> 31, 0)
     least = torch.where((explored >> 8) < threshold, 2 + (drawn >> 8) % (most - 1), 0)

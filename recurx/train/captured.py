@@ -76,12 +76,13 @@ class CapturedStep:
         optimizers: stepped in order. On a GPU they must not read the device: `AdamATan2`,
             `SparseSignSGD`, PyTorch's with capturable=True, or official ones after
             `recurx.train.swap`. Their `lr` becomes a tensor, `schedule` times what it was.
-        queue: where halted slots find their next samples.
+        queue: where halted slots find their next samples. If ranks share its slots, gradients of
+            weights and metrics are summed over them (`SparseSignSGD(world_size=)` gathers its own).
         average: updated after the optimisers.
         schedule: factor of the learning rates from the number of steps done (a 0-d fp32 tensor on
             the device): pure PyTorch.
-        synchronize: called with all gradients after the backward, e.g. to average them over ranks
-            (NCCL's collectives can be captured; `SparseSignSGD(world_size=)` gathers its own).
+        synchronize: called with all gradients after the backward, to do something else with them
+            (NCCL's collectives can be captured).
         capture: None captures where the head is on a GPU; False never does; or a `Capturer`.
 
     Attributes:
@@ -112,7 +113,7 @@ class CapturedStep:
             self._check_capturable()
         queue.refill()
         with torch.device(device):  # official carries are made on the default device
-            first = {key: values[: queue.slots] for key, values in queue.ring.items()}
+            first = {key: values[queue.own] for key, values in queue.ring.items()}
             self.carry = head.initial_carry(first)
         for tensor in tensors_of(self.carry):
             tensor.zero_()  # official ones are not initialised
@@ -189,6 +190,7 @@ class CapturedStep:
         if self._grads is None:  # weights that the loss does not reach have none, and stay
             self._grads = [t.grad for t in self._leaves() if t.grad is not None]
         with torch.no_grad():
+            self.queue.ranks.sum_([p.grad for p in self.head.parameters() if p.grad is not None])
             if self.synchronize is not None:
                 self.synchronize(self._grads)
             for optimizer in self.optimizers:
@@ -212,6 +214,7 @@ class CapturedStep:
             self.totals = torch.zeros_like(self.latest, dtype=torch.float64)
         values = [metrics[name].to(torch.float32) for name in self.names]
         torch.stack(values, out=self.latest)
+        self.queue.ranks.sum_([self.latest])
         self.totals.add_(self.latest)
 
     def _groups(self) -> Iterator[dict[str, Any]]:

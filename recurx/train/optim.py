@@ -17,6 +17,7 @@ from torch import Tensor
 from recurx import launch
 from recurx.errors import bad_argument
 from recurx.models.puzzle_embedding import sign_sgd_
+from recurx.train.ranks import all_gather
 
 
 class AdamATan2(torch.optim.Optimizer):
@@ -223,14 +224,8 @@ def sparse_sign_sgd_(optimizer: torch.optim.Optimizer) -> None:
             continue
         grads, ranks = local.grad, group["world_size"]
         if ranks > 1:
-            grads, ids = (_gathered(t.contiguous(), ranks) for t in (grads, ids))
+            grads, ids = (all_gather(t, ranks) for t in (grads, ids))
         sign_sgd_(table, grads, ids, group["lr"], group["weight_decay"])
-
-
-def _gathered(tensor: Tensor, ranks: int) -> Tensor:
-    gathered = tensor.new_empty(ranks * tensor.shape[0], *tensor.shape[1:])
-    torch.distributed.all_gather_into_tensor(gathered, tensor)
-    return gathered
 
 
 def embedding_buffers(params: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from recurx import launch
 from recurx.errors import bad_argument
+from recurx.train.ranks import Ranks
 
 Draw = Callable[[int], Mapping[str, Tensor]]  # {key: [count, ...]} of the next `count` samples
 CHUNKS = {"cpu": 2}  # chunks in the ring; a device runs ahead of what the host knows
@@ -30,6 +31,7 @@ class SampleQueue:
         draw: gives the next samples of an endless stream, as CPU tensors of fixed shapes.
         slots: samples that one step may take at most, B.
         device: where the ring lies.
+        ranks: processes that share the `slots`; each takes what its own slots get.
         chunks: size of the ring in chunks of B, at least 2.
     """
 
@@ -39,8 +41,11 @@ class SampleQueue:
         slots: int,
         device: torch.device | str = "cpu",
         chunks: int | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.draw, self.slots, self.device = draw, slots, torch.device(device)
+        self.ranks = ranks or Ranks()
+        self.own = self.ranks.own(slots)
         chunks = CHUNKS.get(self.device.type, MORE_CHUNKS) if chunks is None else chunks
         if chunks < 2 or slots < 1:
             got = f"chunks={chunks}, slots={slots}"
@@ -55,8 +60,9 @@ class SampleQueue:
     def take(self, halted: Tensor) -> dict[str, Tensor]:
         """{key: [B, ...]}: a fresh sample at every slot that halted, anything valid elsewhere.
 
-        Runs on the device alone: it can be captured. halted: [B] bool.
+        Runs on the device alone: it can be captured. halted: [B] bool, of this rank's slots.
         """
+        halted = self.ranks.gather(halted)
         if launch.on_triton(halted):
             from recurx.kernels.queue_take import queue_take
 
@@ -65,6 +71,7 @@ class SampleQueue:
             ends = halted.long()
             index = (self.cursor + ends.cumsum(0) - ends) % self.capacity
             self.cursor.add_(ends.sum())
+        index = index[self.own]
         return {key: values.index_select(0, index) for key, values in self.ring.items()}
 
     def refill(self) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,7 @@ from recurx.errors import CheckpointError, InvalidArgument
 from recurx.models import HRM, TRM, ACTLossHead, Carry, Exploration, RecursiveModel
 from recurx.models.stablemax import IGNORE
 from recurx.tasks.base import PAD, Examples
-from recurx.train import puzzles
+from recurx.train import metrics, puzzles
 from recurx.train import state as state_file
 from recurx.train.captured import CapturedStep, tensors_of
 from recurx.train.config import TrainConfig
@@ -36,7 +35,9 @@ from recurx.train.optim import AdamATan2, SparseSignSGD
 from recurx.train.positions import grid_positions_
 from recurx.train.progress import Progress
 from recurx.train.queue import SampleQueue
+from recurx.train.ranks import Ranks
 
+REASONS = ("", "time", "steps", "interrupted", "stopped")  # a later one tells more
 MODEL_FILE, STATE_FILE, METRICS_FILE = "model.safetensors", "state.safetensors", "metrics.jsonl"
 
 
@@ -48,6 +49,8 @@ class Trainer:
         folder: where checkpoints and metrics go (made if missing); None keeps all in memory.
         device, backend: where and on what the model runs.
         captured: whether a step is one CUDA graph; None: on a GPU.
+        ranks: processes that share the batch; None: those of PyTorch's default process group. All
+            must call the same methods in the same order; the first one writes the files.
         on_progress: called with (done, of how many) while the puzzles of a file are solved.
 
     Attributes:
@@ -62,20 +65,23 @@ class Trainer:
         device: torch.device | str = "cpu",
         backend: str = "auto",
         captured: bool | None = None,
+        ranks: Ranks | None = None,
         on_progress: puzzles.OnProgress = lambda done, total: None,
     ) -> None:
+        self.ranks = Ranks.of_this_process() if ranks is None else ranks
+        own = self.ranks.own(config.batch_size)
         self.split = None if config.puzzles is None else puzzles.load(config, on_progress)
         if self.split is not None:
             config = puzzles.pinned(config, self.split)
         self.config, self.device = config, torch.device(device)
         self.folder = None if folder is None else Path(folder)
         self.task = tasks.get(config.task)
-        self.step = 0
+        self.step, self._saved_at = 0, -1
         self.seconds = 0.0
         self.sampler = puzzles.sampler(config, self.split)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            model_config = config.model_config()
+            model_config = config.model_config().replace(batch_size=own.stop - own.start)
             model_class = HRM if model_config.variant == "hrm" else TRM
             self.model: RecursiveModel = model_class(model_config, backend)
             if config.grid_positions:
@@ -83,14 +89,17 @@ class Trainer:
             self.model.to(self.device)
         # Exploration draws from this run's generator, whatever else the process draws.
         self.exploration = Exploration(config.seed, self.device)
+        self.exploration.first_slot = own.start
         self.model.exploration = self.exploration
         self.average = Average(self.model, config.ema)
         self.optimizer = self._make_optimizer()
         optimizers = [self.optimizer]
         if model_config.puzzle_emb_ndim:
             rate, decay = config.puzzle_emb_lr, config.weight_decay
-            optimizers.append(SparseSignSGD(self.model.puzzle_emb.buffers(), rate, decay))
-        self.queue = SampleQueue(self._draw, config.batch_size, self.device)
+            optimizers.append(
+                SparseSignSGD(self.model.puzzle_emb.buffers(), rate, decay, self.ranks.world)
+            )
+        self.queue = SampleQueue(self._draw, config.batch_size, self.device, ranks=self.ranks)
         self.one_step = CapturedStep(
             ACTLossHead(self.model, config.loss),
             optimizers,
@@ -113,6 +122,7 @@ class Trainer:
         device: torch.device | str = "cpu",
         backend: str = "auto",
         captured: bool | None = None,
+        ranks: Ranks | None = None,
         puzzles: str | Path | None = None,
         on_progress: puzzles.OnProgress = lambda done, total: None,
     ) -> Trainer:
@@ -133,7 +143,7 @@ class Trainer:
         if puzzles is not None:
             config = dataclasses.replace(config, puzzles=str(puzzles))
         trainer = cls(
-            config, folder, device=device, backend=backend, captured=captured,
+            config, folder, device=device, backend=backend, captured=captured, ranks=ranks,
             on_progress=on_progress,
         )  # fmt: skip
         missing = {"model", "average", "carry", "exploration"} - tensors.keys()
@@ -198,23 +208,25 @@ class Trainer:
         Returns:
             Why it ended: "steps", "time", "stopped" or "interrupted".
         """
-        deadline = None if time_budget is None else time.perf_counter() + time_budget
+        deadline = float("inf") if time_budget is None else time.perf_counter() + time_budget
+        stopped = False
         with interrupts() as interrupted:
             while True:
-                if interrupted.is_set():
-                    reason = "interrupted"
-                elif steps is not None and self.step >= steps:
-                    reason = "steps"
-                elif deadline is not None and time.perf_counter() >= deadline:
-                    reason = "time"
-                else:
-                    if not on_step(self.train_step()):
-                        if self.step % save_every == 0:
-                            self.save()
-                        continue
-                    reason = "stopped"
-                self.save()
-                return reason
+                wants = {
+                    "stopped": stopped,
+                    "interrupted": interrupted.is_set(),
+                    "steps": steps is not None and self.step >= steps,
+                    "time": time.perf_counter() >= deadline,
+                }
+                reason = max((REASONS.index(name) for name in wants if wants[name]), default=0)
+                reason = self.ranks.agree(reason)  # all ranks end after the same step
+                if reason:
+                    if self._saved_at != self.step:
+                        self.save()
+                    return REASONS[reason]
+                stopped = bool(on_step(self.train_step()))
+                if self.step % save_every == 0:
+                    self.save()
 
     @property
     def held_out_rule(self) -> str:
@@ -242,17 +254,17 @@ class Trainer:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / METRICS_FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": self.step, **record}) + "\n")
+        if self.folder is not None and self.ranks.first:
+            metrics.append(self.folder / METRICS_FILE, {"step": self.step, **record})
 
     def save(self) -> None:
         """Write the state, then the averaged model; each appears whole or not at all.
 
         Killed between the two, the model is one checkpoint older than the state: both work.
         """
-        if self.folder is None:
+        self._saved_at = self.step
+        tensors = self._tensors_to_save()
+        if self.folder is None or not self.ranks.first:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         values = {
@@ -262,7 +274,7 @@ class Trainer:
             "sampler": self.sampler.state_dict(),
             "average_updates": self.average.updates,
         }
-        state_file.write(self.folder / STATE_FILE, values, self._tensors_to_save())
+        state_file.write(self.folder / STATE_FILE, values, tensors)
         config = self.config
         if config.puzzles is not None:  # who gets the weights needs no path of this machine
             config = dataclasses.replace(config, puzzles=Path(config.puzzles).name)
@@ -274,7 +286,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "average": self.average.weights,
             "optimizer": self.optimizer.state_dict()["state"],
-            "carry": vars(self.carry),
+            "carry": _each(self.ranks.gather, vars(self.carry)),
             "queue": self.queue.tensors(),
             "exploration": self.exploration.state,
         }
@@ -292,22 +304,17 @@ class Trainer:
         self.optimizer.load_state_dict({"state": saved, "param_groups": groups})
         self.queue.load(tensors.get("queue", {}))
         self.exploration.state.copy_(tensors["exploration"])
-        carry = Carry(**{key: tensors["carry"][key] for key in vars(self.carry)})
+        carry = _each(lambda every: every[self.queue.own], tensors["carry"])
+        carry = Carry(**{key: carry[key] for key in vars(self.carry)})
         for now, before in zip(tensors_of(self.carry), tensors_of(carry), strict=True):
             now.copy_(before)
-        self._forget_metrics_after(self.step)
-
-    def _forget_metrics_after(self, step: int) -> None:
-        """Lines of steps that a killed run made after its last checkpoint will be made again."""
-        path = self.folder / METRICS_FILE if self.folder else None
-        if path is not None and path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            path.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= step))
+        if self.folder is not None and self.ranks.first:
+            metrics.forget_after(self.folder / METRICS_FILE, self.step)
 
 
-def _step_of(line: str) -> float:
-    """The step that a line of metrics tells; a line cut short by a kill counts as too late."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError):
-        return float("inf")
+def _each(function: Callable[[Tensor], Tensor], tensors: dict[str, Any]) -> dict[str, Any]:
+    """`function` of every tensor in nested dicts."""
+    return {
+        key: _each(function, value) if isinstance(value, dict) else function(value)
+        for key, value in tensors.items()
+    }

@@ -200,8 +200,9 @@ def test_halting_gives_the_bits_of_plain_pytorch(triton_device, with_continue):
     there = [None if t is None else t.to(triton_device) for t in (steps, q_halt, bar)]
     for count in (0, 1, 2**31 - 1, 2**31, 2**40 + 5):
         exploration.state[1] = count
+        exploration.first_slot = count % 1000  # of a rank that shares the batch
         state = exploration.state.to(triton_device, copy=True)
-        got = act_halt(*there, state, 5, round(0.4 * 2**24))
+        got = act_halt(*there, state, 5, round(0.4 * 2**24), exploration.first_slot)
         assert torch.equal(got.cpu(), exploration.halt(steps, q_halt, bar, 5, 0.4)), count
 
 

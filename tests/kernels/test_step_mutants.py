@@ -60,9 +60,9 @@ def sign_sgd(module, device):
 
 def act_halt(module, device):
     exploration, *inputs = cases.halting()
-    exploration.state[1] = 2**33 + 5
+    exploration.state[1], exploration.first_slot = 2**33 + 5, 300
     state = exploration.state.to(device, copy=True)
-    got = module.act_halt(*(t.to(device) for t in inputs), state, 5, round(0.4 * 2**24))
+    got = module.act_halt(*(t.to(device) for t in inputs), state, 5, round(0.4 * 2**24), 300)
     want = exploration.halt(*inputs, 5, 0.4)
     assert torch.equal(got.cpu(), want), "halting differs"
 
@@ -97,6 +97,7 @@ BUGS = {
     "no decay of rows": ("sign_sgd", "1.0 - rate * decay", "1.0 + 0 * rate * decay"),
     "one step late": ("act_halt", "taken >= MOST", "taken > MOST"),
     "count of 31 bits": ("act_halt", "count >> 31", "count >> 63"),
+    "slots of another rank": ("act_halt", "first + slot, low", "slot, low"),
     "the draw that chose to explore": ("act_halt", "(r1 >> 8)", "(r0 >> 8)"),
     "most steps never drawn": ("act_halt", "% (MOST - 1)", "% (MOST - 2)"),
     "rank counts the slot itself": ("queue_take", "- ends\n", "\n"),
