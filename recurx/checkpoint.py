@@ -8,11 +8,9 @@ that are asked for leave the disk.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pickle
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +18,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from recurx.atomic import save_tensors
 from recurx.errors import CheckpointError, bad_argument
 from recurx.models.act import RecursiveModel
 from recurx.models.config import HRMConfig, ModelConfig, TRMConfig
@@ -137,8 +135,7 @@ def save_checkpoint(
 ) -> None:
     """Write the weights of a TRM or HRM (wrapped in whatever) as one safetensors file, atomically.
 
-    The file appears under its name complete or not at all: it is written beside it, flushed to
-    disk, and renamed.
+    The file appears under its name complete or not at all (`recurx.atomic`).
 
     Args:
         path: where; an existing file is replaced.
@@ -156,17 +153,7 @@ def save_checkpoint(
         _CONFIG: inner.config.to_json(),
         _EXTRA: json.dumps(dict(extra or {})),
     }
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        save_file(state, temporary, metadata=metadata)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    save_tensors(path, state, metadata)
 
 
 # ---- reading -------------------------------------------------------------------------------

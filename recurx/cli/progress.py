@@ -23,7 +23,8 @@ class TrainingDisplay:
 
     Use as a context manager around `Trainer.run(..., on_step=display.on_step)`. The bar shows the
     held-out accuracy, since nothing else tells how far a run is. Refinement takes all 16 steps, as
-    in published evaluations, unless `solve_arguments` say otherwise.
+    in published evaluations, unless `solve_arguments` say otherwise. `on_record` gets the step and
+    what metrics.jsonl gets, after each evaluation.
     """
 
     def __init__(
@@ -33,10 +34,11 @@ class TrainingDisplay:
         eval_every: int,
         eval_count: int,
         until: float | None = None,
+        on_record: Callable[[int, dict[str, Any]], None] = lambda step, record: None,
         **solve_arguments: Any,
     ) -> None:
         self.console, self.trainer = console, trainer
-        self.eval_every, self.until = eval_every, until
+        self.eval_every, self.until, self.on_record = eval_every, until, on_record
         self.examples = trainer.held_out(eval_count)
         self.solve_arguments = {"halt": None, **solve_arguments}
         self.report: Report | None = None
@@ -72,8 +74,10 @@ class TrainingDisplay:
         if progress.step % self.eval_every:
             return False
         report = self.evaluate()
-        record = {"seconds": progress.seconds, "loss": progress.loss, "held_out": report.to_dict()}
+        record = {"seconds": progress.seconds, "loss": progress.loss, "lr": self.trainer.lr}
+        record |= {"held_out": report.to_dict()}
         self.trainer.log(record)
+        self.on_record(progress.step, record)
         self._bar.update(self._row, completed=report.exact)
         if not self.console.is_terminal:
             self.console.print(

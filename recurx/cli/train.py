@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -56,12 +57,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-capture", action="store_true",
                         help="on a GPU: launch every kernel of a step, not one CUDA graph",
                         )  # fmt: skip
+    parser.add_argument("--tensorboard", action="store_true",
+                        help="also write event files to FOLDER/tensorboard")  # fmt: skip
     options.add_machine(parser)
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     from recurx.cli import output
+    from recurx.cli.events import EventFiles
     from recurx.cli.progress import TrainingDisplay, solving_display
     from recurx.errors import InvalidArgument
     from recurx.train.ranks import join_torchrun
@@ -88,10 +92,15 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.write_held_out:
         trainer.split.write_held_out(arguments.write_held_out)
-    display = TrainingDisplay(
-        console, trainer, arguments.eval_every, arguments.eval_count, arguments.until
-    )
-    with display:
+    with contextlib.ExitStack() as ends:
+        events = EventFiles(trainer) if arguments.tensorboard else None
+        if events is not None:
+            ends.callback(events.close)
+        display = TrainingDisplay(
+            console, trainer, arguments.eval_every, arguments.eval_count, arguments.until,
+            **({} if events is None else {"on_record": events.write}),
+        )  # fmt: skip
+        ends.enter_context(display)
         reason = trainer.run(
             arguments.steps, arguments.time_budget,
             save_every=arguments.save_every, on_step=display.on_step,

@@ -50,6 +50,14 @@ class PuzzleSplit:
         """These puzzles as they stand in the file."""
         return Examples(to_tokens(self.puzzles[rows]), to_tokens(self.answers[rows]))
 
+    @property
+    def rule(self) -> str:
+        """One sentence saying what the held-out puzzles have that the others have not."""
+        return (
+            f"{len(self.held_out):,} puzzles of the file; the {len(self.train):,} that are trained "
+            f"on have other solutions, up to symmetry"
+        )
+
     def write_held_out(self, path: str | Path) -> None:
         """The held-out puzzles as lines of 81 digits, in the order of the permutation."""
         rows = self.puzzles[self.held_out]

@@ -1,24 +1,20 @@
 """The trainer's state as one safetensors file: nested dicts of tensors, and JSON beside them.
 
-No pickle, so a state file from elsewhere runs no code. Written beside its name, flushed to the
-disk, then renamed: a kill at any moment leaves the old file or the new one.
+No pickle, so a state file from elsewhere runs no code.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from recurx.atomic import save_tensors
 from recurx.errors import CheckpointError
 
 SEPARATOR = "/"  # parameter names have dots
@@ -26,18 +22,7 @@ SEPARATOR = "/"  # parameter names have dots
 
 def write(path: Path, values: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
     """Write `values` (anything JSON holds) and `tensors` (nested dicts of tensors or numbers)."""
-    flat = _flatten(tensors)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        save_file(flat, temporary, metadata={"values": json.dumps(values)})
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    save_tensors(path, _flatten(tensors), {"values": json.dumps(values)})
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -53,6 +38,14 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except (SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged, or no state of a training run: {error}") from error
     return values, _nest(flat)
+
+
+def each(function: Callable[[Tensor], Tensor], tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """`function` of every tensor in nested dicts."""
+    return {
+        key: each(function, value) if isinstance(value, Mapping) else function(value)
+        for key, value in tensors.items()
+    }
 
 
 def _flatten(tensors: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:

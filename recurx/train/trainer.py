@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recurx import tasks
+from recurx import atomic, tasks
 from recurx.checkpoint import save_checkpoint
 from recurx.errors import CheckpointError, InvalidArgument
 from recurx.models import HRM, TRM, ACTLossHead, Carry, Exploration, RecursiveModel
@@ -210,6 +210,7 @@ class Trainer:
         """
         deadline = float("inf") if time_budget is None else time.perf_counter() + time_budget
         stopped = False
+        self._tidy()
         with interrupts() as interrupted:
             while True:
                 wants = {
@@ -229,14 +230,14 @@ class Trainer:
                     self.save()
 
     @property
+    def lr(self) -> float:
+        """The learning rate of the last step; reading it waits for the device."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @property
     def held_out_rule(self) -> str:
         """One sentence saying what the held-out examples have that training never has."""
-        if self.split is None:
-            return self.task.held_out_rule
-        return (
-            f"{len(self.split.held_out):,} puzzles of the file; the {len(self.split.train):,} that "
-            f"are trained on have other solutions, up to symmetry"
-        )
+        return self.task.held_out_rule if self.split is None else self.split.rule
 
     def averaged(self) -> RecursiveModel:
         """A copy of the model with the averaged weights, in evaluation mode."""
@@ -286,7 +287,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "average": self.average.weights,
             "optimizer": self.optimizer.state_dict()["state"],
-            "carry": _each(self.ranks.gather, vars(self.carry)),
+            "carry": state_file.each(self.ranks.gather, vars(self.carry)),
             "queue": self.queue.tensors(),
             "exploration": self.exploration.state,
         }
@@ -304,17 +305,15 @@ class Trainer:
         self.optimizer.load_state_dict({"state": saved, "param_groups": groups})
         self.queue.load(tensors.get("queue", {}))
         self.exploration.state.copy_(tensors["exploration"])
-        carry = _each(lambda every: every[self.queue.own], tensors["carry"])
+        carry = state_file.each(lambda every: every[self.queue.own], tensors["carry"])
         carry = Carry(**{key: carry[key] for key in vars(self.carry)})
         for now, before in zip(tensors_of(self.carry), tensors_of(carry), strict=True):
             now.copy_(before)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Remove what a killed run left: parts of files, and metrics later than its state."""
         if self.folder is not None and self.ranks.first:
             metrics.forget_after(self.folder / METRICS_FILE, self.step)
-
-
-def _each(function: Callable[[Tensor], Tensor], tensors: dict[str, Any]) -> dict[str, Any]:
-    """`function` of every tensor in nested dicts."""
-    return {
-        key: _each(function, value) if isinstance(value, dict) else function(value)
-        for key, value in tensors.items()
-    }
+            for name in (STATE_FILE, MODEL_FILE):
+                atomic.sweep(self.folder / name)
