@@ -23,8 +23,9 @@ from recurx.errors import InvalidArgument
 
 # Name -> (module, one line of help).
 EXPERIMENTS = {
+    "compose": ("recurx.experiments.compose", "one look against many: products of permutations"),
     "exit": ("recurx.experiments.exit", "halting where the answer stands: how much faster"),
-    "sort": ("recurx.experiments.sort", "one look against many: sorting in fixed depth"),
+    "sort": ("recurx.experiments.sort", "one look against many: sorting"),
     "windows": ("recurx.experiments.windows", "how much of the recursion needs a gradient"),
 }
 

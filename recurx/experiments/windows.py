@@ -46,14 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--windows", type=window, nargs="+", metavar="WINDOW",
                         default=["1", ONE_STEP, CYCLE, "full"], help="1-step, cycle, full, or a "
                         "number of calls (default: 1 1-step cycle full)")  # fmt: skip
-    parser.add_argument("--steps", type=options.positive, default=600, help="of training, the same "
-                        "for every net (default 600)")  # fmt: skip
+    parser.add_argument("--steps", type=options.positive, default=500, help="of training, the same "
+                        "for every net (default 500)")  # fmt: skip
     parser.add_argument("--h-cycles", type=options.positive, default=2, metavar="N",
                         help="cycles a supervision step (default 2)")  # fmt: skip
     parser.add_argument("--l-cycles", type=options.positive, default=4, metavar="N",
                         help="low calls a cycle (default 4)")  # fmt: skip
-    parser.add_argument("--supervision", type=options.positive, default=4, metavar="N",
-                        help="supervision steps a sample (default 4)")  # fmt: skip
+    # With more, the refinement between supervision steps makes up for a short window.
+    parser.add_argument("--supervision", type=options.positive, default=2, metavar="N",
+                        help="supervision steps a sample (default 2)")  # fmt: skip
     parser.add_argument("--batch-size", type=options.positive, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--count", type=options.positive, default=1000, metavar="N",

@@ -1,0 +1,19 @@
+"""Products of permutations: one look against many (see `recurx.experiments.looks`).
+
+The product of a prefix needs that of the prefix before it, and permutations do not commute, so that
+counting is no way out as it is for sorting.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from recurx.experiments import looks
+
+CLAIM = "A net that looks once cannot multiply permutations; looking again and again, it can."
+SEEDS, SECONDS, SIZE = 2, 30.0, looks.SIZE
+measure, tables, draw = looks.measure, looks.tables, looks.draw
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    looks.add_arguments(parser, task="compose:degree=3,length=12", supervision=12)

@@ -1,0 +1,230 @@
+"""One look against many: nets of equal size that learn a task for equal times.
+
+- recursive: a supervision step is one call of the net, `z <- L(z + x)`, and training goes on for
+  several of them, without gradient from one to the next;
+- one look: the very same net and parameters, trained and tested with one step;
+- deep: one look of a net that spends these parameters on several narrower layers, each with
+  weights of its own, instead of calling one layer again and again.
+
+The claim showed if, averaged over seeds, the recursive net solves more than 95 % of held-out
+examples exactly at the last step of its training, and the same net with one look less than 20 %.
+The deep net is told beside them: it has depth, which is what one look lacks.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from recurx.cli import options
+
+if TYPE_CHECKING:
+    from recurx.experiments.session import Session
+    from recurx.train import TrainConfig, Trainer
+
+SIZE = (8.0, 3.4)
+RECURSIVE, ONE_LOOK, DEEP = "recursive", "one look", "deep"
+SOLVED, FAILED = 0.95, 0.20  # exact accuracies: what counts as solving a task, and as not
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, task: str, supervision: int) -> None:
+    parser.add_argument("--task", default=task, help=f"default {task}")
+    parser.add_argument("--preset", default="tiny-att", help="default tiny-att")
+    parser.add_argument("--supervision", type=options.positive, default=supervision, metavar="N",
+                        help="supervision steps that the recursive net is trained with "
+                        f"(default {supervision})")  # fmt: skip
+    parser.add_argument("--test-steps", type=options.positive, default=2 * supervision,
+                        metavar="M", help="supervision steps that it is tested with "
+                        f"(default {2 * supervision})")  # fmt: skip
+    parser.add_argument("--layers", type=options.positive, default=4, metavar="N",
+                        help="of the deep net (default 4)")  # fmt: skip
+    parser.add_argument("--batch-size", type=options.positive, default=64)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--count", type=options.positive, default=1000, metavar="N",
+                        help="held-out examples of the final accuracy (default 1000)")  # fmt: skip
+
+
+def net_config(arguments: argparse.Namespace, kind: str, seed: int) -> TrainConfig:
+    """The training run of one kind of net.
+
+    The recursive net draws a minimum of steps for every sample (exploration 1): else samples that
+    are solved early leave, and the steps after that are never trained.
+    """
+    from recurx.errors import bad_argument
+    from recurx.train import preset
+
+    steps = arguments.supervision if kind == RECURSIVE else 1
+    model: dict[str, Any] = {
+        "variant": "single_z", "H_cycles": 1, "L_cycles": 1, "halt_max_steps": steps,
+        "halt_exploration_prob": 1.0,
+    }  # fmt: skip
+
+    def config(**changes: Any) -> TrainConfig:
+        return preset(
+            arguments.preset, arguments.task, seed=seed, batch_size=arguments.batch_size,
+            lr=arguments.lr, loss="softmax_cross_entropy", model={**model, **changes},
+        )  # fmt: skip
+
+    if kind != DEEP:
+        return config()
+    limit, full = parameters(config()), config().model_config()
+    # An even width of the heads, which rotary tables need, sets the steps of the width.
+    for narrower in range(full.hidden_size, 0, -2 * full.num_heads):
+        one, two = (parameters(config(L_layers=n, hidden_size=narrower)) for n in (1, 2))
+        if one + (arguments.layers - 1) * (two - one) <= limit:
+            return config(L_layers=arguments.layers, hidden_size=narrower)
+    raise bad_argument(
+        "experiment", "--layers", f"so few that they fit {limit:,} parameters", arguments.layers
+    )
+
+
+def parameters(config: TrainConfig) -> int:
+    """Number of parameters of the net that a run trains."""
+    from recurx.models import TRM
+
+    return sum(p.numel() for p in TRM(config.model_config()).parameters())
+
+
+def one_call_a_step(trainer: Trainer) -> None:
+    """Make a supervision step of the trainer's net one call, `z <- L(z + x)`.
+
+    The shortest published schedule has two; parameters and initial states stay.
+    """
+    from recurx.schedule import INPUT, Schedule, Step
+
+    call = Step("L", "z", ("z",), (INPUT,))
+    trainer.model.inner.schedule = Schedule((call,), name="one call")
+
+
+def measure(session: Session, arguments: argparse.Namespace) -> dict[str, Any]:
+    from recurx.experiments.session import Plan
+
+    kinds = (RECURSIVE, ONE_LOOK, DEEP)
+    session.total = len(kinds) * arguments.seeds
+    nets = []
+    for seed in range(arguments.seeds):
+        for kind in kinds:
+            steps = arguments.supervision if kind == RECURSIVE else 1
+            plan = Plan(seconds=arguments.time_budget, eval_every=250, max_steps=steps)
+            net = session.net(
+                kind, net_config(arguments, kind, seed), plan, _measurer(arguments, kind),
+                prepare=one_call_a_step,
+            )  # fmt: skip
+            nets.append(net)
+    rows = [_summary(kind, [net for net in nets if net["label"] == kind]) for kind in kinds]
+    return {"rows": rows, "nets": nets, **_verdict(rows)}
+
+
+def _measurer(arguments: argparse.Namespace, kind: str) -> Any:
+    def measured(trainer: Any) -> dict[str, Any]:
+        from recurx.experiments.session import Plan, look
+
+        steps = max(arguments.test_steps, arguments.supervision) if kind == RECURSIVE else 1
+        report = look(trainer, Plan(max_steps=steps), trainer.held_out(arguments.count))
+        config = trainer.model.config
+        return {
+            "curve": list(report.curve),
+            "calls": len(trainer.model.inner.schedule),
+            "layers": config.L_layers,
+            "width": config.hidden_size,
+            "trained_steps": config.halt_max_steps,
+        }
+
+    return measured
+
+
+def _summary(kind: str, nets: list[dict[str, Any]]) -> dict[str, Any]:
+    from recurx.experiments.session import spread
+
+    first = nets[0]
+    same = ("parameters", "calls", "layers", "width", "trained_steps")
+    return {
+        "kind": kind,
+        **{key: first[key] for key in same},
+        "training_steps": spread([net["steps"] for net in nets]),
+        "seconds": spread([net["seconds"] for net in nets]),
+        "exact": spread([net["curve"][net["trained_steps"] - 1] for net in nets]),
+        "curve": [
+            sum(net["curve"][i] for net in nets) / len(nets) for i in range(len(first["curve"]))
+        ],
+    }
+
+
+def _verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    by_kind = {row["kind"]: row for row in rows}
+    recursive, deep = by_kind[RECURSIVE], by_kind[DEEP]
+    curve, trained = recursive["curve"], recursive["trained_steps"]
+    exact = {kind: row["exact"]["mean"] for kind, row in by_kind.items()}
+    best = max(range(len(curve)), key=lambda i: (curve[i], -i))
+    findings = [
+        f"exact: recursive {exact[RECURSIVE]:.1%} in {trained} steps; the same net trained to look "
+        f"once {exact[ONE_LOOK]:.1%}; one look of {deep['layers']} narrower layers "
+        f"{exact[DEEP]:.1%}",
+        f"trained with {trained}, tested with fewer and more: {curve[0]:.1%} after 1, best "
+        f"{curve[best]:.1%} after {best + 1}, {curve[-1]:.1%} after {len(curve)}",
+    ]
+    return {"findings": findings, "holds": exact[RECURSIVE] > SOLVED and exact[ONE_LOOK] < FAILED}
+
+
+def tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    settings = result["settings"]
+    lines = []
+    for row in result["rows"]:
+        exact, steps = row["exact"], row["trained_steps"]
+        deviation = "" if exact["deviation"] is None else f" ± {100 * exact['deviation']:.1f}"
+        lines.append([
+            row["kind"],
+            f"{row['parameters']:,}",
+            f"{row['layers']} x {row['width']}",
+            str(steps),
+            f"{row['training_steps']['mean']:,.0f}",
+            f"{row['seconds']['mean']:.0f}",
+            f"{100 * exact['mean']:.1f}{deviation}",
+        ])  # fmt: skip
+    title = f"{settings['task']}, {settings['preset']}, {settings['seeds']} seeds"
+    columns = ["net", "parameters", "layers x width", "looks", "training steps", "s", "exact %"]
+    curve = [
+        [str(i), f"{100 * exact:.1f}", "" if i <= settings["supervision"] else "more than trained"]
+        for i, exact in enumerate(result["rows"][0]["curve"], start=1)
+    ]
+    return [
+        (title, columns, lines),
+        ("recursive, by steps", ["after step", "exact %", ""], curve),
+    ]
+
+
+def draw(result: dict[str, Any], figure: Any) -> None:
+    """Left: accuracy against supervision steps; right: against training time."""
+    from recurx.plotting import COLOURS, INK
+
+    by_steps, learning = figure.subplots(1, 2, width_ratios=[3, 2], sharey=True)
+    for row, colour in zip(result["rows"], COLOURS, strict=False):
+        nets = [net for net in result["nets"] if net["label"] == row["kind"]]
+        if row["kind"] == RECURSIVE:
+            for net in nets:
+                steps = range(1, len(net["curve"]) + 1)
+                by_steps.plot(steps, [100 * e for e in net["curve"]], color=colour, lw=0.6)
+            steps = range(1, len(row["curve"]) + 1)
+            means = [100 * e for e in row["curve"]]
+            by_steps.plot(steps, means, "o-", ms=3, color=colour, label="recursive")
+            trained = row["trained_steps"]
+            by_steps.axvline(trained, color=INK, lw=0.8, ls=":")
+            by_steps.annotate(
+                f"trained with {trained}", (trained, 0), (4, 4), textcoords="offset points"
+            )
+        else:
+            by_steps.axhline(100 * row["exact"]["mean"], color=colour, label=_legend(row))
+        for net in nets:
+            times = [point["seconds"] for point in net["learning"]]
+            learning.plot(times, [100 * p["exact"] for p in net["learning"]], color=colour, lw=1)
+    by_steps.set_xlabel("supervision steps at test time")
+    by_steps.set_ylabel("held-out exact, %")
+    by_steps.set_ylim(-3, 103)
+    by_steps.legend(fontsize=8, loc="center right")
+    learning.set_xlabel("training time, s")
+
+
+def _legend(row: dict[str, Any]) -> str:
+    if row["kind"] == ONE_LOOK:
+        return "the same net, trained to look once"
+    return f"one look, {row['layers']} layers, no more parameters"
