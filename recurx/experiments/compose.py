@@ -11,9 +11,9 @@ import argparse
 from recurx.experiments import looks
 
 CLAIM = "A net that looks once cannot multiply permutations; looking again and again, it can."
-SEEDS, SECONDS, SIZE = 2, 30.0, looks.SIZE
+SEEDS, SECONDS, SIZE = 1, 25.0, looks.SIZE
 measure, tables, draw = looks.measure, looks.tables, looks.draw
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    looks.add_arguments(parser, task="compose:degree=3,length=12", supervision=12)
+    looks.add_arguments(parser, task="compose:degree=3,length=7", supervision=7)

@@ -61,6 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="held-out examples of the final accuracy (default 1000)")  # fmt: skip
 
 
+def title(row: dict[str, Any]) -> str:
+    """What a row of the result is called in tables and legends."""
+    plain = "last call" if row["calls"] == 1 else f"last {row['calls']} calls"
+    return NAMES.get(row["window"], plain)
+
+
 def calls(name: str, config: ModelConfig) -> int:
     """Number of calls in the window that `name` means for this model."""
     schedule = config.schedule
@@ -200,17 +206,17 @@ def tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
         exact = row["exact"]
         deviation = "" if exact["deviation"] is None else f" ± {100 * exact['deviation']:.1f}"
         lines.append([
-            NAMES.get(row["window"], "calls"),
+            title(row),
             f"{row['calls']} of {row['of']}",
             f"{100 * exact['mean']:.1f}{deviation}",
             f"{100 * exact['low']:.1f} to {100 * exact['high']:.1f}",
             f"{row['kept_bytes'] / 2**20:.1f}",
             f"{row['step_ms']['mean']:.1f}",
         ])  # fmt: skip
-    title = f"{settings['task']}, {settings['preset']}, {settings['steps']} steps, "
-    title += f"{settings['seeds']} seeds"
+    heading = f"{settings['task']}, {settings['preset']}, {settings['steps']} steps, "
+    heading += f"{settings['seeds']} seeds"
     columns = ["window", "calls", "exact %", "lowest to highest", "kept MiB", "ms a step"]
-    return [(title, columns, lines)]
+    return [(heading, columns, lines)]
 
 
 def draw(result: dict[str, Any], figure: Any) -> None:
@@ -227,7 +233,7 @@ def draw(result: dict[str, Any], figure: Any) -> None:
                 steps, [100 * p["exact"] for p in curve[:length]], color=colour, lw=0.6, alpha=0.6
             )
         means = [100 * sum(c[i]["exact"] for c in curves) / len(curves) for i in range(length)]
-        text = f"{NAMES.get(row['window'], 'calls')} ({row['calls']} of {row['of']})"
+        text = f"{title(row)} ({row['calls']} of {row['of']})"
         learning.plot(steps, means, color=colour, lw=2, label=text)
         deviation = 100 * (row["exact"]["deviation"] or 0.0)
         cost.errorbar(

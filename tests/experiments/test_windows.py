@@ -85,3 +85,11 @@ def test_windows_need_the_two_of_the_claim(tmp_path, capsys):
     words = ["experiment", "windows", "--no-plot", "--out", str(tmp_path), "--windows", "cycle"]
     assert main(words) == 2
     assert "1-step is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("window", "reached"), [(1, False), (2, True)])
+def test_the_last_call_alone_does_not_reach_the_input(window, reached):
+    trainer = Trainer(tiny(grad_window=window, L_cycles=3))
+    trainer.train_step()
+    gradient = trainer.model.inner.embed_tokens.embedding_weight.grad
+    assert (gradient is not None and bool(gradient.any())) == reached
