@@ -210,7 +210,7 @@ def draw(result: dict[str, Any], figure: Any) -> None:
             trained = row["trained_steps"]
             by_steps.axvline(trained, color=INK, lw=0.8, ls=":")
             by_steps.annotate(
-                f"trained with {trained}", (trained, 0), (4, 4), textcoords="offset points"
+                f"trained with {trained}", (trained, 65), (4, 4), textcoords="offset points"
             )
         else:
             by_steps.axhline(100 * row["exact"]["mean"], color=colour, label=_legend(row))
