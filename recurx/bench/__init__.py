@@ -8,6 +8,7 @@
     worker.py     the process that holds a subject
     counters.py   launches, memory, energy
     ceilings.py   what the machine reaches: copies and products, measured in the same run
+    predict.py    what `recurx.plan` says of each row, by the ceilings of the same run
     checks.py     whether a variant's results are right; a wrong one is not timed
     lanes.py      options of a run, and a variant on its way through a group
     runner.py     workers in interleaved rounds, one group a case, mode and batch

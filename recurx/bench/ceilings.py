@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from recurx.plan.device import last_cache_bytes, operator_us
+
 COPY_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}  # beyond every cache
 LARGE = {"cpu": 1024, "cuda": 8192}  # side of the square product: about a peak
 MOST_FLOPS = {"cpu": 2e9, "cuda": 2e12}  # of the case's own product; more rows show no more
@@ -54,6 +56,8 @@ def measure(device: str, rows: int, hidden: int, inner: int) -> dict[str, Any]:
         "copy_gbs": round(copy_gbs(device), 2), "case_product": [m, hidden, n],
         "large_product": [side, side, side],
     }  # fmt: skip
+    if device == "cpu":  # what `recurx.bench.predict` needs beside
+        found |= {"operator_us": round(operator_us(), 3), "cache_bytes": last_cache_bytes()}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         found[f"case_{name}_tflops"] = round(product_tflops(m, hidden, n, dtype, device), 5)
         found[f"large_{name}_tflops"] = round(product_tflops(side, side, side, dtype, device), 5)

@@ -1,4 +1,4 @@
-"""Figures of rows: quantiles, counted work, rates against ceilings, predictions."""
+"""Figures of rows: quantiles, counted work, rates against ceilings."""
 
 from __future__ import annotations
 
@@ -58,15 +58,14 @@ class Work:
 
     @classmethod
     def of(cls, group: Group, device: str) -> Work:
-        from recurx.bench.cases import build
-        from recurx.explain import problem_of_model
+        from recurx.bench.cases import DTYPES, case
+        from recurx.explain import problem_of_config
         from recurx.plan import count
 
         problems, sizes = {}, {}
         for dtype in group.dtypes:
-            model = build(group.case, dtype, "eager", 1)
-            problem = problem_of_model(model, group.batch)
-            problem = dataclasses.replace(problem, device_type=device)
+            config = case(group.case).make(forward_dtype=DTYPES[dtype])
+            problem = problem_of_config(config, group.batch, device)
             problems[dtype] = problem
             state = problem.batch * problem.tokens * problem.hidden
             values = count.weight_values(problem) + state * (1 + 2 * len(problem.schedule.states))
@@ -95,34 +94,33 @@ class Work:
             "flops": self.flops, "bytes": self.bytes,
         }  # fmt: skip
 
-    def rates(
-        self, variant: Variant, seconds: float, row: dict[str, Any], ceilings: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Achieved rates, their share of the machine's, and the prediction.
-
-        `of_peak` is FLOP/s against the fastest product measured in this run; `of_floor` is the
-        least possible time, by that product and by the copy bandwidth, against the measured one.
-        """
+    def rates(self, seconds: float, row: dict[str, Any]) -> dict[str, Any]:
+        """Achieved rates."""
         flops = self.flops * (row["steps_mean"] if self.group.mode == "solve" else 1)
         found: dict[str, Any] = {"tflops": round(flops / seconds / 1e12, 6)}
-        if ceilings:
-            peak = 1e12 * peak_tflops(ceilings, variant.dtype)
-            floor = max(flops / peak, self.bytes[variant.dtype] / (1e9 * ceilings["copy_gbs"]))
-            found |= {"of_peak": round(flops / seconds / peak, 4)}
-            found |= {"of_floor": round(floor / seconds, 4)}
-        predicted = self.predicted(variant)
-        found["predicted_ms"] = None if predicted is None else round(1e3 * predicted, 4)
         if self.group.mode == "solve":
             found["puzzles_per_s"] = round(row["puzzles"] / seconds, 2)
         return found
 
-    def predicted(self, variant: Variant) -> float | None:
-        """Seconds by `recurx.cost`, of inference steps of eager and of our backends."""
-        from recurx.plan import cost
 
-        if self.group.mode != "step" or not (variant.ours or variant.engine == "eager"):
-            return None
-        try:
-            return cost(self.problems[variant.dtype]).seconds(variant.backend)
-        except KeyError:
-            return None
+def against_ceilings(document: dict[str, Any]) -> None:
+    """Write into every timed row how near it came to the machine, in place.
+
+    `of_peak` is FLOP/s against the fastest product measured in the run; `of_floor` is the least
+    possible time, by that product and by the copy bandwidth, against the measured one. The best of
+    all groups counts: on a shared machine one group's ceilings can be below what a row reached.
+    """
+    best: dict[str, float] = {}
+    for group in document["groups"]:
+        for name, value in group.get("ceilings", {}).items():
+            if isinstance(value, (int, float)):
+                best[name] = max(value, best.get(name, value))
+    for group in document["groups"] if best else ():
+        for row in group["rows"]:
+            if row["status"] != "timed" or "tflops" not in row:
+                continue
+            peak, seconds = peak_tflops(best, row["dtype"]), row["p50_ms"] / 1e3
+            least = group["bytes"][row["dtype"]] / (1e9 * best["copy_gbs"])
+            floor = max(row["tflops"] * seconds / peak, least)
+            row["of_peak"] = round(row["tflops"] / peak, 4)
+            row["of_floor"] = round(floor / seconds, 4)

@@ -243,7 +243,7 @@ class Measurement:
             row = dict(lane.row)
             if lane.times:
                 row |= figures.timed(lane.times, lane.repeats)
-                row |= self.work.rates(lane.variant, row["p50_ms"] / 1e3, row, self.ceilings)
+                row |= self.work.rates(row["p50_ms"] / 1e3, row)
             if "status" in row:
                 rows.append(row)
         return {

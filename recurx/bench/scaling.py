@@ -43,12 +43,9 @@ def scaling(name: str, device: str, batch: int) -> list[Scaling]:
 
 
 def _problem(name: str) -> Problem:
-    from recurx.explain import problem_of_model
-    from recurx.models import HRM, TRM
+    from recurx.explain import problem_of_config
 
-    config = case(name).make(forward_dtype="bfloat16")
-    model = (HRM if config.variant == "hrm" else TRM)(config)
-    return problem_of_model(model)
+    return problem_of_config(case(name).make(forward_dtype="bfloat16"))
 
 
 def markdown(name: str, device: str, batch: int) -> str:

@@ -90,8 +90,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
     import torch
 
-    from recurx.bench import results, variants
+    from recurx.bench import figures, results, variants
     from recurx.bench.lanes import Options
+    from recurx.bench.predict import predict
     from recurx.bench.provenance import provenance, results_folder
     from recurx.bench.runner import Measurement
     from recurx.cli import output
@@ -143,6 +144,8 @@ def _run(arguments: argparse.Namespace) -> int:
             finally:
                 if measurement.lanes:
                     document["groups"].append(measurement.document())
+                    figures.against_ceilings(document)
+                    predict(document)
                 write_json(path, document)
             _show(document["groups"][-1], console)
     if not skipped:
@@ -200,7 +203,7 @@ def _show(group: dict[str, Any], console: Any) -> None:
     lines = []
     for name, row in rows.items():
         if row["status"] != "timed":
-            lines.append((name, row["status"], "", "", "", row["reason"]))
+            lines.append((name, row["status"], "", "", "", "", row["reason"]))
             continue
         ours = best_ours(rows, row["dtype"])
         factor = "" if ours is None else f"{row['p50_ms'] / ours['p50_ms']:.2f}x"
@@ -208,9 +211,10 @@ def _show(group: dict[str, Any], console: Any) -> None:
         note = row.get("note", "")
         if "exact" in row:
             note = f"{row['exact']:.0%} exact in {row['steps_mean']:.1f} steps {note}"
-        lines.append((name, *times, factor, note))
+        predicted = row.get("predicted_ms")
+        lines.append((name, *times, f"{predicted:.4g}" if predicted else "", factor, note))
     title = f"{group['case']} {group['mode']} B={group['batch']}"
-    heads = ("variant", "p20 ms", "p50 ms", "p80 ms", "times recurx", "")
+    heads = ("variant", "p20 ms", "p50 ms", "p80 ms", "predicted", "times recurx", "")
     console.print(output.table(title, heads, lines))
 
 

@@ -29,14 +29,15 @@ class Device:
         units: multiprocessors, or threads that compute.
         shared_bytes: shared memory that one block may use; 0 for a CPU.
         l2_bytes: the cache that all units share (L2 of a GPU, L3 of a CPU); 0 if unknown.
-        dram_gbs, l2_gbs: bandwidths, GB/s; the second on a CPU is the rate at which PyTorch's
-            products take in weights, which they pack anew at every call.
+        dram_gbs, l2_gbs: bandwidths, GB/s; the first of a copy, read and write counted; the second
+            on a CPU is the rate at which PyTorch's products pack weights, anew at every call.
         bf16_tflops, fp32_tflops: dense products per second, fp32 accumulation; fp32 without tf32.
-        launch_us: from one kernel to the next of a CUDA graph, or one small PyTorch operator on a
-            CPU.
-        call_us: one kernel launched by itself from Python; as launch_us on a CPU.
+        launch_us: from one kernel to the next of a CUDA graph; on a CPU one operator of a model in
+            PyTorch, the Python around it included.
+        call_us: one kernel launched by itself from Python; on a CPU one call of `recurx.recurse`.
         barrier_us: one barrier over all units.
         measured: whether the rates were measured on this very machine.
+        isa: of a CPU, which of the engine's instruction sets runs; "" without an engine.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Device:
     call_us: float
     barrier_us: float
     measured: bool = False
+    isa: str = ""
 
     def flops(self, itemsize: int) -> float:
         """Products per second (FLOP/s) with operands of `itemsize` bytes."""
@@ -136,48 +138,73 @@ def _distance(a: tuple[int, int], b: tuple[int, int]) -> int:
     return abs(10 * a[0] + a[1] - 10 * b[0] - b[1])
 
 
-@functools.cache
-def _cpu(threads: int) -> Device:
-    """This CPU, measured: a copy, an operator, and products whose weights are not in a cache.
+# Of a CPU, as shares of what is measured on it. PyTorch's products pack their weights at every
+# call, reading them in strides: 2.3 to 2.6 GB/s a thread beside a copy of 12 (TRM, HRM; Zen 3).
+PACKING = 0.2
+# `recurx.recurse` checks, encodes and dispatches as long as 40 operators run: 0.7 ms to 17 us.
+CALL_OPERATORS = 40
+BARRIER_US = 1.0  # assumed: a spin of two threads on one cache line
+# Operators of one attention block of `recurx.reference` in fp32, by which their time is measured.
+BLOCK_OPERATORS = 30
+LARGE = 1024  # side of the square products
 
-    The time of a product grows with its rows, t = intake + rows / rate: two row counts give both.
-    """
-    generator = torch.Generator().manual_seed(0)  # leaves the caller's random state alone
-    width, inner, few, many = 512, 1536, 97, 388  # rows of one and of four samples of TRM Sudoku
-    masters = [torch.randn(inner, width, generator=generator) for _ in range(16)]  # 50 MB in fp32
 
-    def product(dtype: torch.dtype) -> tuple[float, float]:
-        weights = [master.to(dtype) for master in masters]
-        seconds = {}
-        for rows in (few, many):
-            a = torch.randn(rows, width, generator=generator).to(dtype)
-
-            def all_products(a: torch.Tensor = a) -> None:
-                for weight in weights:
-                    torch.nn.functional.linear(a, weight)
-
-            # bf16 without instructions for it is a hundred times slower: one timing tells enough.
-            seconds[rows] = _best(all_products, 1 if dtype == torch.bfloat16 else 3) / len(weights)
-        a_row = max((seconds[many] - seconds[few]) / (many - few), 1e-12)
-        intake = max(seconds[few] - few * a_row, 1e-6)
-        return 2 * inner * width / a_row / 1e12, weights[0].nbytes / intake / 1e9
-
-    source = torch.ones(8 << 20)  # 32 MB
-    target = torch.empty_like(source)
-    copied = 2 * source.nbytes / _best(lambda: target.copy_(source)) / 1e9
-    state = torch.ones(few, width)
-    operator = 1e6 * _best(lambda: state + state, 100)
-    fp32, intake = product(torch.float32)
-    masters = masters[:2]
-    bf16, _ = product(torch.bfloat16)
+def cpu_device(
+    threads: int, copy_gbs: float, fp32_tflops: float, bf16_tflops: float, operator_us: float,
+    cache_bytes: int, isa: str,
+) -> Device:  # fmt: skip
+    """A CPU by its measured ceilings: a large copy, large products, one operator from Python."""
     return Device(
-        "cpu", "cpu", (0, 0), threads, 0, _last_cache_bytes(), copied, intake,
-        bf16_tflops=bf16, fp32_tflops=fp32,
-        launch_us=operator, call_us=operator, barrier_us=1.0, measured=True,
+        "cpu", "cpu", (0, 0), threads, 0, cache_bytes, copy_gbs, PACKING * copy_gbs,
+        bf16_tflops=bf16_tflops, fp32_tflops=fp32_tflops,
+        launch_us=operator_us, call_us=CALL_OPERATORS * operator_us, barrier_us=BARRIER_US,
+        measured=True, isa=isa,
     )  # fmt: skip
 
 
-def _last_cache_bytes() -> int:
+@functools.cache
+def _cpu(threads: int) -> Device:
+    """This CPU, measured."""
+    source = torch.ones(16 << 20)  # 64 MB
+    target = torch.empty_like(source)
+    copied = 2 * source.nbytes / _best(lambda: target.copy_(source)) / 1e9
+    rates = {dtype: _product_tflops(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    return cpu_device(
+        threads, copied, rates[torch.float32], rates[torch.bfloat16], operator_us(),
+        last_cache_bytes(), engine_isa(),
+    )  # fmt: skip
+
+
+def _product_tflops(dtype: torch.dtype) -> float:
+    generator = torch.Generator().manual_seed(0)  # leaves the caller's random state alone
+    a, b = (torch.randn(LARGE, LARGE, generator=generator).to(dtype) for _ in range(2))
+    # bf16 without instructions for it is ten times slower: one timing tells enough.
+    repeats = 1 if dtype == torch.bfloat16 else 5
+    return 2e-12 * LARGE**3 / _best(lambda: torch.nn.functional.linear(a, b), repeats)
+
+
+def operator_us() -> float:
+    """Microseconds of one small PyTorch operator in a model: a tiny block of the reference."""
+    from recurx import reference
+    from recurx.nets import ATTENTION, BlockSpec
+
+    spec = BlockSpec(ATTENTION, 32, 32, num_heads=2)
+    weights = [torch.zeros(shape) for shape in spec.weight_shapes]
+    h, tables = torch.ones(1, 4, 32), (torch.ones(4, 16), torch.zeros(4, 16))
+    return 1e6 * _best(lambda: reference.block(h, spec, weights, tables), 20) / BLOCK_OPERATORS
+
+
+def engine_isa() -> str:
+    """The instruction set that the CPU engine takes here; "" if there is no engine."""
+    try:
+        from recurx import _C
+
+        return str(_C.cpu_isa())
+    except (ImportError, AttributeError, RuntimeError):
+        return ""
+
+
+def last_cache_bytes() -> int:
     """Size of the CPU's last cache as Linux tells it, else 0."""
     sizes = []
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):

@@ -3,12 +3,15 @@
 Bytes are counted from the operators that the official code runs, with their casts to fp32 and
 back: 0.54 GB a sample and supervision step of TRM-att Sudoku, which a dispatch count confirms
 (538 MB by this table), plus 1.15 GB of weight casts.
+
+What holds for CPUs alone was measured stage by stage, by `recurx.profile` in processor time on one
+core of a Zen 3: TRM, HRM and small nets, B from 1 to 256.
 """
 
 from __future__ import annotations
 
 from recurx.nets import ATTENTION
-from recurx.plan.count import Stage, step_stages
+from recurx.plan.count import PRODUCTS, Stage, step_stages
 from recurx.plan.device import Device
 from recurx.plan.launch import LaunchPlan, Work
 from recurx.problem import Problem
@@ -16,12 +19,23 @@ from recurx.problem import Problem
 # Kernels of one block and of the sums before a call, counted in the official bf16 code on the way
 # to 1,784 (TRM-att) and 1,238 (TRM-mlp) kernels a supervision step of 42 blocks.
 OPERATORS = {"attention": 41, "token_mlp": 28}
+OPERATORS_FP32 = {"attention": 30, "token_mlp": 21}  # without the casts
 INJECT_OPERATORS = 2
 
 # Bytes moved for each value that a stage writes, where that is not just reads plus writes: rms_norm
 # and RoPE widen to fp32 and run 6 to 8 elementwise operators there. (bf16, fp32)
 BYTES_PER_WRITE = {"norm": (38, 32), "t_norm": (38, 32), "rope": (52, 40)}
 SWIGLU_BYTES = (10, 20)  # silu reads and writes, then a product of two
+
+# Share of a copy's bandwidth that a CPU's elementwise operators reach: strides, exponentials, and
+# fresh memory for every result (6 to 8 GB/s a thread beside a copy of 12).
+CPU_BANDWIDTH = 0.6
+# PyTorch's attention on a CPU beside its products, in FLOPs: for a score, and for a value of the
+# result. Timed at T from 17 to 916: 4.5 ns a score and 0.25 us a row of 64, to 14 ps a FLOP.
+SCORE, ATTENTION_VALUE = 70, 280
+# Without bf16 instructions, a bf16 product of a transposed input (the token MLP's first) runs on
+# one thread, at this share of the rate that one thread has else: 1.3 of 7.4 to 8.7 GFLOP/s.
+TRANSPOSED = 0.155
 
 
 def _bytes(stage: Stage, itemsize: int) -> float:
@@ -38,11 +52,12 @@ def _bytes(stage: Stage, itemsize: int) -> float:
 def operators(problem: Problem) -> int:
     """PyTorch operators of one recursion."""
     specs = dict(problem.nets)
+    counts = OPERATORS if problem.dtype.itemsize == 2 else OPERATORS_FP32
     total = 0
     for step in problem.schedule.steps:
         total += INJECT_OPERATORS
         for block in specs[step.net].blocks if step.net in specs else ():
-            total += OPERATORS["attention" if block.kind == ATTENTION else "token_mlp"]
+            total += counts["attention" if block.kind == ATTENTION else "token_mlp"]
     return total
 
 
@@ -50,15 +65,43 @@ def candidates(problem: Problem, device: Device) -> list[LaunchPlan]:
     """One plan: it runs anything, anywhere."""
     found = step_stages(problem)
     itemsize = 2 if problem.dtype.itemsize == 2 else 4
-    flops = sum(stage.flops for stage in found)
-    # A CPU's products pack the weights anew at every call: that rate is the device's l2_gbs.
-    packed = itemsize * sum(s.weights for s in found) if device.kind == "cpu" else 0
-    work = Work(
-        flops=flops, padded_flops=flops, dram_bytes=sum(_bytes(s, itemsize) for s in found),
-        l2_bytes=packed, launches=operators(problem), itemsize=itemsize, overlap=False,
-        from_python=device.kind == "cuda",
-    )  # fmt: skip
+    if device.kind == "cpu":
+        work = _on_cpu(problem, found, itemsize, device)
+    else:
+        flops = sum(stage.flops for stage in found)
+        moved = sum(_bytes(s, itemsize) for s in found)
+        work = Work(
+            flops=flops, padded_flops=flops, dram_bytes=moved, l2_bytes=0,
+            launches=operators(problem), itemsize=itemsize, overlap=False,
+            from_python=device.kind == "cuda",
+        )  # fmt: skip
     return [LaunchPlan("eager", "operators", (), work, "plain PyTorch, the reference")]
+
+
+def _on_cpu(problem: Problem, found: list[Stage], itemsize: int, device: Device) -> Work:
+    specs = dict(problem.nets)
+    heads = max([b.num_heads for spec in specs.values() for b in spec.blocks], default=0)
+    products = vectors = packed = moved = 0.0
+    for stage in found:
+        if stage.name == "attention":
+            scores = stage.writes * problem.tokens * heads / problem.hidden
+            vectors += stage.flops + SCORE * scores + ATTENTION_VALUE * stage.writes
+            continue
+        moved += _bytes(stage, itemsize)
+        if stage.name not in PRODUCTS:
+            continue
+        slow = 1.0
+        if itemsize == 2 and device.bf16_tflops < device.fp32_tflops:
+            slow = device.units / TRANSPOSED if stage.name == "t_gate_up" else 1.0
+        products += slow * stage.flops
+        if itemsize == 4:  # packing reads fp32 weights; bf16 ones are read to be cast
+            moved -= itemsize * stage.weights
+            packed += itemsize * stage.weights
+    return Work(
+        flops=sum(stage.flops for stage in found), padded_flops=products, vector_flops=vectors,
+        dram_bytes=moved, bandwidth=CPU_BANDWIDTH, l2_bytes=packed, overlap=False,
+        launches=operators(problem), itemsize=itemsize,
+    )  # fmt: skip
 
 
 def refusals(problem: Problem, device: Device) -> list[str]:

@@ -21,11 +21,14 @@ class Work:
         flops: FLOPs that the mathematics asks for.
         padded_flops: FLOPs that the tiles do, padding included.
         dram_bytes, l2_bytes: bytes moved from and to device memory, and from and to L2.
+        vector_flops: work on single values (exponentials, norms), as FLOPs at the rate of fp32
+            products; 0 where the plan's efficiency has it in.
         launches: kernels (GPU) or operators (CPU).
         barriers: barriers over all units.
         parallel: units (multiprocessors, threads) that it keeps busy at once.
         itemsize: bytes of a product's operands, which selects the rate.
         efficiency: share of the device's rate that the inner loop can reach.
+        bandwidth: share of the device's bandwidth that its accesses to memory reach.
         overlap: whether products and memory traffic run at the same time; operators one after the
             other, each bound by its own limit, do not.
         from_python: each launch comes from Python by itself, not from a graph or a single call.
@@ -40,16 +43,19 @@ class Work:
     parallel: float = float("inf")
     itemsize: int = 2
     efficiency: float = 1.0
+    bandwidth: float = 1.0
+    vector_flops: float = 0
     overlap: bool = True
     from_python: bool = False
 
     def parts(self, device: Device) -> dict[str, float]:
-        """Seconds of each limit on `device`: products, dram, l2, launches, barriers."""
+        """Seconds of each limit on `device`: products, vectors, dram, l2, launches, barriers."""
         busy = min(1.0, self.parallel / device.units)
         launch = device.call_us if self.from_python else device.launch_us
         return {
             "products": self.padded_flops / (device.flops(self.itemsize) * busy * self.efficiency),
-            "dram": self.dram_bytes / (device.dram_gbs * 1e9),
+            "vectors": self.vector_flops / (device.flops(4) * busy),
+            "dram": self.dram_bytes / (device.dram_gbs * 1e9 * self.bandwidth),
             "l2": self.l2_bytes / (device.l2_gbs * 1e9 * busy),
             "launches": self.launches * launch * 1e-6,
             "barriers": self.barriers * device.barrier_us * 1e-6,

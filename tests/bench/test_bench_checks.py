@@ -11,7 +11,6 @@ import torch
 from recurx.bench import checks, counters, figures
 from recurx.bench.provenance import ROOT
 from recurx.bench.suites import Group
-from recurx.bench.variants import Variant
 
 
 @pytest.mark.parametrize("name, most", [("one call", 1.25), ("gradient", 1.25), ("logits", 1.5)])
@@ -85,16 +84,22 @@ def test_counted_work_is_that_of_the_papers():
     assert train.flops / work.flops == pytest.approx(1 + 2 * 7 / 21, rel=0.001)
 
 
-def test_rates_follow_from_flops_and_ceilings():
+def test_rates_follow_from_flops_and_the_best_ceilings_of_the_run():
     work = figures.Work.of(Group("toy", "step", 1, dtypes=("fp32",)), "cpu")
-    ceilings = {"copy_gbs": 10.0, "case_fp32_tflops": 0.1, "large_fp32_tflops": 0.2}
     seconds = 10 * work.flops / 0.2e12
-    found = work.rates(Variant("graph", "fp32"), seconds, {}, ceilings)
+    found = work.rates(seconds, {})
+    found |= {"status": "timed", "dtype": "fp32", "p50_ms": 1e3 * seconds}
+    slow = {"copy_gbs": 8.0, "case_fp32_tflops": 0.05, "large_fp32_tflops": 0.1}
+    fast = {"copy_gbs": 10.0, "case_fp32_tflops": 0.1, "large_fp32_tflops": 0.2}
+    groups = [
+        {"ceilings": ceilings, "bytes": work.bytes, "rows": rows}
+        for ceilings, rows in ((fast, []), (slow, [found]))
+    ]
+    figures.against_ceilings({"groups": groups})
     assert found["of_peak"] == pytest.approx(0.1, rel=0.01)
     assert found["tflops"] == pytest.approx(0.02, rel=0.01)
     floor = max(work.flops / 0.2e12, work.bytes["fp32"] / 10e9)
     assert found["of_floor"] == pytest.approx(floor / seconds, rel=0.01)
-    assert found["predicted_ms"] is None
 
 
 def test_quantiles():

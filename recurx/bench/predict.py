@@ -1,0 +1,95 @@
+"""Predictions beside the measured rows: `recurx.plan` with the ceilings of the same run.
+
+They are made from a result file's own numbers, when it is written and again when it is shown, so
+an old file is judged by the model of today. A shared machine's speed wanders by tens of per cent
+from group to group: the medians of all groups' ceilings are what the model gets. NOTE: a median
+row can be predicted no better than the machine kept its speed.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from recurx.bench.cases import CASES, DTYPES, SOLVE_STEPS
+from recurx.bench.variants import Variant
+from recurx.plan import Device, LaunchPlan
+from recurx.plan.device import cpu_device
+from recurx.plan.whole import solve_seconds, step_seconds, train_seconds
+from recurx.problem import Problem
+
+# For files of before these were measured: a Zen 3, as all of them are.
+OPERATOR_US, CACHE_BYTES = 17.0, 32 << 20
+ISAS = {"amx_bf16": "amx", "avx512f": "avx512", "avx2": "avx2"}  # flag -> the engine's name
+
+
+def device_of(document: dict[str, Any]) -> Device | None:
+    """The processor of a result file by its own ceilings; None before any was measured."""
+    facts = document["provenance"]
+    if facts["device"] == "cuda":
+        return Device.of("cuda") if _present(facts) else None
+    found = [group["ceilings"] for group in document["groups"] if group.get("ceilings")]
+    if not found:
+        return None
+    middle = {name: _median(name, found) for name in ("copy_gbs", "operator_us", "cache_bytes")}
+    rates = {f"{d}_tflops": _median(f"large_{d}_tflops", found) for d in DTYPES}
+    flags = facts["cpu"]["flags"]
+    return cpu_device(
+        facts["threads"], middle["copy_gbs"], **rates,
+        operator_us=middle["operator_us"] or OPERATOR_US,
+        cache_bytes=int(middle["cache_bytes"] or CACHE_BYTES),
+        isa=next((isa for flag, isa in ISAS.items() if flag in flags), "portable"),
+    )  # fmt: skip
+
+
+def _median(name: str, ceilings: Sequence[dict[str, Any]]) -> float:
+    values = [found[name] for found in ceilings if name in found]
+    return statistics.median(values) if values else 0.0
+
+
+def _present(facts: dict[str, Any]) -> bool:
+    """Whether the GPU of the file is the one at hand: others have no description here."""
+    import torch
+
+    return torch.cuda.is_available() and facts["gpu"]["name"] == torch.cuda.get_device_name(0)
+
+
+def predict(document: dict[str, Any]) -> None:
+    """Write `predicted_ms` into every timed row: of eager PyTorch and of backends with plans, else
+    None."""
+    device = device_of(document)
+    for group in document["groups"]:
+        known = device is not None and group["case"] in CASES
+        problems = {d: problem_of(group, d, document) for d in DTYPES} if known else {}
+        for row in group["rows"]:
+            if row["status"] != "timed":
+                continue
+            seconds = None
+            if device is not None and problems:
+                seconds = _seconds(group["mode"], row, problems[row["dtype"]], device)
+            row["predicted_ms"] = None if seconds is None else round(1e3 * seconds, 4)
+
+
+def problem_of(group: dict[str, Any], dtype: str, document: dict[str, Any]) -> Problem:
+    """The recursion of a group in a dtype."""
+    from recurx.explain import problem_of_config
+
+    config = CASES[group["case"]].make(forward_dtype=DTYPES[dtype])
+    return problem_of_config(config, group["batch"], document["provenance"]["device"])
+
+
+def _seconds(mode: str, row: dict[str, Any], problem: Problem, device: Device) -> float | None:
+    variant = Variant(row["engine"], row["dtype"])
+    if not (variant.ours or variant.engine in ("eager", "eager-halt")):
+        return None  # nothing here models a compiler
+    try:
+        if device.kind != "cpu":  # no GPU is modelled beyond its recursion
+            picked = LaunchPlan.pick(problem, device, variant.backend)
+            return picked.seconds(device) if mode == "step" else None
+        if mode == "solve":
+            return solve_seconds(problem, device, variant.backend, row["steps_mean"], SOLVE_STEPS)
+        seconds = {"step": step_seconds, "train": train_seconds}[mode]
+        return seconds(problem, device, variant.backend)
+    except (KeyError, ImportError):
+        return None  # a backend without plans

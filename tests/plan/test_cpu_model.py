@@ -1,0 +1,139 @@
+"""The cost model of CPUs against measured result files: every row that it predicts, within 25 %."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from recurx.bench import predict, results
+from recurx.bench.cases import CASES
+from recurx.bench.provenance import ROOT
+from recurx.bench.variants import Variant
+from recurx.explain import problem_of_config, problem_of_model
+from recurx.plan import Device, cpu, device, eager, whole
+
+WITHIN = 0.25
+QUIET = ROOT / "bench" / "results" / "cpu-zen3-2026-11-24.json"
+# A run of another day, of which the files hold no ceilings, on the same processor.
+EARLIER = ("trm-att-b1", "trm-att-b8", "trm-mlp-hrm-b1")
+# Between the heads of one step and the next recursion PyTorch's own threads spin for milliseconds
+# on the cores that the engine's need; nothing else of that size is in a step of 80 MFLOP.
+OUTSIDE = {("small-64", "step", 1, "recurx-cpu/fp32")}
+
+Key = tuple[str, str, int, str]
+
+
+def ratios(document: dict[str, Any]) -> dict[Key, float]:
+    """{row: predicted over measured}, of the rows that have a prediction."""
+    predict.predict(document)
+    return {
+        (group["case"], group["mode"], group["batch"], row["variant"]): row["predicted_ms"]
+        / row["p50_ms"]
+        for group in document["groups"]
+        for row in group["rows"]
+        if row["status"] == "timed" and row["predicted_ms"] is not None
+    }
+
+
+def outside(found: dict[Key, float]) -> dict[Key, float]:
+    return {key: r for key, r in found.items() if abs(r - 1) > WITHIN and key not in OUTSIDE}
+
+
+def test_every_row_of_the_quiet_run_is_predicted_within_a_quarter():
+    document = results.load(QUIET).document
+    found = ratios(document)
+    wanted = {
+        (group["case"], group["mode"], group["batch"], row["variant"])
+        for group in document["groups"]
+        for row in group["rows"]
+        if row["status"] == "timed" and (row["ours"] or row["engine"].startswith("eager"))
+    }
+    assert found.keys() == wanted and len(wanted) > 30
+    assert {"step", "train", "solve"} == {mode for _, mode, _, _ in wanted}
+    assert not outside(found)
+    assert all(abs(found[key] - 1) > WITHIN for key in OUTSIDE), "predicted by now: take it out"
+
+
+def test_a_run_of_another_day_follows_from_the_speed_of_two_rows(monkeypatch):
+    """Nothing of it was used to make the model: one row gives the machine's speed in fp32, one that
+    of bf16 products (which are no instructions here), all others follow."""
+    quiet = predict.device_of(results.load(QUIET).document)
+    files = [results.load(QUIET.parent / f"cpu-zen3-{name}.json") for name in EARLIER]
+
+    def predicted(speed: float, bf16: float) -> dict[Key, float]:
+        faster = dataclasses.replace(
+            quiet, dram_gbs=speed * quiet.dram_gbs, l2_gbs=speed * quiet.l2_gbs,
+            fp32_tflops=speed * quiet.fp32_tflops, bf16_tflops=bf16 * quiet.bf16_tflops,
+        )  # fmt: skip
+        monkeypatch.setattr(predict, "device_of", lambda document: faster)
+        return {key: r for file in files for key, r in ratios(file.document).items()}
+
+    first = ("trm-att", "step", 1, "recurx-cpu/bf16"), ("trm-att", "step", 1, "eager/bf16")
+    at_one = predicted(1.0, 1.0)
+    found = predicted(*(at_one[key] for key in first))
+    assert len(found) == 16 and all(abs(found[key] - 1) < 0.05 for key in first)
+    assert not outside(found)
+
+
+@pytest.mark.parametrize(
+    "module, name, wrong",
+    [
+        (device, "PACKING", 2.0),  # eager products that pack for nothing
+        (eager, "CPU_BANDWIDTH", 0.2),
+        (eager, "ATTENTION_VALUE", 2800),
+        (eager, "TRANSPOSED", 1.0),
+        (cpu, "TILE_DEPTH", 80),
+        (cpu, "SWIGLU", 580),
+        (device, "CALL_OPERATORS", 4000),
+        (whole, "BACKWARD_PRODUCTS", 0),
+        (whole, "OPTIMISER_BYTES", 1200),
+        (whole, "SOLVE_PASSES", 180),
+        (predict, "OPERATOR_US", 2.0),
+    ],
+)
+def test_a_wrong_constant_is_seen(monkeypatch, module, name, wrong):
+    monkeypatch.setattr(module, name, wrong)
+    assert outside(ratios(results.load(QUIET).document))
+
+
+def test_bf16_at_the_rate_of_fp32_is_seen(monkeypatch):
+    right = predict.device_of
+
+    def fast(document: dict[str, Any]) -> Device:
+        made = right(document)
+        return dataclasses.replace(made, bf16_tflops=made.fp32_tflops)
+
+    monkeypatch.setattr(predict, "device_of", fast)
+    assert outside(ratios(results.load(QUIET).document))
+
+
+@pytest.mark.parametrize("name", ["trm-mlp", "hrm", "small-64", "sudoku-6x6", "toy"])
+def test_a_configuration_says_the_same_as_its_model(name):
+    from recurx.models import HRM, TRM
+
+    config = CASES[name].make()
+    model = (HRM if config.variant == "hrm" else TRM)(config)
+    made = problem_of_config(config, 3)
+    assert dataclasses.replace(made, needs_grad=True) == problem_of_model(model, 3)
+
+
+def test_whole_steps_are_made_of_their_parts():
+    problem = problem_of_config(CASES["trm-att"].make(forward_dtype="float32"), 4)
+    made = predict.device_of(results.load(QUIET).document)
+    step = whole.step_seconds(problem, made, "cpu")
+    solve = [whole.solve_seconds(problem, made, "cpu", mean, 16) for mean in (8, 16)]
+    assert 16 * step < solve[1] < 16.5 * step and solve[1] / 2 <= solve[0] < 0.51 * solve[1]
+    # The window is 7 of 21 calls; its backward is twice its forward in products, once in the rest.
+    forward = whole.step_seconds(problem, made, "eager")
+    assert 1 + 7 / 21 < whole.train_seconds(problem, made, "eager") / forward < 1 + 2 * 7 / 21 + 0.1
+    assert whole.train_seconds(problem, made, "cpu") < whole.train_seconds(problem, made, "eager")
+
+
+def test_without_ceilings_there_is_no_prediction():
+    document = results.load(QUIET).document
+    for group in document["groups"]:
+        group["ceilings"] = {}
+    assert not ratios(document)
+    assert Variant("compile", "fp32").way is not None  # rows of compilers stay without, too
