@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import recurx
+from recurx import tasks
 from recurx.cli import COMMANDS, main, options, output
 from recurx.cli.demo import engines, full_size, learn
 from recurx.models import TRM, TRMConfig
@@ -53,6 +54,13 @@ def test_train_writes_a_checkpoint_and_metrics_and_resumes(run_folder: Path, cap
     printed = capsys.readouterr().out
     assert last_json(printed)["step"] == 8 and last_json(printed)["ended"] == "steps"
     assert "go on with: python -m recurx train --resume" in printed
+
+
+def test_train_help_lists_every_task(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    words = capsys.readouterr().out.replace(";", ",").replace("\n", " ").replace(",", " ").split()
+    assert set(tasks.NAMES) <= set(words) and "arc-2" in words
 
 
 def test_train_refuses_to_overwrite_and_to_change_a_run(run_folder: Path, capsys) -> None:

@@ -14,6 +14,7 @@ SMALL = (
     "sudoku-4x4",
     "sudoku-6x6:clues=20",
     "sort:length=6,values=5",
+    "sort:length=4,values=9,tags=3",
     "maze:size=6",
     "maze-hard:size=7,shortest=10",
     "chain:length=6",
@@ -130,6 +131,20 @@ def test_checker_refuses_a_valid_board_that_drops_a_given() -> None:
     assert (right == keeps).all() and not right.all()
 
 
+def test_records_have_different_keys_and_the_keys_alone_decide_on_their_side() -> None:
+    task = tasks.get("sort:length=4,values=9,tags=3")
+    drawn = task.generate(np.random.default_rng(0), 200)
+    keys, tags = np.divmod(drawn.inputs - 1, 3)
+    assert (np.diff(np.sort(keys, axis=1)) > 0).all() and set(np.unique(tags)) == {0, 1, 2}
+    others = (tags + np.random.default_rng(1).integers(3, size=tags.shape)) % 3
+    retagged = tasks.Examples(keys * 3 + others + 1, drawn.answers)
+    held = task.held_out(drawn)
+    assert (task.held_out(retagged) == held).all() and 0 < held.sum() < len(held)
+    assert task.text(np.array([0, 1, 18])) == ". 0:0 5:2"
+    bare = tasks.get("sort:length=4,values=6")
+    assert bare.text(np.array([0, 1, 6])) == ". 0 5"
+
+
 def test_maze_checker_takes_any_shortest_path_and_refuses_detours() -> None:
     task = tasks.Maze(size=4)
     ids = {c: i for i, c in enumerate("?# SGo")}
@@ -225,6 +240,8 @@ def test_missing_and_binary_files(tmp_path) -> None:
         ("chess", "expected one of sudoku"),
         ("maze:width=3", "options size, shortest"),
         ("sort:length=x", "length"),
+        ("sort:tags=0", "tags.*at least 1"),
+        ("sort:length=9,values=8,tags=2", "at least length=9"),
         ("sudoku:size=5", "4, 6, 9"),
         ("sudoku-4x4:size=9", "options clues"),
         ("sudoku-4x4:clues=3", "4..16"),

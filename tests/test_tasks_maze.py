@@ -44,6 +44,39 @@ def test_hard_mazes_have_long_shortest_paths_and_often_several(drawn: tasks.Exam
     assert (others != drawn.answers).any(axis=1).sum() > 5
 
 
+def test_images_of_a_maze_ask_for_other_ways_on_the_same_side() -> None:
+    task = tasks.get("maze:size=8,shortest=9")
+    drawn = task.generate(np.random.default_rng(0), 60)
+    images = task.augment(np.random.default_rng(1), drawn)
+    assert task.check(images.inputs, images.answers).all()
+    assert (task.held_out(images) == task.held_out(drawn)).all()
+    assert ((images.answers == PATH).sum(axis=1) + 1 >= 9).all()
+
+    def least(inputs: np.ndarray) -> list[tuple[int, ...]]:
+        """Each maze by one name for all its turns and reflections."""
+        return [min(map(tuple, row[task._images])) for row in inputs]
+
+    def walls(inputs: np.ndarray) -> np.ndarray:
+        return (inputs == WALL).astype(int)
+
+    assert least(walls(images.inputs)) == least(walls(drawn.inputs))
+    pairs = zip(least(images.inputs), least(drawn.inputs), strict=True)
+    assert sum(one != other for one, other in pairs) > 50, "another S and G"
+    # From most starts of a maze nothing is that far: then the pair that it has stays.
+    longest = tasks.get("maze:size=8,shortest=16")
+    drawn = longest.generate(np.random.default_rng(0), 20)
+    images = longest.augment(np.random.default_rng(1), drawn)
+    assert ((images.answers == PATH).sum(axis=1) + 1 >= 16).all()
+    assert longest.check(images.inputs, images.answers).all()
+
+
+def test_images_of_hard_mazes_are_as_hard(drawn: tasks.Examples) -> None:
+    task = tasks.get(HARD)
+    images = task.augment(np.random.default_rng(1), drawn)
+    assert task.check(images.inputs, images.answers).all()
+    assert ((images.answers == PATH).sum(axis=1) == (drawn.answers == PATH).sum(axis=1)).all()
+
+
 def test_checker_needs_no_label_and_refuses_near_misses(drawn: tasks.Examples) -> None:
     task = tasks.get(HARD)
 

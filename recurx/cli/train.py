@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from recurx import tasks
 from recurx.cli import options
 
 # What a command-line option is called in TrainConfig.
@@ -20,8 +21,8 @@ HOLD_OUT = 256  # of a file of puzzles, unless --hold-out says otherwise
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("task", nargs="?", help="sudoku, sudoku-4x4, sudoku-6x6, sort, maze; "
-                        "with options as in maze:size=12")  # fmt: skip
+    parser.add_argument("task", nargs="?", help=f"{', '.join(tasks.NAMES)}; with options as in "
+                        "maze:size=12")  # fmt: skip
     parser.add_argument("--preset", default="tiny-mlp", help="model and its settings: tiny-mlp "
                         "(default), tiny-att, trm-att, trm-mlp, single-z, hier6, hrm")  # fmt: skip
     parser.add_argument("--out", metavar="FOLDER", help="default: runs/TASK-PRESET")

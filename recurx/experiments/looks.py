@@ -1,7 +1,8 @@
 """One look against many: nets of equal size that learn a task for equal times.
 
-- recursive: a supervision step is one call of the net, `z <- L(z + x)`, and training goes on for
-  several of them, without gradient from one to the next;
+- recursive: a supervision step is a call of the net, `z <- L(z + x)`, or a few with gradient
+  through all of them, and training goes on for several steps, without gradient from one to the
+  next;
 - one look: the very same net and parameters, trained and tested with one step;
 - deep: one look of a net that spends these parameters on several narrower layers, each with
   weights of its own, instead of calling one layer again and again.
@@ -14,6 +15,7 @@ The deep net is told beside them: it has depth, which is what one look lacks.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from recurx.cli import options
@@ -27,12 +29,17 @@ RECURSIVE, ONE_LOOK, DEEP = "recursive", "one look", "deep"
 SOLVED, FAILED = 0.95, 0.20  # exact accuracies: what counts as solving a task, and as not
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, task: str, supervision: int) -> None:
+def add_arguments(
+    parser: argparse.ArgumentParser, *, task: str, supervision: int, calls: int = 1
+) -> None:
     parser.add_argument("--task", default=task, help=f"default {task}")
     parser.add_argument("--preset", default="tiny-att", help="default tiny-att")
     parser.add_argument("--supervision", type=options.positive, default=supervision, metavar="N",
                         help="supervision steps that the recursive net is trained with "
                         f"(default {supervision})")  # fmt: skip
+    parser.add_argument("--calls", type=options.positive, default=calls, metavar="N",
+                        help="calls of a supervision step of the recursive net, with gradient "
+                        f"through all (default {calls})")  # fmt: skip
     parser.add_argument("--test-steps", type=options.positive, default=2 * supervision,
                         metavar="M", help="supervision steps that it is tested with "
                         f"(default {2 * supervision})")  # fmt: skip
@@ -85,15 +92,22 @@ def parameters(config: TrainConfig) -> int:
     return sum(p.numel() for p in TRM(config.model_config()).parameters())
 
 
-def one_call_a_step(trainer: Trainer) -> None:
-    """Make a supervision step of the trainer's net one call, `z <- L(z + x)`.
+def calls_a_step(calls: int) -> Callable[[Trainer], None]:
+    """What makes a supervision step of a trainer's net so many calls `z <- L(z + x)`, with gradient
+    through all of them.
 
-    The shortest published schedule has two; parameters and initial states stay.
+    The published schedules end with a call that does not read x, and the shortest has two calls;
+    parameters and initial states stay.
     """
-    from recurx.schedule import INPUT, Schedule, Step
 
-    call = Step("L", "z", ("z",), (INPUT,))
-    trainer.model.inner.schedule = Schedule((call,), name="one call")
+    def prepare(trainer: Trainer) -> None:
+        from recurx.schedule import INPUT, Schedule, Step
+
+        call = Step("L", "z", ("z",), (INPUT,))
+        trainer.model.inner.schedule = Schedule((call,) * calls, name=prepare.__name__)
+
+    prepare.__name__ = f"{calls} calls a step"  # the session tells nets apart by it
+    return prepare
 
 
 def measure(session: Session, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -108,7 +122,7 @@ def measure(session: Session, arguments: argparse.Namespace) -> dict[str, Any]:
             plan = Plan(seconds=arguments.time_budget, eval_every=250, max_steps=steps)
             net = session.net(
                 kind, net_config(arguments, kind, seed), plan, _measurer(arguments, kind),
-                prepare=one_call_a_step,
+                prepare=calls_a_step(arguments.calls if kind == RECURSIVE else 1),
             )  # fmt: skip
             nets.append(net)
     rows = [_summary(kind, [net for net in nets if net["label"] == kind]) for kind in kinds]

@@ -96,7 +96,8 @@ class Task(ABC):
 
     @abstractmethod
     def augment(self, rng: np.random.Generator, examples: Examples) -> Examples:
-        """Each example under a random symmetry of the task; the answer stays right."""
+        """Each example under a random symmetry of the task, or with another question asked of the
+        same thing, on the same side of the split; the answer is right."""
 
     @abstractmethod
     def held_out(self, examples: Examples) -> Flags:

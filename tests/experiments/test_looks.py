@@ -62,16 +62,33 @@ def test_one_look_is_one_call(monkeypatch):
     monkeypatch.setattr(reference, "run", counting)
     for kind in (looks.RECURSIVE, looks.ONE_LOOK, looks.DEEP):
         trainer = Trainer(looks.net_config(arguments, kind, 0), backend="eager")
-        looks.one_call_a_step(trainer)
+        looks.calls_a_step(1)(trainer)
         ran.clear()
         trainer.train_step()
         assert bool(trainer.carry.halted.all()) == (kind != looks.RECURSIVE)
         trainer.train_step()
         assert ran == [1, 1]
-        assert trainer.averaged().inner.schedule.name == "one call", "tested as it was trained"
+        tested = trainer.averaged().inner.schedule
+        assert tested.name == "1 calls a step", "tested as it was trained"
     ran.clear()
     Trainer(looks.net_config(arguments, looks.ONE_LOOK, 0), backend="eager").train_step()
     assert ran == [2]
+
+
+def test_calls_of_a_step_have_gradient_through_all_of_them():
+    """Planted: a window that stops short, or no change of the schedule, gives equal gradients."""
+    words = ("--task", TASK, "--batch-size", "4")
+    config = looks.net_config(arguments_of(sort, *words), looks.RECURSIVE, 0)
+    moments = []
+    for calls in (1, 3):
+        trainer = Trainer(config, backend="eager")
+        looks.calls_a_step(calls)(trainer)
+        schedule = trainer.model.inner.schedule
+        assert len(schedule) == calls and schedule.window == calls
+        trainer.train_step()
+        weight = trainer.model.inner.embed_tokens.embedding_weight
+        moments.append(trainer.optimizer.state[weight]["exp_avg"].clone())
+    assert not torch.allclose(moments[0], moments[1], rtol=0.01)
 
 
 @pytest.mark.parametrize("module", [sort, compose])
@@ -116,7 +133,7 @@ def test_many_looks_learn_what_one_look_does_not(tmp_path):
                     max_steps=4 if kind == looks.RECURSIVE else 1)  # fmt: skip
         record = make_session(tmp_path).net(
             kind, looks.net_config(arguments, kind, 0), plan, lambda trainer: {},
-            prepare=looks.one_call_a_step,
+            prepare=looks.calls_a_step(1),
         )  # fmt: skip
         exact[kind] = record["learning"][-1]["exact"]
     assert exact[looks.RECURSIVE] > 0.6 and exact[looks.ONE_LOOK] < 0.3

@@ -46,6 +46,10 @@ class Maze(Task):
         return len(CHARACTERS)
 
     @property
+    def _least(self) -> int:
+        return self.size if self.shortest is None else self.shortest
+
+    @property
     def pool(self) -> int:
         return 1024  # some seconds of pure Python at 10x10
 
@@ -88,8 +92,7 @@ class Maze(Task):
         """The path between a random open cell and a random cell far enough from it."""
         start = int(rng.choice(np.flatnonzero(grid == OPEN)))
         distance = self._distances(grid, start)
-        shortest = self.size if self.shortest is None else self.shortest
-        far = [cell for cell, steps in distance.items() if steps >= shortest]
+        far = [cell for cell, steps in distance.items() if steps >= self._least]
         if not far:
             return None
         path = [far[int(rng.integers(len(far)))]]
@@ -128,6 +131,21 @@ class Maze(Task):
         return distance
 
     def augment(self, rng: np.random.Generator, examples: Examples) -> Examples:
+        """A random turn or reflection of every maze, with another S and G where a pair as far apart
+        as the task asks is found: the walls alone decide on the side of the split."""
+        inputs = self._turned(rng, examples).inputs
+        count = len(inputs)
+        rows, passable = np.arange(count), inputs != WALL
+        start = np.where(passable, rng.random(inputs.shape), 0.0).argmax(axis=1)
+        steps = paths.distances(passable.reshape(-1, self.size, self.size), start)
+        far = steps >= self._least
+        goal = np.where(far, rng.random(inputs.shape), -1.0).argmax(axis=1)
+        others = np.where(passable, OPEN, WALL)
+        others[rows, start], others[rows, goal] = START, GOAL
+        questions = np.where(far[rows, goal, None], others, inputs)
+        return Examples(questions, self.solve(questions, rng))
+
+    def _turned(self, rng: np.random.Generator, examples: Examples) -> Examples:
         images = self._images[rng.integers(8, size=len(examples))]
         return Examples(
             np.take_along_axis(examples.inputs, images, axis=1),
@@ -208,3 +226,7 @@ class MazeHard(Maze):
         inputs = np.where(passable.reshape(count, -1), OPEN, WALL).astype(np.int64)
         inputs[rows, start], inputs[rows, goal] = START, GOAL
         return Examples(inputs, self.solve(inputs, rng))
+
+    def augment(self, rng: np.random.Generator, examples: Examples) -> Examples:
+        """A random turn or reflection alone: few pairs of cells of a maze are that far apart."""
+        return self._turned(rng, examples)
