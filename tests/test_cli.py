@@ -70,6 +70,9 @@ def test_train_refuses_to_overwrite_and_to_change_a_run(run_folder: Path, capsys
     assert "leave out --lr" in capsys.readouterr().err
     assert main(["train", "sort", "--resume", str(run_folder)]) == 2
     assert "is a run of sudoku-4x4" in capsys.readouterr().err
+    weights = str(run_folder / "model.safetensors")
+    assert main(["train", "--resume", str(run_folder), "--start-from", weights]) == 2
+    assert "leave out --start-from" in capsys.readouterr().err
 
 
 def test_eval_on_held_out_puzzles_and_on_a_file(run_folder: Path, tmp_path, capsys) -> None:

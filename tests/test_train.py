@@ -167,6 +167,33 @@ def test_the_comparison_notices_anything_that_is_not_restored(
     assert differing(resumed, whole)
 
 
+def test_a_run_starts_from_the_weights_of_another(tmp_path) -> None:
+    first = Trainer(tiny(), tmp_path / "first")
+    first.run(steps=4)
+    began = tmp_path / "first" / "model.safetensors"
+    second = Trainer(tiny(seed=7, model={"L_cycles": 3}), tmp_path / "second")
+    second.start_from(began)
+    saved = recurx.load_checkpoint(began)
+    assert all(torch.equal(saved[name], w) for name, w in second.model.state_dict().items())
+    assert all(torch.equal(saved[name], w) for name, w in second.average.weights.items())
+    assert len(second.config.started_from) == 64
+    second.run(steps=2)
+    began.unlink()  # a resumed run needs it no more
+    assert Trainer.resume(tmp_path / "second").config == second.config
+    with pytest.raises(InvalidArgument, match="a run without steps"):
+        second.start_from(tmp_path / "second" / "model.safetensors")
+
+
+def test_a_run_does_not_start_from_weights_that_do_not_fit(tmp_path) -> None:
+    first = Trainer(tiny(), tmp_path / "first")
+    first.save()
+    wider = Trainer(tiny(model={"hidden_size": 32}))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        wider.start_from(tmp_path / "first" / "model.safetensors")
+    with pytest.raises(FileNotFoundError):
+        wider.start_from(tmp_path / "nowhere.safetensors")
+
+
 def test_seeds_decide() -> None:
     runs = [Trainer(tiny(seed=seed)) for seed in (1, 1, 2)]
     for trainer in runs:

@@ -16,7 +16,7 @@ HYPERPARAMETERS = {
     "batch_size": options.positive, "lr": float, "weight_decay": float, "warmup": int,
     "ema": float, "optimizer": str, "loss": str,
 }  # fmt: skip
-FIXED = (*HYPERPARAMETERS, "lr_decay", "reveal", "hold_out", "grid_positions", "out")
+FIXED = (*HYPERPARAMETERS, "lr_decay", "reveal", "hold_out", "grid_positions", "out", "start_from")
 HOLD_OUT = 256  # of a file of puzzles, unless --hold-out says otherwise
 
 
@@ -27,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "(default), tiny-att, trm-att, trm-mlp, single-z, hier6, hrm")  # fmt: skip
     parser.add_argument("--out", metavar="FOLDER", help="default: runs/TASK-PRESET")
     parser.add_argument("--resume", metavar="FOLDER", help="go on exactly where this run stopped")
+    parser.add_argument("--start-from", metavar="FILE", help="a new run with the weights of this "
+                        "checkpoint: an easier task's, say")  # fmt: skip
     parser.add_argument("--steps", type=options.positive, help="train up to this step")
     parser.add_argument("--time-budget", type=options.seconds, metavar="TIME", help="90s, 20m, 2h")
     parser.add_argument("--until", type=float, metavar="SHARE",
@@ -151,10 +153,13 @@ def _started(arguments: argparse.Namespace, device: Any, on_progress: Any) -> An
             f"{folder} already holds a run: go on with --resume {folder}, or choose another --out."
         )
     captured = False if arguments.no_capture else None
-    return Trainer(
+    trainer = Trainer(
         config, folder, device=device, backend=arguments.backend, captured=captured,
         on_progress=on_progress,
     )  # fmt: skip
+    if arguments.start_from is not None:
+        trainer.start_from(arguments.start_from)
+    return trainer
 
 
 def _chosen_data(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from recurx import atomic, tasks
-from recurx.checkpoint import save_checkpoint
-from recurx.errors import CheckpointError, InvalidArgument
+from recurx.checkpoint import load_checkpoint, save_checkpoint
+from recurx.errors import CheckpointError, InvalidArgument, bad_argument
 from recurx.models import HRM, TRM, ACTLossHead, Carry, Exploration, RecursiveModel
 from recurx.models.stablemax import IGNORE
 from recurx.tasks.base import PAD, Examples
@@ -154,6 +154,24 @@ class Trainer:
             )
         trainer._load(values, tensors)
         return trainer
+
+    def start_from(self, path: str | Path) -> None:
+        """Take the weights of a checkpoint; optimiser, data and all else stay those of a new run.
+
+        Fields of the model without weights may differ: numbers of cycles and steps, say.
+
+        Raises:
+            InvalidArgument: the run has made steps.
+            CheckpointError, FileNotFoundError: of `load_checkpoint`, or its weights do not fit.
+        """
+        if self.step:
+            raise bad_argument("Trainer.start_from", "self", "a run without steps", self.step)
+        loaded = load_checkpoint(path)
+        fitting = loaded.build(**dataclasses.asdict(self.model.config))
+        self.model.load_state_dict(fitting.state_dict())
+        for name, weight in self.model.named_parameters():
+            self.average.weights[name].copy_(weight.detach())
+        self.config = dataclasses.replace(self.config, started_from=puzzles.sha256(path))
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
