@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -89,19 +90,39 @@ def lost(before: Result, after: Result) -> list[tuple[Key, str]]:
     return [(key, now[key]["reason"]) for key in before.timed() if key in now]
 
 
-def newest_two(results: list[Result]) -> tuple[Result, Result]:
-    """The newest result and the one before it of the same device with a row in common.
+def newest_before(results: list[Result], after: Result) -> Result | None:
+    """The newest earlier row of each key of `after`, from all results of its device, as one result;
+    None if there is none. `results` come oldest first."""
+    wanted, found, files = set(after.timed()), {}, {}
+    for result in results:
+        if result.device == after.device and result.date < after.date:
+            for key, row in result.timed().items():
+                if key in wanted:
+                    found[key], files[key] = row, result
+    if not found:
+        return None
+    groups = [
+        {"case": key.case, "mode": key.mode, "batch": key.batch, "rows": [row]}
+        for key, row in found.items()
+    ]
+    sources = list({id(result): result for result in files.values()}.values())
+    names = ", ".join(str(result.path) for result in sources)
+    return Result(Path(names), {"provenance": sources[-1].facts, "groups": groups})
+
+
+def newest_two(results: list[Result], known: list[Result]) -> tuple[Result, Result]:
+    """The newest of `results` that anything in `known` precedes, and what precedes it.
 
     Raises:
-        InvalidArgument: there is no such pair.
+        InvalidArgument: no earlier result is of the same device and shares a row.
     """
-    for index in range(len(results) - 1, 0, -1):
-        after = results[index]
-        for before in reversed(results[:index]):
-            if before.device == after.device and set(before.timed()) & set(after.timed()):
-                return before, after
+    for after in reversed(results):
+        before = newest_before(known, after)
+        if before is not None:
+            return before, after
+    names = ", ".join(str(result.path) for result in results) or "no file"
     raise InvalidArgument(
-        f"bench compare: no two of {len(results)} results are of one device and share a row. "
+        f"bench compare: nothing of the same device and case is older than {names}. "
         "Name two files, or measure again: python -m recurx bench run."
     )
 
@@ -110,3 +131,13 @@ def machine_moved(found: list[Difference]) -> float:
     """Median ratio of PyTorch's eager rows: how much faster or slower the machine itself was."""
     eager = [d.ratio for d in found if d.key.variant.startswith("eager/")]
     return float(np.median(eager)) if eager else 1.0
+
+
+def beyond_the_machine(found: list[Difference]) -> tuple[list[Difference], list[Difference]]:
+    """recurx's rows that are slower, and that are faster, than the machine's own change explains:
+    the whole range of noise lies beyond the median change of eager PyTorch."""
+    moved = machine_moved(found)
+    ours = [d for d in found if "recurx-" in d.key.variant]
+    slower = [d for d in ours if d.verdict == "slower" and d.low > moved]
+    faster = [d for d in ours if d.verdict == "faster" and d.high < moved]
+    return slower, faster

@@ -34,8 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     report.add_argument("--plots", type=Path, help="folder for plots (default: bench/results/)")
     report.add_argument("--no-plots", action="store_true", help="tables only")
-    compare = actions.add_parser("compare", help="which of two results is faster; newest two alone")
-    compare.add_argument("files", nargs="*", type=Path, metavar="FILE", help="none, or two")
+    compare = actions.add_parser("compare", help="which of two results is faster, row by row")
+    compare.add_argument(
+        "files",
+        nargs="*",
+        type=Path,
+        metavar="FILE",
+        help="two, the older first; "
+        "of one, or of the newest in bench/results/, each row is compared with the newest earlier "
+        "one of the same device and case there",
+    )
     compare.add_argument("--force", action="store_true", help="even if the devices differ")
     compare.add_argument("--fail", action="store_true", help="exit 1 if a row of recurx is slower")
 
@@ -246,12 +254,14 @@ def _compare(arguments: argparse.Namespace) -> int:
     from recurx.cli import output
     from recurx.errors import InvalidArgument
 
-    if len(arguments.files) not in (0, 2):
-        raise InvalidArgument("bench compare: expected no file or two, the older first.")
-    if arguments.files:
-        before, after = (results.load(path) for path in arguments.files)
+    given = [results.load(path) for path in arguments.files]
+    if len(given) > 2:
+        raise InvalidArgument("bench compare: expected two files at most, the older first.")
+    if len(given) == 2:
+        before, after = given
     else:
-        before, after = compare.newest_two(results.load_folder(results_folder()))
+        known = results.load_folder(results_folder())
+        before, after = compare.newest_two(given or known, known)
     found = compare.compare(before, after, arguments.force)
     console = output.make_console()
     lines = [
@@ -268,7 +278,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         )
     for key, reason in compare.lost(before, after):
         console.print(f"{key}: has no time in B: {reason}")
-    slower = [d for d in found if d.verdict == "slower" and "recurx-" in d.key.variant]
-    faster = [d for d in found if d.verdict == "faster" and "recurx-" in d.key.variant]
-    console.print(f"recurx: {len(slower)} rows slower, {len(faster)} faster in B.")
+    slower, faster = compare.beyond_the_machine(found)
+    beyond = " than the machine's change explains" if abs(moved - 1) > compare.SMALLEST else ""
+    console.print(f"recurx: {len(slower)} rows slower, {len(faster)} faster in B{beyond}.")
     return SLOWER if arguments.fail and slower else 0

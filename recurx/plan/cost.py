@@ -49,16 +49,18 @@ class Costs:
             f"on {self.device.name} (rates: {source}): {self.flops / 1e9:.2f} GFLOP, "
             f"weights {self.weight_bytes / 1e6:.1f} MB",
             f"{'plan':24} {'ms':>9} {'TFLOP/s':>8} {'DRAM MB':>9} {'L2 MB':>9} "
-            f"{'launches':>8} {'barriers':>8}  limited by",
+            f"{'launches':>8} {'barriers':>8}  limited by  sizes",
         ]
         for plan in self.plans:
             seconds, work = plan.seconds(self.device), plan.work
             parts = work.parts(self.device)
             limit = max(parts, key=lambda name: parts[name])
+            sizes = " ".join(f"{name}={value}" for name, value in plan.settings)
             lines.append(
                 f"{plan.backend + '/' + plan.kind:24} {1e3 * seconds:9.3f} "
                 f"{work.flops / seconds / 1e12:8.2f} {work.dram_bytes / 1e6:9.1f} "
-                f"{work.l2_bytes / 1e6:9.1f} {work.launches:8.0f} {work.barriers:8.0f}  {limit}"
+                f"{work.l2_bytes / 1e6:9.1f} {work.launches:8.0f} {work.barriers:8.0f}  "
+                f"{limit:10} {sizes}".rstrip()
             )
         lines += [f"  not: {reason}" for reason in self.refused]
         return "\n".join(lines)

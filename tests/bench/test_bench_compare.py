@@ -61,17 +61,36 @@ def test_two_devices_are_refused(tmp_path):
         compare.compare(old, write(tmp_path / "c.json", document([row(EAGER, [1.0])])))
 
 
-def test_the_newest_two_of_one_device(tmp_path):
-    def made(day, **more):
-        made = document([row(OURS, [1.0])], date=f"2026-01-{day:02}T00:00:00+00:00", **more)
+def test_each_row_meets_the_newest_earlier_one_of_its_device(tmp_path):
+    def made(day, rows, **more):
+        made = document(rows, date=f"2026-01-{day:02}T00:00:00+00:00", **more)
         return write(tmp_path / f"{day}.json", made)
 
-    other = {**CPU, "model": "Another CPU"}
-    results = [made(1), made(2), made(3, cpu=other)]
-    before, after = compare.newest_two(results)
-    assert (before.path.name, after.path.name) == ("1.json", "2.json")
-    with pytest.raises(InvalidArgument, match="no two of 1 results"):
-        compare.newest_two(results[:1])
+    both = [row(OURS, [1.0]), row(EAGER, [2.0])]
+    first, second = made(1, both), made(2, [row(OURS, [3.0])])
+    other = made(3, [row(OURS, [9.0])], cpu={**CPU, "model": "Another CPU"})
+    last = made(4, both)
+    known = [first, second, other, last]
+    before, after = compare.newest_two(known, known)
+    assert after is last
+    assert {key.variant: r["p50_ms"] for key, r in before.timed().items()} == {OURS: 3, EAGER: 2}
+    assert "1.json" in str(before.path) and "2.json" in str(before.path)
+    assert compare.newest_two([second], known)[0].timed().keys() == second.timed().keys()
+    with pytest.raises(InvalidArgument, match=r"older than .*1\.json"):
+        compare.newest_two([first], known)
+
+
+def test_a_slower_machine_is_no_slower_recurx(tmp_path):
+    """The guard speaks of what eager PyTorch's own change leaves."""
+    before = [row(OURS, noisy(100, 1)), row(EAGER, noisy(300, 2))]
+    machine = [row(OURS, noisy(130, 3)), row(EAGER, noisy(390, 4))]
+    ours = [row(OURS, noisy(150, 3)), row(EAGER, noisy(390, 4))]
+    verdicts = []
+    for after in (machine, ours):
+        found = compare.compare(*pair(tmp_path, before, after))
+        assert found[0].verdict == "slower"
+        verdicts.append([len(rows) for rows in compare.beyond_the_machine(found)])
+    assert verdicts == [[0, 0], [1, 0]]
 
 
 def test_a_row_that_lost_its_time_is_told(tmp_path):
@@ -88,11 +107,13 @@ def test_the_command(tmp_path, capsys):
     old, new = (str(result.path) for result in pair(tmp_path, before, after))
     assert main(["bench", "compare", old, new]) == 0
     printed = capsys.readouterr().out
-    assert "SLOWER" in printed and "recurx: 1 rows slower, 0 faster in B." in printed
+    assert (
+        "SLOWER" in printed and "recurx: 1 rows slower, 0 faster in B than the machine" in printed
+    )
     assert "eager rows moved by 1.1" in printed  # the machine got slower, too
     assert main(["bench", "compare", old, new, "--fail"]) == 1
     assert main(["bench", "compare", new, old, "--fail"]) == 0
-    assert main(["bench", "compare", old]) == 2
+    assert main(["bench", "compare", old, new, new]) == 2
     (tmp_path / "broken.json").write_text(json.dumps({"schema": 1}))
     assert main(["bench", "compare", old, str(tmp_path / "broken.json")]) == 2
     assert "expected schema 2, got 1" in capsys.readouterr().err
