@@ -14,8 +14,9 @@ from typing import Any
 
 from recurx.bench.cases import CASES, DTYPES, SOLVE_STEPS
 from recurx.bench.variants import Variant
+from recurx.errors import BackendUnavailable
 from recurx.plan import Device, LaunchPlan
-from recurx.plan.device import cpu_device
+from recurx.plan.device import cpu_device, gpu_device
 from recurx.plan.whole import solve_seconds, step_seconds, train_seconds
 from recurx.problem import Problem
 
@@ -25,10 +26,12 @@ ISAS = {"amx_bf16": "amx", "avx512f": "avx512", "avx2": "avx2"}  # flag -> the e
 
 
 def device_of(document: dict[str, Any]) -> Device | None:
-    """The processor of a result file by its own ceilings; None before any was measured."""
+    """The processor of a result file by its own ceilings, None before any was measured; a GPU by
+    its published rates."""
     facts = document["provenance"]
     if facts["device"] == "cuda":
-        return Device.of("cuda") if _present(facts) else None
+        gpu = facts["gpu"]
+        return gpu_device(gpu["name"], tuple(gpu["capability"]), gpu["multiprocessors"])
     found = [group["ceilings"] for group in document["groups"] if group.get("ceilings")]
     if not found:
         return None
@@ -46,13 +49,6 @@ def device_of(document: dict[str, Any]) -> Device | None:
 def _median(name: str, ceilings: Sequence[dict[str, Any]]) -> float:
     values = [found[name] for found in ceilings if name in found]
     return statistics.median(values) if values else 0.0
-
-
-def _present(facts: dict[str, Any]) -> bool:
-    """Whether the GPU of the file is the one at hand: others have no description here."""
-    import torch
-
-    return torch.cuda.is_available() and facts["gpu"]["name"] == torch.cuda.get_device_name(0)
 
 
 def predict(document: dict[str, Any]) -> None:
@@ -91,5 +87,5 @@ def _seconds(mode: str, row: dict[str, Any], problem: Problem, device: Device) -
             return solve_seconds(problem, device, variant.backend, row["steps_mean"], SOLVE_STEPS)
         seconds = {"step": step_seconds, "train": train_seconds}[mode]
         return seconds(problem, device, variant.backend)
-    except (KeyError, ImportError):
-        return None  # a backend without plans
+    except (BackendUnavailable, ImportError):
+        return None  # a backend without plans, or without one for this

@@ -112,21 +112,30 @@ DEVICES = {
 @functools.cache
 def _cuda(index: int) -> Device:
     found = torch.cuda.get_device_properties(index)
-    capability = (found.major, found.minor)
-    compact = found.name.lower().replace(" ", "").replace("-", "")
-    for name, known in DEVICES.items():
-        if name in compact and known.units == found.multi_processor_count:
+    return gpu_device(
+        found.name, (found.major, found.minor), found.multi_processor_count,
+        getattr(found, "shared_memory_per_block_optin", 0), getattr(found, "L2_cache_size", 0),
+    )  # fmt: skip
+
+
+def gpu_device(
+    name: str, capability: tuple[int, int], units: int, shared_bytes: int = 0, l2_bytes: int = 0
+) -> Device:
+    """The entry of `DEVICES` that a GPU's own name and size mean, or the nearest one, scaled by
+    multiprocessors; sizes of 0 are the nearest one's."""
+    compact = name.lower().replace(" ", "").replace("-", "")
+    for key, known in DEVICES.items():
+        if key in compact and known.units == units:
             return known
     nearest = min(DEVICES.values(), key=lambda d: (_distance(d.capability, capability), d.name))
-    share = found.multi_processor_count / nearest.units
-    shared = getattr(found, "shared_memory_per_block_optin", nearest.shared_bytes)
+    share = units / nearest.units
     return replace(
         nearest,
-        name=found.name,
+        name=name,
         capability=capability,
-        units=found.multi_processor_count,
-        shared_bytes=shared,
-        l2_bytes=getattr(found, "L2_cache_size", nearest.l2_bytes),
+        units=units,
+        shared_bytes=shared_bytes or nearest.shared_bytes,
+        l2_bytes=l2_bytes or nearest.l2_bytes,
         dram_gbs=nearest.dram_gbs * share,
         l2_gbs=nearest.l2_gbs * share,
         bf16_tflops=nearest.bf16_tflops * share,

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import recurx
 from recurx.bench import predict, results
 from recurx.bench.cases import CASES
 from recurx.bench.provenance import ROOT
@@ -129,6 +130,29 @@ def test_whole_steps_are_made_of_their_parts():
     forward = whole.step_seconds(problem, made, "eager")
     assert 1 + 7 / 21 < whole.train_seconds(problem, made, "eager") / forward < 1 + 2 * 7 / 21 + 0.1
     assert whole.train_seconds(problem, made, "cpu") < whole.train_seconds(problem, made, "eager")
+
+
+def test_a_gpu_is_known_by_its_name_wherever_the_file_is_read():
+    """Its rates are published ones, and only its recursion is modelled: inference steps."""
+    gpu = {"name": "NVIDIA H100 80GB HBM3", "capability": [9, 0], "multiprocessors": 132}
+    rows = [
+        {"status": "timed", "ours": engine != "eager", "engine": engine, "dtype": "bf16"}
+        for engine in ("recurx-triton", "eager", "compile", "recurx-nowhere")
+    ]
+    groups = [
+        {"case": "trm-att", "mode": mode, "batch": 64, "rows": [dict(row) for row in rows]}
+        for mode in ("step", "train")
+    ]
+    document = {"provenance": {"device": "cuda", "gpu": gpu}, "groups": groups}
+    predict.predict(document)
+    found = [[row["predicted_ms"] for row in group["rows"]] for group in groups]
+    problem = problem_of_config(CASES["trm-att"].make(), 64, "cuda")
+    costs = recurx.cost(problem, "h100")
+    wanted = [1e3 * costs.seconds(name) for name in ("triton", "eager")]
+    assert found[0][:2] == [pytest.approx(ms, abs=1e-3) for ms in wanted]
+    assert found[0][2:] == [None, None] and found[1] == [None] * 4
+    unknown = device.gpu_device("NVIDIA H800", (9, 0), 66)
+    assert unknown.bf16_tflops == device.DEVICES["h100"].bf16_tflops / 2
 
 
 def test_without_ceilings_there_is_no_prediction():
