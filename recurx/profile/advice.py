@@ -116,7 +116,29 @@ def _replaced(problem: Problem, measured: Measured) -> list[str]:
                 else "."
             )
         )
+        lines += _products_on_a_cpu(problem)
     return lines
+
+
+def _products_on_a_cpu(problem: Problem) -> list[str]:
+    """Why the products themselves gain, where they do: [] on a GPU, whose rates all code shares."""
+    device = Device.of(problem.device_type)
+    if device.kind != "cpu":
+        return []
+    slow = device.bf16_tflops < device.fp32_tflops / 2
+    if problem.dtype == torch.bfloat16 and slow and device.isa not in ("", "amx"):
+        return [
+            f"  Products gain most: bf16 ones of PyTorch reach {device.bf16_tflops:.2g} TFLOP/s "
+            f"on this processor and fp32 ones {device.fp32_tflops:.2g}; recurx stores bf16 and "
+            "multiplies in fp32."
+        ]
+    packing = LaunchPlan.pick(problem, device, "eager").work.parts(device)["l2"]
+    if not packing:
+        return []
+    return [
+        f"  PyTorch's products also pack the weights anew at every call, about "
+        f"{short(1e3 * packing)} ms a step (a model); recurx keeps them packed."
+    ]
 
 
 def _predicted(problem: Problem, measured: Measured, training: bool) -> tuple[float, str]:
