@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,7 @@ import recurx
 from recurx import BackendUnavailable, Schedule, Step, reference
 from recurx.backends import cpu
 from recurx.nets import ATTENTION, KINDS, TOKEN_MLP, Net
+from recurx.plan import cpu as plan
 from tests.cpu import build
 from tests.factories import make_inputs, make_net, problem_for, rope, rounded, wide
 from tests.kernels.compare import assert_as_exact
@@ -65,6 +67,12 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def small_work_is_split_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the small shapes here would all run on one thread."""
+    monkeypatch.setattr(plan, "LEAST_SPLIT", 0)
 
 
 def run(
@@ -229,6 +237,26 @@ def test_bits_do_not_depend_on_threads_or_batch(
     alone = run(engine, schedule, nets, x[-1:], last, cos_sin)
     for name in expected:
         assert torch.equal(alone[name], expected[name][-1:]), f"sample alone, {name}"
+
+
+def test_small_work_stays_on_one_thread(
+    native: cpu.Cpu, threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the limit lies: 2 * B * T times the weights that the calls read."""
+    used: list[int] = []
+    module = types.SimpleNamespace(**vars(native._engine()[0]))
+    real = module.cpu_run
+    module.cpu_run = lambda *arguments: [used.append(arguments[-1]), real(*arguments)][1]
+    backend, schedule = cpu.Cpu(module), Schedule.trm(1, 2)
+    nets = {"L": make_net()}
+    x, carry = make_inputs(schedule, batch=2)
+    flops = 2 * x.shape[0] * x.shape[1] * 3 * sum(w.numel() for w in nets["L"].weights)
+    torch.set_num_threads(2)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    for limit in (flops, flops + 1):
+        monkeypatch.setattr(plan, "LEAST_SPLIT", limit)
+        run(backend, schedule, nets, x, carry, rope())
+    assert used == [2, 1]
 
 
 def test_empty_batch(native: cpu.Cpu) -> None:

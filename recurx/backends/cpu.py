@@ -21,6 +21,7 @@ from torch import Tensor
 from recurx.backends import Backend
 from recurx.backends.weights import WeightCache
 from recurx.nets import ATTENTION, BlockSpec, NetSpec
+from recurx.plan.cpu import engine_threads
 from recurx.problem import Problem
 from recurx.schedule import INPUT
 
@@ -171,6 +172,12 @@ class Cpu(Backend):
             )
             for step in problem.schedule.steps[start:stop]
         ]
+        sizes = [sum(weight.numel() for weight in net.weights) for net in nets.values()]
+        threads = engine_threads(
+            problem.batch * problem.tokens,
+            sum(sizes[net] for net, *_ in steps),
+            max(1, min(torch.get_num_threads(), os.cpu_count() or 1)),
+        )
         isa, bf16 = module.cpu_isa(), problem.dtype == torch.bfloat16
         packed = [cache.get(net.spec, net.weights, bf16, isa) for net in nets.values()]
         inputs = [x.detach().contiguous(), *(state.detach().contiguous() for state in states)]
@@ -186,7 +193,7 @@ class Cpu(Backend):
             [0, *(state.data_ptr() for state in outputs)],
             tables[0].data_ptr() if tables else 0,
             tables[1].data_ptr() if tables else 0,
-            max(1, min(torch.get_num_threads(), os.cpu_count() or 1)),
+            threads,
         )
         return outputs
 

@@ -36,31 +36,48 @@ TRANSPOSE = 36  # both ways, in blocks of 8 x 8
 # A row's reduction over lanes, with its root or division: 45 cycles of 2 x 16 FLOPs.
 ROW = 1440
 BARRIERS_A_BLOCK = 5
+# FLOPs of weights below which one thread does all. After every parallel operator PyTorch's own
+# threads spin for milliseconds on the cores that the engine's need: 80 MFLOP between a model's
+# embedding and heads took 4.1 to 7.6 ms on two threads and 1.9 ms on one (Zen 3).
+LEAST_SPLIT = 1e8
+
+
+def engine_threads(rows: int, weights: int, threads: int) -> int:
+    """How many threads the engine takes.
+
+    Args:
+        rows: B * T.
+        weights: values of all weights that the calls read, each call's counted.
+        threads: how many there are.
+    """
+    return 1 if 2 * rows * weights < LEAST_SPLIT else threads
 
 
 def candidates(problem: Problem, device: Device) -> list[LaunchPlan]:
     """One plan on a CPU, by whether there are samples enough for all threads."""
     if device.kind != "cpu":
         return []
-    threads, itemsize = device.units, 2 if problem.dtype.itemsize == 2 else 4
+    itemsize = 2 if problem.dtype.itemsize == 2 else 4
+    stages = step_stages(problem)
+    weights = sum(stage.weights for stage in stages)
+    threads = engine_threads(problem.batch * problem.tokens, weights, device.units)
     each, left = divmod(problem.batch, threads)
     groups = threads * math.ceil(each / max(1, GROUP_ROWS.get(device.isa, 200) // problem.tokens))
     passes = groups + left
     specs = dict(problem.nets)
     blocks = [b for s in problem.schedule.steps if s.net in specs for b in specs[s.net].blocks]
     found = [_block(block, problem, itemsize) for block in blocks]
-    stages = step_stages(problem)
     sums = sum(stage.reads for stage in stages if stage.name == "inject")
     # Packed weights stream through once a net call and group, unseen from the last cache and at
     # the price of memory beyond it; activations stay in L2.
     cached = itemsize * weight_values(problem) <= device.l2_bytes
-    streamed = itemsize * sum(stage.weights for stage in stages) * passes
+    streamed = itemsize * weights * passes
     work = Work(
         flops=sum(stage.flops for stage in stages),
         padded_flops=sum(products for products, _ in found),
         vector_flops=sum(vectors for _, vectors in found) + SUMS * sums,
         dram_bytes=0 if cached else streamed, l2_bytes=0, overlap=False,
-        launches=1, from_python=True,
+        launches=1, from_python=True, parallel=threads,
         barriers=BARRIERS_A_BLOCK * len(blocks) if left else 0,
         # Without matrix instructions bf16 is a storage format: the engine multiplies in fp32.
         itemsize=2 if itemsize == 2 and device.isa == "amx" else 4,
