@@ -11,7 +11,7 @@ import argparse
 from recurx.experiments import looks
 
 CLAIM = "A net that looks once cannot multiply permutations; looking again and again, it can."
-SEEDS, SECONDS, SIZE = 1, 25.0, looks.SIZE
+SEEDS, SECONDS, SIZE = 3, 35.0, looks.SIZE
 measure, tables, draw = looks.measure, looks.tables, looks.draw
 
 
