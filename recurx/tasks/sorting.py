@@ -1,8 +1,8 @@
 """Sorting: a sequence of values, or of records with a value as their key, and the same in order.
 
 Tokens: 0 is padding, v * tags + t + 1 the value v with tag t. Bare values can be sorted by counting
-them: one layer of attention averages all tokens, which is a histogram. Tagged ones cannot: what
-came along with a key has to be fetched from the token that holds it, once its place is known.
+them: one layer of attention averages all tokens, which is a histogram. With tags the histogram has
+`tags` times as many bins; narrower nets have to find a key's place first, then fetch what it holds.
 """
 
 from __future__ import annotations
