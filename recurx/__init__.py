@@ -33,6 +33,7 @@ _EXPORTS = {
     "save_checkpoint": "recurx.checkpoint",
     "solve": "recurx.solve",
     "Answers": "recurx.solve",
+    "Fill": "recurx.solve",
     "shipped": "recurx.shipped",
     "quantize": "recurx.quantize",
     "LaunchPlan": "recurx.plan",

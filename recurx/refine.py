@@ -21,6 +21,28 @@ INITS = ("learned", "random")
 
 
 @dataclass(frozen=True)
+class Fill:
+    """Blanks are filled in the order of confidence, and refinement begins anew after each filling.
+
+    Every `steps` supervision steps of a row, its likeliest blank, and all blanks whose token has a
+    probability over `above`, become part of the question. A net that is right about the easiest
+    cells of a hard question meets easier questions from then on. A row ends one step after its last
+    blank was filled, so that its q judges the whole answer; halting rules hold beside that.
+    Source: decoding in the order of certainty, as masked diffusion models do it (arXiv 2502.06768,
+    section 4).
+
+    Args:
+        blank: token id of a blank; answers use the ids of questions.
+        above: probability.
+        steps: supervision steps before each filling.
+    """
+
+    blank: int
+    above: float = 0.99
+    steps: int = 1
+
+
+@dataclass(frozen=True)
 class Rules:
     """How rows are refined; each field is the argument of `recurx.solve` of that name."""
 
@@ -36,6 +58,7 @@ class Rules:
     first_sample: int = 0
     logits: bool = False
     trace: bool = False
+    fill: Fill | None = None
 
     @property
     def compares(self) -> bool:
@@ -102,9 +125,7 @@ def refine(model: Any, data: dict[str, Tensor], rules: Rules) -> Answers:
     predictions = torch.zeros_like(inputs, dtype=torch.int64)
     all_logits: Tensor | None = None
     trace: list[Tensor] = []
-    carry = fresh_carry(model, data)
-    if rules.init == "random" and rules.rollouts > 1:
-        _randomise(carry.inner_carry, rows, rules)
+    carry = _start(model, data, rows, rules)
 
     for step in range(rules.max_steps):
         if len(rows) == 0:
@@ -116,6 +137,12 @@ def refine(model: Any, data: dict[str, Tensor], rules: Rules) -> Answers:
         carry.halted = torch.zeros_like(carry.halted)
         step_logits, q_halt = outputs["logits"], outputs["q_halt_logits"].float()
         answers = step_logits.argmax(-1)
+        filled = torch.zeros_like(halted[rows])
+        if rules.fill:
+            question = carry.current_data["inputs"]
+            blank = question == rules.fill.blank
+            filled = ~blank.any(-1)
+            answers = torch.where(blank, answers, question)
         if step and rules.compares:  # the first answer has none before it
             same = (answers == predictions[rows]).all(-1)
             unchanged[rows] = torch.where(same, unchanged[rows] + 1, 0)
@@ -128,15 +155,36 @@ def refine(model: Any, data: dict[str, Tensor], rules: Rules) -> Answers:
             all_logits[rows] = step_logits
         if rules.trace:
             trace.append(predictions.clone())
+        done = filled
         if rules.halt is not None:
             wants = q_halt > _threshold(model, outputs) + rules.halt_above
-            done = rules.ends(wants, unchanged[rows])
+            done = done | rules.ends(wants, unchanged[rows])
+        if rules.fill and (step + 1) % rules.fill.steps == 0:
+            likely = step_logits.float().softmax(-1).amax(-1)
+            question = torch.where(_sure(likely, blank, rules.fill.above), answers, question)
+            carry = _start(model, {**carry.current_data, "inputs": question}, rows, rules)
+        if rules.halt is not None or rules.fill:
             halted[rows] = done
             if done.any():
                 rows, carry = rows[~done], _rows_of(carry, ~done)
 
     stacked = torch.stack(trace) if trace else None
     return Answers(predictions, steps, q, halted, steps[:, None], all_logits, stacked)
+
+
+def _sure(likely: Tensor, blank: Tensor, above: float) -> Tensor:
+    """[N, T] which blanks are filled now: those over `above`, and in any case the likeliest."""
+    likely = likely.masked_fill(~blank, -1)
+    best = torch.zeros_like(blank).scatter_(1, likely.argmax(-1, keepdim=True), True)
+    return blank & ((likely > above) | best)
+
+
+def _start(model: Any, data: dict[str, Tensor], rows: Tensor, rules: Rules) -> Any:
+    """The carry that `rows` begin with."""
+    carry = fresh_carry(model, data)
+    if rules.init == "random" and rules.rollouts > 1:
+        _randomise(carry.inner_carry, rows, rules)
+    return carry
 
 
 def fresh_carry(model: Any, data: dict[str, Tensor]) -> Any:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from recurx.errors import BackendUnavailable, bad_argument
-from recurx.refine import HALTS, INITS, Answers, Rules, fresh_carry, refine
+from recurx.refine import HALTS, INITS, Answers, Fill, Rules, fresh_carry, refine
 
-__all__ = ["Answers", "solve"]
+__all__ = ["Answers", "Fill", "solve"]
 
 SELECTIONS = ("q", "vote")
 
@@ -42,6 +42,7 @@ def solve(
     first_sample: int = 0,
     logits: bool = False,
     trace: bool = False,
+    fill: Fill | Mapping[str, Any] | None = None,
 ) -> Answers:
     """Answer a batch with at most `max_steps` supervision steps a sample, without gradient.
 
@@ -77,6 +78,9 @@ def solve(
         first_sample: number of the batch's first sample in that stream, so that a sample's noise
             does not depend on how a data set is cut into batches.
         logits, trace: also return them (see `Answers`).
+        fill: fill blanks in the order of confidence, instead of reading the answer all at once
+            (`recurx.Fill`, or its fields as a mapping). For hard questions, at many more steps:
+            give it a budget of `max_steps` as large as a question has blanks.
 
     Raises:
         InvalidArgument: a bad argument, or a model without the ACT interface.
@@ -84,7 +88,7 @@ def solve(
     """
     rules = Rules(
         max_steps, halt, halt_above, patience, rollouts, sigma, init, init_scale, seed,
-        first_sample, logits, trace,
+        first_sample, logits, trace, _fill(fill),
     )  # fmt: skip
     _check(rules, select)
     model = _act_model(model)
@@ -158,6 +162,7 @@ def _beyond_the_kernel(rules: Rules) -> str:
         f"halt={rules.halt!r}": rules.halt not in ("q", None),
         f"init={rules.init!r}": rules.init != "learned",
         f"first_sample={rules.first_sample}": bool(rules.first_sample and rules.sigma),
+        "fill": rules.fill is not None,
     }
     lacks = [name for name, beyond in asked.items() if beyond]
     if not lacks:
@@ -226,6 +231,22 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def _fill(fill: Fill | Mapping[str, Any] | None) -> Fill | None:
+    if fill is None:
+        return None
+    known = "recurx.Fill(blank=, above=, steps=), or these fields as a mapping"
+    try:
+        found = fill if isinstance(fill, Fill) else Fill(**fill)
+    except TypeError as error:
+        raise bad_argument("solve", "fill", known, repr(fill)) from error
+    counts = (found.blank, found.steps)
+    if any(isinstance(n, bool) or not isinstance(n, int) for n in counts) or found.steps < 1:
+        raise bad_argument("solve", "fill", "an int `blank`, and `steps` >= 1", repr(found))
+    if not 0 <= found.above <= 1:
+        raise bad_argument("solve", "fill", "a probability `above`", repr(found))
+    return found
 
 
 def _check(rules: Rules, select: str) -> None:

@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     model, task, loaded = open_checkpoint(
         arguments.checkpoint, arguments.task, device, arguments.backend
     )
-    how = options.refinement(arguments, loaded.extra.get("solve"))
+    how = options.refinement(arguments, loaded.extra.get("solve"), task)
     console = output.make_console()
     if arguments.checkpoint is None:
         console.print(f"the net that ships for {task.name}: {loaded.path}", soft_wrap=True)

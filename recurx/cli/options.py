@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recurx.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from recurx.tasks import Task
 
 # NOTE: a second thread gains a 64-wide net little and can cost it 40 times the time: if the other
 # core is busy, every operation waits for a thread that does not run (measured on two cores).
@@ -84,6 +87,10 @@ def add_refinement(parser: argparse.ArgumentParser) -> None:
         "--patience", type=positive, metavar="N",
         help="steps without a change that are a fixed point (default 2)",
     )  # fmt: skip
+    parser.add_argument(
+        "--fill", type=_fill, nargs="?", const=0.99, metavar="P", help="fill blanks one after the "
+        "other, the likeliest and all those over probability P (0.99) first; 'none' does not",
+    )  # fmt: skip
     parser.add_argument("--rollouts", type=positive, metavar="N",
                         help="tries of each puzzle (default 1)")  # fmt: skip
     parser.add_argument("--sigma", type=float, help="noise in each step of a try (default 0)")
@@ -99,8 +106,19 @@ def add_refinement(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of all randomness (default 0)")
 
 
+def _fill(text: str) -> float | str:
+    """A probability, or none."""
+    try:
+        value = text if text == "none" else float(text)
+    except ValueError:
+        value = -1.0
+    if value != "none" and not 0 <= float(value) <= 1:
+        raise argparse.ArgumentTypeError(f"expected a probability or none, got {text!r}")
+    return value
+
+
 def refinement(
-    arguments: argparse.Namespace, recommended: Mapping[str, Any] | None = None
+    arguments: argparse.Namespace, recommended: Mapping[str, Any] | None, task: Task
 ) -> dict[str, Any]:
     """The arguments of `recurx.solve` that `add_refinement` read: what the user said, else what
     the net recommends (its checkpoint's extra["solve"]), else the defaults."""
@@ -109,6 +127,14 @@ def refinement(
         given = getattr(arguments, key)
         if given is not None:
             values[key] = None if given == "none" else given
+    if arguments.fill == "none":
+        values.pop("fill", None)
+    elif arguments.fill is not None:
+        if task.blank is None:
+            raise InvalidArgument(f"--fill: questions of {task.name} have no blanks.")
+        values["fill"] = {"blank": task.blank, "above": arguments.fill}
+        if arguments.max_steps is None:  # one blank a step at worst, and one step to judge
+            values["max_steps"] = task.seq_len + 1
     if values["rollouts"] > 1 and not values["sigma"] and values["init"] == "learned":
         raise InvalidArgument(
             "--rollouts: without --sigma or --init random all tries of a puzzle are the same."

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     name = None if arguments.checkpoint else _task_of(arguments)
     model, task, loaded = open_checkpoint(arguments.checkpoint, name, device, arguments.backend)
     inputs = _inputs(arguments, task)
-    how = options.refinement(arguments, loaded.extra.get("solve"))
+    how = options.refinement(arguments, loaded.extra.get("solve"), task)
     answers = recurx.solve(model, {"inputs": torch.from_numpy(inputs).to(device)}, **how)
     predictions = answers.predictions.cpu().numpy()
     right = task.check(inputs, predictions)

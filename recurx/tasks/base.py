@@ -82,6 +82,11 @@ class Task(ABC):
         return 0
 
     @property
+    def blank(self) -> int | None:
+        """Token id of a blank in a question whose answer fills the blanks; None in other tasks."""
+        return None
+
+    @property
     @abstractmethod
     def held_out_rule(self) -> str: ...
 

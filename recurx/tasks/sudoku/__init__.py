@@ -48,6 +48,10 @@ class Sudoku(Task):
         return self.size + 2
 
     @property
+    def blank(self) -> int:
+        return 1
+
+    @property
     def pool(self) -> int:
         return {4: 4096, 6: 2048, 9: 1000}[self.size]  # 1, 4 and 15 seconds
 
