@@ -159,6 +159,14 @@ def save_checkpoint(
 # ---- reading -------------------------------------------------------------------------------
 
 
+def read_own(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and configuration of a file that `save_checkpoint` wrote, of whatever model."""
+    state, metadata = _read(path, None)
+    if _CONFIG not in metadata:
+        raise CheckpointError(f"{path}: not written by recurx: no {_CONFIG} in its metadata.")
+    return state, json.loads(metadata[_CONFIG])
+
+
 def _read(path: Path, rows: Tensor | None) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors under official names, and the metadata of a safetensors file."""
     with open(path, "rb") as file:
@@ -283,6 +291,8 @@ def _stored_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(metadata[_CONFIG])
+        if "encoder_width" in values:
+            raise CheckpointError("a hybrid: recurx.hybrid.HybridReasoner.load reads it.")
         config_class = HRMConfig if values.get("variant") == "hrm" else TRMConfig
         return config_class.from_dict(values).to_dict()
     except ValueError as error:

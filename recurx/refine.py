@@ -137,6 +137,8 @@ def refine(model: Any, data: dict[str, Tensor], rules: Rules) -> Answers:
         carry.halted = torch.zeros_like(carry.halted)
         step_logits, q_halt = outputs["logits"], outputs["q_halt_logits"].float()
         answers = step_logits.argmax(-1)
+        if not step and answers.shape != inputs.shape:  # an answer may have a length of its own
+            predictions = predictions.new_zeros(len(inputs), answers.shape[1])
         filled = torch.zeros_like(halted[rows])
         if rules.fill:
             question = carry.current_data["inputs"]

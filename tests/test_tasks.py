@@ -20,6 +20,7 @@ SMALL = (
     "chain:length=6",
     "compose:length=4,degree=3",
     "reach:nodes=5",
+    "order:people=4,names=8",
 )
 
 # A published 17-clue puzzle with one solution.

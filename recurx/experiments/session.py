@@ -85,6 +85,7 @@ class Session:
         plan: Plan,
         measure: Callable[[Trainer], dict[str, Any]],
         prepare: Callable[[Trainer], None] | None = None,
+        make: Callable[..., Trainer] | None = None,
     ) -> dict[str, Any]:
         """Train one net and measure it; or read what an earlier run measured.
 
@@ -94,6 +95,7 @@ class Session:
             plan: when that ends.
             measure: what is wanted of the trained net, JSON-ready.
             prepare: changes the trainer before its first step.
+            make: makes the trainer, from what `Trainer` takes; None: `Trainer`.
 
         Returns:
             "label", "seed", "parameters", "steps", "seconds" and "ended" of the training,
@@ -112,7 +114,7 @@ class Session:
         if kept is not None and kept["asked"] == asked:
             self.console.print(f"  {label}, seed {config.seed}: kept in {path}", soft_wrap=True)
             return kept
-        record = self._train(label, config, plan, measure, prepare) | {"asked": asked}
+        record = self._train(label, config, plan, measure, prepare, make) | {"asked": asked}
         write_json(path, record)
         return record
 
@@ -123,10 +125,11 @@ class Session:
         plan: Plan,
         measure: Callable[[Trainer], dict[str, Any]],
         prepare: Callable[[Trainer], None] | None,
+        make: Callable[..., Trainer] | None,
     ) -> dict[str, Any]:
         from recurx.train import Trainer
 
-        trainer = Trainer(config, device=self.device, backend=self.backend)
+        trainer = (make or Trainer)(config, device=self.device, backend=self.backend)
         if prepare is not None:
             prepare(trainer)
         examples = trainer.held_out(plan.eval_count)

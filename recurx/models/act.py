@@ -55,6 +55,7 @@ class RecursiveModel(nn.Module):
     """
 
     config_class: type[ModelConfig] = ModelConfig
+    inner_class: type[Inner] = Inner
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class RecursiveModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config = self._read_config(config, fields)
-        self.inner = Inner(self.config, backend)
+        self.inner = self.inner_class(self.config, backend)
         self.exploration: Exploration | None = None
 
     @classmethod

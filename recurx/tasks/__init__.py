@@ -17,6 +17,7 @@ from recurx.tasks.base import PAD, Examples, Task
 from recurx.tasks.chain import Chain
 from recurx.tasks.compose import Compose
 from recurx.tasks.maze import Maze, MazeHard
+from recurx.tasks.ordering import Ordering
 from recurx.tasks.reach import Reach
 from recurx.tasks.sampler import Sampler
 from recurx.tasks.sorting import Sorting
@@ -34,6 +35,7 @@ _MAKERS: dict[str, Callable[..., Task]] = {
     "reach": Reach,
     "arc": Arc,
     "arc-2": functools.partial(Arc, version=2),
+    "order": Ordering,
 }
 NAMES = tuple(_MAKERS)
 
@@ -46,6 +48,7 @@ __all__ = [
     "Examples",
     "Maze",
     "MazeHard",
+    "Ordering",
     "Reach",
     "Sampler",
     "Sorting",

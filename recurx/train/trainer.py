@@ -22,7 +22,15 @@ from torch import Tensor
 from recurx import atomic, tasks
 from recurx.checkpoint import load_checkpoint, save_checkpoint
 from recurx.errors import CheckpointError, InvalidArgument, bad_argument
-from recurx.models import HRM, TRM, ACTLossHead, Carry, Exploration, RecursiveModel
+from recurx.models import (
+    HRM,
+    TRM,
+    ACTLossHead,
+    Carry,
+    Exploration,
+    ModelConfig,
+    RecursiveModel,
+)
 from recurx.models.stablemax import IGNORE
 from recurx.tasks.base import PAD, Examples
 from recurx.train import metrics, puzzles
@@ -82,8 +90,7 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model_config = config.model_config().replace(batch_size=own.stop - own.start)
-            model_class = HRM if model_config.variant == "hrm" else TRM
-            self.model: RecursiveModel = model_class(model_config, backend)
+            self.model = self.make_model(model_config, backend)
             if config.grid_positions:
                 grid_positions_(self.model, self.task)
             self.model.to(self.device)
@@ -125,11 +132,13 @@ class Trainer:
         ranks: Ranks | None = None,
         puzzles: str | Path | None = None,
         on_progress: puzzles.OnProgress = lambda done, total: None,
+        **more: Any,
     ) -> Trainer:
         """The run whose files lie in `folder`, exactly where it was saved.
 
         Args:
             puzzles: where the run's file of puzzles lies now, if it moved.
+            more: what the trainer of a subclass takes besides.
 
         Raises:
             InvalidArgument: there is no run in `folder`, or its file of puzzles is another one now.
@@ -144,7 +153,7 @@ class Trainer:
             config = dataclasses.replace(config, puzzles=str(puzzles))
         trainer = cls(
             config, folder, device=device, backend=backend, captured=captured, ranks=ranks,
-            on_progress=on_progress,
+            on_progress=on_progress, **more,
         )  # fmt: skip
         missing = {"model", "average", "carry", "exploration"} - tensors.keys()
         if missing:
@@ -172,6 +181,10 @@ class Trainer:
         for name, weight in self.model.named_parameters():
             self.average.weights[name].copy_(weight.detach())
         self.config = dataclasses.replace(self.config, started_from=puzzles.sha256(path))
+
+    def make_model(self, config: ModelConfig, backend: str) -> RecursiveModel:
+        """The untrained model; called once, under the run's seed."""
+        return (HRM if config.variant == "hrm" else TRM)(config, backend)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config = self.config

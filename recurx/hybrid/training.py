@@ -1,0 +1,79 @@
+"""Training a hybrid: the trainer of recurx with another model, on a task that has English."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from recurx import tasks
+from recurx.errors import bad_argument
+from recurx.hybrid.config import HybridConfig
+from recurx.hybrid.encoder import PassageBank, packaged_encoder
+from recurx.hybrid.model import HybridReasoner
+from recurx.models import ModelConfig, RecursiveModel
+from recurx.tasks.base import Examples
+from recurx.tasks.ordering import Ordering
+from recurx.train import TrainConfig, Trainer
+
+
+def task_bank(name: str, bank: PassageBank | None = None) -> PassageBank:
+    """A bank in which passage t is token t of the English task `name`, for all its tokens.
+
+    Args:
+        bank: one that is empty, or made by this function; None: the packaged encoder's, with as
+            much room for a passage as the longest needs.
+
+    Raises:
+        InvalidArgument: the task has no English, or `bank` holds something else.
+    """
+    task = tasks.get(name)
+    if not isinstance(task, Ordering):
+        raise bad_argument("hybrid", "task", "a task in English: order", repr(name))
+    if bank is None:
+        encoder, tokenizer = packaged_encoder()
+        lengths = tokenizer(list(task.passages), add_special_tokens=False)["input_ids"]
+        bank = PassageBank(encoder, tokenizer, max(map(len, lengths)))
+    if bank.numbers(task.passages) != list(range(1, task.vocab_size)):
+        raise bad_argument("hybrid", "bank", "one without passages of other texts", repr(bank))
+    return bank
+
+
+class HybridTrainer(Trainer):
+    """A `Trainer` of a `HybridReasoner`.
+
+    Args:
+        config: as for `Trainer`; its `task` is one in English, its `model` fields of HybridConfig.
+        folder, arguments: as for `Trainer`.
+        bank: from `task_bank`; None makes one of the packaged encoder, as `resume` does.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: str | Path | None = None,
+        *,
+        bank: PassageBank | None = None,
+        **arguments: Any,
+    ) -> None:
+        self.bank = task_bank(config.task, bank)
+        super().__init__(config, folder, **arguments)
+
+    def make_model(self, config: ModelConfig, backend: str) -> RecursiveModel:
+        task = self.task
+        assert isinstance(task, Ordering)  # by task_bank
+        # A slot answers with a person, and people are the first tokens of the task.
+        sizes = {
+            "vocab_size": task.names + 1,
+            "passages": task.seq_len,
+            "passage_tokens": self.bank.passage_tokens,
+            "encoder_width": self.bank.width,
+        }
+        hybrid = HybridConfig.from_dict({**dataclasses.asdict(config), **sizes})
+        return HybridReasoner(self.bank, None, hybrid, backend)
+
+    def held_out(self, count: int) -> Examples:
+        """As `Trainer.held_out`, of the longest chains alone: shorter ones are the curriculum."""
+        assert isinstance(self.task, Ordering)
+        task = dataclasses.replace(self.task, fewest=0)
+        return tasks.Sampler(task, self.config.seed, "held-out").draw_distinct(count)
