@@ -45,7 +45,9 @@ _EXPORTS = {
     "UnsupportedModel": "recurx.errors",
     "QuantizationRefused": "recurx.errors",
 }
-_MODULES = ("models", "reference", "backends", "kernels", "plan", "tasks", "train", "fp8")
+_MODULES = (
+    "models", "reference", "backends", "kernels", "plan", "tasks", "train", "hybrid", "fp8",
+)  # fmt: skip
 
 __all__ = [*_EXPORTS, "__version__"]
 

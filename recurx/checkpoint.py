@@ -164,7 +164,7 @@ def read_own(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     state, metadata = _read(path, None)
     if _CONFIG not in metadata:
         raise CheckpointError(f"{path}: not written by recurx: no {_CONFIG} in its metadata.")
-    return state, json.loads(metadata[_CONFIG])
+    return state, _own_values(path, metadata)
 
 
 def _read(path: Path, rows: Tensor | None) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -289,14 +289,26 @@ def _stored_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """The configuration in the metadata of our own files."""
     if _CONFIG not in metadata:
         return {}
+    values = _own_values(path, metadata)
+    if "encoder_width" in values:
+        raise CheckpointError(f"{path}: a hybrid: recurx.hybrid.HybridReasoner.load reads it.")
     try:
-        values = json.loads(metadata[_CONFIG])
-        if "encoder_width" in values:
-            raise CheckpointError("a hybrid: recurx.hybrid.HybridReasoner.load reads it.")
         config_class = HRMConfig if values.get("variant") == "hrm" else TRMConfig
         return config_class.from_dict(values).to_dict()
     except ValueError as error:
-        raise CheckpointError(f"{path}: unreadable {_CONFIG} in its metadata: {error}") from error
+        raise _unreadable(path, error) from error
+
+
+def _own_values(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(metadata[_CONFIG])
+    except ValueError as error:
+        raise _unreadable(path, error) from error
+    return values
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path}: unreadable {_CONFIG} in its metadata: {error}")
 
 
 def _official_config(path: Path) -> dict[str, Any]:

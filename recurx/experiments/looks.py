@@ -51,7 +51,12 @@ def add_arguments(
                         help="held-out examples of the final accuracy (default 1000)")  # fmt: skip
 
 
-def net_config(arguments: argparse.Namespace, kind: str, seed: int) -> TrainConfig:
+def net_config(
+    arguments: argparse.Namespace,
+    kind: str,
+    seed: int,
+    make: Callable[..., Trainer] | None = None,
+) -> TrainConfig:
     """The training run of one kind of net.
 
     The recursive net draws a minimum of steps for every sample (exploration 1): else samples that
@@ -74,10 +79,10 @@ def net_config(arguments: argparse.Namespace, kind: str, seed: int) -> TrainConf
 
     if kind != DEEP:
         return config()
-    limit, full = parameters(config()), config().model_config()
+    limit, full = parameters(config(), make), config().model_config()
     # An even width of the heads, which rotary tables need, sets the steps of the width.
     for narrower in range(full.hidden_size, 0, -2 * full.num_heads):
-        one, two = (parameters(config(L_layers=n, hidden_size=narrower)) for n in (1, 2))
+        one, two = (parameters(config(L_layers=n, hidden_size=narrower), make) for n in (1, 2))
         if one + (arguments.layers - 1) * (two - one) <= limit:
             return config(L_layers=arguments.layers, hidden_size=narrower)
     raise bad_argument(
@@ -85,11 +90,11 @@ def net_config(arguments: argparse.Namespace, kind: str, seed: int) -> TrainConf
     )
 
 
-def parameters(config: TrainConfig) -> int:
+def parameters(config: TrainConfig, make: Callable[..., Trainer] | None = None) -> int:
     """Number of parameters of the net that a run trains."""
-    from recurx.models import TRM
+    from recurx.train import Trainer
 
-    return sum(p.numel() for p in TRM(config.model_config()).parameters())
+    return sum(p.numel() for p in (make or Trainer)(config).model.parameters())
 
 
 def calls_a_step(calls: int) -> Callable[[Trainer], None]:
@@ -110,7 +115,19 @@ def calls_a_step(calls: int) -> Callable[[Trainer], None]:
     return prepare
 
 
-def measure(session: Session, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    session: Session,
+    arguments: argparse.Namespace,
+    *,
+    make: Callable[..., Trainer] | None = None,
+    also: Callable[[Trainer, int], dict[str, Any]] = lambda trainer, steps: {},
+) -> dict[str, Any]:
+    """Train and test all kinds of nets.
+
+    Args:
+        make: as for `Session.net`.
+        also: measures more of a trained net that is tested with so many steps.
+    """
     from recurx.experiments.session import Plan
 
     kinds = (RECURSIVE, ONE_LOOK, DEEP)
@@ -121,7 +138,8 @@ def measure(session: Session, arguments: argparse.Namespace) -> dict[str, Any]:
             steps = arguments.supervision if kind == RECURSIVE else 1
             plan = Plan(seconds=arguments.time_budget, eval_every=250, max_steps=steps)
             net = session.net(
-                kind, net_config(arguments, kind, seed), plan, _measurer(arguments, kind),
+                kind, net_config(arguments, kind, seed, make), plan,
+                _measurer(arguments, kind, also), make=make,
                 prepare=calls_a_step(arguments.calls if kind == RECURSIVE else 1),
             )  # fmt: skip
             nets.append(net)
@@ -129,7 +147,9 @@ def measure(session: Session, arguments: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows, "nets": nets, **_verdict(rows)}
 
 
-def _measurer(arguments: argparse.Namespace, kind: str) -> Any:
+def _measurer(
+    arguments: argparse.Namespace, kind: str, also: Callable[[Trainer, int], dict[str, Any]]
+) -> Any:
     def measured(trainer: Any) -> dict[str, Any]:
         from recurx.experiments.session import Plan, look
 
@@ -142,6 +162,7 @@ def _measurer(arguments: argparse.Namespace, kind: str) -> Any:
             "layers": config.L_layers,
             "width": config.hidden_size,
             "trained_steps": config.halt_max_steps,
+            **also(trainer, steps),
         }
 
     return measured
@@ -190,7 +211,7 @@ def tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
             row["kind"],
             f"{row['parameters']:,}",
             f"{row['layers']} x {row['width']}",
-            str(steps),
+            str(steps) if row["calls"] == 1 else f"{steps} x {row['calls']}",
             f"{row['training_steps']['mean']:,.0f}",
             f"{row['seconds']['mean']:.0f}",
             f"{100 * exact['mean']:.1f}{deviation}",

@@ -141,7 +141,10 @@ class PassageBank:
         return vectors, there
 
     def _check_lengths(self, passages: list[str], padded: int, counts: list[int]) -> None:
-        room = getattr(getattr(self.encoder, "config", None), "max_position_embeddings", padded)
+        # Some encoders number positions from 2 on: their tokenizer tells the smaller room.
+        config, limit = getattr(self.encoder, "config", None), "max_position_embeddings"
+        rooms = getattr(config, limit, None), getattr(self.tokenizer, "model_max_length", None)
+        room = min((r for r in rooms if r is not None), default=padded)
         if padded > room:
             longest = passages[max(range(len(counts)), key=counts.__getitem__)]
             raise bad_argument(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from recurx import checkpoint
-from recurx.errors import CheckpointError, bad_argument
+from recurx.errors import CheckpointError, InvalidArgument, bad_argument
 from recurx.hybrid.config import HybridConfig
 from recurx.hybrid.encoder import PassageBank
 from recurx.models.act import RecursiveModel
@@ -176,7 +176,11 @@ class HybridReasoner(RecursiveModel):
             raise CheckpointError(
                 f"{path}: no hybrid: recurx.load_checkpoint reads TRM and HRM weights."
             )
-        model = cls(encoder, tokenizer, HybridConfig.from_dict(values), backend)
+        try:
+            config = HybridConfig.from_dict(values)
+        except InvalidArgument as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        model = cls(encoder, tokenizer, config, backend)
         try:
             model.load_state_dict(state)
         except RuntimeError as error:

@@ -77,10 +77,6 @@ class Ordering(Task):
         return len(self.passages) + 1
 
     @property
-    def pool(self) -> int:
-        return 0
-
-    @property
     def held_out_rule(self) -> str:
         return "no training example is about the same people, in whatever order"
 

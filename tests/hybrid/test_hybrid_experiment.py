@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 from pathlib import Path
 
@@ -11,12 +12,15 @@ import torch
 from fakes import FakeEncoder, FakeTokenizer
 from rich.console import Console
 
-from recurx.experiments import hybrid
+from recurx import reference
+from recurx.experiments import hybrid, looks
 from recurx.experiments.session import Session
 from recurx.hybrid import HybridTrainer, PassageBank, task_bank
 
-TOY = ["--people", "3", "--names", "8", "--width", "16", "--supervision", "2", "--test-steps", "3",
-       "--batch-size", "8", "--count", "30"]  # fmt: skip
+TOY = ["--task", "order:people=3,names=8,wordings=2,fewest=2", "--supervision", "2",
+       "--test-steps", "3", "--calls", "2", "--layers", "2", "--batch-size", "8",
+       "--count", "30"]  # fmt: skip
+KINDS = (looks.RECURSIVE, looks.ONE_LOOK, looks.DEEP)
 
 
 def arguments() -> argparse.Namespace:
@@ -27,8 +31,7 @@ def arguments() -> argparse.Namespace:
 
 def toy_bank() -> PassageBank:
     torch.manual_seed(1)
-    bank = PassageBank(FakeEncoder(), FakeTokenizer(), 5)
-    return task_bank(hybrid.task_name(arguments()), bank)
+    return task_bank(arguments().task, PassageBank(FakeEncoder(), FakeTokenizer(), 5))
 
 
 def test_it_trains_measures_tells_and_draws(tmp_path: Path) -> None:
@@ -36,14 +39,16 @@ def test_it_trains_measures_tells_and_draws(tmp_path: Path) -> None:
     from matplotlib.figure import Figure
 
     asked = arguments()
-    session = Session(tmp_path, Console(file=io.StringIO()))
-    result = hybrid.measure(session, asked, toy_bank())
-    recursive, once = result["rows"]
-    assert recursive["parameters"] == once["parameters"]
-    assert (recursive["trained_steps"], recursive["calls"]) == (2, 3)
-    assert (once["trained_steps"], once["calls"]) == (1, 1)
-    assert len(recursive["curve"]) == 3 and len(once["curve"]) == 1
-    assert set(recursive["by_people"]) == {"2", "3"} and result["encoder"]["passages"] == 137
+    result = hybrid.measure(Session(tmp_path, Console(file=io.StringIO())), asked, toy_bank())
+    recursive, once, deep = result["rows"]
+    assert recursive["parameters"] == once["parameters"] >= deep["parameters"]
+    assert [row["calls"] for row in result["rows"]] == [2, 1, 1]
+    assert [row["trained_steps"] for row in result["rows"]] == [2, 1, 1]
+    assert [len(row["curve"]) for row in result["rows"]] == [3, 1, 1]
+    assert result["encoder"]["passages"] == 8 + 2 * 64 + 1
+    for net in result["nets"]:
+        assert set(net["by_people"]) == {"2", "3"}
+        assert all(len(curve) == len(net["curve"]) for curve in net["by_people"].values())
     result["settings"] = vars(asked)
     for _, columns, rows in hybrid.tables(result):
         assert rows and all(len(row) == len(columns) for row in rows)
@@ -52,26 +57,32 @@ def test_it_trains_measures_tells_and_draws(tmp_path: Path) -> None:
     assert [len(axes.lines) > 0 for axes in figure.axes] == [True, True]
 
 
-def test_nothing_but_the_steps_differs_between_the_two_kinds() -> None:
-    bank = toy_bank()
-    configs = [hybrid.net_config(arguments(), k, 0) for k in (hybrid.RECURSIVE, hybrid.ONE_LOOK)]
-    models = [HybridTrainer(config, bank=bank).model for config in configs]
-    for (name, one), two in zip(
-        models[0].state_dict().items(), models[1].state_dict().values(), strict=True
-    ):
+def test_the_final_test_is_of_the_longest_chains() -> None:
+    trainer = HybridTrainer(hybrid.net_config(HybridTrainer, arguments(), KINDS[0], 0),
+                            bank=toy_bank())  # fmt: skip
+    held = trainer.held_out(40)
+    assert len(held) == 40 and (held.answers > 0).all()
+    assert trainer.task.held_out(held).all()
+
+
+def test_kinds_differ_in_calls_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls counted as they run; the first two kinds start from the same bits."""
+    make = functools.partial(HybridTrainer, bank=toy_bank(), backend="eager")
+    original, ran = reference.run, []
+
+    def counting(schedule, nets, x, states, cos_sin, start, stop):  # type: ignore[no-untyped-def]
+        ran.append(stop - start)
+        return original(schedule, nets, x, states, cos_sin, start, stop)
+
+    monkeypatch.setattr(reference, "run", counting)
+    models, layers = [], []
+    for kind in KINDS:
+        trainer = make(hybrid.net_config(make, arguments(), kind, 0))
+        hybrid.plain_calls(trainer)
+        models.append({name: t.clone() for name, t in trainer.model.state_dict().items()})
+        layers.append(trainer.model.config.L_layers)
+        trainer.train_step()
+        assert bool(trainer.carry.halted.all()) == (kind != looks.RECURSIVE)
+    assert ran == [2, 1, 1] and layers == [1, 1, 2]
+    for (name, one), two in zip(models[0].items(), models[1].values(), strict=True):
         assert torch.equal(one, two), name
-    differ = {
-        key for key, value in vars(models[0].config).items() if vars(models[1].config)[key] != value
-    }
-    assert differ == {"halt_max_steps"}
-
-
-@pytest.mark.parametrize(
-    ("most", "least", "holds"), [(0.95, 0.1, True), (0.85, 0.1, False), (0.95, 0.3, False)]
-)
-def test_the_claim_holds_by_its_rule_alone(most: float, least: float, holds: bool) -> None:
-    def row(exact: float) -> dict:
-        return {"curve": [exact], "trained_steps": 1, "exact": {"mean": exact},
-                "by_people": {"2": exact}}  # fmt: skip
-
-    assert hybrid._verdict([row(most), row(least)])["holds"] is holds

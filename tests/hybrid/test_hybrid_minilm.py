@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from recurx import InvalidArgument
-from recurx.hybrid import HybridConfig, HybridReasoner, HybridTrainer, packaged_encoder
+from recurx.hybrid import (
+    HybridConfig,
+    HybridReasoner,
+    HybridTrainer,
+    PassageBank,
+    packaged_encoder,
+)
 from recurx.hybrid.training import task_bank
 from recurx.train import TrainConfig
 
@@ -67,3 +73,33 @@ def test_training_moves_the_reasoner_and_not_the_encoder() -> None:
     assert trainer.model.config.passage_tokens == 6  # "anna is older than ben ."
     for now, then in zip(bank.encoder.parameters(), before, strict=True):
         assert torch.equal(now, then)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("distilbert", {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 64}),
+        ("roberta", {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                     "intermediate_size": 64, "max_position_embeddings": 514}),
+        ("electra", {"embedding_size": 16, "hidden_size": 32, "num_hidden_layers": 1,
+                     "num_attention_heads": 2, "intermediate_size": 64}),
+    ],
+)  # fmt: skip
+def test_other_architectures_need_no_code(minilm, kind, sizes) -> None:  # type: ignore[no-untyped-def]
+    """Random weights and MiniLM's tokenizer: what is tested is the way they are called."""
+    from transformers import AutoConfig, AutoModel
+
+    torch.manual_seed(0)
+    tokenizer = minilm[1]
+    encoder = AutoModel.from_config(AutoConfig.for_model(kind, vocab_size=len(tokenizer), **sizes))
+    config = HybridConfig.tiny(4, 3, passages=2, passage_tokens=8, encoder_width=32)
+    model = HybridReasoner(encoder, tokenizer, config)
+    texts = [["Mia is older than Tom.", "Who?"], ["Who?"]]
+    model.batch(texts)
+    with torch.no_grad():
+        hidden = encoder(**tokenizer("Who?", return_tensors="pt")).last_hidden_state[0, 1:-1]
+    expected = hidden / hidden.square().mean(-1, keepdim=True).sqrt()
+    torch.testing.assert_close(model.bank.tables()[0][2, :2], expected, atol=1e-3, rtol=0)
+    assert model.answer(texts, max_steps=1).predictions.shape == (2, 3)
+    with pytest.raises(InvalidArgument, match="at most 512 tokens"):
+        PassageBank(encoder, tokenizer, 600).numbers(["old " * 511])
