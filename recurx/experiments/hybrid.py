@@ -1,12 +1,11 @@
 """Language in front: one look against many (see `recurx.experiments.looks`), behind a text encoder.
 
-Shuffled English sentences, each about two neighbours of a chain ("Tom is older than Mia."), and the
-question "Order them by age." A small frozen text encoder (all-MiniLM-L6-v2) reads every sentence by
-itself; its token embeddings are the input of a tiny net, which has to join the sentences. All kinds
-of nets read the same embeddings, and their sizes leave the encoder out.
+A small frozen text encoder (all-MiniLM-L6-v2) reads every English sentence of a text by itself; its
+token embeddings are the input of a tiny net, which has to put the sentences together. All kinds of
+nets read the same embeddings, and their numbers of parameters leave the encoder out.
 
-Training is about chains of `fewest` to `people` people, the test about the longest alone. Held out
-are sets of people.
+Tasks: `cups`, the shell game, whose sentences are told in their order; `order`, a chain of people
+by age from shuffled sentences (`--task order:people=6,names=16,wordings=2,fewest=2 --calls 3`).
 """
 
 from __future__ import annotations
@@ -25,25 +24,20 @@ if TYPE_CHECKING:
     from recurx.hybrid import PassageBank
     from recurx.train import TrainConfig, Trainer
 
-CLAIM = "Behind a frozen encoder, one look cannot order a chain of people; looking on, it can."
-SEEDS, SECONDS, SIZE = 1, 240.0, looks.SIZE
+CLAIM = "Behind a frozen text encoder, one look cannot follow a shell game; looking on, it can."
+SEEDS, SECONDS, SIZE = 1, 120.0, looks.SIZE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    task = "order:people=6,names=16,wordings=2,fewest=2"
-    looks.add_arguments(parser, task=task, supervision=4)
-    parser.add_argument("--calls", type=options.positive, default=3, metavar="N", help="net calls "
-                        "of one supervision step of the recursive net (default 3)")  # fmt: skip
+    looks.add_arguments(parser, task="cups:moves=6", supervision=6)
+    parser.add_argument("--calls", type=options.positive, default=1, metavar="N", help="net calls "
+                        "of one supervision step of the recursive net (default 1)")  # fmt: skip
 
 
 def net_config(
     make: Callable[..., Trainer], arguments: argparse.Namespace, kind: str, seed: int
 ) -> TrainConfig:
-    """The training run of one kind of net: as in `looks`, with several calls a supervision step.
-
-    Two sentences are joined by two dependent calls, one that gathers a sentence in a token and one
-    that finds the other sentence; no gradient passes between supervision steps to teach the first.
-    """
+    """The training run of one kind of net: as in `looks`, but for `--calls`."""
     config = looks.net_config(arguments, kind, seed, make)
     calls = arguments.calls if kind == looks.RECURSIVE else 1
     return dataclasses.replace(config, model={**config.model, "L_cycles": calls})
@@ -70,33 +64,34 @@ def measure(
     make = functools.partial(HybridTrainer, bank=bank)
     result = looks.measure(
         session, arguments, make=make, configure=functools.partial(net_config, make),
-        prepare=plain_calls, also=functools.partial(by_people, arguments.count),
+        prepare=plain_calls, also=functools.partial(by_length, arguments.count),
     )  # fmt: skip
     return {"encoder": encoder, **result}
 
 
-def by_people(count: int, trainer: Trainer, steps: int) -> dict[str, Any]:
-    """Exact accuracy after each of `steps`, for every number of people, on held-out texts."""
+def by_length(count: int, trainer: Trainer, steps: int) -> dict[str, Any]:
+    """Exact accuracy after each of `steps`, for each number of answers, of held-out texts as they
+    come in training."""
     import numpy as np
 
     from recurx.experiments.session import Plan, look
-    from recurx.tasks import Sampler
+    from recurx.tasks import EnglishTask, Sampler
 
-    # Every length is as frequent as any other; of the short texts few are distinct.
+    assert isinstance(trainer.task, EnglishTask)  # by task_bank
     mixed = Sampler(trainer.task, trainer.config.seed, "held-out").draw(count)
-    people = (mixed.answers > 0).sum(axis=1)
+    lengths = trainer.task.lengths(mixed)
     curves = {
-        str(n): list(look(trainer, Plan(max_steps=steps), mixed.take(people == n)).curve)
-        for n in np.unique(people).tolist()
+        str(n): list(look(trainer, Plan(max_steps=steps), mixed.take(lengths == n)).curve)
+        for n in np.unique(lengths).tolist()
     }
-    return {"by_people": curves}
+    return {"by_length": curves}
 
 
 def tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
     encoder = result["encoder"]
-    title = f"exact % by number of people (the encoder read {encoder['passages']} passages in "
+    title = f"exact % by number of answers (the encoder read {encoder['passages']} passages in "
     title += f"{encoder['seconds']:.0f} s, once)"
-    lengths = list(result["nets"][0]["by_people"])
+    lengths = list(result["nets"][0]["by_length"])
     lines = []
     for row in result["rows"]:
         curves = _mean_curves(result, row["kind"])
@@ -106,7 +101,7 @@ def tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
 
 
 def draw(result: dict[str, Any], figure: Any) -> None:
-    """As `looks.draw`, with faint lines for chains that are shorter than those of the test."""
+    """As `looks.draw`, with faint lines for texts that ask for fewer answers than the test."""
     from recurx.plotting import COLOURS
 
     looks.draw(result, figure)
@@ -121,8 +116,8 @@ def draw(result: dict[str, Any], figure: Any) -> None:
 
 
 def _mean_curves(result: dict[str, Any], kind: str) -> dict[str, list[float]]:
-    """{number of people: exact accuracy after each step}, over the seeds."""
-    nets = [net["by_people"] for net in result["nets"] if net["label"] == kind]
+    """{number of answers: exact accuracy after each step}, over the seeds."""
+    nets = [net["by_length"] for net in result["nets"] if net["label"] == kind]
     return {
         n: [sum(values) / len(nets) for values in zip(*(net[n] for net in nets), strict=True)]
         for n in nets[0]

@@ -13,7 +13,7 @@ from recurx.hybrid.encoder import PassageBank, packaged_encoder
 from recurx.hybrid.model import HybridReasoner
 from recurx.models import ModelConfig, RecursiveModel
 from recurx.tasks.base import Examples
-from recurx.tasks.ordering import Ordering
+from recurx.tasks.english import EnglishTask
 from recurx.train import TrainConfig, Trainer
 
 
@@ -28,8 +28,8 @@ def task_bank(name: str, bank: PassageBank | None = None) -> PassageBank:
         InvalidArgument: the task has no English, or `bank` holds something else.
     """
     task = tasks.get(name)
-    if not isinstance(task, Ordering):
-        raise bad_argument("hybrid", "task", "a task in English: order", repr(name))
+    if not isinstance(task, EnglishTask):
+        raise bad_argument("hybrid", "task", "a task in English: cups or order", repr(name))
     if bank is None:
         encoder, tokenizer = packaged_encoder()
         lengths = tokenizer(list(task.passages), add_special_tokens=False)["input_ids"]
@@ -61,10 +61,9 @@ class HybridTrainer(Trainer):
 
     def make_model(self, config: ModelConfig, backend: str) -> RecursiveModel:
         task = self.task
-        assert isinstance(task, Ordering)  # by task_bank
-        # A slot answers with a person, and people are the first tokens of the task.
+        assert isinstance(task, EnglishTask)  # by task_bank
         sizes = {
-            "vocab_size": task.names + 1,
+            "vocab_size": task.choices + 1,
             "passages": task.seq_len,
             "passage_tokens": self.bank.passage_tokens,
             "encoder_width": self.bank.width,
@@ -73,7 +72,6 @@ class HybridTrainer(Trainer):
         return HybridReasoner(self.bank, None, hybrid, backend)
 
     def held_out(self, count: int) -> Examples:
-        """As `Trainer.held_out`, of the longest chains alone: shorter ones are the curriculum."""
-        assert isinstance(self.task, Ordering)
-        task = dataclasses.replace(self.task, fewest=0)
-        return tasks.Sampler(task, self.config.seed, "held-out").draw_distinct(count)
+        """As `Trainer.held_out`, of the hardest examples: others are the curriculum."""
+        assert isinstance(self.task, EnglishTask)
+        return tasks.Sampler(self.task.hardest(), self.config.seed, "held-out").draw_distinct(count)

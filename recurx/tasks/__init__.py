@@ -16,6 +16,8 @@ from recurx.tasks.arc import Arc
 from recurx.tasks.base import PAD, Examples, Task
 from recurx.tasks.chain import Chain
 from recurx.tasks.compose import Compose
+from recurx.tasks.cups import Cups
+from recurx.tasks.english import EnglishTask
 from recurx.tasks.maze import Maze, MazeHard
 from recurx.tasks.ordering import Ordering
 from recurx.tasks.reach import Reach
@@ -36,6 +38,7 @@ _MAKERS: dict[str, Callable[..., Task]] = {
     "arc": Arc,
     "arc-2": functools.partial(Arc, version=2),
     "order": Ordering,
+    "cups": Cups,
 }
 NAMES = tuple(_MAKERS)
 
@@ -45,6 +48,8 @@ __all__ = [
     "Arc",
     "Chain",
     "Compose",
+    "Cups",
+    "EnglishTask",
     "Examples",
     "Maze",
     "MazeHard",

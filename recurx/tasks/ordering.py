@@ -12,14 +12,15 @@ in every wording, and last the question. `passages` holds the English of each.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from recurx.errors import bad_argument
-from recurx.tasks.base import PAD, Examples, Flags, Task, Tokens, hashed_share
+from recurx.tasks.base import PAD, Examples, Flags, Tokens, hashed_share
+from recurx.tasks.english import EnglishTask
 
 HELD_OUT_SHARE = 8
 QUESTION = "Order them by age."
@@ -39,7 +40,7 @@ NAMES = (
 
 
 @dataclass(frozen=True)
-class Ordering(Task):
+class Ordering(EnglishTask):
     """Chains of `people` out of `names`; with `fewest`, of fewest..people, as a curriculum.
 
     With `wordings` 1 or 2 the older person is always named first; 3 and 4 turn sentences round.
@@ -73,8 +74,11 @@ class Ordering(Task):
         return self.people
 
     @property
-    def vocab_size(self) -> int:
-        return len(self.passages) + 1
+    def choices(self) -> int:
+        return self.names
+
+    def hardest(self) -> Ordering:
+        return dataclasses.replace(self, fewest=0)
 
     @property
     def held_out_rule(self) -> str:
@@ -144,6 +148,3 @@ class Ordering(Task):
         # n people in a chain fill n places: somebody placed twice leaves another one out.
         return (~said | ((before >= 0) & (before < after))).all(axis=1)
 
-    def text(self, tokens: NDArray[np.int64]) -> str:
-        words = [self.passages[token - 1] for token in tokens if token]
-        return (" " if words and words[-1].endswith(".") else ", ").join(words)

@@ -47,8 +47,8 @@ def test_it_trains_measures_tells_and_draws(tmp_path: Path) -> None:
     assert [len(row["curve"]) for row in result["rows"]] == [3, 1, 1]
     assert result["encoder"]["passages"] == 8 + 2 * 64 + 1
     for net in result["nets"]:
-        assert set(net["by_people"]) == {"2", "3"}
-        assert all(len(curve) == len(net["curve"]) for curve in net["by_people"].values())
+        assert set(net["by_length"]) == {"2", "3"}
+        assert all(len(curve) == len(net["curve"]) for curve in net["by_length"].values())
     result["settings"] = vars(asked)
     for _, columns, rows in hybrid.tables(result):
         assert rows and all(len(row) == len(columns) for row in rows)
