@@ -21,7 +21,7 @@ SMALL = (
     "compose:length=4,degree=3",
     "reach:nodes=5",
     "order:people=4,names=8",
-    "cups:moves=4",
+    "trades:trades=4",
 )
 
 # A published 17-clue puzzle with one solution.

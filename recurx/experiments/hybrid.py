@@ -4,7 +4,7 @@ A small frozen text encoder (all-MiniLM-L6-v2) reads every English sentence of a
 token embeddings are the input of a tiny net, which has to put the sentences together. All kinds of
 nets read the same embeddings, and their numbers of parameters leave the encoder out.
 
-Tasks: `cups`, the shell game, whose sentences are told in their order; `order`, a chain of people
+Tasks: `trades`, who has the ball after each of some trades; `order`, a chain of people
 by age from shuffled sentences (`--task order:people=6,names=16,wordings=2,fewest=2 --calls 3`).
 """
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from recurx.hybrid import PassageBank
     from recurx.train import TrainConfig, Trainer
 
-CLAIM = "Behind a frozen text encoder, one look cannot follow a shell game; looking on, it can."
+CLAIM = "Behind a frozen text encoder, one look cannot follow trades; looking on, it can."
 SEEDS, SECONDS, SIZE = 1, 120.0, looks.SIZE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    looks.add_arguments(parser, task="cups:moves=6", supervision=6)
+    looks.add_arguments(parser, task="trades:trades=6", supervision=6)
     parser.add_argument("--calls", type=options.positive, default=1, metavar="N", help="net calls "
                         "of one supervision step of the recursive net (default 1)")  # fmt: skip
 

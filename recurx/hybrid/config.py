@@ -20,11 +20,14 @@ class HybridConfig(ModelConfig):
         passage_tokens: L, room for the tokens of one passage. The recursion has no mask: unused
             room holds a learned vector.
         encoder_width: W, width of the encoder's embeddings.
+        answer_per_passage: slot k answers at passage k (K = S), and holds what its tokens say
+            together.
     """
 
     passages: int = 1
     passage_tokens: int = 64
     encoder_width: int = 384
+    answer_per_passage: bool = False
 
     @property
     def prefix_len(self) -> int:
@@ -48,3 +51,5 @@ class HybridConfig(ModelConfig):
                 raise self._bad(name, "at least 1", getattr(self, name))
         if self.puzzle_emb_ndim:
             raise self._bad("puzzle_emb_ndim", "0: its tokens are the text's", self.puzzle_emb_ndim)
+        if self.answer_per_passage and self.seq_len != self.passages:
+            raise self._bad("seq_len", f"passages={self.passages}, one answer each", self.seq_len)

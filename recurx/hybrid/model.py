@@ -31,6 +31,8 @@ from recurx.solve import Answers, solve
 
 Text = str | Sequence[str]
 
+LEAST_SPREAD = 1e-4  # of the first principal component; below it is rounding
+
 
 class HybridInner(Inner):
     """`Inner` whose x comes from a bank of passages instead of a table of token embeddings."""
@@ -53,6 +55,26 @@ class HybridInner(Inner):
             self.passage_pos = learned(config.passages, 1)
             self.place_pos = learned(config.passage_tokens)
 
+    @torch.no_grad()
+    def whiten_(self) -> None:
+        """Start `text_proj` at the principal components of all that the bank holds, each with
+        variance 1 and turned at random.
+
+        What token embeddings have in common is most of them; what tells sentences apart can be a
+        thousandth of the variance, which a random projection buries.
+        """
+        vectors, there = self.bank.tables()
+        rows, width = vectors[there].double(), self.config.hidden_size
+        mean = rows.mean(dim=0)
+        _, singular, directions = torch.linalg.svd(rows - mean, full_matrices=False)
+        spread = singular / len(rows) ** 0.5
+        kept = min(width, int((spread > LEAST_SPREAD * spread[0]).sum()))
+        turned = torch.linalg.qr(torch.randn(width, kept, dtype=torch.float64))[0]
+        scale = (width / kept) ** 0.5 / spread[:kept, None]
+        weight = turned @ (scale * directions[:kept])
+        self.text_proj.weight.copy_(weight)
+        self.text_proj.bias.copy_(-weight @ mean)
+
     def embed(self, inputs: Tensor, puzzle_identifiers: Tensor | None = None) -> Tensor:
         """Passage numbers [B, S] to x [B, S * L + K, D]."""
         config = self.config
@@ -63,14 +85,24 @@ class HybridInner(Inner):
             )  # fmt: skip
         vectors, there = self.bank.tables(inputs.device)
         numbers, scale = inputs.long(), self.embed_scale
-        text = self.text_proj(vectors[numbers].to(config.dtype))
+        here = there[numbers].unsqueeze(-1)
+        text_of = self.text_proj(vectors[numbers].to(config.dtype))
         no_token = (scale * self.no_token).to(config.dtype)
-        text = torch.where(there[numbers].unsqueeze(-1), text, no_token)
+        text = torch.where(here, text_of, no_token)
         if config.pos_encodings == "learned":
             position = (scale * (self.passage_pos + self.place_pos)).to(config.dtype)
             text = 3**-0.5 * (text + position)  # each of the three has variance 1
         slots = (scale * self.slots).to(config.dtype).expand(len(inputs), -1, -1)
+        if config.answer_per_passage:
+            slots = 2**-0.5 * (slots + self._pooled(text_of, here))
         return torch.cat((text.flatten(1, 2), slots), dim=1)
+
+    @staticmethod
+    def _pooled(text: Tensor, here: Tensor) -> Tensor:
+        """What the tokens of each passage [B, S, L, D] say together, [B, S, D], at the scale of one:
+        their sum over the root of their number."""
+        count = here.sum(dim=2).clamp(min=1)
+        return torch.where(here, text, 0).sum(dim=2) * count.to(text.dtype).rsqrt()
 
 
 class HybridReasoner(RecursiveModel):

@@ -29,7 +29,7 @@ def task_bank(name: str, bank: PassageBank | None = None) -> PassageBank:
     """
     task = tasks.get(name)
     if not isinstance(task, EnglishTask):
-        raise bad_argument("hybrid", "task", "a task in English: cups or order", repr(name))
+        raise bad_argument("hybrid", "task", "a task in English: order or trades", repr(name))
     if bank is None:
         encoder, tokenizer = packaged_encoder()
         lengths = tokenizer(list(task.passages), add_special_tokens=False)["input_ids"]
@@ -67,9 +67,12 @@ class HybridTrainer(Trainer):
             "passages": task.seq_len,
             "passage_tokens": self.bank.passage_tokens,
             "encoder_width": self.bank.width,
+            "answer_per_passage": task.answer_per_passage,
         }
         hybrid = HybridConfig.from_dict({**dataclasses.asdict(config), **sizes})
-        return HybridReasoner(self.bank, None, hybrid, backend)
+        model = HybridReasoner(self.bank, None, hybrid, backend)
+        model.inner.whiten_()
+        return model
 
     def held_out(self, count: int) -> Examples:
         """As `Trainer.held_out`, of the hardest examples: others are the curriculum."""

@@ -16,7 +16,7 @@ from recurx.tasks.arc import Arc
 from recurx.tasks.base import PAD, Examples, Task
 from recurx.tasks.chain import Chain
 from recurx.tasks.compose import Compose
-from recurx.tasks.cups import Cups
+from recurx.tasks.trades import Trades
 from recurx.tasks.english import EnglishTask
 from recurx.tasks.maze import Maze, MazeHard
 from recurx.tasks.ordering import Ordering
@@ -38,7 +38,7 @@ _MAKERS: dict[str, Callable[..., Task]] = {
     "arc": Arc,
     "arc-2": functools.partial(Arc, version=2),
     "order": Ordering,
-    "cups": Cups,
+    "trades": Trades,
 }
 NAMES = tuple(_MAKERS)
 
@@ -48,7 +48,7 @@ __all__ = [
     "Arc",
     "Chain",
     "Compose",
-    "Cups",
+    "Trades",
     "EnglishTask",
     "Examples",
     "Maze",

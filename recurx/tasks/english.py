@@ -9,6 +9,13 @@ from numpy.typing import NDArray
 
 from recurx.tasks.base import PAD, Examples, Task
 
+# Each is one word piece of the usual English vocabularies.
+NAMES = (
+    "Anna", "Ben", "Carl", "David", "Emma", "Frank", "Grace", "Henry", "Jack", "Kate", "Laura",
+    "Max", "Nora", "Oscar", "Peter", "Rose", "Sarah", "Tom", "Lucy", "Paul", "Mia", "Sam", "Eva",
+    "Leo",
+)  # fmt: skip
+
 
 class EnglishTask(Task):
     """A task whose token t is the passage `passages[t - 1]`; 0 is padding, as everywhere.
@@ -16,7 +23,10 @@ class EnglishTask(Task):
     Attributes:
         passages: the English of the tokens 1, 2, ...
         choices: how many of them can be an answer: the tokens 1..choices.
+        answer_per_passage: whether answer k belongs to passage k.
     """
+
+    answer_per_passage = False
 
     @property
     @abstractmethod

@@ -20,7 +20,7 @@ import numpy as np
 
 from recurx.errors import bad_argument
 from recurx.tasks.base import PAD, Examples, Flags, Tokens, hashed_share
-from recurx.tasks.english import EnglishTask
+from recurx.tasks.english import NAMES, EnglishTask
 
 HELD_OUT_SHARE = 8
 QUESTION = "Order them by age."
@@ -31,12 +31,6 @@ WORDINGS = (
     ("{} is younger than {}.", False),
     ("{} was born after {}.", False),
 )
-# Each is one word piece of the usual English vocabularies.
-NAMES = (
-    "Anna", "Ben", "Carl", "David", "Emma", "Frank", "Grace", "Henry", "Jack", "Kate", "Laura",
-    "Max", "Nora", "Oscar", "Peter", "Rose", "Sarah", "Tom", "Lucy", "Paul", "Mia", "Sam", "Eva",
-    "Leo",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -277,25 +277,23 @@ def test_ordering_refuses_what_makes_no_task(options: str) -> None:
         tasks.get(f"order:{options}")
 
 
-def test_cups_reads_as_english_and_checks_by_its_sentences() -> None:
-    task = tasks.get("cups:moves=4")
+def test_trades_read_as_english_and_check_by_their_sentences() -> None:
+    task = tasks.get("trades:trades=4,people=4")
     drawn = tasks.Sampler(task, seed=3).draw(200)
-    seen = set()
+    told = set()
     for row in range(100):
-        first, *moves = task.text(drawn.inputs[row]).rstrip(".").replace(". ", ".").split(".")
-        ball = first.split()[-1]
-        balls = [ball]
-        for move in moves:
-            verb, one, _, other = move.split()
-            seen.add(verb)
-            ball = {one: other, other: one}.get(ball, ball)
-            balls.append(ball)
-        assert task.text(drawn.answers[row]).split(", ") == balls
-    assert seen == {"Swap", "Exchange", "Switch"}
+        first, *trades = task.text(drawn.inputs[row]).rstrip(".").replace(". ", ".").split(".")
+        holders = [first.split()[0]]
+        for trade in trades:
+            one, *_, other = people = [w for w in trade.split() if w[0].isupper()]
+            told.add(trade.replace(people[0], "A").replace(people[1], "B"))
+            holders.append({one: other, other: one}.get(holders[-1], holders[-1]))
+        assert task.text(drawn.answers[row]).split(", ") == holders
+    assert told == {"A and B swap", "A and B trade", "A trades with B"}
     assert task.check(drawn.inputs, drawn.answers).all()
     for column in range(5):  # any single answer that is changed
         wrong = drawn.answers.copy()
-        wrong[:, column] = wrong[:, column] % 3 + 1
+        wrong[:, column] = wrong[:, column] % 4 + 1
         assert not task.check(drawn.inputs, wrong).any()
     again = task.augment(np.random.default_rng(0), drawn)
     assert task.check(again.inputs, drawn.answers).all()
@@ -303,12 +301,18 @@ def test_cups_reads_as_english_and_checks_by_its_sentences() -> None:
     assert (task.held_out(again) == task.held_out(drawn)).all()
 
 
-def test_cups_answers_need_their_order() -> None:
-    """Reversed moves end elsewhere: a bag of sentences does not tell the answer."""
-    task = tasks.get("cups:moves=4")
+def test_trades_need_their_order() -> None:
+    """Told backwards, most texts have another answer: a bag of sentences does not tell it."""
+    task = tasks.get("trades:trades=4,people=3")
     drawn = tasks.Sampler(task, seed=3).draw(200)
     turned = np.concatenate([drawn.inputs[:, :1], drawn.inputs[:, :0:-1]], axis=1)
     assert task.check(turned, drawn.answers).mean() < 0.3
+
+
+@pytest.mark.parametrize("options", ["trades=0", "people=2", "people=99", "wordings=4"])
+def test_trades_refuse_what_makes_no_task(options: str) -> None:
+    with pytest.raises(InvalidArgument, match=r"tasks.trades"):
+        tasks.get(f"trades:{options}")
 
 
 # ---- training --------------------------------------------------------------------------------
@@ -358,7 +362,7 @@ def test_a_stopped_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
 
 
 def test_a_task_without_english_is_refused() -> None:
-    with pytest.raises(InvalidArgument, match="a task in English: cups or order, got 'sort'"):
+    with pytest.raises(InvalidArgument, match="a task in English: order or trades, got 'sort'"):
         task_bank("sort")
     bank = PassageBank(FakeEncoder(), FakeTokenizer(), 5)
     bank.numbers(["something else"])
