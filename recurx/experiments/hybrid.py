@@ -11,45 +11,23 @@ by age from shuffled sentences (`--task order:people=6,names=16,wordings=2,fewes
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from recurx.cli import options
 from recurx.experiments import looks
 
 if TYPE_CHECKING:
     from recurx.experiments.session import Session
     from recurx.hybrid import PassageBank
-    from recurx.train import TrainConfig, Trainer
+    from recurx.train import Trainer
 
 CLAIM = "Behind a frozen text encoder, one look cannot follow trades; looking on, it can."
-SEEDS, SECONDS, SIZE = 1, 120.0, looks.SIZE
+SEEDS, SECONDS, SIZE = 1, 90.0, looks.SIZE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    looks.add_arguments(parser, task="trades:trades=6", supervision=6)
-    parser.add_argument("--calls", type=options.positive, default=1, metavar="N", help="net calls "
-                        "of one supervision step of the recursive net (default 1)")  # fmt: skip
-
-
-def net_config(
-    make: Callable[..., Trainer], arguments: argparse.Namespace, kind: str, seed: int
-) -> TrainConfig:
-    """The training run of one kind of net: as in `looks`, but for `--calls`."""
-    config = looks.net_config(arguments, kind, seed, make)
-    calls = arguments.calls if kind == looks.RECURSIVE else 1
-    return dataclasses.replace(config, model={**config.model, "L_cycles": calls})
-
-
-def plain_calls(trainer: Trainer) -> None:
-    """Make a supervision step of the trainer's net `L_cycles` calls `z <- L(z + x)`, all of them in
-    the gradient window; parameters and initial states stay."""
-    from recurx.schedule import INPUT, Schedule, Step
-
-    calls = (Step("L", "z", ("z",), (INPUT,)),) * trainer.model.config.L_cycles
-    trainer.model.inner.schedule = Schedule(calls, name="plain calls")
+    looks.add_arguments(parser, task="trades:trades=5,people=4,wordings=2", supervision=5)
+    parser.set_defaults(lr=1.5e-3)
 
 
 def measure(
@@ -63,9 +41,8 @@ def measure(
     encoder = {"passages": len(bank) - 1, "width": bank.width, "seconds": session.clock() - started}
     make = functools.partial(HybridTrainer, bank=bank)
     result = looks.measure(
-        session, arguments, make=make, configure=functools.partial(net_config, make),
-        prepare=plain_calls, also=functools.partial(by_length, arguments.count),
-    )  # fmt: skip
+        session, arguments, make=make, also=functools.partial(by_length, arguments.count)
+    )
     return {"encoder": encoder, **result}
 
 

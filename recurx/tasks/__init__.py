@@ -16,7 +16,6 @@ from recurx.tasks.arc import Arc
 from recurx.tasks.base import PAD, Examples, Task
 from recurx.tasks.chain import Chain
 from recurx.tasks.compose import Compose
-from recurx.tasks.trades import Trades
 from recurx.tasks.english import EnglishTask
 from recurx.tasks.maze import Maze, MazeHard
 from recurx.tasks.ordering import Ordering
@@ -24,6 +23,7 @@ from recurx.tasks.reach import Reach
 from recurx.tasks.sampler import Sampler
 from recurx.tasks.sorting import Sorting
 from recurx.tasks.sudoku import Sudoku
+from recurx.tasks.trades import Trades
 
 _MAKERS: dict[str, Callable[..., Task]] = {
     "sudoku": Sudoku,
@@ -48,7 +48,6 @@ __all__ = [
     "Arc",
     "Chain",
     "Compose",
-    "Trades",
     "EnglishTask",
     "Examples",
     "Maze",
@@ -59,6 +58,7 @@ __all__ = [
     "Sorting",
     "Sudoku",
     "Task",
+    "Trades",
     "get",
 ]
 

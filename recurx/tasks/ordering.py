@@ -141,4 +141,3 @@ class Ordering(EnglishTask):
         after = np.take_along_axis(place, np.where(said, younger, PAD), axis=1)
         # n people in a chain fill n places: somebody placed twice leaves another one out.
         return (~said | ((before >= 0) & (before < after))).all(axis=1)
-

@@ -100,7 +100,9 @@ class Trades(EnglishTask):
 
     def held_out(self, examples: Examples) -> Flags:
         traders = np.sort(self._traders(examples.inputs), axis=2).reshape(len(examples), -1)
-        return hashed_share(np.concatenate([examples.inputs[:, :1], traders], axis=1), HELD_OUT_SHARE)
+        return hashed_share(
+            np.concatenate([examples.inputs[:, :1], traders], axis=1), HELD_OUT_SHARE
+        )
 
     def check(self, inputs: Tokens, answers: Tokens) -> Flags:
         """The first answer is who starts; who traded hands the ball on, all others keep it."""
