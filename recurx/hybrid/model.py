@@ -99,8 +99,8 @@ class HybridInner(Inner):
 
     @staticmethod
     def _pooled(text: Tensor, here: Tensor) -> Tensor:
-        """What the tokens of each passage [B, S, L, D] say together, [B, S, D], at the scale of one:
-        their sum over the root of their number."""
+        """What the tokens of each passage [B, S, L, D] say together, [B, S, D]: their sum, at the
+        scale of one of them."""
         count = here.sum(dim=2).clamp(min=1)
         return torch.where(here, text, 0).sum(dim=2) * count.to(text.dtype).rsqrt()
 

@@ -83,6 +83,36 @@ def test_bank_holds_what_the_encoder_says_without_special_tokens() -> None:
         assert (vectors[number, len(hidden) :] == 0).all()
 
 
+def test_projection_starts_at_what_tells_tokens_apart() -> None:
+    """Whitened, though the tokens share a large part and differ by a thousandth of it."""
+    model = make(hidden_size=8, num_heads=2, passages=3)
+    texts = [
+        [f"w{i} w{(i * i + 3) % 11} w{(7 * i) % 13}" for i in range(k, k + 3)] for k in range(9)
+    ]
+    model.batch(texts)
+    vectors, there = model.bank.tables()
+    vectors *= 1e-2
+    vectors += 1.0
+    torch.manual_seed(3)
+    model.inner.whiten_()
+    x = model.inner.text_proj(vectors[there])
+    torch.testing.assert_close(x.mean(0), torch.zeros(8), atol=1e-2, rtol=0)
+    torch.testing.assert_close(x.T @ x / len(x), torch.eye(8), atol=2e-2, rtol=0)
+
+
+def test_an_answer_per_passage_holds_its_passage() -> None:
+    model = make(passages=3, answer_per_passage=True, pos_encodings="none")
+    x = model.inner.embed(model.batch([["a b", "c", "d e f"], ["a b", "d e f", "c"]])["inputs"])
+    inner = model.inner
+    slots = x[:, 15:] * 2**0.5 - inner.embed_scale * inner.slots  # what the passages add
+    tokens = x[0, :2]  # those of "a b"
+    torch.testing.assert_close(slots[0, 0], tokens.sum(0) * 2**-0.5, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(slots[0, 1], slots[1, 2], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(slots[0, 1], x[0, 5], atol=1e-5, rtol=1e-5)
+    with pytest.raises(InvalidArgument, match=r"seq_len.*passages=2, one answer each.*got 3"):
+        make(answer_per_passage=True)
+
+
 def test_each_distinct_passage_is_encoded_once() -> None:
     model = make()
     model.batch(TEXTS)
