@@ -21,7 +21,7 @@ def test_every_experiment_has_what_the_command_needs():
         module = experiments.load(name)
         assert module.CLAIM.endswith(".") and module.SEEDS >= 1 and module.SECONDS > 0
         assert all(map(callable, (module.measure, module.tables, module.draw)))
-    with pytest.raises(InvalidArgument, match="compose, exit, sort, windows"):
+    with pytest.raises(InvalidArgument, match="compose, exit, hybrid, sort, windows"):
         experiments.load("chess")
 
 
