@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from recurx.train import Trainer
 
 CLAIM = "Behind a frozen text encoder, one look cannot follow trades; looking on, it can."
-SEEDS, SECONDS, SIZE = 1, 90.0, looks.SIZE
+SEEDS, SECONDS, SIZE = 1, 100.0, looks.SIZE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    looks.add_arguments(parser, task="trades:trades=5,people=4,wordings=2", supervision=5)
+    looks.add_arguments(parser, task="trades:trades=6,people=4,wordings=2", supervision=6)
     parser.set_defaults(lr=1.5e-3)
 
 
