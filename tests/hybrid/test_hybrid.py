@@ -353,6 +353,7 @@ def small_bank(name: str, width: int = 12) -> PassageBank:
     return task_bank(name, PassageBank(FakeEncoder(width), FakeTokenizer(), 5))
 
 
+@pytest.mark.slow
 def test_it_learns_to_order_two_people() -> None:
     """In 200 steps, five seconds; at random one in 132 answers is right."""
     name = "order:people=2,names=12,wordings=2"
