@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from recurx import noise
+from recurx.errors import bad_argument
 
 HALTS = ("q", "fixed-point", "any", None)
 INITS = ("learned", "random")
@@ -142,6 +143,11 @@ def refine(model: Any, data: dict[str, Tensor], rules: Rules) -> Answers:
         filled = torch.zeros_like(halted[rows])
         if rules.fill:
             question = carry.current_data["inputs"]
+            if question.shape != answers.shape:
+                raise bad_argument(
+                    "solve", "fill", "a model whose answers are as long as its questions",
+                    f"{answers.shape[1]} tokens for {question.shape[1]}", "Leave `fill` out.",
+                )  # fmt: skip
             blank = question == rules.fill.blank
             filled = ~blank.any(-1)
             answers = torch.where(blank, answers, question)

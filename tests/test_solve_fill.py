@@ -95,6 +95,13 @@ def test_bad_settings_are_refused(fill, says: str) -> None:
         recurx.solve(make_model(), make_batch(), fill=fill)
 
 
+def test_answers_of_another_length_are_not_filled_in() -> None:
+    model = make_model()
+    model.inner.lm_head.register_forward_hook(lambda module, args, out: out[:, 1:])
+    with pytest.raises(recurx.InvalidArgument, match="8 tokens for 9"):
+        recurx.solve(model, make_batch(), fill=recurx.Fill(BLANK))
+
+
 def test_the_command_line_fills(net, tmp_path, capsys) -> None:  # noqa: F811
     file = puzzle_file(tmp_path, f"{EASY}\n")
     told = {}
