@@ -77,7 +77,7 @@ def draw_budgets(points: Sequence[Point], figure: Any, trained_steps: int | None
     left.set_ylabel("exact answers, %")
     left.set_ylim(0, 102)
     if len(numbers) > 1:
-        right.legend(loc="lower right")
+        right.legend(loc="best")
 
 
 def draw_exits(rows: Sequence[Mapping[str, Any]], axes: Any) -> None:
