@@ -11,11 +11,14 @@ the larger of the two standard deviations.
 from __future__ import annotations
 
 import argparse
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from recurx.cli import options
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from recurx.experiments.session import Session
     from recurx.models import ModelConfig
     from recurx.train import TrainConfig
@@ -151,17 +154,32 @@ def kept_bytes(config: TrainConfig, device: Any = "cpu", backend: str = "auto") 
         tensor.untyped_storage().data_ptr()
         for tensor in (*trainer.model.parameters(), *trainer.model.buffers())
     }
-    kept: dict[int, int] = {}
+    held: weakref.WeakSet[_Held] = weakref.WeakSet()
+    kept: list[int] = []
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def pack(tensor: Tensor) -> _Held:
+        saved = _Held(tensor)
+        held.add(saved)
+        return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    def unpack(saved: _Held) -> Tensor:
+        if not kept:  # the backward starts
+            storages = [saved.tensor.untyped_storage() for saved in held]
+            sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+            kept.append(sum(size for at, size in sizes.items() if at not in own))
+        return saved.tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         trainer.train_step()
-    return sum(kept.values())
+    return kept[0]
+
+
+class _Held:
+    """What autograd saved, as long as it holds it: a graph that was dropped before the backward
+    frees it, and its address may be given to another tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 def _summary(name: str, nets: list[dict[str, Any]]) -> dict[str, Any]:

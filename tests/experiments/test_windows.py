@@ -37,11 +37,14 @@ def test_windows_command(tmp_path, capsys):
 
 
 def test_kept_bytes_are_those_of_the_window():
-    """Each call keeps the same; what is left is that of embedding, heads and loss."""
-    one, two, three = (windows.kept_bytes(tiny(grad_window=w, L_cycles=3)) for w in (1, 2, 3))
-    assert two - one == three - two > 0
+    """Each low call keeps the same; what is left is that of embedding, heads and loss."""
+    kept = [windows.kept_bytes(tiny(grad_window=w, L_cycles=4)) for w in (1, 2, 3, 4)]
+    one, two, three, four = kept
+    assert three - two == four - three > 0
     batch, tokens, width = 8, 4, 16
-    assert two - one >= 4 * batch * tokens * width, "at least the input of a call, in fp32"
+    assert three - two >= 4 * batch * tokens * width, "at least the input of a call, in fp32"
+    # The high call also keeps a value a token once its input has a gradient.
+    assert 0 <= (two - one) - (three - two) <= 4 * batch * tokens
 
 
 def test_windows_differ_in_the_gradient_alone():
