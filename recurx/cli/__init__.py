@@ -26,20 +26,28 @@ USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The parser of a command line.
+
+    Args:
+        asked: the command line. Only a command that stands in it adds its arguments: some tell
+            what is registered (tasks, say), which others need not wait for.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m recurx", description="Recursive reasoning models: train, refine, solve."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        importlib.import_module(module).add_arguments(command)
+        if name in asked:
+            importlib.import_module(module).add_arguments(command)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    arguments = build_parser().parse_args(argv)
+    line = sys.argv[1:] if argv is None else argv
+    arguments = build_parser(line).parse_args(line)
     module = importlib.import_module(COMMANDS[arguments.command][0])
     from recurx.errors import RecurxError
 
