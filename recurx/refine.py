@@ -7,6 +7,7 @@ row stays on the device; a step waits for it once, to know whether rows left.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -140,7 +141,7 @@ def refine(model: Any, data: dict[str, Tensor], rules: Rules) -> Answers:
         answers = step_logits.argmax(-1)
         if not step and answers.shape != inputs.shape:  # an answer may have a length of its own
             predictions = predictions.new_zeros(len(inputs), answers.shape[1])
-        filled = torch.zeros_like(halted[rows])
+        ends: list[Tensor] = []  # by each rule, which rows end now
         if rules.fill:
             question = carry.current_data["inputs"]
             if question.shape != answers.shape:
@@ -149,7 +150,7 @@ def refine(model: Any, data: dict[str, Tensor], rules: Rules) -> Answers:
                     f"{answers.shape[1]} tokens for {question.shape[1]}", "Leave `fill` out.",
                 )  # fmt: skip
             blank = question == rules.fill.blank
-            filled = ~blank.any(-1)
+            ends.append(~blank.any(-1))
             answers = torch.where(blank, answers, question)
         if step and rules.compares:  # the first answer has none before it
             same = (answers == predictions[rows]).all(-1)
@@ -163,16 +164,15 @@ def refine(model: Any, data: dict[str, Tensor], rules: Rules) -> Answers:
             all_logits[rows] = step_logits
         if rules.trace:
             trace.append(predictions.clone())
-        done = filled
         if rules.halt is not None:
             wants = q_halt > _threshold(model, outputs) + rules.halt_above
-            done = done | rules.ends(wants, unchanged[rows])
+            ends.append(rules.ends(wants, unchanged[rows]))
         if rules.fill and (step + 1) % rules.fill.steps == 0:
             likely = step_logits.float().softmax(-1).amax(-1)
             question = torch.where(_sure(likely, blank, rules.fill.above), answers, question)
             carry = _start(model, {**carry.current_data, "inputs": question}, rows, rules)
-        if rules.halt is not None or rules.fill:
-            halted[rows] = done
+        if ends:
+            halted[rows] = done = functools.reduce(torch.logical_or, ends)
             if done.any():
                 rows, carry = rows[~done], _rows_of(carry, ~done)
 

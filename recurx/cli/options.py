@@ -61,6 +61,14 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
                         )  # fmt: skip
 
 
+def add_trained_nets(parser: argparse.ArgumentParser) -> None:
+    """Options of experiments that train nets and test them at the end."""
+    parser.add_argument("--batch-size", type=positive, default=64)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--count", type=positive, default=1000, metavar="N",
+                        help="held-out examples of the final accuracy (default 1000)")  # fmt: skip
+
+
 # Arguments of `recurx.solve` that `eval` and `solve` have options for, with their defaults.
 REFINEMENT: dict[str, Any] = {
     "max_steps": 16, "halt": "q", "halt_above": 0.0, "patience": 2, "rollouts": 1, "sigma": 0.0,

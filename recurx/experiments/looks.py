@@ -45,10 +45,7 @@ def add_arguments(
                         f"(default {2 * supervision})")  # fmt: skip
     parser.add_argument("--layers", type=options.positive, default=4, metavar="N",
                         help="of the deep net (default 4)")  # fmt: skip
-    parser.add_argument("--batch-size", type=options.positive, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--count", type=options.positive, default=1000, metavar="N",
-                        help="held-out examples of the final accuracy (default 1000)")  # fmt: skip
+    options.add_trained_nets(parser)
 
 
 def net_config(

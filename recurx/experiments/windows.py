@@ -58,10 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # With more, the refinement between supervision steps makes up for a short window.
     parser.add_argument("--supervision", type=options.positive, default=2, metavar="N",
                         help="supervision steps a sample (default 2)")  # fmt: skip
-    parser.add_argument("--batch-size", type=options.positive, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--count", type=options.positive, default=1000, metavar="N",
-                        help="held-out examples of the final accuracy (default 1000)")  # fmt: skip
+    options.add_trained_nets(parser)
 
 
 def title(row: dict[str, Any]) -> str:
@@ -164,7 +161,7 @@ def kept_bytes(config: TrainConfig, device: Any = "cpu", backend: str = "auto") 
 
     def unpack(saved: _Held) -> Tensor:
         if not kept:  # the backward starts
-            storages = [saved.tensor.untyped_storage() for saved in held]
+            storages = [other.tensor.untyped_storage() for other in held]
             sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
             kept.append(sum(size for at, size in sizes.items() if at not in own))
         return saved.tensor

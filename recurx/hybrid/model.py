@@ -164,18 +164,18 @@ class HybridReasoner(RecursiveModel):
             InvalidArgument: a text has too many passages, or a passage too many tokens.
         """
         room = self.config.passages
-        inputs = torch.zeros(len(texts), room, dtype=torch.int64)
-        for row, text in enumerate(texts):
-            passages = [text] if isinstance(text, str) else list(text)
+        lists = [[text] if isinstance(text, str) else list(text) for text in texts]
+        for row, passages in enumerate(lists):
             if not 1 <= len(passages) <= room:
                 raise bad_argument(
                     "hybrid", f"texts[{row}]", f"1..{room} passages", len(passages),
                     "The model's `passages` is fixed; join short ones.",
                 )  # fmt: skip
-        flat = [p for text in texts for p in ([text] if isinstance(text, str) else text)]
-        numbers = iter(self.bank.numbers(flat))  # all at once: the encoder likes batches
-        for row, text in enumerate(texts):
-            for column in range(1 if isinstance(text, str) else len(text)):
+        # All at once: the encoder likes batches.
+        numbers = iter(self.bank.numbers([p for passages in lists for p in passages]))
+        inputs = torch.zeros(len(texts), room, dtype=torch.int64)
+        for row, passages in enumerate(lists):
+            for column in range(len(passages)):
                 inputs[row, column] = next(numbers)
         device = self.inner.no_token.device
         identifiers = torch.zeros(len(texts), dtype=torch.int32, device=device)
