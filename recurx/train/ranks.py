@@ -9,6 +9,9 @@ divided by B, and metrics are summed. So N ranks compute what one does, up to th
 
 from __future__ import annotations
 
+import atexit
+import gc
+import importlib
 import os
 from collections.abc import Sequence
 
@@ -118,5 +121,20 @@ def join_torchrun(device: torch.device) -> Ranks:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        # Its defaults keep for ever the group that there is at its import, which optimisers cause.
+        importlib.import_module("torch.distributed.nn")
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        atexit.register(_leave)
     return Ranks.of_this_process()
+
+
+def _leave() -> None:
+    """Join the group's threads while there is an interpreter.
+
+    A thread of gloo that lets go of a tensor wants the GIL; once Python finalizes, that aborts the
+    process, whose work is done. What holds the group (DistributedDataParallel lies in a cycle) goes
+    first: the threads end with its last reference.
+    """
+    gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()

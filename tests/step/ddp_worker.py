@@ -7,7 +7,9 @@ On GPUs the same with backend="nccl" and tensors on `cuda:LOCAL_RANK`.
 
 from __future__ import annotations
 
+import atexit
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,7 @@ from torch import nn
 
 from recurx.models import TRM, ACTLossHead
 from recurx.train import AdamATan2, CapturedStep, SampleQueue, SparseSignSGD
+from recurx.train.ranks import join_torchrun
 
 SLOTS, TOKENS, VOCAB = 8, 5, 6
 
@@ -73,9 +76,7 @@ def captured(backend: str, rows: slice, world: int) -> list[torch.Tensor]:
     return [*inner.parameters(), inner.model.puzzle_emb.weights]
 
 
-def main() -> None:
-    backend = sys.argv[1]
-    dist.init_process_group("gloo")
+def compare(backend: str) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     half = slice(rank * SLOTS // world, (rank + 1) * SLOTS // world)
 
@@ -94,7 +95,17 @@ def main() -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
         print("ranks agree", flush=True)
     dist.barrier()
-    dist.destroy_process_group()
+
+
+def tell_threads() -> None:
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    print(f"threads of gloo at the end: {[name for name in names if 'gloo' in name]}", flush=True)
+
+
+def main() -> None:
+    atexit.register(tell_threads)  # the last handler to run
+    join_torchrun(torch.device("cpu"))
+    compare(sys.argv[1])
 
 
 if __name__ == "__main__":
