@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from recurx.models import RecursiveModel
+    from recurx.models.config import ModelConfig
 
 MODES = {
     "step": "inference: one supervision step, embedding and heads included",
@@ -122,18 +123,16 @@ def case(name: str) -> Case:
 
 
 def build(name: str, dtype: str, backend: str, batch: int) -> RecursiveModel:
-    """The model of a case with one seed's weights: the same values in every dtype.
+    """The model of a case with one seed's weights: the same values in every dtype of `DTYPES`.
 
     Zero embeddings and a zero q head would not exercise their products; zero data runs faster on
     matrix units than real data.
     """
     import torch
 
-    from recurx.models import HRM, TRM
-
     torch.manual_seed(0)
     config = case(name).make(forward_dtype=DTYPES[dtype], batch_size=batch)
-    model = (HRM if config.variant == "hrm" else TRM)(config, backend).eval()
+    model = _model(config, backend)
     with torch.no_grad():
         if config.puzzle_emb_ndim:
             model.puzzle_emb.weights.normal_()
@@ -143,6 +142,20 @@ def build(name: str, dtype: str, backend: str, batch: int) -> RecursiveModel:
                 generator = torch.Generator().manual_seed(len(buffer))
                 start.copy_(torch.randn(start.shape, generator=generator))
     return model
+
+
+def build_exact(name: str, batch: int) -> RecursiveModel:
+    """The same values in fp64, on eager: what rounds next to nothing."""
+    # Drawn in fp64, start states would take more of the random numbers.
+    model = _model(case(name).make(forward_dtype="float64", batch_size=batch), "eager")
+    model.load_state_dict(build(name, "fp32", "eager", batch).state_dict())
+    return model
+
+
+def _model(config: ModelConfig, backend: str) -> RecursiveModel:
+    from recurx.models import HRM, TRM
+
+    return (HRM if config.variant == "hrm" else TRM)(config, backend).eval()
 
 
 def sample(model: RecursiveModel, batch: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -3,6 +3,11 @@
 The first call alone, where nothing has drifted yet, is held against eager PyTorch's error in the
 same dtype, times 1.25. Long recursions in bf16 drift chaotically, so a whole step is held against
 eager's drift from fp32, times 1.5. Slack covers another order of summation in fp32.
+
+A gradient in fp32 is held against the spread of eager's own, over several ways to round: for one
+sample of a full-size TRM it is so badly conditioned that eager's drift from fp64 is 0.002, or 0.02
+when its start states move by one rounding (boards of other seeds: 0.0004 to 0.085), while errors of
+one call are 1e-6. Wrong gradients drift by more: a window that starts a call late by 0.26 and up.
 """
 
 from __future__ import annotations
@@ -16,6 +21,10 @@ FACTOR = 1.25  # of eager's own error in that dtype
 # A drift is one draw of a chaotic quantity: for one sample torch.compile's, which is eager but for
 # the order of its sums, was 1.15 to 1.4 times eager's.
 FACTOR_OF_A_STEP = 1.5
+# Of the root mean square of eager's drifts: of 72 drifts of the engine on six boards, in three
+# instruction sets, the largest was 2.9 times that of six of eager's.
+FACTOR_OF_A_SPREAD = 4.0
+SPREAD = " spread"  # what that is called beside the exact values
 # One call has errors of a few roundings (fp32: 1e-6, bf16: 1e-2); 21 calls amplify a rounding of
 # fp32 to 1e-3 (measured on a Zen 3). A loss is one number: eager's error in it may be zero by luck.
 SLACK = {"one call": 1e-4, "loss": 0.01, "gradient": 0.01}
@@ -58,7 +67,8 @@ def judge(got: dict[str, Tensor], exact: dict[str, Tensor], yard: dict[str, Tens
             slack = SLACK_OF_ANSWERS
         own = distance(yard[name], exact[name]) if name in yard else 0.0
         factor = FACTOR if name in SLACK else FACTOR_OF_A_STEP
-        allowed[name] = factor * own + slack
+        spread = float(exact.get(name + SPREAD, 0.0))
+        allowed[name] = max(factor * own, FACTOR_OF_A_SPREAD * spread) + slack
         if not drift[name] <= allowed[name]:
             wrong.append(f"{name}: drift {drift[name]:.3g}, allowed {allowed[name]:.3g}")
     if not drift and not wrong:

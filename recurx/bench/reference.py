@@ -1,4 +1,7 @@
-"""What is right: eager fp32 results of a group, in slices of the batch, never timed."""
+"""What is right: eager results of a group, in slices of the batch, never timed.
+
+In fp32; gradients on a CPU in fp64, since nothing else tells how far eager fp32 itself is off.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ import torch
 from torch import Tensor
 
 from recurx.bench import subjects
-from recurx.bench.cases import build, sample
+from recurx.bench.cases import build, build_exact, sample
+from recurx.bench.checks import SPREAD, distance
 from recurx.bench.variants import Variant
-from recurx.models import ACTLossHead
+from recurx.models import ACTLossHead, RecursiveModel
 
+DRAWS = 8  # of the drift of eager fp32's gradient
 EXACT = Variant("eager", "fp32")
 
 
@@ -30,8 +35,32 @@ def outputs(case: str, mode: str, batch: int, device: str, folder: str) -> dict[
 
 
 def _training(case: str, batch: int, device: str) -> dict[str, Tensor]:
-    """Loss and gradient of the whole batch, added up over slices that fit into memory."""
-    model = build(case, "fp32", "eager", batch).to(device).train()
+    """Loss and gradient of the whole batch; on a CPU also how far eager fp32 is from them."""
+    if device != "cpu":  # GPUs are slow in fp64, and judged in bf16
+        return _gradient(build(case, "fp32", "eager", batch).to(device), batch, device)
+    exact = _gradient(build_exact(case, batch), batch, device)
+    squares = 0.0
+    for draw in range(DRAWS):
+        model = build(case, "fp32", "eager", batch)
+        _round_anew(model, draw)
+        found = _gradient(model, batch, device)
+        squares += distance(found["gradient"], exact["gradient"]) ** 2 / DRAWS
+    return exact | {"gradient" + SPREAD: torch.tensor(squares**0.5)}
+
+
+def _round_anew(model: RecursiveModel, draw: int) -> None:
+    """Move every start state by at most one rounding: all later roundings fall differently. The
+    first draw moves nothing."""
+    generator = torch.Generator().manual_seed(draw)
+    for name, start in model.inner.named_buffers():
+        if draw and name.endswith("_init"):
+            by = torch.randint(-1, 2, start.shape, generator=generator)
+            start.mul_(1 + by * torch.finfo(start.dtype).eps)
+
+
+def _gradient(model: RecursiveModel, batch: int, device: str) -> dict[str, Tensor]:
+    """Added up over slices that fit into memory."""
+    model.train()
     data, _ = sample(model, batch)
     head = ACTLossHead(model)
     total = 0.0
