@@ -6,6 +6,7 @@ them, in a second build of the same sources (tests/cpu/build.py).
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import signal
@@ -306,6 +307,41 @@ def test_a_forked_child_runs(native: cpu.Cpu, threads: None) -> None:
         os._exit(0 if np.array_equal(got.numpy(), expected.numpy()) else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert torch.equal(run(native, schedule, nets, x, carry, tables)["z_H"], expected)
+
+
+@pytest.mark.parametrize(
+    "setting, more", [({}, 0), ({"RECURX_CPU_THREADS": "own"}, 1), ({"OMP_THREAD_LIMIT": "1"}, 1)]
+)
+def test_pytorchs_threads_are_the_engines(
+    native: cpu.Cpu, setting: dict[str, str], more: int
+) -> None:
+    """Threads of our own would wait for PyTorch's to stop spinning; they help where OpenMP is not
+    asked, or gives too few."""
+    if not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
+        pytest.skip("PyTorch has no OpenMP runtime that others may use here")
+    code = """
+import os, torch
+from recurx import Schedule
+from recurx.plan import cpu as plan
+from tests.factories import make_inputs, make_net, rope
+from tests.test_cpu_engine import cpu, run
+plan.LEAST_SPLIT = 0
+os.cpu_count = lambda: 2
+nets, (x, carry) = {"L": make_net()}, make_inputs(Schedule.trm(1, 1))
+torch.set_num_threads(1)
+one = run(cpu.BACKEND, Schedule.trm(1, 1), nets, x, carry, rope())
+torch.set_num_threads(2)
+torch.ones(1 << 20).exp()
+before = len(os.listdir("/proc/self/task"))
+two = run(cpu.BACKEND, Schedule.trm(1, 1), nets, x, carry, rope())
+assert all(torch.equal(one[name], two[name]) for name in one)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=build.ROOT,
+        env={**os.environ, **setting},
+    )  # fmt: skip
+    assert out.stdout.split() == [str(more)], out.stderr
 
 
 def test_scratch_stays_small() -> None:

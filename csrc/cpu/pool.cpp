@@ -5,10 +5,22 @@
 
 #include <chrono>
 #include <condition_variable>
+#include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
+
+// OpenMP's runtime, where the process has loaded one before us, as PyTorch does; else null.
+#if defined(__linux__)
+extern "C" {
+__attribute__((weak)) void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned);
+__attribute__((weak)) int omp_in_parallel();
+__attribute__((weak)) int omp_get_num_threads();
+__attribute__((weak)) int omp_get_thread_num();
+}
+#endif
 
 namespace rx::cpu {
 namespace {
@@ -86,13 +98,55 @@ class Pool {
 };
 
 // A fork copies none of the workers: the child gets a new pool. Never freed, because detached
-// workers refer to it.
+// workers refer to it. OpenMP's threads are gone too, and it does not know.
 Pool* pool = new Pool;
-const int renewed_by_fork = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+bool forked = false;
+const int renewed_by_fork = pthread_atfork(nullptr, nullptr, [] {
+  pool = new Pool;
+  forked = true;
+});
+
+#if defined(__linux__)
+struct Region {
+  int threads;
+  Work work;
+  void* context;
+  bool done;
+};
+
+void in_region(void* data) {
+  Region& region = *(Region*)data;
+  if (omp_get_num_threads() != region.threads) return;  // a limit: all of the team see it
+  const int tid = omp_get_thread_num();
+  region.work(region.context, tid);
+  if (tid == 0) region.done = true;
+}
+
+bool own_threads() {
+  const char* wanted = std::getenv("RECURX_CPU_THREADS");
+  return wanted && std::strcmp(wanted, "own") == 0;
+}
+
+// On the threads that PyTorch's operators run on. After an operator they spin for milliseconds
+// (3.4 on a Xeon), on the cores that threads of our own would need.
+bool on_openmp(int threads, Work work, void* context) {
+  static const bool wanted = GOMP_parallel && omp_in_parallel && omp_get_num_threads &&
+                             omp_get_thread_num && !own_threads();
+  if (!wanted || forked || omp_in_parallel()) return false;
+  Region region{threads, work, context, false};
+  GOMP_parallel(in_region, &region, threads, 0);
+  return region.done;
+}
+#else
+bool on_openmp(int, Work, void*) { return false; }
+#endif
 
 }  // namespace
 
-void parallel(int threads, Work work, void* context) { pool->run(threads, work, context); }
+void parallel(int threads, Work work, void* context) {
+  if (threads == 1) return work(context, 0);
+  if (!on_openmp(threads, work, context)) pool->run(threads, work, context);
+}
 
 void Barrier::wait(int size) {
   const int epoch = epoch_.load(std::memory_order_acquire);

@@ -1,4 +1,4 @@
-// Persistent worker threads, the spin barrier of a team, and the clock behind the profiler.
+// Worker threads, the spin barrier of a team, and the clock behind the profiler.
 #pragma once
 
 #include <atomic>
@@ -40,8 +40,9 @@ struct Team {
   void sync() const;  // all threads of the team; nothing for a team of one
 };
 
-// Calls work(tid) once for every tid in [0, threads), tid 0 on the calling thread; returns when
-// all are done. One caller at a time. Works in a forked child.
+// Calls work(tid) once for every tid in [0, threads), all at once, tid 0 on the calling thread;
+// returns when all are done. One caller at a time. Works in a forked child. The threads are
+// OpenMP's where PyTorch has loaded it (RECURX_CPU_THREADS=own: ours).
 using Work = void (*)(void* context, int tid);
 void parallel(int threads, Work work, void* context);
 
