@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from recurx.plan.device import last_cache_bytes, operator_us
+from recurx.plan.device import barrier_us, last_cache_bytes, operator_us, split_us, stream_gbs
 
 COPY_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}  # beyond every cache
 LARGE = {"cpu": 1024, "cuda": 8192}  # side of the square product: about a peak
@@ -58,6 +58,8 @@ def measure(device: str, rows: int, hidden: int, inner: int) -> dict[str, Any]:
     }  # fmt: skip
     if device == "cpu":  # what `recurx.bench.predict` needs beside
         found |= {"operator_us": round(operator_us(), 3), "cache_bytes": last_cache_bytes()}
+        found["stream_gbs"] = round(stream_gbs(), 2)
+        found |= {"barrier_us": round(barrier_us(), 3), "split_us": round(split_us(), 3)}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         found[f"case_{name}_tflops"] = round(product_tflops(m, hidden, n, dtype, device), 5)
         found[f"large_{name}_tflops"] = round(product_tflops(side, side, side, dtype, device), 5)

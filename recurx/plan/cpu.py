@@ -3,10 +3,16 @@
 Whole samples go to threads, a group of them at once; those that are left over are split by columns
 over teams of threads, with barriers between the stages.
 
-The inner loop runs at the rate of PyTorch's large products (in processor time on one core of a Zen
-3, 0.97 to 1.04 of it). What is not a product is counted in vector instructions of the source and
-priced in FLOPs: two vector instructions start a cycle, and so do two multiply-adds, hence one
-instruction costs a value 2 FLOPs. AMX and AVX-512 were not timed.
+The inner loop runs at the rate of PyTorch's large products: in processor time on one core, 0.97 to
+1.04 of it on a Zen 3, 0.9 with AVX-512 on a Xeon (Granite Rapids), half of that by `TILE_DEPTH`.
+What is not a product is counted in vector instructions of the source and priced in FLOPs: two
+vector instructions start a cycle, and so do two multiply-adds, hence one instruction costs a value
+2 FLOPs.
+
+PyTorch's bf16 products say little about AMX: at 97 rows they take three times as long as ours. A
+tile product of 16 x 16 x 32 takes 16 cycles, in which AVX-512 does 1,024 FLOPs of 16,384, so
+matrix units run at 16 times the rate of fp32. The rest was timed stage by stage on one thread of
+the Xeon: TRM, HRM and ARC.
 """
 
 from __future__ import annotations
@@ -15,12 +21,14 @@ import math
 
 from recurx.nets import ATTENTION, BlockSpec
 from recurx.plan.count import step_stages, weight_values
-from recurx.plan.device import Device
+from recurx.plan.device import BARRIERS, WIDE, Device
 from recurx.plan.launch import LaunchPlan, Work
 from recurx.problem import Problem
 
 GROUP_ROWS = {"amx": 390, "avx512": 390}  # RX_GROUP_ROWS of csrc/cpu/engine_*.cpp; else 200
 ALIGN, PANEL = 32, 16  # columns of a product are padded to the first, scores to the second
+PANEL_WIDE = 32  # with AVX-512 and AMX
+ROW_TILE = {"avx2": 6, "avx512": 14, "amx": 14}  # RX_ROW_TILE; else 4
 # Depth of one sum: fp32 is cut at 128 (csrc/cpu/gemm.hpp, kSum), bf16 at 512.
 SUM_DEPTH = {2: 512, 4: 128}
 # A tile's start and end (clear, branch, first loads: about 50 cycles) as steps of its depth.
@@ -35,7 +43,28 @@ SUMS = 10  # a value of a call's input: loads, sums, store, and the state that l
 TRANSPOSE = 36  # both ways, in blocks of 8 x 8
 # A row's reduction over lanes, with its root or division: 45 cycles of 2 x 16 FLOPs.
 ROW = 1440
-BARRIERS_A_BLOCK = 5
+
+# ---- AMX and AVX-512, timed on a Xeon at 172 GFLOP/s of fp32 a thread ----
+
+MATRIX = 16  # tile products: times the rate of fp32
+# Share of it without epilogues and stores: 6.9 to 7.5 ns a tile product, 5.1 from registers alone.
+TILES = 0.7
+# FLOPs of a value that leaves the tiles and is stored and loaded again, 0.22 to 0.26 ns (qkv, o,
+# gate-up); its vector instructions run beside the tiles. Further chunks of the depth are only
+# stored and loaded.
+TURN, TURN_CHUNK = 40, 20
+SOFTMAX_AMX = 80  # a score: 0.54 ns with its products in rows of 916
+# A row of scores, one dependent step after another (two reductions, a division, a masked vector):
+# 59 ns, 160 cycles of 2 x 32 FLOPs, by rows of 97 against rows of 916.
+ROW_WIDE = 10000
+# Share of the last cache's bandwidth at which weights arrive. With AVX-512 the first row tile of
+# each chunk waits: 33 ms for 571 MB, one sample against four. AMX prefetches, and waits for what
+# does not come while it multiplies: 12 GB/s of 28, as 16 fill buffers and their latency allow.
+WAITED, PREFETCHED = 0.6, 0.43
+NEAR_BYTES = 1 << 20  # weights that a core keeps by itself, half of its own cache
+
+# ----
+
 # FLOPs of weights below which one thread does all. After every parallel operator PyTorch's own
 # threads spin for milliseconds on the cores that the engine's need: 80 MFLOP between a model's
 # embedding and heads took 4.1 to 7.6 ms on two threads and 1.9 ms on one (Zen 3).
@@ -62,25 +91,35 @@ def candidates(problem: Problem, device: Device) -> list[LaunchPlan]:
     weights = sum(stage.weights for stage in stages)
     threads = engine_threads(problem.batch * problem.tokens, weights, device.units)
     each, left = divmod(problem.batch, threads)
-    groups = threads * math.ceil(each / max(1, GROUP_ROWS.get(device.isa, 200) // problem.tokens))
+    groups = threads * math.ceil(each / _group_samples(device.isa, problem.tokens))
     passes = groups + left
     specs = dict(problem.nets)
     blocks = [b for s in problem.schedule.steps if s.net in specs for b in specs[s.net].blocks]
-    found = [_block(block, problem, itemsize) for block in blocks]
+    found = [_block(block, problem, itemsize, device.isa) for block in blocks]
     sums = sum(stage.reads for stage in stages if stage.name == "inject")
     # Packed weights stream through once a net call and group, unseen from the last cache and at
     # the price of memory beyond it; activations stay in L2.
-    cached = itemsize * weight_values(problem) <= device.l2_bytes
-    streamed = itemsize * weights * passes
+    amx = itemsize == 2 and device.isa == "amx"
+    products = sum(products for products, _ in found)
+    busy = min(1.0, threads / device.units)
+    streamed, share = itemsize * weights * passes, 1.0
+    held = itemsize * weight_values(problem)
+    if held <= NEAR_BYTES:
+        streamed = 0.0
+    elif held <= device.l2_bytes:
+        rate = 1e9 * device.stream_gbs * (PREFETCHED if amx else WAITED) * busy
+        hidden = rate * products / (device.flops(4) * busy * MATRIX * TILES) if amx else 0.0
+        streamed = max(0.0, streamed - hidden) if rate else 0.0
+        share = rate / (device.dram_gbs * 1e9) if rate else 1.0
     work = Work(
         flops=sum(stage.flops for stage in stages),
-        padded_flops=sum(products for products, _ in found),
+        padded_flops=products,
         vector_flops=sum(vectors for _, vectors in found) + SUMS * sums,
-        dram_bytes=0 if cached else streamed, l2_bytes=0, overlap=False,
+        dram_bytes=streamed, bandwidth=share, l2_bytes=0, overlap=False,
         launches=1, from_python=True, parallel=threads,
-        barriers=BARRIERS_A_BLOCK * len(blocks) if left else 0,
+        barriers=BARRIERS * len(blocks) if left else 0,
         # Without matrix instructions bf16 is a storage format: the engine multiplies in fp32.
-        itemsize=2 if itemsize == 2 and device.isa == "amx" else 4,
+        itemsize=4, efficiency=MATRIX * TILES if amx else 1.0,
     )  # fmt: skip
     kind = "columns" if each == 0 else "samples"
     settings = (("threads", threads), ("passes", passes))
@@ -96,17 +135,32 @@ def refusals(problem: Problem, device: Device) -> list[str]:
     return [] if device.kind == "cpu" else [f"backend cpu does not run on {device.name}"]
 
 
-def _block(block: BlockSpec, problem: Problem, itemsize: int) -> tuple[float, float]:
+def _block(block: BlockSpec, problem: Problem, itemsize: int, isa: str) -> tuple[float, float]:
     """(FLOPs of the padded products, FLOPs of all else) of one block."""
     batch, tokens, width = problem.batch, problem.tokens, block.hidden
-    rows, depth = batch * tokens, SUM_DEPTH[itemsize]
+    depth = SUM_DEPTH[itemsize]
+    amx = itemsize == 2 and isa == "amx"
+    # Rows are cut into tiles of R or R - 1: those of a group, and the queries of a sample.
+    tile = 1 if amx else ROW_TILE.get(isa, 4)
+    samples = max(1, min(batch, _group_samples(isa, tokens)))
+    rows = batch * _tiled(samples * tokens, tile) / samples
+    panel, row = (PANEL_WIDE, ROW_WIDE) if isa in WIDE else (PANEL, ROW)
+    softmax = SOFTMAX_AMX if amx else SOFTMAX
 
     def product(m: float, k: int, n: int, align: int = ALIGN) -> float:
-        return 2 * m * _up(n, align) * (k + TILE_DEPTH * math.ceil(k / depth))
+        start = 0 if amx else TILE_DEPTH * math.ceil(k / depth)
+        return 2 * m * _up(n, align) * (k + start)
 
-    def swiglu(m: int, k: int, inner: int) -> tuple[float, float]:
+    def after(m: float, k: int, n: int, each: float) -> float:
+        """Vectors of m x n results of depth k, `each` FLOPs a value."""
+        if amx:
+            each = TURN + TURN_CHUNK * (math.ceil(k / depth) - 1)
+        return m * n * each
+
+    def swiglu(m: float, k: int, inner: int) -> tuple[float, float]:
         products = 2 * product(m, k, inner) + product(m, inner, k)
-        return products, m * (SWIGLU * inner + RESIDUAL * k + ROW)
+        vectors = after(m, k, inner, SWIGLU) + after(m, inner, k, RESIDUAL)
+        return products, vectors + m * ROW
 
     products, vectors = swiglu(rows, width, block.inner)
     if block.kind != ATTENTION:
@@ -114,11 +168,23 @@ def _block(block: BlockSpec, problem: Problem, itemsize: int) -> tuple[float, fl
         moved = TRANSPOSE * batch * width * _up(tokens, ALIGN)
         return products + more, vectors + values + moved
     head = block.head_dim
-    queries = rows * block.num_heads
+    queries = batch * tokens * block.num_heads
+    tiled = queries * _tiled(tokens, tile) / tokens
     products += product(rows, width, 3 * width) + product(rows, width, width)
-    products += product(queries, head, tokens, PANEL) + product(queries, tokens, head, PANEL)
-    vectors += rows * ((2 * ROPE + RESIDUAL) * width + ROW) + queries * (SOFTMAX * tokens + ROW)
+    products += product(tiled, head, tokens, panel) + product(tiled, tokens, head, panel)
+    vectors += after(rows, width, 3 * width, 2 * ROPE / 3) + after(rows, width, width, RESIDUAL)
+    vectors += rows * ROW + queries * (softmax * tokens + row)
     return products, vectors
+
+
+def _group_samples(isa: str, tokens: int) -> int:
+    return max(1, GROUP_ROWS.get(isa, 200) // tokens)
+
+
+def _tiled(rows: int, tile: int) -> int:
+    """Rows that tiles of `tile` rows or one less compute."""
+    tiles = math.ceil(rows / tile)
+    return tiles * tile - min(tiles, tiles * tile - rows)
 
 
 def _up(n: int, to: int) -> int:

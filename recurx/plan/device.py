@@ -35,7 +35,11 @@ class Device:
         launch_us: from one kernel to the next of a CUDA graph; on a CPU one operator of a model in
             PyTorch, the Python around it included.
         call_us: one kernel launched by itself from Python; on a CPU one call of `recurx.recurse`.
-        barrier_us: one barrier over all units.
+        barrier_us: one barrier over all units; on a CPU what a stage of one sample loses by being
+            split over all threads: waiting, and lines that one core wrote and another reads.
+        split_us: of a CPU, what a PyTorch operator loses so.
+        stream_gbs: of a CPU, rate at which all threads together read weights that lie in the last
+            cache; 0 where that is not known, and hides behind the products.
         measured: whether the rates were measured on this very machine.
         isa: of a CPU, which of the engine's instruction sets runs; "" without an engine.
     """
@@ -55,6 +59,8 @@ class Device:
     barrier_us: float
     measured: bool = False
     isa: str = ""
+    stream_gbs: float = 0.0
+    split_us: float = 0.0
 
     def flops(self, itemsize: int) -> float:
         """Products per second (FLOP/s) with operands of `itemsize` bytes."""
@@ -64,7 +70,7 @@ class Device:
     def of(device: torch.device | str | Device | None = None) -> Device:
         """The description of a torch device, of a name in `DEVICES`, or of this CPU (None).
 
-        A CPU is measured once a process (half a second); a GPU that is not in `DEVICES` gets
+        A CPU is measured once a process (a second); a GPU that is not in `DEVICES` gets
         the rates of the nearest one, scaled by its multiprocessors.
 
         Raises:
@@ -148,26 +154,43 @@ def _distance(a: tuple[int, int], b: tuple[int, int]) -> int:
 
 
 # Of a CPU, as shares of what is measured on it. PyTorch's products pack their weights at every
-# call, reading them in strides: 2.3 to 2.6 GB/s a thread beside a copy of 12 (TRM, HRM; Zen 3).
-PACKING = 0.2
-# `recurx.recurse` checks, encodes and dispatches as long as 40 operators run: 0.7 ms to 17 us.
-CALL_OPERATORS = 40
-BARRIER_US = 1.0  # assumed: a spin of two threads on one cache line
+# call, reading them in strides: 2.3 to 2.6 GB/s a thread beside a copy of 12 (TRM, HRM; Zen 3);
+# with AVX-512 8 beside 13 on one thread (229 ms of products in a TRM step that take 160 warm), 5 of
+# two (same step).
+PACKING, PACKING_WIDE = 0.2, 0.45
+WIDE = ("avx512", "amx")
+# `recurx.recurse` checks, encodes and dispatches as long as 60 operators of the tiny block run: 0.2
+# to 0.3 ms to 4.4 us (Xeon), 0.7 ms on a Zen 3.
+CALL_OPERATORS = 60
+# One operator of a small model (17 tokens of 64) to one of the tiny block (4 of 32): 5.0 us to 3.7.
+MODEL_OPERATOR = 1.35
+BARRIER_US = 1.0  # where it was not measured: a spin of two threads on one cache line
+SPLIT_US = (
+    20.0  # where it was not measured: small-64 at B=64, about as fast on one thread as on two
+)
 # Operators of one attention block of `recurx.reference` in fp32, by which their time is measured.
 BLOCK_OPERATORS = 30
+BARRIERS = 5  # of a block in the engine: after qkv, attention, o, gate-up and down
 LARGE = 1024  # side of the square products
+# PyTorch packs both operands of a square product for matrix units, which takes as long as it does.
+MATRIX_PRODUCT = (2112, 256, 1408)
+STREAM_BYTES = 14 << 20  # the weights of a TRM in bf16; more than a core's own cache
 
 
 def cpu_device(
     threads: int, copy_gbs: float, fp32_tflops: float, bf16_tflops: float, operator_us: float,
-    cache_bytes: int, isa: str,
+    cache_bytes: int, isa: str, stream_gbs: float = 0.0, barrier_us: float = 0.0,
+    split_us: float = 0.0,
 ) -> Device:  # fmt: skip
-    """A CPU by its measured ceilings: a large copy, large products, one operator from Python."""
+    """A CPU by its measured ceilings: a large copy, large products, one operator from Python,
+    weights read from the last cache, and what splitting costs (0: not measured)."""
+    packing = PACKING_WIDE if isa in WIDE else PACKING
     return Device(
-        "cpu", "cpu", (0, 0), threads, 0, cache_bytes, copy_gbs, PACKING * copy_gbs,
+        "cpu", "cpu", (0, 0), threads, 0, cache_bytes, copy_gbs, packing * copy_gbs,
         bf16_tflops=bf16_tflops, fp32_tflops=fp32_tflops,
-        launch_us=operator_us, call_us=CALL_OPERATORS * operator_us, barrier_us=BARRIER_US,
-        measured=True, isa=isa,
+        launch_us=MODEL_OPERATOR * operator_us, call_us=CALL_OPERATORS * operator_us,
+        barrier_us=barrier_us or BARRIER_US, split_us=(split_us or SPLIT_US) if threads > 1 else 0,
+        measured=True, isa=isa, stream_gbs=stream_gbs,
     )  # fmt: skip
 
 
@@ -180,16 +203,28 @@ def _cpu(threads: int) -> Device:
     rates = {dtype: _product_tflops(dtype) for dtype in (torch.float32, torch.bfloat16)}
     return cpu_device(
         threads, copied, rates[torch.float32], rates[torch.bfloat16], operator_us(),
-        last_cache_bytes(), engine_isa(),
+        last_cache_bytes(), engine_isa(), stream_gbs(), barrier_us(), split_us(),
     )  # fmt: skip
 
 
 def _product_tflops(dtype: torch.dtype) -> float:
     generator = torch.Generator().manual_seed(0)  # leaves the caller's random state alone
-    a, b = (torch.randn(LARGE, LARGE, generator=generator).to(dtype) for _ in range(2))
+    matrix = dtype == torch.bfloat16 and engine_isa() == "amx"
     # bf16 without instructions for it is ten times slower: one timing tells enough.
-    repeats = 1 if dtype == torch.bfloat16 else 5
-    return 2e-12 * LARGE**3 / _best(lambda: torch.nn.functional.linear(a, b), repeats)
+    repeats = 1 if dtype == torch.bfloat16 and not matrix else 5
+    shapes = [(LARGE, LARGE, LARGE), *([MATRIX_PRODUCT] if matrix else [])]
+    rates = []
+    for m, k, n in shapes:
+        a, b = (torch.randn(rows, k, generator=generator).to(dtype) for rows in (m, n))
+        seconds = _best(lambda a=a, b=b: torch.nn.functional.linear(a, b), repeats)
+        rates.append(2e-12 * m * k * n / seconds)
+    return max(rates)
+
+
+def stream_gbs() -> float:
+    """GB/s of reading values that lie in the last cache and in no nearer one, by all threads."""
+    values = torch.ones(STREAM_BYTES // 4)
+    return 1e-9 * STREAM_BYTES / _best(values.sum, 20)
 
 
 def operator_us() -> float:
@@ -201,6 +236,52 @@ def operator_us() -> float:
     weights = [torch.zeros(shape) for shape in spec.weight_shapes]
     h, tables = torch.ones(1, 4, 32), (torch.ones(4, 16), torch.zeros(4, 16))
     return 1e6 * _best(lambda: reference.block(h, spec, weights, tables), 20) / BLOCK_OPERATORS
+
+
+def barrier_us() -> float:
+    """Microseconds that a stage of the engine loses by being split over all threads; 0 without an
+    engine or a second thread."""
+    from recurx.api import recurse
+    from recurx.nets import ATTENTION, BlockSpec, Net, NetSpec
+    from recurx.schedule import Schedule
+
+    calls, tokens, width = 4, 97, 512
+    if torch.get_num_threads() == 1 or not engine_isa():
+        return 0.0
+    spec = BlockSpec(ATTENTION, width, width, num_heads=8)
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(s, generator=generator) / width for s in spec.weight_shapes]
+    net, carry = Net(NetSpec((spec,)), weights), {"z": torch.ones(1, tokens, width)}
+    step = functools.partial(
+        recurse, Schedule.single_z(1, calls - 1), {"L": net}, carry["z"], carry, backend="cpu"
+    )
+    return 1e6 * _lost(step) / (calls * BARRIERS)
+
+
+def split_us() -> float:
+    """Microseconds that a PyTorch operator of a small model loses by being split over all threads;
+    0 without a second one."""
+    from recurx import reference
+    from recurx.nets import ATTENTION, BlockSpec
+
+    if torch.get_num_threads() == 1:
+        return 0.0
+    spec = BlockSpec(ATTENTION, 64, 192, num_heads=4)
+    weights = [torch.zeros(shape) for shape in spec.weight_shapes]
+    h = torch.ones(64, 17, 64)
+    return 1e6 * _lost(lambda: reference.block(h, spec, weights, None)) / BLOCK_OPERATORS
+
+
+def _lost(run: Callable[[], object]) -> float:
+    """Seconds on all threads beyond one thread's share of what it takes alone; never 0."""
+    threads = torch.get_num_threads()
+    together = _best(run, 10)
+    try:
+        torch.set_num_threads(1)
+        alone = _best(run, 10)
+    finally:
+        torch.set_num_threads(threads)
+    return max(together - alone / threads, 1e-9)
 
 
 def engine_isa() -> str:

@@ -30,6 +30,10 @@ SWIGLU_BYTES = (10, 20)  # silu reads and writes, then a product of two
 # Share of a copy's bandwidth that a CPU's elementwise operators reach: strides, exponentials, and
 # fresh memory for every result (6 to 8 GB/s a thread beside a copy of 12).
 CPU_BANDWIDTH = 0.6
+# The same for tensors that a cache holds with their neighbours: a Xeon copies 8 MB at twice the
+# rate of 64 MB. A larger cache (480 MB there) is many cores', and a core sees no more of it.
+CACHED_BANDWIDTH, LARGEST_CACHE, TENSORS = 1.0, 32 << 20, 4
+SPLIT_VALUES = 32768  # of one operator: PyTorch's grain; fewer values stay on one thread
 # PyTorch's attention on a CPU beside its products, in FLOPs: for a score, and for a value of the
 # result. Timed at T from 17 to 916: 4.5 ns a score and 0.25 us a row of 64, to 14 ps a FLOP.
 SCORE, ATTENTION_VALUE = 70, 280
@@ -79,15 +83,24 @@ def candidates(problem: Problem, device: Device) -> list[LaunchPlan]:
 
 
 def _on_cpu(problem: Problem, found: list[Stage], itemsize: int, device: Device) -> Work:
-    specs = dict(problem.nets)
-    heads = max([b.num_heads for spec in specs.values() for b in spec.blocks], default=0)
+    blocks = [b for _, spec in problem.nets for b in spec.blocks]
+    heads = max([b.num_heads for b in blocks], default=0)
+    matrix = itemsize == 2 and device.isa == "amx"
+    values = problem.batch * problem.tokens * problem.hidden
+    widest = max([2 * b.inner / b.hidden for b in blocks], default=1.0)
+    cache = min(device.l2_bytes, LARGEST_CACHE)
+    cached = itemsize * values * widest * TENSORS <= cache
     products = vectors = packed = moved = 0.0
     for stage in found:
         if stage.name == "attention":
             scores = stage.writes * problem.tokens * heads / problem.hidden
-            vectors += stage.flops + SCORE * scores + ATTENTION_VALUE * stage.writes
+            vectors += SCORE * scores + ATTENTION_VALUE * stage.writes
+            products += stage.flops if matrix else 0.0
+            vectors += 0.0 if matrix else stage.flops
             continue
-        moved += _bytes(stage, itemsize)
+        weights = (8 if itemsize == 2 else 4) * stage.weights
+        share = CPU_BANDWIDTH / CACHED_BANDWIDTH if cached else 1.0
+        moved += weights + share * (_bytes(stage, itemsize) - weights)
         if stage.name not in PRODUCTS:
             continue
         slow = 1.0
@@ -101,6 +114,7 @@ def _on_cpu(problem: Problem, found: list[Stage], itemsize: int, device: Device)
         flops=sum(stage.flops for stage in found), padded_flops=products, vector_flops=vectors,
         dram_bytes=moved, bandwidth=CPU_BANDWIDTH, l2_bytes=packed, overlap=False,
         launches=operators(problem), itemsize=itemsize,
+        splits=operators(problem) if values > SPLIT_VALUES else 0,
     )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ class Work:
             products; 0 where the plan's efficiency has it in.
         launches: kernels (GPU) or operators (CPU).
         barriers: barriers over all units.
+        splits: PyTorch operators that a CPU splits over its threads.
         parallel: units (multiprocessors, threads) that it keeps busy at once.
         itemsize: bytes of a product's operands, which selects the rate.
         efficiency: share of the device's rate that the inner loop can reach.
@@ -47,6 +48,7 @@ class Work:
     vector_flops: float = 0
     overlap: bool = True
     from_python: bool = False
+    splits: float = 0
 
     def parts(self, device: Device) -> dict[str, float]:
         """Seconds of each limit on `device`: products, vectors, dram, l2, launches, barriers."""
@@ -57,7 +59,7 @@ class Work:
             "vectors": self.vector_flops / (device.flops(4) * busy),
             "dram": self.dram_bytes / (device.dram_gbs * 1e9 * self.bandwidth),
             "l2": self.l2_bytes / (device.l2_gbs * 1e9 * busy),
-            "launches": self.launches * launch * 1e-6,
+            "launches": (self.launches * launch + self.splits * device.split_us) * 1e-6,
             "barriers": self.barriers * device.barrier_us * 1e-6,
         }
 
