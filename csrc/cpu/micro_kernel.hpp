@@ -37,12 +37,30 @@ struct PanelReader<bf16> {
   static PackedPairs at(const bf16* p) { return {p}; }
 };
 
+// Lines that products touch later, fetched into L2 one by one meanwhile: a step for each k.
+struct Ahead {
+  const char *next, *end;
+  int period;  // steps from one line to the next
+  int wait;
+  void step() {
+    if (--wait > 0 || next >= end) return;
+    __builtin_prefetch(next, 0, 2);
+    next += 64;
+    wait = period;
+  }
+};
+struct Nothing {
+  void step() {}
+};
+
 // acc[r] += A[r, 0..depth) * B, for kM rows.
-template <int kM, class B>
-RX_INLINE void accumulate(const float* a, long lda, B b, int depth, V (&acc)[kM][2]) {
+template <int kM, class B, class Beside>
+RX_INLINE void accumulate(const float* a, long lda, B b, int depth, V (&acc)[kM][2],
+                          Beside& beside) {
   for (int k = 0; k < depth; ++k) {
     V b0, b1;
     b.read(k, b0, b1);
+    beside.step();
 #pragma GCC unroll 16
     for (int r = 0; r < kM; ++r) {
       V x = splat(a[r * lda + k]);
@@ -50,6 +68,12 @@ RX_INLINE void accumulate(const float* a, long lda, B b, int depth, V (&acc)[kM]
       acc[r][1] = fma(x, b1, acc[r][1]);
     }
   }
+}
+
+template <int kM, class B>
+RX_INLINE void accumulate(const float* a, long lda, B b, int depth, V (&acc)[kM][2]) {
+  Nothing nothing;
+  accumulate(a, lda, b, depth, acc, nothing);
 }
 
 template <int kM>

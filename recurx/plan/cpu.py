@@ -57,11 +57,10 @@ SOFTMAX_AMX = 80  # a score: 0.54 ns with its products in rows of 916
 # A row of scores, one dependent step after another (two reductions, a division, a masked vector):
 # 59 ns, 160 cycles of 2 x 32 FLOPs, by rows of 97 against rows of 916.
 ROW_WIDE = 10000
-# Share of the last cache's bandwidth at which weights arrive. With AVX-512 the first row tile of
-# each chunk waits: 33 ms for 571 MB, one sample against four. AMX prefetches, and waits for what
-# does not come while it multiplies: 12 GB/s of 28, as 16 fill buffers and their latency allow.
-WAITED, PREFETCHED = 0.6, 0.43
-NEAR_BYTES = 1 << 20  # weights that a core keeps by itself, half of its own cache
+# Share of the last cache's bandwidth at which prefetches bring weights: 12 GB/s of 28, as 16 fill
+# buffers and their latency allow. What does not come while products run is waited for: with AMX at
+# one sample about a fifth of the time, with AVX-512 nothing.
+PREFETCHED = 0.43
 
 # ----
 
@@ -97,20 +96,17 @@ def candidates(problem: Problem, device: Device) -> list[LaunchPlan]:
     blocks = [b for s in problem.schedule.steps if s.net in specs for b in specs[s.net].blocks]
     found = [_block(block, problem, itemsize, device.isa) for block in blocks]
     sums = sum(stage.reads for stage in stages if stage.name == "inject")
-    # Packed weights stream through once a net call and group, unseen from the last cache and at
-    # the price of memory beyond it; activations stay in L2.
+    # Packed weights stream through once a net call and group: from the last cache while products
+    # run, from memory at its price. Activations stay in L2.
     amx = itemsize == 2 and device.isa == "amx"
     products = sum(products for products, _ in found)
     busy = min(1.0, threads / device.units)
     streamed, share = itemsize * weights * passes, 1.0
-    held = itemsize * weight_values(problem)
-    if held <= NEAR_BYTES:
-        streamed = 0.0
-    elif held <= device.l2_bytes:
-        rate = 1e9 * device.stream_gbs * (PREFETCHED if amx else WAITED) * busy
-        hidden = rate * products / (device.flops(4) * busy * MATRIX * TILES) if amx else 0.0
-        streamed = max(0.0, streamed - hidden) if rate else 0.0
-        share = rate / (device.dram_gbs * 1e9) if rate else 1.0
+    if itemsize * weight_values(problem) <= device.l2_bytes:
+        share = PREFETCHED * device.stream_gbs * busy / device.dram_gbs
+        seconds = products / (device.flops(4) * busy * (MATRIX * TILES if amx else 1.0))
+        streamed = max(0.0, streamed - 1e9 * device.dram_gbs * share * seconds) if share else 0.0
+        share = share or 1.0  # 0: not measured, and never seen
     work = Work(
         flops=sum(stage.flops for stage in stages),
         padded_flops=products,
