@@ -66,7 +66,8 @@ PREFETCHED = 0.43
 
 # FLOPs of weights below which one thread does all. After every parallel operator PyTorch's own
 # threads spin for milliseconds on the cores that the engine's need: 80 MFLOP between a model's
-# embedding and heads took 4.1 to 7.6 ms on two threads and 1.9 ms on one (Zen 3).
+# embedding and heads took 4.1 to 7.6 ms on two threads and 1.9 ms on one (Zen 3). Since then the
+# engine runs on those threads itself; where the limit belongs now was not timed.
 LEAST_SPLIT = 1e8
 
 

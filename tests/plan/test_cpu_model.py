@@ -29,6 +29,7 @@ XEON = device.cpu_device(
     1, 13.4, fp32_tflops=0.172, bf16_tflops=1.75, operator_us=4.4, cache_bytes=480 << 20,
     isa="amx", stream_gbs=28.0,
 )  # fmt: skip
+XEON_FILE = QUIET.parent / "cpu-spr-2026-11-28.json"
 XEON_MS = {
     ("trm-att", "cpu", "bf16", 1): 30.5, ("trm-att", "cpu", "bf16", 4): 97,
     ("trm-mlp", "cpu", "bf16", 1): 27.9, ("hrm", "cpu", "bf16", 1): 20.5,
@@ -97,6 +98,15 @@ def test_a_run_of_another_day_follows_from_the_speed_of_two_rows(monkeypatch):
     found = predicted(*(at_one[key] for key in first))
     assert len(found) == 16 and all(abs(found[key] - 1) < 0.05 for key in first)
     assert not outside(found)
+
+
+def test_eager_rows_of_a_run_with_amx_are_predicted_within_a_quarter():
+    """Its rows of recurx are of an engine before its threads were OpenMP's: see `XEON_MS`."""
+    if not XEON_FILE.exists():
+        pytest.skip(f"{XEON_FILE.name} is not kept here")
+    found = ratios(results.load(XEON_FILE).document)
+    found = {key: ratio for key, ratio in found.items() if key[3].startswith("eager")}
+    assert len(found) > 10 and not outside(found)
 
 
 def xeon_outside() -> dict[tuple[str, str, str, int], float]:
