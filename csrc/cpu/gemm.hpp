@@ -34,17 +34,14 @@ struct VectorCore {
     return {carver.template take<float>(kMaxChunk * kRows * kPanel)};
   }
 
-  // Whether weights of the next chunk are prefetched: with AVX-512 products would wait for a
-  // server's last cache; elsewhere the processor's own prefetcher follows these streams.
-#if RX_PREFETCH
-  using Beside = Ahead;
-  static Ahead beside_of(const Weight* next, long count, int period) {
+  // The next chunk, in steps of k that read kLines lines of this one in every row tile. With
+  // AVX-512 products would wait for a server's last cache; elsewhere the processor's own prefetcher
+  // follows these streams.
+  static Ahead ahead_of(const Weight* next, long count, int rows) {
+    const int kLines = imax(1, kPanel * sizeof(Weight) / 64);
+    const int period = imax(1, ceil_div(rows, kRows) / kLines);
     return {(const char*)next, (const char*)(next + count), period, period};
   }
-#else
-  using Beside = Nothing;
-  static Nothing beside_of(const Weight*, long, int) { return {}; }
-#endif
 
   static void enter(const Scratch&) {}
   static void leave() {}
@@ -90,13 +87,15 @@ struct VectorCore {
     const long panel_size = (long)l.in * kPanel;
     const int per_chunk =
         imax(1, imin(kMaxChunk, (int)(kChunkBytes / (panel_size * sizeof(Weight)))));
-    // A step of k reads kLines lines, in every row tile.
-    constexpr int kLines = kPanel * sizeof(Weight) < 64 ? 1 : kPanel * sizeof(Weight) / 64;
-    const int tiles = ceil_div(rows.end - rows.begin, kRows);
     for (int first = panels.begin; first < panels.end; first += per_chunk) {
       const int last = imin(panels.end, first + per_chunk);
-      const Weight* const after = last < panels.end ? w + last * panel_size : (Weight*)next_weight;
-      Beside beside = beside_of(after, per_chunk * panel_size, imax(1, tiles / kLines));
+#if RX_PREFETCH
+      const Weight* const after =
+          last < panels.end ? w + last * panel_size : (const Weight*)next_weight;
+      Ahead ahead = ahead_of(after, per_chunk * panel_size, rows.end - rows.begin);
+#else
+      Nothing ahead;
+#endif
       for_row_tiles(rows.begin, rows.end, [&](int row, auto m) __attribute__((always_inline)) {
         constexpr int kM = decltype(m)::value;
         for (int k = 0; k < l.in; k += kDepth) {
@@ -108,7 +107,7 @@ struct VectorCore {
             for (int s = 0; s < depth; s += kSum) {
               clear(acc);
               accumulate(a.at(row, k + s), a.ld, PanelReader<Weight>::at(b + (long)s * kPanel),
-                         imin(kSum, depth - s), acc, beside);
+                         imin(kSum, depth - s), acc, ahead);
               if (k + s > 0) add_tile(acc, partial);
               if (s + kSum < depth) store_tile(partial, acc, kPanel);
             }
