@@ -18,6 +18,7 @@ from recurx.tasks import Sudoku
 from recurx.tasks.sudoku import files, generate, symmetry
 from recurx.tasks.sudoku.layout import Layout, is_solution, to_boards
 from recurx.train import Trainer, preset, puzzles, state
+from recurx.train.mixing import grid_mixing_, neighbours_of_cells
 from recurx.train.positions import grid_positions_
 
 NINE = Layout.of(9)
@@ -245,6 +246,35 @@ def test_positions_of_cells_that_share_a_unit_are_alike(task: str) -> None:
     for count in range(units + 1):
         mean = float(alike[torch.from_numpy(shared == count)].mean()) if count in shared else None
         assert mean is None or mean == pytest.approx(count / units, abs=0.06)
+
+
+@pytest.mark.parametrize("task, peers", [("sudoku-6x6", 12), ("maze:size=6", 4)])
+def test_mixing_starts_at_the_neighbours(task: str, peers: int) -> None:
+    """What changes at one cell reaches its neighbours, hardly others, and no puzzle embedding."""
+    model = {"puzzle_emb_ndim": 64, "puzzle_emb_len": 2}
+    net = TRM(preset("tiny-mlp", task, model=model, batch_size=2).model_config())
+    mlp = net.inner.L_level.layers[0].mlp_t
+    before = [w.detach().clone() for w in (mlp.gate_up_proj.weight, mlp.down_proj.weight)]
+    grid_mixing_(net, tasks.get(task))
+    prefix, inner = net.config.prefix_len, mlp.down_proj.weight.shape[1]
+    gate_up, down = mlp.gate_up_proj.weight.detach(), mlp.down_proj.weight.detach()
+    assert prefix > 0 and torch.equal(gate_up[:, :prefix], before[0][:, :prefix])
+    assert torch.equal(down[:prefix], before[1][:prefix])
+    for half in gate_up.split(inner):
+        reached = (down @ half)[prefix:, prefix:].abs().numpy()
+        near = neighbours_of_cells(tasks.get(task))
+        assert near.sum(axis=1).max() == peers and not near.diagonal().any()
+        assert reached[near].mean() > 3 * reached[~near].mean()
+
+
+def test_mixing_is_refused_where_there_is_no_grid_or_no_token_mlp() -> None:
+    for name, task, model, match in (
+        ("tiny-mlp", "sort", {}, "a task on a grid"),
+        ("tiny-att", "maze:size=6", {}, "token MLPs"),
+        ("tiny-mlp", "maze:size=6", {"expansion": 0.5}, "inner width"),
+    ):
+        with pytest.raises(InvalidArgument, match=match):
+            Trainer(preset(name, task, grid_mixing=True, model=model))
 
 
 def test_positions_are_refused_where_there_is_no_grid_or_nothing_learned() -> None:

@@ -16,7 +16,8 @@ HYPERPARAMETERS = {
     "batch_size": options.positive, "lr": float, "weight_decay": float, "warmup": int,
     "ema": float, "optimizer": str, "loss": str,
 }  # fmt: skip
-FIXED = (*HYPERPARAMETERS, "lr_decay", "reveal", "hold_out", "grid_positions", "out", "start_from")
+STARTS = ("grid_positions", "grid_mixing")
+FIXED = (*HYPERPARAMETERS, *STARTS, "lr_decay", "reveal", "hold_out", "out", "start_from")
 HOLD_OUT = 256  # of a file of puzzles, unless --hold-out says otherwise
 
 
@@ -54,6 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grid-positions", action="store_true", default=None,
                         help="learned positions start as row + column (+ box) vectors",
                         )  # fmt: skip
+    parser.add_argument("--grid-mixing", action="store_true", default=None,
+                        help="token MLPs start as sums over neighbouring cells")  # fmt: skip
     parser.add_argument("--set", type=options.setting, action="append", default=[],
                         metavar="KEY=VALUE", help="a field of the model, e.g. hidden_size=128",
                         )  # fmt: skip
@@ -163,10 +166,10 @@ def _started(arguments: argparse.Namespace, device: Any, on_progress: Any) -> An
 
 
 def _chosen_data(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The fields of TrainConfig about the file of puzzles, positions, and the decay."""
+    """The fields of TrainConfig about the file of puzzles, the start of weights, and the decay."""
     from recurx.errors import InvalidArgument
 
-    chosen: dict[str, Any] = {"grid_positions": bool(arguments.grid_positions)}
+    chosen: dict[str, Any] = {name: bool(getattr(arguments, name)) for name in STARTS}
     if arguments.lr_decay not in (None, "none"):
         if arguments.steps is None:
             raise InvalidArgument("--lr-decay: say with --steps when the learning rate is to be 0.")

@@ -68,6 +68,7 @@ class TrainConfig:
         hold_out: puzzles of the file that are evaluated on and never trained on.
         grid_positions: learned positions start as row + column (+ box) vectors
             (`recurx.train.positions`).
+        grid_mixing: token MLPs start as sums over neighbouring cells (`recurx.train.mixing`).
         started_from: SHA-256 of the checkpoint whose weights the run began with
             (`Trainer.start_from`), None for fresh ones.
     """
@@ -92,6 +93,7 @@ class TrainConfig:
     reveal: int = 0
     hold_out: int = 0
     grid_positions: bool = False
+    grid_mixing: bool = False
     started_from: str | None = None
 
     def __post_init__(self) -> None:

@@ -39,6 +39,7 @@ from recurx.train.captured import CapturedStep, tensors_of
 from recurx.train.config import TrainConfig
 from recurx.train.ema import Average
 from recurx.train.interrupts import interrupts
+from recurx.train.mixing import grid_mixing_
 from recurx.train.optim import AdamATan2, SparseSignSGD
 from recurx.train.positions import grid_positions_
 from recurx.train.progress import Progress
@@ -93,6 +94,8 @@ class Trainer:
             self.model = self.make_model(model_config, backend)
             if config.grid_positions:
                 grid_positions_(self.model, self.task)
+            if config.grid_mixing:
+                grid_mixing_(self.model, self.task)
             self.model.to(self.device)
         # Exploration draws from this run's generator, whatever else the process draws.
         self.exploration = Exploration(config.seed, self.device)
