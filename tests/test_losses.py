@@ -51,7 +51,7 @@ class Fixed(nn.Module):
         return self.result[0], dict(self.result[1])
 
 
-def fixed_head(loss_type: str = "stablemax_cross_entropy") -> ACTLossHead:
+def fixed_head(loss_type: str = "stablemax_cross_entropy", **more: float) -> ACTLossHead:
     labels = torch.tensor([[1, 2, -100], [0, 0, 0], [2, 2, 2], [-100, -100, -100]])
     answers = torch.tensor([[1, 2, 0], [0, 0, 1], [2, 2, 2], [0, 0, 0]])
     carry = Carry(
@@ -63,7 +63,7 @@ def fixed_head(loss_type: str = "stablemax_cross_entropy") -> ACTLossHead:
         "q_halt_logits": torch.tensor([1.0, -1.0, 1.0, 1.0]),
         "q_continue_logits": torch.tensor([0.5, 0.5, 0.5, 0.5]),
     }
-    return ACTLossHead(Fixed(carry, outputs), loss_type)
+    return ACTLossHead(Fixed(carry, outputs), loss_type, **more)
 
 
 @pytest.mark.parametrize("loss_type", ["stablemax_cross_entropy", "softmax_cross_entropy"])
@@ -99,6 +99,16 @@ def test_q_continue_has_its_loss_when_there_is_a_target() -> None:
     _, loss, metrics, _, _ = head(carry=None, batch={})
     torch.testing.assert_close(loss, plain + 0.5 * metrics["q_continue_loss"])
     assert metrics["q_continue_loss"] > 0
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25])
+def test_the_weight_of_the_halting_losses(weight: float) -> None:
+    head = fixed_head(halt_weight=weight)
+    head.model.result[1]["target_q_continue"] = torch.tensor([0.1, 0.9, 0.5, 0.5])
+    _, loss, metrics, _, _ = head(carry=None, batch={})
+    halting = metrics["q_halt_loss"] + metrics["q_continue_loss"]
+    assert halting > 1
+    torch.testing.assert_close(loss, metrics["lm_loss"] + weight * halting)
 
 
 def test_an_unknown_loss_lists_the_known_ones() -> None:

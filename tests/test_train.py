@@ -336,3 +336,20 @@ def test_it_learns_to_sort() -> None:
     trainer.run(steps=250)
     after = evaluate(trainer.averaged(), trainer.task, examples, max_steps=3).exact
     assert before < 0.1 and after > 0.6
+
+
+def test_a_small_halting_weight_teaches_the_halting_head_alike() -> None:
+    """AdamATan2 does not see the scale of a gradient; at 0 the head has none and stays."""
+
+    def moved(weight: float) -> float:
+        trainer = Trainer(tiny(halt_weight=weight, weight_decay=0.0))
+        head = trainer.model.inner.q_head.bias
+        before = head.detach().clone()
+        for _ in range(5):
+            trainer.train_step()
+        return float((head.detach() - before).abs().max())
+
+    assert moved(0.0) == 0
+    assert moved(0.01) == pytest.approx(moved(0.5), rel=0.1)
+    with pytest.raises(InvalidArgument, match="halt_weight"):
+        tiny(halt_weight=-1.0)

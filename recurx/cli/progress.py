@@ -22,8 +22,8 @@ class TrainingDisplay:
     """Evaluates on held-out examples every `eval_every` steps; asks the run to end at `until`.
 
     Use as a context manager around `Trainer.run(..., on_step=display.on_step)`. The bar shows the
-    held-out accuracy, since nothing else tells how far a run is. Refinement takes all 16 steps, as
-    in published evaluations, unless `solve_arguments` say otherwise. `on_record` gets the step and
+    held-out accuracy, since nothing else tells how far a run is. Refinement takes all 16 steps
+    unless `solve_arguments` say otherwise. `on_record` gets the step and
     what metrics.jsonl gets, after each evaluation.
     """
 

@@ -14,7 +14,7 @@ from recurx.cli import options
 # What a command-line option is called in TrainConfig.
 HYPERPARAMETERS = {
     "batch_size": options.positive, "lr": float, "weight_decay": float, "warmup": int,
-    "ema": float, "optimizer": str, "loss": str,
+    "ema": float, "optimizer": str, "loss": str, "halt_weight": float,
 }  # fmt: skip
 STARTS = ("grid_positions", "grid_mixing")
 FIXED = (*HYPERPARAMETERS, *STARTS, "lr_decay", "reveal", "hold_out", "out", "start_from")
@@ -104,6 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
             ends.callback(events.close)
         display = TrainingDisplay(
             console, trainer, arguments.eval_every, arguments.eval_count, arguments.until,
+            max_steps=trainer.model.config.halt_max_steps,
             **({} if events is None else {"on_record": events.write}),
         )  # fmt: skip
         ends.enter_context(display)

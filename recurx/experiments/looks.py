@@ -15,7 +15,7 @@ The deep net is told beside them: it has depth, which is what one look lacks.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from recurx.cli import options
@@ -30,8 +30,21 @@ SOLVED, FAILED = 0.95, 0.20  # exact accuracies: what counts as solving a task, 
 
 
 def add_arguments(
-    parser: argparse.ArgumentParser, *, task: str, supervision: int, calls: int = 1
+    parser: argparse.ArgumentParser,
+    *,
+    task: str,
+    supervision: int,
+    calls: int = 1,
+    halt_weight: float = 0.5,
+    fields: Mapping[str, Any] | None = None,
 ) -> None:
+    """
+    Args:
+        parser: what gets the options.
+        task, supervision, calls, halt_weight: their defaults.
+        fields: of the model, where the preset's are not taken.
+    """
+    fields = fields or {}
     parser.add_argument("--task", default=task, help=f"default {task}")
     parser.add_argument("--preset", default="tiny-att", help="default tiny-att")
     parser.add_argument("--supervision", type=options.positive, default=supervision, metavar="N",
@@ -43,6 +56,12 @@ def add_arguments(
     parser.add_argument("--test-steps", type=options.positive, default=2 * supervision,
                         metavar="M", help="supervision steps that it is tested with "
                         f"(default {2 * supervision})")  # fmt: skip
+    chosen = "".join(f", {key}={value}" for key, value in fields.items())
+    parser.add_argument("--set", type=options.setting, action="append", metavar="KEY=VALUE",
+                        default=list(fields.items()), help="a field of the model, e.g. "
+                        f"hidden_size=128 (default: the preset's{chosen})")  # fmt: skip
+    parser.add_argument("--halt-weight", type=float, default=halt_weight, metavar="WEIGHT",
+                        help=f"of the halting loss (default {halt_weight})")  # fmt: skip
     parser.add_argument("--layers", type=options.positive, default=4, metavar="N",
                         help="of the deep net (default 4)")  # fmt: skip
     options.add_trained_nets(parser)
@@ -65,13 +84,14 @@ def net_config(
     steps = arguments.supervision if kind == RECURSIVE else 1
     model: dict[str, Any] = {
         "variant": "single_z", "H_cycles": 1, "L_cycles": 1, "halt_max_steps": steps,
-        "halt_exploration_prob": 1.0,
+        "halt_exploration_prob": 1.0, **dict(arguments.set),
     }  # fmt: skip
 
     def config(**changes: Any) -> TrainConfig:
         return preset(
             arguments.preset, arguments.task, seed=seed, batch_size=arguments.batch_size,
-            lr=arguments.lr, loss="softmax_cross_entropy", model={**model, **changes},
+            lr=arguments.lr, loss="softmax_cross_entropy", halt_weight=arguments.halt_weight,
+            model={**model, **changes},
         )  # fmt: skip
 
     if kind != DEEP:

@@ -50,6 +50,8 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "softmax_cross_entropy": softmax_cross_entropy,
 }
 
+HALT_WEIGHT = 0.5  # as published
+
 
 class ACTLossHead(nn.Module):
     """A model with its loss: the module that the official training loop holds.
@@ -59,14 +61,23 @@ class ACTLossHead(nn.Module):
             named `model.*`.
         loss_type: "stablemax_cross_entropy" (published, fp64), "fused_stablemax_cross_entropy"
             (the same without fp64) or "softmax_cross_entropy".
+        halt_weight: of the halting losses beside that of the tokens, which is a mean over them.
+            In a tiny net the published 0.5 can outweigh the tokens: most of them are right while
+            hardly any whole answer is.
     """
 
-    def __init__(self, model: nn.Module, loss_type: str = "stablemax_cross_entropy") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_type: str = "stablemax_cross_entropy",
+        halt_weight: float = HALT_WEIGHT,
+    ) -> None:
         super().__init__()
         if loss_type not in LOSSES:
             raise bad_argument("ACTLossHead", "loss_type", f"one of {list(LOSSES)}", loss_type)
         self.model = model
         self.loss_fn = LOSSES[loss_type]
+        self.halt_weight = halt_weight
 
     def initial_carry(self, batch: dict[str, Tensor]) -> Any:
         """See `RecursiveModel.initial_carry`; `batch` needs "labels" [B, seq_len]."""
@@ -98,12 +109,12 @@ class ACTLossHead(nn.Module):
 
         lm_loss = (self.loss_fn(outputs["logits"], labels) / per_sample).sum()
         q_loss = _q_loss(outputs["q_halt_logits"], solved)
-        loss = lm_loss + 0.5 * q_loss
+        loss = lm_loss + self.halt_weight * q_loss
         metrics = _metrics(carry, outputs["q_halt_logits"].detach(), tokens, correct, solved)
         metrics |= {"lm_loss": lm_loss.detach(), "q_halt_loss": q_loss.detach()}
         if "target_q_continue" in outputs:
             continue_loss = _q_loss(outputs["q_continue_logits"], outputs["target_q_continue"])
-            loss = loss + 0.5 * continue_loss
+            loss = loss + self.halt_weight * continue_loss
             metrics["q_continue_loss"] = continue_loss.detach()
 
         returned = {key: outputs[key].detach() for key in return_keys if key in outputs}

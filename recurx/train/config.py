@@ -14,6 +14,7 @@ from torch import Tensor
 from recurx import tasks
 from recurx.errors import InvalidArgument, bad_argument
 from recurx.models import HRMConfig, ModelConfig, TRMConfig
+from recurx.models.losses import HALT_WEIGHT
 
 OPTIMIZERS = ("adam-atan2", "adamw")
 LR_DECAYS = ("none", "cosine")
@@ -59,6 +60,8 @@ class TrainConfig:
         optimizer: "adam-atan2" or "adamw".
         ema: decay of the weight average.
         loss: a key of recurx.models.losses.LOSSES.
+        halt_weight: of the halting loss beside the tokens' (published: 0.5). AdamATan2 teaches the
+            halting head alike at any weight above 0; a small one leaves the net to the answer.
         puzzle_emb_lr: of the puzzle embedding's sign SGD, where the model has one.
         lr_decay: "none", or "cosine": after the warm-up the learning rates fall along half a
             cosine, to 0 at step `decay_steps`.
@@ -85,6 +88,7 @@ class TrainConfig:
     optimizer: str = "adam-atan2"
     ema: float = 0.999
     loss: str = "stablemax_cross_entropy"
+    halt_weight: float = HALT_WEIGHT
     puzzle_emb_lr: float = 1e-4
     lr_decay: str = "none"
     decay_steps: int = 0
@@ -107,6 +111,8 @@ class TrainConfig:
             raise bad_argument("train", "ema", "a decay in [0, 1)", self.ema)
         if not self.lr >= 0:
             raise bad_argument("train", "lr", "a number >= 0", self.lr)
+        if not self.halt_weight >= 0:
+            raise bad_argument("train", "halt_weight", "a number >= 0", self.halt_weight)
         if self.lr_decay not in LR_DECAYS:
             raise bad_argument("train", "lr_decay", f"one of {LR_DECAYS}", repr(self.lr_decay))
         if self.lr_decay != "none" and self.decay_steps <= self.warmup:

@@ -111,7 +111,7 @@ class Trainer:
             )
         self.queue = SampleQueue(self._draw, config.batch_size, self.device, ranks=self.ranks)
         self.one_step = CapturedStep(
-            ACTLossHead(self.model, config.loss),
+            ACTLossHead(self.model, config.loss, config.halt_weight),
             optimizers,
             self.queue,
             average=self.average,
