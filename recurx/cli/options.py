@@ -61,10 +61,10 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
                         )  # fmt: skip
 
 
-def add_trained_nets(parser: argparse.ArgumentParser) -> None:
-    """Options of experiments that train nets and test them at the end."""
+def add_trained_nets(parser: argparse.ArgumentParser, lr: float = 2e-3) -> None:
+    """Options of experiments that train nets and test them at the end; `lr` is a default."""
     parser.add_argument("--batch-size", type=positive, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=lr)
     parser.add_argument("--count", type=positive, default=1000, metavar="N",
                         help="held-out examples of the final accuracy (default 1000)")  # fmt: skip
 

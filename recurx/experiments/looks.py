@@ -35,13 +35,14 @@ def add_arguments(
     task: str,
     supervision: int,
     calls: int = 1,
+    lr: float = 2e-3,
     halt_weight: float = 0.5,
     fields: Mapping[str, Any] | None = None,
 ) -> None:
     """
     Args:
         parser: what gets the options.
-        task, supervision, calls, halt_weight: their defaults.
+        task, supervision, calls, lr, halt_weight: their defaults.
         fields: of the model, where the preset's are not taken.
     """
     fields = fields or {}
@@ -64,7 +65,7 @@ def add_arguments(
                         help=f"of the halting loss (default {halt_weight})")  # fmt: skip
     parser.add_argument("--layers", type=options.positive, default=4, metavar="N",
                         help="of the deep net (default 4)")  # fmt: skip
-    options.add_trained_nets(parser)
+    options.add_trained_nets(parser, lr)
 
 
 def net_config(

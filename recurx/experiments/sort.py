@@ -12,5 +12,8 @@ measure, tables, draw = looks.measure, looks.tables, looks.draw
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    # As many values as the net is wide: of few values one layer can count every one.
-    looks.add_arguments(parser, task="sort:length=16,values=64", supervision=4)
+    # Long, of values twice as many as the net is wide: of few values one layer can count every one.
+    looks.add_arguments(
+        parser, task="sort:length=32,values=64", supervision=3, calls=2, lr=4e-3, halt_weight=0.01,
+        fields={"hidden_size": 32, "num_heads": 2},
+    )  # fmt: skip
