@@ -34,7 +34,7 @@ def test_sort_command(tmp_path, capsys):
     rows = {row["kind"]: row for row in result["rows"]}
     assert list(rows) == ["recursive", "one look", "deep"]
     recursive, one, deep = rows.values()
-    assert all(row["calls"] == 1 for row in rows.values())
+    assert [row["calls"] for row in rows.values()] == [2, 1, 1]
     assert one["parameters"] == recursive["parameters"] >= deep["parameters"]
     assert deep["layers"] == 2 and deep["width"] < one["width"]
     assert [len(row["curve"]) for row in rows.values()] == [3, 1, 1]
