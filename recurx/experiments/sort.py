@@ -7,7 +7,7 @@ import argparse
 from recurx.experiments import looks
 
 CLAIM = "A net that looks once cannot sort; the same net, looking again and again, can."
-SEEDS, SECONDS, SIZE = 1, 40.0, looks.SIZE
+SEEDS, SECONDS, SIZE = 1, 240.0, looks.SIZE
 measure, tables, draw = looks.measure, looks.tables, looks.draw
 
 
