@@ -20,7 +20,7 @@ from recurx.plan.device import WIDE, cpu_device, gpu_device
 from recurx.plan.whole import solve_seconds, step_seconds, train_seconds
 from recurx.problem import Problem
 
-# For files of before these were measured: a Zen 3, as all of them are.
+# For files of before these were measured: of a Zen 3.
 OPERATOR_US, CACHE_BYTES = 12.6, 32 << 20
 # A thread's, of a Xeon with AVX-512 (Granite Rapids: 25 to 29 at 4 to 56 MB); a Zen 3's is unseen.
 STREAM_GBS = 28.0

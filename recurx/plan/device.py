@@ -165,9 +165,8 @@ CALL_OPERATORS = 60
 # One operator of a small model (17 tokens of 64) to one of the tiny block (4 of 32): 5.0 us to 3.7.
 MODEL_OPERATOR = 1.35
 BARRIER_US = 1.0  # where it was not measured: a spin of two threads on one cache line
-SPLIT_US = (
-    20.0  # where it was not measured: small-64 at B=64, about as fast on one thread as on two
-)
+# Where it was not measured: small-64 at B=64, about as fast on one thread as on two.
+SPLIT_US = 20.0
 # Operators of one attention block of `recurx.reference` in fp32, by which their time is measured.
 BLOCK_OPERATORS = 30
 BARRIERS = 5  # of a block in the engine: after qkv, attention, o, gate-up and down

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from recurx import tasks
 from recurx.errors import bad_argument
 from recurx.models import RecursiveModel
+from recurx.train.positions import units_of_cells
 
 NOISE = 0.3  # share of the model's own random start that stays
 
@@ -56,12 +57,9 @@ def neighbours_of_cells(task: tasks.Task) -> NDArray[np.bool_]:
     Raises:
         InvalidArgument: the task is no grid.
     """
-    if isinstance(task, tasks.Sudoku):
-        units = task.layout.units_of_cell
-        shared = (units[:, :, None] == units[:, None, :]).any(axis=0)
-        return shared & ~np.eye(task.seq_len, dtype=bool)
-    if isinstance(task, tasks.Maze):
-        row, column = np.divmod(np.arange(task.seq_len), task.size)
-        apart = abs(row[:, None] - row) + abs(column[:, None] - column)
-        return apart == 1
-    raise bad_argument("train", "grid_mixing", "a task on a grid (sudoku, maze)", task.name)
+    units = units_of_cells(task)
+    ours, others = units[:, :, None], units[:, None, :]
+    if isinstance(task, tasks.Maze):  # rows and columns apart
+        return np.asarray(abs(ours - others).sum(axis=0) == 1)
+    shared = (ours == others).any(axis=0)
+    return shared & ~np.eye(task.seq_len, dtype=bool)

@@ -50,4 +50,4 @@ def units_of_cells(task: tasks.Task) -> NDArray[np.int64]:
     if isinstance(task, tasks.Maze):
         row, column = np.divmod(np.arange(task.seq_len), task.size)
         return np.stack([row, task.size + column])
-    raise bad_argument("train", "grid_positions", "a task on a grid (sudoku, maze)", task.name)
+    raise bad_argument("train", "task", "a task on a grid (sudoku, maze)", task.name)

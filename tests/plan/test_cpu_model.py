@@ -102,8 +102,6 @@ def test_a_run_of_another_day_follows_from_the_speed_of_two_rows(monkeypatch):
 
 def test_eager_rows_of_a_run_with_amx_are_predicted_within_a_quarter():
     """Its rows of recurx are of an engine before its threads were OpenMP's: see `XEON_MS`."""
-    if not XEON_FILE.exists():
-        pytest.skip(f"{XEON_FILE.name} is not kept here")
     found = ratios(results.load(XEON_FILE).document)
     found = {key: ratio for key, ratio in found.items() if key[3].startswith("eager")}
     assert len(found) > 10 and not outside(found)
