@@ -27,3 +27,14 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def native():
+    """The best CPU engine of this machine."""
+    from recurx.backends import cpu
+
+    reason = cpu.BACKEND.why_unavailable()
+    if reason is not None:
+        pytest.skip(f"backend cpu {reason}")
+    return cpu.BACKEND
