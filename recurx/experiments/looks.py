@@ -35,6 +35,7 @@ def add_arguments(
     task: str,
     supervision: int,
     calls: int = 1,
+    layers: int = 4,
     lr: float = 2e-3,
     halt_weight: float = 0.5,
     fields: Mapping[str, Any] | None = None,
@@ -42,7 +43,7 @@ def add_arguments(
     """
     Args:
         parser: what gets the options.
-        task, supervision, calls, lr, halt_weight: their defaults.
+        task, supervision, calls, layers, lr, halt_weight: their defaults.
         fields: of the model, where the preset's are not taken.
     """
     fields = fields or {}
@@ -63,8 +64,8 @@ def add_arguments(
                         f"hidden_size=128 (default: the preset's{chosen})")  # fmt: skip
     parser.add_argument("--halt-weight", type=float, default=halt_weight, metavar="WEIGHT",
                         help=f"of the halting loss (default {halt_weight})")  # fmt: skip
-    parser.add_argument("--layers", type=options.positive, default=4, metavar="N",
-                        help="of the deep net (default 4)")  # fmt: skip
+    parser.add_argument("--layers", type=options.positive, default=layers, metavar="N",
+                        help=f"of the deep net (default {layers})")  # fmt: skip
     options.add_trained_nets(parser, lr)
 
 

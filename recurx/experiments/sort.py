@@ -7,13 +7,15 @@ import argparse
 from recurx.experiments import looks
 
 CLAIM = "A net that looks once cannot sort; the same net, looking again and again, can."
-SEEDS, SECONDS, SIZE = 1, 240.0, looks.SIZE
+SEEDS, SECONDS, SIZE = 1, 150.0, looks.SIZE
 measure, tables, draw = looks.measure, looks.tables, looks.draw
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    # Long, of values twice as many as the net is wide: of few values one layer can count every one.
+    # Records: a place follows from counts of the keys, which one look can take, but what a place
+    # holds has to be fetched from wherever its key is found, which is a second look. A look that
+    # counted whole records instead would need as many counts as there are records, 512 here.
     looks.add_arguments(
-        parser, task="sort:length=32,values=64", supervision=3, calls=2, lr=4e-3, halt_weight=0.01,
-        fields={"hidden_size": 32, "num_heads": 2},
+        parser, task="sort:length=16,values=32,tags=16", supervision=3, calls=2, layers=3,
+        lr=3e-3, halt_weight=0.01, fields={"hidden_size": 32, "num_heads": 4},
     )  # fmt: skip
