@@ -195,8 +195,8 @@ def main() -> int:
         print(f"gpu_check: nothing to do: {reason}")
         report.write_text(json.dumps({"status": "no gpu", "reason": reason}, indent=1) + "\n")
         return 0
+    from recurx.atomic import write_json
     from recurx.bench.provenance import provenance  # imports torch, which may be missing
-    from recurx.jsonfile import write_json
 
     start = time.monotonic()
     todo = phases(arguments.quick, folder, arguments.figures)

@@ -21,10 +21,10 @@ import tempfile
 import time
 from pathlib import Path
 
+import safetensors.torch
 import torch
 
 import recurx
-from recurx import atomic
 from recurx.cli import main
 from recurx.train import state
 from recurx.train.trainer import METRICS_FILE, MODEL_FILE, STATE_FILE
@@ -63,7 +63,7 @@ def fork(folder: Path, steps: int | None = None, dies_at: tuple[str, int, bool] 
 def die_at(name: str, count: int, before: bool) -> None:
     """Let this process kill itself before or after the `count`th call of one function."""
     left = [count]
-    module = atomic if name == "save_file" else os
+    module = safetensors.torch if name == "save_file" else os
     function = getattr(module, name)
 
     def dying(*arguments, **keywords):

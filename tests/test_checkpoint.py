@@ -262,6 +262,18 @@ def test_pickled_code_is_refused_and_not_run(tmp_path: Path) -> None:
         recurx.load_checkpoint(tmp_path / "absent.pt")
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o007])
+def test_saved_files_have_the_permissions_of_any_new_file(umask: int, tmp_path: Path) -> None:
+    """What safetensors writes, only its owner reads: nobody could load a shared checkpoint."""
+    path = tmp_path / "m.safetensors"
+    old = os.umask(umask)
+    try:
+        recurx.save_checkpoint(path, random_model("trm"))
+    finally:
+        os.umask(old)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
 def test_an_interrupted_save_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

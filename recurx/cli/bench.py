@@ -98,6 +98,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     import torch
 
+    from recurx.atomic import write_json
     from recurx.bench import figures, results, variants
     from recurx.bench.lanes import Options
     from recurx.bench.predict import predict
@@ -105,7 +106,6 @@ def _run(arguments: argparse.Namespace) -> int:
     from recurx.bench.runner import Measurement
     from recurx.cli import output
     from recurx.errors import InvalidArgument
-    from recurx.jsonfile import write_json
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():

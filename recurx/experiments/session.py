@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from recurx.jsonfile import write_json
+from recurx.atomic import write_json
 
 if TYPE_CHECKING:
     from recurx.train import Report, TrainConfig, Trainer

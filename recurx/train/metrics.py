@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from recurx import atomic
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
@@ -26,9 +27,8 @@ def forget_after(path: Path, step: int) -> None:
     text = path.read_text(encoding="utf-8")
     kept = "".join(f"{line}\n" for line in text.splitlines() if _step_of(line) <= step)
     if kept != text:
-        temporary = path.with_name(f".{path.name}.new")
-        temporary.write_text(kept, encoding="utf-8")
-        os.replace(temporary, path)
+        with atomic.replacing(path) as new:
+            new.write_text(kept, encoding="utf-8")
 
 
 def _step_of(line: str) -> float:

@@ -349,5 +349,5 @@ class Trainer:
         """Remove what a killed run left: parts of files, and metrics later than its state."""
         if self.folder is not None and self.ranks.first:
             metrics.forget_after(self.folder / METRICS_FILE, self.step)
-            for name in (STATE_FILE, MODEL_FILE):
+            for name in (METRICS_FILE, STATE_FILE, MODEL_FILE):
                 atomic.sweep(self.folder / name)

@@ -8,12 +8,12 @@ import sys
 import pytest
 from documents import document, row, untimed, write
 
-from recurx import jsonfile
+from recurx import atomic
+from recurx.atomic import write_json
 from recurx.bench import plots, report, results
 from recurx.bench.provenance import ROOT
 from recurx.cli import main
 from recurx.errors import InvalidArgument, RecurxError
-from recurx.jsonfile import write_json
 
 ROWS = [
     row("recurx-cpu/bf16", [10, 11, 12], tflops=0.1, of_peak=0.5, launches=1, peak_mib=9.5),
@@ -166,7 +166,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(jsonfile.os, "replace", full)
+    monkeypatch.setattr(atomic.os, "replace", full)
     with pytest.raises(OSError):
         write_json(path, document([]))
     assert path.read_text() == before and list(path.parent.iterdir()) == [path]
