@@ -230,6 +230,7 @@ def _show(group: dict[str, Any], console: Any) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from recurx import atomic
     from recurx.bench import plots, report, results
     from recurx.bench.provenance import results_folder
 
@@ -238,7 +239,8 @@ def _report(arguments: argparse.Namespace) -> int:
     text = report.markdown(found)
     if arguments.write:
         old = arguments.write.read_text()
-        arguments.write.write_text(report.replace_between_markers(old, text, str(arguments.write)))
+        with atomic.replacing(arguments.write) as new:
+            new.write_text(report.replace_between_markers(old, text, str(arguments.write)))
         print(f"written to {arguments.write}")
     else:
         print(text)
