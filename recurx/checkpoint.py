@@ -84,6 +84,17 @@ class Checkpoint(Mapping[str, Tensor]):
         model.load_state_dict(rest, strict=False)  # strict was `check_names_and_shapes`
         return model.eval()
 
+    @property
+    def recommended(self) -> dict[str, Any]:
+        """Arguments of `recurx.solve` that suit the net: `extra["solve"]`, where "select" may be
+        "rules", which becomes the check of the task `extra["task"]`. {} if the file has none."""
+        from recurx import tasks
+
+        how = dict(self.extra.get("solve") or {})
+        if how.get("select") == "rules":
+            how["select"] = tasks.get(self.extra["task"]).accepts
+        return how
+
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.config!r}"]
         lines += [f"  assumed {name}={getattr(self.config, name)!r}: {why}"

@@ -79,9 +79,9 @@ class Rules:
         settled = unchanged >= self.patience
         return settled if self.halt == "fixed-point" else settled | wants
 
-    def entries(self, rows: Tensor) -> Tensor:
-        """The numbers of `rows` in the noise stream; a row is sample * rollouts + rollout."""
-        return rows + self.first_sample * self.rollouts
+    def entries(self, numbers: Tensor) -> Tensor:
+        """Where rows of these numbers are in the noise stream."""
+        return numbers + self.first_sample * self.rollouts
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Answers:
         steps: [B] int64 supervision steps of the selected rollout.
         q: [B] fp32 q_halt logits of the selected rollout at its last step.
         halted: [B] bool, whether it halted by itself; False where the budget ended it.
-        rollout_steps: [B, R] int64 steps of every rollout.
+        rollout_steps: [B, R] int64 steps of every rollout, 0 if it was not needed.
         logits: [B, T, vocab] of the selected rollout, if asked for.
         trace: [steps, B, T] its predictions after each step, if asked for; a row that halted keeps
             its answer.
@@ -112,12 +112,18 @@ class Answers:
 
     def histogram(self) -> dict[int, int]:
         """{number of steps: how many rollouts took them}, in ascending order."""
-        steps, counts = self.rollout_steps.flatten().unique(return_counts=True)
+        taken = self.rollout_steps[self.rollout_steps > 0]
+        steps, counts = taken.unique(return_counts=True)
         return dict(zip(steps.tolist(), counts.tolist(), strict=True))
 
 
-def refine(model: Any, data: dict[str, Tensor], rules: Rules) -> Answers:
-    """Run all rows of `data`; rollouts are rows like any other here."""
+def refine(model: Any, data: Mapping[str, Tensor], numbers: Tensor, rules: Rules) -> Answers:
+    """Run all rows of `data`; rollouts are rows like any other here.
+
+    Args:
+        numbers: [N] int64, sample * rollouts + rollout of each row, which its noise and its random
+            start follow from.
+    """
     inputs = data["inputs"]
     rows, device = torch.arange(len(inputs), device=inputs.device), inputs.device
     steps = torch.zeros(len(rows), dtype=torch.int64, device=device)
@@ -127,13 +133,13 @@ def refine(model: Any, data: dict[str, Tensor], rules: Rules) -> Answers:
     predictions = torch.zeros_like(inputs, dtype=torch.int64)
     all_logits: Tensor | None = None
     trace: list[Tensor] = []
-    carry = _start(model, data, rows, rules)
+    carry = _start(model, data, numbers, rules)
 
     for step in range(rules.max_steps):
         if len(rows) == 0:
             break
         if rules.sigma:
-            _add_noise(carry.inner_carry, rows, step, rules)
+            _add_noise(carry.inner_carry, numbers[rows], step, rules)
         carry, outputs = model(carry=carry, batch=carry.current_data)
         # The wrapper flags rows at its own budget, and would restart them; here `max_steps` rules.
         carry.halted = torch.zeros_like(carry.halted)
@@ -170,7 +176,7 @@ def refine(model: Any, data: dict[str, Tensor], rules: Rules) -> Answers:
         if rules.fill and (step + 1) % rules.fill.steps == 0:
             likely = step_logits.float().softmax(-1).amax(-1)
             question = torch.where(_sure(likely, blank, rules.fill.above), answers, question)
-            carry = _start(model, {**carry.current_data, "inputs": question}, rows, rules)
+            carry = _start(model, {**carry.current_data, "inputs": question}, numbers[rows], rules)
         if ends:
             halted[rows] = done = functools.reduce(torch.logical_or, ends)
             if done.any():
@@ -187,15 +193,15 @@ def _sure(likely: Tensor, blank: Tensor, above: float) -> Tensor:
     return blank & ((likely > above) | best)
 
 
-def _start(model: Any, data: dict[str, Tensor], rows: Tensor, rules: Rules) -> Any:
-    """The carry that `rows` begin with."""
+def _start(model: Any, data: Mapping[str, Tensor], numbers: Tensor, rules: Rules) -> Any:
+    """The carry that rows of these numbers begin with."""
     carry = fresh_carry(model, data)
     if rules.init == "random" and rules.rollouts > 1:
-        _randomise(carry.inner_carry, rows, rules)
+        _randomise(carry.inner_carry, numbers, rules)
     return carry
 
 
-def fresh_carry(model: Any, data: dict[str, Tensor]) -> Any:
+def fresh_carry(model: Any, data: Mapping[str, Tensor]) -> Any:
     """The carry in which every row holds its sample and the initial states, as the wrapper's first
     step makes it; made here so that noise can reach the first step too."""
     with data["inputs"].device:  # official code creates its carry on the default device
@@ -228,24 +234,24 @@ def _named(states: Any) -> dict[str, Tensor]:
     return states if isinstance(states, dict) else vars(states)
 
 
-def _add_noise(states: Any, rows: Tensor, step: int, rules: Rules) -> None:
+def _add_noise(states: Any, numbers: Tensor, step: int, rules: Rules) -> None:
     """Add sigma * N(0, 1) to the state that the heads read: z_H, or the only one.
 
-    The noise follows from (seed, row, step) alone, so it does not depend on a row's neighbours.
+    The noise follows from (seed, number, step) alone, so it does not depend on a row's neighbours.
     """
     values = _named(states)
     name = "z_H" if "z_H" in values else next(iter(values))
     state = values[name]
-    drawn = noise.normals(rules.entries(rows), step, tuple(state.shape[1:]), rules.seed)
+    drawn = noise.normals(rules.entries(numbers), step, tuple(state.shape[1:]), rules.seed)
     values[name] = state + (rules.sigma * drawn).to(state.dtype)
 
 
-def _randomise(states: Any, rows: Tensor, rules: Rules) -> None:
+def _randomise(states: Any, numbers: Tensor, rules: Rules) -> None:
     """Give every rollout but the first of its sample a start of its own, in all states."""
-    keeps = (rows % rules.rollouts == 0).view(-1, 1, 1)
+    keeps = (numbers % rules.rollouts == 0).view(-1, 1, 1)
     values = _named(states)
-    for number, name in enumerate(sorted(values)):
+    for which, name in enumerate(sorted(values)):
         state = values[name]
         shape = tuple(state.shape[1:])
-        drawn = noise.truncated_normals(rules.entries(rows), number, shape, rules.seed)
+        drawn = noise.truncated_normals(rules.entries(numbers), which, shape, rules.seed)
         values[name] = torch.where(keeps, state, (rules.init_scale * drawn).to(state.dtype))

@@ -1,7 +1,7 @@
 """Trained nets that come with recurx, by task.
 
 net = recurx.shipped("sudoku")                      # a Checkpoint, as load_checkpoint gives it
-answers = recurx.solve(net.build(), batch, **net.extra.get("solve", {}))
+answers = recurx.solve(net.build(), batch, **net.recommended)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def shipped(task: str = "sudoku") -> Checkpoint:
 
     Returns:
         The checkpoint; `.build()` makes the model, and `.extra` holds what its training noted:
-        "task", and possibly "solve", arguments of `recurx.solve` that suit it.
+        "task", and possibly "solve", which `.recommended` gives as arguments of `recurx.solve`.
 
     Raises:
         InvalidArgument: no net ships for the task, or this installation lacks its file.

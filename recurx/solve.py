@@ -9,18 +9,18 @@ kernels may round differently at another batch size; low bits can differ, as bet
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from recurx import rollouts as tries
 from recurx.errors import BackendUnavailable, bad_argument
 from recurx.refine import HALTS, INITS, Answers, Fill, Rules, fresh_carry, refine
 
 __all__ = ["Answers", "Fill", "solve"]
-
-SELECTIONS = ("q", "vote")
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def solve(
     halt: str | None = "q",
     rollouts: int = 1,
     sigma: float = 0.0,
-    select: str = "q",
+    select: str | tries.Accepts = "q",
     *,
     backend: str | None = None,
     halt_above: float = 0.0,
@@ -72,7 +72,10 @@ def solve(
             (EqR, arXiv 2605.21488). A single rollout always has the learned start.
         init_scale: standard deviation of random initial states.
         select: "q" picks the rollout with the highest q; "vote" the most frequent whole answer,
-            the one with the highest q among equals.
+            the one with the highest q among equals. A function (inputs [N, T], answers [N, T]) ->
+            bool [N] that can tell right answers without a label, as `recurx.tasks.get(...).accepts`
+            does by the rules: rollouts are tried in turn until it accepts one, and if it accepts
+            none, the one with the highest q is picked.
         seed: of the noise, a counter-based stream of its own for every row and step
             (recurx/noise.py): the same seed gives the same noise on any device and backend.
         first_sample: number of the batch's first sample in that stream, so that a sample's noise
@@ -93,15 +96,15 @@ def solve(
     _check(rules, select)
     model = _act_model(model)
     data = _complete(batch)
-    samples = len(data["inputs"])
     with _evaluating(model):
-        if backend == "cuda" and samples:
+        if backend == "cuda" and len(data["inputs"]):
             found = _refine_in_kernel(model, data, rules)
-        else:
-            rows = {key: value.repeat_interleave(rollouts, dim=0) for key, value in data.items()}
-            with _running_on(model, backend):
-                found = refine(model, rows, rules)
-    return _select(found, samples, rollouts, select)
+            return tries.pick(found, data["inputs"], rollouts, select)
+        run = functools.partial(refine, model, rules=rules)
+        with _running_on(model, backend):
+            if callable(select):
+                return tries.in_turn(run, data, rollouts, select)
+            return tries.at_once(run, data, rollouts, select)
 
 
 @contextlib.contextmanager
@@ -173,28 +176,6 @@ def _beyond_the_kernel(rules: Rules) -> str:
     )
 
 
-def _select(found: Answers, samples: int, rollouts: int, select: str) -> Answers:
-    """The picked rollout of each sample, from the rows sample * rollouts + rollout."""
-    by_rollout = found.q.view(samples, rollouts)
-    if select == "vote" and rollouts > 1:
-        answers = found.predictions.view(samples, rollouts, -1)
-        same = (answers[:, :, None] == answers[:, None, :]).all(-1)
-        votes = same.sum(-1)
-        winners = votes == votes.amax(dim=1, keepdim=True)
-        by_rollout = by_rollout.masked_fill(~winners, -torch.inf)
-    first = torch.arange(samples, device=found.q.device) * rollouts
-    rows = first + (by_rollout.argmax(dim=1) if samples else 0)
-    return Answers(
-        predictions=found.predictions[rows],
-        steps=found.steps[rows],
-        q=found.q[rows],
-        halted=found.halted[rows],
-        rollout_steps=found.steps.view(samples, rollouts),
-        logits=None if found.logits is None else found.logits[rows],
-        trace=None if found.trace is None else found.trace[:, rows],
-    )
-
-
 # ---- the model's side --------------------------------------------------------------------------
 
 
@@ -249,7 +230,7 @@ def _fill(fill: Fill | Mapping[str, Any] | None) -> Fill | None:
     return found
 
 
-def _check(rules: Rules, select: str) -> None:
+def _check(rules: Rules, select: str | tries.Accepts) -> None:
     counts = {"max_steps": 1, "rollouts": 1, "patience": 1, "first_sample": 0}
     for arg, least in counts.items():
         value = getattr(rules, arg)
@@ -264,5 +245,6 @@ def _check(rules: Rules, select: str) -> None:
     above = rules.halt_above
     if not isinstance(above, (int, float)) or above != above:
         raise bad_argument("solve", "halt_above", "a number", repr(above))
-    if select not in SELECTIONS:
-        raise bad_argument("solve", "select", f"one of {SELECTIONS}", repr(select))
+    if not callable(select) and select not in tries.SELECTIONS:
+        known = f"one of {tries.SELECTIONS}, or a function that checks answers"
+        raise bad_argument("solve", "select", known, repr(select))

@@ -59,7 +59,7 @@ def test_every_net_in_the_package_is_registered_loads_and_is_small() -> None:
         game = recurx.tasks.get(task)
         assert (loaded.config.seq_len, loaded.config.vocab_size) == (game.seq_len, game.vocab_size)
         batch = {"inputs": torch.ones(1, game.seq_len, dtype=torch.int64)}
-        recurx.solve(loaded.build(), batch, **{**loaded.extra.get("solve", {}), "max_steps": 1})
+        recurx.solve(loaded.build(), batch, **{**loaded.recommended, "max_steps": 1})
     assert recurx.shipped("sudoku-6x6:clues=12").path == folder / module().NETS["sudoku-6x6"]
 
 

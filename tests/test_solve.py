@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 import recurx
 from recurx.models import HRM, TRM, ACTLossHead, HRMConfig, TRMConfig
-from recurx.solve import Answers, _select
 from tests import official
 
 VOCAB, TOKENS, BATCH = 7, 9, 24
@@ -104,7 +103,7 @@ def test_a_higher_bar_for_q_takes_more_steps_and_the_official_one_is_zero() -> N
     assert (recurx.solve(model, batch, max_steps=8, halt_above=-1e9).steps == 1).all()
 
 
-def _items(answers: Answers) -> list[tuple[int, int]]:
+def _items(answers: recurx.Answers) -> list[tuple[int, int]]:
     assert sum(answers.histogram().values()) == answers.rollout_steps.numel()
     return list(answers.histogram().items())
 
@@ -144,24 +143,6 @@ def test_noise_reaches_the_first_step() -> None:
     quiet = recurx.solve(model, batch, max_steps=1, halt=None, logits=True)
     noisy = recurx.solve(model, batch, max_steps=1, halt=None, sigma=0.5, logits=True)
     assert not torch.equal(quiet.logits, noisy.logits)
-
-
-def test_selection_by_q_and_by_vote() -> None:
-    predictions = torch.tensor([[1, 1], [2, 2], [2, 2], [5, 5], [6, 6], [7, 7]])
-    found = Answers(
-        predictions=predictions,
-        steps=torch.tensor([1, 2, 3, 4, 5, 6]),
-        q=torch.tensor([9.0, 1.0, 2.0, -1.0, -3.0, -2.0]),
-        halted=torch.tensor([True, False, True, False, False, False]),
-        rollout_steps=torch.zeros(6, 1, dtype=torch.int64),
-        trace=predictions[None],
-    )
-    by_q, by_vote = _select(found, 2, 3, "q"), _select(found, 2, 3, "vote")
-    assert by_q.predictions.tolist() == [[1, 1], [5, 5]] and by_q.steps.tolist() == [1, 4]
-    assert by_vote.predictions.tolist() == [[2, 2], [5, 5]] and by_vote.steps.tolist() == [3, 4]
-    assert by_vote.q.tolist() == [2.0, -1.0] and by_vote.halted.tolist() == [True, False]
-    assert by_vote.trace.tolist() == [[[2, 2], [5, 5]]]
-    assert by_vote.rollout_steps.tolist() == [[1, 2, 3], [4, 5, 6]]
 
 
 def test_empty_batch_loss_head_mode_and_missing_identifiers() -> None:

@@ -109,8 +109,11 @@ def add_refinement(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--init-scale", type=float, metavar="STD",
                         help="deviation of random starts (default 1)")  # fmt: skip
-    parser.add_argument("--select", choices=("q", "vote"),
-                        help="how the answer is picked among tries (default q)")  # fmt: skip
+    parser.add_argument(
+        "--select", choices=("q", "vote", "rules"), help="how the answer is picked among tries: "
+        "the most confident (q, default), the most frequent (vote), or the first that obeys the "
+        "rules of the task, and then no more are made (rules)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of all randomness (default 0)")
 
 
@@ -147,6 +150,8 @@ def refinement(
         raise InvalidArgument(
             "--rollouts: without --sigma or --init random all tries of a puzzle are the same."
         )
+    if values["select"] == "rules":
+        values["select"] = task.accepts
     return values
 
 

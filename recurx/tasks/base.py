@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Tokens = NDArray[np.int64]  # [N, T] token ids; 0 is padding in every task
 Flags = NDArray[np.bool_]  # [N]
@@ -112,6 +116,13 @@ class Task(ABC):
     @abstractmethod
     def check(self, inputs: Tokens, answers: Tokens) -> Flags:
         """Whether each answer is right by the rules and the givens; needs no solution."""
+
+    def accepts(self, inputs: Tensor, answers: Tensor) -> Tensor:
+        """`check` for `recurx.solve(..., select=task.accepts)`: int [N, T] twice -> bool [N]."""
+        import torch
+
+        flags = self.check(inputs.cpu().numpy(), answers.cpu().numpy())
+        return torch.from_numpy(flags).to(inputs.device)
 
     def right(self, examples: Examples, answers: Tokens) -> Flags:
         """Whether each answer to `examples` is right: by `check`, and by `examples.answers` only

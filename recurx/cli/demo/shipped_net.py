@@ -39,7 +39,7 @@ def solve_typed(console: Console, arguments: argparse.Namespace, device: torch.d
     """Solve `--puzzle LINE`, and whether that went well."""
     board = files.parse_boards([arguments.puzzle_line], Layout.of(9))[0]
     model, task, loaded = open_net(arguments, device)
-    return fill(console, model, task, board, loaded.extra.get("solve", {}))
+    return fill(console, model, task, board, loaded.recommended)
 
 
 def fill(
