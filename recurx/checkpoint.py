@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from recurx.atomic import save_tensors
 from recurx.errors import CheckpointError, bad_argument
 from recurx.models.act import RecursiveModel
-from recurx.models.config import HRMConfig, ModelConfig, TRMConfig
+from recurx.models.config import ModelConfig, TRMConfig, config_class
 from recurx.models.infer import TABLE, check_names_and_shapes, infer_config, untrained
 
 _WRAPPERS = {"_orig_mod", "module", "model"}  # torch.compile, DDP, the loss head
@@ -304,8 +304,7 @@ def _stored_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     if "encoder_width" in values:
         raise CheckpointError(f"{path}: a hybrid: recurx.hybrid.HybridReasoner.load reads it.")
     try:
-        config_class = HRMConfig if values.get("variant") == "hrm" else TRMConfig
-        return config_class.from_dict(values).to_dict()
+        return config_class(values.get("variant")).from_dict(values).to_dict()
     except ValueError as error:
         raise _unreadable(path, error) from error
 

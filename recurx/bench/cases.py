@@ -153,9 +153,9 @@ def build_exact(name: str, batch: int) -> RecursiveModel:
 
 
 def _model(config: ModelConfig, backend: str) -> RecursiveModel:
-    from recurx.models import HRM, TRM
+    from recurx.models import build_model
 
-    return (HRM if config.variant == "hrm" else TRM)(config, backend).eval()
+    return build_model(config, backend).eval()
 
 
 def sample(model: RecursiveModel, batch: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -1,7 +1,14 @@
 """TRM and HRM with the official parameter names, built on `recurx.recurse`."""
 
-from recurx.models.act import HRM, TRM, Carry, RecursiveModel
-from recurx.models.config import VARIANTS, HRMConfig, ModelConfig, TRMConfig, Variant
+from recurx.models.act import HRM, TRM, Carry, RecursiveModel, build_model
+from recurx.models.config import (
+    VARIANTS,
+    HRMConfig,
+    ModelConfig,
+    TRMConfig,
+    Variant,
+    config_class,
+)
 from recurx.models.exploration import Exploration
 from recurx.models.inner import Inner
 from recurx.models.losses import ACTLossHead, softmax_cross_entropy, stablemax_cross_entropy
@@ -22,6 +29,8 @@ __all__ = [
     "RecursiveModel",
     "TRMConfig",
     "Variant",
+    "build_model",
+    "config_class",
     "fused_stablemax_cross_entropy",
     "softmax_cross_entropy",
     "stablemax_cross_entropy",

@@ -187,3 +187,8 @@ class HRM(RecursiveModel):
     """Hierarchical Reasoning Model: two nets and a 1-step gradient (arXiv 2506.21734)."""
 
     config_class = HRMConfig
+
+
+def build_model(config: ModelConfig, backend: str = "auto") -> RecursiveModel:
+    """The untrained model of a configuration: an HRM or a TRM."""
+    return (HRM if config.variant == "hrm" else TRM)(config, backend)

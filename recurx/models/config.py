@@ -333,3 +333,8 @@ class HRMConfig(ModelConfig):
             H_layers=1, L_layers=1, forward_dtype="float32",
         )  # fmt: skip
         return base.replace(**changes)
+
+
+def config_class(variant: str | None) -> type[ModelConfig]:
+    """The class of configurations of this variant; TRM's if nothing tells (None)."""
+    return HRMConfig if variant == "hrm" else TRMConfig

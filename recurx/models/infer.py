@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from recurx.errors import CheckpointError
-from recurx.models.act import HRM, TRM, RecursiveModel
-from recurx.models.config import HRMConfig, ModelConfig, TRMConfig
+from recurx.models.act import RecursiveModel, build_model
+from recurx.models.config import ModelConfig, config_class
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -48,7 +48,6 @@ def infer_config(
         )
     variant = _variant(shapes)
     fields = _certain(shapes, variant, state)
-    config_class: type[ModelConfig] = HRMConfig if variant == "hrm" else TRMConfig
     assumed: dict[str, str] = {}
     for name, (value, why) in _assumptions(shapes, fields, known, variant).items():
         if name not in known:
@@ -57,7 +56,7 @@ def infer_config(
         fields |= _expansion(shapes, fields["hidden_size"], known)
     if "forward_dtype" in known:  # a choice: weights are masters, and start states are cast
         fields["forward_dtype"] = known["forward_dtype"]
-    return config_class.from_dict({**known, **fields}), assumed
+    return config_class(variant).from_dict({**known, **fields}), assumed
 
 
 def _variant(shapes: Shapes) -> str:
@@ -200,9 +199,8 @@ def check_names_and_shapes(config: ModelConfig, state: Mapping[str, Tensor]) -> 
 
 def untrained(config: ModelConfig, backend: str = "auto") -> RecursiveModel:
     """A fresh model with a puzzle table of one row only; leaves the random state as it was."""
-    model_class = HRM if config.variant == "hrm" else TRM
     with torch.random.fork_rng(devices=[]):
-        model = model_class(config.replace(num_puzzle_identifiers=1), backend=backend)
+        model = build_model(config.replace(num_puzzle_identifiers=1), backend)
     model.config = model.inner.config = config
     return model
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from recurx import tasks
 from recurx.errors import InvalidArgument, bad_argument
-from recurx.models import HRMConfig, ModelConfig, TRMConfig
+from recurx.models import ModelConfig, config_class
 from recurx.models.losses import HALT_WEIGHT
 
 OPTIMIZERS = ("adam-atan2", "adamw")
@@ -137,8 +137,7 @@ class TrainConfig:
             "batch_size": self.batch_size,
             "num_puzzle_identifiers": task.num_puzzle_identifiers,
         }
-        config_class = HRMConfig if self.model.get("variant") == "hrm" else TRMConfig
-        config = config_class.from_dict({**sizes, **self.model})
+        config = config_class(self.model.get("variant")).from_dict({**sizes, **self.model})
         if task.num_puzzle_identifiers > 1 and not config.puzzle_emb_ndim:
             raise bad_argument(
                 "train", "puzzle_emb_ndim", f"more than 0 for {self.task}, whose puzzles only "

@@ -23,13 +23,12 @@ from recurx import atomic, tasks
 from recurx.checkpoint import load_checkpoint, save_checkpoint
 from recurx.errors import CheckpointError, InvalidArgument, bad_argument
 from recurx.models import (
-    HRM,
-    TRM,
     ACTLossHead,
     Carry,
     Exploration,
     ModelConfig,
     RecursiveModel,
+    build_model,
 )
 from recurx.models.stablemax import IGNORE
 from recurx.tasks.base import PAD, Examples
@@ -187,7 +186,7 @@ class Trainer:
 
     def make_model(self, config: ModelConfig, backend: str) -> RecursiveModel:
         """The untrained model; called once, under the run's seed."""
-        return (HRM if config.variant == "hrm" else TRM)(config, backend)
+        return build_model(config, backend)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
