@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -208,6 +209,10 @@ def test_demo_solves_a_typed_puzzle_and_says_how_it_went(net, capsys, monkeypatc
     printed = capsys.readouterr().out
     assert "after steps 1, 2 of 2" in printed and "Solved." in printed
     assert printed.count("51 blank") == 2 and printed.count("solved") == 1
+    assert "tries" not in printed
+    planted = dataclasses.replace(planted, rollout_steps=torch.tensor([[3, 2, 0]]))
+    assert main(["demo", "--puzzle", EASY]) == 0
+    assert "of 2, the best of 2 tries; a puzzle of one" in capsys.readouterr().out
 
 
 def test_demo_asks_only_where_somebody_can_answer(net, monkeypatch) -> None:

@@ -66,8 +66,10 @@ def fill(
     show_boards(console, task, states, to_tokens(found.boards[0]) if unique else None)
     known = {0: "this puzzle has no solution", 1: "a puzzle of one solution"}
     many = known.get(int(found.count[0]), "a puzzle of several solutions")
+    tries = int((answers.rollout_steps > 0).sum())
+    which = f", the best of {tries} tries" if tries > 1 else ""
     console.print(
-        f"after steps {', '.join(map(str, shown))} of {int(answers.steps[0])}; {many}. "
+        f"after steps {', '.join(map(str, shown))} of {int(answers.steps[0])}{which}; {many}. "
         + ("Solved." if right[-1] else "Not solved: this net does not solve every puzzle.")
     )
     return bool(right[-1])
