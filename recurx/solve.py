@@ -74,8 +74,8 @@ def solve(
         select: "q" picks the rollout with the highest q; "vote" the most frequent whole answer,
             the one with the highest q among equals. A function (inputs [N, T], answers [N, T]) ->
             bool [N] that can tell right answers without a label, as `recurx.tasks.get(...).accepts`
-            does by the rules: rollouts are tried in turn until it accepts one, and if it accepts
-            none, the one with the highest q is picked.
+            does by the rules: rollouts are tried in turn until it accepts one (with backend "cuda"
+            all in one launch), and if it accepts none, the one with the highest q is picked.
         seed: of the noise, a counter-based stream of its own for every row and step
             (recurx/noise.py): the same seed gives the same noise on any device and backend.
         first_sample: number of the batch's first sample in that stream, so that a sample's noise
