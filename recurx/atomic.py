@@ -25,16 +25,18 @@ if TYPE_CHECKING:
 def replacing(path: Path) -> Iterator[Path]:
     """Where to write a file that takes the name `path` when the block ends without an error.
 
-    Its permissions are those of any new file of this process (safetensors' own are the owner's).
+    It has the permissions of the file it replaces, else those of any new file of this process
+    (what safetensors writes, only its owner can read).
     """
     beside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         plain, new = beside / "plain", beside / "new"
         plain.touch()
+        like = path if path.exists() else plain
         yield new
         with new.open("rb") as written:
             os.fsync(written.fileno())
-        new.chmod(stat.S_IMODE(plain.stat().st_mode))
+        new.chmod(stat.S_IMODE(like.stat().st_mode))
         os.replace(new, path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -87,11 +87,20 @@ class Checkpoint(Mapping[str, Tensor]):
     @property
     def recommended(self) -> dict[str, Any]:
         """Arguments of `recurx.solve` that suit the net: `extra["solve"]`, where "select" may be
-        "rules", which becomes the check of the task `extra["task"]`. {} if the file has none."""
+        "rules", which becomes the check of the task `extra["task"]`. {} if the file has none.
+
+        Raises:
+            CheckpointError: it recommends the rules of a task that it does not name.
+        """
         from recurx import tasks
 
         how = dict(self.extra.get("solve") or {})
         if how.get("select") == "rules":
+            if "task" not in self.extra:
+                raise CheckpointError(
+                    f"{self.path} recommends select='rules' and does not say of which task: pass "
+                    f"`**net.extra['solve'] | {{'select': recurx.tasks.get(TASK).accepts}}`."
+                )
             how["select"] = tasks.get(self.extra["task"]).accepts
         return how
 

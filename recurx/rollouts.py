@@ -1,6 +1,6 @@
 """Rollouts: several tries of each sample, and which of them counts.
 
-A row is sample * rollouts + rollout; the noise and the random start of a try follow from its row.
+A try has the number sample * rollouts + rollout; its noise and its random start follow from it.
 """
 
 from __future__ import annotations

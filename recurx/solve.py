@@ -246,5 +246,8 @@ def _check(rules: Rules, select: str | tries.Accepts) -> None:
     if not isinstance(above, (int, float)) or above != above:
         raise bad_argument("solve", "halt_above", "a number", repr(above))
     if not callable(select) and select not in tries.SELECTIONS:
-        known = f"one of {tries.SELECTIONS}, or a function that checks answers"
-        raise bad_argument("solve", "select", known, repr(select))
+        raise bad_argument(
+            "solve", "select", f"one of {tries.SELECTIONS}, or a function that checks answers",
+            repr(select), "For the rules of a task pass recurx.tasks.get(...).accepts; for what a "
+            "checkpoint recommends, its `.recommended`.",
+        )  # fmt: skip

@@ -272,6 +272,9 @@ def test_saved_files_have_the_permissions_of_any_new_file(umask: int, tmp_path: 
     finally:
         os.umask(old)
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+    path.chmod(0o640)
+    recurx.save_checkpoint(path, random_model("trm"))
+    assert path.stat().st_mode & 0o777 == 0o640  # a file that is replaced keeps its own
 
 
 def test_an_interrupted_save_leaves_the_old_file(

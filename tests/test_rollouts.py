@@ -11,7 +11,7 @@ from torch import Tensor
 
 import recurx
 from recurx import rollouts, tasks
-from recurx.cli import main
+from recurx.cli import main, options
 from recurx.models import TRM, TRMConfig
 from recurx.refine import Answers, Rules, refine
 from tests.test_solve import make_batch, make_model
@@ -52,10 +52,13 @@ def some_pass(inputs: Tensor, answers: Tensor) -> Tensor:
     return (answers.sum(-1) + inputs.sum(-1)) % 3 == 0
 
 
-def test_tries_in_turn_pick_what_all_at_once_pick() -> None:
-    """Some samples pass at once, some later, some never; noise and starts are those of the row."""
+@pytest.mark.parametrize("more", [{}, {"first_sample": 7, "fill": recurx.Fill(2, 0.3)}])
+def test_tries_in_turn_pick_what_all_at_once_pick(more: dict) -> None:
+    """Some samples pass at once, some later, some never; noise and starts are those of the try."""
     model, batch = make_model(), make_batch()
-    rules = Rules(STEPS, "q", rollouts=TRIES, sigma=0.8, init="random", logits=True, trace=True)
+    rules = Rules(
+        STEPS, "q", rollouts=TRIES, sigma=0.8, init="random", logits=True, trace=True, **more
+    )
     run = functools.partial(refine, model, rules=rules)
     with torch.no_grad():
         at_once = rollouts.at_once(run, batch, TRIES, some_pass)
@@ -64,8 +67,11 @@ def test_tries_in_turn_pick_what_all_at_once_pick() -> None:
     passed = some_pass(batch["inputs"], in_turn.predictions)
     assert {1, 2, TRIES} <= set(made.tolist()) and not passed.all()
     assert (made[~passed] == TRIES).all()
-    for name in ("predictions", "steps", "halted", "trace"):
+    for name in ("predictions", "steps", "halted"):
         assert torch.equal(getattr(in_turn, name), getattr(at_once, name)), name
+    longest = len(in_turn.trace)  # a try that was not needed may have had more steps
+    assert torch.equal(in_turn.trace, at_once.trace[:longest])
+    assert torch.equal(in_turn.trace[-1], at_once.trace[-1])
     for name in ("q", "logits"):  # batches of other sizes round differently
         torch.testing.assert_close(getattr(in_turn, name), getattr(at_once, name))
     not_made = in_turn.rollout_steps == 0
@@ -118,6 +124,9 @@ def test_tasks_check_by_their_rules_and_arc_says_why_it_cannot() -> None:
     arc = tasks.get("arc:limit=1,augmentations=0")
     with pytest.raises(recurx.InvalidArgument, match="only its label tells"):
         arc.accepts(inputs, answers)
+    assert task.has_rules and options.by_rules({"select": "vote"}, arc) == {"select": "vote"}
+    with pytest.raises(recurx.InvalidArgument, match="only labels tell right answers to arc"):
+        options.by_rules({"select": "rules"}, arc)
 
 
 def test_the_command_line_and_a_net_may_ask_for_the_rules(tmp_path, capsys) -> None:
@@ -137,3 +146,6 @@ def test_the_command_line_and_a_net_may_ask_for_the_rules(tmp_path, capsys) -> N
     assert recommended["select"].__self__ == task and recommended["sigma"] == 0.5
     batch = {"inputs": torch.ones(1, task.seq_len, dtype=torch.int64)}
     assert recurx.solve(model, batch, **recommended).rollout_steps.tolist() == [[2, 2, 2]]
+    recurx.save_checkpoint(path, model, {"solve": {"select": "rules"}})
+    with pytest.raises(recurx.CheckpointError, match="does not say of which task"):
+        _ = recurx.load_checkpoint(path).recommended

@@ -238,9 +238,11 @@ def _report(arguments: argparse.Namespace) -> int:
     found = sorted(found, key=lambda r: r.date) or results.load_folder(results_folder())
     text = report.markdown(found)
     if arguments.write:
-        old = arguments.write.read_text()
-        with atomic.replacing(arguments.write) as new:
-            new.write_text(report.replace_between_markers(old, text, str(arguments.write)))
+        page = arguments.write.resolve()  # a link stays one
+        old = page.read_text(encoding="utf-8")
+        edited = report.replace_between_markers(old, text, str(arguments.write))
+        with atomic.replacing(page) as new:
+            new.write_text(edited, encoding="utf-8")
         print(f"written to {arguments.write}")
     else:
         print(text)

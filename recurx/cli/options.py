@@ -150,9 +150,23 @@ def refinement(
         raise InvalidArgument(
             "--rollouts: without --sigma or --init random all tries of a puzzle are the same."
         )
-    if values["select"] == "rules":
-        values["select"] = task.accepts
-    return values
+    return by_rules(values, task)
+
+
+def by_rules(how: Mapping[str, Any], task: Task) -> dict[str, Any]:
+    """Arguments of `recurx.solve`, with the check of `task` where "select" is "rules".
+
+    Raises:
+        InvalidArgument: the task has no rules that tell right answers from wrong.
+    """
+    if how.get("select") != "rules":
+        return dict(how)
+    if not task.has_rules:
+        raise InvalidArgument(
+            f"--select rules: only labels tell right answers to {task.name} from wrong ones. Use "
+            "--select q or vote."
+        )
+    return {**how, "select": task.accepts}
 
 
 def prepare_machine(arguments: argparse.Namespace) -> Any:

@@ -91,6 +91,11 @@ class Task(ABC):
         return None
 
     @property
+    def has_rules(self) -> bool:
+        """Whether `check` can tell right answers from wrong without their labels."""
+        return True
+
+    @property
     @abstractmethod
     def held_out_rule(self) -> str: ...
 

@@ -72,6 +72,11 @@ def test_markers(tmp_path, result, capsys):
         text = readme.read_text()
         assert text.startswith("# head\n<!-- bench:begin (generated) -->\n**Some CPU")
         assert text.endswith("<!-- bench:end -->\ntail\n") and "old" not in text
+    link = tmp_path / "link.md"
+    link.symlink_to(readme)
+    readme.write_text(text.replace("Some CPU", "old"))
+    assert main([*command[:4], str(link), "--no-plots"]) == 0
+    assert link.is_symlink() and readme.read_text() == text
     readme.write_text("# no markers\n")
     assert main(command) == 2 and readme.read_text() == "# no markers\n"
     assert "bench:begin" in capsys.readouterr().err

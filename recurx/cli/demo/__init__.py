@@ -64,9 +64,9 @@ def run(arguments: argparse.Namespace) -> int:
     net = None
     if arguments.checkpoint or available("sudoku"):
         learn.heading(console, 6, "A trained 9x9 net, one board step by step")
-        net = shipped_net.open_net(arguments, device)
-        model, task, loaded = net
-        shipped_net.fill(console, model, task, puzzles[0], loaded.recommended)
+        model, task, loaded = shipped_net.open_net(arguments, device)
+        net = model, task, options.by_rules(loaded.extra.get("solve", {}), task)
+        shipped_net.fill(console, model, task, puzzles[0], net[2])
     seconds = time.perf_counter() - start
     puzzle = "".join(map(str, to_boards(trained.examples.inputs[0]).tolist()))
     console.print(
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
         soft_wrap=True,
     )
     if net is not None and not arguments.json:
-        shipped_net.ask(console, net[0], net[1], net[2].recommended)
+        shipped_net.ask(console, *net)
     if arguments.json:
         output.json_line(
             {"seconds": seconds, "training_seconds": trained.trainer.seconds, "trained": small,

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 import recurx
+from recurx.cli import options
 from recurx.cli.checkpoints import open_checkpoint
 from recurx.cli.demo.learn import show_boards
 from recurx.errors import InvalidArgument
@@ -39,7 +40,8 @@ def solve_typed(console: Console, arguments: argparse.Namespace, device: torch.d
     """Solve `--puzzle LINE`, and whether that went well."""
     board = files.parse_boards([arguments.puzzle_line], Layout.of(9))[0]
     model, task, loaded = open_net(arguments, device)
-    return fill(console, model, task, board, loaded.recommended)
+    how = options.by_rules(loaded.extra.get("solve", {}), task)
+    return fill(console, model, task, board, how)
 
 
 def fill(

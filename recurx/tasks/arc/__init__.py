@@ -179,6 +179,10 @@ class Arc(Task):
 
     # ---- answers -------------------------------------------------------------------------------
 
+    @property
+    def has_rules(self) -> bool:
+        return False
+
     def right(self, examples: Examples, answers: Tokens) -> Flags:
         """By the labels: all tokens of the grid and its ends; what lies beyond is not asked for."""
         return ((answers == examples.answers) | (examples.answers == PAD)).all(axis=1)
