@@ -82,8 +82,9 @@ def solve(
             does not depend on how a data set is cut into batches.
         logits, trace: also return them (see `Answers`).
         fill: fill blanks in the order of confidence, instead of reading the answer all at once
-            (`recurx.Fill`, or its fields as a mapping). For hard questions, at many more steps:
-            give it a budget of `max_steps` as large as a question has blanks.
+            (`recurx.Fill`, or its fields as a mapping). For hard questions, at many more steps.
+            Fill every so many `steps` as the net was trained with, or more, and let `halt="q"` end
+            it, unless the net was trained on questions with few blanks too.
 
     Raises:
         InvalidArgument: a bad argument, or a model without the ACT interface.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 import recurx
-from recurx.cli import main
+from recurx.cli import main, options
 from recurx.models import TRM, TRMConfig
 from tests.test_shipped import EASY, net, puzzle_file  # noqa: F401 (a fixture)
 from tests.test_solve import CountRows, fixed_loop, make_batch, make_model
@@ -125,6 +126,29 @@ def test_a_net_may_recommend_filling_and_the_user_may_decline(tmp_path, capsys) 
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps_mean"] <= 5
     assert main([*arguments, "--fill", "none"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps_mean"] == 5
+
+
+def test_the_user_changes_only_what_is_said_of_a_recommended_filling() -> None:
+    task, how = recurx.tasks.get("sudoku"), {"max_steps": 64, "fill": {"blank": 1, "above": 0.5}}
+    parser = argparse.ArgumentParser()
+    options.add_refinement(parser)
+
+    def asked(*words: str, recommended: dict | None = None) -> tuple:
+        values = options.refinement(parser.parse_args(words), recommended, task)
+        return values.get("fill"), values["max_steps"]
+
+    says = how | {"fill": how["fill"] | {"steps": 4}}
+    assert asked(recommended=says) == asked("--fill", recommended=says) == (says["fill"], 64)
+    assert asked("--fill", "0.9", recommended=says) == ({**says["fill"], "above": 0.9}, 64)
+    assert asked("--fill-every", "2", recommended=says) == ({**says["fill"], "steps": 2}, 64)
+    assert asked("--fill", "none", recommended=says) == (None, 64)
+    assert asked() == (None, 16) and asked("--fill") == ({"blank": 1}, 82)
+    assert asked("--fill", "0.9", "--fill-every", "3") == (
+        {"blank": 1, "above": 0.9, "steps": 3}, 244,
+    )  # fmt: skip
+    assert asked("--fill", "--max-steps", "9") == ({"blank": 1}, 9)
+    with pytest.raises(recurx.InvalidArgument, match="--fill-every: nothing is filled"):
+        asked("--fill-every", "2")
 
 
 def test_what_has_no_blanks_is_not_filled(tmp_path, capsys) -> None:

@@ -78,47 +78,55 @@ REFINEMENT: dict[str, Any] = {
 
 def add_refinement(parser: argparse.ArgumentParser) -> None:
     """Options for `REFINEMENT`. Their own default is None: a net may recommend values."""
-    parser.add_argument(
+    group = parser.add_argument_group(
+        "how puzzles are answered", "What is not given is what the net recommends, if it "
+        "recommends anything (the 9x9 net that ships does), else the default.",
+    )  # fmt: skip
+    group.add_argument(
         "--max-steps", type=positive, metavar="N",
         help="supervision steps a puzzle may take (default 16; may exceed those of training)",
     )  # fmt: skip
-    parser.add_argument(
+    group.add_argument(
         "--halt", choices=("q", "fixed-point", "any", "none"),
         help="a puzzle ends when the model says so (q, default), when its answer stays the same "
         "(fixed-point), at the first of both (any), or after all steps (none)",
     )  # fmt: skip
-    parser.add_argument(
+    group.add_argument(
         "--halt-above", type=float, metavar="Q",
         help="q (logit of being right) that ends a puzzle: 0 (default) is even odds, 3 is 20 to 1",
     )  # fmt: skip
-    parser.add_argument(
+    group.add_argument(
         "--patience", type=positive, metavar="N",
         help="steps without a change that are a fixed point (default 2)",
     )  # fmt: skip
-    parser.add_argument(
-        "--fill", type=_fill, nargs="?", const=0.99, metavar="P", help="fill blanks one after the "
-        "other, the likeliest and all those over probability P (0.99) first; 'none' does not",
+    group.add_argument(
+        "--fill", type=_fill, nargs="?", const=True, metavar="P", help="fill blanks one after the "
+        "other, the likeliest and all those over probability P first (default 0.99); 'none' does "
+        "not",
     )  # fmt: skip
-    parser.add_argument("--rollouts", type=positive, metavar="N",
+    group.add_argument("--fill-every", type=positive, metavar="N",
+                       help="supervision steps before each filling (default 1): as many as "
+                       "training had, or more")  # fmt: skip
+    group.add_argument("--rollouts", type=positive, metavar="N",
                         help="tries of each puzzle (default 1)")  # fmt: skip
-    parser.add_argument("--sigma", type=float, help="noise in each step of a try (default 0)")
-    parser.add_argument(
+    group.add_argument("--sigma", type=float, help="noise in each step of a try (default 0)")
+    group.add_argument(
         "--init", choices=("learned", "random"),
         help="where tries start: all at the learned states (default), or all but the first at "
         "random ones",
     )  # fmt: skip
-    parser.add_argument("--init-scale", type=float, metavar="STD",
+    group.add_argument("--init-scale", type=float, metavar="STD",
                         help="deviation of random starts (default 1)")  # fmt: skip
-    parser.add_argument(
+    group.add_argument(
         "--select", choices=("q", "vote", "rules"), help="how the answer is picked among tries: "
         "the most confident (q, default), the most frequent (vote), or the first that obeys the "
         "rules of the task, and then no more are made (rules)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of all randomness (default 0)")
+    group.add_argument("--seed", type=int, default=0, help="of all randomness (default 0)")
 
 
 def _fill(text: str) -> float | str:
-    """A probability, or none."""
+    """A probability, or "none"."""
     try:
         value = text if text == "none" else float(text)
     except ValueError:
@@ -140,17 +148,33 @@ def refinement(
             values[key] = None if given == "none" else given
     if arguments.fill == "none":
         values.pop("fill", None)
-    elif arguments.fill is not None:
-        if task.blank is None:
-            raise InvalidArgument(f"--fill: questions of {task.name} have no blanks.")
-        values["fill"] = {"blank": task.blank, "above": arguments.fill}
-        if arguments.max_steps is None:  # one blank a step at worst, and one step to judge
-            values["max_steps"] = task.seq_len + 1
+    elif arguments.fill is not None or arguments.fill_every is not None:
+        values |= _filling(arguments, values, task)
     if values["rollouts"] > 1 and not values["sigma"] and values["init"] == "learned":
         raise InvalidArgument(
             "--rollouts: without --sigma or --init random all tries of a puzzle are the same."
         )
     return by_rules(values, task)
+
+
+def _filling(
+    arguments: argparse.Namespace, values: Mapping[str, Any], task: Task
+) -> dict[str, Any]:
+    """ "fill" and "max_steps" of a user who asked for filling, or for another one than the net."""
+    recommended = values.get("fill")
+    if task.blank is None:
+        raise InvalidArgument(f"--fill: questions of {task.name} have no blanks.")
+    if arguments.fill is None and not recommended:
+        raise InvalidArgument("--fill-every: nothing is filled; give --fill too.")
+    fill = {"blank": task.blank, **(recommended or {})}
+    if isinstance(arguments.fill, float):
+        fill["above"] = arguments.fill
+    if arguments.fill_every is not None:
+        fill["steps"] = arguments.fill_every
+    steps = values["max_steps"]
+    if arguments.max_steps is None and not recommended:  # a blank at a time, and a step to judge
+        steps = task.seq_len * fill.get("steps", 1) + 1
+    return {"fill": fill, "max_steps": steps}
 
 
 def by_rules(how: Mapping[str, Any], task: Task) -> dict[str, Any]:
