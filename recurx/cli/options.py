@@ -160,7 +160,8 @@ def refinement(
 def _filling(
     arguments: argparse.Namespace, values: Mapping[str, Any], task: Task
 ) -> dict[str, Any]:
-    """ "fill" and "max_steps" of a user who asked for filling, or for another one than the net."""
+    """What a user who asked for filling, or for another one than the net, gets: its arguments
+    "fill" and "max_steps"."""
     recommended = values.get("fill")
     if task.blank is None:
         raise InvalidArgument(f"--fill: questions of {task.name} have no blanks.")

@@ -23,8 +23,8 @@ class TrainingDisplay:
 
     Use as a context manager around `Trainer.run(..., on_step=display.on_step)`. The bar shows the
     held-out accuracy, since nothing else tells how far a run is. Refinement takes all 16 steps
-    unless `solve_arguments` say otherwise. `on_record` gets the step and
-    what metrics.jsonl gets, after each evaluation.
+    unless `solve_arguments` say otherwise. `on_record` gets the step and what metrics.jsonl gets,
+    after each evaluation.
     """
 
     def __init__(

@@ -29,9 +29,8 @@ XEON = device.cpu_device(
     1, 13.4, fp32_tflops=0.172, bf16_tflops=1.75, operator_us=4.4, cache_bytes=480 << 20,
     isa="amx", stream_gbs=28.0,
 )  # fmt: skip
-XEON_FILE = (
-    QUIET.parent / "cpu-spr-2026-11-28.json"
-)  # of an engine before its threads were OpenMP's
+# Its rows of recurx are of an engine before its threads were OpenMP's.
+XEON_FILE = QUIET.parent / "cpu-spr-2026-11-28.json"
 XEON_TODAY = QUIET.parent / "cpu-spr-2026-11-29.json"
 XEON_OUTSIDE = {
     ("hrm", "step", 1, "recurx-cpu/bf16"), ("small-64", "step", 64, "eager/fp32"),
@@ -109,7 +108,7 @@ def test_a_run_of_another_day_follows_from_the_speed_of_two_rows(monkeypatch):
 
 
 def test_rows_of_a_run_with_amx_are_predicted_within_a_quarter():
-    """A shared machine, so eager rows are outside too; none by more than a third."""
+    """A shared machine, so eager rows are outside too; none by more than 35 %."""
     found = ratios(results.load(XEON_TODAY).document)
     assert len(found) > 30 and not outside(found, XEON_OUTSIDE)
     assert all(WITHIN < abs(found[key] - 1) < 0.35 for key in XEON_OUTSIDE)

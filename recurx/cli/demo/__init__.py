@@ -64,9 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
     net = None
     if arguments.checkpoint or available("sudoku"):
         learn.heading(console, 6, "A trained 9x9 net, one board step by step")
-        model, task, loaded = shipped_net.open_net(arguments, device)
-        net = model, task, options.by_rules(loaded.extra.get("solve", {}), task)
-        shipped_net.fill(console, model, task, puzzles[0], net[2])
+        model, task, how = net = shipped_net.open_net(arguments, device)
+        shipped_net.fill(console, model, task, puzzles[0], how)
     seconds = time.perf_counter() - start
     puzzle = "".join(map(str, to_boards(trained.examples.inputs[0]).tolist()))
     console.print(

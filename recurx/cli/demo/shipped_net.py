@@ -24,8 +24,11 @@ MOST_BOARDS = 4  # of 21 columns beside each other in 100
 LEAST_STEPS = 64  # deeper than in training: who waits for one board can wait for these
 
 
-def open_net(arguments: argparse.Namespace, device: torch.device) -> tuple[Any, Sudoku, Any]:
-    """Model, task and checkpoint: the user's, or the shipped one.
+def open_net(
+    arguments: argparse.Namespace, device: torch.device
+) -> tuple[Any, Sudoku, dict[str, Any]]:
+    """Model, task, and the arguments of `recurx.solve` that the net recommends: of the user's
+    checkpoint, or of the shipped one.
 
     Raises:
         InvalidArgument: no net ships, or the user's is for another task.
@@ -33,14 +36,13 @@ def open_net(arguments: argparse.Namespace, device: torch.device) -> tuple[Any, 
     """
     model, task, loaded = open_checkpoint(arguments.checkpoint, "sudoku", device, arguments.backend)
     assert isinstance(task, Sudoku)
-    return model, task, loaded
+    return model, task, options.by_rules(loaded.extra.get("solve", {}), task)
 
 
 def solve_typed(console: Console, arguments: argparse.Namespace, device: torch.device) -> bool:
     """Solve `--puzzle LINE`, and whether that went well."""
     board = files.parse_boards([arguments.puzzle_line], Layout.of(9))[0]
-    model, task, loaded = open_net(arguments, device)
-    how = options.by_rules(loaded.extra.get("solve", {}), task)
+    model, task, how = open_net(arguments, device)
     return fill(console, model, task, board, how)
 
 
