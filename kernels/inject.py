@@ -3,7 +3,7 @@
     arena [slots, ...] holds x, the states and sums that are kept; h goes into one of its slots
     every partial sum is rounded to the storage dtype: the contract of recurx.reference.call_input
 
-What is added is data, a row of the call table (recurx/backends/calls.py), so that one kernel serves
+What is added is data, a row of the call table (recurx/program.py), so that one kernel serves
 every schedule. Writing into a slot that is read is legal: an element is read before it is written,
 by the same thread.
 """

@@ -1,10 +1,10 @@
 """Every call of a recursion in one launch: a program owns whole samples from first to last call.
 
 For small nets (D up to 256, at most 128 rows a program). Samples never meet, so programs need no
-barrier between them; the calls are data (recurx/backends/calls.py), not code.
+barrier between them; the calls are data (recurx/program.py), not code.
 
     arena [slots, B, T, D]   x, the states, a sum that is kept; read and written in place
-    tape                     all matrices of all nets (recurx/backends/weights.py)
+    tape                     all matrices of all nets (recurx/backends/packed.py)
     calls, blocks            int32 tables: a row of 8 words a call, a row of 8 words a block
 
 A program holds GROUP samples as one matrix h of ROWS >= GROUP * T rows, and runs each half block
@@ -31,9 +31,9 @@ import torch
 import triton
 import triton.language as tl
 
-from recurx.backends.calls import CallTable
-from recurx.backends.weights import ALIGN, Tape, device_words, padded_columns
+from recurx.backends.packed import ALIGN, Tape, device_words, padded_columns
 from recurx.nets import ATTENTION, TOKEN_MLP, BlockSpec
+from recurx.program import CallTable
 
 from .inject import ROW, call_input
 from .products import add_product

@@ -6,8 +6,6 @@ Names load on first use, so that `import recurx` costs little more than `import 
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import Any
 
 from recurx import _checkout
@@ -26,16 +24,16 @@ _EXPORTS = {
     "rope_tables": "recurx.nets",
     "Problem": "recurx.problem",
     "recurse": "recurx.api",
-    "explain": "recurx.explain",
-    "patch": "recurx.patch",
-    "profile": "recurx.profile",
+    "explain": "recurx.explanation",
+    "patch": "recurx.patching",
+    "profile": "recurx.profiler",
     "load_checkpoint": "recurx.checkpoint",
     "save_checkpoint": "recurx.checkpoint",
-    "solve": "recurx.solve",
-    "Answers": "recurx.solve",
-    "Fill": "recurx.solve",
-    "shipped": "recurx.shipped",
-    "quantize": "recurx.quantize",
+    "solve": "recurx.solving.solve",
+    "Answers": "recurx.solving.solve",
+    "Fill": "recurx.solving.solve",
+    "shipped": "recurx.shipped_nets",
+    "quantize": "recurx.quantization",
     "LaunchPlan": "recurx.plan",
     "cost": "recurx.plan",
     "RecurxError": "recurx.errors",
@@ -45,9 +43,11 @@ _EXPORTS = {
     "UnsupportedModel": "recurx.errors",
     "QuantizationRefused": "recurx.errors",
 }
-_MODULES = (
-    "models", "reference", "backends", "kernels", "plan", "tasks", "train", "hybrid", "fp8",
-)  # fmt: skip
+# Attribute -> module.
+_MODULES = {
+    name: f"recurx.{name}"
+    for name in ("models", "reference", "backends", "kernels", "plan", "tasks", "train", "fp8")
+} | {"hybrid": "recurx.experiments.hybrid"}
 
 __all__ = [*_EXPORTS, "__version__"]
 
@@ -58,25 +58,9 @@ def __getattr__(name: str) -> Any:
         globals()[name] = value
         return value
     if name in _MODULES:
-        return importlib.import_module(f"recurx.{name}")
+        return importlib.import_module(_MODULES[name])
     raise AttributeError(f"module 'recurx' has no attribute {name!r}; it has {sorted(__all__)}")
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, *_MODULES})
-
-
-class _Package(ModuleType):
-    """Keeps functions like `recurx.patch`, `recurx.solve` and `recurx.shipped` what they are.
-
-    Modules of the same names define them, and Python's import sets a submodule as an attribute of
-    its package, whoever imports it first.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _EXPORTS and isinstance(value, ModuleType):
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

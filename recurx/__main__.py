@@ -1,8 +1,8 @@
-"""`python -m recurx`: see `recurx.cli`."""
+"""`python -m recurx`: see `recurx.commands`."""
 
 import sys
 
-from recurx.cli import main
+from recurx.commands import main
 
 if __name__ == "__main__":
     sys.exit(main())

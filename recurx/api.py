@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recurx import backends, checkpointed, ops, reference
+from recurx import backends, ops, recompute, reference
 from recurx.errors import RecurxError, bad_argument
 from recurx.nets import ATTENTION, TOKEN_MLP, Net, NetSpec, as_net
 from recurx.problem import encode
@@ -160,7 +160,7 @@ def _run(
     if save == "states":
         return fused(states, split, stop)
     if save == "block" and not compiling:
-        return _once(checkpointed.run(schedule, nets, x, states, cos_sin, split, stop))
+        return _once(recompute.run(schedule, nets, x, states, cos_sin, split, stop))
     states = reference.run(schedule, nets, x, states, cos_sin, split, stop)
     return states if compiling else _once(states)
 

@@ -18,9 +18,12 @@ COMMANDS = {
     "train": ("recurx.cli.train", "train a model on a task, or resume"),
     "eval": ("recurx.cli.evaluate", "accuracy of a checkpoint, by steps of refinement"),
     "profile": ("recurx.cli.profile", "where one step of a model spends its time, by domain"),
-    "experiment": ("recurx.cli.experiment", "test a claim about recursion: sort, windows, ..."),
+    "experiment": (
+        "recurx.experiments.command",
+        "test a claim about recursion: sort, ...",
+    ),
     "solve": ("recurx.cli.solve", "solve the Sudokus you type, or those of a file"),
-    "bench": ("recurx.cli.bench", "measure this machine, show and compare measurements"),
+    "bench": ("recurx.bench.command", "measure this machine, show and compare measurements"),
 }
 USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it

@@ -13,8 +13,8 @@ from recurx.models.act import RecursiveModel
 from recurx.models.config import ModelConfig
 from recurx.models.inner import Inner
 from recurx.nets import ATTENTION, TOKEN_MLP, BlockSpec, Net, NetSpec, as_net
-from recurx.patch.handle import PatchHandle, installed
-from recurx.patch.install import find
+from recurx.patching.handle import PatchHandle, installed
+from recurx.patching.install import find
 from recurx.problem import Problem, encode
 
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from recurx import backends, reference_backward
 from recurx.backends import first_use
-from recurx.checkpointed import DOUBLE_BACKWARD
 from recurx.errors import RecurxError
 from recurx.problem import Problem, decode
+from recurx.recompute import DOUBLE_BACKWARD
 
 
 def problem_of(key: str, x: Tensor, cos: Tensor | None, needs_grad: bool = False) -> Problem:

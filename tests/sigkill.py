@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 
 import recurx
-from recurx.cli import main
+from recurx.commands import main
 from recurx.train import state
 from recurx.train.trainer import METRICS_FILE, MODEL_FILE, STATE_FILE
 

@@ -16,7 +16,7 @@ from recurx.errors import InvalidArgument
 from recurx.models import TRM, TRMConfig
 from recurx.nets import KINDS
 from recurx.plan import DEVICES, cuda_grid
-from recurx.quantize import compare
+from recurx.quantization import compare
 from recurx.train import Trainer, preset
 from tests.factories import make_inputs, make_net, problem_for, rope
 from tests.kernels.compare import assert_as_exact

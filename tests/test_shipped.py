@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import recurx
-from recurx.cli import main
+from recurx.commands import main
 from recurx.models import TRM, TRMConfig
 from recurx.tasks.sudoku.layout import Layout
 from recurx.tasks.sudoku.solver import solve as search

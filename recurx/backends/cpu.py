@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from recurx.backends import Backend
-from recurx.backends.weights import WeightCache
+from recurx.backends.packed import WeightCache
 from recurx.nets import ATTENTION, BlockSpec, NetSpec
 from recurx.plan.cpu import engine_threads
 from recurx.problem import Problem

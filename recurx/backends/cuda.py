@@ -24,7 +24,7 @@ from torch import Tensor
 
 from recurx import backends
 from recurx.backends import Backend, Window, cuda_abi, cuda_grid
-from recurx.backends.weights import WeightCache, device_words
+from recurx.backends.packed import WeightCache, device_words
 from recurx.errors import BackendUnavailable, CudaError, bad_argument
 from recurx.fp8 import codes_of
 from recurx.nets import ATTENTION, BlockSpec, Net

@@ -83,7 +83,7 @@ def reasoner(model: Any, fresh: Mapping[str, Tensor]) -> Reasoner | str:
         fresh: {state: [T, D]} of a fresh sample, under the attribute names of the carry.
     """
     from recurx.models.inner import Inner
-    from recurx.patch.official import Official
+    from recurx.patching.official import Official
 
     inner = model.inner
     q_learning = not getattr(model.config, "no_ACT_continue", False)

@@ -28,13 +28,13 @@ import torch
 from torch import Tensor
 
 from recurx.backends import Backend, Window
-from recurx.backends.calls import CallTable, lower
 from recurx.backends.graphs import Capture, Recording, RecordingCache, cuda_capture
-from recurx.backends.weights import Tape, WeightCache
+from recurx.backends.packed import Tape, WeightCache
 from recurx.nets import ATTENTION
 from recurx.plan.device import Device
 from recurx.plan.launch import LaunchPlan, all_candidates
 from recurx.problem import Problem
+from recurx.program import CallTable, lower
 
 MAX_TAPES = 16  # sets of nets kept rounded; a full-size TRM net is 14 MB in bf16
 MAX_RECORDINGS = 8  # each holds a slice's activations (tens of MB) and its graph

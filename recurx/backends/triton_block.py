@@ -38,7 +38,7 @@ from recurx.kernels.wgrad import new_partial, wgrad, wgrad_sum
 from recurx.nets import ATTENTION, BlockSpec, NetSpec
 from recurx.reference import CosSin
 
-# The four weights of a block in the states' dtype, rows padded (recurx/backends/weights.py).
+# The four weights of a block in the states' dtype, rows padded (recurx/backends/packed.py).
 Matrices = tuple[Tensor, ...]
 
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from recurx.backends.calls import CallTable
-from recurx.backends.weights import Tape, device_words
+from recurx.backends.packed import Tape, device_words
 from recurx.kernels.block import CosSin, Scratch, run_call
 from recurx.kernels.inject import form_call_input
 from recurx.problem import Problem
+from recurx.program import CallTable
 
 
 class TiledSlice:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from recurx.backends import Window
+from recurx.backends.packed import Tape
 from recurx.backends.triton_block import (
     BlockTape,
     Matrices,
@@ -34,7 +35,6 @@ from recurx.backends.triton_block import (
     mix,
     net_backward,
 )
-from recurx.backends.weights import Tape
 from recurx.nets import ATTENTION, NetSpec
 from recurx.problem import Problem
 from recurx.reference import CosSin

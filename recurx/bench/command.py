@@ -99,7 +99,7 @@ def _run(arguments: argparse.Namespace) -> int:
     import torch
 
     from recurx.atomic import write_json
-    from recurx.bench import figures, results, variants
+    from recurx.bench import quantities, results, variants
     from recurx.bench.lanes import Options
     from recurx.bench.predict import predict
     from recurx.bench.provenance import provenance, results_folder
@@ -152,7 +152,7 @@ def _run(arguments: argparse.Namespace) -> int:
             finally:
                 if measurement.lanes:
                     document["groups"].append(measurement.document())
-                    figures.against_ceilings(document)
+                    quantities.against_ceilings(document)
                     predict(document)
                 write_json(path, document)
             _show(document["groups"][-1], console)

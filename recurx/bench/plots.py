@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recurx import plotting
 from recurx.bench.report import best_ours, by_device, case_order, newest_rows, times
 from recurx.bench.results import Result
-from recurx.plotting import BLUE, INK, ORANGE, PAGES, contrast
+from recurx.cli import plotting
+from recurx.cli.plotting import BLUE, INK, ORANGE, PAGES, contrast
 
 __all__ = ["FASTER", "INK", "PAGES", "SLOWER", "contrast", "draw", "speedups"]
 

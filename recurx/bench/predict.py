@@ -17,7 +17,7 @@ from recurx.bench.variants import Variant
 from recurx.errors import BackendUnavailable
 from recurx.plan import Device, LaunchPlan
 from recurx.plan.device import WIDE, cpu_device, gpu_device
-from recurx.plan.whole import solve_seconds, step_seconds, train_seconds
+from recurx.plan.step_cost import solve_seconds, step_seconds, train_seconds
 from recurx.problem import Problem
 
 # For files of before these were measured: of a Zen 3.
@@ -78,7 +78,7 @@ def predict(document: dict[str, Any]) -> None:
 
 def problem_of(group: dict[str, Any], dtype: str, document: dict[str, Any]) -> Problem:
     """The recursion of a group in a dtype."""
-    from recurx.explain import problem_of_config
+    from recurx.explanation import problem_of_config
 
     config = CASES[group["case"]].make(forward_dtype=DTYPES[dtype])
     return problem_of_config(config, group["batch"], document["provenance"]["device"])

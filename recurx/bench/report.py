@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from recurx.bench import figures, scaling
+from recurx.bench import quantities, scaling
 from recurx.bench.cases import CASES, MODES
 from recurx.bench.predict import predict
 from recurx.bench.provenance import ROOT
@@ -48,7 +48,7 @@ def markdown(results: Sequence[Result]) -> str:
     if not results:
         raise InvalidArgument("bench report: no result file. Measure: python -m recurx bench run.")
     for result in results:  # by the rules and the model of today, whatever the file holds
-        figures.against_ceilings(result.document)
+        quantities.against_ceilings(result.document)
         predict(result.document)
     parts = []
     for device, of_device in by_device(results).items():

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from recurx.bench import checks, figures
+from recurx.bench import checks, quantities
 from recurx.bench.lanes import Lane, Options
 from recurx.bench.remote import Remote, WorkerFailed
 from recurx.bench.suites import Group, variants_of
@@ -36,7 +36,7 @@ class Measurement:
 
     def __init__(self, group: Group, options: Options) -> None:
         self.group, self.options = group, options
-        self.work = figures.Work.of(group, options.device)
+        self.work = quantities.Work.of(group, options.device)
         self.ceilings: dict[str, Any] = {}
         self.lanes: list[Lane] = []
         self.exact: dict[str, torch.Tensor] = {}
@@ -63,7 +63,7 @@ class Measurement:
         """Yardsticks first: the others are judged by them."""
         found = []
         for variant in variants_of(self.group, self.options.device):
-            row = figures.describe(variant)
+            row = quantities.describe(variant)
             reason = self.work.refusal(variant) if variant.ours else None
             lane = Lane(variant, row)
             self.lanes.append(lane)
@@ -242,7 +242,7 @@ class Measurement:
         for lane in self.lanes:
             row = dict(lane.row)
             if lane.times:
-                row |= figures.timed(lane.times, lane.repeats)
+                row |= quantities.timed(lane.times, lane.repeats)
                 row |= self.work.rates(row["p50_ms"] / 1e3, row)
             if "status" in row:
                 rows.append(row)

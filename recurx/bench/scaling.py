@@ -1,4 +1,4 @@
-"""Data-parallel training on paper, 1 GPU to many nodes: the model of recurx/plan/scaling.py."""
+"""Data-parallel training on paper, 1 GPU to many nodes, by the model of data_parallel.py."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 
 from recurx.bench.cases import CASES, case
+from recurx.bench.data_parallel import NETWORK_GBS, NODE, NVLINK_GBS, Scaling, data_parallel
 from recurx.plan import Device, cost
 from recurx.plan.count import weight_values
-from recurx.plan.scaling import NETWORK_GBS, NODE, NVLINK_GBS, Scaling, data_parallel
 from recurx.problem import Problem
 
 GPUS = (1, 2, 4, 8, 16, 64)
@@ -43,7 +43,7 @@ def scaling(name: str, device: str, batch: int) -> list[Scaling]:
 
 
 def _problem(name: str) -> Problem:
-    from recurx.explain import problem_of_config
+    from recurx.explanation import problem_of_config
 
     return problem_of_config(case(name).make(forward_dtype="bfloat16"))
 

@@ -18,7 +18,7 @@ from recurx.api import recurse
 from recurx.bench.cases import HALT_ABOVE, SOLVE_STEPS, build, case, sample, train_net
 from recurx.bench.variants import Variant
 from recurx.models import RecursiveModel
-from recurx.solve import Answers, solve
+from recurx.solving.solve import Answers, solve
 
 CHECK_ROWS = 64  # samples are independent: more rows would prove no more
 ANSWERS = {"q": "answers at the halt", None: "answers after all steps"}

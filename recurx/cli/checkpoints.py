@@ -9,7 +9,7 @@ from recurx import tasks
 from recurx.checkpoint import Checkpoint, load_checkpoint
 from recurx.errors import InvalidArgument
 from recurx.models import RecursiveModel
-from recurx.shipped import shipped_path
+from recurx.shipped_nets import shipped_path
 from recurx.tasks import Task
 
 SUDOKU_OF_LENGTH = {16: "sudoku-4x4", 36: "sudoku-6x6", 81: "sudoku"}

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recurx import plotting
-from recurx.budgets import Point
+from recurx.cli import plotting
+from recurx.cli.plotting import COLOURS, INK, pyplot
 from recurx.errors import InvalidArgument
-from recurx.plotting import COLOURS, INK, pyplot
+from recurx.solving.budgets import Point
 
 SUFFIXES = (".png", ".svg")
 
@@ -84,7 +84,7 @@ def draw_exits(rows: Sequence[Mapping[str, Any]], axes: Any) -> None:
     """Exact accuracy of halting rules against the time that they take, fixed steps first.
 
     Args:
-        rows: "name", "exact", "seconds" and "speedup" of each rule (see `recurx.budgets.Exit`).
+        rows: "name", "exact", "seconds" and "speedup" of each rule (`solving.budgets.Exit`).
     """
     fixed = rows[0]
     axes.axhline(100 * fixed["exact"], color=INK, linewidth=1, linestyle="--")

@@ -11,8 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from recurx import envinfo
-    from recurx.cli import output
+    from recurx.cli import envinfo, output
 
     facts = envinfo.collect()
     if arguments.json:

@@ -56,13 +56,12 @@ class Given:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from recurx import curves
-    from recurx.cli import output
+    from recurx.cli import draw_budgets, output
     from recurx.cli.checkpoints import open_checkpoint
     from recurx.train import evaluate
 
     device = options.prepare_machine(arguments)
-    picture = curves.check_path(arguments.curve) if arguments.curve else None
+    picture = draw_budgets.check_path(arguments.curve) if arguments.curve else None
     model, task, loaded = open_checkpoint(
         arguments.checkpoint, arguments.task, device, arguments.backend
     )
@@ -94,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
     if picture is not None:
         points = _budgets(console, model, task, few, how, where)
         trained = loaded.config.halt_max_steps
-        curves.write(picture, title, lambda f: curves.draw_budgets(points, f, trained))
+        draw_budgets.write(picture, title, lambda f: draw_budgets.draw_budgets(points, f, trained))
         console.print(f"curve: {picture}", soft_wrap=True)
         result["points"] = [asdict(point) for point in points]
     if arguments.json:
@@ -122,8 +121,8 @@ def _budgets(
     where: dict[str, Any],
 ) -> list[Any]:  # fmt: skip
     """Points of the curve, measured and shown."""
-    from recurx.budgets import budget_curve, doubling
     from recurx.cli import output
+    from recurx.solving.budgets import budget_curve, doubling
 
     fixed = {key: value for key, value in how.items() if key not in ("max_steps", "rollouts")}
     rollouts = doubling(how["rollouts"])
@@ -145,8 +144,8 @@ def _compare_exits(
     where: dict[str, Any],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Halting rules against all steps, measured and shown."""
-    from recurx.budgets import compare_exits
     from recurx.cli import output
+    from recurx.solving.budgets import compare_exits
 
     rows = compare_exits(model, task, examples, max_steps=max_steps, **where)
     console.print(output.exits(rows, len(examples)))

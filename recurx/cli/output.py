@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from recurx.budgets import Exit
+    from recurx.solving.budgets import Exit
 
 # NOTE: rich guesses 80 columns where there is no terminal, and wraps what a script wants to parse.
 WIDTH_WITHOUT_TERMINAL = 100
@@ -60,7 +60,7 @@ def exits(rows: Sequence[Exit], count: int) -> Table:
 
 def fastest_exit(rows: Sequence[Exit]) -> str:
     """What the table comes to, in a sentence."""
-    from recurx.budgets import fastest_at_equal_accuracy
+    from recurx.solving.budgets import fastest_at_equal_accuracy
 
     best = fastest_at_equal_accuracy(rows)
     if best is rows[0]:

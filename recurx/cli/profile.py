@@ -100,8 +100,8 @@ def _run_under_nvtx(model: Any, arguments: argparse.Namespace) -> int:
     import torch
 
     from recurx.errors import InvalidArgument
-    from recurx.profile import nvtx_ranges
-    from recurx.profile.step import (
+    from recurx.profiler import nvtx_ranges
+    from recurx.profiler.step import (
         initial_carry,
         random_batch,
         supervision_step,

@@ -25,7 +25,7 @@ from recurx.errors import InvalidArgument
 EXPERIMENTS = {
     "compose": ("recurx.experiments.compose", "one look against many: products of permutations"),
     "exit": ("recurx.experiments.exit", "halting where the answer stands: how much faster"),
-    "hybrid": ("recurx.experiments.hybrid", "one look against many, behind a text encoder"),
+    "hybrid": ("recurx.experiments.behind_text", "one look against many, behind a text encoder"),
     "sort": ("recurx.experiments.sort", "one look against many: sorting"),
     "windows": ("recurx.experiments.windows", "how much of the recursion needs a gradient"),
 }

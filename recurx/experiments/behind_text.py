@@ -14,19 +14,19 @@ import argparse
 import functools
 from typing import TYPE_CHECKING, Any
 
-from recurx.experiments import looks
+from recurx.experiments import one_look
 
 if TYPE_CHECKING:
+    from recurx.experiments.hybrid import PassageBank
     from recurx.experiments.session import Session
-    from recurx.hybrid import PassageBank
     from recurx.train import Trainer
 
 CLAIM = "Behind a frozen text encoder, one look cannot follow trades; looking on, it can."
-SEEDS, SECONDS, SIZE = 1, 100.0, looks.SIZE
+SEEDS, SECONDS, SIZE = 1, 100.0, one_look.SIZE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    looks.add_arguments(parser, task="trades:trades=6,people=4,wordings=2", supervision=6)
+    one_look.add_arguments(parser, task="trades:trades=6,people=4,wordings=2", supervision=6)
     parser.set_defaults(lr=1.5e-3)
 
 
@@ -34,13 +34,13 @@ def measure(
     session: Session, arguments: argparse.Namespace, bank: PassageBank | None = None
 ) -> dict[str, Any]:
     """`bank`: of another encoder than the packaged one, see `recurx.hybrid.task_bank`."""
-    from recurx.hybrid import HybridTrainer, task_bank
+    from recurx.experiments.hybrid import HybridTrainer, task_bank
 
     started = session.clock()
     bank = task_bank(arguments.task, bank)
     encoder = {"passages": len(bank) - 1, "width": bank.width, "seconds": session.clock() - started}
     make = functools.partial(HybridTrainer, bank=bank)
-    result = looks.measure(
+    result = one_look.measure(
         session, arguments, make=make, also=functools.partial(by_length, arguments.count)
     )
     return {"encoder": encoder, **result}
@@ -74,16 +74,16 @@ def tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
         curves = _mean_curves(result, row["kind"])
         last = row["trained_steps"] - 1
         lines.append([row["kind"], *(f"{100 * curves[n][last]:.0f}" for n in lengths)])
-    return [*looks.tables(result), (title, ["net", *lengths], lines)]
+    return [*one_look.tables(result), (title, ["net", *lengths], lines)]
 
 
 def draw(result: dict[str, Any], figure: Any) -> None:
-    """As `looks.draw`, with faint lines for texts that ask for fewer answers than the test."""
-    from recurx.plotting import COLOURS
+    """As `one_look.draw`, with faint lines for texts that ask for fewer answers than the test."""
+    from recurx.cli.plotting import COLOURS
 
-    looks.draw(result, figure)
+    one_look.draw(result, figure)
     by_steps = figure.axes[0]
-    curves = _mean_curves(result, looks.RECURSIVE)
+    curves = _mean_curves(result, one_look.RECURSIVE)
     longest = max(curves, key=int)
     for n, curve in curves.items():
         if n != longest:

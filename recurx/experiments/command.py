@@ -41,8 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from recurx import plotting
-    from recurx.cli import output
+    from recurx.cli import output, plotting
 
     module = experiments.load(arguments.name)
     plt = None

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 
-from recurx.experiments import looks
+from recurx.experiments import one_look
 
 CLAIM = "A net that looks once cannot multiply permutations; looking again and again, it can."
-SEEDS, SECONDS, SIZE = 3, 35.0, looks.SIZE
-measure, tables, draw = looks.measure, looks.tables, looks.draw
+SEEDS, SECONDS, SIZE = 3, 35.0, one_look.SIZE
+measure, tables, draw = one_look.measure, one_look.tables, one_look.draw
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    looks.add_arguments(parser, task="compose:degree=3,length=7", supervision=7)
+    one_look.add_arguments(parser, task="compose:degree=3,length=7", supervision=7)

@@ -60,7 +60,7 @@ def _measurer(arguments: argparse.Namespace) -> Any:
     def measured(trainer: Any) -> dict[str, Any]:
         from dataclasses import asdict
 
-        from recurx.budgets import budget_curve, compare_exits, doubling
+        from recurx.solving.budgets import budget_curve, compare_exits, doubling
 
         model, examples = trainer.averaged(), trainer.held_out(arguments.count)
         given = (model, trainer.task, examples)
@@ -124,8 +124,8 @@ def tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
 
 def draw(result: dict[str, Any], figure: Any) -> None:
     """Left: accuracy after a fixed number of steps, of every net; right: rules against time."""
-    from recurx.curves import draw_exits
-    from recurx.plotting import COLOURS, INK
+    from recurx.cli.draw_budgets import draw_exits
+    from recurx.cli.plotting import COLOURS, INK
 
     steps, exits = figure.subplots(1, 2, width_ratios=[1, 1])
     for net, colour in zip(result["nets"], COLOURS, strict=False):

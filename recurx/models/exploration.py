@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from recurx import launch, ops
+from recurx import ops, small_ops
 from recurx.errors import bad_argument
 
 LOW = 0xFFFFFFFF  # the low 32 bits
@@ -75,7 +75,7 @@ def _halt(
     steps, q_halt = steps.to(torch.int32).contiguous(), q_halt.to(torch.float32).contiguous()
     if q_continue is not None:
         q_continue = q_continue.to(torch.float32).contiguous()
-    if launch.on_triton(steps):
+    if small_ops.on_triton(steps):
         from recurx.kernels.act_halt import act_halt
 
         return act_halt(steps, q_halt, q_continue, state, most, threshold, first)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from recurx import launch
+from recurx import small_ops
 from recurx.errors import bad_argument
 from recurx.models.layers import truncated_normal_
 
@@ -90,13 +90,13 @@ def sign_sgd_(
         grads: [B, D], ids: [B], of the samples; equal ids may occur.
         lr: a float, or a 0-d tensor on the device.
     """
-    if launch.on_triton(weights) and all(
+    if small_ops.on_triton(weights) and all(
         t.dtype == torch.float32 and t.is_contiguous() for t in (weights, grads)
     ):
         from recurx.kernels.sign_sgd import sign_sgd
 
         sign_sgd(weights, grads, ids.contiguous(), lr=lr, weight_decay=weight_decay)
-        launch.wrote([weights])
+        small_ops.wrote([weights])
         return
     if ids.numel() == 0:
         return

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recurx import launch, ops
+from recurx import ops, small_ops
 
 IGNORE = -100  # label of tokens that do not count
 TINY = 2.0**-100
@@ -79,7 +79,7 @@ def _backward(grad_loss: Tensor, logits: Tensor, labels: Tensor, ignore_index: i
 
 def _kernel_takes(logits: Tensor) -> bool:
     fits = logits.dtype in (torch.float32, torch.bfloat16) and logits.shape[-1] <= 4096
-    return fits and launch.on_triton(logits)
+    return fits and small_ops.on_triton(logits)
 
 
 def _read(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:

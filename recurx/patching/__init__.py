@@ -10,7 +10,7 @@ structure, never by its name, and compared with the original on a small random b
 swap. A pickle of a patched model holds the unpatched one, and loads without recurx.
 """
 
-from recurx.patch.handle import Entry, PatchHandle, Report
-from recurx.patch.install import patch
+from recurx.patching.handle import Entry, PatchHandle, Report
+from recurx.patching.install import patch
 
 __all__ = ["Entry", "PatchHandle", "Report", "patch"]

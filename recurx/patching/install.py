@@ -14,10 +14,10 @@ from torch import nn
 from recurx import backends
 from recurx.api import SAVE
 from recurx.errors import BackendUnavailable, UnsupportedModel, bad_argument
-from recurx.patch.adapter import Adapter
-from recurx.patch.handle import Entry, PatchHandle
-from recurx.patch.lucidrains import Lucidrains
-from recurx.patch.official import Official
+from recurx.patching.adapter import Adapter
+from recurx.patching.handle import Entry, PatchHandle
+from recurx.patching.lucidrains import Lucidrains
+from recurx.patching.official import Official
 
 ADAPTERS: tuple[Adapter, ...] = (Official(), Lucidrains())
 

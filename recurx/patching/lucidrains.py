@@ -21,7 +21,7 @@ from recurx.api import recurse
 from recurx.errors import UnsupportedModel
 from recurx.models.layers import ReasoningNet
 from recurx.nets import Net, as_net
-from recurx.patch.adapter import signature_difference
+from recurx.patching.adapter import signature_difference
 from recurx.problem import Problem
 from recurx.schedule import INPUT, Schedule, Step
 

@@ -17,8 +17,8 @@ from recurx.api import recurse
 from recurx.errors import InvalidArgument, RecurxError
 from recurx.models.inner import Inner
 from recurx.nets import ATTENTION, Net, NetSpec, as_net, is_block_stack
-from recurx.patch.adapter import signature_difference
-from recurx.patch.probe import probe_forward
+from recurx.patching.adapter import signature_difference
+from recurx.patching.probe import probe_forward
 from recurx.problem import Problem
 from recurx.schedule import Schedule
 

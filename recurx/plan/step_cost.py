@@ -5,8 +5,8 @@
     solve_seconds   supervision steps until the samples halt
 
 Around the recursion PyTorch runs small operators; their number and passes over a [B, T, D] tensor
-are counted from `recurx.models`, `recurx.refine` and the optimisers, their price is that of the
-eager plan.
+are counted from `recurx.models`, `recurx.solving.halting_loop` and the optimisers, their price is
+that of the eager plan.
 """
 
 from __future__ import annotations

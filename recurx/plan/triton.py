@@ -16,7 +16,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from recurx.backends.calls import CallTable, lower
 from recurx.kernels import tiles
 from recurx.nets import ATTENTION, BlockSpec
 from recurx.plan.count import flops, weight_values
@@ -24,6 +23,7 @@ from recurx.plan.device import Device
 from recurx.plan.launch import LaunchPlan, Work
 from recurx.plan.triton_persistent import persistent, why_not
 from recurx.problem import Problem
+from recurx.program import CallTable, lower
 
 # Share of the L2 that a slice's activations may take; weights and what passes through need the
 # rest. An assumption: caches hash addresses, so a working set of all of it does not stay.

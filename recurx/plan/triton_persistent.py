@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from recurx.backends.calls import lower
 from recurx.nets import ATTENTION, BlockSpec
 from recurx.plan.count import flops, weight_values
 from recurx.plan.device import Device
 from recurx.plan.launch import LaunchPlan, Work
 from recurx.problem import Problem
+from recurx.program import lower
 
 ROWS = (32, 64, 128)  # of a program; 16 would leave three warps of four without a tile
 # Most rows by itemsize and width (D rounded up to a power of two). Accumulator, operand and scores

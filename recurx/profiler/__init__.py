@@ -11,9 +11,9 @@ trace), `counts.py` (FLOPs, bytes, syncs), `attribute.py` (operator -> stage), `
 `html.py`.
 """
 
-from recurx.profile.nvtx import nvtx_ranges
-from recurx.profile.result import Profile
-from recurx.profile.run import profile
-from recurx.profile.tracer import stage
+from recurx.profiler.nvtx import nvtx_ranges
+from recurx.profiler.result import Profile
+from recurx.profiler.run import profile
+from recurx.profiler.tracer import stage
 
 __all__ = ["Profile", "nvtx_ranges", "profile", "stage"]

@@ -13,16 +13,16 @@ import torch
 from torch import nn
 
 from recurx.errors import RecurxError, UnsupportedModel
-from recurx.explain import explain, problem_of_model
+from recurx.explanation import explain, problem_of_model
 from recurx.models.inner import Inner
-from recurx.patch import patch
-from recurx.patch.handle import installed
-from recurx.patch.install import find
+from recurx.patching import patch
+from recurx.patching.handle import installed
+from recurx.patching.install import find
 from recurx.plan import Device, LaunchPlan
 from recurx.problem import Problem
-from recurx.profile.attribute import NET_STAGES, PRODUCTS
-from recurx.profile.result import Row, median, short
-from recurx.profile.step import device_of
+from recurx.profiler.attribute import NET_STAGES, PRODUCTS
+from recurx.profiler.result import Row, median, short
+from recurx.profiler.step import device_of
 from recurx.timing import synchronize
 
 

@@ -18,7 +18,7 @@ from recurx.plan import count
 from recurx.problem import Problem, decode
 
 if TYPE_CHECKING:
-    from recurx.profile.tracer import Tracer
+    from recurx.profiler.tracer import Tracer
 
 # Functions that official code imports by name into the file of its attention.
 ATTENTION_FUNCTIONS = ("flash_attn_func", "scaled_dot_product_attention")

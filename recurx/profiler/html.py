@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from recurx.profile.attribute import KINDS, NET_STAGES, STAGES, kind_of
-from recurx.profile.result import Profile, quantile, short
-from recurx.profile.roofline import roofline
-from recurx.profile.style import STYLE
-from recurx.profile.text import GROUPS, MAX_PLACES
-from recurx.profile.trace import ranges
+from recurx.profiler.attribute import KINDS, NET_STAGES, STAGES, kind_of
+from recurx.profiler.result import Profile, quantile, short
+from recurx.profiler.roofline import roofline
+from recurx.profiler.style import STYLE
+from recurx.profiler.text import GROUPS, MAX_PLACES
+from recurx.profiler.trace import ranges
 
 STRIP_WIDTH, STRIP_ROW = 1200, 20
 NARROWEST = 0.35  # px: thinner ranges are left out of the strip

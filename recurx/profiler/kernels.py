@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from recurx.profile.records import Op
-from recurx.profile.tracer import MARK
+from recurx.profiler.records import Op
+from recurx.profiler.tracer import MARK
 
 STEP = "recurx::step"
 

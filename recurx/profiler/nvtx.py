@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from recurx.errors import bad_argument
-from recurx.profile.attribute import STAGES
-from recurx.profile.roles import Role, roles_of
+from recurx.profiler.attribute import STAGES
+from recurx.profiler.roles import Role, roles_of
 
 _NAMES = {"inner": "supervision step", "self_attn": "RoPE, attention", "act": "ACT wrapper"}
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from recurx.profile.counts import Place
+from recurx.profiler.counts import Place
 
 if TYPE_CHECKING:
-    from recurx.profile.fused import Split
+    from recurx.profiler.fused import Split
 
 FORWARD, BACKWARD = "forward", "backward"
 

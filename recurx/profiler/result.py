@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recurx.profile.attribute import STAGES
-from recurx.profile.ceilings import Ceilings
-from recurx.profile.records import Op
-from recurx.profile.timeline import Timeline
+from recurx.profiler.attribute import STAGES
+from recurx.profiler.ceilings import Ceilings
+from recurx.profiler.records import Op
+from recurx.profiler.timeline import Timeline
 
 
 @dataclass
@@ -168,7 +168,7 @@ class Profile:
         return next((row for row in self.rows if row.name == name), empty_row(name))
 
     def __str__(self) -> str:
-        from recurx.profile.text import render
+        from recurx.profiler.text import render
 
         return render(self)
 
@@ -200,13 +200,13 @@ class Profile:
 
     def save_html(self, path: str | Path) -> None:
         """A report in one file: no network, light and dark, readable on a phone."""
-        from recurx.profile.html import render
+        from recurx.profiler.html import render
 
         Path(path).write_text(render(self), encoding="utf-8")
 
     def save_trace(self, path: str | Path) -> None:
         """A trace for ui.perfetto.dev or chrome://tracing: nested ranges, down to operators."""
-        from recurx.profile.trace import chrome_trace
+        from recurx.profiler.trace import chrome_trace
 
         Path(path).write_text(json.dumps(chrome_trace(self)), encoding="utf-8")
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from recurx.nets import is_block_stack
-from recurx.patch.install import find
+from recurx.patching.install import find
 
 # Attribute path below a block -> part. `self_attn` and the MLPs themselves hold what lies between
 # their products: rotary embedding and attention, or the gate's activation.

@@ -10,9 +10,9 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from recurx.profile.attribute import kind_of
-from recurx.profile.ceilings import Ceilings
-from recurx.profile.result import Row
+from recurx.profiler.attribute import kind_of
+from recurx.profiler.ceilings import Ceilings
+from recurx.profiler.result import Row
 
 WIDTH, HEIGHT = 720, 430
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 46

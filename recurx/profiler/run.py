@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from recurx.errors import bad_argument
-from recurx.profile import advice, kernels, result, step, tables
-from recurx.profile.attribute import NET_STAGES, PRODUCTS, resolve
-from recurx.profile.ceilings import measure
-from recurx.profile.commands import commands
-from recurx.profile.records import Trace, best_of
-from recurx.profile.result import Profile
-from recurx.profile.roles import Roles, roles_of
-from recurx.profile.tracer import Tracer, stage
+from recurx.profiler import advice, kernels, result, step, tables
+from recurx.profiler.attribute import NET_STAGES, PRODUCTS, resolve
+from recurx.profiler.ceilings import measure
+from recurx.profiler.commands import commands
+from recurx.profiler.records import Trace, best_of
+from recurx.profiler.result import Profile
+from recurx.profiler.roles import Roles, roles_of
+from recurx.profiler.tracer import Tracer, stage
 from recurx.timing import synchronize
 
 ROUNDS = 5  # untraced steps whose median is the step's time

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from recurx.errors import bad_argument
 from recurx.models.losses import ACTLossHead
-from recurx.patch.install import find
-from recurx.profile.roles import roles_of
-from recurx.profile.tracer import stage
+from recurx.patching.install import find
+from recurx.profiler.roles import roles_of
+from recurx.profiler.tracer import stage
 
 
 class Step:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from recurx.profile.attribute import STAGES
-from recurx.profile.ceilings import Ceilings
-from recurx.profile.records import BACKWARD, Op, Trace
-from recurx.profile.result import Call, Engine, Row, Sync, empty_row
+from recurx.profiler.attribute import STAGES
+from recurx.profiler.ceilings import Ceilings
+from recurx.profiler.records import BACKWARD, Op, Trace
+from recurx.profiler.result import Call, Engine, Row, Sync, empty_row
 
 
 def operator_ms(trace: Trace, step_ms: float) -> tuple[list[float], float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from recurx.profile.result import Profile, Row, quantile, short
+from recurx.profiler.result import Profile, Row, quantile, short
 
 GROUPS = {
     "net": "recursion, by stage of a block (all net calls together)",

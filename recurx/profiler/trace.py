@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from recurx.profile.attribute import NET_STAGES
-from recurx.profile.records import BACKWARD, Op
-from recurx.profile.result import Profile, empty_row
+from recurx.profiler.attribute import NET_STAGES
+from recurx.profiler.records import BACKWARD, Op
+from recurx.profiler.result import Profile, empty_row
 
 HOST, GPU, ENGINE = 1, 2, 3  # process ids in the trace
 

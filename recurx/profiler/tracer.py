@@ -27,9 +27,9 @@ from torch.optim.optimizer import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recurx.profile import counts, fused
-from recurx.profile.records import BACKWARD, Op, Trace, Where
-from recurx.profile.roles import Role, Roles
+from recurx.profiler import counts, fused
+from recurx.profiler.records import BACKWARD, Op, Trace, Where
+from recurx.profiler.roles import Role, Roles
 
 MARK = "recurx#"  # record_function names, by which CUDA kernels find their operator
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from recurx.solve import solve
+from recurx.solving.solve import solve
 from recurx.tasks.base import Examples, Task
 from recurx.timing import synchronize
 

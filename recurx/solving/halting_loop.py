@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recurx import noise
 from recurx.errors import bad_argument
+from recurx.solving import noise
 
 HALTS = ("q", "fixed-point", "any", None)
 INITS = ("learned", "random")

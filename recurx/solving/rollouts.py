@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from recurx.errors import bad_argument
-from recurx.refine import Answers
+from recurx.solving.halting_loop import Answers
 
 SELECTIONS = ("q", "vote")
 Accepts = Callable[[Tensor, Tensor], Tensor]  # (inputs [N, T], answers [N, T]) -> [N] bool

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recurx import rollouts as tries
 from recurx.errors import BackendUnavailable, bad_argument
-from recurx.refine import HALTS, INITS, Answers, Fill, Rules, fresh_carry, refine
+from recurx.solving import rollouts as tries
+from recurx.solving.halting_loop import HALTS, INITS, Answers, Fill, Rules, fresh_carry, refine
 
 __all__ = ["Answers", "Fill", "solve"]
 
@@ -77,7 +77,7 @@ def solve(
             does by the rules: rollouts are tried in turn until it accepts one (with backend "cuda"
             all in one launch), and if it accepts none, the one with the highest q is picked.
         seed: of the noise, a counter-based stream of its own for every row and step
-            (recurx/noise.py): the same seed gives the same noise on any device and backend.
+            (recurx/solving/noise.py): the same seed gives the same noise on any device and backend.
         first_sample: number of the batch's first sample in that stream, so that a sample's noise
             does not depend on how a data set is cut into batches.
         logits, trace: also return them (see `Answers`).
@@ -112,8 +112,8 @@ def solve(
 def _running_on(model: Any, backend: str | None) -> Iterator[None]:
     """Inside, the model's recursion runs on `backend` (None changes nothing)."""
     from recurx.models.inner import Inner
-    from recurx.patch import patch
-    from recurx.patch.handle import installed
+    from recurx.patching import patch
+    from recurx.patching.handle import installed
 
     if backend is None:
         yield

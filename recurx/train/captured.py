@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from recurx import launch
+from recurx import small_ops
 from recurx.errors import RecurxError, bad_argument
 from recurx.train.ema import Average
 from recurx.train.queue import SampleQueue
@@ -149,7 +149,7 @@ class CapturedStep:
                     "changes in place, or make a new CapturedStep."
                 )
             self._replay()
-            launch.wrote(self.static_tensors())
+            small_ops.wrote(self.static_tensors())
         self.queue.stepped()
 
     @property

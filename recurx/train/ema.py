@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recurx import launch
+from recurx import small_ops
 
 
 class Average:
@@ -67,7 +67,7 @@ def move_(
     """
     kinds: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = {}
     for pair in zip(averages, values, strict=True):
-        fits = launch.on_triton(pair[0]) and all(_kernel_takes(t) for t in pair)
+        fits = small_ops.on_triton(pair[0]) and all(_kernel_takes(t) for t in pair)
         kind = (pair[0].device, pair[0].dtype, pair[1].dtype) if fits else ()
         kinds.setdefault(kind, []).append(pair)
     for kind, pairs in kinds.items():
@@ -77,7 +77,7 @@ def move_(
 
             tables = multi_tensor.Tables() if tables is None else tables
             ema.ema(some, towards, share, tables=tables, name=kind)
-            launch.wrote(some)
+            small_ops.wrote(some)
             continue
         towards = [v.to(a.dtype) for a, v in pairs]
         if isinstance(share, Tensor):

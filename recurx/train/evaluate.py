@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from recurx.budgets import batch_of
 from recurx.errors import bad_argument
-from recurx.solve import Answers, solve
+from recurx.solving.budgets import batch_of
+from recurx.solving.solve import Answers, solve
 from recurx.tasks.base import PAD, Examples, Task
 from recurx.timing import synchronize
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recurx import launch
+from recurx import small_ops
 from recurx.errors import bad_argument
 from recurx.models.puzzle_embedding import sign_sgd_
 from recurx.train.ranks import all_gather
@@ -102,7 +102,7 @@ def _step_group(
     """The kernel for those that it takes, one launch for each pair of dtypes; the formula else."""
     kinds: dict[tuple[Any, ...], list[Tensor]] = {}
     for p in params:
-        fits = launch.on_triton(p) and _kernel_takes(p, optimizer.state[p])
+        fits = small_ops.on_triton(p) and _kernel_takes(p, optimizer.state[p])
         kinds.setdefault((p.device, p.dtype, p.grad.dtype) if fits else (), []).append(p)
     settings = {key: group[key] for key in ("lr", "betas", "weight_decay")}
     for kind, some in kinds.items():
@@ -116,7 +116,7 @@ def _step_group(
 
         tables = _tables_of(optimizer)
         adam_atan2(some, grads, *lists, **settings, tables=tables, name=(index, *kind))
-        launch.wrote([*some, *lists[0], *lists[1]])
+        small_ops.wrote([*some, *lists[0], *lists[1]])
 
 
 def _kernel_takes(param: Tensor, state: dict[str, Tensor]) -> bool:

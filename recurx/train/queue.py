@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recurx import launch
+from recurx import small_ops
 from recurx.errors import bad_argument
 from recurx.train.ranks import Ranks
 
@@ -63,7 +63,7 @@ class SampleQueue:
         Runs on the device alone: it can be captured. halted: [B] bool, of this rank's slots.
         """
         halted = self.ranks.gather(halted)
-        if launch.on_triton(halted):
+        if small_ops.on_triton(halted):
             from recurx.kernels.queue_take import queue_take
 
             index = queue_take(halted, self.cursor, self.capacity)

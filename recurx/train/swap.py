@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from recurx.errors import UnsupportedModel
 from recurx.models.losses import stablemax_cross_entropy
 from recurx.models.stablemax import fused_stablemax_cross_entropy
-from recurx.patch.handle import Entry, PatchHandle
+from recurx.patching.handle import Entry, PatchHandle
 from recurx.train.ema import move_
 from recurx.train.optim import (
     AdamATan2,

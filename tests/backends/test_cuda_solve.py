@@ -14,11 +14,11 @@ import torch
 import recurx
 from emulator.build import KERNELS, EmulatorFault, unavailable
 from emulator.owner import emulate, installed
-from recurx import noise
 from recurx.backends import cuda_abi, cuda_solve
 from recurx.errors import CudaError
 from recurx.models import HRM, TRM
 from recurx.models.config import HRMConfig, TRMConfig
+from recurx.solving import noise
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 

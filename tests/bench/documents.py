@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from recurx.bench import figures, results
+from recurx.bench import quantities, results
 from recurx.bench.variants import Variant
 
 CPU = {"model": "Some CPU", "family_model": "1/2", "cores": 2, "flags": ["avx2"]}
@@ -15,13 +15,13 @@ CPU = {"model": "Some CPU", "family_model": "1/2", "cores": 2, "flags": ["avx2"]
 
 def row(variant: str, times_ms: list[float], **more) -> dict:
     engine, _, dtype = variant.partition("/")
-    found = figures.describe(Variant(engine, dtype))
-    return found | figures.timed([t / 1e3 for t in times_ms], 1) | more
+    found = quantities.describe(Variant(engine, dtype))
+    return found | quantities.timed([t / 1e3 for t in times_ms], 1) | more
 
 
 def untimed(variant: str, status: str, reason: str) -> dict:
     engine, _, dtype = variant.partition("/")
-    found = figures.describe(Variant(engine, dtype))
+    found = quantities.describe(Variant(engine, dtype))
     return found | {"status": status, "reason": reason}
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import recurx
-from recurx.bench import checks, counters, figures, reference, subjects
+from recurx.bench import checks, counters, quantities, reference, subjects
 from recurx.bench.provenance import ROOT
 from recurx.bench.suites import Group
 from recurx.bench.variants import Variant
@@ -116,18 +116,18 @@ def test_memory_sees_a_buffer():
 
 def test_counted_work_is_that_of_the_papers():
     """28.6 GFLOP a supervision step of TRM-att on Sudoku, 13.6 MB of bf16 weights."""
-    work = figures.Work.of(Group("trm-att", "step", 2), "cpu")
+    work = quantities.Work.of(Group("trm-att", "step", 2), "cpu")
     assert work.flops / 2 == pytest.approx(28.6e9, rel=0.02)
     state = 2 * 97 * 512 * 2
     assert work.bytes["bf16"] - 5 * state == pytest.approx(13.6e6, rel=0.01)
     assert work.bytes["fp32"] == 2 * work.bytes["bf16"]
-    train = figures.Work.of(Group("trm-att", "train", 2), "cpu")
+    train = quantities.Work.of(Group("trm-att", "train", 2), "cpu")
     # The window is 7 of 21 calls, its backward twice its forward.
     assert train.flops / work.flops == pytest.approx(1 + 2 * 7 / 21, rel=0.001)
 
 
 def test_rates_follow_from_flops_and_the_best_ceilings_of_the_run():
-    work = figures.Work.of(Group("toy", "step", 1, dtypes=("fp32",)), "cpu")
+    work = quantities.Work.of(Group("toy", "step", 1, dtypes=("fp32",)), "cpu")
     seconds = 10 * work.flops / 0.2e12
     found = work.rates(seconds, {})
     found |= {"status": "timed", "dtype": "fp32", "p50_ms": 1e3 * seconds}
@@ -137,7 +137,7 @@ def test_rates_follow_from_flops_and_the_best_ceilings_of_the_run():
         {"ceilings": ceilings, "bytes": work.bytes, "rows": rows}
         for ceilings, rows in ((fast, []), (slow, [found]))
     ]
-    figures.against_ceilings({"groups": groups})
+    quantities.against_ceilings({"groups": groups})
     assert found["of_peak"] == pytest.approx(0.1, rel=0.01)
     assert found["tflops"] == pytest.approx(0.02, rel=0.01)
     floor = max(work.flops / 0.2e12, work.bytes["fp32"] / 10e9)
@@ -145,6 +145,6 @@ def test_rates_follow_from_flops_and_the_best_ceilings_of_the_run():
 
 
 def test_quantiles():
-    row = figures.timed([t / 1e3 for t in (5, 1, 4, 2, 3)], repeats=7)
+    row = quantities.timed([t / 1e3 for t in (5, 1, 4, 2, 3)], repeats=7)
     assert (row["p20_ms"], row["p50_ms"], row["p80_ms"]) == (2, 3, 5)
     assert row["times_ms"] == [5, 1, 4, 2, 3] and row["repeats"] == 7

@@ -9,7 +9,7 @@ from documents import CPU, document, noisy, row, untimed, write
 
 from recurx.bench import compare
 from recurx.bench.results import Key
-from recurx.cli import main
+from recurx.commands import main
 from recurx.errors import InvalidArgument
 
 OURS, EAGER = "recurx-cpu/fp32", "eager/fp32"

@@ -12,7 +12,7 @@ from recurx import atomic
 from recurx.atomic import write_json
 from recurx.bench import plots, report, results
 from recurx.bench.provenance import ROOT
-from recurx.cli import main
+from recurx.commands import main
 from recurx.errors import InvalidArgument, RecurxError
 
 ROWS = [

@@ -15,7 +15,7 @@ import pytest
 
 from recurx import backends
 from recurx.bench import results, runner, suites, variants
-from recurx.cli import main
+from recurx.commands import main
 
 ROOT = Path(__file__).parents[2]
 # A backend that forgets z_H in the first call: stale states are what a fused kernel gets wrong.
@@ -253,7 +253,7 @@ def test_the_suite_of_gpus_covers_the_published_targets():
 
 def test_importing_the_package_imports_no_torch():
     source = """
-        import sys, recurx.bench, recurx.cli.bench, recurx.bench.suites
+        import sys, recurx.bench, recurx.bench.command, recurx.bench.suites
         print([m for m in ("torch", "matplotlib", "triton") if m in sys.modules])
     """
     done = subprocess.run(

@@ -314,7 +314,7 @@ import os, torch
 from recurx import Schedule
 from recurx.plan import cpu as plan
 from tests.factories import make_inputs, make_net, rope
-from tests.test_cpu_engine import cpu, run
+from tests.cpu.test_cpu_engine import cpu, run
 plan.LEAST_SPLIT = 0
 os.cpu_count = lambda: 2
 nets, (x, carry) = {"L": make_net()}, make_inputs(Schedule.trm(1, 1))
@@ -340,7 +340,7 @@ def test_scratch_stays_small() -> None:
 import torch
 from recurx import Schedule, _C
 from tests.factories import make_inputs, make_net, rope
-from tests.test_cpu_engine import cpu, run
+from tests.cpu.test_cpu_engine import cpu, run
 torch.set_num_threads(2)
 shape = dict(tokens=97, hidden=512)
 for dtype in (torch.float32, torch.bfloat16):

@@ -11,8 +11,8 @@ from torch import Tensor
 from recurx import reference
 from recurx.backends import cpu
 from recurx.nets import Net
+from tests.cpu.test_cpu_engine import ONE, run
 from tests.factories import make_inputs, make_net, rope
-from tests.test_cpu_engine import ONE, run
 
 
 def edit_copy(weight: Tensor) -> None:

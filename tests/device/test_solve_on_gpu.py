@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import recurx
-from recurx import noise, tasks
+from recurx import tasks
 from recurx.models import TRM
 from recurx.models.config import TRMConfig
+from recurx.solving import noise
 
 pytestmark = pytest.mark.gpu
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from recurx.train import AdamATan2, CapturedStep, CudaGraphs, SampleQueue, Trainer, swap
-from tests.step.official_like import LossHead
-from tests.test_train import tiny
+from tests.train.official_like import LossHead
+from tests.train.test_train import tiny
 
 pytestmark = pytest.mark.gpu
 

@@ -26,7 +26,7 @@ ATTEND, ROWS = "grid/attention.cuh", "grid/rows.cuh"
 
 @dataclass(frozen=True)
 class Bug:
-    """`net`: which net of the test shows it (`net_of` in tests/test_emulator_grid.py)."""
+    """`net`: which net of the test shows it (`net_of` in tests/emulator/test_emulator_grid.py)."""
 
     name: str
     file: str

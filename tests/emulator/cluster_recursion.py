@@ -3,7 +3,7 @@
     python -m emulator.cluster_recursion att --hidden 128 --tokens 70 --seeds 10
 
 The yardstick of the error is the same recursion in plain bf16: every operation rounds its result,
-as PyTorch's do. tests/test_cluster_recursion.py holds the yardstick against PyTorch itself.
+as PyTorch's do. tests/cuda/test_cluster_recursion.py holds the yardstick against PyTorch itself.
 """
 
 from __future__ import annotations

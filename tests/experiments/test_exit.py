@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from recurx.cli import main
+from recurx.commands import main
 from recurx.experiments import exit as early
 
 

@@ -8,8 +8,9 @@ import sys
 import pytest
 from toy_nets import make_session, tiny
 
-from recurx import experiments, plotting
-from recurx.cli import main
+from recurx import experiments
+from recurx.cli import plotting
+from recurx.commands import main
 from recurx.errors import InvalidArgument
 from recurx.experiments import session as sessions
 from recurx.experiments.session import Plan

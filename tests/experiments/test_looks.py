@@ -9,9 +9,9 @@ import torch
 from toy_nets import TASK, arguments_of, make_session
 
 from recurx import reference
-from recurx.cli import main
+from recurx.commands import main
 from recurx.errors import InvalidArgument
-from recurx.experiments import compose, looks, sort
+from recurx.experiments import compose, one_look, sort
 from recurx.experiments.session import Plan
 from recurx.train import Trainer
 
@@ -60,29 +60,29 @@ def test_one_look_is_one_call(monkeypatch):
         return original(schedule, nets, x, states, cos_sin, start, stop)
 
     monkeypatch.setattr(reference, "run", counting)
-    for kind in (looks.RECURSIVE, looks.ONE_LOOK, looks.DEEP):
-        trainer = Trainer(looks.net_config(arguments, kind, 0), backend="eager")
-        looks.calls_a_step(1)(trainer)
+    for kind in (one_look.RECURSIVE, one_look.ONE_LOOK, one_look.DEEP):
+        trainer = Trainer(one_look.net_config(arguments, kind, 0), backend="eager")
+        one_look.calls_a_step(1)(trainer)
         ran.clear()
         trainer.train_step()
-        assert bool(trainer.carry.halted.all()) == (kind != looks.RECURSIVE)
+        assert bool(trainer.carry.halted.all()) == (kind != one_look.RECURSIVE)
         trainer.train_step()
         assert ran == [1, 1]
         tested = trainer.averaged().inner.schedule
         assert tested.name == "1 calls a step", "tested as it was trained"
     ran.clear()
-    Trainer(looks.net_config(arguments, looks.ONE_LOOK, 0), backend="eager").train_step()
+    Trainer(one_look.net_config(arguments, one_look.ONE_LOOK, 0), backend="eager").train_step()
     assert ran == [2]
 
 
 def test_calls_of_a_step_have_gradient_through_all_of_them():
     """Planted: a window that stops short, or no change of the schedule, gives equal gradients."""
     words = ("--task", TASK, "--batch-size", "4")
-    config = looks.net_config(arguments_of(sort, *words), looks.RECURSIVE, 0)
+    config = one_look.net_config(arguments_of(sort, *words), one_look.RECURSIVE, 0)
     moments = []
     for calls in (1, 3):
         trainer = Trainer(config, backend="eager")
-        looks.calls_a_step(calls)(trainer)
+        one_look.calls_a_step(calls)(trainer)
         schedule = trainer.model.inner.schedule
         assert len(schedule) == calls and schedule.window == calls
         trainer.train_step()
@@ -94,27 +94,27 @@ def test_calls_of_a_step_have_gradient_through_all_of_them():
 @pytest.mark.parametrize("module", [sort, compose])
 def test_nets_have_equal_parameters(module):
     arguments = arguments_of(module)
-    kinds = (looks.RECURSIVE, looks.ONE_LOOK, looks.DEEP)
-    configs = [looks.net_config(arguments, kind, 0) for kind in kinds]
-    recursive, one, deep = map(looks.parameters, configs)
+    kinds = (one_look.RECURSIVE, one_look.ONE_LOOK, one_look.DEEP)
+    configs = [one_look.net_config(arguments, kind, 0) for kind in kinds]
+    recursive, one, deep = map(one_look.parameters, configs)
     assert recursive == one and 0.8 * one < deep <= one
     assert configs[2].model_config().L_layers == arguments.layers > 1
 
 
 def test_layers_that_do_not_fit_are_refused():
     with pytest.raises(InvalidArgument, match="--layers"):
-        looks.net_config(arguments_of(sort, "--layers", "4000"), looks.DEEP, 0)
+        one_look.net_config(arguments_of(sort, "--layers", "4000"), one_look.DEEP, 0)
 
 
 def test_looks_hold_by_their_rule():
     def holds(*exact):
-        kinds = (looks.RECURSIVE, looks.ONE_LOOK, looks.DEEP)
+        kinds = (one_look.RECURSIVE, one_look.ONE_LOOK, one_look.DEEP)
         rows = [
             {"kind": kind, "exact": {"mean": e}, "curve": [e / 2, e], "layers": 4,
              "trained_steps": 2}
             for kind, e in zip(kinds, exact, strict=True)
         ]  # fmt: skip
-        return looks._verdict(rows)["holds"]
+        return one_look._verdict(rows)["holds"]
 
     assert holds(0.96, 0.1, 0.5)
     assert not holds(0.94, 0.1, 0.1)
@@ -128,12 +128,12 @@ def test_many_looks_learn_what_one_look_does_not(tmp_path):
         compose, "--task", "compose:degree=3,length=4", "--supervision", "4", "--batch-size", "32"
     )
     exact = {}
-    for kind in (looks.RECURSIVE, looks.ONE_LOOK):
+    for kind in (one_look.RECURSIVE, one_look.ONE_LOOK):
         plan = Plan(steps=400, eval_every=400, eval_count=200,
-                    max_steps=4 if kind == looks.RECURSIVE else 1)  # fmt: skip
+                    max_steps=4 if kind == one_look.RECURSIVE else 1)  # fmt: skip
         record = make_session(tmp_path).net(
-            kind, looks.net_config(arguments, kind, 0), plan, lambda trainer: {},
-            prepare=looks.calls_a_step(1),
+            kind, one_look.net_config(arguments, kind, 0), plan, lambda trainer: {},
+            prepare=one_look.calls_a_step(1),
         )  # fmt: skip
         exact[kind] = record["learning"][-1]["exact"]
-    assert exact[looks.RECURSIVE] > 0.6 and exact[looks.ONE_LOOK] < 0.3
+    assert exact[one_look.RECURSIVE] > 0.6 and exact[one_look.ONE_LOOK] < 0.3

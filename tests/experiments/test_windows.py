@@ -10,7 +10,7 @@ import pytest
 import torch
 from toy_nets import TASK, arguments_of, tiny
 
-from recurx.cli import main
+from recurx.commands import main
 from recurx.experiments import session as sessions
 from recurx.experiments import windows
 from recurx.train import Trainer

@@ -1,4 +1,4 @@
-"""The kernels of the training step, in the interpreter or on a GPU; cases of tests/step."""
+"""The kernels of the training step, in the interpreter or on a GPU; cases of tests/train."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from recurx.errors import InvalidArgument, RecurxError
-from tests.step import cases
+from tests.train import cases
 
 # The interpreter computes with numpy, which tells of the overflows that the formula expects.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")

@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="triton has no wheel for this platform")
 from mutants import planted
 from recurx.kernels.multi_tensor import Tables
 
-from tests.step import cases
+from tests.train import cases
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:divide by zero")
 

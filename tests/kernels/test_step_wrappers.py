@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from recurx import launch
+from recurx import small_ops
 from recurx.models import PuzzleEmbedding, fused_stablemax_cross_entropy
 from recurx.train import AdamATan2, Average, SparseSignSGD, Trainer
-from tests.step import cases, guards
-from tests.test_train import tiny
+from tests.train import cases, guards
+from tests.train.test_train import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")
 @pytest.fixture
 def kernels(triton_device, monkeypatch):
     """Every op takes its kernel, on whatever `triton_device` says."""
-    monkeypatch.setattr(launch, "on_triton", lambda tensor: True)
+    monkeypatch.setattr(small_ops, "on_triton", lambda tensor: True)
     return triton_device
 
 
@@ -87,12 +87,12 @@ def test_a_training_step_on_kernels_follows_the_plain_one(kernels, monkeypatch):
     """Loss, halting, queue, optimisers and average together, for as long as answers agree."""
     config = tiny(model={"puzzle_emb_ndim": 16}, loss="fused_stablemax_cross_entropy")
     ours = Trainer(config, device=kernels, captured=False)
-    monkeypatch.setattr(launch, "on_triton", lambda tensor: False)
+    monkeypatch.setattr(small_ops, "on_triton", lambda tensor: False)
     plain = Trainer(config)
     for _ in range(4):
-        monkeypatch.setattr(launch, "on_triton", lambda tensor: False)
+        monkeypatch.setattr(small_ops, "on_triton", lambda tensor: False)
         want = plain.train_step()
-        monkeypatch.setattr(launch, "on_triton", lambda tensor: True)
+        monkeypatch.setattr(small_ops, "on_triton", lambda tensor: True)
         got = ours.train_step()
         assert got.sums == pytest.approx(want.sums, rel=1e-4)
         assert torch.equal(ours.carry.halted.cpu(), plain.carry.halted)
@@ -127,7 +127,7 @@ def test_the_triton_engine_never_waits_inside_a_step(monkeypatch):
         return run
 
     with triton_on_cpu("tiled") as engine:
-        monkeypatch.setattr(launch, "on_triton", lambda tensor: True)
+        monkeypatch.setattr(small_ops, "on_triton", lambda tensor: True)
         window = engine.window(None)
         monkeypatch.setattr(engine, "window", lambda problem: window)
         for owner, name in ((engine, "run"), (window, "forward"), (window, "backward")):

@@ -134,16 +134,17 @@ def test_calls_together_have_the_bits_of_calls_one_by_one(system, plan):
 
 def test_a_stale_sum_is_rejected(monkeypatch):
     """z_H + x kept over the call that writes z_H: the check above must see it."""
-    from recurx.backends import calls, triton
+    from recurx import program
+    from recurx.backends import triton
 
     def stale(schedule, start, stop):
-        table = calls.lower(schedule, start, stop)
+        table = program.lower(schedule, start, stop)
         seen, kept = set(), []
         for call in table.calls:
             if call.net is not None or call.write not in seen:
                 kept.append(call)
             seen.add(call.write)
-        return calls.CallTable(tuple(kept), table.slots)
+        return program.CallTable(tuple(kept), table.slots)
 
     monkeypatch.setattr(triton, "lower", stale)
     with pytest.raises(AssertionError):
@@ -191,7 +192,7 @@ def test_planted_bugs_are_rejected(bug, kind, dtype, monkeypatch, tmp_path):
 
 def call_inputs(form, schedule, dtype):
     """The input of each call by `form` beside the reference's, from the same states."""
-    from recurx.backends.calls import lower
+    from recurx.program import lower
 
     x, carry = make_inputs(schedule, batch=2, tokens=7, dtype=dtype)
     for k, step in enumerate(schedule.steps):

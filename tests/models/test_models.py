@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from recurx import InvalidArgument, Schedule, backends
-from recurx.explain import problem_of_model
+from recurx.explanation import problem_of_model
 from recurx.models import (
     HRM,
     TRM,

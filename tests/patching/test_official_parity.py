@@ -1,7 +1,7 @@
 """recurx.models against the official code at equal weights: the same bits.
 
 These tests need checkouts of the official repositories, see `tests/official.py`. What they pin
-without one is kept by tests/test_models.py (bookkeeping) and tests/test_reference.py.
+without one is kept by tests/models/test_models.py (bookkeeping) and tests/test_reference.py.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import recurx
 from recurx import UnsupportedModel
-from recurx.patch import PatchHandle
-from recurx.patch.handle import installed
+from recurx.patching import PatchHandle
+from recurx.patching.handle import installed
 from tests import lookalike
 
 VARIANTS = [
@@ -51,7 +51,7 @@ def inner_of(model: nn.Module) -> lookalike.Inner:
 def recursions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the schedules that `recurx.recurse` is called with from now on."""
     calls: list[str] = []
-    module = __import__("recurx.patch.official", fromlist=["recurse"])
+    module = __import__("recurx.patching.official", fromlist=["recurse"])
     original = module.recurse
 
     def counting(schedule: recurx.Schedule, *args: Any, **kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ import recurx
 from recurx import BackendUnavailable, UnsupportedModel
 from recurx.models.config import TRMConfig
 from recurx.models.layers import ReasoningNet
-from recurx.patch.handle import installed
+from recurx.patching.handle import installed
 
 lucid = pytest.importorskip("tiny_recursive_model")
 

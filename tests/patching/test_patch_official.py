@@ -1,6 +1,6 @@
 """recurx.patch on the official code itself, in the way that its training loop uses it.
 
-Needs checkouts, see `tests/official.py`; tests/test_patch.py covers the same without them.
+Needs checkouts, see `tests/official.py`; tests/patching/test_patch.py covers the same without them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import recurx
-from recurx.patch.handle import installed
+from recurx.patching.handle import installed
 from tests import official
 
 CASES = [

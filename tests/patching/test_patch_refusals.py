@@ -11,11 +11,11 @@ from torch import nn
 import recurx
 from recurx import BackendUnavailable, InvalidArgument, RecurxError, UnsupportedModel
 from recurx.models import TRM, TRMConfig
-from recurx.patch import probe
-from recurx.patch.handle import installed
-from recurx.patch.official import Official
+from recurx.patching import probe
+from recurx.patching.handle import installed
+from recurx.patching.official import Official
 from tests import lookalike
-from tests.test_patch import inner_of, same, step
+from tests.patching.test_patch import inner_of, same, step
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from recurx.bench import predict, results
 from recurx.bench.cases import CASES, DTYPES
 from recurx.bench.provenance import ROOT
 from recurx.bench.variants import Variant
-from recurx.explain import problem_of_config, problem_of_model
-from recurx.plan import Device, cpu, device, eager, whole
+from recurx.explanation import problem_of_config, problem_of_model
+from recurx.plan import Device, cpu, device, eager, step_cost
 
 WITHIN = 0.25
 QUIET = ROOT / "bench" / "results" / "cpu-zen3-2026-11-24.json"
@@ -124,7 +124,7 @@ def xeon_outside() -> dict[tuple[str, str, str, int], float]:
     found = {}
     for case, backend, dtype, batch in XEON_MS:
         config = CASES[case].make(forward_dtype=DTYPES[dtype])
-        seconds = whole.step_seconds(problem_of_config(config, batch), XEON, backend)
+        seconds = step_cost.step_seconds(problem_of_config(config, batch), XEON, backend)
         key = (case, backend, dtype, batch)
         if abs(1e3 * seconds / XEON_MS[key] - 1) > WITHIN:
             found[key] = 1e3 * seconds / XEON_MS[key]
@@ -157,9 +157,9 @@ def test_a_wrong_constant_of_amx_or_avx512_is_seen(monkeypatch, name, wrong):
         (cpu, "TILE_DEPTH", 80),
         (cpu, "SWIGLU", 580),
         (device, "CALL_OPERATORS", 4000),
-        (whole, "BACKWARD_PRODUCTS", 0),
-        (whole, "OPTIMISER_BYTES", 1200),
-        (whole, "SOLVE_PASSES", 180),
+        (step_cost, "BACKWARD_PRODUCTS", 0),
+        (step_cost, "OPTIMISER_BYTES", 1200),
+        (step_cost, "SOLVE_PASSES", 180),
         (predict, "OPERATOR_US", 2.0),
         (device, "MODEL_OPERATOR", 3.0),
         (device, "SPLIT_US", 100.0),
@@ -195,13 +195,19 @@ def test_a_configuration_says_the_same_as_its_model(name):
 def test_whole_steps_are_made_of_their_parts():
     problem = problem_of_config(CASES["trm-att"].make(forward_dtype="float32"), 4)
     made = predict.device_of(results.load(QUIET).document)
-    step = whole.step_seconds(problem, made, "cpu")
-    solve = [whole.solve_seconds(problem, made, "cpu", mean, 16) for mean in (8, 16)]
+    step = step_cost.step_seconds(problem, made, "cpu")
+    solve = [step_cost.solve_seconds(problem, made, "cpu", mean, 16) for mean in (8, 16)]
     assert 16 * step < solve[1] < 16.5 * step and solve[1] / 2 <= solve[0] < 0.51 * solve[1]
     # The window is 7 of 21 calls; its backward is twice its forward in products, once in the rest.
-    forward = whole.step_seconds(problem, made, "eager")
-    assert 1 + 7 / 21 < whole.train_seconds(problem, made, "eager") / forward < 1 + 2 * 7 / 21 + 0.1
-    assert whole.train_seconds(problem, made, "cpu") < whole.train_seconds(problem, made, "eager")
+    forward = step_cost.step_seconds(problem, made, "eager")
+    assert (
+        1 + 7 / 21
+        < step_cost.train_seconds(problem, made, "eager") / forward
+        < 1 + 2 * 7 / 21 + 0.1
+    )
+    assert step_cost.train_seconds(problem, made, "cpu") < step_cost.train_seconds(
+        problem, made, "eager"
+    )
 
 
 def test_a_gpu_is_known_by_its_name_wherever_the_file_is_read():

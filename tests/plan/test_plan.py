@@ -7,9 +7,10 @@ import torch
 
 import recurx
 from recurx import plan
+from recurx.bench import data_parallel
 from recurx.models.config import TRMConfig
 from recurx.nets import ATTENTION, TOKEN_MLP, BlockSpec, NetSpec
-from recurx.plan import Device, LaunchPlan, Work, count, scaling
+from recurx.plan import Device, LaunchPlan, Work, count
 from recurx.problem import Problem
 
 CPU = Device("test", "cpu", (0, 0), 2, 0, 0, 20.0, 20.0, 0.1, 0.2, 2.0, 2.0, 1.0)
@@ -115,7 +116,7 @@ def test_published_devices_are_complete_and_ordered_as_known():
 
 
 def test_a_model_gives_the_same_problem_as_its_shapes():
-    from recurx.explain import problem_of_model
+    from recurx.explanation import problem_of_model
     from recurx.models import TRM
 
     made = problem_of_model(TRM(TRMConfig.sudoku_att()))
@@ -123,13 +124,13 @@ def test_a_model_gives_the_same_problem_as_its_shapes():
 
 
 def test_scaling_is_perfect_alone_and_pays_for_the_exchange():
-    one = scaling.data_parallel(7_000_000, 0.05, 768, 1)
+    one = data_parallel.data_parallel(7_000_000, 0.05, 768, 1)
     assert one.efficiency == 1 and one.exchange_seconds == 0
-    eight = scaling.data_parallel(7_000_000, 0.05, 768, 8, backward_share=0)
+    eight = data_parallel.data_parallel(7_000_000, 0.05, 768, 8, backward_share=0)
     assert eight.exchange_seconds == pytest.approx(2 * 7 / 8 * 28e6 / 450e9 + 14 * 3e-6)
     assert eight.step_seconds == pytest.approx(0.05 + eight.exchange_seconds)
-    many = scaling.data_parallel(7_000_000, 0.05, 768, 64, backward_share=0)
+    many = data_parallel.data_parallel(7_000_000, 0.05, 768, 64, backward_share=0)
     assert many.efficiency < eight.efficiency < 1
     assert many.samples_per_second > 7 * eight.samples_per_second
-    hidden = scaling.data_parallel(7_000_000, 0.05, 768, 8, backward_share=0.5)
+    hidden = data_parallel.data_parallel(7_000_000, 0.05, 768, 8, backward_share=0.5)
     assert hidden.efficiency == 1

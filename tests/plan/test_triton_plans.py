@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from recurx import Problem, Schedule
-from recurx.backends.calls import lower
 from recurx.nets import ATTENTION, TOKEN_MLP, BlockSpec, NetSpec
 from recurx.plan import DEVICES, Device, LaunchPlan
 from recurx.plan.count import flops
 from recurx.plan.triton import candidates, refusals, sample_bytes
+from recurx.program import lower
 
 H100 = DEVICES["h100"]
 

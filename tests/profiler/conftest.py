@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from recurx.profile import ceilings
+from recurx.profiler import ceilings
 
 
 @pytest.fixture(autouse=True)

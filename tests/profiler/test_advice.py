@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from recurx.explain import problem_of_config
+from recurx.explanation import problem_of_config
 from recurx.models import TRMConfig
 from recurx.plan import Device
 from recurx.plan.device import cpu_device
-from recurx.profile import advice
+from recurx.profiler import advice
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import torch
 
 import recurx
 from recurx.models import HRM, TRM, HRMConfig, TRMConfig
-from recurx.profile import attribute, roles, stage
+from recurx.profiler import attribute, roles, stage
 from recurx.train import AdamATan2, Average
 from tests import lookalike
-from tests.profile.profile_cases import (
+from tests.profiler.profile_cases import (
     ATTENTION_STAGES,
     BLOCK_STAGES,
     CASES,

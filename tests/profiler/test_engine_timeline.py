@@ -13,7 +13,7 @@ from emulator.build import unavailable
 from emulator.owner import emulate, installed
 from recurx.backends.cuda_abi import PHASES
 from recurx.models import TRM, TRMConfig
-from recurx.profile.trace import chrome_trace
+from recurx.profiler.trace import chrome_trace
 
 pytestmark = [
     pytest.mark.slow,

@@ -17,12 +17,12 @@ import torch
 
 import recurx
 from recurx.models import TRM, TRMConfig
-from recurx.profile.ceilings import Ceilings
-from recurx.profile.html import render
-from recurx.profile.result import Row
-from recurx.profile.roofline import roofline
+from recurx.profiler.ceilings import Ceilings
+from recurx.profiler.html import render
+from recurx.profiler.result import Row
+from recurx.profiler.roofline import roofline
 from recurx.train import AdamATan2
-from tests.profile.profile_cases import build, profile
+from tests.profiler.profile_cases import build, profile
 
 VOID = {"meta", "link", "br"}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")

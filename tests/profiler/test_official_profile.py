@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import recurx
-from recurx.profile.attribute import STAGES
+from recurx.profiler.attribute import STAGES
 from recurx.train import AdamATan2
 from tests import official
-from tests.profile.profile_cases import ATTENTION_STAGES, BLOCK_STAGES, TOKEN_STAGES, kernels_of
+from tests.profiler.profile_cases import ATTENTION_STAGES, BLOCK_STAGES, TOKEN_STAGES, kernels_of
 
 # system, changes, net calls, blocks of all calls
 CASES = [

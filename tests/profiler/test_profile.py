@@ -18,20 +18,20 @@ import recurx
 from recurx import backends, reference
 from recurx.errors import InvalidArgument
 from recurx.models import TRM, TRMConfig
-from recurx.profile import counts, fused, nvtx_ranges
-from recurx.profile.attribute import resolve
-from recurx.profile.commands import commands
-from recurx.profile.kernels import attach
-from recurx.profile.records import Op, Trace
-from recurx.profile.roles import roles_of
-from recurx.profile.step import initial_carry, random_batch, supervision_step
-from recurx.profile.tables import make_rows, operator_ms
-from recurx.profile.timeline import Timeline
-from recurx.profile.trace import chrome_trace
-from recurx.profile.tracer import Tracer
+from recurx.profiler import counts, fused, nvtx_ranges
+from recurx.profiler.attribute import resolve
+from recurx.profiler.commands import commands
+from recurx.profiler.kernels import attach
+from recurx.profiler.records import Op, Trace
+from recurx.profiler.roles import roles_of
+from recurx.profiler.step import initial_carry, random_batch, supervision_step
+from recurx.profiler.tables import make_rows, operator_ms
+from recurx.profiler.timeline import Timeline
+from recurx.profiler.trace import chrome_trace
+from recurx.profiler.tracer import Tracer
 from recurx.train import AdamATan2, Average
 from tests import lookalike
-from tests.profile.profile_cases import build, profile
+from tests.profiler.profile_cases import build, profile
 
 EVENTS = [
     {"owner": 1, "call": 0, "block": 0, "phase": "qkv", "start_ns": 1000, "end_ns": 3000},
@@ -149,7 +149,7 @@ def test_a_step_that_fails_leaves_nothing_behind() -> None:
 
 
 def test_work_is_that_of_the_cost_model() -> None:
-    from recurx.explain import problem_of_model
+    from recurx.explanation import problem_of_model
     from recurx.plan.count import step_stages
 
     model = tiny()
@@ -450,7 +450,7 @@ def test_arguments_are_checked() -> None:
 
 
 def test_command_line_on_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from recurx.cli import main
+    from recurx.commands import main
 
     config = {"puzzle_emb_ndim": 64, "num_puzzle_identifiers": 3}
     recurx.save_checkpoint(tmp_path / "m.safetensors", tiny(**config))
@@ -461,7 +461,7 @@ def test_command_line_on_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from recurx.cli import main
+    from recurx.commands import main
 
     files = [tmp_path / name for name in ("t.json", "p.json", "p.html")]
     arguments = [

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 import recurx
-from recurx import rollouts, tasks
-from recurx.cli import main, options
+from recurx import tasks
+from recurx.cli import options
+from recurx.commands import main
 from recurx.models import TRM, TRMConfig
-from recurx.refine import Answers, Rules, refine
-from tests.test_solve import make_batch, make_model
+from recurx.solving import rollouts
+from recurx.solving.halting_loop import Answers, Rules, refine
+from tests.solving.test_solve import make_batch, make_model
 
 STEPS, TRIES = 4, 5
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 import recurx
-from recurx.cli import main, options
+from recurx.cli import options
+from recurx.commands import main
 from recurx.models import TRM, TRMConfig
+from tests.solving.test_solve import CountRows, fixed_loop, make_batch, make_model
 from tests.test_shipped import EASY, net, puzzle_file  # noqa: F401 (a fixture)
-from tests.test_solve import CountRows, fixed_loop, make_batch, make_model
 
 BLANK, STEPS = 1, 40
 

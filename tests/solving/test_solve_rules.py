@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 import recurx
-from recurx import noise
 from recurx.models import TRM
-from recurx.refine import Rules
-from recurx.solve import Answers
+from recurx.solving import noise
+from recurx.solving.halting_loop import Rules
+from recurx.solving.solve import Answers
 from tests import official
-from tests.test_solve import BATCH, CountRows, fixed_loop, make_batch, make_model
+from tests.solving.test_solve import BATCH, CountRows, fixed_loop, make_batch, make_model
 
 STEPS = 10
 

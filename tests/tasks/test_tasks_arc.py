@@ -305,7 +305,7 @@ SIZES = {
 
 
 def test_training_and_voting_run(tmp_path, capsys) -> None:
-    from recurx import cli
+    from recurx import commands
     from recurx.models.stablemax import IGNORE
     from recurx.train import Trainer, preset
 
@@ -321,14 +321,14 @@ def test_training_and_voting_run(tmp_path, capsys) -> None:
     assert (table[1:] != 0).any() and not (table[0] != 0).any()  # the rows drawn, not the blank
     checkpoint, form = str(tmp_path / "model.safetensors"), tmp_path / "submission.json"
     arguments = ["eval", "--checkpoint", checkpoint, "--max-steps", "1", "--json"]
-    assert cli.main([*arguments, "--count", "1", "--submission", str(form)]) == 0
+    assert commands.main([*arguments, "--count", "1", "--submission", str(form)]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (report["tasks"], report["questions"], report["predictions"]) == (1, 1, 2)
     assert 0 <= report["pass@1"] <= report["pass@2"] <= 1
     assert list(json.loads(form.read_text())) == [trainer.task.puzzles[2].id]
-    assert cli.main([*arguments, "--votes", "1", "arc:limit=2"]) == 2
+    assert commands.main([*arguments, "--votes", "1", "arc:limit=2"]) == 2
     assert "knows 9 puzzles" in capsys.readouterr().err
-    assert cli.main([*arguments, "--curve", str(tmp_path / "curve.png")]) == 2
+    assert commands.main([*arguments, "--curve", str(tmp_path / "curve.png")]) == 2
     assert "--curve: not for the task arc" in capsys.readouterr().err
 
 

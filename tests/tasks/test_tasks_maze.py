@@ -151,7 +151,7 @@ def test_eval_reads_mazes(tmp_path, capsys) -> None:
     """Through the command: any shortest path counts as exact, whatever the file's answer is."""
     import json
 
-    from recurx import cli
+    from recurx import commands
     from recurx.checkpoint import save_checkpoint
     from recurx.models import TRM, TRMConfig
 
@@ -160,7 +160,7 @@ def test_eval_reads_mazes(tmp_path, capsys) -> None:
     save_checkpoint(checkpoint, model, {"task": "maze:size=4"})
     path = tmp_path / "mazes.csv"
     path.write_text(f"source,question,answer,rating\na,{SQUARE},{STRAIGHT_DOWN},4\n")
-    code = cli.main(["eval", "--checkpoint", checkpoint, "--puzzles", str(path), "--json"])
+    code = commands.main(["eval", "--checkpoint", checkpoint, "--puzzles", str(path), "--json"])
     assert code == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["count"] == 1 and 0 <= report["cells"] <= 1

@@ -1,6 +1,6 @@
 """One rank of two: gradients and sparse steps on half a batch, compared by rank 0 with one rank.
 
-    torchrun --nproc-per-node 2 -m tests.step.ddp_worker BACKEND
+    torchrun --nproc-per-node 2 -m tests.train.ddp_worker BACKEND
 
 On GPUs the same with backend="nccl" and tensors on `cuda:LOCAL_RANK`.
 """

@@ -12,8 +12,8 @@ from recurx.errors import InvalidArgument, RecurxError
 from recurx.models import ACTLossHead
 from recurx.train import Average, CapturedStep, CudaGraphs, SampleQueue, Trainer
 from recurx.train.captured import tensors_of
-from tests.step.guards import HostSync, Tape, no_host_sync
-from tests.test_train import tiny
+from tests.train.guards import HostSync, Tape, no_host_sync
+from tests.train.test_train import tiny
 
 VARIANTS = {
     "trm": {"puzzle_emb_ndim": 16},

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from recurx.models import TRM, ACTLossHead, Exploration
-from tests.step.simulated import BACKENDS, on
-from tests.test_train import tiny
+from tests.train.simulated import BACKENDS, on
+from tests.train.test_train import tiny
 
 
 def head_for(backend: str, dtype: str = "float32") -> ACTLossHead:

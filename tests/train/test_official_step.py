@@ -13,8 +13,8 @@ from recurx.models import fused_stablemax_cross_entropy
 from recurx.models.puzzle_embedding import sign_sgd_
 from recurx.train import AdamATan2, CapturedStep, SampleQueue, SparseSignSGD, swap
 from tests import official
-from tests.step import cases
-from tests.step.guards import HostSync, Tape, no_host_sync
+from tests.train import cases
+from tests.train.guards import HostSync, Tape, no_host_sync
 
 SYSTEMS = ["trm", "hrm"]
 

@@ -11,7 +11,7 @@ from recurx.errors import InvalidArgument
 from recurx.models import PuzzleEmbedding, fused_stablemax_cross_entropy, stablemax_cross_entropy
 from recurx.models.puzzle_embedding import sign_sgd_
 from recurx.train import AdamATan2, Average, SparseSignSGD
-from tests.step import cases
+from tests.train import cases
 
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 

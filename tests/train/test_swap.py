@@ -12,8 +12,8 @@ from torch import Tensor
 from recurx.errors import UnsupportedModel
 from recurx.models import TRM, fused_stablemax_cross_entropy
 from recurx.train import AdamATan2, SparseSignSGD, provide_adam_atan2, swap
-from tests.step import official_like
-from tests.step.guards import HostSync, no_host_sync
+from tests.train import official_like
+from tests.train.guards import HostSync, no_host_sync
 
 
 def batch(index: int) -> dict[str, Tensor]:

@@ -9,8 +9,8 @@ import types
 import pytest
 import torch
 
-from recurx.cli import main
 from recurx.cli.events import EventFiles
+from recurx.commands import main
 from recurx.errors import InvalidArgument
 from recurx.train import PRESETS, Trainer, preset
 

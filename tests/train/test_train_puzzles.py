@@ -11,7 +11,7 @@ import torch
 
 import recurx
 from recurx import tasks
-from recurx.cli import main
+from recurx.commands import main
 from recurx.errors import InvalidArgument
 from recurx.models import TRM
 from recurx.tasks import Sudoku

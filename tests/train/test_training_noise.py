@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from recurx.train import Trainer
-from tests.step.simulated import on
-from tests.test_train import tiny
+from tests.train.simulated import on
+from tests.train.test_train import tiny
 
 STEPS, LAST = 300, 60  # the mean loss of the last steps is what a run ends with
 SEEDS = (0, 1, 2)

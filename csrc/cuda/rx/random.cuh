@@ -1,7 +1,7 @@
 // random.cuh - normal numbers from a counter: the same for the same seed, whoever draws them when.
 //
 // Philox 4x32, 10 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), then
-// Box-Muller. recurx/noise.py is the same formula in PyTorch.
+// Box-Muller. recurx/solving/noise.py is the same formula in PyTorch.
 #pragma once
 #include <cmath>
 

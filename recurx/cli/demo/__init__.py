@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from recurx.cli import output
     from recurx.cli.demo import full_size, learn, shipped_net
-    from recurx.shipped import available
+    from recurx.shipped_nets import available
     from recurx.tasks.sudoku.layout import to_boards
 
     device = options.prepare_machine(arguments)

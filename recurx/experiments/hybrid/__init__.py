@@ -8,10 +8,10 @@ encoder.py runs the encoder once a passage and keeps what it said; model.py make
 recursion; training.py is the trainer of recurx with such a model.
 """
 
-from recurx.hybrid.config import HybridConfig
-from recurx.hybrid.encoder import PassageBank, load_encoder, packaged_encoder
-from recurx.hybrid.model import HybridReasoner
-from recurx.hybrid.training import HybridTrainer, task_bank
+from recurx.experiments.hybrid.config import HybridConfig
+from recurx.experiments.hybrid.encoder import PassageBank, load_encoder, packaged_encoder
+from recurx.experiments.hybrid.model import HybridReasoner
+from recurx.experiments.hybrid.training import HybridTrainer, task_bank
 
 __all__ = [
     "HybridConfig",

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from recurx import checkpoint
 from recurx.errors import CheckpointError, InvalidArgument, bad_argument
-from recurx.hybrid.config import HybridConfig
-from recurx.hybrid.encoder import PassageBank
+from recurx.experiments.hybrid.config import HybridConfig
+from recurx.experiments.hybrid.encoder import PassageBank
 from recurx.models.act import RecursiveModel
 from recurx.models.inner import Inner
 from recurx.models.layers import CastLinear, truncated_normal_
-from recurx.solve import Answers, solve
+from recurx.solving.solve import Answers, solve
 
 Text = str | Sequence[str]
 

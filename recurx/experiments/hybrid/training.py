@@ -8,9 +8,9 @@ from typing import Any
 
 from recurx import tasks
 from recurx.errors import bad_argument
-from recurx.hybrid.config import HybridConfig
-from recurx.hybrid.encoder import PassageBank, packaged_encoder
-from recurx.hybrid.model import HybridReasoner
+from recurx.experiments.hybrid.config import HybridConfig
+from recurx.experiments.hybrid.encoder import PassageBank, packaged_encoder
+from recurx.experiments.hybrid.model import HybridReasoner
 from recurx.models import ModelConfig, RecursiveModel
 from recurx.tasks.base import Examples
 from recurx.tasks.english import EnglishTask

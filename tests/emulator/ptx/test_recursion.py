@@ -12,9 +12,9 @@ import torch
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 import recurx
 from recurx import Schedule, reference
-from recurx.backends.calls import lower
-from recurx.backends.weights import Tape, device_words
+from recurx.backends.packed import Tape, device_words
 from recurx.nets import ATTENTION, TOKEN_MLP, BlockSpec, Net, NetSpec
+from recurx.program import lower
 from tests.kernels.compare import assert_as_exact
 from tests.kernels.mutants import planted
 

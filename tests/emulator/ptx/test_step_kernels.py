@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.step import cases
+from tests.train import cases
 
 from .. import build
 

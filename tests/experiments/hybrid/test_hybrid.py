@@ -15,8 +15,14 @@ from torch import Tensor
 
 import recurx
 from recurx import CheckpointError, InvalidArgument, RecurxError, tasks
-from recurx.hybrid import HybridConfig, HybridReasoner, HybridTrainer, PassageBank, encoder
-from recurx.hybrid.training import task_bank
+from recurx.experiments.hybrid import (
+    HybridConfig,
+    HybridReasoner,
+    HybridTrainer,
+    PassageBank,
+    encoder,
+)
+from recurx.experiments.hybrid.training import task_bank
 from recurx.models import ACTLossHead
 from recurx.train import AdamATan2, TrainConfig, evaluate
 

@@ -12,15 +12,16 @@ import torch
 from fakes import FakeEncoder, FakeTokenizer
 from rich.console import Console
 
-from recurx.experiments import hybrid, looks
+from recurx.experiments import behind_text as hybrid
+from recurx.experiments import one_look
+from recurx.experiments.hybrid import HybridTrainer, PassageBank, task_bank
 from recurx.experiments.session import Session
-from recurx.hybrid import HybridTrainer, PassageBank, task_bank
 
 ORDER = ["--task", "order:people=3,names=8,wordings=2,fewest=2", "--calls", "2"]
 TRADES = ["--task", "trades:trades=2,people=3"]
 TOY = ["--supervision", "2", "--test-steps", "3", "--layers", "2", "--batch-size", "8",
        "--count", "30"]  # fmt: skip
-KINDS = (looks.RECURSIVE, looks.ONE_LOOK, looks.DEEP)
+KINDS = (one_look.RECURSIVE, one_look.ONE_LOOK, one_look.DEEP)
 
 
 def arguments(task: list[str]) -> argparse.Namespace:
@@ -67,7 +68,7 @@ def test_it_trains_measures_tells_and_draws(
 def test_the_final_test_is_of_the_longest_chains() -> None:
     asked = arguments(ORDER)
     make = functools.partial(HybridTrainer, bank=toy_bank(asked))
-    trainer = make(looks.net_config(asked, looks.RECURSIVE, 0, make))
+    trainer = make(one_look.net_config(asked, one_look.RECURSIVE, 0, make))
     held = trainer.held_out(40)
     assert len(held) == 40 and (held.answers > 0).all()
     assert trainer.task.held_out(held).all()
@@ -77,7 +78,7 @@ def test_all_kinds_read_the_same_and_the_first_two_start_from_the_same_bits() ->
     asked = arguments(TRADES)
     make = functools.partial(HybridTrainer, bank=toy_bank(asked))
     recursive, once, deep = (
-        make(looks.net_config(asked, kind, 0, make)).model for kind in KINDS
+        make(one_look.net_config(asked, kind, 0, make)).model for kind in KINDS
     )  # fmt: skip
     for (name, one), two in zip(
         recursive.state_dict().items(), once.state_dict().values(), strict=True

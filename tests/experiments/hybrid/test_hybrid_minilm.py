@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from recurx import InvalidArgument
-from recurx.hybrid import (
+from recurx.experiments.hybrid import (
     HybridConfig,
     HybridReasoner,
     HybridTrainer,
     PassageBank,
     packaged_encoder,
 )
-from recurx.hybrid.training import task_bank
+from recurx.experiments.hybrid.training import task_bank
 from recurx.train import TrainConfig
 
 pytestmark = pytest.mark.slow  # importing transformers takes seconds
