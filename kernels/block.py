@@ -11,13 +11,12 @@ from collections.abc import Sequence
 import torch
 
 from recurx.nets import ATTENTION, BlockSpec
+from recurx.operands import CosSin
 
 from .attention import attention
 from .gate_up_swiglu import gate_up_swiglu
 from .linear_residual_rms import linear_residual_rms
 from .qkv_rope import qkv_rope
-
-CosSin = tuple[torch.Tensor, torch.Tensor]
 
 
 class Scratch:

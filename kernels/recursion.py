@@ -33,12 +33,11 @@ import triton.language as tl
 
 from recurx.backends.packed import ALIGN, Tape, device_words, padded_columns
 from recurx.nets import ATTENTION, TOKEN_MLP, BlockSpec
+from recurx.operands import CosSin
 from recurx.program import CallTable
 
 from .inject import ROW, call_input
 from .products import add_product
-
-CosSin = tuple[torch.Tensor, torch.Tensor]
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from torch import Tensor
 from recurx import backends, reference_backward
 from recurx.backends import first_use
 from recurx.errors import RecurxError
+from recurx.operands import Operands, Span
 from recurx.problem import Problem, decode
 from recurx.recompute import DOUBLE_BACKWARD
 
@@ -67,12 +68,11 @@ def _recurse(
     start: int,
     stop: int,
 ) -> list[Tensor]:
-    """Run calls start..stop-1 on `backend`; the arguments are those of `Backend.run`."""
+    """Run calls start..stop-1 on `backend`."""
     problem = problem_of(key, x, cos)
-    x, weights = x.contiguous(), list(weights)
-    states = [state.contiguous() for state in states]
-    chosen = first_use.choose(backend, problem, x, states, weights, cos, sin)
-    return chosen.run(problem, x, states, weights, cos, sin, start, stop)
+    operands = Operands.from_flat(x, states, weights, cos, sin).contiguous()
+    chosen = first_use.choose(backend, problem, *operands.flat())
+    return chosen.run(problem, operands, Span(start, stop))
 
 
 def _recurse_fake(x: Tensor, states: Sequence[Tensor], *_: Any) -> list[Tensor]:
@@ -92,11 +92,9 @@ def _recurse_backward(
 ) -> list[Tensor]:
     """Gradients of x, of each state and of each weight, flat in this order."""
     problem = problem_of(key, x, cos, needs_grad=True)
-    cos_sin = None if cos is None or sin is None else (cos, sin)
+    operands = Operands.from_flat(x, states, weights, cos, sin)
     with torch.no_grad():
-        return reference_backward.run(
-            problem, x, list(states), list(weights), cos_sin, list(grads), start, stop
-        )
+        return reference_backward.run(problem, operands, Span(start, stop), grads)
 
 
 def _recurse_backward_fake(
@@ -151,12 +149,12 @@ def _window(
     """The states after calls start..stop-1, then what the backward reads."""
     problem = problem_of(key, x, cos, needs_grad=True)
     chosen = backends.select(backend, problem)
-    inputs = x.contiguous(), [state.contiguous() for state in states], list(weights), cos, sin
+    operands = Operands.from_flat(x, states, weights, cos, sin).contiguous()
     window = chosen.window(problem)
     assert window is not None, "window_backend names backends that have one"
     if save == "states":
-        return chosen.run(problem, *inputs, start, stop)
-    outs, kept = window.forward(problem, *inputs, start, stop, save)
+        return chosen.run(problem, operands, Span(start, stop))
+    outs, kept = window.forward(problem, operands, Span(start, stop), save)
     return [*outs, *kept]
 
 
@@ -176,7 +174,7 @@ def _window_fake(
     window = backends.get(backend).window(problem)
     assert window is not None, "window_backend names backends that have one"
     # While torch.compile traces with dynamic shapes, plain integers may come as symbols too.
-    kept = window.kept(problem, int(start), int(stop), save)
+    kept = window.kept(problem, Span(int(start), int(stop)), save)
     return [
         *_recurse_fake(x, states),
         *(x.new_empty(shape, dtype=dtype) for shape, dtype in kept),
@@ -209,11 +207,11 @@ def _window_backward(
     assert window is not None, "window_backend names backends that have one"
     rest = iter(grads)
     d_outs = [next(rest).contiguous() if there else None for there in given]
+    operands = Operands.from_flat(x, states, weights, cos, sin).contiguous()
     with torch.no_grad():
         results = window.backward(
-            problem, x.contiguous(), [state.contiguous() for state in states], list(outs),
-            list(weights), cos, sin, list(kept), d_outs, list(wants), start, stop, save,
-        )  # fmt: skip
+            problem, operands, Span(start, stop), save, outs, kept, d_outs, wants
+        )
     return [result for result in results if result is not None]
 
 

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from recurx.operands import Span
 from recurx.schedule import INPUT, Schedule
 
 ROW = 8  # words a call in the table; see kernels/inject.py
@@ -56,10 +57,10 @@ class CallTable:
 
 
 @functools.lru_cache(maxsize=64)
-def lower(schedule: Schedule, start: int, stop: int) -> CallTable:
-    """Calls start..stop-1 of the schedule, sums that stay the same for several calls hoisted."""
+def lower(schedule: Schedule, span: Span) -> CallTable:
+    """The calls of `span`, sums that stay the same for several calls hoisted."""
     slot = {name: number for number, name in enumerate((INPUT, *schedule.states))}
-    steps = schedule.steps[start:stop]
+    steps = schedule.steps[span.start : span.stop]
     kept = len(slot)
     calls: list[Call] = []
     held: tuple[str, ...] | None = None  # whose sum the kept slot holds

@@ -11,7 +11,7 @@ from torch import Tensor
 from recurx import reference, reference_backward
 from recurx.errors import RecurxError
 from recurx.nets import WEIGHT_NAMES, BlockSpec, Net
-from recurx.reference import CosSin
+from recurx.operands import CosSin, rope_of
 from recurx.schedule import INPUT, Schedule
 
 DOUBLE_BACKWARD = (
@@ -38,7 +38,7 @@ class _Block(torch.autograd.Function):
     ) -> Tensor:
         ctx.spec = spec
         ctx.save_for_backward(h, cos, sin, *weights)
-        return reference.block(h, spec, weights, _tables(cos, sin))
+        return reference.block(h, spec, weights, rope_of(cos, sin))
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
@@ -46,13 +46,9 @@ class _Block(torch.autograd.Function):
             raise RecurxError(DOUBLE_BACKWARD)
         h, cos, sin, *weights = ctx.saved_tensors
         d_h, d_weights = reference_backward.block_backward(
-            h, ctx.spec, weights, _tables(cos, sin), d_out
+            h, ctx.spec, weights, rope_of(cos, sin), d_out
         )
         return d_h, None, None, None, *d_weights
-
-
-def _tables(cos: Tensor | None, sin: Tensor | None) -> CosSin | None:
-    return None if cos is None or sin is None else (cos, sin)
 
 
 def run(

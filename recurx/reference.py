@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recurx.nets import ATTENTION, WEIGHT_NAMES, BlockSpec, Net
+from recurx.operands import CosSin
 from recurx.schedule import INPUT, Schedule, Step
 
-CosSin = tuple[Tensor, Tensor]
 AnyNet = Net | Callable[[Tensor], Tensor]
 
 

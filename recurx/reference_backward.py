@@ -16,8 +16,8 @@ from torch import Tensor
 
 from recurx import reference
 from recurx.nets import ATTENTION, WEIGHT_NAMES, BlockSpec, Net
+from recurx.operands import CosSin, Operands, Span
 from recurx.problem import Problem
-from recurx.reference import CosSin
 from recurx.schedule import INPUT
 
 
@@ -139,30 +139,24 @@ def call_backward(
 
 
 def run(
-    problem: Problem,
-    x: Tensor,
-    states: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    cos_sin: CosSin | None,
-    d_states: Sequence[Tensor],
-    start: int,
-    stop: int,
+    problem: Problem, operands: Operands, span: Span, d_states: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Backward of calls start..stop-1: [d_x, d_state.., d_weight..], zeros where nothing flows.
+    """Backward of the calls of `span`: [d_x, d_state.., d_weight..], zeros where nothing flows.
 
-    `states` entered at call `start`; `d_states` are the gradients of what left, both in the order
+    `operands` entered at the first of them; `d_states` are the gradients of what left, in the order
     of `problem.schedule.states`.
     """
-    schedule, nets = problem.schedule, problem.bind(weights)
-    values = {INPUT: x, **dict(zip(schedule.states, states, strict=True))}
+    schedule, nets, cos_sin = problem.schedule, problem.bind(operands.weights), operands.rope
+    x, steps = operands.x, schedule.steps[span.start : span.stop]
+    values = {INPUT: x, **dict(zip(schedule.states, operands.states, strict=True))}
     call_inputs = []
-    for step in schedule.steps[start:stop]:
+    for step in steps:
         call_inputs.append(reference.call_input(step, values))
         values[step.write] = reference.call(call_inputs[-1], nets[step.net], cos_sin)
 
     d_values = {INPUT: torch.zeros_like(x), **dict(zip(schedule.states, d_states, strict=True))}
     d_weights = {name: [torch.zeros_like(w) for w in net.weights] for name, net in nets.items()}
-    for step, h in zip(reversed(schedule.steps[start:stop]), reversed(call_inputs), strict=True):
+    for step, h in zip(reversed(steps), reversed(call_inputs), strict=True):
         d_h, d_net = call_backward(h, nets[step.net], cos_sin, d_values[step.write])
         for total, part in zip(d_weights[step.net], d_net, strict=True):
             total += part

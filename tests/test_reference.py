@@ -9,6 +9,7 @@ import torch
 
 from recurx import Schedule, Step, reference, reference_backward
 from recurx.nets import ATTENTION, KINDS, TOKEN_MLP
+from recurx.operands import Operands, Span
 from tests.factories import make_inputs, make_net, problem_for, rope
 
 SMALL = dict(tokens=3, hidden=8, inner=6, heads=2, token_inner=4)
@@ -78,9 +79,8 @@ def test_written_out_backward_equals_autograd(kind: str, schedule: Schedule) -> 
     )
     problem = problem_for(schedule, {"L": net}, x)
     with torch.no_grad():
-        got = reference_backward.run(
-            problem, x, list(carry.values()), net.weights, COS_SIN, d_out, 0, len(schedule)
-        )
+        operands = Operands(x, tuple(carry.values()), net.weights, COS_SIN)
+        got = reference_backward.run(problem, operands, Span(0, len(schedule)), d_out)
     for index, (a, b) in enumerate(zip(got, expected, strict=True)):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11, msg=f"gradient {index}")
 

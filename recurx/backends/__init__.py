@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from recurx.errors import BackendUnavailable, bad_argument
+from recurx.operands import Operands, Span
 from recurx.problem import Problem, decode
 
 
@@ -41,24 +42,8 @@ class Backend(abc.ABC):
         """None if it can run `problem`, else one sentence saying which property it refuses."""
 
     @abc.abstractmethod
-    def run(
-        self,
-        problem: Problem,
-        x: Tensor,
-        states: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        cos: Tensor | None,
-        sin: Tensor | None,
-        start: int,
-        stop: int,
-    ) -> list[Tensor]:
-        """Run calls start..stop-1 without gradient.
-
-        Args:
-            x, states: [B, T, D] in the problem's dtype; states in the order of
-                `problem.schedule.states`. Not modified.
-            weights: flat, net after net in the order of `problem.nets`, master dtype.
-            cos, sin: fp32 [T, head_dim], or None.
+    def run(self, problem: Problem, operands: Operands, span: Span) -> list[Tensor]:
+        """Run the calls of `span` without gradient; no operand is modified.
 
         Returns:
             All states in the same order, in fresh contiguous tensors that alias no input.
@@ -82,24 +67,15 @@ class Window(abc.ABC):
 
     @abc.abstractmethod
     def kept(
-        self, problem: Problem, start: int, stop: int, save: str
+        self, problem: Problem, span: Span, save: str
     ) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each tensor that `forward` keeps; the sizes may be symbolic."""
 
     @abc.abstractmethod
     def forward(
-        self,
-        problem: Problem,
-        x: Tensor,
-        states: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        cos: Tensor | None,
-        sin: Tensor | None,
-        start: int,
-        stop: int,
-        save: str,
+        self, problem: Problem, operands: Operands, span: Span, save: str
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """The states after calls start..stop-1 as `Backend.run` returns them, and what is kept.
+        """The states after the calls of `span` as `Backend.run` returns them, and what is kept.
 
         All in fresh tensors that alias no input and not each other.
         """
@@ -108,23 +84,19 @@ class Window(abc.ABC):
     def backward(
         self,
         problem: Problem,
-        x: Tensor,
-        states: Sequence[Tensor],
+        operands: Operands,
+        span: Span,
+        save: str,
         outs: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        cos: Tensor | None,
-        sin: Tensor | None,
         kept: Sequence[Tensor],
         d_outs: Sequence[Tensor | None],
         wants: Sequence[bool],
-        start: int,
-        stop: int,
-        save: str,
     ) -> list[Tensor | None]:
         """Gradients of x, each state and each weight, flat in this order; None where not wanted.
 
         Args:
-            states, outs: what entered and what left; `outs` is empty for save="states".
+            operands: what entered.
+            outs: what left; empty for save="states".
             kept: what `forward` kept; not modified, it may be asked twice.
             d_outs: gradients of `outs`, None for zero; not modified.
             wants: for each gradient in the order of the result, whether it is wanted.

@@ -21,6 +21,7 @@ from torch import Tensor
 from recurx.backends import Backend
 from recurx.backends.packed import WeightCache
 from recurx.nets import ATTENTION, BlockSpec, NetSpec
+from recurx.operands import Operands, Span
 from recurx.plan.cpu import engine_threads
 from recurx.problem import Problem
 from recurx.schedule import INPUT
@@ -146,22 +147,12 @@ class Cpu(Backend):
                     )
         return None
 
-    def run(
-        self,
-        problem: Problem,
-        x: Tensor,
-        states: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        cos: Tensor | None,
-        sin: Tensor | None,
-        start: int,
-        stop: int,
-    ) -> list[Tensor]:
+    def run(self, problem: Problem, operands: Operands, span: Span) -> list[Tensor]:
         module, cache = self._engine()
         assert module is not None and cache is not None, "checked by why_unavailable"
         names = (INPUT, *problem.schedule.states)
         index = {name: i for i, name in enumerate(names)}
-        nets = problem.bind(weights)
+        nets = problem.bind(operands.weights)
         order = list(nets)
         steps = [
             (
@@ -170,7 +161,7 @@ class Cpu(Backend):
                 [index[name] for name in step.state],
                 [index[name] for name in step.inject],
             )
-            for step in problem.schedule.steps[start:stop]
+            for step in problem.schedule.steps[span.start : span.stop]
         ]
         sizes = [sum(weight.numel() for weight in net.weights) for net in nets.values()]
         threads = engine_threads(
@@ -180,11 +171,9 @@ class Cpu(Backend):
         )
         isa, bf16 = module.cpu_isa(), problem.dtype == torch.bfloat16
         packed = [cache.get(net.spec, net.weights, bf16, isa) for net in nets.values()]
-        inputs = [x.detach().contiguous(), *(state.detach().contiguous() for state in states)]
+        inputs = [state.detach().contiguous() for state in (operands.x, *operands.states)]
         outputs = [torch.empty_like(state) for state in inputs[1:]]
-        tables = None
-        if cos is not None and sin is not None:
-            tables = [table.detach().float().contiguous() for table in (cos, sin)]
+        tables = operands.float_rope()
         module.cpu_run(
             packed,
             steps,

@@ -28,6 +28,7 @@ from recurx.backends.packed import WeightCache, device_words
 from recurx.errors import BackendUnavailable, CudaError, bad_argument
 from recurx.fp8 import codes_of
 from recurx.nets import ATTENTION, BlockSpec, Net
+from recurx.operands import Operands, Span
 from recurx.plan.cuda import KINDS, OWNER_PLANS, Shapes, candidates, refusals
 from recurx.plan.device import Device
 from recurx.plan.launch import LaunchPlan
@@ -120,31 +121,21 @@ class Cuda(Backend):
 
     # ---- run it ----------------------------------------------------------------------------
 
-    def run(
-        self,
-        problem: Problem,
-        x: Tensor,
-        states: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        cos: Tensor | None,
-        sin: Tensor | None,
-        start: int,
-        stop: int,
-    ) -> list[Tensor]:
-        check_inputs(problem, x, states)
-        if start == stop or problem.batch == 0:
+    def run(self, problem: Problem, operands: Operands, span: Span) -> list[Tensor]:
+        check_inputs(problem, operands)
+        x, states = operands.x, operands.states
+        if span.start == span.stop or problem.batch == 0:
             return [state.clone(memory_format=torch.contiguous_format) for state in states]
         library = self.library()
         assert library is not None, "checked by why_unavailable"
-        fp8 = all(codes_of(weight) is not None for weight in weights)
+        fp8 = all(codes_of(weight) is not None for weight in operands.weights)
         plan = self.plan(problem, x.device, fp8)
         with self.on(x.device) as stream:
-            inputs = [_aligned(tensor.detach()) for tensor in (x, *states)]
-            outputs = [self.new(tuple(x.shape), x.dtype, x.device) for _ in states]
-            tables = None if cos is None or sin is None else (cos, sin)
-            p, kept = self.describe(
-                plan.kind, problem, inputs, outputs, weights, tables, start, stop, stream, fp8
+            ready = operands._replace(
+                x=_aligned(x.detach()), states=tuple(_aligned(s.detach()) for s in states)
             )
+            outputs = [self.new(tuple(x.shape), x.dtype, x.device) for _ in states]
+            p, kept = self.describe(plan.kind, problem, ready, outputs, span, stream, fp8)
             entry, settings, size = _launch(library, plan, p)
             scratch = self.new((size,), torch.uint8, x.device)
             p.scratch, p.scratch_bytes = scratch.data_ptr(), size
@@ -157,42 +148,39 @@ class Cuda(Backend):
         self,
         kind: str,
         problem: Problem,
-        inputs: Sequence[Tensor],
+        operands: Operands,
         outputs: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        cos_sin: tuple[Tensor, Tensor] | None,
-        start: int,
-        stop: int,
+        span: Span,
         stream: ctypes.c_void_p | None,
         fp8: bool = False,
     ) -> tuple[cuda_abi.Recursion, list[Tensor]]:
-        """The RxRecursion of calls start..stop-1 without its scratch, and what it points to.
+        """The RxRecursion of the calls of `span` without its scratch, and what it points to.
 
         Args:
             kind: of plan, which decides how weights are packed.
             fp8: the weights are quantised; the grid kernel reads their codes.
-            inputs: x and the states; outputs: the states. Contiguous and aligned.
+            operands: x and the states contiguous and aligned, as are the outputs.
         """
-        library, x = self.library(), inputs[0]
+        library, x = self.library(), operands.x
         assert library is not None, "checked by why_unavailable"
-        tables = [_aligned(table.detach().float()) for table in cos_sin or ()]
-        calls = _calls(problem.schedule, start, stop, problem, x.device)
+        tables = [_aligned(table) for table in operands.float_rope() or ()]
+        calls = _calls(problem, span, x.device)
         p = cuda_abi.Recursion(
             problem.batch, problem.tokens, problem.hidden, len(outputs), len(problem.nets),
-            stop - start, calls=calls.data_ptr(), x=x.data_ptr(),
+            span.stop - span.start, calls=calls.data_ptr(), x=x.data_ptr(),
         )  # fmt: skip
         if tables:
             p.cos, p.sin = (table.data_ptr() for table in tables)
-        for i, (state, out) in enumerate(zip(inputs[1:], outputs, strict=True)):
+        for i, (state, out) in enumerate(zip(operands.states, outputs, strict=True)):
             p.states_in[i], p.states_out[i] = state.data_ptr(), out.data_ptr()
         tapes = [
             self._tape(library, kind, net, problem.tokens, x.device, stream, fp8)
-            for net in problem.bind(weights).values()
+            for net in problem.bind(operands.weights).values()
         ]
         for i, ((_, spec), tape) in enumerate(zip(problem.nets, tapes, strict=True)):
             p.nets[i].num_blocks, p.nets[i].tape = len(spec.blocks), tape.data_ptr()
             p.nets[i].blocks[: len(spec.blocks)] = [_block(block) for block in spec.blocks]
-        return p, [*inputs, *outputs, *tables, calls, *tapes]
+        return p, [x, *operands.states, *outputs, *tables, calls, *tapes]
 
     def new(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Uninitialised memory that a kernel writes."""
@@ -331,12 +319,13 @@ class Timeline:
 # ---- from recurx's values to the C interface ----------------------------------------------
 
 
-def check_inputs(problem: Problem, x: Tensor, states: Sequence[Tensor]) -> None:
+def check_inputs(problem: Problem, operands: Operands) -> None:
     """Everything a kernel takes on trust: number of states, shapes, dtype, one device.
 
     Raises:
         InvalidArgument: one of them is not as `problem` says.
     """
+    x, states = operands.x, operands.states
     names = (INPUT, *problem.schedule.states)
     shape = (problem.batch, problem.tokens, problem.hidden)
     if len(states) + 1 != len(names):
@@ -385,20 +374,18 @@ def _block(block: BlockSpec) -> cuda_abi.Block:
     return cuda_abi.Block(token_mlp, block.inner, block.num_heads, block.token_inner, block.eps)
 
 
-def _calls(
-    schedule: Schedule, start: int, stop: int, problem: Problem, device: torch.device
-) -> Tensor:
-    """RxCall of calls start..stop-1, as words on the device; made once."""
+def _calls(problem: Problem, span: Span, device: torch.device) -> Tensor:
+    """RxCall of the calls of `span`, as words on the device; made once."""
     nets = tuple(name for name, _ in problem.nets)
-    return device_words(call_words(schedule, nets, start, stop), device)
+    return device_words(call_words(problem.schedule, nets, span), device)
 
 
 @functools.lru_cache(maxsize=256)
-def call_words(schedule: Schedule, nets: tuple[str, ...], start: int, stop: int) -> tuple[int, ...]:
+def call_words(schedule: Schedule, nets: tuple[str, ...], span: Span) -> tuple[int, ...]:
     """The calls as the int32 words of RxCall; a state by its index in `schedule.states`, x last."""
     index = {name: i for i, name in enumerate((*schedule.states, INPUT))}
     words: list[int] = []
-    for step in schedule.steps[start:stop]:
+    for step in schedule.steps[span.start : span.stop]:
         call = cuda_abi.Call(
             nets.index(step.net), index[step.write], len(step.state), len(step.inject)
         )

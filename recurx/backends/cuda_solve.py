@@ -19,6 +19,7 @@ from recurx.backends import cuda_abi
 from recurx.backends.cuda import Cuda
 from recurx.errors import BackendUnavailable
 from recurx.nets import Net, as_net
+from recurx.operands import Operands, Span
 from recurx.plan import cuda as plans
 from recurx.problem import Problem
 from recurx.schedule import Schedule
@@ -158,7 +159,7 @@ def refine(
     with backend.on(device) as stream:
         x = who.embed(batch).detach().contiguous()
         slot_x = torch.zeros(slots, tokens, hidden, dtype=x.dtype, device=device)
-        states = [torch.zeros_like(slot_x) for _ in who.schedule.states]
+        states = tuple(torch.zeros_like(slot_x) for _ in who.schedule.states)
         start = [who.start[name].detach().contiguous() for name in who.schedule.states]
         heads = [w.detach().to(x.dtype).contiguous() for w in (who.lm_head, who.q_head, who.q_bias)]
         next_entry = torch.zeros(1, dtype=torch.int32, device=device)
@@ -168,10 +169,10 @@ def refine(
             new(max_steps, entries, answers) if keep_trace else None,
         )  # fmt: skip
         running = dataclasses.replace(problem, batch=slots)
-        weights = [w for name in who.schedule.nets for w in who.nets[name].weights]
+        weights = tuple(w for name in who.schedule.nets for w in who.nets[name].weights)
         p, kept = backend.describe(
-            plan.kind, running, [slot_x, *states], states, weights, who.cos_sin,
-            0, len(who.schedule), stream,
+            plan.kind, running, Operands(slot_x, states, weights, who.cos_sin), states,
+            Span(0, len(who.schedule)), stream,
         )  # fmt: skip
         size = library.bytes_of("rx_owner_sm80_scratch_bytes", p, owner)
         scratch = new(size, dtype=torch.uint8)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from recurx import reference
 from recurx.backends import Backend
+from recurx.operands import Operands, Span
 from recurx.problem import Problem
 
 
@@ -22,23 +21,11 @@ class Eager(Backend):
     def why_unsupported(self, problem: Problem) -> str | None:
         return None
 
-    def run(
-        self,
-        problem: Problem,
-        x: Tensor,
-        states: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        cos: Tensor | None,
-        sin: Tensor | None,
-        start: int,
-        stop: int,
-    ) -> list[Tensor]:
-        cos_sin = None if cos is None or sin is None else (cos, sin)
-        carry = dict(zip(problem.schedule.states, states, strict=True))
+    def run(self, problem: Problem, operands: Operands, span: Span) -> list[Tensor]:
+        carry = dict(zip(problem.schedule.states, operands.states, strict=True))
+        nets = problem.bind(operands.weights)
         with torch.no_grad():
-            out = reference.run(
-                problem.schedule, problem.bind(weights), x, carry, cos_sin, start, stop
-            )
+            out = reference.run(problem.schedule, nets, operands.x, carry, operands.rope, *span)
             # A custom op may not return its inputs: copy the states that no call wrote.
             return [out[n].clone() if out[n] is carry[n] else out[n].contiguous() for n in carry]
 

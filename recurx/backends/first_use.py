@@ -18,6 +18,7 @@ from torch import Tensor
 
 from recurx import backends, reference
 from recurx.backends import Backend
+from recurx.operands import Operands, Span
 from recurx.plan import Device, LaunchPlan
 from recurx.plan.launch import BACKENDS as PLANNED
 from recurx.problem import Problem
@@ -101,8 +102,9 @@ def _right(
     names, step = problem.schedule.states, problem.schedule.steps[0]
     error = "it raised"
     try:
-        out = backend.run(problem, x, states, weights, cos, sin, 0, 1)[names.index(step.write)]
-        cos_sin = None if cos is None or sin is None else (cos, sin)
+        operands = Operands.from_flat(x, states, weights, cos, sin)
+        out = backend.run(problem, operands, Span(0, 1))[names.index(step.write)]
+        cos_sin = operands.rope
         # Samples do not mix: the first and last few tell, and fp64 is slow on consumer GPUs.
         some = torch.arange(problem.batch, device=x.device)
         some = torch.cat((some[:SAMPLES], some[SAMPLES:][-SAMPLES:]))

@@ -31,6 +31,7 @@ from recurx.backends import Backend, Window
 from recurx.backends.graphs import Capture, Recording, RecordingCache, cuda_capture
 from recurx.backends.packed import Tape, WeightCache
 from recurx.nets import ATTENTION
+from recurx.operands import Operands, Span
 from recurx.plan.device import Device
 from recurx.plan.launch import LaunchPlan, all_candidates
 from recurx.problem import Problem
@@ -120,30 +121,16 @@ class Triton(Backend):
             return _pick(problem, held.device, held.kinds, held.slice)
         return _pick(problem, Device.of(device), KINDS)
 
-    def run(
-        self,
-        problem: Problem,
-        x: Tensor,
-        states: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        cos: Tensor | None,
-        sin: Tensor | None,
-        start: int,
-        stop: int,
-    ) -> list[Tensor]:
-        if problem.batch == 0 or start == stop:
-            return [state.detach().clone() for state in states]
+    def run(self, problem: Problem, operands: Operands, span: Span) -> list[Tensor]:
+        x, states = operands.x.detach(), [state.detach() for state in operands.states]
+        if problem.batch == 0 or span.start == span.stop:
+            return [state.clone() for state in states]
         plan = self.plan(problem, x.device)
-        table = lower(problem.schedule, start, stop)
-        tape = self.tape(problem, weights)
-        cos_sin = None
-        if cos is not None and sin is not None:
-            cos_sin = (cos.detach().float().contiguous(), sin.detach().float().contiguous())
+        table = lower(problem.schedule, span)
+        tape = self.tape(problem, operands.weights)
         way = {"tiled": self._run_tiled, "persistent": self._run_persistent}[plan.kind]
         with _device_of(x):
-            return way(
-                plan, problem, table, tape, x.detach(), [s.detach() for s in states], cos_sin
-            )
+            return way(plan, problem, table, tape, x, states, operands.float_rope())
 
     def window(self, problem: Problem) -> Window:
         from recurx.backends.triton_window import TritonWindow

@@ -36,7 +36,7 @@ from recurx.kernels.rms_backward import rms_backward
 from recurx.kernels.swiglu_backward import swiglu_backward
 from recurx.kernels.wgrad import new_partial, wgrad, wgrad_sum
 from recurx.nets import ATTENTION, BlockSpec, NetSpec
-from recurx.reference import CosSin
+from recurx.operands import CosSin
 
 # The four weights of a block in the states' dtype, rows padded (recurx/backends/packed.py).
 Matrices = tuple[Tensor, ...]

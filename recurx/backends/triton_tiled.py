@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from recurx.backends.packed import Tape, device_words
-from recurx.kernels.block import CosSin, Scratch, run_call
+from recurx.kernels.block import Scratch, run_call
 from recurx.kernels.inject import form_call_input
+from recurx.operands import CosSin
 from recurx.problem import Problem
 from recurx.program import CallTable
 

@@ -36,8 +36,8 @@ from recurx.backends.triton_block import (
     net_backward,
 )
 from recurx.nets import ATTENTION, NetSpec
+from recurx.operands import CosSin, Operands, Span
 from recurx.problem import Problem
-from recurx.reference import CosSin
 from recurx.schedule import INPUT, Schedule, Step
 
 
@@ -62,10 +62,8 @@ class Layout:
 
 
 @functools.lru_cache(maxsize=64)
-def layout(
-    schedule: Schedule, nets: tuple[tuple[str, NetSpec], ...], start: int, stop: int
-) -> Layout:
-    specs, steps = dict(nets), schedule.steps[start:stop]
+def layout(schedule: Schedule, nets: tuple[tuple[str, NetSpec], ...], span: Span) -> Layout:
+    specs, steps = dict(nets), schedule.steps[span.start : span.stop]
     last = {step.write: k for k, step in enumerate(steps)}
     at, calls, outs, count = Place(0, 0, 0, 0), [], [], 0
     for k, step in enumerate(steps):
@@ -94,11 +92,11 @@ class TritonWindow(Window):
         self._rounded = rounded
 
     def kept(
-        self, problem: Problem, start: int, stop: int, save: str
+        self, problem: Problem, span: Span, save: str
     ) -> list[tuple[tuple[int, ...], torch.dtype]]:
         if save == "states":
             return []
-        lay = layout(problem.schedule, problem.nets, start, stop)
+        lay = layout(problem.schedule, problem.nets, span)
         batch, tokens, hidden, dtype = problem.batch, problem.tokens, problem.hidden, problem.dtype
         rows, end, wide = (batch, tokens), lay.end, torch.float32
         kept = [
@@ -118,46 +116,28 @@ class TritonWindow(Window):
         ]
 
     def forward(
-        self,
-        problem: Problem,
-        x: Tensor,
-        states: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        cos: Tensor | None,
-        sin: Tensor | None,
-        start: int,
-        stop: int,
-        save: str,
+        self, problem: Problem, operands: Operands, span: Span, save: str
     ) -> tuple[list[Tensor], list[Tensor]]:
-        with torch.cuda.device_of(x):  # Triton launches on the current device
-            return self._forward(problem, x, states, weights, cos, sin, start, stop, save)
+        with torch.cuda.device_of(operands.x):  # Triton launches on the current device
+            return self._forward(problem, operands, span, save)
 
     def _forward(
-        self,
-        problem: Problem,
-        x: Tensor,
-        states: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        cos: Tensor | None,
-        sin: Tensor | None,
-        start: int,
-        stop: int,
-        save: str,
+        self, problem: Problem, operands: Operands, span: Span, save: str
     ) -> tuple[list[Tensor], list[Tensor]]:
-        names = problem.schedule.states
-        nets, cos_sin = self._nets(problem, weights), _tables(cos, sin)
+        x, names = operands.x, problem.schedule.states
+        nets, cos_sin = self._nets(problem, operands.weights), operands.float_rope()
         kept = [
             torch.empty(shape, dtype=dtype, device=x.device)
-            for shape, dtype in self.kept(problem, start, stop, save)
+            for shape, dtype in self.kept(problem, span, save)
         ]
-        inputs, values = CallInputs(), {INPUT: x, **dict(zip(names, states, strict=True))}
-        for k, step in enumerate(problem.schedule.steps[start:stop]):
+        inputs, values = CallInputs(), {INPUT: x, **dict(zip(names, operands.states, strict=True))}
+        for k, step in enumerate(problem.schedule.steps[span.start : span.stop]):
             spec, own = nets[step.net]
-            tapes = _tapes(problem, kept, start, stop, k) if kept else _empty_tapes(x, spec)
+            tapes = _tapes(problem, kept, span, k) if kept else _empty_tapes(x, spec)
             values[step.write] = _call(
                 inputs, step, values, tapes, spec, own, cos_sin, save == "all"
             )
-        entered = dict(zip(names, states, strict=True))
+        entered = dict(zip(names, operands.states, strict=True))
         return [
             values[name].clone() if values[name] is entered[name] else values[name]
             for name in names
@@ -166,24 +146,19 @@ class TritonWindow(Window):
     def backward(
         self,
         problem: Problem,
-        x: Tensor,
-        states: Sequence[Tensor],
+        operands: Operands,
+        span: Span,
+        save: str,
         outs: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        cos: Tensor | None,
-        sin: Tensor | None,
         kept: Sequence[Tensor],
         d_outs: Sequence[Tensor | None],
         wants: Sequence[bool],
-        start: int,
-        stop: int,
-        save: str,
     ) -> list[Tensor | None]:
         schedule = problem.schedule
-        names = (INPUT, *schedule.states)
-        steps = schedule.steps[start:stop]
-        nets, cos_sin = self._nets(problem, weights), _tables(cos, sin)
-        grads = WeightGrads(weights, wants[len(names) :])
+        names, entered = (INPUT, *schedule.states), (operands.x, *operands.states)
+        steps = schedule.steps[span.start : span.stop]
+        nets, cos_sin = self._nets(problem, operands.weights), operands.float_rope()
+        grads = WeightGrads(operands.weights, wants[len(names) :])
         first, index = {}, 0
         for name, spec in problem.nets:
             first[name] = index
@@ -193,11 +168,9 @@ class TritonWindow(Window):
             final = dict(zip(schedule.states, outs, strict=True))
 
             def tapes_of(k: int) -> list[BlockTape]:
-                return _tapes(problem, kept, start, stop, k, final[steps[k].write])
+                return _tapes(problem, kept, span, k, final[steps[k].write])
         else:
-            tapes_of = _Recomputed(
-                steps, nets, cos_sin, dict(zip(names, (x, *states), strict=True))
-            )
+            tapes_of = _Recomputed(steps, nets, cos_sin, dict(zip(names, entered, strict=True)))
 
         d_values = _Gradients(dict(zip(schedule.states, d_outs, strict=True)))
         needed = _needed(steps, {n for n, want in zip(names, wants, strict=False) if want})
@@ -214,7 +187,7 @@ class TritonWindow(Window):
 
         entering = [
             d_values.leave(name, like) if want else None
-            for name, like, want in zip(names, (x, *states), wants, strict=False)
+            for name, like, want in zip(names, entered, wants, strict=False)
         ]
         wanted = wants[len(names) :]
         return entering + [grads.take(i) if want else None for i, want in enumerate(wanted)]
@@ -359,14 +332,13 @@ class CallInputs:
 def _tapes(
     problem: Problem,
     kept: Sequence[Tensor],
-    start: int,
-    stop: int,
+    span: Span,
     k: int,
     final: Tensor | None = None,
 ) -> list[BlockTape]:
     """The tapes of call k on the kept tensors; `final` is its out where that left as a state."""
-    lay = layout(problem.schedule, problem.nets, start, stop)
-    spec = dict(problem.nets)[problem.schedule.steps[start + k].net]
+    lay = layout(problem.schedule, problem.nets, span)
+    spec = dict(problem.nets)[problem.schedule.steps[span.start + k].net]
     batch, tokens, hidden = problem.batch, problem.tokens, problem.hidden
     h, outs, scale_out = kept[:3]
     tapes = []
@@ -406,9 +378,3 @@ def _needed(steps: Sequence[Step], wanted: set[str]) -> list[set[str]]:
         needed.append(set(alive))
         alive.add(step.write)
     return needed
-
-
-def _tables(cos: Tensor | None, sin: Tensor | None) -> CosSin | None:
-    if cos is None or sin is None:
-        return None
-    return cos.detach().float().contiguous(), sin.detach().float().contiguous()

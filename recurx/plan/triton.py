@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from recurx.kernels import tiles
 from recurx.nets import ATTENTION, BlockSpec
+from recurx.operands import Span
 from recurx.plan.count import flops, weight_values
 from recurx.plan.device import Device
 from recurx.plan.launch import LaunchPlan, Work
@@ -67,7 +68,7 @@ class _Kernel:
 
 
 def _tiled(problem: Problem, device: Device) -> Iterator[LaunchPlan]:
-    table = lower(problem.schedule, 0, len(problem.schedule))
+    table = lower(problem.schedule, Span(0, len(problem.schedule)))
     sizes = {math.ceil(problem.batch / n) for n in SLICES}
     sizes.add(min(problem.batch, max(1, _samples_in_l2(problem, table, device))))
     for size in sorted(sizes, reverse=True):

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 
 from recurx.nets import ATTENTION, BlockSpec
+from recurx.operands import Span
 from recurx.plan.count import flops, weight_values
 from recurx.plan.device import Device
 from recurx.plan.launch import LaunchPlan, Work
@@ -109,7 +110,7 @@ def launch_settings(
 
 
 def _work(problem: Problem, settings: dict[str, int], programs: int, device: Device) -> Work:
-    table = lower(problem.schedule, 0, len(problem.schedule))
+    table = lower(problem.schedule, Span(0, len(problem.schedule)))
     specs, itemsize = dict(problem.nets), problem.dtype.itemsize
     rows, width = settings["rows"], _width(problem.hidden)
     state = problem.batch * problem.tokens * problem.hidden * itemsize

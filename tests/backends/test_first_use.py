@@ -32,7 +32,7 @@ class Double(Backend):
     def why_unsupported(self, problem):
         return None
 
-    def run(self, problem, x, states, weights, cos, sin, start, stop):
+    def run(self, problem, operands, span):
         self.runs += 1
         if self.fault == "compile":
             raise OutOfResources("out of resource: shared memory")
@@ -40,10 +40,11 @@ class Double(Backend):
             raise RuntimeError("recurx._C: launch failed (cudaErrorInvalidValue)")
         if self.fault == "memory":
             raise torch.OutOfMemoryError("CUDA out of memory")
-        carry = dict(zip(problem.schedule.states, states, strict=True))
-        nets = problem.bind(weights)
-        tables = None if self.fault == "rope" or cos is None else (cos, sin)
-        out = list(reference.run(problem.schedule, nets, x, carry, tables, start, stop).values())
+        carry = dict(zip(problem.schedule.states, operands.states, strict=True))
+        nets = problem.bind(operands.weights)
+        tables = None if self.fault == "rope" else operands.rope
+        values = reference.run(problem.schedule, nets, operands.x, carry, tables, *span)
+        out = list(values.values())
         if self.fault == "nan":
             out = [state * float("nan") for state in out]
         if self.fault == "swap":

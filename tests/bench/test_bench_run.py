@@ -26,10 +26,10 @@ from recurx.backends.eager import Eager
 
 class Wrong(Eager):
     name = "wrong"
-    def run(self, problem, x, states, weights, cos, sin, start, stop):
+    def run(self, problem, operands, span):
         name = problem.schedule.states
-        states = [0 * s if n == "z_H" else s for n, s in zip(name, states)]
-        return super().run(problem, x, states, weights, cos, sin, start, stop)
+        states = [0 * s if n == "z_H" else s for n, s in zip(name, operands.states)]
+        return super().run(problem, operands._replace(states=states), span)
 
 module = types.ModuleType("recurx.backends.wrong")
 module.BACKEND = Wrong()

@@ -25,6 +25,7 @@ import recurx
 from recurx import BackendUnavailable, Schedule, Step, reference
 from recurx.backends import cpu
 from recurx.nets import ATTENTION, KINDS, TOKEN_MLP, Net
+from recurx.operands import Operands, Span
 from recurx.plan import cpu as plan
 from tests.cpu import build
 from tests.factories import make_inputs, make_net, problem_for, rope, rounded, wide
@@ -79,10 +80,9 @@ def run(
     problem = problem_for(schedule, nets, x)
     assert backend.why_unsupported(problem) is None
     weights = [w for name in schedule.nets for w in nets[name].weights]
-    cos, sin = cos_sin or (None, None)
     stop = len(schedule) if stop is None else stop
     states = [carry[name] for name in schedule.states]
-    out = backend.run(problem, x, states, weights, cos, sin, start, stop)
+    out = backend.run(problem, Operands(x, states, weights, cos_sin), Span(start, stop))
     return dict(zip(schedule.states, out, strict=True))
 
 

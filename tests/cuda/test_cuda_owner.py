@@ -18,6 +18,7 @@ from recurx.backends import cuda as backend
 from recurx.backends import cuda_abi
 from recurx.errors import CudaError, InvalidArgument
 from recurx.nets import ATTENTION, KINDS, TOKEN_MLP
+from recurx.operands import Operands, Span
 from recurx.plan import DEVICES
 from recurx.plan import cuda as plan
 from tests.factories import make_inputs, make_net, problem_for, rope
@@ -323,7 +324,7 @@ def test_states_that_are_not_as_said_never_reach_the_kernel(checked: EmulatedCud
         ([z_L], "argument `carry`: expected 2 states, got 1"),
     ):
         with pytest.raises(InvalidArgument, match=words):
-            checked.run(p, x, bad, net.weights, None, None, 0, 1)
+            checked.run(p, Operands(x, bad, net.weights, None), Span(0, 1))
 
 
 def test_the_kernel_refuses_what_its_plan_does_not_fit(checked: EmulatedCuda) -> None:

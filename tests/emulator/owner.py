@@ -18,6 +18,7 @@ from torch import Tensor
 from recurx import Schedule, backends, reference
 from recurx.backends.cuda import Cuda
 from recurx.nets import Net
+from recurx.operands import Operands, Span
 from recurx.plan import DEVICES, Device
 from recurx.plan.cuda import Shapes
 from recurx.problem import Problem
@@ -65,9 +66,9 @@ class EmulatedCuda(Cuda):
         weights = [w for name in schedule.nets for w in nets[name].weights]
         stop = len(schedule) if stop_after is None else stop_after
         states = [carry[name] for name in schedule.states]
-        tables = cos_sin or (None, None)
         try:
-            out = self.run(problem, x, states, weights, *tables, start_from, stop)
+            operands = Operands(x, states, weights, cos_sin)
+            out = self.run(problem, operands, Span(start_from, stop))
         finally:
             self.emulated.unwatch_all()
         return dict(zip(schedule.states, out, strict=True))

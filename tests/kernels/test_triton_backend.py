@@ -16,6 +16,7 @@ import recurx
 from recurx import Schedule, Step, backends, reference
 from recurx.errors import BackendUnavailable
 from recurx.nets import ATTENTION, TOKEN_MLP, Net, NetSpec
+from recurx.operands import Span
 from tests.factories import make_inputs, make_net, problem_for, rope
 from tests.test_numerics import teacher_forced
 
@@ -137,8 +138,8 @@ def test_a_stale_sum_is_rejected(monkeypatch):
     from recurx import program
     from recurx.backends import triton
 
-    def stale(schedule, start, stop):
-        table = program.lower(schedule, start, stop)
+    def stale(schedule, span):
+        table = program.lower(schedule, span)
         seen, kept = set(), []
         for call in table.calls:
             if call.net is not None or call.write not in seen:
@@ -196,7 +197,7 @@ def call_inputs(form, schedule, dtype):
 
     x, carry = make_inputs(schedule, batch=2, tokens=7, dtype=dtype)
     for k, step in enumerate(schedule.steps):
-        table = lower(schedule, k, k + 1)
+        table = lower(schedule, Span(k, k + 1))
         words = torch.tensor(table.table(dict.fromkeys(schedule.nets, (0, 1))), dtype=torch.int32)
         arena = torch.stack([x, *(carry[name] for name in schedule.states)])
         form(arena, words, len(table.calls) - 1)

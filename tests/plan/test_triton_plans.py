@@ -9,6 +9,7 @@ import torch
 
 from recurx import Problem, Schedule
 from recurx.nets import ATTENTION, TOKEN_MLP, BlockSpec, NetSpec
+from recurx.operands import Span
 from recurx.plan import DEVICES, Device, LaunchPlan
 from recurx.plan.count import flops
 from recurx.plan.triton import candidates, refusals, sample_bytes
@@ -45,7 +46,7 @@ def resident(wanted: Problem, device: Device) -> LaunchPlan:
 
 
 def test_slices_that_are_said_to_stay_in_l2_fit_it():
-    table = lower(Schedule.trm(3, 6), 0, 21)
+    table = lower(Schedule.trm(3, 6), Span(0, 21))
     plan = resident(problem(), H100)
     assert 0.6 * H100.l2_bytes < 13.6e6 + plan["slice"] * sample_bytes(problem(), table)
     assert 13.6e6 + plan["slice"] * sample_bytes(problem(), table) < 0.75 * H100.l2_bytes

@@ -14,6 +14,7 @@ import recurx
 from recurx import Schedule, reference
 from recurx.backends.packed import Tape, device_words
 from recurx.nets import ATTENTION, TOKEN_MLP, BlockSpec, Net, NetSpec
+from recurx.operands import Span
 from recurx.program import lower
 from tests.kernels.compare import assert_as_exact
 from tests.kernels.mutants import planted
@@ -54,7 +55,7 @@ class Case:
         self.x = draw(2, TOKENS, HIDDEN)
         self.carry = {name: draw(2, TOKENS, HIDDEN) for name in SCHEDULE.states}
         self.cos_sin = recurx.rope_tables(TOKENS, HIDDEN)
-        self.table = lower(SCHEDULE, 0, len(SCHEDULE))
+        self.table = lower(SCHEDULE, Span(0, len(SCHEDULE)))
         self.tape = Tape((("L", spec),), torch.bfloat16, self.x.device).fill(self.net.weights)
 
     def arena(self) -> torch.Tensor:
