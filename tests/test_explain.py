@@ -10,8 +10,7 @@ from torch import nn
 
 import recurx
 from recurx import InvalidArgument, Schedule, backends
-from recurx.explanation import problem_of_model
-from recurx.models import HRM, TRM, ACTLossHead, HRMConfig, TRMConfig
+from recurx.models import HRM, TRM, ACTLossHead, HRMConfig, TRMConfig, problem_of_model
 from tests import lookalike
 
 

@@ -59,7 +59,7 @@ class Work:
     @classmethod
     def of(cls, group: Group, device: str) -> Work:
         from recurx.bench.cases import DTYPES, case
-        from recurx.explanation import problem_of_config
+        from recurx.models import problem_of_config
         from recurx.plan import count
 
         problems, sizes = {}, {}

@@ -6,77 +6,30 @@ is compared with the reference) and `facts()` (what a row says besides times).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from recurx.api import recurse
 from recurx.bench.cases import HALT_ABOVE, SOLVE_STEPS, build, case, sample, train_net
+from recurx.bench.pytorch_ways import Outputs, capture, compile_nets, freeze
+from recurx.bench.training import train_subject
 from recurx.bench.variants import Variant
-from recurx.models import RecursiveModel
 from recurx.solving.solve import Answers, solve
 
 CHECK_ROWS = 64  # samples are independent: more rows would prove no more
 ANSWERS = {"q": "answers at the halt", None: "answers after all steps"}
 TOY_STEPS = 3
 
-Outputs = dict[str, Tensor]
-
 
 def subject(
     case_name: str, mode: str, variant: Variant, batch: int, device: str, unit: str, folder: str
 ) -> Any:
     """The subject of a variant; `unit` is what torch.compile compiles, "net" or "step"."""
-    from recurx.bench.training import train_subject
-
     made: Any = {"step": StepSubject, "train": train_subject, "solve": SolveSubject}[mode]
     return made(case_name, variant, batch, device, unit, folder)
-
-
-# ---- how PyTorch runs it -------------------------------------------------------------------------
-
-
-def compile_nets(model: RecursiveModel, options: dict[str, str], dynamic: bool) -> None:
-    """Each net of the model as one compiled call.
-
-    NOTE: a whole step as one graph unrolls to 21 calls, which takes minutes to compile on two cores
-    and runs no faster on a CPU.
-    """
-    inner = model.inner
-    tables = inner.cos_sin()
-    # A partial hides the module's layers, so that `recurse` calls it instead of looking inside.
-    nets = {
-        name: functools.partial(
-            torch.compile(net, dynamic=dynamic or None, **options), cos_sin=tables
-        )
-        for name, net in inner.nets().items()
-    }
-    inner.nets = lambda: nets  # type: ignore[method-assign, assignment]
-
-
-def freeze() -> None:
-    """Let the compiler treat weights as constants, in this process."""
-    import torch._inductor.config as inductor
-
-    inductor.freezing = True
-
-
-def capture(step: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
-    """`step` as one CUDA graph: its replay, and the (static) results."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # lazy initialisation must not be captured
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
-    return graph.replay, results
 
 
 # ---- inference -----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from recurx import train
 from recurx.bench import official
 from recurx.bench.cases import build, sample
-from recurx.bench.subjects import Outputs, compile_nets
+from recurx.bench.pytorch_ways import Outputs, compile_nets
 from recurx.bench.variants import Variant
 from recurx.models import ACTLossHead
 from recurx.train.optim import embedding_buffers

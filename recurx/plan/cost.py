@@ -70,7 +70,7 @@ def cost(problem: Problem, device: torch.device | str | Device | None = None) ->
     """Count FLOPs, bytes, launches and barriers of each plan and predict its time.
 
     Args:
-        problem: a `recurx.Problem` (`recurx.explain.problem_of_model` makes one of a model).
+        problem: a `recurx.Problem` (`recurx.models.problem_of_model` makes one of a model).
         device: a torch device, a name of `recurx.plan.DEVICES` ("h100", "l4", ...), or None for the
             device of the problem's type in this machine. A CPU's rates are measured, once.
 

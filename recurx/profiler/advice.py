@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from recurx.errors import RecurxError, UnsupportedModel
-from recurx.explanation import explain, problem_of_model
+from recurx.explanation import explain
+from recurx.models import problem_of_model
 from recurx.models.inner import Inner
 from recurx.patching import patch
 from recurx.patching.handle import installed

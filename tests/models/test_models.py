@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from recurx import InvalidArgument, Schedule, backends
-from recurx.explanation import problem_of_model
 from recurx.models import (
     HRM,
     TRM,
@@ -22,6 +21,7 @@ from recurx.models import (
     ModelConfig,
     PuzzleEmbedding,
     TRMConfig,
+    problem_of_model,
 )
 from recurx.models.act import RecursiveModel
 from recurx.models.layers import truncated_normal_

@@ -12,7 +12,7 @@ from recurx.bench import predict, results
 from recurx.bench.cases import CASES, DTYPES
 from recurx.bench.provenance import ROOT
 from recurx.bench.variants import Variant
-from recurx.explanation import problem_of_config, problem_of_model
+from recurx.models import problem_of_config, problem_of_model
 from recurx.plan import Device, cpu, device, eager, step_cost
 
 WITHIN = 0.25

@@ -116,8 +116,7 @@ def test_published_devices_are_complete_and_ordered_as_known():
 
 
 def test_a_model_gives_the_same_problem_as_its_shapes():
-    from recurx.explanation import problem_of_model
-    from recurx.models import TRM
+    from recurx.models import TRM, problem_of_model
 
     made = problem_of_model(TRM(TRMConfig.sudoku_att()))
     assert count.flops(made) == count.flops(problem())

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from recurx.explanation import problem_of_config
-from recurx.models import TRMConfig
+from recurx.models import TRMConfig, problem_of_config
 from recurx.plan import Device
 from recurx.plan.device import cpu_device
 from recurx.profiler import advice

@@ -149,7 +149,7 @@ def test_a_step_that_fails_leaves_nothing_behind() -> None:
 
 
 def test_work_is_that_of_the_cost_model() -> None:
-    from recurx.explanation import problem_of_model
+    from recurx.models import problem_of_model
     from recurx.plan.count import step_stages
 
     model = tiny()
