@@ -44,7 +44,7 @@ class Worker:
         return {}
 
     def ceilings(self, rows: int, hidden: int, inner: int) -> dict[str, Any]:
-        return ceilings.measure(self.device, rows, hidden, inner)
+        return ceilings.ceilings_of(self.device, rows, hidden, inner)
 
     # ---- of a variant ------------------------------------------------------------------------
 

@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import math
 
+from recurx.measure import BARRIERS
 from recurx.nets import ATTENTION, BlockSpec
 from recurx.plan.count import step_stages, weight_values
-from recurx.plan.device import BARRIERS, WIDE, Device
+from recurx.plan.device import WIDE, Device
 from recurx.plan.launch import LaunchPlan, Work
 from recurx.problem import Problem
 

@@ -6,15 +6,12 @@ measured by recurx; predictions made from them are models until a result file sa
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
+from recurx import measure
 from recurx.errors import bad_argument
 
 
@@ -167,13 +164,8 @@ MODEL_OPERATOR = 1.35
 BARRIER_US = 1.0  # where it was not measured: a spin of two threads on one cache line
 # Where it was not measured: small-64 at B=64, about as fast on one thread as on two.
 SPLIT_US = 20.0
-# Operators of one attention block of `recurx.reference` in fp32, by which their time is measured.
-BLOCK_OPERATORS = 30
-BARRIERS = 5  # of a block in the engine: after qkv, attention, o, gate-up and down
-LARGE = 1024  # side of the square products
 # PyTorch packs both operands of a square product for matrix units, which takes as long as it does.
 MATRIX_PRODUCT = (2112, 256, 1408)
-STREAM_BYTES = 14 << 20  # the weights of a TRM in bf16; more than a core's own cache
 
 
 def cpu_device(
@@ -196,120 +188,15 @@ def cpu_device(
 @functools.cache
 def _cpu(threads: int) -> Device:
     """This CPU, measured."""
-    source = torch.ones(16 << 20)  # 64 MB
-    target = torch.empty_like(source)
-    copied = 2 * source.nbytes / _best(lambda: target.copy_(source)) / 1e9
-    rates = {dtype: _product_tflops(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    return cpu_device(
-        threads, copied, rates[torch.float32], rates[torch.bfloat16], operator_us(),
-        last_cache_bytes(), engine_isa(), stream_gbs(), barrier_us(), split_us(),
-    )  # fmt: skip
-
-
-def _product_tflops(dtype: torch.dtype) -> float:
-    generator = torch.Generator().manual_seed(0)  # leaves the caller's random state alone
-    matrix = dtype == torch.bfloat16 and engine_isa() == "amx"
-    # bf16 without instructions for it is ten times slower: one timing tells enough.
-    repeats = 1 if dtype == torch.bfloat16 and not matrix else 5
-    shapes = [(LARGE, LARGE, LARGE), *([MATRIX_PRODUCT] if matrix else [])]
-    rates = []
-    for m, k, n in shapes:
-        a, b = (torch.randn(rows, k, generator=generator).to(dtype) for rows in (m, n))
-        seconds = _best(lambda a=a, b=b: torch.nn.functional.linear(a, b), repeats)
-        rates.append(2e-12 * m * k * n / seconds)
-    return max(rates)
-
-
-def stream_gbs() -> float:
-    """GB/s of reading values that lie in the last cache and in no nearer one, by all threads."""
-    values = torch.ones(STREAM_BYTES // 4)
-    return 1e-9 * STREAM_BYTES / _best(values.sum, 20)
-
-
-def operator_us() -> float:
-    """Microseconds of one small PyTorch operator in a model: a tiny block of the reference."""
-    from recurx import reference
-    from recurx.nets import ATTENTION, BlockSpec
-
-    spec = BlockSpec(ATTENTION, 32, 32, num_heads=2)
-    weights = [torch.zeros(shape) for shape in spec.weight_shapes]
-    h, tables = torch.ones(1, 4, 32), (torch.ones(4, 16), torch.zeros(4, 16))
-    return 1e6 * _best(lambda: reference.block(h, spec, weights, tables), 20) / BLOCK_OPERATORS
-
-
-def barrier_us() -> float:
-    """Microseconds that a stage of the engine loses by being split over all threads; 0 without an
-    engine or a second thread."""
-    from recurx.api import recurse
-    from recurx.nets import ATTENTION, BlockSpec, Net, NetSpec
-    from recurx.schedule import Schedule
-
-    calls, tokens, width = 4, 97, 512
-    if torch.get_num_threads() == 1 or not engine_isa():
-        return 0.0
-    spec = BlockSpec(ATTENTION, width, width, num_heads=8)
-    generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(s, generator=generator) / width for s in spec.weight_shapes]
-    net, carry = Net(NetSpec((spec,)), weights), {"z": torch.ones(1, tokens, width)}
-    step = functools.partial(
-        recurse, Schedule.single_z(1, calls - 1), {"L": net}, carry["z"], carry, backend="cpu"
+    isa, side = measure.engine_isa(), measure.LARGE["cpu"]
+    square = (side, side, side)
+    fp32, bf16 = (
+        measure.product_tflops(*square, dtype, "cpu") for dtype in (torch.float32, torch.bfloat16)
     )
-    return 1e6 * _lost(step) / (calls * BARRIERS)
-
-
-def split_us() -> float:
-    """Microseconds that a PyTorch operator of a small model loses by being split over all threads;
-    0 without a second one."""
-    from recurx import reference
-    from recurx.nets import ATTENTION, BlockSpec
-
-    if torch.get_num_threads() == 1:
-        return 0.0
-    spec = BlockSpec(ATTENTION, 64, 192, num_heads=4)
-    weights = [torch.zeros(shape) for shape in spec.weight_shapes]
-    h = torch.ones(64, 17, 64)
-    return 1e6 * _lost(lambda: reference.block(h, spec, weights, None)) / BLOCK_OPERATORS
-
-
-def _lost(run: Callable[[], object]) -> float:
-    """Seconds on all threads beyond one thread's share of what it takes alone; never 0."""
-    threads = torch.get_num_threads()
-    together = _best(run, 10)
-    try:
-        torch.set_num_threads(1)
-        alone = _best(run, 10)
-    finally:
-        torch.set_num_threads(threads)
-    return max(together - alone / threads, 1e-9)
-
-
-def engine_isa() -> str:
-    """The instruction set that the CPU engine takes here; "" if there is no engine."""
-    try:
-        from recurx import _C
-
-        return str(_C.cpu_isa())
-    except (ImportError, AttributeError, RuntimeError):
-        return ""
-
-
-def last_cache_bytes() -> int:
-    """Size of the CPU's last cache as Linux tells it, else 0."""
-    sizes = []
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        with contextlib.suppress(OSError, ValueError):
-            text = path.read_text().strip()
-            sizes.append(int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20}[text[-1]])
-    return max(sizes, default=0)
-
-
-def _best(run: Callable[[], object], repeats: int = 5) -> float:
-    """Shortest of several timings, seconds: a ceiling is what the machine can do undisturbed."""
-    times = []
-    with torch.no_grad():
-        run()
-        for _ in range(repeats):
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-    return max(min(times), 1e-9)
+    if isa == "amx":
+        bf16 = max(bf16, measure.product_tflops(*MATRIX_PRODUCT, torch.bfloat16, "cpu"))
+    return cpu_device(
+        threads, measure.copy_gbs("cpu"), fp32, bf16, measure.operator_us(),
+        measure.last_cache_bytes(), isa, measure.stream_gbs(), measure.barrier_us(),
+        measure.split_us(),
+    )  # fmt: skip

@@ -14,6 +14,7 @@ from torch import nn
 
 from recurx.errors import RecurxError, UnsupportedModel
 from recurx.explanation import explain
+from recurx.measure import synchronize
 from recurx.models import problem_of_model
 from recurx.models.inner import Inner
 from recurx.patching import patch
@@ -24,7 +25,6 @@ from recurx.problem import Problem
 from recurx.profiler.attribute import NET_STAGES, PRODUCTS
 from recurx.profiler.result import Row, median, short
 from recurx.profiler.step import device_of
-from recurx.timing import synchronize
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from recurx.measure import Ceilings
 from recurx.profiler.attribute import STAGES
-from recurx.profiler.ceilings import Ceilings
 from recurx.profiler.records import Op
 from recurx.profiler.timeline import Timeline
 

@@ -10,8 +10,8 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+from recurx.measure import Ceilings
 from recurx.profiler.attribute import kind_of
-from recurx.profiler.ceilings import Ceilings
 from recurx.profiler.result import Row
 
 WIDTH, HEIGHT = 720, 430

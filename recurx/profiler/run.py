@@ -13,15 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from recurx.errors import bad_argument
+from recurx.measure import Ceilings, synchronize
 from recurx.profiler import advice, kernels, result, step, tables
 from recurx.profiler.attribute import NET_STAGES, PRODUCTS, resolve
-from recurx.profiler.ceilings import measure
 from recurx.profiler.commands import commands
 from recurx.profiler.records import Trace, best_of
 from recurx.profiler.result import Profile
 from recurx.profiler.roles import Roles, roles_of
 from recurx.profiler.tracer import Tracer, stage
-from recurx.timing import synchronize
 
 ROUNDS = 5  # untraced steps whose median is the step's time
 TRACES, TRACE_SECONDS = 3, 3.0  # traced steps, of which each operator's shortest time counts
@@ -111,7 +110,7 @@ def profile(
         trace, events = _traced(todo, device)
         times += _timed(todo, device, 0.0, 0)  # one more, so that a drift shows
         resolve(trace)
-        ceilings = measure(device, _dtype(model))
+        ceilings = Ceilings.of(device, _dtype(model))
         made = _assemble(todo, trace, times, events, ceilings, device, samples)
         casts = sum(o.bytes for o in trace.ops if o.name == "_to_copy" and o.stage in PRODUCTS)
         measured = advice.Measured(made.ms, made.rows, casts)

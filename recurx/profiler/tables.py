@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from recurx.measure import Ceilings
 from recurx.profiler.attribute import STAGES
-from recurx.profiler.ceilings import Ceilings
 from recurx.profiler.records import BACKWARD, Op, Trace
 from recurx.profiler.result import Call, Engine, Row, Sync, empty_row
 

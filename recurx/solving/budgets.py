@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from recurx.measure import synchronize
 from recurx.solving.solve import solve
 from recurx.tasks.base import Examples, Task
-from recurx.timing import synchronize
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from recurx.errors import bad_argument
+from recurx.measure import synchronize
 from recurx.solving.budgets import batch_of
 from recurx.solving.solve import Answers, solve
 from recurx.tasks.base import PAD, Examples, Task
-from recurx.timing import synchronize
 
 
 @dataclass(frozen=True)

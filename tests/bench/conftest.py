@@ -44,8 +44,8 @@ def workers_here(monkeypatch):
     threads = torch.get_num_threads()
     monkeypatch.setattr(runner, "Remote", WorkerHere)
     # Ceilings copy 128 MiB and multiply for seconds on a slow machine: not here.
-    monkeypatch.setattr("recurx.bench.ceilings.COPY_BYTES", {"cpu": 1 << 20})
-    monkeypatch.setattr("recurx.bench.ceilings.LARGE", {"cpu": 64})
+    monkeypatch.setattr("recurx.measure.COPY_BYTES", {"cpu": 1 << 20})
+    monkeypatch.setattr("recurx.measure.LARGE", {"cpu": 64})
     monkeypatch.setattr("recurx.bench.ceilings.MOST_FLOPS", {"cpu": 1e6})
     monkeypatch.setattr("recurx.bench.runner.SAMPLE_SECONDS", 0.002)
     yield WorkerHere

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from recurx.profiler import ceilings
+from recurx import measure
 
 
 @pytest.fixture(autouse=True)
 def _short_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ceilings, "LIMIT", 0.0)
-    monkeypatch.setattr(ceilings, "COPY_VALUES", 1 << 16)
-    monkeypatch.setattr(ceilings, "PRODUCT_ROWS", {"cpu": 64})
+    monkeypatch.setattr(measure, "SECONDS", 0.0)
+    monkeypatch.setattr(measure, "COPY_BYTES", {"cpu": 1 << 18})
+    monkeypatch.setattr(measure, "LARGE", {"cpu": 64})

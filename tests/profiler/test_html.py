@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import recurx
+from recurx.measure import Ceilings
 from recurx.models import TRM, TRMConfig
-from recurx.profiler.ceilings import Ceilings
 from recurx.profiler.html import render
 from recurx.profiler.result import Row
 from recurx.profiler.roofline import roofline
