@@ -29,7 +29,9 @@ kernels = ["recurx.kernels", *(f"recurx.kernels.{name}" for name in find_package
 setup(
     packages=[*find_packages(include=["recurx", "recurx.*"]), *kernels],
     package_dir={"recurx": "recurx", "recurx.kernels": "kernels"},
-    package_data={"recurx": ["py.typed", "bench/nets/*.safetensors", "data/*"]},
+    package_data={
+        "recurx": ["py.typed", "bench/nets/*.safetensors", "data/*", "profiler/*.j2"],
+    },
     # No sources here: this line makes the wheel a platform wheel, BuildNative finds the files.
     ext_modules=[Extension("recurx._C", sources=[])],
     cmdclass={"build_ext": BuildNative},

@@ -103,6 +103,8 @@ def test_wheel_holds_the_package_the_kernels_and_the_module(installed):
         assert f"recurx/kernels/{source.relative_to(ROOT / 'kernels')}" in files
     for source in ROOT.glob("recurx/**/*.py"):
         assert str(source.relative_to(ROOT)) in files
+    for source in ROOT.glob("recurx/**/*.j2"):
+        assert str(source.relative_to(ROOT)) in files
     for folder in ("data", "bench/nets"):  # the nets that ship
         shipped = list((ROOT / "recurx" / folder).iterdir())
         assert shipped and all(str(path.relative_to(ROOT)) in files for path in shipped)
@@ -137,6 +139,7 @@ def test_metadata_is_that_of_the_project_and_not_of_the_build_host(installed, in
         "torch",
         "numpy",
         "safetensors",
+        "jinja2",
         "rich",
     }
     assert "torch>=2.6" in runtime  # and no upper bound

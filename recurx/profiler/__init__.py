@@ -5,14 +5,15 @@
     profile.save_html("profile.html")             # one file, no network
     profile.save_trace("trace.json")              # ui.perfetto.dev
 
-Files, in the order of the data: `step.py` (what runs), `roles.py`, `fused.py` and `tracer.py` (the
-trace), `counts.py` (FLOPs, bytes, syncs), `attribute.py` (operator -> stage), `kernels.py` (CUDA),
-`ceilings.py`, `tables.py` and `result.py` (the numbers), `advice.py`, `text.py`, `trace.py`,
-`html.py`.
+Files, in the order of the data: `step.py` (what runs), `roles.py` and `where.py` (in which part of
+the model), `wrapped.py`, `fused.py` and `tracer.py` (the trace, `records.py`), `counts.py` (FLOPs,
+bytes, syncs), `attribute.py` (operator -> stage), `kernels.py` (CUDA), `result.py` and `tables.py`
+(the numbers), `advice.py`; then what shows them: `trace.py`, `roofline.py`, `report.py` with its
+templates; `run.py` puts it together.
 """
 
 from recurx.profiler.nvtx import nvtx_ranges
-from recurx.profiler.result import Profile
+from recurx.profiler.report import Profile
 from recurx.profiler.run import profile
 from recurx.profiler.tracer import stage
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from recurx.patching.install import find
 from recurx.plan import Device, LaunchPlan
 from recurx.problem import Problem
 from recurx.profiler.attribute import NET_STAGES, PRODUCTS
-from recurx.profiler.result import Row, median, short
+from recurx.profiler.result import Row, short
 from recurx.profiler.step import device_of
 
 
@@ -201,7 +202,7 @@ def _gain(
             times = _times(step, device_of(model), seconds)
     except RecurxError as error:
         return 0.0, f"  Measured: nothing; recurx.patch refuses this model: {error}"
-    after = median(times)
+    after = statistics.median(times)
     return after, (
         f"  Measured here: on recurx the step goes from {short(measured.ms)} to "
         f"{short(after)} ms ({measured.ms / after:.2f}x; median of {len(times)} steps)."
@@ -228,7 +229,7 @@ def _swapped(
         with contextlib.suppress(UnsupportedModel):
             stack.enter_context(_on_recurx(model))
         times = _times(step, device_of(model), seconds)
-    after = median(times)
+    after = statistics.median(times)
     rest = sum(row.ms for row in measured.rows if row.group == "training")
     return [
         f"recurx.train.swap would replace the inside of {', '.join(names)} (all training stages "

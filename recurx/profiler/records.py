@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
 
 from recurx.profiler.counts import Place
-
-if TYPE_CHECKING:
-    from recurx.profiler.fused import Split
+from recurx.profiler.fused import Split
+from recurx.profiler.where import Where
 
 FORWARD, BACKWARD = "forward", "backward"
-
-
-class Where(NamedTuple):
-    """Where an operator runs. `part` is that of `Role`, "top" outside every known module."""
-
-    part: str = "top"
-    name: str = ""
-    recursion: int = -1
-    call: int = -1
-    block: int = -1
 
 
 @dataclass(slots=True)

@@ -1,11 +1,10 @@
-"""The result: a `Profile`, plain numbers by domain, printable and exportable."""
+"""The result of a profile: plain numbers by domain. `report.py` prints and saves them."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from recurx.measure import Ceilings
@@ -21,7 +20,7 @@ class Row:
     Args:
         name: short name, a key of `STAGES` or a name of the user's.
         label, group: for people; group is "net", "around", "training" or "other".
-        ms, forward_ms, backward_ms: milliseconds of the untraced step (see `Profile.how`).
+        ms, forward_ms, backward_ms: milliseconds of the untraced step (see `Result.how`).
         share: of the step.
         operators, launches: ATen operators; kernels (on a CPU: operators that are no views).
         flops, bytes: counted from the operators.
@@ -59,6 +58,10 @@ class Call:
     forward_ms: float
     backward_ms: float
 
+    @property
+    def ms(self) -> float:
+        return self.forward_ms + self.backward_ms
+
 
 @dataclass
 class Sync:
@@ -88,8 +91,8 @@ class Engine:
 
 
 @dataclass
-class Profile:
-    """Where one step of a recursive model spends its time; print it, or save it.
+class Result:
+    """Where one step of a recursive model spends its time.
 
     Args:
         title, kind: what was profiled; "supervision step", "training step" or "step".
@@ -145,7 +148,7 @@ class Profile:
     @property
     def ms(self) -> float:
         """The untraced step: the median."""
-        return median(self.step_ms)
+        return statistics.median(self.step_ms)
 
     @property
     def how(self) -> str:
@@ -166,11 +169,6 @@ class Profile:
     def row(self, name: str) -> Row:
         """The stage called `name`; zeros if it did not run."""
         return next((row for row in self.rows if row.name == name), empty_row(name))
-
-    def __str__(self) -> str:
-        from recurx.profiler.text import render
-
-        return render(self)
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers, ready for JSON; without single operators."""
@@ -194,41 +192,10 @@ class Profile:
             if engine.backend == "cuda" and not engine.phases:
                 engine.phases = [(name, share * engine.ms, 0.0) for name, share in shares.items()]
 
-    def save_json(self, path: str | Path) -> None:
-        """All numbers, one JSON object."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
-
-    def save_html(self, path: str | Path) -> None:
-        """A report in one file: no network, light and dark, readable on a phone."""
-        from recurx.profiler.html import render
-
-        Path(path).write_text(render(self), encoding="utf-8")
-
-    def save_trace(self, path: str | Path) -> None:
-        """A trace for ui.perfetto.dev or chrome://tracing: nested ranges, down to operators."""
-        from recurx.profiler.trace import chrome_trace
-
-        Path(path).write_text(json.dumps(chrome_trace(self)), encoding="utf-8")
-
-
-def median(values: Sequence[float]) -> float:
-    return quantile(values, 0.5)
-
 
 def short(value: float) -> str:
     """Four digits, without an exponent for large numbers."""
     return f"{value:.4g}" if abs(value) < 9999.5 else f"{value:,.0f}"
-
-
-def quantile(values: Sequence[float], q: float) -> float:
-    """The value below which a share `q` lies, between the two nearest."""
-    ordered = sorted(values)
-    if not ordered:
-        return 0.0
-    position = q * (len(ordered) - 1)
-    low = int(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
 def empty_row(name: str) -> Row:

@@ -1,14 +1,13 @@
-"""The roofline as an SVG: achieved FLOP/s of every stage against its FLOPs per byte.
+"""The roofline as a drawing: achieved FLOP/s of every stage against its FLOPs per byte.
 
-Plain SVG text, coloured by the CSS variables of the page (`html.py`): it follows the reader's light
-or dark theme and needs neither a network nor a plotting library.
+Shapes and places only, in px; `report.html.j2` makes an SVG of them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from html import escape
+from dataclasses import dataclass, field
 
 from recurx.measure import Ceilings
 from recurx.profiler.attribute import kind_of
@@ -19,28 +18,69 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 46
 LEAST_INTENSITY, LEAST_SHARE = 1e-3, 1e-3
 LABEL = 6.4, 14.0  # width of a letter and height of a line, px, of the page's 12 px font
 
+Point = tuple[float, float]
 
-def roofline(rows: Sequence[Row], roofs: Ceilings) -> str:
-    """An <svg>; "" if no stage computes. Stages that only move data have no place in it, and those
-    that hardly take time are left out."""
+
+@dataclass
+class Disc:
+    """A stage: its kind colours the disc, its area is the share of the step."""
+
+    kind: str
+    x: float
+    y: float
+    radius: float
+    note: str
+
+
+@dataclass
+class Drawing:
+    """The picture, `WIDTH` by `HEIGHT`.
+
+    Args:
+        lines: (class, from, to).
+        roof: the slope of the copy bandwidth, the ridge, the level of the best product.
+        discs: the longest stage first.
+        texts: (class, place, anchor, text).
+    """
+
+    lines: list[tuple[str, Point, Point]] = field(default_factory=list)
+    roof: list[Point] = field(default_factory=list)
+    discs: list[Disc] = field(default_factory=list)
+    texts: list[tuple[str, Point, str, str]] = field(default_factory=list)
+    width: int = WIDTH
+    height: int = HEIGHT
+    middle: float = (TOP + HEIGHT - BOTTOM) / 2  # of the vertical axis
+
+    def label(self, x: float, y: float, text: str, anchor: str = "middle") -> None:
+        """A text of the axes."""
+        self.texts.append(("axis", (x, y), anchor, text))
+
+
+def roofline(rows: Sequence[Row], roofs: Ceilings) -> Drawing | None:
+    """None if no stage computes. Stages that only move data have no place in it, and those that
+    hardly take time are left out."""
     points = [
         row for row in rows
         if row.bytes > 0 and row.flops > LEAST_INTENSITY * row.bytes and row.share > LEAST_SHARE
     ]  # fmt: skip
     if not points:
-        return ""
+        return None
+    points.sort(key=lambda row: -row.share)
     intensity = [row.flops / row.bytes for row in points]
     ridge = roofs.best_tflops * 1e3 / roofs.gbs
     x = _Axis([*intensity, ridge, ridge * 4], LEFT, WIDTH - RIGHT)
     rates = [row.tflops for row in points] + list(roofs.tflops.values())
     lowest = min(*rates, roofs.gbs * x.low / 1e3)
     y = _Axis([*rates, max(lowest, min(rates) / 3)], HEIGHT - BOTTOM, TOP)
-    parts = [_grid(x, y), _roofs(x, y, roofs), _points(x, y, points, intensity)]
-    return (
-        f'<svg class="roofline" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        'aria-label="Roofline: TFLOP/s of every stage against its FLOPs per byte">'
-        f"{''.join(parts)}</svg>"
-    )
+    made = Drawing()
+    _grid(made, x, y)
+    _roofs(made, x, y, roofs)
+    for row, at in zip(points, intensity, strict=True):
+        note = f"{row.label}: {row.ms:.4g} ms, {row.tflops:.3g} TFLOP/s, {row.gbs:.3g} GB/s"
+        radius = 3 + 22 * math.sqrt(min(1.0, row.share))
+        made.discs.append(Disc(kind_of(row.name), x(at), y(row.tflops), radius, note))
+    _names(made, [row.name.rpartition(": ")[2] for row in points])
+    return made
 
 
 class _Axis:
@@ -65,86 +105,57 @@ def _number(value: float) -> str:
     return f"{value:g}" if 1e-4 < value < 1e5 else f"1e{round(math.log10(value))}"
 
 
-def _grid(x: _Axis, y: _Axis) -> str:
-    lines = []
+def _number(value: float) -> str:
+    return f"{value:g}" if 1e-4 < value < 1e5 else f"1e{round(math.log10(value))}"
+
+
+def _grid(made: Drawing, x: _Axis, y: _Axis) -> None:
+    low, right = HEIGHT - BOTTOM, WIDTH - RIGHT
     for tick in x.ticks:
-        at = x(tick)
-        lines.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" '
-                     f'y2="{HEIGHT - BOTTOM}"/>')  # fmt: skip
-        lines.append(_text(at, HEIGHT - BOTTOM + 16, _number(tick), "middle"))
+        made.lines.append(("grid", (x(tick), TOP), (x(tick), low)))
+        made.label(x(tick), low + 16, _number(tick))
     for tick in y.ticks:
-        at = y(tick)
-        lines.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" '
-                     f'y2="{at:.1f}"/>')  # fmt: skip
-        lines.append(_text(LEFT - 6, at + 4, _number(tick), "end"))
-    lines.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, "FLOP per byte moved", "middle"))
-    middle = (TOP + HEIGHT - BOTTOM) / 2
-    lines.append(
-        f'<text class="axis" x="14" y="{middle}" text-anchor="middle" '
-        f'transform="rotate(-90 14 {middle})">TFLOP/s</text>'
-    )
-    return "".join(lines)
+        made.lines.append(("grid", (LEFT, y(tick)), (right, y(tick))))
+        made.label(LEFT - 6, y(tick) + 4, _number(tick), "end")
+    made.label((LEFT + right) / 2, HEIGHT - 8, "FLOP per byte moved")
 
 
-def _roofs(x: _Axis, y: _Axis, roofs: Ceilings) -> str:
+def _roofs(made: Drawing, x: _Axis, y: _Axis, roofs: Ceilings) -> None:
     """The slope of the copy bandwidth up to the best product, and a level for each dtype."""
+
+    def slope(at: float) -> Point:
+        return x(at), y(at * roofs.gbs / 1e3)
+
     best = roofs.best_tflops
     start = max(x.low, y.low * 1e3 / roofs.gbs)
     ridge = best * 1e3 / roofs.gbs
-    found = [
-        f'<polyline class="roof" points="{x(start):.1f},{y(start * roofs.gbs / 1e3):.1f} '
-        f'{x(ridge):.1f},{y(best):.1f} {x.end:.1f},{y(best):.1f}"/>'
-    ]
+    made.roof = [slope(start), slope(ridge), (x.end, y(best))]
     for name, tflops in roofs.tflops.items():
-        at = y(tflops)
         if tflops != best:
-            found.append(f'<line class="roof low" x1="{x(tflops * 1e3 / roofs.gbs):.1f}" '
-                         f'x2="{x.end}" y1="{at:.1f}" y2="{at:.1f}"/>')  # fmt: skip
-        found.append(_text(x.end - 4, at - 5, f"{name}: {tflops:.3g} TFLOP/s", "end"))
-    third = start * (ridge / start) ** 0.3
-    found.append(_text(x(third) - 8, y(third * roofs.gbs / 1e3) - 6,
-                       f"copy: {roofs.gbs:.3g} GB/s", "end"))  # fmt: skip
-    return "".join(found)
+            level = slope(tflops * 1e3 / roofs.gbs)
+            made.lines.append(("roof low", level, (x.end, level[1])))
+        made.label(x.end - 4, y(tflops) - 5, f"{name}: {tflops:.3g} TFLOP/s", "end")
+    at = slope(start * (ridge / start) ** 0.3)
+    made.label(at[0] - 8, at[1] - 6, f"copy: {roofs.gbs:.3g} GB/s", "end")
 
 
-def _points(x: _Axis, y: _Axis, rows: Sequence[Row], intensity: Sequence[float]) -> str:
-    """A disc for each stage, its area the share of the step; labels where there is room."""
-    found, boxes = [], []
-    radii = [3 + 22 * math.sqrt(min(1.0, row.share)) for row in rows]
-    discs = [
-        (x(at) - r, y(row.tflops) - r, x(at) + r, y(row.tflops) + r)
-        for at, row, r in zip(intensity, rows, radii, strict=True)
-    ]
-    order = sorted(range(len(rows)), key=lambda i: -rows[i].share)
-    for index in order:
-        row = rows[index]
-        at = x(intensity[index]), y(row.tflops)
-        radius = radii[index]
-        note = f"{row.label}: {row.ms:.4g} ms, {row.tflops:.3g} TFLOP/s, {row.gbs:.3g} GB/s"
-        found.append(
-            f'<circle class="{kind_of(row.name)}" cx="{at[0]:.1f}" cy="{at[1]:.1f}" '
-            f'r="{radius:.1f}"><title>{escape(note)}</title></circle>'
-        )
-    for index in order:
-        row = rows[index]
-        at = x(intensity[index]), y(row.tflops)
-        # Clear of discs and labels if there is room, else of labels.
-        name = row.name.rpartition(": ")[2]
-        box = _place(at, radii[index], name, [*boxes, *discs])
-        box = box or _place(at, radii[index], name, boxes)
+def _names(made: Drawing, names: Sequence[str]) -> None:
+    """Labels where there is room: clear of discs and labels, else of labels."""
+    boxes: list[tuple[float, ...]] = []
+    discs = [(d.x - d.radius, d.y - d.radius, d.x + d.radius, d.y + d.radius) for d in made.discs]
+    for disc, name in zip(made.discs, names, strict=True):
+        box = _place(disc, name, [*boxes, *discs]) or _place(disc, name, boxes)
         if box is not None:
             boxes.append(box)
-            found.append(_text(box[0], box[3] - 3, name, "start", "label"))
-    return "".join(found)
+            made.texts.append(("label", (box[0], box[3] - 3), "start", name))
 
 
 def _place(
-    at: tuple[float, float], radius: float, name: str, taken: Sequence[tuple[float, ...]]
+    disc: Disc, name: str, taken: Sequence[tuple[float, ...]]
 ) -> tuple[float, float, float, float] | None:
-    """(left, top, right, bottom) of a label beside a point that overlaps no other, or None."""
+    """(left, top, right, bottom) of a label beside a disc that overlaps no other, or None."""
     width, height = LABEL[0] * len(name) + 4, LABEL[1]
-    x, y = at
-    gap = radius + 3
+    x, y, gap = disc.x, disc.y, disc.radius + 3
     for left, top in (
         (x + gap, y - height / 2), (x - gap - width, y - height / 2),
         (x - width / 2, y - gap - height), (x - width / 2, y + gap),
@@ -161,9 +172,3 @@ def _place(
 
 def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-
-
-def _text(x: float, y: float, text: str, anchor: str, kind: str = "axis") -> str:
-    return (
-        f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-    )

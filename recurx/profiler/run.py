@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import platform
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from recurx.profiler import advice, kernels, result, step, tables
 from recurx.profiler.attribute import NET_STAGES, PRODUCTS, resolve
 from recurx.profiler.commands import commands
 from recurx.profiler.records import Trace, best_of
-from recurx.profiler.result import Profile
+from recurx.profiler.report import Profile
 from recurx.profiler.roles import Roles, roles_of
 from recurx.profiler.tracer import Tracer, stage
 
@@ -62,7 +63,7 @@ def profile(
             one that it calls.
         run: your own step, called without arguments and run as it is (some ten times); it may
             train, and what it changes stays changed. Ranges of your own:
-            `from recurx.profile import stage`.
+            `from recurx.profiler import stage`.
         halting_steps: steps of deep supervision for the histogram of halting; fewer if `seconds`
             are over.
         compare: patch the model for a moment and time the same step on recurx.
@@ -231,7 +232,7 @@ def _assemble(
     todo: step.Step, trace: Trace, times: list[float], events: list[Any], ceilings: Any,
     device: torch.device, samples: int,
 ) -> Profile:  # fmt: skip
-    total = result.median(times)
+    total = statistics.median(times)
     ms, overhead = tables.operator_ms(trace, total)
     idle = 0.0
     if events:  # a GPU: stages are the time of their kernels, the rest is waiting for the host
@@ -283,7 +284,7 @@ def _notes(made: Profile, device: torch.device) -> list[str]:
     if other > 0.05:
         notes.append(
             f"{other:.0%} of the step is in no known stage; name your own ranges with "
-            "`from recurx.profile import stage`."
+            "`from recurx.profiler import stage`."
         )
     if device.type == "cuda" and not made.kernel_events:
         notes.append("torch.profiler recorded no kernel (no CUPTI?): stage times are the host's.")

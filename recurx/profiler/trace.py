@@ -11,7 +11,7 @@ from typing import Any
 
 from recurx.profiler.attribute import NET_STAGES
 from recurx.profiler.records import BACKWARD, Op
-from recurx.profiler.result import Profile, empty_row
+from recurx.profiler.result import Result, empty_row
 
 HOST, GPU, ENGINE = 1, 2, 3  # process ids in the trace
 
@@ -54,7 +54,7 @@ def ranges(ops: Sequence[Op], kind: str) -> Iterator[tuple[int, str, int, int]]:
         yield len(open_ranges), name, start, before
 
 
-def chrome_trace(profile: Profile) -> dict[str, Any]:
+def chrome_trace(profile: Result) -> dict[str, Any]:
     """The whole trace, as `Profile.save_trace` writes it."""
     events = [_named(HOST, "host: traced step, tracer's books taken out"), _thread(HOST, 1, "step")]
     for _, name, start, end in ranges(profile.ops, profile.kind):

@@ -27,9 +27,12 @@ from torch.optim.optimizer import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recurx.profiler import counts, fused
-from recurx.profiler.records import BACKWARD, Op, Trace, Where
+from recurx.profiler import counts
+from recurx.profiler.fused import Split
+from recurx.profiler.records import BACKWARD, Op, Trace
 from recurx.profiler.roles import Role, Roles
+from recurx.profiler.where import Position, Where
+from recurx.profiler.wrapped import wrapped_attention, wrapped_reference
 
 MARK = "recurx#"  # record_function names, by which CUDA kernels find their operator
 
@@ -46,7 +49,7 @@ def stage(name: str) -> Iterator[None]:
     if tracer is None:
         yield
         return
-    with tracer.range(Where("user", name)):
+    with tracer.at.range(Where("user", name)):
         yield
 
 
@@ -59,10 +62,8 @@ class Tracer(TorchDispatchMode):
         self.roles = roles
         self.ops: list[Op] = []
         self.lost = 0
-        self.cycles: dict[int, int] = {}
-        self.recursion = self.call = -1
+        self.at = Position()
         self._annotate = annotate
-        self._stack = [Where()]
         self._zero = self._last = 0
         self._thread = threading.get_ident()
         self._composite: dict[Any, bool] = {}
@@ -83,8 +84,9 @@ class Tracer(TorchDispatchMode):
                 register_optimizer_step_post_hook(self._leave_optimizer),
             ):
                 stack.callback(handle.remove)
-            stack.enter_context(fused.wrapped_reference(self))
-            stack.enter_context(fused.wrapped_attention(self, self.roles.attentions))
+            stack.enter_context(wrapped_reference(self.at))
+            attentions = wrapped_attention(self.at, self.roles.attentions, self.opaque)
+            stack.enter_context(attentions)
             _active = self
             try:
                 first = torch._C._autograd._get_sequence_nr()
@@ -98,58 +100,36 @@ class Tracer(TorchDispatchMode):
         tail = wall - self.lost - self._last
         if self.ops and tail > 0:  # what Python did after the last operator
             self._append(Op("(python)", Where(), self._last, wall - self.lost, 0, True, 0.0, 0))
-        return Trace(self.ops, wall, self.lost, self.cycles, [op.ns for op in self.ops])
+        return Trace(self.ops, wall, self.lost, self.at.cycles, [op.ns for op in self.ops])
 
     # ---- where -----------------------------------------------------------------------------
-
-    @property
-    def where(self) -> Where:
-        return self._stack[-1]
-
-    @contextlib.contextmanager
-    def range(self, where: Where) -> Iterator[None]:
-        """Operators inside run in `where`."""
-        self._stack.append(where)
-        try:
-            yield
-        finally:
-            self._stack.pop()
-
-    def begin_recursion(self, cycle: int) -> None:
-        """The next net call is call 0 of a new recursion whose cycles have `cycle` calls."""
-        self.recursion, self.call = self.recursion + 1, -1
-        self.cycles[self.recursion] = cycle
-
-    def inside(self, part: str, name: str = "", block: int = -1) -> Where:
-        """`part` of the present recursion and call."""
-        return Where(part, name, self.recursion, self.call, block)
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
         if threading.get_ident() != self._thread:
             return
         begin = perf_counter_ns()
         role = self.roles.of.get(id(module))
-        self._stack.append(self.where if role is None else self._entered(role))
+        self.at.stack.append(self.at.where if role is None else self._entered(role))
         self.lost += perf_counter_ns() - begin
 
     def _entered(self, role: Role) -> Where:
         if role.part == "inner":
-            self.begin_recursion(self.roles.cycle)
-        elif role.part in ("net", "foreign") and self.where.part != "foreign":
-            self.call += 1  # (a patched loop of foreign code has counted it already)
+            self.at.begin_recursion(self.roles.cycle)
+        elif role.part in ("net", "foreign") and self.at.where.part != "foreign":
+            self.at.call += 1  # (a patched loop of foreign code has counted it already)
         elif role.part in ("act", "loss", "module"):
             return Where(role.part, role.name)
-        return self.inside(role.part, role.name, role.block)
+        return self.at.inside(role.part, role.name, role.block)
 
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
-        if threading.get_ident() == self._thread and len(self._stack) > 1:
-            self._stack.pop()
+        if threading.get_ident() == self._thread and len(self.at.stack) > 1:
+            self.at.stack.pop()
 
     def _enter_optimizer(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self._stack.append(Where("optimizer", type(optimizer).__name__))
+        self.at.stack.append(Where("optimizer", type(optimizer).__name__))
 
     def _leave_optimizer(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self._stack.pop()
+        self.at.stack.pop()
 
     # ---- operators ---------------------------------------------------------------------------
 
@@ -163,7 +143,7 @@ class Tracer(TorchDispatchMode):
             if out is not NotImplemented:
                 return out
         name = counts.name_of(func)
-        split = fused.Split.of(name, func, args, kwargs)
+        split = Split.of(name, func, args, kwargs)
         mark = record_function(f"{MARK}{len(self.ops)}") if self._annotate else None
         begin = perf_counter_ns()
         if mark is None:
@@ -188,14 +168,14 @@ class Tracer(TorchDispatchMode):
 
     def _note(
         self, name: str, func: Any, args: Any, kwargs: dict[str, Any], out: Any,
-        begin: int, end: int, split: fused.Split | None,
+        begin: int, end: int, split: Split | None,
     ) -> None:  # fmt: skip
         free = counts.is_free(func, name)
         flops, moved = (0.0, 0) if free else counts.work(name, args, kwargs, out)
         if split is not None:
             split.finish()
             flops = split.flops
-        op = Op(name, self.where, self._last, self._now(end), end - begin, free, flops, moved)
+        op = Op(name, self.at.where, self._last, self._now(end), end - begin, free, flops, moved)
         op.split = split
         node = torch._C._current_autograd_node()
         if node is not None:
@@ -217,7 +197,7 @@ class Tracer(TorchDispatchMode):
     def opaque(self, name: str, where: Where, run: Callable[[], Any]) -> Any:
         """Run a function that may launch work which no dispatcher sees; it becomes one operator."""
         before, begin = len(self.ops), perf_counter_ns()
-        with self.range(where):
+        with self.at.range(where):
             if self._annotate:
                 with record_function(f"{MARK}{before}"):
                     out = run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -18,8 +19,8 @@ import torch
 import recurx
 from recurx.measure import Ceilings
 from recurx.models import TRM, TRMConfig
-from recurx.profiler.html import render
-from recurx.profiler.result import Row
+from recurx.profiler.report import html
+from recurx.profiler.result import Call, Engine, Row, Sync
 from recurx.profiler.roofline import roofline
 from recurx.train import AdamATan2
 from tests.profiler.profile_cases import build, profile
@@ -106,8 +107,26 @@ def test_the_page_is_whole_and_wants_no_network(training: Any, tmp_path: Path) -
 def test_fused_and_patched_models_have_their_page() -> None:
     model = build("trm")
     with recurx.patch(model):
-        page = Page(render(profile(model)))
+        page = Page(html(profile(model)))
     assert not page.broken and "phase of the engine" in "".join(page.text)
+
+
+def test_no_value_becomes_a_tag(training: Any) -> None:
+    """Every text of a result, in its place on the page and in the numbers at its end."""
+    evil = "</script><b a='\"'>&"
+    place = Sync(evil, evil, evil, evil, 1)
+    rows = [dataclasses.replace(training.rows[0], name=evil, label=evil), *training.rows[1:]]
+    engine = Engine(evil, evil, 1.0, 1.0, [(evil, 1.0, 0.0)])
+    made = dataclasses.replace(
+        training, title=evil, kind=evil, dtype=evil, device=evil, versions={"torch": evil},
+        rows=rows, calls=[Call(0, 0, 0, evil, 1.0, 0.0)], syncs=[place], engines=[engine],
+        advice=[evil], notes=[evil], commands=[evil],
+        ceilings=Ceilings(1.0, {evil: 1.0}), ops=[dataclasses.replace(training.ops[0], stage=evil)],
+    )  # fmt: skip
+    page = Page(html(made))
+    assert not page.broken and page.tags["script"] == 1
+    assert page.tags["b"] == Page(html(training)).tags["b"]
+    assert "".join(page.text).count(evil) > 15 and json.loads(page.json)["title"] == evil
 
 
 @pytest.mark.parametrize(
@@ -116,7 +135,7 @@ def test_fused_and_patched_models_have_their_page() -> None:
      "<link rel='stylesheet' href='style.css'>", "<i style='background: url(x)'></i>"],
 )  # fmt: skip
 def test_a_page_that_is_broken_or_wants_a_network_is_seen(damage: str, training: Any) -> None:
-    page = render(training).replace("<body>", "<body>" + damage)
+    page = html(training).replace("<body>", "<body>" + damage)
     assert Page(page).broken
 
 
@@ -125,15 +144,13 @@ def test_roofline_puts_a_stage_where_it_belongs() -> None:
     roofs = Ceilings(gbs=100.0, tflops={"float32": 1.0})
     best = Row("gate_up", "g", "net", ms=1, share=0.5, flops=1e9, bytes=1e8, tflops=1.0)
     half = Row("norm", "n", "net", ms=1, share=0.5, flops=1e8, bytes=1e8, tflops=0.05)
-    svg = roofline([best, half], roofs)
-    discs = [float(part.split('"')[0]) for part in svg.split('cy="')[1:]]
-    points = svg.split('points="')[1].split('"')[0].split()
-    ridge = [float(v) for v in points[1].split(",")]
-    centres = [float(part.split('"')[0]) for part in svg.split('cx="')[1:]]
-    assert discs[0] == pytest.approx(ridge[1], abs=0.2)
-    assert centres[0] == pytest.approx(ridge[0], abs=0.2)  # 10 FLOP per byte is the ridge
-    assert discs[1] > discs[0]
-    assert roofline([Row("x", "x", "net", flops=0, bytes=5)], roofs) == ""
+    drawing = roofline([best, half], roofs)
+    assert drawing is not None
+    discs, (_, ridge, _) = drawing.discs, drawing.roof
+    assert discs[0].y == pytest.approx(ridge[1], abs=0.2)
+    assert discs[0].x == pytest.approx(ridge[0], abs=0.2)  # 10 FLOP per byte is the ridge
+    assert discs[1].y > discs[0].y
+    assert roofline([Row("x", "x", "net", flops=0, bytes=5)], roofs) is None
 
 
 # ---- in a browser ----------------------------------------------------------------------------
