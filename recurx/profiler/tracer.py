@@ -191,7 +191,7 @@ class Tracer(TorchDispatchMode):
         if op.sync:
             op.place = counts.source_place()
         self._append(op)
-        if node is None and torch.is_grad_enabled():
+        if node is None:  # also without gradient: so runs the forward of an autograd.Function
             self._remember_sequence()
 
     def opaque(self, name: str, where: Where, run: Callable[[], Any]) -> Any:

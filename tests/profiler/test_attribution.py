@@ -8,6 +8,10 @@ import torch
 import recurx
 from recurx.models import HRM, TRM, HRMConfig, TRMConfig
 from recurx.profiler import attribute, roles, stage
+from recurx.profiler.fused import OPS
+from recurx.profiler.step import initial_carry, random_batch, training_step
+from recurx.profiler.tables import make_engines
+from recurx.profiler.tracer import Tracer
 from recurx.train import AdamATan2, Average
 from tests import lookalike
 from tests.profiler.profile_cases import (
@@ -21,6 +25,7 @@ from tests.profiler.profile_cases import (
     profile,
     profiled,
 )
+from tests.train.simulated import on
 
 EVERY_CASE = pytest.mark.parametrize("case", CASES)
 
@@ -212,6 +217,38 @@ def test_a_patched_model_and_its_training_window() -> None:
     assert [c.call for c in trained.calls] == [3, 4, 5]
     assert trained.row("gate_up").backward_ms > 0
     assert not profile(model).engines  # the patch is gone
+
+
+def test_the_window_of_a_backend_is_a_fused_recursion_too() -> None:
+    """One operator for the calls before it, one for its forward, one for its backward."""
+    config = TRMConfig.tiny(5, 4, H_cycles=2, L_cycles=1, L_layers=1, hidden_size=32, num_heads=1)
+    model = TRM(config, backend="triton")
+    batch = random_batch(model, 1)
+    step = training_step(model.train(), batch, initial_carry(model, batch), [], None)
+    with on("triton"):
+        trace = Tracer(roles.roles_of(step.model)).record(step.model, step)
+    attribute.resolve(trace)
+    fused = [op for op in trace.ops if op.name in OPS]
+    assert [op.name.partition("::")[2] for op in fused] == ["recurse", "window", "window_backward"]
+    assert [op.phase for op in fused] == ["forward", "forward", "backward"]
+    assert {op.stage for op in fused} == {"recursion"}
+    prefix, forward, backward = make_engines(fused, [1.0, 2.0, 3.0])
+    assert prefix.label.startswith("triton: forward of calls 0..1 of 4")
+    assert forward.label.startswith("triton: forward of calls 2..3 of 4")
+    assert backward.label.startswith("triton: backward of calls 2..3 of 4")
+    assert backward.flops == 2 * forward.flops == 2 * prefix.flops > 0
+
+
+def test_the_gradient_of_a_fused_op_is_its_stages_backward() -> None:
+    """PyTorch runs the forward of an autograd.Function, as these ops are, without gradient."""
+    model = TRM(TRMConfig.tiny(7, 9, H_cycles=2, L_cycles=1), backend="cpu")
+    model.inner.save = "states"
+    found = recurx.profile(
+        model, batch_size=2, train=True, seconds=0.05, halting_steps=0, compare=False
+    )
+    assert found.engines[-1].label.startswith("reference: backward of calls 2..3 of 4")
+    assert found.row("recursion").backward_ms > found.row("recursion").forward_ms
+    assert not any(row.backward_ms for row in found.rows if row.name in ATTENTION_STAGES)
 
 
 def test_foreign_code_is_shown_by_its_modules() -> None:
