@@ -27,7 +27,7 @@ EXTENSION = "recurx._C"  # compiled: it has no file of Python
 # Python where the packages of a checkout lie.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "_build_info", "_C"),
-    ("atomic", "schedule", "small_ops", "timing", "tasks"),
+    ("atomic", "schedule", "small_ops", "tasks"),
     ("nets",),
     ("operands", "fp8"),
     ("problem", "reference"),
@@ -64,11 +64,6 @@ STILL: set[tuple[str, str]] = {
     ("recurx.backends.cuda_solve", "recurx.models.inner"),
     ("recurx.backends.cuda_solve", "recurx.patching.official"),
     ("recurx.kernels.recursion", "recurx.backends.packed"),
-    ("recurx.plan.device", "recurx.api"),
-    ("recurx.profiler.fused", "recurx.profiler.tracer"),
-    ("recurx.profiler.result", "recurx.profiler.html"),
-    ("recurx.profiler.result", "recurx.profiler.text"),
-    ("recurx.profiler.result", "recurx.profiler.trace"),
 }
 
 
