@@ -36,6 +36,15 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one run."""
+    synchronize(device)
+    begin = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - begin
+
+
 def best_seconds(
     run: Callable[[], object],
     device: torch.device | str = "cpu",
@@ -52,11 +61,7 @@ def best_seconds(
         run()
         until = time.perf_counter() + seconds
         while repeats > 0 or time.perf_counter() < until:
-            synchronize(device)
-            begin = time.perf_counter()
-            run()
-            synchronize(device)
-            best, repeats = min(best, time.perf_counter() - begin), repeats - 1
+            best, repeats = min(best, seconds_of(run, device)), repeats - 1
     return max(best, 1e-9)
 
 
@@ -165,7 +170,8 @@ def barrier_us() -> float:
     """Microseconds that a stage of the engine loses by being split over all threads; 0 without an
     engine or a second thread.
 
-    The engine alone, without the Python of `recurx.recurse` around it.
+    The engine alone. Result files up to 2026-11-29 hold some 4 us more: they timed `recurx.recurse`
+    with the Python that it runs on one thread.
     """
     isa = engine_isa()
     if torch.get_num_threads() == 1 or not isa:

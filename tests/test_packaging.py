@@ -144,7 +144,7 @@ def test_metadata_is_that_of_the_project_and_not_of_the_build_host(installed, in
     }
     assert "torch>=2.6" in runtime  # and no upper bound
     (script,) = distribution.entry_points.select(group="console_scripts")
-    assert (script.name, script.value) == ("recurx", "recurx.cli:main")
+    assert (script.name, script.value) == ("recurx", "recurx.commands:main")
 
 
 def test_editable_install_finds_the_kernels(checkout, tmp_path):

@@ -15,7 +15,7 @@ from torch import nn
 
 from recurx.errors import RecurxError, UnsupportedModel
 from recurx.explanation import explain
-from recurx.measure import synchronize
+from recurx.measure import seconds_of
 from recurx.models import problem_of_model
 from recurx.models.inner import Inner
 from recurx.patching import patch
@@ -245,9 +245,5 @@ def _times(step: Callable[[], Any], device: torch.device, seconds: float) -> lis
     until = time.perf_counter() + seconds
     step()
     while len(times) < 3 and (not times or time.perf_counter() < until):
-        synchronize(device)
-        begin = time.perf_counter()
-        step()
-        synchronize(device)
-        times.append((time.perf_counter() - begin) * 1e3)
+        times.append(1e3 * seconds_of(step, device))
     return times

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from recurx.measure import Ceilings
 from recurx.profiler.attribute import kind_of
@@ -21,8 +21,7 @@ LABEL = 6.4, 14.0  # width of a letter and height of a line, px, of the page's 1
 Point = tuple[float, float]
 
 
-@dataclass
-class Disc:
+class Disc(NamedTuple):
     """A stage: its kind colours the disc, its area is the share of the step."""
 
     kind: str
@@ -32,28 +31,15 @@ class Disc:
     note: str
 
 
-@dataclass
-class Drawing:
-    """The picture, `WIDTH` by `HEIGHT`.
+class Drawing(NamedTuple):
+    """The picture, `WIDTH` by `HEIGHT`."""
 
-    Args:
-        lines: (class, from, to).
-        roof: the slope of the copy bandwidth, the ridge, the level of the best product.
-        discs: the longest stage first.
-        texts: (class, place, anchor, text).
-    """
-
-    lines: list[tuple[str, Point, Point]] = field(default_factory=list)
-    roof: list[Point] = field(default_factory=list)
-    discs: list[Disc] = field(default_factory=list)
-    texts: list[tuple[str, Point, str, str]] = field(default_factory=list)
+    lines: list[tuple[str, Point, Point]]  # class, from, to
+    roof: list[Point]  # the slope of the copy bandwidth, the ridge, the level of the best product
+    discs: list[Disc]  # the longest stage first
+    texts: list[tuple[str, Point, str, str]]  # class, place, anchor, text
     width: int = WIDTH
     height: int = HEIGHT
-    middle: float = (TOP + HEIGHT - BOTTOM) / 2  # of the vertical axis
-
-    def label(self, x: float, y: float, text: str, anchor: str = "middle") -> None:
-        """A text of the axes."""
-        self.texts.append(("axis", (x, y), anchor, text))
 
 
 def roofline(rows: Sequence[Row], roofs: Ceilings) -> Drawing | None:
@@ -72,7 +58,7 @@ def roofline(rows: Sequence[Row], roofs: Ceilings) -> Drawing | None:
     rates = [row.tflops for row in points] + list(roofs.tflops.values())
     lowest = min(*rates, roofs.gbs * x.low / 1e3)
     y = _Axis([*rates, max(lowest, min(rates) / 3)], HEIGHT - BOTTOM, TOP)
-    made = Drawing()
+    made = Drawing([], [], [], [])
     _grid(made, x, y)
     _roofs(made, x, y, roofs)
     for row, at in zip(points, intensity, strict=True):
@@ -105,19 +91,14 @@ def _number(value: float) -> str:
     return f"{value:g}" if 1e-4 < value < 1e5 else f"1e{round(math.log10(value))}"
 
 
-def _number(value: float) -> str:
-    return f"{value:g}" if 1e-4 < value < 1e5 else f"1e{round(math.log10(value))}"
-
-
 def _grid(made: Drawing, x: _Axis, y: _Axis) -> None:
     low, right = HEIGHT - BOTTOM, WIDTH - RIGHT
     for tick in x.ticks:
         made.lines.append(("grid", (x(tick), TOP), (x(tick), low)))
-        made.label(x(tick), low + 16, _number(tick))
+        made.texts.append(("axis", (x(tick), low + 16), "middle", _number(tick)))
     for tick in y.ticks:
         made.lines.append(("grid", (LEFT, y(tick)), (right, y(tick))))
-        made.label(LEFT - 6, y(tick) + 4, _number(tick), "end")
-    made.label((LEFT + right) / 2, HEIGHT - 8, "FLOP per byte moved")
+        made.texts.append(("axis", (LEFT - 6, y(tick) + 4), "end", _number(tick)))
 
 
 def _roofs(made: Drawing, x: _Axis, y: _Axis, roofs: Ceilings) -> None:
@@ -129,14 +110,15 @@ def _roofs(made: Drawing, x: _Axis, y: _Axis, roofs: Ceilings) -> None:
     best = roofs.best_tflops
     start = max(x.low, y.low * 1e3 / roofs.gbs)
     ridge = best * 1e3 / roofs.gbs
-    made.roof = [slope(start), slope(ridge), (x.end, y(best))]
+    made.roof[:] = slope(start), slope(ridge), (x.end, y(best))
     for name, tflops in roofs.tflops.items():
         if tflops != best:
             level = slope(tflops * 1e3 / roofs.gbs)
             made.lines.append(("roof low", level, (x.end, level[1])))
-        made.label(x.end - 4, y(tflops) - 5, f"{name}: {tflops:.3g} TFLOP/s", "end")
+        said = f"{name}: {tflops:.3g} TFLOP/s"
+        made.texts.append(("axis", (x.end - 4, y(tflops) - 5), "end", said))
     at = slope(start * (ridge / start) ** 0.3)
-    made.label(at[0] - 8, at[1] - 6, f"copy: {roofs.gbs:.3g} GB/s", "end")
+    made.texts.append(("axis", (at[0] - 8, at[1] - 6), "end", f"copy: {roofs.gbs:.3g} GB/s"))
 
 
 def _names(made: Drawing, names: Sequence[str]) -> None:

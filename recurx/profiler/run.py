@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import platform
 import statistics
 import time
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from recurx.errors import bad_argument
-from recurx.measure import Ceilings, synchronize
+from recurx.measure import Ceilings, seconds_of, synchronize
 from recurx.profiler import advice, kernels, result, step, tables
 from recurx.profiler.attribute import NET_STAGES, PRODUCTS, resolve
 from recurx.profiler.commands import commands
@@ -105,8 +104,8 @@ def profile(
             else:
                 todo = step.supervision_step(model, batch, carry)
         else:
-            todo = step.user_step(model, run)
-        samples = _samples(batch) or batch_size
+            todo = step.Step(model, "step", run)
+        samples = batch_size if batch is None else len(next(iter(batch.values()))) or batch_size
         times = _timed(todo, device, seconds, halting_steps)
         trace, events = _traced(todo, device)
         times += _timed(todo, device, 0.0, 0)  # one more, so that a drift shows
@@ -135,35 +134,19 @@ def _as_list(optimizer: Any) -> list[torch.optim.Optimizer]:
     return list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
 
 
-def _samples(batch: Mapping[str, Tensor] | None) -> int:
-    return 0 if batch is None else int(next(iter(batch.values())).shape[0])
-
-
 @contextlib.contextmanager
 def _watched(calls: Sequence[tuple[Any, str, str]]) -> Iterator[None]:
     """Methods of given objects as stages: (object, method, stage). Hooks see an optimiser's step,
     unless its instance got another (`recurx.train.swap`); nothing else sees an average."""
-    undo: list[tuple[Any, str, bool, Any]] = []
-    for owner, name, label in calls:
-        undo.append((owner, name, name in vars(owner), getattr(owner, name)))
-        setattr(owner, name, _staged(getattr(owner, name), label))
-    try:
-        yield
-    finally:
-        for owner, name, own, before in reversed(undo):
-            if own:
-                setattr(owner, name, before)
+    with contextlib.ExitStack() as stack:
+        for owner, name, label in calls:
+            function = getattr(owner, name)
+            if name in vars(owner):
+                stack.callback(setattr, owner, name, function)
             else:
-                delattr(owner, name)
-
-
-def _staged(function: Callable[..., Any], label: str) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def staged(*args: Any, **kwargs: Any) -> Any:
-        with stage(label):
-            return function(*args, **kwargs)
-
-    return staged
+                stack.callback(delattr, owner, name)
+            setattr(owner, name, stage(label)(function))
+        yield
 
 
 def _timed(todo: step.Step, device: torch.device, seconds: float, halting: int) -> list[float]:
@@ -173,19 +156,13 @@ def _timed(todo: step.Step, device: torch.device, seconds: float, halting: int) 
     warm = seconds > 0
     wanted = max(ROUNDS, halting - 1) if warm else 1
     while len(times) < wanted:
-        synchronize(device)
-        begin = time.perf_counter()
-        if todo.steps < halting:
-            todo.run_and_count()
-        else:
-            todo()
-        synchronize(device)
-        now = time.perf_counter()
-        if warm and now < until:
+        took = seconds_of(todo.run_and_count if todo.steps < halting else todo, device)
+        late = time.perf_counter() >= until
+        if warm and not late:
             warm = False  # the first step allocates, packs weights, tunes
         else:
-            times.append((now - begin) * 1e3)
-        if now >= until:
+            times.append(1e3 * took)
+        if late:
             break
     return times
 

@@ -25,8 +25,7 @@ class Step:
     Args:
         model: the module that is called.
         run: one step; returns what the model returned.
-        kind: "supervision step", "training step" or "step".
-        restore: puts back what steps change (weights, optimiser state, flags).
+        kind: "supervision step", "training step" or "step", one of the user's.
     """
 
     def __init__(self, model: nn.Module, kind: str, run: Callable[[], Any]) -> None:
@@ -128,15 +127,13 @@ def initial_carry(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
     )  # fmt: skip
 
 
-def supervision_step(
-    model: nn.Module, batch: Mapping[str, Tensor], carry: Any, grad: bool = False
-) -> Step:
+def supervision_step(model: nn.Module, batch: Mapping[str, Tensor], carry: Any) -> Step:
     """One call of the model without gradient, as evaluation does."""
     call = _caller(model, batch)
     state = [carry]
 
     def run() -> Any:
-        with torch.set_grad_enabled(grad):
+        with torch.no_grad():
             result = call(state[0])
         state[0] = result[0]
         return result
@@ -177,11 +174,6 @@ def training_step(
         return result
 
     return Step(head, "training step", run)
-
-
-def user_step(model: nn.Module, run: Callable[[], Any]) -> Step:
-    """A function of the user's, run as it is."""
-    return Step(model, "step", run)
 
 
 def _returns_loss(model: nn.Module) -> bool:

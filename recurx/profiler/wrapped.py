@@ -13,7 +13,7 @@ from torch import nn
 
 from recurx import reference
 from recurx.nets import WEIGHT_NAMES, Net
-from recurx.profiler.where import Position
+from recurx.profiler.where import Position, Where
 
 # Functions that official code imports by name into the file of its attention.
 ATTENTION_FUNCTIONS = ("flash_attn_func", "scaled_dot_product_attention")
@@ -23,12 +23,51 @@ ATTENTION_FUNCTIONS = ("flash_attn_func", "scaled_dot_product_attention")
 def wrapped_reference(at: Position) -> Iterator[None]:
     """Ranges around the functions of `recurx.reference`, which name the stages themselves."""
     parts: dict[int, tuple[str, int]] = {}  # id of a weight -> (stage, block)
-    block_number, net_name = 0, ""
-    original = {
-        name: getattr(reference, name)
-        for name in ("run", "call_input", "call", "block", "attention", "linear", "rope_rotate",
-                     "swiglu")
-    }  # fmt: skip
+    block, net_name = 0, ""
+
+    def inside(part: str) -> Where:
+        return at.inside(part, net_name, block)
+
+    def of_weight(weight: Any, otherwise: str) -> Where:
+        part, number = parts.get(id(weight), (otherwise, block))
+        return at.inside(part, net_name, number)
+
+    # Where each function runs, by its arguments, from the outside to the inside.
+
+    def call_input(step: Any, values: Any) -> Where:
+        nonlocal net_name
+        at.call, net_name = at.call + 1, step.net
+        return at.inside("inject", net_name)
+
+    def call(h: Any, net: Any, cos_sin: Any) -> Where:
+        nonlocal block
+        block = -1
+        if not isinstance(net, Net):
+            return at.inside("foreign", net_name)
+        weights = iter(net.weights)
+        for number, spec in enumerate(net.spec.blocks):
+            parts.update((id(next(weights)), (stage, number)) for stage in WEIGHT_NAMES[spec.kind])
+        return at.inside("net", net_name)
+
+    def next_block(*_: Any) -> Where:
+        nonlocal block
+        block += 1
+        return inside("block")
+
+    def swiglu(x: Any, gate_up: Any, down: Any) -> Where:
+        where = of_weight(gate_up, "gate_up")
+        return where._replace(part="t_swiglu" if where.part.startswith("t_") else "swiglu")
+
+    places: dict[str, Callable[..., Where]] = {
+        "call_input": call_input,
+        "call": call,
+        "block": next_block,
+        "linear": lambda x, weight: of_weight(weight, "block"),
+        "attention": lambda *_: inside("self_attn"),
+        "rope_rotate": lambda *_: inside("rope"),
+        "swiglu": swiglu,
+    }
+    original = {name: getattr(reference, name) for name in ("run", *places)}
 
     def run(schedule: Any, *args: Any, **kwargs: Any) -> Any:
         start = kwargs.get("start", args[4] if len(args) > 4 else 0)
@@ -39,59 +78,16 @@ def wrapped_reference(at: Position) -> Iterator[None]:
         at.call = start - 1
         return original["run"](schedule, *args, **kwargs)
 
-    def call_input(step: Any, values: Any) -> Any:
-        nonlocal net_name
-        at.call, net_name = at.call + 1, step.net
-        with at.range(at.inside("inject", step.net)):
-            return original["call_input"](step, values)
+    def ranged(name: str) -> Callable[..., Any]:
+        @functools.wraps(original[name])
+        def function(*args: Any, **kwargs: Any) -> Any:
+            with at.range(places[name](*args, **kwargs)):
+                return original[name](*args, **kwargs)
 
-    def call(h: Any, net: Any, cos_sin: Any) -> Any:
-        nonlocal block_number
-        block_number = -1
-        if isinstance(net, Net):
-            index = 0
-            for number, spec in enumerate(net.spec.blocks):
-                for stage in WEIGHT_NAMES[spec.kind]:
-                    parts[id(net.weights[index])] = stage, number
-                    index += 1
-        part = "net" if isinstance(net, Net) else "foreign"
-        with at.range(at.inside(part, net_name)):
-            return original["call"](h, net, cos_sin)
+        return function
 
-    def in_block(part: str, name: str) -> Any:
-        function = original[name]
-
-        @functools.wraps(function)
-        def ranged(*args: Any, **kwargs: Any) -> Any:
-            with at.range(at.inside(part, net_name, block_number)):
-                return function(*args, **kwargs)
-
-        return ranged
-
-    def block(*args: Any, **kwargs: Any) -> Any:
-        nonlocal block_number
-        block_number += 1
-        with at.range(at.inside("block", net_name, block_number)):
-            return original["block"](*args, **kwargs)
-
-    def linear(x: Any, weight: Any) -> Any:
-        part, number = parts.get(id(weight), ("block", block_number))
-        with at.range(at.inside(part, net_name, number)):
-            return original["linear"](x, weight)
-
-    def swiglu(x: Any, gate_up: Any, down: Any) -> Any:
-        part, number = parts.get(id(gate_up), ("gate_up", block_number))
-        part = "t_swiglu" if part.startswith("t_") else "swiglu"
-        with at.range(at.inside(part, net_name, number)):
-            return original["swiglu"](x, gate_up, down)
-
-    replaced = {
-        "run": run, "call_input": call_input, "call": call, "block": block, "linear": linear,
-        "swiglu": swiglu, "attention": in_block("self_attn", "attention"),
-        "rope_rotate": in_block("rope", "rope_rotate"),
-    }  # fmt: skip
     try:
-        for name, function in replaced.items():
+        for name, function in {"run": run, **{name: ranged(name) for name in places}}.items():
             setattr(reference, name, function)
         yield
     finally:
