@@ -40,6 +40,7 @@ class Drawing(NamedTuple):
     texts: list[tuple[str, Point, str, str]]  # class, place, anchor, text
     width: int = WIDTH
     height: int = HEIGHT
+    middle: Point = (LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2  # of the axes
 
 
 def roofline(rows: Sequence[Row], roofs: Ceilings) -> Drawing | None:
