@@ -10,12 +10,17 @@ build serves every torch version. Objects go to build/, ninja compiles what chan
     RECURX_CUDA        0 leaves CUDA out, 1 makes its absence or a failed compile an error
     RECURX_CUDA_ARCHS  e.g. "90": fewer GPU generations, a shorter build
     RECURX_TIMELINE    1 lets the recursion kernels record when each phase ran (and slows them)
-    CXX, CXXFLAGS, MAX_JOBS   as usual
+    CXX, CXXFLAGS, LDFLAGS, MAX_JOBS   as usual; a CXX that does not compile is an error
+
+Unset, RECURX_CUDA builds the kernels where nvcc is found. Only pip looks at torch first: beside a
+torch without CUDA nothing could call them, and they take minutes. In a checkout they are built
+all the same, because tests read their machine code.
+
+Linux only: elsewhere the install is pure Python. RECURX_NATIVE=1 tries macOS, which is untested.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import pprint
 import re
@@ -95,8 +100,8 @@ def ninja_file(plan: Plan, pybind_include: str) -> str:
     defines += sorted({f"-DRX_HAVE_{name.upper()}=1" for name in plan.own_generations()})
     includes = [f"-I{up}/csrc", "-isystem", pybind_include, "-isystem", python]
     lines = ["ninja_required_version = 1.5"]
-    cxx = [plan.compiler.command, *tools.CXX_FLAGS, *defines, *includes]
-    link = [plan.compiler.command, "-shared", "-pthread"]
+    cxx = [*plan.compiler.command, *tools.CXX_FLAGS, *defines, *includes]
+    link = [*plan.compiler.command, "-shared", "-pthread"]
     libraries: list[str] = []
     if sys.platform == "darwin":
         link += ["-undefined", "dynamic_lookup"]
@@ -107,6 +112,7 @@ def ninja_file(plan: Plan, pybind_include: str) -> str:
         libraries = [str(plan.cuda.cudart), "-ldl", "-lrt", "-lpthread", exclude]
         lines += _rule("nvcc", [*_nvcc(plan.cuda, plan.compiler), *defines, f"-I{up}/csrc"])
     lines += _rule("cxx", [*cxx, *shlex.split(os.environ.get("CXXFLAGS", ""))])
+    libraries += shlex.split(os.environ.get("LDFLAGS", ""))
     lines += ["rule link", f"  command = {_shell(link)} $in -o $out {_shell(libraries)}"]
     lines += ["  description = link $out"]
 
@@ -121,7 +127,7 @@ def ninja_file(plan: Plan, pybind_include: str) -> str:
 
 
 def _nvcc(cuda: Cuda, compiler: Compiler) -> list[str]:
-    host = ["-ccbin", compiler.command, "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    host = [*compiler.for_nvcc(), "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     include = ["-I", str(cuda.include)]  # NVIDIA's PyPI wheels have no nvcc.profile that says so
     return [
         str(cuda.nvcc),
@@ -159,29 +165,37 @@ def _escape(path: str) -> str:
 # ---------------------------------------------------------------- deciding and building
 
 
-def build(destination: Path) -> str:
+def build(destination: Path, by_pip: bool = False) -> str:
     """Compile the module into `destination`, record the decision there, return it as a sentence.
 
+    `by_pip`: leave CUDA out beside a torch that has none, unless RECURX_CUDA=1.
+
     Raises:
-        BuildError: RECURX_NATIVE=1 or RECURX_CUDA=1 asks for what this machine lacks, a build tool
-            is missing, or the sources do not compile.
+        BuildError: RECURX_NATIVE=1, RECURX_CUDA=1 or CXX asks for what this machine lacks, a build
+            tool is missing, or the sources do not compile.
     """
+    native, cuda_wanted = _wanted("RECURX_NATIVE"), _wanted("RECURX_CUDA")
     try:
-        compiler = _require("RECURX_NATIVE", tools.find_compiler, "RECURX_NATIVE=0 asks for that")
+        compiler = _find_compiler(native)
     except NotFound as reason:
+        named = "RECURX_NATIVE=1" if native == "1" else f"CXX={os.environ.get('CXX', '')}"
+        if native == "1" or (native == "auto" and sys.platform == "linux" and named != "CXX="):
+            raise BuildError(f"recurx: {named}, but {reason}") from None
         (destination / MODULE).unlink(missing_ok=True)
         return _record(destination, f"recurx: pure Python, no compiled engine: {reason}.", None)
     try:
-        cuda: Cuda | None = _require("RECURX_CUDA", _find_cuda, "RECURX_CUDA=0 asks for that")
+        cuda: Cuda | None = _find_cuda(cuda_wanted, by_pip)
         why_cpu_only = ""
     except NotFound as reason:
+        if cuda_wanted == "1":
+            raise BuildError(f"recurx: RECURX_CUDA=1, but {reason}") from None
         cuda, why_cpu_only = None, str(reason)
 
     plan = Plan(compiler, cuda)
     if not _ninja(plan):
-        if cuda is None or _wanted("RECURX_CUDA") == "1" or not _ninja(Plan(compiler, None)):
+        if cuda is None or cuda_wanted == "1" or not _ninja(Plan(compiler, None)):
             raise BuildError(
-                f"recurx: the sources do not compile with {compiler.command} {compiler.version}"
+                f"recurx: the sources do not compile with {compiler}"
                 f"{f' and nvcc {cuda.version}' if cuda else ''}; the compiler's words are above. "
                 f"RECURX_NATIVE=0 installs pure Python instead, RECURX_CUDA=0 leaves CUDA out."
             )
@@ -198,22 +212,24 @@ def _wanted(variable: str) -> str:
     return value
 
 
-def _require(variable: str, find, refused: str):
-    """find(), where `variable` allows it; its NotFound becomes an error where that is 1."""
-    if _wanted(variable) == "0":
-        raise NotFound(refused)
-    try:
-        return find()
-    except NotFound as reason:
-        if _wanted(variable) == "1":
-            raise BuildError(f"recurx: {variable}=1, but {reason}") from None
-        raise
+def _find_compiler(wanted: str) -> Compiler:
+    if wanted == "0":
+        raise NotFound("RECURX_NATIVE=0 asks for that")
+    if sys.platform != "linux" and not (sys.platform == "darwin" and wanted == "1"):
+        raise NotFound(f"the engine is compiled on Linux, and this is {sys.platform}")
+    return tools.find_compiler()
 
 
-def _find_cuda() -> Cuda:
+def _find_cuda(wanted: str, by_pip: bool) -> Cuda:
+    if wanted == "0":
+        raise NotFound("RECURX_CUDA=0 asks for that")
     if not _sources("csrc/cuda/*.cu"):
         raise NotFound("this source tree has no csrc/cuda/*.cu")
-    return tools.find_cuda()
+    found = tools.find_cuda()
+    torch = tools.torch_without_cuda() if by_pip and wanted == "auto" else None
+    if torch is not None:
+        raise NotFound(f"torch {torch} has no CUDA (RECURX_CUDA=1 builds the kernels all the same)")
+    return found
 
 
 def _build_folder() -> Path:
@@ -222,6 +238,8 @@ def _build_folder() -> Path:
 
 def _ninja(plan: Plan) -> bool:
     """Compile and link `plan` in the build folder; False if a compiler refused something."""
+    import fcntl  # not at the top: Windows has none, and setup.py imports this file there too
+
     try:
         import pybind11
     except ImportError:
@@ -231,13 +249,27 @@ def _ninja(plan: Plan) -> bool:
         raise BuildError("recurx: building needs ninja: pip install pybind11 ninja")
     folder = _build_folder()
     folder.mkdir(parents=True, exist_ok=True)
+    print(_progress(plan), flush=True)
     with open(folder / "lock", "w") as lock:  # two builds of one checkout wait for each other
         fcntl.flock(lock, fcntl.LOCK_EX)
         text = ninja_file(plan, pybind11.get_include())
         if not (folder / "build.ninja").exists() or (folder / "build.ninja").read_text() != text:
             (folder / "build.ninja").write_text(text)
-        command = [ninja, "-C", str(folder), "-j", os.environ.get("MAX_JOBS") or str(_cores())]
+        command = [ninja, "-C", str(folder), "-j", _jobs()]
         return subprocess.run(command).returncode == 0
+
+
+def _progress(plan: Plan) -> str:
+    """What is about to be compiled. `pip install -v` shows it, and ninja's count after it."""
+    kernels = plan.cuda_sources()
+    cuda = f" and {len(kernels)} files with nvcc {plan.cuda.version}" if plan.cuda else ""
+    minutes = "; CUDA takes minutes, RECURX_CUDA=0 leaves it out" if kernels else ""
+    files = len(plan.cpp_sources())
+    return f"recurx: compiling {files} files with {plan.compiler}{cuda} on {_jobs()} cores{minutes}"
+
+
+def _jobs() -> str:
+    return os.environ.get("MAX_JOBS") or str(_cores())
 
 
 def _cores() -> int:
@@ -254,7 +286,7 @@ def _install(module: Path, target: Path) -> None:
 
 def _sentence(plan: Plan, why_cpu_only: str) -> str:
     isas = ", ".join(("portable", *plan.compiler.isas))
-    engines = f"CPU engine ({isas}; {plan.compiler.command} {plan.compiler.version})"
+    engines = f"CPU engine ({isas}; {plan.compiler})"
     if plan.cuda is None:
         return f"recurx: built the {engines} without CUDA: {why_cpu_only}."
     archs = ", ".join(f"sm_{arch}" for arch in plan.cuda.archs)
@@ -266,7 +298,7 @@ def _record(destination: Path, sentence: str, plan: Plan | None) -> str:
     """Write recurx/_build_info.py beside the module, so the facts travel with it into a wheel."""
     info = {
         "sentence": sentence,
-        "compiler": f"{plan.compiler.command} {plan.compiler.version}" if plan else None,
+        "compiler": str(plan.compiler) if plan else None,
         "isas": plan.compiler.isas if plan else (),
         "nvcc": plan.cuda.version if plan and plan.cuda else None,
         "cuda_archs": plan.cuda.archs if plan and plan.cuda else (),

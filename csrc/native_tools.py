@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,13 +22,17 @@ from pathlib import Path
 CXX_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread")
 
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
-# File suffix -> flags and the macro that proves the compiler really targets it: some compilers
-# for other processors merely warn about an unknown -m flag. Lowest level first.
+_AMX = (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8")
+# File suffix -> flags, and macros of which one proves that the compiler really targets it: some
+# compilers for other processors merely warn about an unknown -m flag. Lowest level first.
 ISA_FLAGS = {
-    "avx2": (("-mavx2", "-mfma"), "__AVX2__"),
-    "avx512": (_AVX512, "__AVX512DQ__"),
-    "amx": ((*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"), "__AMX_BF16__"),
+    "avx2": (("-mavx2", "-mfma"), ("__AVX2__",)),
+    "avx512": (_AVX512, ("__AVX512DQ__",)),
+    "amx": (_AMX, ("__AMX_BF16__", "__AMXBF16__")),  # the second: clang before 16
 }
+
+# Words that may stand before the compiler in CXX: they run it, or answer from a cache.
+LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")
 
 # SASS for Ampere and Ada (sm_80 code runs on sm_86 and sm_89 too), for Hopper, and for the GPUs of
 # this machine; PTX of the last for all newer ones, which the driver compiles at first use. Each
@@ -41,9 +46,18 @@ class NotFound(Exception):
 
 @dataclass(frozen=True)
 class Compiler:
-    command: str
+    command: tuple[str, ...]  # e.g. ("g++",) or, from CXX, ("ccache", "g++", "-m64")
     version: str
     isas: tuple[str, ...]  # keys of ISA_FLAGS that it accepts
+
+    def __str__(self) -> str:
+        return f"{shlex.join(self.command)} {self.version}"
+
+    def for_nvcc(self) -> list[str]:
+        """nvcc's options that name this compiler: the program alone, its own flags apart."""
+        launcher, *rest = self.command
+        program, *flags = rest if Path(launcher).name in LAUNCHERS and rest else self.command
+        return ["-ccbin", program, *(word for flag in flags for word in ("-Xcompiler", flag))]
 
 
 @dataclass(frozen=True)
@@ -57,33 +71,58 @@ class Cuda:
 
 
 def find_compiler() -> Compiler:
-    """The C++17 compiler that can build a Python extension, or NotFound saying what is missing."""
-    wanted = os.environ.get("CXX")
-    names = [wanted] if wanted else ["c++", "g++", "clang++"]
-    command = next((name for name in names if shutil.which(name)), None)
-    if command is None:
-        raise NotFound(f"no C++ compiler (tried {', '.join(names)})")
+    """The first C++17 compiler that can build a Python extension: CXX, else c++, g++, clang++.
+
+    CXX is split as a shell would. NotFound says of each that was tried why it will not do.
+    """
+    wanted = shlex.split(os.environ.get("CXX", ""))
+    candidates = [tuple(wanted)] if wanted else [("c++",), ("g++",), ("clang++",)]
+    refused = []
+    for command in candidates:
+        reason = _why_not(command)
+        if reason is None:
+            isas = tuple(isa for isa in ISA_FLAGS if _targets(command, isa))
+            return Compiler(command, _first_version(_output(*command, "--version")), isas)
+        refused.append(f"{shlex.join(command)} {reason}")
+    raise NotFound(f"no C++ compiler ({'; '.join(refused)})")
+
+
+def _why_not(command: tuple[str, ...]) -> str | None:
+    """Why `command` cannot build a Python extension, with its own words; None if it can."""
+    if shutil.which(command[0]) is None:
+        return "is not on PATH"
     headers = sysconfig.get_path("include")
     cxx17 = "#include <string_view>\n"
-    if not _compiles(command, ["-std=c++17", f"-I{headers}"], f"#include <Python.h>\n{cxx17}"):
-        if _compiles(command, ["-std=c++17"], cxx17):
-            raise NotFound(f"no Python.h under {headers} (on Debian: apt install python3-dev)")
-        raise NotFound(f"{command} does not compile C++17")
-    isas = tuple(isa for isa in ISA_FLAGS if _targets(command, isa))
-    return Compiler(command, _first_version(_output(command, "--version")), isas)
+    words = _refusal(command, ["-std=c++17", f"-I{headers}"], f"#include <Python.h>\n{cxx17}")
+    if words is None:
+        return None
+    refusal = _refusal(command, ["-std=c++17"], cxx17)
+    if refusal is None:
+        return f"finds no Python.h under {headers} (on Debian: apt install python3-dev): {words}"
+    return f"does not compile C++17: {refusal}"
 
 
-def _targets(command: str, isa: str) -> bool:
-    flags, macro = ISA_FLAGS[isa]
-    return _compiles(command, list(flags), f"#ifndef {macro}\n#error other target\n#endif\n")
+def _targets(command: tuple[str, ...], isa: str) -> bool:
+    flags, macros = ISA_FLAGS[isa]
+    absent = " && ".join(f"!defined({macro})" for macro in macros)
+    return _refusal(command, list(flags), f"#if {absent}\n#error other target\n#endif\n") is None
 
 
-def _compiles(command: str, flags: list[str], source: str) -> bool:
+def _refusal(command: tuple[str, ...], flags: list[str], source: str) -> str | None:
+    """The line of the compiler's output that says most about why it refuses; None if it accepts."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "probe.cpp")
         path.write_text(source)
-        line = [command, *flags, "-c", str(path), "-o", str(path.with_suffix(".o"))]
-        return subprocess.run(line, capture_output=True).returncode == 0
+        line = [*command, *flags, "-c", str(path), "-o", str(path.with_suffix(".o"))]
+        try:
+            done = subprocess.run(line, capture_output=True, text=True, errors="replace")
+        except OSError as error:  # not a program of this machine
+            return str(error)
+    if done.returncode == 0:
+        return None
+    said = [text.strip() for text in (done.stderr + done.stdout).splitlines() if text.strip()]
+    telling = next((text for text in said if "error" in text.lower()), said[0] if said else "")
+    return telling[:300] or f"exit status {done.returncode}, without a word"
 
 
 def find_cuda() -> Cuda:
@@ -122,13 +161,36 @@ def _cuda_roots(looked: list[str]) -> Iterator[tuple[Path, str]]:
         yield _toolkit_of(on_path), "nvcc on PATH"
     else:
         looked.append("no nvcc on PATH")
-    # In build isolation sys.path lacks the environment that pip installs into; sysconfig has it.
-    sites = dict.fromkeys([*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
-    wheels = [root for site in sites if site for root in glob.glob(f"{site}/nvidia/cu1[2-9]")]
+    wheels = [root for site in _sites() for root in glob.glob(f"{site}/nvidia/cu1[2-9]")]
     for root in wheels:
         yield Path(root), "NVIDIA's PyPI wheels"
     if not wheels:
         looked.append("no NVIDIA wheel with nvcc")
+
+
+def _sites() -> list[str]:
+    """Where Python packages may lie, those of the environment that pip installs into included.
+
+    In build isolation sys.path lacks that environment; sysconfig has it.
+    """
+    places = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    return [place for place in dict.fromkeys(places) if place]
+
+
+def torch_without_cuda() -> str | None:
+    """The version of a torch that cannot use CUDA; None if torch has CUDA or is not installed yet.
+
+    Read from the text of torch/version.py: importing torch takes seconds, and in build isolation
+    its own requirements are out of reach.
+    """
+    for site in _sites():
+        try:
+            text = Path(site, "torch", "version.py").read_text()
+        except OSError:
+            continue
+        named = dict(re.findall(r"^(__version__|cuda)\b.*= *'([^']*)'", text, re.MULTILINE))
+        return None if "cuda" in named else named.get("__version__", "of unknown version")
+    return None
 
 
 def _toolkit_of(nvcc: str) -> Path:

@@ -5,6 +5,12 @@ Each message names the operation, the argument, what was expected, what came, an
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
+
+REINSTALL = "pip install --no-cache-dir --force-reinstall --no-deps"
+
 
 class RecurxError(Exception):
     """Base class of every error that recurx raises on purpose."""
@@ -45,3 +51,34 @@ def bad_argument(op: str, arg: str, expected: str, got: object, hint: str = "") 
     """
     message = f"recurx.{op}: argument `{arg}`: expected {expected}, got {got}."
     return InvalidArgument(f"{message} {hint}".rstrip())
+
+
+def no_compiled_module(error: ImportError) -> str:
+    """Why the compiled engines are out of reach, and the command that brings them."""
+    return f"needs the compiled module recurx._C ({error}); {how_to_compile()}"
+
+
+def how_to_compile(tool: str = "a C++ compiler", variables: str = "") -> str:
+    """What to run, with `tool` on PATH, so that this copy gets its engines: a clause.
+
+    pip needs the flags: it keeps the wheel that it built without a compiler and would install
+    that one again.
+    """
+    if sys.platform != "linux":
+        return f"the engines are compiled on Linux only, and this is {sys.platform}"
+    script = Path(__file__).resolve().parents[1] / "csrc" / "native_build.py"
+    command = f"python {script}" if script.is_file() else f"{REINSTALL} {_source()}"
+    return f"with {tool} on PATH run: {variables}{command}"
+
+
+def _source() -> str:
+    """What pip installed recurx from, as pip wants to read it again."""
+    from importlib.metadata import PackageNotFoundError, distribution  # 10 ms, seldom needed
+
+    try:
+        text = distribution("recurx").read_text("direct_url.json")
+    except PackageNotFoundError:
+        text = None
+    came_from = json.loads(text or "{}")  # a package index leaves none
+    vcs = came_from.get("vcs_info", {}).get("vcs")
+    return f"{vcs}+{came_from['url']}" if vcs else came_from.get("url", "recurx")

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from recurx.backends import Backend
 from recurx.backends.packed import WeightCache
+from recurx.errors import no_compiled_module
 from recurx.nets import ATTENTION, BlockSpec, NetSpec
 from recurx.operands import Operands, Span
 from recurx.plan.cpu import engine_threads
@@ -37,7 +38,7 @@ def _load() -> tuple[ModuleType | None, str]:
     try:
         from recurx import _C
     except ImportError as error:
-        return None, f"needs the compiled module recurx._C ({error}); reinstall with a C++ compiler"
+        return None, no_compiled_module(error)
     if not hasattr(_C, "cpu_run"):
         return None, "needs a recurx._C with the CPU engine; rebuild it"
     return _C, ""

@@ -25,7 +25,13 @@ from torch import Tensor
 from recurx import backends
 from recurx.backends import Backend, Window, cuda_abi, cuda_grid
 from recurx.backends.packed import WeightCache, device_words
-from recurx.errors import BackendUnavailable, CudaError, bad_argument
+from recurx.errors import (
+    BackendUnavailable,
+    CudaError,
+    bad_argument,
+    how_to_compile,
+    no_compiled_module,
+)
 from recurx.fp8 import codes_of
 from recurx.nets import ATTENTION, BlockSpec, Net
 from recurx.operands import Operands, Span
@@ -410,9 +416,11 @@ def _compiled_module() -> ModuleType:
     try:
         from recurx import _C
     except ImportError as error:
-        raise ImportError(f"needs the compiled module recurx._C ({error})") from None
+        raise ImportError(no_compiled_module(error)) from None
     if not hasattr(_C, "cuda_entries"):
-        raise ImportError("needs a recurx._C with CUDA kernels; rebuild it where nvcc is found")
+        raise ImportError(
+            f"needs a recurx._C with CUDA kernels; {how_to_compile('nvcc', 'RECURX_CUDA=1 ')}"
+        )
     return _C
 
 

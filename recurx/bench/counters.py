@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import mmap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -69,7 +69,7 @@ class Memory:
             # `ru_maxrss` starts at the parent's peak; this one can be reset.
             Path("/proc/self/clear_refs").write_text("5")
             pages = int(Path("/proc/self/statm").read_text().split()[1])
-            self.before = pages * resource.getpagesize()
+            self.before = pages * mmap.PAGESIZE
 
     def peak(self) -> dict[str, float]:
         """`peak_mib` above the start, and `total_mib` with what was there before."""

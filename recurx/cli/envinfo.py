@@ -13,6 +13,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from recurx.errors import how_to_compile
+
 # /proc/cpuinfo's names of the instruction sets that the CPU engine chooses among.
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "amx_tile", "amx_bf16")
 
@@ -53,9 +55,12 @@ def _build() -> list[Fact]:
     """What the build decided (recorded by csrc/native_build.py) and whether its result loads."""
     try:
         info = importlib.import_module("recurx._build_info").INFO
-        decision = Fact("compiled module", "build", info["sentence"].removeprefix("recurx: "))
+        text, compiled = info["sentence"].removeprefix("recurx: "), info["compiler"] is not None
+        if not compiled:
+            text = f"{text.rstrip('.')}; {how_to_compile()}"
+        decision = Fact("compiled module", "build", text, ok=compiled)
     except ImportError:
-        text = "not built: run `make setup` in the checkout, or `pip install .`"
+        text = f"not built; {how_to_compile()}"
         decision = Fact("compiled module", "build", text, ok=False)
     try:
         module = importlib.import_module("recurx._C")

@@ -69,7 +69,7 @@ def build() -> tuple[Path, Path]:
 
     def compile_one(source: Path) -> str:
         target = str(folder / f"{source.stem}.o")
-        run(compiler.command, *flags, "-c", str(source), "-o", target)
+        run(*compiler.command, *flags, "-c", str(source), "-o", target)
         return target
 
     with ThreadPoolExecutor(2) as pool:
@@ -79,8 +79,8 @@ def build() -> tuple[Path, Path]:
     check, bindings = objects.pop("engines_check"), objects.pop("bindings")
     engines = list(objects.values())
     undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-    run(compiler.command, "-pthread", check, *engines, "-o", str(driver))
-    shared = [compiler.command, "-shared", "-pthread", *undefined]
+    run(*compiler.command, "-pthread", check, *engines, "-o", str(driver))
+    shared = [*compiler.command, "-shared", "-pthread", *undefined]
     run(*shared, bindings, *engines, "-o", str(module))
     return module, driver
 
