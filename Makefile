@@ -18,25 +18,31 @@ CPP     = $(shell find csrc tests -name '*.[ch]pp' -o -name '*.h' -o -name '*.cu
 
 # PY=python3 uses an interpreter that already has torch, and installs nothing.
 ifeq ($(PY),$(VENV)/bin/python)
-DEPS  = $(VENV)/.installed
+LEAN  = $(VENV)/.lean
+DEV   = $(VENV)/.dev
 BUILT = $(VENV)/.built
 else
-DEPS  =
+LEAN  =
+DEV   =
 BUILT = build-with-given-python
 endif
 
-.PHONY: help setup test test-fast demo bench bench-ops bench-report clean build-with-given-python
-.PHONY: lint lint-python lint-layout lint-cpp format
+.PHONY: help setup test test-fast test-isas test-lowest demo wheel clean build-with-given-python
+.PHONY: lint lint-python lint-layout lint-cpp format bench bench-ops bench-report
 .DEFAULT_GOAL = help
 
 help:
 	@echo 'make setup      create $(VENV), install what recurx needs, compile its engines'
+	@echo '                (what tests, lint and bench-report need besides, they install first)'
 	@echo 'make demo       watch a tiny recursive model learn and refine (about three minutes)'
 	@echo 'make test       all tests;  make test-fast leaves the slow ones out'
+	@echo 'make test-isas  the numerics by each instruction set of this processor'
+	@echo 'make test-lowest  the fast tests on the oldest torch that pyproject.toml admits'
 	@echo 'make lint       ruff and clang-format, check only;  make format rewrites'
 	@echo 'make bench      recurx against PyTorch, about eight minutes (python -m recurx bench --help)'
 	@echo 'make bench-ops  single operations, by pytest-benchmark'
 	@echo 'make bench-report  tables and plots from bench/results/'
+	@echo 'make wheel      a wheel for other machines in dist/, and which ones it runs on'
 	@echo 'make clean      remove $(VENV) and everything that was built'
 	@echo
 	@echo 'PYTHON=python3.12 picks the interpreter for $(VENV). PY=python3 uses that interpreter'
@@ -49,11 +55,21 @@ setup: $(BUILT)
 # OpenMP teams of several processes would fight for the cores.
 PYTEST = OMP_NUM_THREADS=1 "$(PY)" -m pytest -q -n $(WORKERS) --dist loadfile
 
-test: $(BUILT)
+test: $(BUILT) $(DEV)
 	$(PYTEST)
 
-test-fast: $(BUILT)
+test-fast: $(BUILT) $(DEV)
 	$(PYTEST) -m 'not slow'
+
+# `make test` runs the best one. The yardstick is PyTorch, so one file says it all.
+test-isas: $(BUILT) $(DEV)
+	"$(PY)" -c 'import recurx._C as c; print(*c.cpu_isas(), sep="\n")' | while read isa; do \
+	  echo "instruction set $$isa"; \
+	  RECURX_CPU_ISA=$$isa $(PYTEST) -m 'not slow' -k cpu tests/test_numerics.py || exit 1; \
+	done
+
+test-lowest: $(BUILT) $(DEV)
+	"$(PY)" .ci/lowest_torch.py $(WORKERS)
 
 demo: $(BUILT)
 	"$(PY)" -m recurx demo
@@ -61,27 +77,30 @@ demo: $(BUILT)
 bench: $(BUILT)
 	"$(PY)" -m recurx bench run
 
-bench-ops: $(BUILT)
+bench-ops: $(BUILT) $(DEV)
 	"$(PY)" -m pytest -q bench/ops --benchmark-group-by=func,param:batch
 
-bench-report: $(DEPS)
+bench-report: $(DEV)
 	"$(PY)" -m recurx bench report
 
 lint: lint-python lint-layout lint-cpp
 
-lint-python: $(DEPS)
+lint-python: $(DEV)
 	"$(PY)" -m ruff check .
 
-lint-layout: $(DEPS)
+lint-layout: $(DEV)
 	"$(PY)" -m ruff format --check .
 
-lint-cpp: $(DEPS)
+lint-cpp: $(DEV)
 	$(if $(CPP),$(CLANG_FORMAT) --dry-run --Werror $(CPP))
 
-format: $(DEPS)
+format: $(DEV)
 	"$(PY)" -m ruff check --fix .
 	"$(PY)" -m ruff format .
 	$(if $(CPP),$(CLANG_FORMAT) -i $(CPP))
+
+wheel: $(DEV)
+	"$(PY)" .ci/wheel.py
 
 clean:
 	rm -rf "$(VENV)" build dist *.egg-info recurx/_build_info.py recurx/_C.*.so
@@ -95,14 +114,20 @@ $(VENV)/bin/python:
 	    echo '(Debian, Ubuntu: apt install python3-venv), or name another with PYTHON=' >&2; exit 1; }
 	$(PYTHON) -m venv "$(VENV)"
 
-# Two stamps: dependencies change seldom, csrc/ often. The first step installs recurx editable
-# without compiling, the second compiles what changed.
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt | $(VENV)/bin/python
+# Three stamps. Lean is what recurx needs to run and compile (editable, nothing compiled yet), dev
+# what the tests need besides: transformers, matplotlib, triton. csrc/ changes more often than both.
+$(VENV)/.lean: pyproject.toml setup.py constraints.txt | $(VENV)/bin/python
 	$(if $(TORCH_INDEX),$(PIP) install -q -c constraints.txt --index-url "$(TORCH_INDEX)" torch)
-	RECURX_NATIVE=0 $(PIP) install -q -c constraints.txt --editable '.[dev]'
+	RECURX_NATIVE=0 $(PIP) install -q -c constraints.txt --editable '.[build]'
 	@touch "$@"
 
-$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+# pip installs recurx once more, and without a compiler that removes the module: put it back.
+$(VENV)/.dev: $(VENV)/.lean
+	RECURX_NATIVE=0 $(PIP) install -q -c constraints.txt --editable '.[dev]'
+	@if [ -e "$(VENV)/.built" ]; then "$(PY)" csrc/native_build.py; touch "$(VENV)/.built"; fi
+	@touch "$@"
+
+$(VENV)/.built: $(VENV)/.lean $(SOURCES)
 	"$(PY)" csrc/native_build.py
 	@touch "$@"
 

@@ -202,7 +202,7 @@ class Inner(nn.Module):
     def forward(self, carry: Any, batch: dict[str, Tensor]) -> Any:
         info = {"cos_sin": self.rotary_emb() if hasattr(self, "rotary_emb") else None}
         x = self._input_embeddings(batch["inputs"], batch["puzzle_identifiers"])
-        z = dict(vars(carry))
+        z = {name: getattr(carry, name) for name in STATES[self.config.variant]}
         calls = list(self._calls(z, x, info))
         window = 2 if self.config.variant == "hrm" else self.config.L_cycles + 1
         window += "window" in self.config.quirks

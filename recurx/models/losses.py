@@ -111,7 +111,7 @@ class ACTLossHead(nn.Module):
         q_loss = _q_loss(outputs["q_halt_logits"], solved)
         loss = lm_loss + self.halt_weight * q_loss
         metrics = _metrics(carry, outputs["q_halt_logits"].detach(), tokens, correct, solved)
-        metrics |= {"lm_loss": lm_loss.detach(), "q_halt_loss": q_loss.detach()}
+        metrics.update(lm_loss=lm_loss.detach(), q_halt_loss=q_loss.detach())
         if "target_q_continue" in outputs:
             continue_loss = _q_loss(outputs["q_continue_logits"], outputs["target_q_continue"])
             loss = loss + self.halt_weight * continue_loss
