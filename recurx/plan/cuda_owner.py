@@ -1,103 +1,35 @@
-"""Plans of backend "cuda": the kinds of recursion kernel, what each needs, and what fits.
+"""The plan of the owner kernel (csrc/cuda/owner_sm80/): one CTA owns samples and runs every call.
 
-    owner    one CTA owns a group of samples and runs every call (csrc/cuda/owner_sm80.cuh)
-    grid     every call is spread over all multiprocessors (csrc/cuda/grid_sm80.cuh, cuda_grid.py)
-    cluster  two CTAs of a cluster own a sample (csrc/cuda/cluster_sm90a.cuh, cuda_cluster.py)
-
-The sizes here are those of csrc/cuda/owner/plan.cuh; a test compares them with the compiled ones.
+A CTA owns a group of one or more samples, keeps their carry in shared memory and streams the whole
+tape of weights from L2 at each call. Sizes are those of csrc/cuda/owner_sm80/layout.cuh; a test
+compares them with the compiled ones.
 """
 
 from __future__ import annotations
 
-import torch
-
 from recurx.nets import ATTENTION, BlockSpec, NetSpec
-from recurx.plan.count import flops
-from recurx.plan.cuda_cluster import cluster_plans, why_not_cluster
-from recurx.plan.cuda_grid import grid_plans, why_not_grid
+from recurx.plan.count import ceil_div, flops
 from recurx.plan.device import Device
 from recurx.plan.launch import LaunchPlan, Work
 from recurx.problem import Problem
 
-# (hidden, row tiles of 16) that are compiled: RX_OWNER_PLANS of csrc/cuda/owner_sm80.cu.
-OWNER_PLANS = (
+Shapes = tuple[tuple[int, int], ...]
+
+# (hidden, row tiles of 16) that are compiled: RX_OWNER_PLANS of owner_sm80/launch.cu.
+OWNER_PLANS: Shapes = (
     (64, 2), (64, 8), (128, 8), (256, 8), (384, 8), (512, 6), (512, 7), (512, 8),
 )  # fmt: skip
 HEAD_DIMS = (32, 64, 128)
-MAX_STATES, MAX_READS, MAX_NETS, MAX_BLOCKS = 8, 8, 2, 8  # csrc/cuda/api.h
 WARPS = 8
 RING = 4 * WARPS * 1024  # bytes
-FRAGMENT = 512
 MIDDLE_CHUNK, TOKEN_CHUNK = 128, 32
-# Share of the tensor cores' peak that mma.sync reaches, and of that what the L1 pipe, softmax and
-# epilogues leave: published for Hopper and reckoned from the kernel's header, not measured.
-MMA_SYNC = {8: 1.0, 9: 0.62, 10: 0.3, 12: 1.0}
-KERNEL_EFFICIENCY = 0.85
-
-
-Shapes = tuple[tuple[int, int], ...]
-
-
-KINDS = (
-    "owner",
-    "grid",
-    "cluster",
-)
-
-
-def candidates(
-    problem: Problem,
-    device: Device,
-    compiled: Shapes = OWNER_PLANS,
-    kinds: tuple[str, ...] = KINDS,
-    fp8: bool = False,
-) -> list[LaunchPlan]:
-    """The plans that fit: an owner plan for each number of samples a CTA, one grid plan, a cluster
-    plan for each size of a cluster.
-
-    Args:
-        compiled: the owner kernels that the build holds, as OWNER_PLANS.
-        kinds: the kinds of kernel that the build holds.
-        fp8: all weights are quantised; the grid kernel alone makes use of that.
-    """
-    if why_not_recursion(problem, device) is not None:
-        return []
-    found = []
-    if "owner" in kinds and why_not_owner(problem, device, compiled) is None:
-        found += [
-            _owner_plan(problem, device, samples, tiles)
-            for samples, tiles in _owner_shapes(problem, device, compiled)
-        ]
-    if "grid" in kinds:
-        found += grid_plans(problem, device, fp8)
-    if "cluster" in kinds:
-        found += cluster_plans(problem, device)
-    return found
-
-
-def refusals(
-    problem: Problem,
-    device: Device,
-    compiled: Shapes = OWNER_PLANS,
-    kinds: tuple[str, ...] = KINDS,
-) -> list[str]:
-    """Why each kind does not run it; one sentence for all if none ever could."""
-    general = why_not_recursion(problem, device)
-    if general is not None:
-        return [general]
-    reasons = {
-        "owner": why_not_owner(problem, device, compiled),
-        "grid": why_not_grid(problem, device),
-        "cluster": why_not_cluster(problem, device),
-    }
-    return [f"{kind}: {reasons[kind]}" for kind in kinds if reasons[kind] is not None]
+# Of what mma.sync reaches, the share that the L1 pipe, softmax and epilogues leave: reckoned in the
+# header of the kernel, not measured.
+EFFICIENCY = 0.85
 
 
 def why_not_owner(problem: Problem, device: Device, compiled: Shapes = OWNER_PLANS) -> str | None:
-    """One sentence saying what the owner kernel lacks for this problem on this device, or None."""
-    reason = why_not_recursion(problem, device)
-    if reason is not None:
-        return reason
+    """What this kernel lacks for a problem that csrc/cuda takes in general; None: nothing."""
     widths = sorted({hidden for hidden, _ in compiled})
     if problem.hidden not in widths:
         return f"is compiled for D in {widths}, got D={problem.hidden}"
@@ -105,12 +37,12 @@ def why_not_owner(problem: Problem, device: Device, compiled: Shapes = OWNER_PLA
         for block in spec.blocks:
             if block.kind == ATTENTION and block.head_dim not in HEAD_DIMS:
                 return f"needs head_dim in {HEAD_DIMS}, net {name!r} has {block.head_dim}"
-    tiles = _tiles(compiled, problem.hidden, _ceil(problem.tokens, 16))
+    tiles = _tiles(compiled, problem.hidden, ceil_div(problem.tokens, 16))
     if tiles is None:
         most = 16 * max(t for hidden, t in compiled if hidden == problem.hidden)
         return f"keeps up to T={most} tokens in shared memory, got T={problem.tokens}"
-    if not _owner_shapes(problem, device, compiled):
-        need = owner_shared_bytes(problem, 1, tiles)
+    if not _shapes(problem, device, compiled):
+        need = shared_bytes(problem, 1, tiles)
         return (
             f"needs {need} bytes of shared memory for T={problem.tokens}, D={problem.hidden}, "
             f"{device.name} has {device.shared_bytes} a block"
@@ -118,36 +50,16 @@ def why_not_owner(problem: Problem, device: Device, compiled: Shapes = OWNER_PLA
     return None
 
 
-def why_not_recursion(problem: Problem, device: Device) -> str | None:
-    """What no kernel of csrc/cuda takes: the limits of RxRecursion, dtype and device."""
-    if problem.opaque:
-        return f"cannot look inside the plain callable {problem.opaque[0]!r}"
-    if device.kind != "cuda":
-        return f"runs on CUDA devices, not on {device.name}"
-    if device.capability < (8, 0):
-        major, minor = device.capability
-        return (
-            f"needs compute capability 8.0 (bf16 tensor cores), {device.name} has {major}.{minor}"
-        )
-    if problem.dtype != torch.bfloat16:
-        return f"runs bfloat16 states, not {problem.dtype} (the products are bf16 tensor cores)"
-    schedule = problem.schedule
-    if len(schedule.states) > MAX_STATES:
-        return f"holds up to {MAX_STATES} states, the schedule has {len(schedule.states)}"
-    if max(max(len(s.state), len(s.inject)) for s in schedule.steps) > MAX_READS:
-        return f"adds up to {MAX_READS} states a sum, the schedule has a longer one"
-    if len(problem.nets) > MAX_NETS:
-        return f"holds up to {MAX_NETS} nets, the schedule calls {len(problem.nets)}"
-    if any(len(spec.blocks) > MAX_BLOCKS for _, spec in problem.nets):
-        return f"holds up to {MAX_BLOCKS} blocks a net"
-    return None
-
-
-# ---- sizes ---------------------------------------------------------------------------------
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
+def owner_plans(
+    problem: Problem, device: Device, compiled: Shapes = OWNER_PLANS
+) -> list[LaunchPlan]:
+    """One plan for each number of samples a CTA."""
+    if why_not_owner(problem, device, compiled) is not None:
+        return []
+    return [
+        _plan(problem, device, samples, tiles)
+        for samples, tiles in _shapes(problem, device, compiled)
+    ]
 
 
 def _tiles(compiled: Shapes, hidden: int, needed: int) -> int | None:
@@ -161,24 +73,24 @@ def _unit(problem: Problem) -> int:
     return 128 if 128 in dims else 64 if dims else 0
 
 
-def owner_shared_bytes(problem: Problem, samples: int, tiles: int) -> int:
+def shared_bytes(problem: Problem, samples: int, tiles: int) -> int:
     """Shared memory of a CTA: h, K and V of a unit (or the sums in their place), ring, scales."""
-    rows = (samples - 1) * 16 * _ceil(problem.tokens, 16) + problem.tokens
+    rows = (samples - 1) * 16 * ceil_div(problem.tokens, 16) + problem.tokens
     blocks = 2 * tiles - 1 if rows <= 16 * tiles - 8 else 2 * tiles
     panels = 2 * blocks * (_unit(problem) // 8) * 128
     sums = WARPS * tiles * 16 * 4
     return blocks * (problem.hidden // 8) * 128 + max(panels, sums) + RING + tiles * 16 * 4
 
 
-def _owner_shapes(problem: Problem, device: Device, compiled: Shapes) -> list[tuple[int, int]]:
+def _shapes(problem: Problem, device: Device, compiled: Shapes) -> list[tuple[int, int]]:
     """(samples a CTA, row tiles) that fit the device and leave no CTA without a whole group."""
-    each = _ceil(problem.tokens, 16)
+    each = ceil_div(problem.tokens, 16)
     found = []
     for samples in range(1, 8 // each + 1):
         tiles = _tiles(compiled, problem.hidden, samples * each)
         if tiles is None or samples > max(1, problem.batch):
             continue
-        if owner_shared_bytes(problem, samples, tiles) <= device.shared_bytes:
+        if shared_bytes(problem, samples, tiles) <= device.shared_bytes:
             found.append((samples, tiles))
     return found
 
@@ -191,16 +103,16 @@ def _token_columns(hidden: int, tiles: int) -> int:
 def _block_values(block: BlockSpec, tiles: int, tokens: int, repeats: int) -> tuple[float, float]:
     """(FLOPs of `tiles` row tiles with padding, bytes of tape) of one block."""
     d, rows = block.hidden, 16 * tiles
-    middle = MIDDLE_CHUNK * _ceil(block.inner, MIDDLE_CHUNK)
+    middle = MIDDLE_CHUNK * ceil_div(block.inner, MIDDLE_CHUNK)
     # D = 64 keeps half of the warps busy in O and down, but the tape is as long.
-    out = d if d % 256 == 0 else WARPS * 16 * _ceil(d, WARPS * 16)
+    out = d if d % 256 == 0 else WARPS * 16 * ceil_div(d, WARPS * 16)
     values, total = 2 * middle * d + out * middle, 2.0 * rows * (2 * middle * d + out * middle)
     if block.kind == ATTENTION:
         values += 3 * d * d + out * d
-        total += 2.0 * rows * (3 * d * d + out * d) + 4.0 * rows * (16 * _ceil(tokens, 16)) * d
+        total += 2.0 * rows * (3 * d * d + out * d) + 4.0 * rows * (16 * ceil_div(tokens, 16)) * d
         return total, 2.0 * values
-    each = 16 * _ceil(tokens, 16)
-    inner = TOKEN_CHUNK * _ceil(block.token_inner, TOKEN_CHUNK)
+    each = 16 * ceil_div(tokens, 16)
+    inner = TOKEN_CHUNK * ceil_div(block.token_inner, TOKEN_CHUNK)
     total += repeats * 2.0 * min(d, _token_columns(d, tiles)) * 3 * inner * each
     return total, 2.0 * (values + repeats * 3 * inner * each)
 
@@ -208,15 +120,15 @@ def _block_values(block: BlockSpec, tiles: int, tokens: int, repeats: int) -> tu
 def _call_values(spec: NetSpec, samples: int, tiles: int, tokens: int) -> tuple[float, float]:
     """(FLOPs, bytes of tape) of one net call of one CTA."""
     d = spec.hidden
-    repeats = samples * _ceil(d, _token_columns(d, tiles))
+    repeats = samples * ceil_div(d, _token_columns(d, tiles))
     each = [_block_values(block, tiles, tokens, repeats) for block in spec.blocks]
     return sum(f for f, _ in each), sum(b for _, b in each)
 
 
-def _owner_plan(problem: Problem, device: Device, samples: int, tiles: int) -> LaunchPlan:
-    groups = max(1, _ceil(problem.batch, samples))
+def _plan(problem: Problem, device: Device, samples: int, tiles: int) -> LaunchPlan:
+    groups = max(1, ceil_div(problem.batch, samples))
     owners = min(groups, device.units)
-    rounds = _ceil(groups, owners)
+    rounds = ceil_div(groups, owners)
     specs = dict(problem.nets)
     each = {
         name: _call_values(spec, samples, tiles, problem.tokens) for name, spec in specs.items()
@@ -234,13 +146,13 @@ def _owner_plan(problem: Problem, device: Device, samples: int, tiles: int) -> L
         l2_bytes=tape + state_bytes * reads,
         launches=1,
         parallel=owners,
-        efficiency=MMA_SYNC.get(device.capability[0], 0.3) * KERNEL_EFFICIENCY,
+        efficiency=device.mma_sync * EFFICIENCY,
     )
     settings = (
         ("owners", owners),
         ("samples", samples),
         ("tiles", tiles),
-        ("shared_bytes", owner_shared_bytes(problem, samples, tiles)),
+        ("shared_bytes", shared_bytes(problem, samples, tiles)),
     )
     many = f"{samples} samples" if samples > 1 else "a sample"
     why = f"one CTA owns {many} for all {len(calls)} calls, the carry in its shared memory"

@@ -19,7 +19,7 @@ from recurx.backends import cuda_abi
 from recurx.errors import CudaError, InvalidArgument
 from recurx.nets import ATTENTION, KINDS, TOKEN_MLP
 from recurx.operands import Operands, Span
-from recurx.plan import DEVICES
+from recurx.plan import DEVICES, cuda_owner
 from recurx.plan import cuda as plan
 from tests.factories import make_inputs, make_net, problem_for, rope
 from tests.test_numerics import SYSTEMS, teacher_forced
@@ -195,11 +195,11 @@ def test_plans_know_the_compiled_sizes(
     sizes = cuda_abi.OwnerPlan(1, samples, tiles)
     want = library.bytes_of("rx_owner_sm80_shared_bytes", p, sizes)
     problem = problem_for(ONE_CALL, {"L": net}, x)
-    assert plan.owner_shared_bytes(problem, samples, tiles) == want
+    assert cuda_owner.shared_bytes(problem, samples, tiles) == want
 
 
 def test_the_compiled_kernels_are_those_that_plans_know() -> None:
-    text = (KERNELS / "owner_sm80.cu").read_text()
+    text = (KERNELS / "owner_sm80" / "launch.cu").read_text()
     listed = re.search(r"#elif !defined\(RX_OWNER_PLANS\)(.*?)#endif", text, re.DOTALL)[1]
     pairs = tuple((int(a), int(b)) for a, b in re.findall(r"X\((\d+), (\d+)\)", listed))
     assert pairs == plan.OWNER_PLANS
@@ -307,7 +307,7 @@ def test_a_capture_packs_for_itself_and_leaves_nothing(
     monkeypatch.setattr(backend, "_captured_outside", lambda device: True)
     assert torch.equal(checked(ONE_CALL, nets, x, carry, rope())["z_L"], first)
     # A replay must find the weights of its time, so packing is one of the captured launches.
-    assert launched == ["rx_pack_owner_sm80", "rx_recursion_owner_sm80"]
+    assert launched == ["rx_owner_sm80_pack", "rx_owner_sm80_run"]
     other = {"L": make_net(seed=1)}
     checked(ONE_CALL, other, x, carry, rope())
     assert len(checked.tapes) == kept  # what a capture made is empty until its first replay
@@ -338,14 +338,14 @@ def test_the_kernel_refuses_what_its_plan_does_not_fit(checked: EmulatedCuda) ->
         ((1, 1, 4), "scratch has 0 bytes"),
         ((0, 1, 4), "owners and samples must be positive"),
     ):
-        with pytest.raises(CudaError, match=rf"recursion_owner_sm80: {words}.*invalid shape"):
-            library.call("rx_recursion_owner_sm80", p, cuda_abi.OwnerPlan(*sizes), None)
+        with pytest.raises(CudaError, match=rf"owner_sm80: {words}.*invalid shape"):
+            library.call("rx_owner_sm80_run", p, cuda_abi.OwnerPlan(*sizes), None)
     p.scratch_bytes = 1 << 30
     with pytest.raises(CudaError, match="no kernel is compiled for hidden 64 and 5 row tiles"):
-        library.call("rx_recursion_owner_sm80", p, cuda_abi.OwnerPlan(1, 1, 5), None)
+        library.call("rx_owner_sm80_run", p, cuda_abi.OwnerPlan(1, 1, 5), None)
     p.nets[0].blocks[0].heads = 3
     with pytest.raises(CudaError, match="3 heads at hidden 64; head_dim must be 32, 64 or 128"):
-        library.call("rx_recursion_owner_sm80", p, cuda_abi.OwnerPlan(1, 1, 4), None)
+        library.call("rx_owner_sm80_run", p, cuda_abi.OwnerPlan(1, 1, 4), None)
 
 
 def test_a_build_with_other_structs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 
 from aot import toolchain
-
-KERNELS = Path(__file__).parents[2] / "csrc" / "cuda"
+from aot.toolchain import CUDA_FOLDER as KERNELS
 
 
 class CudaError(RuntimeError):

@@ -1,11 +1,11 @@
-// cluster_sm90a_attention.cuh - h = rms(h + O(attention(rope(Q h), rope(K h), V h))), 64 rows.
+// attention.cuh - h = rms(h + O(attention(rope(Q h), rope(K h), V h))), 64 rows.
 //
 // Two heads at a time, one a warpgroup. K and V of 64 rows go to the peer by a bulk copy between
 // shared memories, its own come back the same way; then each CTA attends with its rows to all keys.
 // Scores, probabilities and Q stay in registers; the mixed heads go through shared memory into O,
 // which accumulates over all heads in registers.
 #pragma once
-#include "cluster_sm90a_products.cuh"
+#include "product.cuh"
 
 namespace cluster_sm90a {
 

@@ -1,4 +1,4 @@
-// cluster_sm90a.cuh - the recursion on Hopper: all net calls of a schedule in one launch.
+// kernel.cuh - the recursion on Hopper: all net calls of a schedule in one launch.
 //
 //   for each call:  h = sum(state) + (sum(inject));  h = block(h) for each block;  state[write] = h
 //
@@ -8,8 +8,8 @@
 // head, or the rows of the token mix, by bulk copies between shared memories. No global scratch, no
 // grid barrier: a state is read and written in global memory by the thread that owns its elements.
 //
-// Read in this order: _layout (tape, shared memory), _ring, _products (SwiGLU), _attention,
-// _token_mix, this file.
+// Read in this order: layout (tape, shared memory), ring, product (SwiGLU), attention, token_mlp,
+// states, this file.
 //
 // Reckoned, not measured, for T=97, D=512, F=1536 (token middle 512). An SM forms 4096 FLOP a
 // cycle; at the 800 TFLOP/s that 132 SMs sustain, a cycle is 0.68 ns. Tensor-core cycles of a CTA:
@@ -29,71 +29,10 @@
 // of six stages two are in use or about to be released, more while one warpgroup is ahead: 64 KB in
 // flight cover 1,000 cycles of latency.
 #pragma once
-#include "cluster_sm90a_token_mix.cuh"
-#include "recursion.cuh"
+#include "states.cuh"
+#include "token_mlp.cuh"
 
 namespace cluster_sm90a {
-
-// The input and the output of calls. A thread moves the same vectors of 8 columns every time.
-template <class P>
-struct States {
-  static constexpr int kVectors = P::kHidden / 8;  // a row
-
-  const Params& p;
-  const Cta<P>& at;
-
-  RX_DEVICE States(const Params& p, const Cta<P>& at) : p(p), at(at) {}
-
-  // Calls f(address in h, offset in a state, whether that row exists) for every vector of mine.
-  template <class F>
-  RX_DEVICE void each(F f) const {
-    // Opaque, or all that follows from it is kept, and spilled, from call to call.
-    const uint32_t thread = rx::opaque(threadIdx.x - 128);
-    for (int i = int(thread); i < kRows * kVectors; i += 256) {
-      const int row = i / kVectors, c = i % kVectors, token = int(at.half()) * kRows + row;
-      const bool exists = at.sample() < p.r.batch && token < p.r.tokens;
-      f(at.h(c / 8) + rx::swizzle_128b(row, c % 8),
-        (size_t(at.sample()) * p.r.tokens + token) * P::kHidden + c * 8, exists);
-    }
-  }
-
-  RX_DEVICE void load(const RxCall& call, uint32_t written, bool resident) const {
-    each([&](uint32_t h, size_t offset, bool exists) {
-      if (!exists) {
-        at.vector(h) = make_uint4(0, 0, 0, 0);
-        return;
-      }
-      uint4 sum = resident ? at.vector(h) : rx::sum_states(p.r, written, call.state, 1, offset);
-      for (int i = 1; i < call.num_state; i++)
-        sum = rx::add_rounded(sum, rx::sum_states(p.r, written, call.state + i, 1, offset));
-      if (call.num_inject)
-        sum = rx::add_rounded(sum,
-                              rx::sum_states(p.r, written, call.inject, call.num_inject, offset));
-      at.vector(h) = sum;
-    });
-    rx::fence_proxy_async_shared();
-  }
-  RX_DEVICE uint32_t store(int state) const {  // returns its bit
-    each([&](uint32_t h, size_t offset, bool exists) {
-      if (exists)
-        *reinterpret_cast<uint4*>(static_cast<rx::bf16*>(p.r.states_out[state]) + offset) =
-            at.vector(h);
-    });
-    return 1u << state;
-  }
-  // A state that no call wrote comes out as it went in.
-  RX_DEVICE void copy_the_rest(uint32_t written) const {
-    for (int state = 0; state < p.r.num_states; state++) {
-      if (written >> state & 1) continue;
-      each([&](uint32_t, size_t offset, bool exists) {
-        if (exists)
-          *reinterpret_cast<uint4*>(static_cast<rx::bf16*>(p.r.states_out[state]) + offset) =
-              *reinterpret_cast<const uint4*>(static_cast<const rx::bf16*>(p.r.states_in[state]) +
-                                              offset);
-      });
-    }
-  }
-};
 
 template <class P>
 RX_DEVICE void consume(const Cta<P>& at, const Params& p) {

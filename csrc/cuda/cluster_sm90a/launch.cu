@@ -1,9 +1,9 @@
-// cluster_sm90a.cu - host side of the cluster recursion: what fits, and the launch.
-#include "cluster_sm90a.cuh"
+// launch.cu - host side of the cluster recursion: what fits, and the launch.
+#include "kernel.cuh"
 
 #include <string>
 
-#include "rx/launch.cuh"
+#include "../rx/launch.cuh"
 
 // The values of hidden that are compiled; a test may ask for fewer.
 #ifndef RX_CLUSTER_WIDTHS
@@ -49,8 +49,11 @@ static int launch(const RxRecursion& r, int cluster, void* stream) {
 
 }  // namespace cluster_sm90a
 
-extern "C" int rx_recursion_cluster_sm90a(const RxRecursion* r, const RxClusterPlan* plan,
-                                          void* stream) {
+extern "C" int64_t rx_cluster_sm90a_scratch_bytes(const RxRecursion*, const RxClusterPlan*) {
+  return 0;
+}
+
+extern "C" int rx_cluster_sm90a_run(const RxRecursion* r, const RxClusterPlan* plan, void* stream) {
   namespace c = cluster_sm90a;
   if (int e = c::check(*r, plan->cluster)) return e;
 #define RX_CASE(hidden) \

@@ -1,4 +1,4 @@
-// cluster_sm90a_layout.cuh - the sizes of the cluster recursion: its tape and its shared memory.
+// layout.cuh - the sizes of the cluster recursion: its tape and its shared memory.
 //
 // The tape of a net is a row of stages of 16 KB in the order of use. All weights lie as wgmma's
 // operand B, K-major: tiles of 32 columns (64-byte swizzle), of `second` 16 columns (32-byte
@@ -20,8 +20,8 @@
 //
 // What a matrix does not fill (inner beyond a multiple of 128, tokens beyond T) is zero.
 #pragma once
-#include "api.h"
-#include "rx/common.cuh"
+#include "../api.h"
+#include "../rx/common.cuh"
 
 namespace cluster_sm90a {
 

@@ -1,13 +1,12 @@
-// cluster_pack.cu - the weights of a net as the tape of cluster_sm90a (cluster_sm90a_layout.cuh).
+// pack.cu - the weights of a net as the tape that the cluster kernel reads (layout.cuh).
 //
 // One thread writes 16 bytes of the tape: it finds which product, tile, row and columns they belong
 // to, and gathers them. Runs once when weights change.
-#include "cluster_sm90a_layout.cuh"
-#include "rx/launch.cuh"
+#include "../rx/launch.cuh"
+#include "layout.cuh"
 
-namespace cluster_pack {
+namespace cluster_sm90a::pack {
 
-using namespace cluster_sm90a;
 constexpr int kThreads = 256;
 constexpr int kChunks = kStage / 16;  // of a stage
 
@@ -112,28 +111,34 @@ __global__ void kernel(const Params p) {
   reinterpret_cast<uint4*>(p.tape_g)[i] = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-}  // namespace cluster_pack
-
-extern "C" int64_t rx_cluster_sm90a_tape_bytes(const RxPack* pack) {
+static int64_t tape_bytes(const RxPack& p) {
   int64_t stages = 0;
-  for (int i = 0; i < pack->num_blocks; i++)
-    stages += cluster_sm90a::Tape{pack->hidden}.block(pack->blocks[i]);
-  return stages * cluster_sm90a::kStage;
+  for (int i = 0; i < p.num_blocks; i++) stages += Tape{p.hidden}.block(p.blocks[i]);
+  return stages * kStage;
 }
 
-extern "C" int rx_pack_cluster_sm90a(const RxPack* pack, void* stream) {
-  namespace c = cluster_pack;
+static int launch(const RxPack& pack, void* stream) {
   auto in = [](const void* x) { return static_cast<const rx::bf16*>(x); };
-  auto* tape = static_cast<rx::bf16*>(pack->tape);
-  for (int i = 0; i < pack->num_blocks; i++) {
-    const void* const* w = pack->weights + 4 * i;
-    const int stages = c::Tape{pack->hidden}.block(pack->blocks[i]);
-    const c::Params p{pack->blocks[i], pack->hidden, pack->tokens, stages, in(w[0]),
-                      in(w[1]),        in(w[2]),     in(w[3]),     tape};
-    const rx::LaunchShape s{"cluster_pack", dim3(unsigned(stages * c::kChunks / c::kThreads)),
-                            dim3(c::kThreads)};
-    if (int e = rx::launch(s, stream, c::kernel, p)) return e;
-    tape += size_t(stages) * c::kStage / 2;
+  auto* tape = static_cast<rx::bf16*>(pack.tape);
+  for (int i = 0; i < pack.num_blocks; i++) {
+    const void* const* w = pack.weights + 4 * i;
+    const int stages = Tape{pack.hidden}.block(pack.blocks[i]);
+    const Params p{pack.blocks[i], pack.hidden, pack.tokens, stages, in(w[0]),
+                   in(w[1]),       in(w[2]),    in(w[3]),    tape};
+    const rx::LaunchShape s{"cluster_sm90a pack", dim3(unsigned(stages * kChunks / kThreads)),
+                            dim3(kThreads)};
+    if (int e = rx::launch(s, stream, kernel, p)) return e;
+    tape += size_t(stages) * kStage / 2;
   }
   return 0;
+}
+
+}  // namespace cluster_sm90a::pack
+
+extern "C" int64_t rx_cluster_sm90a_tape_bytes(const RxPack* p) {
+  return cluster_sm90a::pack::tape_bytes(*p);
+}
+
+extern "C" int rx_cluster_sm90a_pack(const RxPack* p, void* stream) {
+  return cluster_sm90a::pack::launch(*p, stream);
 }

@@ -1,9 +1,9 @@
-// cluster_sm90a_products.cuh - a consumer warpgroup: its products over the tape, hand-overs, norms.
+// product.cuh - a consumer warpgroup: its products over the tape, hand-overs, norms.
 //
 // Warpgroup w computes half of everything: head 2p + w, 64 columns of each 128 of the middle, and
 // the columns [w * hidden / 2, ...) of what is added to h. Accumulators: rx/wgmma.cuh.
 #pragma once
-#include "cluster_sm90a_ring.cuh"
+#include "ring.cuh"
 
 namespace cluster_sm90a {
 

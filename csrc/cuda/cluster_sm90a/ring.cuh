@@ -1,11 +1,11 @@
-// cluster_sm90a_ring.cuh - a CTA's place in its cluster, and the ring through which the tape comes.
+// ring.cuh - a CTA's place in its cluster, and the ring through which the tape comes.
 //
 // All CTAs of a cluster use the same stages of the same tape in the same order. Each fetches its
 // share of every stage and multicasts it to all, so the tape crosses from L2 once a cluster. A
 // stage is sent when every warpgroup of every CTA has left what was there before.
 #pragma once
-#include "cluster_sm90a_layout.cuh"
-#include "rx.cuh"
+#include "../rx/rx.cuh"
+#include "layout.cuh"
 
 namespace cluster_sm90a {
 

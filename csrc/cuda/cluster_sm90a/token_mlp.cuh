@@ -1,4 +1,4 @@
-// cluster_sm90a_token_mix.cuh - h^T = rms(h^T + down(silu(gate h^T) * (up h^T))), over tokens.
+// token_mlp.cuh - h^T = rms(h^T + down(silu(gate h^T) * (up h^T))), over tokens.
 //
 // The rows of this product are channels, and a row needs the tokens of both CTAs. Each CTA takes
 // the channels [half * hidden / 2, ...) for all tokens: the peer's 64 rows of them come by bulk
@@ -10,7 +10,7 @@
 // the middle goes from accumulators to operand A in registers. A warpgroup has the groups of 64
 // channels w, w + 2; both warpgroups use every stage of this part of the tape.
 #pragma once
-#include "cluster_sm90a_attention.cuh"
+#include "attention.cuh"
 
 namespace cluster_sm90a {
 

@@ -1,4 +1,4 @@
-// grid_sm80.cuh - a whole recursion in one cooperative launch, every net call spread over all CTAs:
+// kernel.cuh - a whole recursion in one cooperative launch, every net call spread over all CTAs:
 // the lowest latency for a few samples.
 //
 // Why a grid, and weights in shared memory. One call of TRM-att (T=97, D=512, two blocks) is 13.6
@@ -28,8 +28,9 @@
 // barrier over the grid: a counter in global memory that each CTA adds to (release) and watches
 // (acquire).
 #pragma once
-#include "grid/attention.cuh"
-#include "grid/rows.cuh"
+#include "attention.cuh"
+#include "states.cuh"
+#include "token_mlp.cuh"
 
 namespace grid_sm80 {
 

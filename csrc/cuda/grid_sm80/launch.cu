@@ -1,13 +1,11 @@
-// grid_sm80.cu - host side: check what would hang or overrun, clear the barrier, launch.
-#include "grid_sm80.cuh"
+// launch.cu - host side: check what would hang or overrun, clear the barrier, launch.
+#include "kernel.cuh"
 
-#include "rx/launch.cuh"
+#include "../rx/launch.cuh"
 
 namespace grid_sm80 {
 
-static int refuse(const std::string& why) {
-  return rx::fail(kRxInvalidShape, "recursion_grid_sm80: " + why);
-}
+static int refuse(const std::string& why) { return rx::fail(kRxInvalidShape, "grid_sm80: " + why); }
 
 static std::string why_not(const RxBlock& b, const RxRecursion& r) {
   if (b.inner < 1) return "a block has inner width " + std::to_string(b.inner);
@@ -58,7 +56,7 @@ static std::string why_not(const RxGridPlan& plan, const RxRecursion& r) {
 
 }  // namespace grid_sm80
 
-extern "C" int64_t rx_grid_sm80_scratch_bytes(const RxRecursion* r) {
+extern "C" int64_t rx_grid_sm80_scratch_bytes(const RxRecursion* r, const RxGridPlan*) {
   return grid_sm80::sizes_of(*r).end;
 }
 
@@ -66,15 +64,7 @@ extern "C" int64_t rx_grid_sm80_fixed_shared_bytes(const RxRecursion* r, const R
   return grid_sm80::shared_of(*r, *plan).weights;
 }
 
-extern "C" int64_t rx_grid_sm80_tape_bytes(const RxPack* p, int fp8) {
-  int64_t bytes = 0;
-  for (int b = 0; b < p->num_blocks; b++)
-    for (int slot = 0; slot < grid_sm80::kSlots; slot++)
-      bytes += grid_sm80::weight_of(p->hidden, p->tokens, p->blocks[b], slot, fp8).bytes();
-  return bytes;
-}
-
-extern "C" int rx_recursion_grid_sm80(const RxRecursion* r, const RxGridPlan* plan, void* stream) {
+extern "C" int rx_grid_sm80_run(const RxRecursion* r, const RxGridPlan* plan, void* stream) {
   namespace g = grid_sm80;
   std::string why = g::why_not(*r);
   if (why.empty()) why = g::why_not(*plan, *r);
@@ -84,7 +74,7 @@ extern "C" int rx_recursion_grid_sm80(const RxRecursion* r, const RxGridPlan* pl
     return g::refuse("scratch has " + std::to_string(r->scratch_bytes) + " bytes, needs " +
                      std::to_string(need));
   if (int e = rx::clear(r->scratch, g::kBarrierBytes, stream)) return e;
-  rx::LaunchShape s{"recursion_grid_sm80", dim3(unsigned(plan->ctas)), dim3(g::kThreads),
+  rx::LaunchShape s{"grid_sm80", dim3(unsigned(plan->ctas)), dim3(g::kThreads),
                     uint32_t(plan->shared_bytes)};
   s.cooperative = true;
   // A build that is only looked at (RX_LARGEST) holds the FP8 kernel, which has all that the other

@@ -1,4 +1,4 @@
-// sizes.cuh - what is how large, and where it lies: tiles, the tape, scratch, a CTA's shared
+// layout.cuh - what is how large, and where it lies: tiles, the tape, scratch, a CTA's shared
 // memory.
 //
 // The unit of everything is a tile of 512 bytes: 16 rows x 16 columns of bf16 as mma.sync holds

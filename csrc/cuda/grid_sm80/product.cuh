@@ -7,8 +7,8 @@
 // "No norm pass": rows are stored before their rms; whoever multiplies a row has all of it at hand,
 // forms its scale on the way and applies that to the sums.
 #pragma once
-#include "../rx.cuh"
-#include "sizes.cuh"
+#include "../rx/rx.cuh"
+#include "layout.cuh"
 
 namespace grid_sm80 {
 

@@ -6,7 +6,7 @@
 #pragma once
 #include "product.cuh"
 
-namespace owner {
+namespace owner_sm80 {
 
 // Column tiles of Q (and K, V) in a unit.
 template <int kColumns>
@@ -242,4 +242,4 @@ RX_DEVICE void attention(Owner<P>& o, const RxBlock& b, int block) {
     attention_units<P, 128>(o, head_dim, block);
 }
 
-}  // namespace owner
+}  // namespace owner_sm80

@@ -1,4 +1,4 @@
-// owner_sm80.cuh - a whole recursion in one launch: a CTA owns its samples and runs every call.
+// kernel.cuh - a whole recursion in one launch: a CTA owns its samples and runs every call.
 //
 //   for each call of the schedule:  state[write] <- net(sum(state) + (sum(inject)))
 //   attention block   h = rms(h + O(attn(rope(Q h), rope(K h), V h)));  h = rms(h + swiglu_D(h))
@@ -6,7 +6,7 @@
 //
 // h [T, D] of one sample, or of several small ones, stays in shared memory from call to call; the
 // other states are in L2. The weights are a tape that each warp streams through its part of a ring
-// (owner/ring.cuh). The stages are owner/attention.cuh, mlp.cuh and token_mlp.cuh, on top of
+// (ring.cuh). The stages are attention.cuh, mlp.cuh and token_mlp.cuh, on top of
 // product.cuh and residual.cuh; states.cuh forms the input of a call.
 //
 //   shared memory at T=97, D=512 (A100: 163 KB): h 104 KB | K, V of a head 26 KB | ring 32 KB |
@@ -22,14 +22,14 @@
 //                 which is near the limit; the cluster kernel of sm_90a shares one tape instead
 // So 21 calls take 11 ms on an A100 and 7.4 ms on an H100, for as many samples as there are SMs.
 #pragma once
-#include "owner/attention.cuh"
-#include "owner/mlp.cuh"
-#include "owner/residual.cuh"
-#include "owner/solve.cuh"
-#include "owner/states.cuh"
-#include "owner/token_mlp.cuh"
+#include "attention.cuh"
+#include "mlp.cuh"
+#include "residual.cuh"
+#include "solve.cuh"
+#include "states.cuh"
+#include "token_mlp.cuh"
 
-namespace owner {
+namespace owner_sm80 {
 
 // A block is two halves, each a residual and a norm: tokens are mixed, then columns.
 template <class P>
@@ -94,4 +94,4 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Pa
   o.ring.drain();
 }
 
-}  // namespace owner
+}  // namespace owner_sm80

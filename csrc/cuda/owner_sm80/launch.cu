@@ -1,9 +1,10 @@
-// owner_sm80.cu - host side of the owner kernel: what fits, where things lie, and the launch.
-#include "owner_sm80.cuh"
+// launch.cu - host side of the owner kernel: what fits, where things lie, and the launch.
+#include "kernel.cuh"
 
-#include "rx/launch.cuh"
+#include "../rx/launch.cuh"
 
-// Each pair (hidden, row tiles) is a kernel of its own; recurx/plan/cuda.py knows the same list.
+// Each pair (hidden, row tiles) is a kernel of its own; recurx/plan/cuda_owner.py knows the same
+// list.
 #if defined(RX_LARGEST)  // the kernel that needs most registers stands for all (tests/aot)
 #define RX_OWNER_PLANS(X) X(512, 8)
 #elif !defined(RX_OWNER_PLANS)
@@ -11,10 +12,10 @@
   X(64, 2) X(64, 8) X(128, 8) X(256, 8) X(384, 8) X(512, 6) X(512, 7) X(512, 8)
 #endif
 
-namespace owner {
+namespace owner_sm80 {
 
 static int refuse(const std::string& why) {
-  return rx::fail(kRxInvalidShape, "recursion_owner_sm80: " + why);
+  return rx::fail(kRxInvalidShape, "owner_sm80: " + why);
 }
 
 static std::string number(int64_t n) { return std::to_string(n); }
@@ -64,23 +65,23 @@ static void list_segments(const RxNet& net, const RxRecursion& r, const RxOwnerP
 template <int kHidden, int kTiles>
 static int launch(const Params& params, const RxOwnerPlan& plan, void* stream) {
   const int groups = ceil_div(params.r.batch, plan.samples);
-  const rx::LaunchShape shape{"recursion_owner_sm80",
+  const rx::LaunchShape shape{"owner_sm80",
                               dim3(unsigned(groups < plan.owners ? groups : plan.owners)),
                               dim3(kThreads), params.at.shared_bytes};
   return rx::launch(shape, stream, kernel<kHidden, kTiles>, params);
 }
 
-}  // namespace owner
+}  // namespace owner_sm80
 
 extern "C" int64_t rx_owner_sm80_scratch_bytes(const RxRecursion* r, const RxOwnerPlan* plan) {
-  return owner::geometry(*r, plan->samples, plan->tiles).scratch_bytes * plan->owners;
+  return owner_sm80::geometry(*r, plan->samples, plan->tiles).scratch_bytes * plan->owners;
 }
 
 extern "C" int64_t rx_owner_sm80_shared_bytes(const RxRecursion* r, const RxOwnerPlan* plan) {
-  return owner::geometry(*r, plan->samples, plan->tiles).shared_bytes;
+  return owner_sm80::geometry(*r, plan->samples, plan->tiles).shared_bytes;
 }
 
-namespace owner {
+namespace owner_sm80 {
 
 static int launch_any(const RxRecursion& r, const RxOwnerPlan& plan, const RxSolve& solve,
                       void* stream) {
@@ -114,17 +115,14 @@ static int check_solve(const RxRecursion& r, const RxOwnerPlan& plan, const RxSo
   return 0;
 }
 
-}  // namespace owner
+}  // namespace owner_sm80
 
-extern "C" int rx_recursion_owner_sm80(const RxRecursion* r, const RxOwnerPlan* plan,
-                                       void* stream) {
-  return owner::launch_any(*r, *plan, RxSolve{}, stream);
+extern "C" int rx_owner_sm80_run(const RxRecursion* r, const RxOwnerPlan* plan, void* stream) {
+  return owner_sm80::launch_any(*r, *plan, RxSolve{}, stream);
 }
 
-extern "C" int64_t rx_solve_bytes(void) { return int64_t(sizeof(RxSolve)); }
-
-extern "C" int rx_solve_owner_sm80(const RxRecursion* r, const RxOwnerPlan* plan,
+extern "C" int rx_owner_sm80_solve(const RxRecursion* r, const RxOwnerPlan* plan,
                                    const RxSolve* solve, void* stream) {
-  if (int e = owner::check_solve(*r, *plan, *solve)) return e;
-  return owner::launch_any(*r, *plan, *solve, stream);
+  if (int e = owner_sm80::check_solve(*r, *plan, *solve)) return e;
+  return owner_sm80::launch_any(*r, *plan, *solve, stream);
 }

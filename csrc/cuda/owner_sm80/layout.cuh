@@ -1,9 +1,10 @@
-// plan.cuh - sizes of the owner kernel: row tiles, shared memory, scratch, and the tape's segments.
+// layout.cuh - the sizes of the owner kernel: row tiles, shared memory, scratch, and the tape's
+// segments.
 #pragma once
 #include "../api.h"
-#include "../rx.cuh"
+#include "../rx/rx.cuh"
 
-namespace owner {
+namespace owner_sm80 {
 
 using rx::bf16;
 
@@ -128,8 +129,8 @@ inline Geometry geometry(const RxRecursion& r, int samples, int tiles) {
   g.middle_at = g.mixed + tile_row * (r.hidden / 16);
   g.inject = g.middle_at + tile_row * (g.middle / 16);
   g.slots = g.inject + int64_t(2 * tiles) * (r.hidden / 8) * kMatrix;
-  g.scratch_bytes = g.slots + 8 * 16;  // up to 8 slots of 16 bytes (owner/solve.cuh)
+  g.scratch_bytes = g.slots + 8 * 16;  // up to 8 slots of 16 bytes (solve.cuh)
   return g;
 }
 
-}  // namespace owner
+}  // namespace owner_sm80

@@ -2,7 +2,7 @@
 #pragma once
 #include "product.cuh"
 
-namespace owner {
+namespace owner_sm80 {
 
 // One pass makes 128 columns of the middle: a warp holds 16 gate columns and the same 16 up
 // columns, so the activation is local to a lane, and its 16 columns are one k16 column of
@@ -43,4 +43,4 @@ RX_DEVICE int gate_up(Owner<P>& o, const RxBlock& b) {
   return passes * kWarps;
 }
 
-}  // namespace owner
+}  // namespace owner_sm80

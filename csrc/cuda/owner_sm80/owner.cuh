@@ -12,7 +12,7 @@
 #include "ring.cuh"
 #include "timeline.cuh"
 
-namespace owner {
+namespace owner_sm80 {
 
 template <class P>
 struct Owner {
@@ -100,4 +100,4 @@ RX_DEVICE float max_of_row(float x) {
 
 RX_DEVICE float swiglu(float gate, float up) { return __fdividef(gate, 1.f + __expf(-gate)) * up; }
 
-}  // namespace owner
+}  // namespace owner_sm80

@@ -1,17 +1,12 @@
-// pack_owner.cu - the weights of a net as the tape that the owner kernel reads front to back.
+// pack.cu - the weights of a net as the tape that the owner kernel reads front to back.
 //
 // A fragment is 512 bytes: for lane l two column tiles n = l / 4 and n + 8, each with the pairs of
 // k = 2 * (l % 4) and k + 8, the B operand of mma.m16n8k16. A step holds the fragments of all warps
-// for 16 of k; which columns a warp has is the stage's (owner/*.cuh). Columns and k beyond the
-// matrix are zeros.
-#include "owner/plan.cuh"
-#include "rx/launch.cuh"
+// for 16 of k; which columns a warp has is the stage's. Columns and k beyond the matrix are zeros.
+#include "../rx/launch.cuh"
+#include "layout.cuh"
 
-namespace pack_owner {
-
-using owner::kFragment;
-using owner::kWarps;
-using rx::bf16;
+namespace owner_sm80::pack {
 
 enum Stage : int { kTokens, kQkv, kOut, kGateUp, kDown };
 
@@ -45,14 +40,14 @@ RX_DEVICE Place place_of(const Job& j, int word) {
 }
 
 RX_DEVICE Source token_source(const Job& j, const Place& at) {
-  const int chunk = at.step / owner::kTokenSteps, sub = at.step % owner::kTokenSteps;
+  const int chunk = at.step / kTokenSteps, sub = at.step % kTokenSteps;
   const int n8 = (at.reg >> 1) * 8 + (at.lane >> 2), k = (at.reg & 1) * 8 + (at.lane & 3) * 2;
   if (sub < 2) {  // fragment 0 gate, 1 up, of tokens 16 * warp
-    const int unit = chunk * owner::kTokenChunk + sub * 16 + n8;
+    const int unit = chunk * kTokenChunk + sub * 16 + n8;
     const int n = unit < j.token_inner ? at.fragment * j.token_inner + unit : 2 * j.token_inner;
     return {j.first_g, n, at.warp * 16 + k, 2 * j.token_inner, j.tokens};
   }
-  const int unit = chunk * owner::kTokenChunk + at.fragment * 16 + k;  // down of tokens 16 * warp
+  const int unit = chunk * kTokenChunk + at.fragment * 16 + k;  // down of tokens 16 * warp
   return {j.second_g, at.warp * 16 + n8, unit, j.tokens, j.token_inner};
 }
 
@@ -79,7 +74,7 @@ RX_DEVICE Source qkv_source(const Job& j, const Place& at) {
 RX_DEVICE Source gate_up_source(const Job& j, const Place& at) {
   const int steps = j.hidden / 16;
   const int unit =
-      at.step / steps * owner::kMiddleChunk + at.warp * 16 + (at.reg >> 1) * 8 + (at.lane >> 2);
+      at.step / steps * kMiddleChunk + at.warp * 16 + (at.reg >> 1) * 8 + (at.lane >> 2);
   const int n = unit < j.inner ? at.fragment * j.inner + unit : 2 * j.inner;
   const int k = at.step % steps * 16 + (at.reg & 1) * 8 + (at.lane & 3) * 2;
   return {j.first_g, n, k, 2 * j.inner, j.hidden};
@@ -105,8 +100,8 @@ RX_DEVICE Source source_of(const Job& j, const Place& at) {
     case kOut:
       return out_source(j, at, j.hidden, j.hidden / 16);
     default: {
-      const int middle = (j.inner + owner::kMiddleChunk - 1) / owner::kMiddleChunk;
-      return out_source(j, at, j.inner, middle * owner::kMiddleChunk / 16);
+      const int middle = (j.inner + kMiddleChunk - 1) / kMiddleChunk;
+      return out_source(j, at, j.inner, middle * kMiddleChunk / 16);
     }
   }
 }
@@ -123,41 +118,48 @@ __global__ void kernel(const Job j) {
   reinterpret_cast<uint32_t*>(j.tape_g)[word] = value(s.k) | value(s.k + 1) << 16;
 }
 
-}  // namespace pack_owner
-
-extern "C" int64_t rx_owner_sm80_tape_bytes(const RxPack* p) {
+static int64_t tape_bytes(const RxPack& p) {
   int64_t bytes = 0;
-  for (int i = 0; i < p->num_blocks; i++) {
-    owner::Segment segments[4];
-    const int count = owner::block_segments(p->blocks[i], p->hidden, p->tokens, 1, segments);
-    for (int s = 0; s < count; s++) bytes += owner::segment_bytes(segments[s]);
+  for (int i = 0; i < p.num_blocks; i++) {
+    Segment segments[4];
+    const int count = block_segments(p.blocks[i], p.hidden, p.tokens, 1, segments);
+    for (int s = 0; s < count; s++) bytes += segment_bytes(segments[s]);
   }
   return bytes;
 }
 
-extern "C" int rx_pack_owner_sm80(const RxPack* p, void* stream) {
-  using namespace pack_owner;
-  char* tape_g = static_cast<char*>(p->tape);
-  for (int i = 0; i < p->num_blocks; i++) {
-    const RxBlock& b = p->blocks[i];
-    auto weight = [&](int k) { return static_cast<const bf16*>(p->weights[4 * i + k]); };
-    owner::Segment segments[4];
-    const int count = owner::block_segments(b, p->hidden, p->tokens, 1, segments);
+static int launch(const RxPack& p, void* stream) {
+  char* tape_g = static_cast<char*>(p.tape);
+  for (int i = 0; i < p.num_blocks; i++) {
+    const RxBlock& b = p.blocks[i];
+    auto weight = [&](int k) { return static_cast<const bf16*>(p.weights[4 * i + k]); };
+    Segment segments[4];
+    const int count = block_segments(b, p.hidden, p.tokens, 1, segments);
     for (int s = 0; s < count; s++) {
       const int stage = b.token_mlp ? (s ? s + 2 : 0) : s + 1;
       // Weights in the order of RxPack: a stage is one of them, the token MLP the first two.
       const bf16* first_g = weight(b.token_mlp && s ? s + 1 : s);
-      const owner::Segment& segment = segments[s];
-      const int words = int(owner::segment_bytes(segment) / 4);
+      const Segment& segment = segments[s];
+      const int words = int(segment_bytes(segment) / 4);
       const Job job{first_g,       weight(1),     tape_g,
                     stage,         words,         segment.warp_bytes / 4,
-                    segment.warps, p->hidden,     p->tokens,
-                    b.inner,       b.token_inner, b.heads ? p->hidden / b.heads : 0};
-      const rx::LaunchShape shape{"pack_owner", dim3(unsigned(words + kThreads - 1) / kThreads),
-                                  dim3(kThreads)};
+                    segment.warps, p.hidden,      p.tokens,
+                    b.inner,       b.token_inner, b.heads ? p.hidden / b.heads : 0};
+      const rx::LaunchShape shape{"owner_sm80 pack",
+                                  dim3(unsigned(words + kThreads - 1) / kThreads), dim3(kThreads)};
       if (int e = rx::launch(shape, stream, kernel, job)) return e;
-      tape_g += owner::segment_bytes(segment);
+      tape_g += segment_bytes(segment);
     }
   }
   return 0;
+}
+
+}  // namespace owner_sm80::pack
+
+extern "C" int64_t rx_owner_sm80_tape_bytes(const RxPack* p) {
+  return owner_sm80::pack::tape_bytes(*p);
+}
+
+extern "C" int rx_owner_sm80_pack(const RxPack* p, void* stream) {
+  return owner_sm80::pack::launch(*p, stream);
 }

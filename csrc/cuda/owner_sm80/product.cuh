@@ -5,7 +5,7 @@
 #pragma once
 #include "owner.cuh"
 
-namespace owner {
+namespace owner_sm80 {
 
 // A step's weights of this warp: kColumns tiles of 8 columns by 16 of k.
 template <int kColumns>
@@ -110,4 +110,4 @@ RX_DEVICE void multiply_scratch(Owner<P>& o, float (&acc)[P::kTiles][kColumns][4
   }
 }
 
-}  // namespace owner
+}  // namespace owner_sm80

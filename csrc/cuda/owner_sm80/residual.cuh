@@ -5,7 +5,7 @@
 #pragma once
 #include "product.cuh"
 
-namespace owner {
+namespace owner_sm80 {
 
 // h += acc in the columns of one pass; the sums of squares of these columns go to sums().
 template <class P>
@@ -65,4 +65,4 @@ RX_DEVICE void residual_product(Owner<P>& o, const uint4* a_g, int steps, float 
   update_scales(o, eps);
 }
 
-}  // namespace owner
+}  // namespace owner_sm80

@@ -10,9 +10,9 @@
 // The copies run kStages - 1 steps ahead of the products, over the ends of stages, blocks, calls
 // and samples: after the last call comes the first again, so the tape is endless.
 #pragma once
-#include "plan.cuh"
+#include "layout.cuh"
 
-namespace owner {
+namespace owner_sm80 {
 
 struct Ring {
   const Params& p;
@@ -96,4 +96,4 @@ struct Ring {
   }
 };
 
-}  // namespace owner
+}  // namespace owner_sm80

@@ -11,9 +11,9 @@
 #pragma once
 #include "../recursion.cuh"
 #include "../rx/random.cuh"
-#include "plan.cuh"
+#include "layout.cuh"
 
-namespace owner {
+namespace owner_sm80 {
 
 // What thread 0 keeps of a slot, in the owner's scratch.
 struct Slot {
@@ -152,4 +152,4 @@ RX_DEVICE void end_step(const Params& p) {
     if (slots_g[i].entry >= 0) leave_step(s, slots_g[i]);
 }
 
-}  // namespace owner
+}  // namespace owner_sm80

@@ -5,7 +5,7 @@
 #include "../recursion.cuh"
 #include "owner.cuh"
 
-namespace owner {
+namespace owner_sm80 {
 
 // f(row, byte offset in h, column) for each 16-byte vector of h that is this thread's. Eight lanes
 // take the eight rows of one matrix, 128 consecutive bytes; a warp takes 64 bytes of eight rows of
@@ -97,4 +97,4 @@ RX_DEVICE void copy_state(Owner<P>& o, int first_sample, int state) {
   });
 }
 
-}  // namespace owner
+}  // namespace owner_sm80

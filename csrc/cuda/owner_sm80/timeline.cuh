@@ -4,9 +4,9 @@
 // phases of one owner follow each other without overlap; a phase that other warps still work on may
 // have ended for the first warp, for there is no barrier between most of them.
 #pragma once
-#include "plan.cuh"
+#include "layout.cuh"
 
-namespace owner {
+namespace owner_sm80 {
 
 enum Phase : int32_t {  // PHASES of recurx/backends/cuda_abi.py, in this order
   kInput,
@@ -65,4 +65,4 @@ struct Timeline {
 
 #endif
 
-}  // namespace owner
+}  // namespace owner_sm80

@@ -7,7 +7,7 @@
 #pragma once
 #include "states.cuh"
 
-namespace owner {
+namespace owner_sm80 {
 
 // h *= scale, and the scales become 1: here the norm's factor varies along k, not along the rows.
 template <class P>
@@ -137,4 +137,4 @@ RX_DEVICE void token_mlp(Owner<P>& o, const RxBlock& b) {
   o.ring.release_shared();
 }
 
-}  // namespace owner
+}  // namespace owner_sm80

@@ -7,8 +7,8 @@
 // Shared memory is addressed by 32 bits (smem_u32 of a pointer); mapa() names the same variable in
 // another CTA of the cluster. Wrappers from cluster.cuh on need sm_90, those of wgmma.cuh sm_90a.
 #pragma once
-#include "rx/bulk.cuh"
-#include "rx/cluster.cuh"
-#include "rx/common.cuh"
-#include "rx/warp.cuh"
-#include "rx/wgmma.cuh"
+#include "bulk.cuh"
+#include "cluster.cuh"
+#include "common.cuh"
+#include "warp.cuh"
+#include "wgmma.cuh"
