@@ -154,8 +154,7 @@ def _newer_archs_here() -> set[str]:
 
 
 def own_generation(source: str) -> str:
-    """ "sm90a" for a file in a folder `name_sm90a`, which holds instructions of that generation
-    alone; "" for one whose folder names none, or "sm80": all later ones run that."""
+    """The only generation that runs a file: "sm90a" in a folder `name_sm90a`, else ""."""
     return "".join(re.findall(r"_(sm\d+[af])$", Path(source).parent.name))
 
 

@@ -20,6 +20,8 @@ CACHE = Path(
 )
 
 CUDA_FOLDER = Path(__file__).parents[2] / "csrc" / "cuda"
+# What a source may include beside its own folder: shipped headers, and those of tests' kernels.
+INCLUDED = (CUDA_FOLDER, Path(__file__).parents[1] / "emulator" / "fixtures")
 
 # ptxas prints these as mere information, with or without -Werror, and each means that the code is
 # not what was written: 7508 setmaxnreg ignored, 7510 wgmma serialised, 7517 a wait and 7519 a fence
@@ -98,7 +100,7 @@ def nvcc_compile(source: Path, arch: str, to: str, flags: tuple[str, ...] = ()) 
     nvcc = find_nvcc()
     if nvcc is None:
         raise ToolFailed("nvcc not found: install CUDA, or set CUDA_HOME")
-    digests = [sources_digest(folder) for folder in (source.parent, CUDA_FOLDER)]
+    digests = [sources_digest(folder) for folder in (source.parent, *INCLUDED)]
     out = cached("nvcc", f".{to}", nvcc, source, digests, arch, flags)
     log = out.with_suffix(".log")
     if not (out.exists() and log.exists()):
@@ -108,7 +110,7 @@ def nvcc_compile(source: Path, arch: str, to: str, flags: tuple[str, ...] = ()) 
             nvcc,
             "-std=c++17",
             "-O3",
-            f"-I{CUDA_FOLDER}",
+            *(f"-I{folder}" for folder in INCLUDED),
             *flags,
             f"--{to}",
             "-Xptxas",

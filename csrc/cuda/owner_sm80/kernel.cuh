@@ -6,8 +6,8 @@
 //
 // h [T, D] of one sample, or of several small ones, stays in shared memory from call to call; the
 // other states are in L2. The weights are a tape that each warp streams through its part of a ring
-// (ring.cuh). The stages are attention.cuh, mlp.cuh and token_mlp.cuh, on top of
-// product.cuh and residual.cuh; states.cuh forms the input of a call.
+// (ring.cuh). The stages are attention.cuh, mlp.cuh and token_mlp.cuh, on top of product.cuh and
+// residual.cuh; states.cuh forms the input of a call.
 //
 //   shared memory at T=97, D=512 (A100: 163 KB): h 104 KB | K, V of a head 26 KB | ring 32 KB |
 //                                                row scales 0.5 KB; partial sums lie over K
