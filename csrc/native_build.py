@@ -40,6 +40,7 @@ from native_tools import Compiler, Cuda, NotFound
 ROOT = Path(__file__).resolve().parents[1]
 SOABI = sysconfig.get_config_var("SOABI") or sys.implementation.cache_tag
 MODULE = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
+CUDA_SOURCES = "csrc/cuda/**/*.cu"
 
 
 class BuildError(Exception):
@@ -67,16 +68,16 @@ class Plan:
         return sorted(kept, key=lambda path: (levels.index(_isa(path)), path))
 
     def cuda_sources(self) -> dict[str, list[str]]:
-        """CUDA files with their target flags; a file for a generation nvcc lacks is left out."""
+        """CUDA files with their target flags; a folder for a generation nvcc lacks is left out."""
         if self.cuda is None:
             return {}
-        flags = {path: tools.gencode(path, self.cuda.archs) for path in _sources("csrc/cuda/*.cu")}
+        flags = {path: tools.gencode(path, self.cuda.archs) for path in _sources(CUDA_SOURCES)}
         return {path: targets for path, targets in flags.items() if targets}
 
     def own_generations(self) -> list[str]:
         """The generations, such as sm90a, whose own kernels are compiled in."""
-        suffixes = [Path(path).stem.rpartition("_")[2] for path in self.cuda_sources()]
-        return [name for name in suffixes if re.fullmatch(r"sm\d+[af]", name)]
+        owned = {tools.own_generation(path) for path in self.cuda_sources()}
+        return sorted(name for name in owned if name)
 
 
 def _sources(pattern: str) -> list[str]:
@@ -97,7 +98,7 @@ def ninja_file(plan: Plan, pybind_include: str) -> str:
     up = os.path.relpath(ROOT, _build_folder())
     python = sysconfig.get_path("include")
     defines = [f"-DRX_HAVE_{name.upper()}=1" for name in plan.compiler.isas]
-    defines += sorted({f"-DRX_HAVE_{name.upper()}=1" for name in plan.own_generations()})
+    defines += [f"-DRX_HAVE_{name.upper()}=1" for name in plan.own_generations()]
     includes = [f"-I{up}/csrc", "-isystem", pybind_include, "-isystem", python]
     lines = ["ninja_required_version = 1.5"]
     cxx = [*plan.compiler.command, *tools.CXX_FLAGS, *defines, *includes]
@@ -223,8 +224,8 @@ def _find_compiler(wanted: str) -> Compiler:
 def _find_cuda(wanted: str, by_pip: bool) -> Cuda:
     if wanted == "0":
         raise NotFound("RECURX_CUDA=0 asks for that")
-    if not _sources("csrc/cuda/*.cu"):
-        raise NotFound("this source tree has no csrc/cuda/*.cu")
+    if not _sources(CUDA_SOURCES):
+        raise NotFound(f"this source tree has no {CUDA_SOURCES}")
     found = tools.find_cuda()
     torch = tools.torch_without_cuda() if by_pip and wanted == "auto" else None
     if torch is not None:

@@ -215,17 +215,19 @@ def _newer_archs_here() -> set[str]:
     return {arch for arch in found if int(arch) >= 100}
 
 
+def own_generation(source: str) -> str:
+    """The only generation that runs a file: "sm90a" in a folder `name_sm90a`, else ""."""
+    return "".join(re.findall(r"_(sm\d+[af])$", Path(source).parent.name))
+
+
 def gencode(source: str, archs: tuple[str, ...]) -> list[str]:
     """nvcc's target flags for one file; empty if none of `archs` can hold it.
 
-    `name_sm90a.cu` holds instructions of that generation alone. Always -gencode: the -arch=sm_90a
-    shorthand also asks for plain sm_90 code, which has no wgmma.
+    Always -gencode: the -arch=sm_90a shorthand also asks for plain sm_90 code, which has no wgmma.
     """
-    own = re.search(r"_sm(\d+)([af])\.cu$", source)
+    own = own_generation(source).removeprefix("sm")
     if own:
-        number, kind = own.groups()
-        code = f"{number}{kind}"
-        return [f"-gencode=arch=compute_{code},code=sm_{code}"] if number in archs else []
+        return [f"-gencode=arch=compute_{own},code=sm_{own}"] if own[:-1] in archs else []
     newest = max(archs, key=int)
     sass = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     return [*sass, f"-gencode=arch=compute_{newest},code=compute_{newest}"]

@@ -196,12 +196,12 @@ def test_instruction_sets_come_from_the_file_name(tmp_path):
     ("file", "archs", "targets"),
     [
         ("block.cu", ("80", "90"), ["80,code=sm_80", "90,code=sm_90", "90,code=compute_90"]),
-        ("block.cu", ("90",), ["90,code=sm_90", "90,code=compute_90"]),
-        ("block_sm90a.cu", ("80", "90"), ["90a,code=sm_90a"]),
-        ("block_sm90a.cu", ("80",), []),
+        ("block_sm80/launch.cu", ("90",), ["90,code=sm_90", "90,code=compute_90"]),
+        ("block_sm90a/launch.cu", ("80", "90"), ["90a,code=sm_90a"]),
+        ("block_sm90a/launch.cu", ("80",), []),
     ],
 )
-def test_gpu_targets_come_from_the_file_name(file, archs, targets, monkeypatch):
+def test_gpu_targets_come_from_the_folder_name(file, archs, targets, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "csrc")
     import native_tools
 

@@ -1,8 +1,9 @@
 /* api.h - the GPU kernels as plain C, so that bindings need no CUDA header and nvcc sees no Python.
  *
- * Every entry returns 0, or a cudaError_t (kRxEmulatorError when the emulator reports a fault);
- * rx_cuda_last_error() says what happened. Pointers are device pointers; `stream` is a cudaStream_t
- * as an integer-sized handle. Shapes and alignment are checked by the caller (see each struct).
+ * An entry that launches something returns 0 or a cudaError_t (kRxEmulatorError when the emulator
+ * reports a fault); rx_cuda_last_error() says what happened. Pointers are device pointers; `stream`
+ * is a cudaStream_t as an integer-sized handle. Shapes and alignment are checked by the caller (see
+ * each struct).
  */
 #pragma once
 #include <stdint.h>
@@ -18,35 +19,11 @@ const char* rx_cuda_error_name(int code); /* "cudaErrorNoDevice", ... */
 /* Devices that can run a kernel of this library; 0 and a reason in last_error without a driver. */
 int rx_cuda_device_count(int* count, int* driver_version, int* runtime_version);
 
-/* out = rms(residual + a * w^T), each row over its n columns: x * rsqrt(mean(x^2) + eps).
- * a [m, k], residual and out [m, n], all bf16 and contiguous, 16-byte aligned; out may be residual.
- * w: see the two entries. m >= 1; n = 64 or a multiple of 128 up to 512; k a multiple of 64. */
-typedef struct {
-  const void* a;
-  const void* w;
-  const void* residual;
-  void* out;
-  int m, n, k;
-  float eps;
-} RxGemmResidualRms;
-
-/* sm_80 and later; w is [n, k] bf16, row-major. */
-int rx_gemm_residual_rms_sm80(const RxGemmResidualRms* p, void* stream);
-
-/* sm_90a; w is the tape made by rx_pack_tape_sm90a; n is 128, 256, 384 or 512.
- * cluster_rows: CTAs along m that share one multicast tape, 1 or 2. */
-int rx_gemm_residual_rms_sm90a(const RxGemmResidualRms* p, int cluster_rows, void* stream);
-
-/* Writes w [n, k] as tape [k / 64][n][64] bf16: the tiles in the order of use, each row's 16-byte
- * chunks swizzled as wgmma reads them. tape has as many bytes as w, 1024-byte aligned. */
-int rx_pack_tape_sm90a(const void* w, void* tape, int n, int k, void* stream);
-
 /* ---- the recursion: all net calls of a schedule in one launch -------------------------------
  *
  * One call:  state[write] <- net(sum(state) + (sum(inject))), each sum left to right, every partial
  * sum rounded to bf16 (recurx/reference.py: call_input). States and x are bf16 [batch, tokens,
- * hidden], contiguous and 16-byte aligned. Every kernel family (owner_sm80, ...) takes the same
- * RxRecursion and a plan struct of its own; tapes are of the family that packed them. */
+ * hidden], contiguous and 16-byte aligned. */
 enum { kRxMaxStates = 8, kRxMaxReads = 8, kRxMaxNets = 2, kRxMaxBlocks = 8 };
 
 typedef struct {
@@ -98,18 +75,16 @@ typedef struct {
   void* tape;
 } RxPack;
 
-/* ---- cluster_sm90a: two CTAs a sample, weights multicast to a cluster (cluster_sm90a.cuh).
- * hidden 128, 256, 384 or 512; heads 64 wide; 1 to 128 tokens. No scratch. */
-typedef struct {
-  int32_t cluster; /* CTAs that share a tape: 2, 4 or 8 */
-} RxClusterPlan;
-int rx_recursion_cluster_sm90a(const RxRecursion* r, const RxClusterPlan* plan, void* stream);
-int64_t rx_cluster_sm90a_tape_bytes(const RxPack* pack);
-int rx_pack_cluster_sm90a(const RxPack* pack, void* stream); /* tape 16-byte aligned */
-
-/* sizeof of RxCall, RxBlock, RxNet, RxEvent, RxRecursion, RxPack: for callers that mirror them. */
-void rx_recursion_abi(int32_t sizes[6]);
-int rx_timeline_compiled(void); /* 1: kernels write RxRecursion.timeline */
+/* ---- three families of kernel, a folder each: owner_sm80, grid_sm80, cluster_sm90a ------------
+ *
+ * A family's plan says how its launch is cut; its tape is the weights of a net in its own order:
+ *
+ *   rx_FAMILY_run(recursion, plan, stream)      every call of the recursion in one launch
+ *   rx_FAMILY_scratch_bytes(recursion, plan)    what the recursion's scratch must hold; 0: none
+ *   rx_FAMILY_tape_bytes(pack)                  size of a tape
+ *   rx_FAMILY_pack(pack, stream)                writes it
+ *
+ * grid_sm80 has no pack: recurx/backends/cuda_grid.py writes that tape (grid_sm80/pack.cu). */
 
 /* owner_sm80: one CTA owns `samples` samples and runs every call on them (sm_80 and later).
  * hidden 64, 128, 256, 384 or 512; head_dim 32, 64 or 128; samples * ceil(tokens / 16) <= tiles. */
@@ -119,17 +94,18 @@ typedef struct {
   int32_t tiles;   /* row tiles of 16 that the kernel is compiled for */
 } RxOwnerPlan;
 
-int rx_recursion_owner_sm80(const RxRecursion* p, const RxOwnerPlan* plan, void* stream);
-int64_t rx_owner_sm80_scratch_bytes(const RxRecursion* p, const RxOwnerPlan* plan);
-int64_t rx_owner_sm80_shared_bytes(const RxRecursion* p, const RxOwnerPlan* plan);
-int64_t rx_owner_sm80_tape_bytes(const RxPack* p);
-int rx_pack_owner_sm80(const RxPack* p, void* stream);
+int rx_owner_sm80_run(const RxRecursion* r, const RxOwnerPlan* plan, void* stream);
+int64_t rx_owner_sm80_scratch_bytes(const RxRecursion* r, const RxOwnerPlan* plan);
+int64_t rx_owner_sm80_tape_bytes(const RxPack* pack);
+int rx_owner_sm80_pack(const RxPack* pack, void* stream);
+/* Shared memory of a CTA: recurx/plan/cuda_owner.py reckons the same. */
+int64_t rx_owner_sm80_shared_bytes(const RxRecursion* r, const RxOwnerPlan* plan);
 
-/* Supervision steps, heads and halting inside the owner kernel (owner/solve.cuh). The recursion's
- * batch is the number of slots: owners * samples of the plan; its states_in are its states_out,
- * slot buffers that are zero at first, and its x is slot_x. Entry e of the queue is rollout e %
- * rollouts of puzzle e / rollouts. Head weights are bf16 and contiguous; all pointers are device
- * memory. */
+/* For rx_owner_sm80_solve: supervision steps, heads and halting inside the owner kernel
+ * (owner_sm80/solve.cuh). The recursion's batch is the number of slots: owners * samples of the
+ * plan; its states_in are its states_out, slot buffers that are zero at first, and its x is slot_x.
+ * Entry e of the queue is rollout e % rollouts of puzzle e / rollouts. Head weights are bf16 and
+ * contiguous; all pointers are device memory. */
 typedef struct {
   int32_t entries, rollouts; /* entries = puzzles * rollouts; 0: nothing is solved */
   int32_t max_steps;
@@ -151,8 +127,7 @@ typedef struct {
                      not written */
 } RxSolve;
 
-int64_t rx_solve_bytes(void); /* sizeof(RxSolve) */
-int rx_solve_owner_sm80(const RxRecursion* p, const RxOwnerPlan* plan, const RxSolve* solve,
+int rx_owner_sm80_solve(const RxRecursion* r, const RxOwnerPlan* plan, const RxSolve* solve,
                         void* stream);
 
 /* grid_sm80: every call is spread over all CTAs of a cooperative launch (sm_80 and later), for a
@@ -167,12 +142,30 @@ typedef struct {
   int32_t fp8;           /* 1: tapes hold e4m3 with a scale for each output channel */
 } RxGridPlan;
 
-int rx_recursion_grid_sm80(const RxRecursion* r, const RxGridPlan* plan, void* stream);
-int64_t rx_grid_sm80_scratch_bytes(const RxRecursion* r);
-/* Shared memory of a CTA before its first weight. */
+int rx_grid_sm80_run(const RxRecursion* r, const RxGridPlan* plan, void* stream);
+int64_t rx_grid_sm80_scratch_bytes(const RxRecursion* r, const RxGridPlan* plan);
+int64_t rx_grid_sm80_tape_bytes(const RxPack* pack, int fp8);
+/* Shared memory of a CTA before its first weight: recurx/plan/cuda_grid.py reckons the same. */
 int64_t rx_grid_sm80_fixed_shared_bytes(const RxRecursion* r, const RxGridPlan* plan);
-int64_t rx_grid_sm80_tape_bytes(const RxPack* p,
-                                int fp8); /* recurx/backends/cuda_grid.py packs it */
+
+/* cluster_sm90a: two CTAs a sample, weights multicast to a cluster (Hopper alone).
+ * hidden 128, 256, 384 or 512; heads 64 wide; 1 to 128 tokens. A tape is 16-byte aligned. */
+typedef struct {
+  int32_t cluster; /* CTAs that share a tape: 2, 4 or 8 */
+} RxClusterPlan;
+
+int rx_cluster_sm90a_run(const RxRecursion* r, const RxClusterPlan* plan, void* stream);
+int64_t rx_cluster_sm90a_scratch_bytes(const RxRecursion* r, const RxClusterPlan* plan);
+int64_t rx_cluster_sm90a_tape_bytes(const RxPack* pack);
+int rx_cluster_sm90a_pack(const RxPack* pack, void* stream);
+
+/* ---- the build ------------------------------------------------------------------------------
+ *
+ * For callers that mirror the structs, sizeof of: RxCall, RxBlock, RxNet, RxEvent, RxRecursion,
+ * RxPack, RxSolve, RxOwnerPlan, RxGridPlan, RxClusterPlan. */
+enum { kRxStructs = 10 };
+void rx_struct_sizes(int32_t sizes[kRxStructs]);
+int rx_timeline_compiled(void); /* 1: kernels write RxRecursion.timeline */
 
 #ifdef __cplusplus
 }

@@ -29,10 +29,12 @@ extern "C" int rx_cuda_device_count(int* count, int* driver_version, int* runtim
 #endif
 }
 
-extern "C" void rx_recursion_abi(int32_t sizes[6]) {
-  const size_t all[6] = {sizeof(RxCall),  sizeof(RxBlock),     sizeof(RxNet),
-                         sizeof(RxEvent), sizeof(RxRecursion), sizeof(RxPack)};
-  for (int i = 0; i < 6; i++) sizes[i] = int32_t(all[i]);
+extern "C" void rx_struct_sizes(int32_t sizes[kRxStructs]) {
+  const size_t all[kRxStructs] = {sizeof(RxCall),       sizeof(RxBlock),     sizeof(RxNet),
+                                  sizeof(RxEvent),      sizeof(RxRecursion), sizeof(RxPack),
+                                  sizeof(RxSolve),      sizeof(RxOwnerPlan), sizeof(RxGridPlan),
+                                  sizeof(RxClusterPlan)};
+  for (int i = 0; i < kRxStructs; i++) sizes[i] = int32_t(all[i]);
 }
 
 extern "C" int rx_timeline_compiled(void) {

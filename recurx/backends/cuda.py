@@ -219,17 +219,17 @@ class Cuda(Backend):
 
         def make(_: Any) -> Tensor:
             if kind == "grid":
-                return cuda_grid.pack_net(net.spec, net.weights, fp8)
+                return cuda_grid.pack(net.spec, net.weights, fp8)
             rounded = [w.detach().to(torch.bfloat16).contiguous() for w in net.weights]
             blocks = net.spec.blocks
             p = cuda_abi.Pack(net.spec.hidden, tokens, len(blocks))
             p.blocks[: len(blocks)] = [_block(block) for block in blocks]
             p.weights[: len(rounded)] = [weight.data_ptr() for weight in rounded]
-            family = _FAMILIES[kind]
+            family = cuda_abi.FAMILIES[kind]
             size = library.bytes_of(f"rx_{family}_tape_bytes", p)
             tape = torch.empty(size, dtype=torch.uint8, device=device)
             p.tape = tape.data_ptr()
-            library.call(f"rx_pack_{family}", p, stream)
+            library.call(f"rx_{family}_pack", p, stream)
             return tape
 
         if _captured_outside(device):
@@ -346,22 +346,21 @@ def check_inputs(problem: Problem, operands: Operands) -> None:
             )
 
 
-# The kernel family of each kind of plan, as its C entries are named.
-_FAMILIES = {"owner": "owner_sm80", "grid": "grid_sm80", "cluster": "cluster_sm90a"}
-
-
 def _launch(
     library: cuda_abi.Library, plan: LaunchPlan, p: cuda_abi.Recursion
 ) -> tuple[str, ctypes.Structure, int]:
     """The entry that runs a plan, the plan as its struct, and the bytes of scratch it needs."""
-    family = _FAMILIES[plan.kind]
-    entry, scratch_bytes = f"rx_recursion_{family}", f"rx_{family}_scratch_bytes"
+    family, settings = cuda_abi.FAMILIES[plan.kind], _settings(plan)
+    size = library.bytes_of(f"rx_{family}_scratch_bytes", p, settings)
+    return f"rx_{family}_run", settings, size
+
+
+def _settings(plan: LaunchPlan) -> ctypes.Structure:
     if plan.kind == "grid":
-        return entry, cuda_grid.settings(plan), library.bytes_of(scratch_bytes, p)
+        return cuda_grid.settings(plan)
     if plan.kind == "cluster":
-        return entry, cuda_abi.ClusterPlan(plan["cluster"]), 0
-    owner = cuda_abi.OwnerPlan(*(plan[name] for name in ("owners", "samples", "tiles")))
-    return entry, owner, library.bytes_of(scratch_bytes, p, owner)
+        return cuda_abi.ClusterPlan(plan["cluster"])
+    return cuda_abi.OwnerPlan(*(plan[name] for name in ("owners", "samples", "tiles")))
 
 
 def _captured_outside(device: torch.device) -> bool:

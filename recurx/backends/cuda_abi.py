@@ -8,7 +8,6 @@ refuses a build whose structs have other sizes.
 from __future__ import annotations
 
 import ctypes
-import functools
 from ctypes import (
     POINTER,
     Structure,
@@ -24,11 +23,9 @@ from types import ModuleType
 from typing import Any
 
 from recurx.errors import CudaError
+from recurx.plan.cuda import MAX_BLOCKS, MAX_NETS, MAX_READS, MAX_STATES
 
-MAX_STATES = MAX_READS = MAX_BLOCKS = 8
-MAX_NETS = 2
-
-# Phases of the in-kernel timeline, in the order of csrc/cuda/owner/timeline.cuh.
+# Phases of the in-kernel timeline, in the order of csrc/cuda/owner_sm80/timeline.cuh.
 PHASES = ("input", "token_mlp", "qkv", "attention", "o", "gate_up", "down", "store")
 
 
@@ -141,33 +138,34 @@ class ClusterPlan(Structure):
     _fields_ = [("cluster", c_int32)]
 
 
-_MIRRORED = (Call, Block, Net, Event, Recursion, Pack)
+# In the order of rx_struct_sizes.
+_MIRRORED = (
+    Call, Block, Net, Event, Recursion, Pack, Solve, OwnerPlan, GridPlan, ClusterPlan,
+)  # fmt: skip
+
+# The kernel family of each kind of plan, as its entries are named.
+FAMILIES = {"owner": "owner_sm80", "grid": "grid_sm80", "cluster": "cluster_sm90a"}
 
 # Entries that return an error code, and those that return a number of bytes.
 _CODES = {
-    "rx_recursion_owner_sm80": [POINTER(Recursion), POINTER(OwnerPlan), c_void_p],
-    "rx_solve_owner_sm80": [POINTER(Recursion), POINTER(OwnerPlan), POINTER(Solve), c_void_p],
-    "rx_pack_owner_sm80": [POINTER(Pack), c_void_p],
-    "rx_recursion_grid_sm80": [POINTER(Recursion), POINTER(GridPlan), c_void_p],
-    "rx_recursion_cluster_sm90a": [POINTER(Recursion), POINTER(ClusterPlan), c_void_p],
-    "rx_pack_cluster_sm90a": [POINTER(Pack), c_void_p],
+    "rx_owner_sm80_run": [POINTER(Recursion), POINTER(OwnerPlan), c_void_p],
+    "rx_owner_sm80_solve": [POINTER(Recursion), POINTER(OwnerPlan), POINTER(Solve), c_void_p],
+    "rx_owner_sm80_pack": [POINTER(Pack), c_void_p],
+    "rx_grid_sm80_run": [POINTER(Recursion), POINTER(GridPlan), c_void_p],
+    "rx_cluster_sm90a_run": [POINTER(Recursion), POINTER(ClusterPlan), c_void_p],
+    "rx_cluster_sm90a_pack": [POINTER(Pack), c_void_p],
 }
 _BYTES = {
-    "rx_solve_bytes": [],
     "rx_owner_sm80_scratch_bytes": [POINTER(Recursion), POINTER(OwnerPlan)],
     "rx_owner_sm80_shared_bytes": [POINTER(Recursion), POINTER(OwnerPlan)],
     "rx_owner_sm80_tape_bytes": [POINTER(Pack)],
-    "rx_grid_sm80_scratch_bytes": [POINTER(Recursion)],
+    "rx_grid_sm80_scratch_bytes": [POINTER(Recursion), POINTER(GridPlan)],
     "rx_grid_sm80_fixed_shared_bytes": [POINTER(Recursion), POINTER(GridPlan)],
     "rx_grid_sm80_tape_bytes": [POINTER(Pack), c_int32],
+    "rx_cluster_sm90a_scratch_bytes": [POINTER(Recursion), POINTER(ClusterPlan)],
     "rx_cluster_sm90a_tape_bytes": [POINTER(Pack)],
 }
-# The entry that runs each kind of plan; an emulated build may hold some of them only.
-_KINDS = {
-    "owner": "rx_recursion_owner_sm80",
-    "grid": "rx_recursion_grid_sm80",
-    "cluster": "rx_recursion_cluster_sm90a",
-}
+_REBUILD = "rebuild recurx._C (python csrc/native_build.py)"
 
 
 class Library:
@@ -185,31 +183,33 @@ class Library:
         self._addresses: dict[str, int] = (
             source.cuda_entries() if hasattr(source, "cuda_entries") else {}
         )
-        self._last_error = self._entry("rx_cuda_last_error", c_char_p, [])
-        self._error_name = self._entry("rx_cuda_error_name", c_char_p, [c_int32])
-        self._codes = self._entries(c_int32, _CODES)
-        self._sizes = self._entries(c_int64, _BYTES)
-        self.kinds = tuple(kind for kind, entry in _KINDS.items() if entry in self._codes)
+        if not self._has("rx_struct_sizes"):
+            raise CudaError(f"recurx: the compiled kernels are of another recurx; {_REBUILD}")
         sizes = (c_int32 * len(_MIRRORED))()
-        self._entry("rx_recursion_abi", None, [POINTER(c_int32)])(sizes)
+        self._entry("rx_struct_sizes", None, [POINTER(c_int32)])(sizes)
         wanted = [ctypes.sizeof(mirrored) for mirrored in _MIRRORED]
         if list(sizes) != wanted:
             raise CudaError(
                 f"recurx: the compiled kernels have structs of {list(sizes)} bytes, this recurx "
-                f"of {wanted}; rebuild recurx._C (python csrc/native_build.py)"
+                f"of {wanted}; {_REBUILD}"
             )
-        if "rx_solve_bytes" in self._sizes and self.bytes_of("rx_solve_bytes") != ctypes.sizeof(
-            Solve
-        ):
-            raise CudaError("recurx: the compiled RxSolve has another size; rebuild recurx._C")
+        self._last_error = self._entry("rx_cuda_last_error", c_char_p, [])
+        self._error_name = self._entry("rx_cuda_error_name", c_char_p, [c_int32])
+        self._codes = self._entries(c_int32, _CODES)
+        self._sizes = self._entries(c_int64, _BYTES)
+        # An emulated build may hold some families only.
+        self.kinds = tuple(k for k, family in FAMILIES.items() if f"rx_{family}_run" in self._codes)
         self.has_timeline = bool(self._entry("rx_timeline_compiled", c_int32, [])())
+
+    def _has(self, name: str) -> bool:
+        return name in self._addresses if self._addresses else hasattr(self._source, name)
 
     def _entries(self, result: Any, wanted: dict[str, list[Any]]) -> dict[str, Any]:
         """Those entries that this build holds."""
-        found = self._addresses if self._addresses else self._source
-        has = found.__contains__ if self._addresses else functools.partial(hasattr, found)
         return {
-            name: self._entry(name, result, types) for name, types in wanted.items() if has(name)
+            name: self._entry(name, result, types)
+            for name, types in wanted.items()
+            if self._has(name)
         }
 
     def _entry(self, name: str, result: Any, arguments: list[Any]) -> Any:

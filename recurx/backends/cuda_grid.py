@@ -1,9 +1,10 @@
-"""What the grid kernel is given: its settings, and weights as csrc/cuda/grid/sizes.cuh describes.
+"""What the grid kernel is given: its settings, and weights as its layout.cuh describes them.
 
 The tape of a net is its weights one after another, block by block, each cut into units of output
 channels, each unit into pieces that a warp reads as 16 bytes a lane: operands of mma.sync, ready to
 use. With FP8 they are half as long, and the scales of a unit lie behind its codes. Packing is a
-permutation, so it runs wherever the weights are.
+permutation, which PyTorch does wherever the weights are; it stands here and not in a kernel as with
+the other families, because with FP8 it starts from the codes that `recurx.fp8` keeps.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def settings(plan: LaunchPlan) -> GridPlan:
     return made
 
 
-def pack_net(spec: NetSpec, weights: Sequence[Tensor], fp8: bool = False) -> Tensor:
+def pack(spec: NetSpec, weights: Sequence[Tensor], fp8: bool = False) -> Tensor:
     """The tape of a net: flat on the weights' device, bf16, or bytes with FP8.
 
     Args:

@@ -1,7 +1,7 @@
 """Solving inside the CUDA engine: one launch runs all supervision steps of a queue of samples.
 
-An owner that finishes a sample takes the next one from the queue (csrc/cuda/owner/solve.cuh), so
-no sample is computed after it halts, no slot is padded and the host waits for nothing. The input
+An owner that finishes a sample takes the next one from the queue (csrc/cuda/owner_sm80/solve.cuh),
+so no sample is computed after it halts, no slot is padded and the host waits for nothing. The input
 embedding is the model's own code, before the launch; heads and halting are in the kernel.
 """
 
@@ -188,7 +188,7 @@ def refine(
             trace=None if found.trace is None else found.trace.data_ptr(),
         )  # fmt: skip
         s.start[: len(start)] = [state.data_ptr() for state in start]
-        library.call("rx_solve_owner_sm80", p, owner, s, stream)
+        library.call("rx_owner_sm80_solve", p, owner, s, stream)
         del kept
     return found
 

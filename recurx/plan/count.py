@@ -108,6 +108,11 @@ def merged(found: Iterable[Stage]) -> list[Stage]:
     return list(total.values())
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up: tiles of b that hold a."""
+    return -(-a // b)
+
+
 def flops(problem: Problem) -> float:
     """FLOPs of the recursion."""
     return sum(stage.flops for stage in step_stages(problem))

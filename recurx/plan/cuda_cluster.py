@@ -1,4 +1,4 @@
-"""The plan of the cluster kernel (csrc/cuda/cluster_sm90a.cuh): two CTAs a sample on Hopper.
+"""The plan of the cluster kernel (csrc/cuda/cluster_sm90a/): two CTAs a sample on Hopper.
 
 A cluster of 2, 4 or 8 CTAs shares one multicast tape of weights, so a larger cluster reads less
 from L2; but its CTAs must sit on one GPC, and a device has fewer places for it.
@@ -7,7 +7,7 @@ from L2; but its CTAs must sit on one GPC, and a device has fewer places for it.
 from __future__ import annotations
 
 from recurx.nets import ATTENTION, BlockSpec
-from recurx.plan.count import flops
+from recurx.plan.count import ceil_div, flops
 from recurx.plan.device import Device
 from recurx.plan.launch import LaunchPlan, Work
 from recurx.problem import Problem
@@ -21,12 +21,12 @@ CLUSTERS = (2, 4, 8)
 # Multiprocessors of an H100's GPC that clusters of more than two can count on: some have 18.
 GPC = 16
 # Share of the peak left by wgmma's shared-memory traffic, waits for the exchange, softmax and the
-# epilogues: reckoned phase by phase in cluster_sm90a.cuh, not measured.
+# epilogues: reckoned phase by phase in its kernel.cuh, not measured.
 EFFICIENCY = 0.6
 
 
 def why_not_cluster(problem: Problem, device: Device) -> str | None:
-    """One sentence saying what the cluster kernel lacks for this problem or device, or None."""
+    """What this kernel lacks for a problem that csrc/cuda takes in general; None: nothing."""
     if device.capability[0] != 9:
         major, minor = device.capability
         return (
@@ -56,37 +56,33 @@ def cluster_plans(problem: Problem, device: Device) -> list[LaunchPlan]:
     ]
 
 
-def _up(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def block_stages(block: BlockSpec) -> int:
-    """Stages of a block's tape, as struct Tape of cluster_sm90a_layout.cuh counts them."""
+    """Stages of a block's tape, as struct Tape of cluster_sm90a/layout.cuh counts them."""
     d = block.hidden
     first, query, second = d // 32, d // 64, 8 if d > 256 else d // 64
     if block.kind == ATTENTION:
         mixer = block.num_heads // 2 * (first + query + second)
     else:
-        mixer = 3 * _up(block.token_inner, TOKEN_MIDDLE)
-    return mixer + _up(block.inner, MIDDLE) * (first + second)
+        mixer = 3 * ceil_div(block.token_inner, TOKEN_MIDDLE)
+    return mixer + ceil_div(block.inner, MIDDLE) * (first + second)
 
 
 def _block_flops(block: BlockSpec) -> float:
     """FLOPs of both CTAs of a sample, padding to 128 rows included."""
     d, rows = block.hidden, 2 * ROWS
-    middle = MIDDLE * _up(block.inner, MIDDLE)
+    middle = MIDDLE * ceil_div(block.inner, MIDDLE)
     if block.kind == ATTENTION:
         mixer = 2.0 * rows * 4 * d * d + 4.0 * rows * rows * d
     else:
-        mixer = 2.0 * d * 3 * TOKEN_MIDDLE * _up(block.token_inner, TOKEN_MIDDLE) * rows
+        mixer = 2.0 * d * 3 * TOKEN_MIDDLE * ceil_div(block.token_inner, TOKEN_MIDDLE) * rows
     return mixer + 2.0 * rows * 3 * middle * d
 
 
 def _plan(problem: Problem, device: Device, cluster: int) -> LaunchPlan:
-    clusters = max(1, _up(2 * problem.batch, cluster))
+    clusters = max(1, ceil_div(2 * problem.batch, cluster))
     places = device.units // 2 if cluster == 2 else device.units // GPC * (GPC // cluster)
     busy = min(clusters, max(1, places))
-    rounds = _up(clusters, busy)
+    rounds = ceil_div(clusters, busy)
     specs = dict(problem.nets)
     nets = [specs[step.net] for step in problem.schedule.steps]
     a_sample = sum(_block_flops(block) for spec in nets for block in spec.blocks)

@@ -1,10 +1,11 @@
-"""The plan of the grid kernel (csrc/cuda/grid_sm80.cuh): which CTA multiplies what.
+"""The plan of the grid kernel (csrc/cuda/grid_sm80/): which CTA multiplies what.
 
 A product has `units` of output channels and `tiles` of rows. Its rows are dealt to g groups of
 CTAs, its units to the CTAs of a group; so a CTA reads 1/g of the rows in each call, and keeps
 g / CTAs of the weight in shared memory, or reads that in each call too where it does not fit. g is
 chosen for each of the four products of a block together, by the bytes that the busiest CTA reads
-and the products that it forms. Sizes are those of csrc/cuda/grid/sizes.cuh; a test compares them.
+and the products that it forms. Sizes are those of csrc/cuda/grid_sm80/layout.cuh; a test compares
+them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import itertools
 from dataclasses import dataclass
 
 from recurx.nets import ATTENTION, BlockSpec
-from recurx.plan.count import flops
+from recurx.plan.count import ceil_div, flops
 from recurx.plan.device import Device
 from recurx.plan.launch import LaunchPlan, Work
 from recurx.problem import Problem
@@ -27,9 +28,8 @@ SLOTS = ("mixer_in", "mixer_out", "gate_up", "down")
 GROUPS = (1, 2, 3, 4, 6, 8, 12, 16)
 FIXED = 2304  # bytes of shared memory: sizes, the table of slices, two exchanges of row sums
 PROBABILITIES = 4096
-# Share of the peak that mma.sync reaches (published for Hopper), and of that what loads that are
-# not hidden leave: an assumption, not measured.
-MMA_SYNC = {8: 1.0, 9: 0.62, 10: 0.3, 12: 1.0}
+# Of what mma.sync reaches, the share that loads which are not hidden leave: an assumption, not
+# measured.
 EFFICIENCY = 0.5
 # After each barrier a CTA waits for its first rows: a round trip to L2, about half a barrier.
 FIRST_LOAD = 0.5
@@ -55,22 +55,18 @@ class Product:
         return values + (64 if self.wide else 32) if self.fp8 else 2 * values
 
 
-def _up(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def products_of(
     block: BlockSpec, batch: int, tokens: int, fp8: bool = False
 ) -> tuple[Product, ...]:
     """The four products of a block on [B, T, D]: mixer in, mixer out, gate_up, down."""
-    width, token_tiles = block.hidden // 16, _up(tokens, 16)
-    inner, token_inner = 32 * _up(block.inner, 32), 32 * _up(block.token_inner, 32)
+    width, token_tiles = block.hidden // 16, ceil_div(tokens, 16)
+    inner, token_inner = 32 * ceil_div(block.inner, 32), 32 * ceil_div(block.token_inner, 32)
     rows, columns = batch * token_tiles, batch * width
     if block.kind == ATTENTION:
         shapes = [(3 * width, width, rows), (2 * width, width, rows)]
     else:
         shapes = [(token_inner // 8, token_tiles, columns)]
-        shapes += [(_up(tokens, 8), token_inner // 16, columns)]
+        shapes += [(ceil_div(tokens, 8), token_inner // 16, columns)]
     shapes += [(inner // 8, width, rows), (2 * width, inner // 16, rows)]
     return tuple(
         Product(units, depth, slot % 2 == 0, tiles, fp8)
@@ -88,11 +84,11 @@ class Share:
 
     @property
     def units(self) -> int:
-        return _up(self.product.units, self.ctas // self.groups)
+        return ceil_div(self.product.units, self.ctas // self.groups)
 
     @property
     def tiles(self) -> int:
-        return _up(self.product.tiles, self.groups)
+        return ceil_div(self.product.tiles, self.groups)
 
     @property
     def splits(self) -> int:
@@ -105,12 +101,14 @@ class Share:
 
     @property
     def row_bytes(self) -> int:
-        return _up(self.units, self.product.units_a_pass) * self.tiles * self.product.depth * 512
+        return (
+            ceil_div(self.units, self.product.units_a_pass) * self.tiles * self.product.depth * 512
+        )
 
     @property
     def streamed_bytes(self) -> int:
         """Of the weight, read from L2: once for each round of rows that the warps take together."""
-        return _up(self.tiles * self.splits, WARPS) * self.weight_bytes
+        return ceil_div(self.tiles * self.splits, WARPS) * self.weight_bytes
 
     @property
     def flops(self) -> float:
@@ -163,7 +161,7 @@ def grid_plans(problem: Problem, device: Device, fp8: bool = False) -> tuple[Lau
         for block in spec.blocks
     ]
     ctas = device.units
-    rate = device.flops(2) * MMA_SYNC.get(device.capability[0], 0.3) * EFFICIENCY / ctas
+    rate = device.flops(2) * device.mma_sync * EFFICIENCY / ctas
     seconds_a_byte = ctas / (device.l2_gbs * 1e9)
 
     # Not more groups than any product of this slot has row tiles, nor than there are CTAs.
@@ -255,10 +253,10 @@ def _plan(
             padded += ctas * share.flops
             moved += ctas * (share.row_bytes + (0 if kept else share.streamed_bytes))
         for block in specs[step.net].blocks:
-            token_tiles = _up(problem.tokens, 16)
+            token_tiles = ceil_div(problem.tokens, 16)
             if block.kind == ATTENTION:  # a CTA reads 16 queries, all keys and values of a head
                 items = problem.batch * block.num_heads * token_tiles
-                moved += _up(items, ctas) * ctas * 32 * block.head_dim * (1 + 2 * token_tiles)
+                moved += ceil_div(items, ctas) * ctas * 32 * block.head_dim * (1 + 2 * token_tiles)
                 padded += 4.0 * items * 16 * 16 * token_tiles * block.head_dim
         moved += state_bytes * (2 + len(step.reads))
         barriers += barriers_a_call([block.kind for block in specs[step.net].blocks])
@@ -269,7 +267,7 @@ def _plan(
         l2_bytes=moved + sum(ctas * s.weight_bytes for s, kept in layout if kept),
         launches=2,  # the memset of the barrier, and the kernel
         barriers=barriers * (1 + FIRST_LOAD),
-        efficiency=MMA_SYNC.get(device.capability[0], 0.3) * EFFICIENCY,
+        efficiency=device.mma_sync * EFFICIENCY,
         overlap=False,
     )
     kept = sum(s.weight_bytes for s, kept in layout if kept)

@@ -63,6 +63,12 @@ class Device:
         """Products per second (FLOP/s) with operands of `itemsize` bytes."""
         return 1e12 * (self.bf16_tflops if itemsize == 2 else self.fp32_tflops)
 
+    @property
+    def mma_sync(self) -> float:
+        """Share of a GPU's bf16 peak that mma.sync reaches: 0.62 is published for Hopper, and what
+        has instructions of its own beyond that (capability 10) is taken for half as good."""
+        return {8: 1.0, 9: 0.62, 12: 1.0}.get(self.capability[0], 0.3)
+
     @staticmethod
     def of(device: torch.device | str | Device | None = None) -> Device:
         """The description of a torch device, of a name in `DEVICES`, or of this CPU (None).

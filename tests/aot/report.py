@@ -28,7 +28,7 @@ def triton_row(case: triton_cases.TritonCase, arch: str) -> Row:
 def cuda_rows(case: cuda_cases.CudaCase, arch: str, flags: tuple[str, ...] = ()) -> list[Row]:
     built = toolchain.nvcc_compile(case.source, arch, to="cubin", flags=flags)
     return [
-        (f"{case.source.stem} {short_name(usage.kernel)}", usage, usage.faults(case.need))
+        (f"{case.label} {short_name(usage.kernel)}", usage, usage.faults(case.need))
         for usage in resources.read(built, arch)
     ]
 
@@ -47,7 +47,7 @@ def rows(wanted: str = "", only_arch: str = "") -> list[Row]:
     if toolchain.find_nvcc():
         for cuda in cuda_cases.cases():
             for arch in cuda.archs:
-                if wanted in cuda.source.stem and only_arch in ("", arch):
+                if wanted in cuda.label and only_arch in ("", arch):
                     found += cuda_rows(cuda, arch)
     return found
 

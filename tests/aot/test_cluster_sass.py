@@ -8,7 +8,7 @@ import pytest
 
 from aot import cuda_cases, toolchain
 
-SOURCE = cuda_cases.CUDA_FOLDER / "cluster_sm90a.cu"
+SOURCE = cuda_cases.CUDA_FOLDER / "cluster_sm90a" / "launch.cu"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(toolchain.find_nvcc() is None, reason="nvcc is not here"),

@@ -25,7 +25,7 @@ TRITON = [
     for arch in case.archs
 ]
 CUDA = [
-    pytest.param(case, arch, id=f"{case.source.stem}-sm_{arch}")
+    pytest.param(case, arch, id=f"{case.label}-sm_{arch}")
     for case in cuda_cases.cases()
     for arch in case.archs
 ]
@@ -115,11 +115,16 @@ def test_too_much_shared_memory_is_found():
     assert usage.faults(Need()) == ["110592 bytes of shared memory, sm_89 has 101376"]
 
 
-def test_the_name_of_a_cuda_file_says_what_it_is(tmp_path):
-    for name in ("a_sm90a.cu", "b_sm80.cu", "c.cu"):
-        (tmp_path / name).write_text(PLAIN)
+def test_the_folder_of_a_cuda_file_says_what_it_is(tmp_path):
+    for folder in ("a_sm90a", "b_sm80"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "kernel.cuh").write_text(PLAIN)
+        (tmp_path / folder / "launch.cu").write_text('#include "kernel.cuh"\n')
+    (tmp_path / "b_sm80" / "pack.cu").write_text(PLAIN)
+    (tmp_path / "c.cu").write_text(PLAIN)
     (tmp_path / "host.cu").write_text("int f() { return 1; }")
-    own, all_of_them, plain = cuda_cases.cases(tmp_path)
+    own, all_of_them, packing, plain = cuda_cases.cases(tmp_path)
     assert own.archs == ("90a",) and own.need.bulk and own.need.tensor == ("HGMMA",)
     assert all_of_them.archs == cuda_cases.ARCHS and all_of_them.need.tensor == ("HMMA",)
+    assert packing.archs == cuda_cases.ARCHS and packing.need.tensor == ()
     assert plain.need.tensor == ()

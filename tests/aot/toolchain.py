@@ -19,6 +19,10 @@ CACHE = Path(
     os.environ.get("RECURX_TEST_CACHE", Path(__file__).parents[2] / "build" / "test-cache")
 )
 
+CUDA_FOLDER = Path(__file__).parents[2] / "csrc" / "cuda"
+# What a source may include beside its own folder: shipped headers, and those of tests' kernels.
+INCLUDED = (CUDA_FOLDER, Path(__file__).parents[1] / "emulator" / "fixtures")
+
 # ptxas prints these as mere information, with or without -Werror, and each means that the code is
 # not what was written: 7508 setmaxnreg ignored, 7510 wgmma serialised, 7517 a wait and 7519 a fence
 # were injected because the source lacks them.
@@ -86,7 +90,8 @@ def sources_digest(folder: Path, patterns: tuple[str, ...] = ("*.cu", "*.cuh", "
     digest = hashlib.sha256()
     for pattern in patterns:
         for path in sorted(folder.rglob(pattern)):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+            name = str(path.relative_to(folder))
+            digest.update(name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 
@@ -95,8 +100,8 @@ def nvcc_compile(source: Path, arch: str, to: str, flags: tuple[str, ...] = ()) 
     nvcc = find_nvcc()
     if nvcc is None:
         raise ToolFailed("nvcc not found: install CUDA, or set CUDA_HOME")
-    digest = sources_digest(source.parent)
-    out = cached("nvcc", f".{to}", nvcc, source, digest, arch, flags)
+    digests = [sources_digest(folder) for folder in (source.parent, *INCLUDED)]
+    out = cached("nvcc", f".{to}", nvcc, source, digests, arch, flags)
     log = out.with_suffix(".log")
     if not (out.exists() and log.exists()):
         # -gencode and not -arch: the shorthand also runs a pass without the "a" features.
@@ -105,7 +110,7 @@ def nvcc_compile(source: Path, arch: str, to: str, flags: tuple[str, ...] = ()) 
             nvcc,
             "-std=c++17",
             "-O3",
-            f"-I{source.parents[1]}",
+            *(f"-I{folder}" for folder in INCLUDED),
             *flags,
             f"--{to}",
             "-Xptxas",

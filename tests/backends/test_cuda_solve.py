@@ -198,7 +198,7 @@ def test_refusals_say_why(engine):
     library = engine.library()
     p, plan = cuda_abi.Recursion(), cuda_abi.OwnerPlan(1, 1, 2)
     with pytest.raises(CudaError, match="entries, rollouts, max_steps and vocab"):
-        library.call("rx_solve_owner_sm80", p, plan, cuda_abi.Solve(), None)
+        library.call("rx_owner_sm80_solve", p, plan, cuda_abi.Solve(), None)
 
 
 BUGS = {
@@ -223,7 +223,7 @@ def test_planted_bugs_are_found(bug, tmp_path):
     import shutil
 
     folder = shutil.copytree(KERNELS, tmp_path / "cuda")
-    source = folder / "owner" / "solve.cuh"
+    source = folder / "owner_sm80" / "solve.cuh"
     text = source.read_text()
     right, wrong = BUGS[bug]
     assert text.count(right) == 1, f"{bug}: the line it changes is not there (once)"

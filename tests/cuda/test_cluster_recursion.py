@@ -142,10 +142,10 @@ def test_heads_of_another_width_are_refused(library):
     case = Case(Shape())
     (r, _), keep = case.arguments(library, case.states)
     keep[0].nets[0].blocks[0].heads = 4
-    entry = library.library.rx_recursion_cluster_sm90a
+    entry = library.library.rx_cluster_sm90a_run
     assert entry(r, ctypes.byref(ClusterPlan(2)), None) != 0
     with pytest.raises(EmulatorFault, match="heads is 4 at hidden 128; a head is 64 wide"):
-        library.call("rx_recursion_cluster_sm90a", r, ctypes.byref(ClusterPlan(2)), None)
+        library.call("rx_cluster_sm90a_run", r, ctypes.byref(ClusterPlan(2)), None)
 
 
 def test_structs_are_laid_out_as_in_c(library):

@@ -5,13 +5,12 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import itertools
-import re
 
 import pytest
 import torch
 
 import recurx
-from emulator.build import KERNELS, unavailable
+from emulator.build import unavailable
 from emulator.owner import EmulatedCuda, emulate, installed
 from recurx import BackendUnavailable, Schedule, Step
 from recurx.backends import cuda as backend
@@ -19,7 +18,7 @@ from recurx.backends import cuda_abi
 from recurx.errors import CudaError, InvalidArgument
 from recurx.nets import ATTENTION, KINDS, TOKEN_MLP
 from recurx.operands import Operands, Span
-from recurx.plan import DEVICES
+from recurx.plan import DEVICES, cuda_owner
 from recurx.plan import cuda as plan
 from tests.factories import make_inputs, make_net, problem_for, rope
 from tests.test_numerics import SYSTEMS, teacher_forced
@@ -195,65 +194,10 @@ def test_plans_know_the_compiled_sizes(
     sizes = cuda_abi.OwnerPlan(1, samples, tiles)
     want = library.bytes_of("rx_owner_sm80_shared_bytes", p, sizes)
     problem = problem_for(ONE_CALL, {"L": net}, x)
-    assert plan.owner_shared_bytes(problem, samples, tiles) == want
+    assert cuda_owner.shared_bytes(problem, samples, tiles) == want
 
 
-def test_the_compiled_kernels_are_those_that_plans_know() -> None:
-    text = (KERNELS / "owner_sm80.cu").read_text()
-    listed = re.search(r"#elif !defined\(RX_OWNER_PLANS\)(.*?)#endif", text, re.DOTALL)[1]
-    pairs = tuple((int(a), int(b)) for a, b in re.findall(r"X\((\d+), (\d+)\)", listed))
-    assert pairs == plan.OWNER_PLANS
-
-
-@pytest.mark.parametrize("name", DEVICES)
-def test_shared_memory_is_within_the_device(name: str) -> None:
-    device = DEVICES[name]
-    net = make_net(tokens=97, hidden=512, heads=8, inner=1536)
-    x, _ = make_inputs(ONE_CALL, batch=64, tokens=97, hidden=512, dtype=BF16)
-    problem = dataclasses.replace(problem_for(ONE_CALL, {"L": net}, x), device_type="cuda")
-    plans = plan.candidates(problem, device, kinds=OWNER)
-    fits = device.shared_bytes >= 166336
-    assert bool(plans) == fits
-    assert all(p["shared_bytes"] <= device.shared_bytes for p in plans)
-    if not fits:
-        (reason,) = plan.refusals(problem, device, kinds=OWNER)
-        assert "needs 166336 bytes of shared memory for T=97, D=512" in reason
-
-
-# ---- refusals: before anything is launched ----------------------------------------------------
-
-
-def problem(**changes: object):  # type: ignore[no-untyped-def]
-    net = make_net()
-    x, _ = make_inputs(ONE_CALL, batch=1, dtype=BF16)
-    made = dataclasses.replace(problem_for(ONE_CALL, {"L": net}, x), device_type="cuda")
-    return dataclasses.replace(made, **changes)
-
-
-@pytest.mark.parametrize(
-    "changes, device, reason",
-    [
-        (dict(dtype=torch.float32), "h100", r"runs bfloat16 states, not torch\.float32"),
-        (dict(tokens=129), "h100", r"keeps up to T=128 tokens in shared memory, got T=129"),
-        (dict(hidden=96), "h100", r"compiled for D in \[64, 128, 256, 384, 512\], got D=96"),
-        (dict(opaque=("L",)), "h100", r"cannot look inside the plain callable 'L'"),
-    ],
-)
-def test_what_does_not_fit_is_refused_with_the_reason(
-    changes: dict, device: str, reason: str
-) -> None:
-    found = plan.refusals(problem(**changes), DEVICES[device], kinds=OWNER)
-    assert len(found) == 1 and re.search(reason, found[0])
-    assert plan.candidates(problem(**changes), DEVICES[device], kinds=OWNER) == []
-
-
-def test_old_devices_and_head_sizes_are_refused() -> None:
-    old = dataclasses.replace(DEVICES["a100"], name="t4", capability=(7, 5))
-    assert "needs compute capability 8.0" in plan.refusals(problem(), old)[0]
-    net = make_net(heads=4)  # head_dim 16
-    x, _ = make_inputs(ONE_CALL, batch=1, dtype=BF16)
-    p = dataclasses.replace(problem_for(ONE_CALL, {"L": net}, x), device_type="cuda")
-    assert "head_dim in (32, 64, 128), net 'L' has 16" in plan.refusals(p, DEVICES["a100"])[0]
+# ---- through the backend, and what it refuses -------------------------------------------------
 
 
 def test_through_recurse_and_explain(checked: EmulatedCuda) -> None:
@@ -307,7 +251,7 @@ def test_a_capture_packs_for_itself_and_leaves_nothing(
     monkeypatch.setattr(backend, "_captured_outside", lambda device: True)
     assert torch.equal(checked(ONE_CALL, nets, x, carry, rope())["z_L"], first)
     # A replay must find the weights of its time, so packing is one of the captured launches.
-    assert launched == ["rx_pack_owner_sm80", "rx_recursion_owner_sm80"]
+    assert launched == ["rx_owner_sm80_pack", "rx_owner_sm80_run"]
     other = {"L": make_net(seed=1)}
     checked(ONE_CALL, other, x, carry, rope())
     assert len(checked.tapes) == kept  # what a capture made is empty until its first replay
@@ -338,14 +282,14 @@ def test_the_kernel_refuses_what_its_plan_does_not_fit(checked: EmulatedCuda) ->
         ((1, 1, 4), "scratch has 0 bytes"),
         ((0, 1, 4), "owners and samples must be positive"),
     ):
-        with pytest.raises(CudaError, match=rf"recursion_owner_sm80: {words}.*invalid shape"):
-            library.call("rx_recursion_owner_sm80", p, cuda_abi.OwnerPlan(*sizes), None)
+        with pytest.raises(CudaError, match=rf"owner_sm80: {words}.*invalid shape"):
+            library.call("rx_owner_sm80_run", p, cuda_abi.OwnerPlan(*sizes), None)
     p.scratch_bytes = 1 << 30
     with pytest.raises(CudaError, match="no kernel is compiled for hidden 64 and 5 row tiles"):
-        library.call("rx_recursion_owner_sm80", p, cuda_abi.OwnerPlan(1, 1, 5), None)
+        library.call("rx_owner_sm80_run", p, cuda_abi.OwnerPlan(1, 1, 5), None)
     p.nets[0].blocks[0].heads = 3
     with pytest.raises(CudaError, match="3 heads at hidden 64; head_dim must be 32, 64 or 128"):
-        library.call("rx_recursion_owner_sm80", p, cuda_abi.OwnerPlan(1, 1, 4), None)
+        library.call("rx_owner_sm80_run", p, cuda_abi.OwnerPlan(1, 1, 4), None)
 
 
 def test_a_build_with_other_structs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

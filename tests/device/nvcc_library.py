@@ -13,7 +13,7 @@ import torch
 
 from aot import toolchain
 
-KERNELS = Path(__file__).parents[2] / "csrc" / "cuda"
+KERNELS = toolchain.CUDA_FOLDER
 
 
 class CudaError(RuntimeError):
@@ -22,12 +22,13 @@ class CudaError(RuntimeError):
 
 def library(sources: Sequence[Path], arch: str) -> ctypes.CDLL:
     """The sources for one architecture ("80", "90", "90a"), built once for each content."""
-    folders = {KERNELS, *(source.parent for source in sources)}
+    folders = {*toolchain.INCLUDED, *(source.parent for source in sources)}
     digests = [toolchain.sources_digest(folder) for folder in sorted(folders)]
     nvcc = toolchain.find_nvcc()
     path = toolchain.cached("gpu", ".so", nvcc, arch, sources, digests)
     if not path.exists():
-        command = [nvcc, "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", f"-I{KERNELS}"]
+        command = [nvcc, "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC"]
+        command += [f"-I{folder}" for folder in toolchain.INCLUDED]
         # A plain architecture keeps its PTX too, so that a newer device can run it.
         codes = f"sm_{arch}" if arch[-1].isalpha() else f"[sm_{arch},compute_{arch}]"
         command += ["-gencode", f"arch=compute_{arch},code={codes}"]

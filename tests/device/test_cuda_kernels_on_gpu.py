@@ -1,4 +1,4 @@
-"""The CUDA kernels on the hardware, with the cases and the judgement of the emulator's tests."""
+"""The emulator's GEMM kernels on the hardware, with the cases and the judgement of its tests."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def on_device(array) -> torch.Tensor:
 
 
 def run(kernel: str, case: gemm.Case) -> torch.Tensor:
-    lib = library([KERNELS / name for name in gemm.FILES[kernel]], ARCHS[kernel])
+    lib = library([*gemm.kernels(kernel), KERNELS / "runtime.cu"], ARCHS[kernel])
     a, w, residual = (on_device(x) for x in (case.a, case.w, case.residual))
     guarded = torch.full((case.m + GUARD_ROWS, case.n), 0x7FFF, dtype=torch.int16, device="cuda")
     extra = []

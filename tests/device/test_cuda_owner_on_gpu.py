@@ -111,5 +111,5 @@ def test_launch_errors_carry_the_name_of_the_cuda_error() -> None:
     p.nets[0].blocks[0] = cuda_abi.Block(0, 64, 4, 0, 1e-5)
     # 8 tiles of D = 512 with heads of 128: more shared memory than any device has.
     plan = cuda_abi.OwnerPlan(1, 2, 8)
-    with pytest.raises(CudaError, match=r"recursion_owner_sm80.*cudaError\w+"):
-        library.call("rx_recursion_owner_sm80", p, plan, None)
+    with pytest.raises(CudaError, match=r"owner_sm80.*cudaError\w+"):
+        library.call("rx_owner_sm80_run", p, plan, None)

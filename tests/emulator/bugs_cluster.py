@@ -23,9 +23,10 @@ from .cluster_recursion import ATT, FILES, MLP, Case, Shape, outcome
 WRONG = r"is wrong: error"
 UNSET = RACE + "|uninitialised"
 UNFENCED = r"missing fence\.proxy\.async"
-RING, PRODUCTS = "cluster_sm90a_ring.cuh", "cluster_sm90a_products.cuh"
-ATTENTION, TOKEN_MIX = "cluster_sm90a_attention.cuh", "cluster_sm90a_token_mix.cuh"
-KERNEL = "cluster_sm90a.cuh"
+RING, PRODUCTS, ATTENTION, TOKEN_MIX, STATES, KERNEL = (
+    f"cluster_sm90a/{part}.cuh"
+    for part in ("ring", "product", "attention", "token_mlp", "states", "kernel")
+)
 
 ONE = Shape((ATT,))
 CALLS = Shape((ATT,), schedule="trm")
@@ -86,7 +87,7 @@ BUGS = [
         "  if (!BUG) rx::cluster_arrive(), rx::cluster_wait();  // a CTA",
         "may exit before|has exited"),
     # ---- h, hand-overs between warpgroups, and the exchange between CTAs
-    Bug("no fence.proxy.async behind the input", ONE, KERNEL,
+    Bug("no fence.proxy.async behind the input", ONE, STATES,
         "    rx::fence_proxy_async_shared();\n", "    if (!BUG) rx::fence_proxy_async_shared();\n",
         UNFENCED),
     Bug("no barrier behind the input", ONE, KERNEL,
@@ -149,7 +150,7 @@ BUGS = [
         "sum[e] / float(tokens)", "sum[e] / float(BUG ? 128 : tokens)", WRONG),
     Bug("stale state: h taken for every first operand", NETS, KERNEL,
         "resident = rx::stays_resident(", "resident = BUG || rx::stays_resident(", WRONG),
-    Bug("states of this launch read as they came in", CALLS, KERNEL,
+    Bug("states of this launch read as they came in", CALLS, STATES,
         "return 1u << state;", "return BUG ? 0 : 1u << state;", WRONG),
     Bug("the first net's tape for all", NETS, RING,
         "const int net = p.r.calls[c].net;", "const int net = BUG ? 0 : p.r.calls[c].net;", WRONG),
@@ -167,7 +168,7 @@ def plant_all(folder: Path) -> Emulated:
         texts[bug.file] = texts[bug.file].replace(bug.old, new)
     for name, text in texts.items():
         (folder / name).write_text(text)
-    layout = folder / "cluster_sm90a_layout.cuh"
+    layout = folder / "cluster_sm90a" / "layout.cuh"
     layout.write_text(
         layout.read_text().replace(
             "namespace cluster_sm90a {", "inline int rx_bug = 0;\nnamespace cluster_sm90a {", 1

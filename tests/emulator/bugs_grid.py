@@ -20,8 +20,10 @@ WRONG = r"relative error"
 SPLIT = r"calls in one launch differ from calls one by one"
 PLAN = r"another plan gave other bits"
 
-GRID, SIZES, PRODUCT = "grid_sm80.cuh", "grid/sizes.cuh", "grid/product.cuh"
-ATTEND, ROWS = "grid/attention.cuh", "grid/rows.cuh"
+GRID, SIZES, PRODUCT, ATTEND, ROWS, TOKENS = (
+    f"grid_sm80/{part}.cuh"
+    for part in ("kernel", "layout", "product", "attention", "states", "token_mlp")
+)
 
 
 @dataclass(frozen=True)
@@ -263,7 +265,7 @@ BUGS = [
     ),
     Bug(
         "rms over the padded tokens",
-        ROWS,
+        TOKENS,
         "row_scales(scale, squares, r.tokens, eps);",
         "row_scales(scale, squares, BUG ? z.token_tiles * 16 : r.tokens, eps);",
         WRONG,
@@ -279,7 +281,7 @@ BUGS = [
     ),
     Bug(
         "h^T with exchanged blocks",
-        ROWS,
+        TOKENS,
         "make_uint4(y[0], y[2], y[1], y[3])",
         "make_uint4(y[0], y[BUG ? 1 : 2], y[BUG ? 2 : 1], y[3])",
         WRONG,
@@ -291,7 +293,7 @@ BUGS = [
 def plant_all(folder: Path) -> Emulated:
     """Builds a copy of the sources with every bug asleep."""
     shutil.copytree(KERNELS, folder, dirs_exist_ok=True)
-    texts = {name: (folder / name).read_text() for name in (GRID, SIZES, PRODUCT, ATTEND, ROWS)}
+    texts = {bug.file: (folder / bug.file).read_text() for bug in BUGS}
     for number, bug in enumerate(BUGS, 1):
         count = texts[bug.file].count(bug.old)
         assert count == 1, f"{bug.name}: {bug.old!r} occurs {count} times"
@@ -302,7 +304,7 @@ def plant_all(folder: Path) -> Emulated:
     )
     for name, text in texts.items():
         (folder / name).write_text(text)
-    with (folder / "grid_sm80.cu").open("a") as host:
+    with (folder / FILES[0]).open("a") as host:
         host.write('\nextern "C" void rx_wake_bug(int number) { rx_bug = number; }\n')
     sources = [folder / FILES[0], *(KERNELS / name for name in FILES[1:])]
     return Emulated(build(sources, True, ("-DRX_NO_FP8",)), True)

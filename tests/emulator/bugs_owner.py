@@ -86,8 +86,8 @@ class OwnerBug:
         return "right"
 
 
-RING, ATTEND, STATES = "owner/ring.cuh", "owner/attention.cuh", "owner/states.cuh"
-RULES, TOKENS, TOP = "recursion.cuh", "owner/token_mlp.cuh", "owner_sm80.cuh"
+RING, ATTEND, STATES = "owner_sm80/ring.cuh", "owner_sm80/attention.cuh", "owner_sm80/states.cuh"
+RULES, TOKENS, TOP = "recursion.cuh", "owner_sm80/token_mlp.cuh", "owner_sm80/kernel.cuh"
 OPERAND = (
     "    __syncthreads();  // the operand is complete, and nobody reads h as an operand any more\n"
 )
@@ -151,7 +151,7 @@ BUGS = [
     OwnerBug("a product does not wait for its operand", TOP, OPERAND, "", RACE),
     OwnerBug(
         "scales are formed before all sums are there",
-        "owner/residual.cuh",
+        "owner_sm80/residual.cuh",
         "  __syncthreads();\n  const int row",
         "  const int row",
         RACE,
@@ -166,7 +166,7 @@ BUGS = [
     ),
     OwnerBug(
         "padding rows that are not stored are stored",
-        "owner/owner.cuh",
+        "owner_sm80/owner.cuh",
         "(p.at.row_blocks & 1));",
         "false);",
         RACE,
@@ -174,7 +174,7 @@ BUGS = [
     # ---- arithmetic and data
     OwnerBug(
         "gate and up swapped",
-        "owner/mlp.cuh",
+        "owner_sm80/mlp.cuh",
         "*gate = &acc[i][j][half * 2], *up = &acc[i][j + 2][half * 2];",
         "*up = &acc[i][j][half * 2], *gate = &acc[i][j + 2][half * 2];",
         WRONG,
@@ -197,7 +197,7 @@ BUGS = [
     ),
     OwnerBug(
         "norm over a column too many",
-        "owner/residual.cuh",
+        "owner_sm80/residual.cuh",
         "(1.f / P::kHidden)",
         "(1.f / (P::kHidden + 1))",
         WRONG,

@@ -1,8 +1,8 @@
 """Build kernels for the emulator, once for each content of their sources, and call them.
 
-    lib = load_kernels(["gemm_residual_rms_sm80.cu", "runtime.cu"], checked=True)
+    lib = load_kernels(["grid_sm80/launch.cu", "runtime.cu"], checked=True)
     lib.configure(seed=3)
-    lib.call("rx_gemm_residual_rms_sm80", params, None)     # raises EmulatorFault with the report
+    lib.call("rx_grid_sm80_run", recursion, plan, None)     # raises EmulatorFault with the report
 
 Two builds exist of everything: *checked* sees every load and store of the kernel (the compiler's
 thread sanitizer puts a call in front of each), *plain* sees only what goes through the wrappers and
@@ -29,6 +29,8 @@ from pathlib import Path
 
 RUNTIME = Path(__file__).parent / "runtime"
 KERNELS = Path(__file__).parents[2] / "csrc" / "cuda"
+# Kernels that only tests run: they include csrc/cuda/rx, or lie in a copy of csrc/cuda.
+FIXTURES = Path(__file__).parent / "fixtures"
 SUPPORTED = ("x86_64", "aarch64")
 
 COMMON = ["-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
@@ -86,7 +88,7 @@ def _key(parts: Iterable[str], folders: Iterable[Path]) -> str:
     for folder in folders:
         for path in sorted(folder.rglob("*")):
             if path.suffix in {".h", ".cpp", ".cu", ".cuh"}:
-                digest.update(path.name.encode() + path.read_bytes())
+                digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
     return digest.hexdigest()[:20]
 
 
@@ -118,14 +120,19 @@ def prune_cache(days: float = 14) -> None:
 
 
 def object_file(source: Path, flags: Sequence[str]) -> Path:
-    """Keyed by all that it may include: its own folder, the runtime, the kernels' headers."""
-    folders = {RUNTIME, source.parent}
+    """Keyed by all that it may include: its own folder, the runtime, kernels' headers."""
     if source.is_relative_to(RUNTIME):
-        folders = {RUNTIME}
-    elif not (source.parent / "rx.cuh").exists():  # else it is in csrc/cuda, or in a copy of that
-        folders.add(KERNELS)
+        root, folders = RUNTIME, {RUNTIME}
+    else:
+        # csrc/cuda or a copy of that, where a file may lie in a family's folder; or some folder.
+        copies = (folder for folder in source.parents[:2] if (folder / "api.h").exists())
+        root = next(copies, source.parent)
+        folders = {RUNTIME, root}
+        if not (root / "api.h").exists():
+            folders |= {KERNELS, FIXTURES}
+    name = str(source.relative_to(root))
     include = [word for folder in sorted(folders) for word in ("-I", folder)]
-    key = _key([source.name, *COMMON, *flags], sorted(folders))
+    key = _key([name, *COMMON, *flags], sorted(folders))
     command = [compiler(), *COMMON, *flags, *include, "-x", "c++", "-c", source, "-o"]
     return _cached(f"{source.stem}-{key}.o", lambda made: _run([*command, made]))
 
@@ -209,6 +216,6 @@ def last_error(library: ctypes.CDLL) -> str:
 
 
 def load_kernels(names: Sequence[str], checked: bool, folder: Path = KERNELS) -> Emulated:
-    """Kernels of csrc/cuda by file name; the first may come from a mutated copy of that folder."""
+    """Files of csrc/cuda by their paths there; the first may come from a mutated copy of that."""
     sources = [folder / names[0], *(KERNELS / name for name in names[1:])]
     return Emulated(build(sources, checked), checked)

@@ -1,4 +1,4 @@
-"""Drive the cluster recursion (csrc/cuda/cluster_sm90a.cu) in the emulator, judged by numpy.
+"""Drive the cluster recursion (csrc/cuda/cluster_sm90a/) in the emulator, judged by numpy.
 
     python -m emulator.cluster_recursion att --hidden 128 --tokens 70 --seeds 10
 
@@ -21,7 +21,7 @@ from recurx.backends import cuda_abi
 from .build import Emulated, EmulatorFault, load_kernels
 from .gemm_residual_rms import aligned, from_bf16, to_bf16
 
-FILES = ["cluster_sm90a.cu", "cluster_pack.cu", "runtime.cu"]
+FILES = ["cluster_sm90a/launch.cu", "cluster_sm90a/pack.cu", "runtime.cu"]
 EPS = 1e-5
 HEAD_DIM = 64
 GUARD = 2048  # elements behind an output that nobody may write
@@ -184,7 +184,7 @@ class Case:
             for i, (out, state) in enumerate(zip(outs, self.states, strict=True)):
                 lib.watch(out.ctypes.data, state.nbytes, f"state {i}")
         try:
-            lib.call("rx_recursion_cluster_sm90a", *arguments, None)
+            lib.call("rx_cluster_sm90a_run", *arguments, None)
         finally:
             lib.unwatch_all()
         del keep
@@ -228,7 +228,7 @@ class Case:
         tape = aligned((tape_bytes(ctypes.byref(pack)) // 2,))
         tape[:] = NAN
         pack.tape = tape.ctypes.data
-        lib.call("rx_pack_cluster_sm90a", ctypes.byref(pack), None)
+        lib.call("rx_cluster_sm90a_pack", ctypes.byref(pack), None)
         to.num_blocks, to.blocks, to.tape = len(net), pack.blocks, pack.tape
         return tape
 

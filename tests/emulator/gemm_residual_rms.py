@@ -1,4 +1,4 @@
-"""Drive the two GEMM + residual + rms kernels in the emulator and compare with numpy.
+"""Drive the two GEMM + residual + rms kernels of fixtures/ in the emulator and compare with numpy.
 
 Runs without torch, so that a test can start it as a fresh process for every planted bug:
 
@@ -10,30 +10,48 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from .build import KERNELS, Emulated, EmulatorFault, load_kernels
+from .build import FIXTURES, KERNELS, Emulated, EmulatorFault, build
 
 FILES = {
-    "sm80": ["gemm_residual_rms_sm80.cu", "runtime.cu"],
-    "sm90a": ["gemm_residual_rms_sm90a.cu", "pack_tape.cu", "runtime.cu"],
+    "sm80": ["gemm_residual_rms_sm80.cu"],
+    "sm90a": ["gemm_residual_rms_sm90a.cu", "pack_tape.cu"],
 }
 EPS = 1e-5
 GUARD_ROWS = 256  # more than a row block
 
 
 class Params(ctypes.Structure):
-    """RxGemmResidualRms of csrc/cuda/api.h."""
+    """RxGemmResidualRms of fixtures/gemm_residual_rms.h."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("a", "w", "residual", "out")),
         *((name, ctypes.c_int) for name in ("m", "n", "k")),
         ("eps", ctypes.c_float),
     ]
+
+
+def kernels(kernel: str, folder: Path = FIXTURES) -> list[Path]:
+    """Its files: the first may come from a mutated copy (`copy_sources`)."""
+    first, *others = FILES[kernel]
+    return [folder / first, *(FIXTURES / name for name in others)]
+
+
+def load(kernel: str, checked: bool, folder: Path = FIXTURES) -> Emulated:
+    sources = [*kernels(kernel, folder), KERNELS / "runtime.cu"]
+    return Emulated(build(sources, checked), checked)
+
+
+def copy_sources(folder: Path) -> None:
+    """The fixtures and what they include of csrc/cuda, to be mutated."""
+    for source in (KERNELS, FIXTURES):
+        shutil.copytree(source, folder, dirs_exist_ok=True)
 
 
 def to_bf16(x: np.ndarray) -> np.ndarray:
@@ -133,14 +151,14 @@ def main() -> None:
     parser.add_argument("kernel", choices=FILES)
     for name, default in (("m", 97), ("n", 512), ("k", 128), ("cluster-rows", 1), ("seeds", 10)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--folder", type=Path, default=KERNELS, help="a copy of csrc/cuda")
+    parser.add_argument("--folder", type=Path, default=FIXTURES, help="a copy of them")
     parser.add_argument("--plain", action="store_true", help="no race checker")
     parser.add_argument(
         "--in-order", action="store_true", help="no random scheduling, eager copies"
     )
     parser.add_argument("--json", action="store_true", help="one line: the list of outcomes")
     args = parser.parse_args()
-    lib = load_kernels(FILES[args.kernel], not args.plain, args.folder)
+    lib = load(args.kernel, not args.plain, args.folder)
     if args.in_order:
         lib.configure(**{"random_order": 0, "async": 0})
     case = Case(args.m, args.n, args.k, args.cluster_rows)

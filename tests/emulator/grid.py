@@ -1,4 +1,4 @@
-"""Drive the grid kernel (csrc/cuda/grid_sm80.cu) by its C interface, in the emulator or on a GPU.
+"""Drive the grid kernel (csrc/cuda/grid_sm80/) by its C interface, in the emulator or on a GPU.
 
 python -m emulator.grid --tokens 33 --hidden 64 --ctas 4 --seeds 3      # a report of outcomes
 """
@@ -23,8 +23,8 @@ from recurx.schedule import INPUT
 
 from .build import Emulated, load_kernels
 
-FILES = ["grid_sm80.cu", "runtime.cu"]
-ENTRY = "rx_recursion_grid_sm80"
+FILES = ["grid_sm80/launch.cu", "grid_sm80/pack.cu", "runtime.cu"]
+ENTRY = "rx_grid_sm80_run"
 GUARD = 4096  # bytes behind a state that nobody may write
 
 
@@ -112,7 +112,7 @@ class GridKernel:
         outs = [Guarded(state.numel() * 2, x.device) for state in inputs]
         for i, (state, out) in enumerate(zip(inputs, outs, strict=True)):
             p.states_in[i], p.states_out[i] = state.data_ptr(), out.address
-        need = self._bytes("rx_grid_sm80_scratch_bytes", p)
+        need = self._bytes("rx_grid_sm80_scratch_bytes", p, self.plan.struct())
         scratch = Guarded(need, x.device)
         p.scratch, p.scratch_bytes = scratch.address, need
         self.library.unwatch_all()
@@ -139,7 +139,7 @@ class GridKernel:
             token_mlp = spec.kind != ATTENTION
             block = Block(token_mlp, spec.inner, spec.num_heads, spec.token_inner, spec.eps)
             net.blocks[i] = pack.blocks[i] = block
-        tape = cuda_grid.pack_net(source.spec, source.weights, self.plan.fp8)
+        tape = cuda_grid.pack(source.spec, source.weights, self.plan.fp8)
         assert self._bytes("rx_grid_sm80_tape_bytes", pack, int(self.plan.fp8)) == tape.nbytes
         net.tape = tape.data_ptr()
         return tape

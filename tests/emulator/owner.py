@@ -20,12 +20,12 @@ from recurx.backends.cuda import Cuda
 from recurx.nets import Net
 from recurx.operands import Operands, Span
 from recurx.plan import DEVICES, Device
-from recurx.plan.cuda import Shapes
+from recurx.plan.cuda_owner import Shapes
 from recurx.problem import Problem
 
 from .build import KERNELS, Emulated, build
 
-FILES = ("owner_sm80.cu", "pack_owner.cu", "runtime.cu")
+FILES = ("owner_sm80/launch.cu", "owner_sm80/pack.cu", "runtime.cu")
 
 
 class EmulatedCuda(Cuda):
@@ -86,7 +86,7 @@ def emulate(
     flags: tuple[str, ...] = (),
     device: Device = DEVICES["a100"],
 ) -> EmulatedCuda:
-    """A build of these kernels; owner_sm80.cu may come from a copy of csrc/cuda with a bug."""
+    """A build of these kernels; their launch.cu may come from a copy of csrc/cuda with a bug."""
     sources = [folder / FILES[0], *(KERNELS / name for name in FILES[1:])]
     path = build(sources, checked, (*flags, only(plans)))
     return EmulatedCuda(Emulated(path, checked), plans, device)

@@ -17,7 +17,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from .build import KERNELS
+from .gemm_residual_rms import copy_sources
 from .wrapper_cases import FOLDER as WRAPPERS
 
 SM80, SM90A = "sm80", "sm90a"
@@ -46,10 +46,6 @@ class Bug:
     def is_gemm(self) -> bool:
         return self.kernel in (SM80, SM90A)
 
-    @property
-    def copies_kernels(self) -> bool:
-        return self.is_gemm
-
     def edited_file(self) -> str:
         if self.file:
             return self.file
@@ -57,7 +53,10 @@ class Bug:
 
     def plant(self, folder: Path) -> None:
         """Makes a copy of the sources with the bug in it."""
-        shutil.copytree(KERNELS if self.copies_kernels else WRAPPERS, folder, dirs_exist_ok=True)
+        if self.is_gemm:
+            copy_sources(folder)
+        else:
+            shutil.copytree(WRAPPERS, folder, dirs_exist_ok=True)
         path = folder / self.edited_file()
         text = path.read_text()
         for old, new in self.edits:

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from . import gemm_residual_rms as gemm
-from .build import KERNELS, Emulated, EmulatorFault, build
+from .build import FIXTURES, KERNELS, Emulated, EmulatorFault, build
 from .planted import SM80, SM90A, Bug
 
 TIMEOUT = 60  # seconds; a mutant that spins is stopped by max_switches long before
@@ -86,7 +86,7 @@ def library(bugs: tuple[Bug, ...]) -> Path:
             folder.mkdir()
             source.write_text("\n".join(_mutant_text(bug, name) for name, bug in names.items()))
             sources.append(source)
-        shared = [KERNELS / "pack_tape.cu", KERNELS / "runtime.cu"]
+        shared = [FIXTURES / "pack_tape.cu", KERNELS / "runtime.cu"]
         # No line numbers: they would be those of the joined text, and cost most of the time.
         return build([*sources, *shared], checked=True, flags=["-O1", "-g0"])
 

@@ -238,7 +238,7 @@ def test_one_call_of_the_published_size(plain, kind):
 def test_bad_shapes_are_refused(plain, change, message):
     shape = {**SMALL, **change}
     x, carry, rotary = inputs_of(ONE_CALL, 1, shape)
-    with pytest.raises(EmulatorFault, match=f"recursion_grid_sm80: {message}"):
+    with pytest.raises(EmulatorFault, match=f"grid_sm80: {message}"):
         GridKernel(plain).run(ONE_CALL, {"L": make_net(**shape)}, x, carry, rotary)
 
 
@@ -256,7 +256,7 @@ def test_bad_shapes_are_refused(plain, change, message):
 )
 def test_bad_plans_are_refused(plain, settings, message):
     x, carry, rotary = inputs_of(ONE_CALL, 1, SMALL)
-    with pytest.raises(EmulatorFault, match=f"recursion_grid_sm80: {message}"):
+    with pytest.raises(EmulatorFault, match=f"grid_sm80: {message}"):
         GridKernel(plain, settings).run(
             ONE_CALL, {"L": net_of(ATTENTION, **SMALL)}, x, carry, rotary
         )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from emulator import gemm_residual_rms as gemm
-from emulator.build import KERNELS, Emulated, EmulatorFault, build, load_kernels, unavailable
+from emulator.build import Emulated, EmulatorFault, build, unavailable
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
@@ -21,7 +21,7 @@ SM90A_SHAPES += [(300, 128, 448, 2), (64, 512, 64, 2)]
 
 @pytest.fixture(scope="module")
 def libraries():
-    return {kernel: load_kernels(files, checked=True) for kernel, files in gemm.FILES.items()}
+    return {kernel: gemm.load(kernel, checked=True) for kernel in gemm.FILES}
 
 
 def check(library, kernel, shape, seeds):
@@ -63,7 +63,7 @@ def test_threads_may_be_switched_at_every_access(libraries):
 def test_a_library_keeps_few_mappings(tmp_path):
     # A process that loads hundreds of libraries otherwise runs out of them (vm.max_map_count), and
     # then nothing maps any more: no library, no thread, no page.
-    mine = shutil.copy(load_kernels(gemm.FILES["sm90a"], checked=False).library._name, tmp_path)
+    mine = shutil.copy(gemm.load("sm90a", checked=False).library._name, tmp_path)
     library, before = Emulated(Path(mine), checked=False), mappings()
     check(library, "sm90a", (200, 128, 832, 2), [1])
     assert mappings() - before < 2 * 64 + 50, "two a stack, of at most 64 stacks, and other memory"
@@ -90,12 +90,10 @@ def test_ldmatrix_has_no_bank_conflicts(libraries, tmp_path):
     assert library.stat("ldmatrix_conflicts") == 0
     # The count bites: without the swizzle the same loads conflict, with the right result.
     old = "((c ^ (r >> 1 & 3)) << 4)"
-    for path in KERNELS.rglob("*.*"):
-        text = path.read_text()
-        copy = tmp_path / path.relative_to(KERNELS)
-        copy.parent.mkdir(exist_ok=True)
-        copy.write_text(text.replace(old, "(c << 4)"))
-    flat = load_kernels(gemm.FILES["sm80"], checked=True, folder=tmp_path)
+    gemm.copy_sources(tmp_path)
+    for path in tmp_path.rglob("*.*"):
+        path.write_text(path.read_text().replace(old, "(c << 4)"))
+    flat = gemm.load("sm80", checked=True, folder=tmp_path)
     assert case.compare(case.run(flat, "sm80")) is None
     assert flat.stat("ldmatrix_conflicts") >= 3 * flat.stat("ldmatrix")
 
@@ -108,14 +106,14 @@ def test_an_impossible_shape_is_refused(libraries):
 
 
 def test_same_bits_without_the_race_checker(libraries):
-    for kernel, files in gemm.FILES.items():
+    for kernel in gemm.FILES:
         case = gemm.Case(97, 512, 128)
-        plain = load_kernels(files, checked=False)
+        plain = gemm.load(kernel, checked=False)
         assert np.array_equal(case.run(plain, kernel), case.run(libraries[kernel], kernel))
 
 
 def test_a_plain_build_refuses_the_race_checker():
-    plain = load_kernels(gemm.FILES["sm80"], checked=False)
+    plain = gemm.load("sm80", checked=False)
     with pytest.raises(ValueError, match="does not show the emulator"):
         plain.configure(race=True)
 
@@ -152,7 +150,7 @@ def one_warp(folder, body):
     """A kernel of one warp with 8 KB of shared memory `smem`; its body starts at line 5."""
     source = folder / "kernel.cu"
     source.write_text(
-        '#include "rx.cuh"\n#include "rx/launch.cuh"\n'
+        '#include "rx/rx.cuh"\n#include "rx/launch.cuh"\n'
         "__global__ void kernel() {\n  RX_DYN_SMEM(smem);\n" + body + "}\n"
         'extern "C" int run() {\n'
         '  return rx::launch({"k", dim3(1), dim3(32), 8192}, nullptr, kernel);\n}\n'
@@ -171,7 +169,7 @@ def test_a_full_size_net_call_is_right(libraries):
 def test_parameters_are_laid_out_as_in_c(tmp_path):
     source = tmp_path / "sizes.cu"
     source.write_text(
-        '#include "api.h"\n#include <stddef.h>\n'
+        '#include "gemm_residual_rms.h"\n#include <stddef.h>\n'
         'extern "C" int size() { return sizeof(RxGemmResidualRms); }\n'
         'extern "C" int eps() { return offsetof(RxGemmResidualRms, eps); }\n'
     )

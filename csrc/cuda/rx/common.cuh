@@ -18,9 +18,7 @@
 namespace rx {
 
 constexpr uint32_t kFullWarp = 0xffffffffu;
-constexpr uint32_t kMaxSharedSm80 = 163 * 1024;  // bytes a CTA may ask for: A100
-constexpr uint32_t kMaxSharedSm89 = 99 * 1024;   // sm_86, sm_89, sm_120
-constexpr uint32_t kMaxSharedSm90 = 227 * 1024;  // sm_90, sm_100
+constexpr uint32_t kMaxSharedSm90 = 227 * 1024;  // bytes a CTA may ask for: sm_90, sm_100
 
 using bf16 = uint16_t;  // storage only; arithmetic is fp32
 

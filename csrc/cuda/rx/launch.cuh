@@ -1,4 +1,4 @@
-// launch.cuh - the one way to start a kernel, and tensor maps: host code.
+// launch.cuh - the one way to start a kernel: host code.
 //
 // Kernels are launched through rx::launch instead of <<<>>>: clusters need cudaLaunchKernelEx, more
 // than 48 KB of shared memory needs an attribute, and the emulator needs to be the one who calls.
@@ -6,7 +6,7 @@
 #include <string>
 
 #include "../api.h"
-#include "bulk.cuh"
+#include "common.cuh"
 
 namespace rx {
 
@@ -109,39 +109,5 @@ int launch(const LaunchShape& s, void* stream, void (*kernel)(Params...), const 
 }
 
 #endif
-
-// A row-major bf16 matrix [rows, columns] that is copied in boxes of box_rows x 64 columns with the
-// 128-byte swizzle; what lies outside the matrix arrives as zeros. Returns 0 or an error code.
-inline int make_tensor_map(TensorMap* map, const void* base, uint64_t rows, uint64_t columns,
-                           uint32_t box_rows) {
-#ifdef RX_EMU
-  *map = {static_cast<const uint8_t*>(base),
-          2,
-          2,
-          {columns, rows, 1},
-          {2, columns * 2, 0},
-          {64, box_rows, 1},
-          emu::Swizzle::k128};
-  return 0;
-#else
-  // The driver's function is looked up at first use, so that the library loads without a driver.
-  static void* entry = nullptr;
-  if (!entry) {
-    cudaDriverEntryPointQueryResult found;
-    cudaError_t e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000,
-                                                     cudaEnableDefault, &found);
-    if (e) return fail("cuTensorMapEncodeTiled", e);
-    if (!entry) return fail("cuTensorMapEncodeTiled", cudaErrorSymbolNotFound);
-  }
-  const cuuint64_t dims[2] = {columns, rows}, strides[1] = {columns * 2};
-  const cuuint32_t box[2] = {64, box_rows}, steps[2] = {1, 1};
-  auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry);
-  CUresult r =
-      encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(base), dims, strides, box,
-             steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return r ? fail(int(r), "cuTensorMapEncodeTiled: CUresult " + std::to_string(int(r))) : 0;
-#endif
-}
 
 }  // namespace rx

@@ -18,17 +18,6 @@ RX_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t addr) {
           "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]),
           "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(addr) : "memory"));
 }
-RX_DEVICE void ldmatrix_x2(uint32_t (&r)[2], uint32_t addr) {
-  RX_EITHER(emu::ldmatrix(addr, r, 2, false),
-            asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]),
-                         "=r"(r[1]) : "r"(addr) : "memory"));
-}
-RX_DEVICE void stmatrix_x4(uint32_t addr, const uint32_t (&r)[4]) {  // sm_90
-  RX_EITHER(
-      emu::stmatrix(addr, r, 4, false),
-      asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr),
-                   "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory"));
-}
 RX_DEVICE void stmatrix_x4_trans(uint32_t addr, const uint32_t (&r)[4]) {  // sm_90
   RX_EITHER(
       emu::stmatrix(addr, r, 4, true),

@@ -23,7 +23,7 @@ import torch
 from aot import toolchain
 
 from .. import gemm_residual_rms as gemm
-from ..build import KERNELS, EmulatorFault
+from ..build import EmulatorFault
 from .run import PtxKernel, load_ptx
 
 TIMEOUT = 120  # seconds; a mutant that spins is found by max_switches long before
@@ -153,15 +153,14 @@ def nvcc_subject(kernel: str) -> Subject:
         "sm80": ("80", "ILi128ELi4E", gemm.Case(43, 128, 320)),
         "sm90a": ("90a", "ILi64ELi2E|pack_tape", gemm.Case(200, 128, 832, 2)),
     }[kernel]
-    files = gemm.FILES[kernel]
-    sources = [KERNELS / name for name in files if name != "runtime.cu"]
-    built = [toolchain.nvcc_compile(source, arch, to="ptx").cubin for source in sources]
+    files = gemm.kernels(kernel)
+    built = [toolchain.nvcc_compile(file, arch, to="ptx").cubin for file in files]
     texts = [path.read_text() for path in built]
     texts[0] = _one_entry(texts[0], template.split("|")[0])
     return Subject(
         name=kernel,
         texts=tuple(texts),
-        load=lambda texts: load_ptx(texts, files, wanted=template),
+        load=lambda texts: load_ptx(texts, [*files, "runtime.cu"], wanted=template),
         run=lambda library, settings: gemm.outcome(library, case, kernel, **settings),
         explained=EXPLAINED.get(kernel, {}),
     )

@@ -28,13 +28,9 @@ NVCC = [
 @needs_nvcc
 @pytest.mark.parametrize("kernel, arch, template, case", NVCC, ids=["sm80", "sm90a"])
 def test_nvcc_ptx(kernel, arch, template, case):
-    files = gemm.FILES[kernel]
-    texts = [
-        toolchain.nvcc_compile(build.KERNELS / name, arch, to="ptx").cubin.read_text()
-        for name in files
-        if name != "runtime.cu"
-    ]
-    library = load_ptx(texts, files, wanted=template)
+    files = gemm.kernels(kernel)
+    texts = [toolchain.nvcc_compile(file, arch, to="ptx").cubin.read_text() for file in files]
+    library = load_ptx(texts, [*files, "runtime.cu"], wanted=template)
     for seed in (1, 2):
         assert gemm.outcome(library, case, kernel, race=1, seed=seed) == "right"
     assert library.stat("flop") > 0, "the C++ ran in the place of the PTX"

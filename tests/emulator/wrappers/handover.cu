@@ -3,7 +3,7 @@
 // Warp 1 makes a buffer of kWords words a step, warp 0 stores it to global memory. Two buffers, and
 // a pair of named barriers for each: full (1, 2) and empty (3, 4). The last buffer is also sent to
 // the other CTA of the cluster, which stores it after its own.
-#include "rx.cuh"
+#include "more_rx.cuh"
 #include "rx/launch.cuh"
 
 namespace handover {

@@ -3,7 +3,7 @@
 // A kernel writes 32-bit words that depend on nothing but what the wrapper must do; products are of
 // small integers, so that they are exact in any order. tests/golden/wrappers.npz keeps the words.
 #pragma once
-#include "rx.cuh"
+#include "more_rx.cuh"
 #include "rx/launch.cuh"
 
 namespace wrappers {

@@ -1,0 +1,169 @@
+// states.cuh - from the states in global memory to rows in scratch and back: the call's input, and
+// the rms that must be written out.
+//
+// A CTA takes a row tile, its warps share the columns. A row tile is always the same CTA's, and an
+// element of it the same thread's, so that states written in one call are read in the next without
+// a barrier between.
+#pragma once
+#include "../recursion.cuh"
+#include "product.cuh"
+
+namespace grid_sm80 {
+
+// This warp's tiles (warp, warp + 8, ..) of a row tile: word w holds row l/4 + 8 (w % 2).
+using Words = uint32_t[kRowWarpTiles][4];
+
+RX_DEVICE int first_row() { return lane_id() >> 2; }
+// Column of word w of tile t of this warp.
+RX_DEVICE int column_of(int t, int w) {
+  return (warp_id() + t * kWarps) * 16 + (w >> 1) * 8 + (lane_id() & 3) * 2;
+}
+
+// x <- bf16(rms(rows of h)); rows beyond the last token become zeros.
+RX_DEVICE void normalised_rows(Words& x, const uint4* h_g, int tile, const Sizes& z, int tokens,
+                               float eps, float* sums_s) {
+  const uint4* row_g = h_g + int64_t(tile) * z.width * 32;
+  float squares[2] = {0.f, 0.f};
+#pragma unroll
+  for (int t = 0; t < kRowWarpTiles; t++) {
+    const int column = warp_id() + t * kWarps;
+    if (column >= z.width) break;
+    const uint4 v = row_g[column * 32 + lane_id()];
+    x[t][0] = v.x, x[t][1] = v.y, x[t][2] = v.z, x[t][3] = v.w;
+    squares[0] += square_of(v.x) + square_of(v.z);
+    squares[1] += square_of(v.y) + square_of(v.w);
+  }
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    squares[half] += __shfl_xor_sync(rx::kFullWarp, squares[half], 1);
+    squares[half] += __shfl_xor_sync(rx::kFullWarp, squares[half], 2);
+    if ((lane_id() & 3) == 0) sums_s[warp_id() * 16 + half * 8 + first_row()] = squares[half];
+  }
+  __syncthreads();
+  float scale[2];
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    float sum = 0.f;
+    for (int w = 0; w < kWarps; w++) sum += sums_s[w * 16 + half * 8 + first_row()];
+    scale[half] = rsqrtf(sum / float(z.width * 16) + eps);
+    if (tile % z.token_tiles * 16 + half * 8 + first_row() >= tokens) scale[half] = 0.f;
+  }
+  __syncthreads();  // the sums may be written again
+#pragma unroll
+  for (int t = 0; t < kRowWarpTiles; t++)
+#pragma unroll
+    for (int w = 0; w < 4; w++) {
+      if (warp_id() + t * kWarps >= z.width) break;
+      const float2 v = rx::unpack_bf16(x[t][w]);
+      x[t][w] = rx::pack_bf16(v.x * scale[w & 1], v.y * scale[w & 1]);
+    }
+}
+
+// Where word w of tile t lies in a state [B, T, D], or null beyond the last token.
+RX_DEVICE uint32_t* word_of(const void* state_g, int tile, int t, int w, const Sizes& z,
+                            int tokens) {
+  const int token = tile % z.token_tiles * 16 + (w & 1) * 8 + first_row();
+  if (token >= tokens) return nullptr;
+  const int64_t row = int64_t(tile / z.token_tiles) * tokens + token;
+  return static_cast<uint32_t*>(const_cast<void*>(state_g)) +
+         (row * z.width * 16 + column_of(t, w)) / 2;
+}
+
+RX_DEVICE void store_state(void* state_g, const Words& x, int tile, const Sizes& z, int tokens) {
+#pragma unroll
+  for (int t = 0; t < kRowWarpTiles; t++)
+#pragma unroll
+    for (int w = 0; w < 4; w++) {
+      if (warp_id() + t * kWarps >= z.width) break;
+      if (uint32_t* at = word_of(state_g, tile, t, w, z, tokens)) *at = x[t][w];
+    }
+}
+
+// Rows as the first product of a block reads them: h, or h^T before a token-MLP.
+RX_DEVICE void store_rows(unsigned char* scratch_g, const Words& x, int tile, const Sizes& z,
+                          bool transposed) {
+  uint4* h_g = reinterpret_cast<uint4*>(scratch_g + z.h);
+  uint4* ht_g = reinterpret_cast<uint4*>(scratch_g + z.ht);
+  const int sample = tile / z.token_tiles, token_tile = tile % z.token_tiles;
+#pragma unroll
+  for (int t = 0; t < kRowWarpTiles; t++) {
+    const int column = warp_id() + t * kWarps;
+    if (column >= z.width) break;
+    if (transposed) {
+      const int64_t row = int64_t(sample) * z.width + column;
+      ht_g[(row * z.token_tiles + token_tile) * 32 + lane_id()] =
+          make_uint4(transpose_8x8(x[t][0]), transpose_8x8(x[t][2]), transpose_8x8(x[t][1]),
+                     transpose_8x8(x[t][3]));
+    } else {
+      h_g[(int64_t(tile) * z.width + column) * 32 + lane_id()] =
+          make_uint4(x[t][0], x[t][1], x[t][2], x[t][3]);
+    }
+  }
+}
+
+RX_DEVICE uint32_t add_bf16(uint32_t a, uint32_t b) {
+  const float2 x = rx::unpack_bf16(a), y = rx::unpack_bf16(b);
+  return rx::pack_bf16(x.x + y.x, x.y + y.y);
+}
+
+// sum <- left-to-right sum of `count` states, each partial sum rounded; `fresh` is state `made`.
+RX_DEVICE void add_states(Words& sum, const int32_t* which, int count, const RxRecursion& r,
+                          uint32_t written, const Words& fresh, int made, int tile,
+                          const Sizes& z) {
+  for (int i = 0; i < count; i++) {
+    const bool is_fresh = which[i] == made;
+    const void* state_g = rx::state_source(r, written, which[i]);
+#pragma unroll
+    for (int t = 0; t < kRowWarpTiles; t++)
+#pragma unroll
+      for (int w = 0; w < 4; w++) {
+        if (warp_id() + t * kWarps >= z.width) break;
+        uint32_t v = 0;
+        if (is_fresh)
+          v = fresh[t][w];
+        else if (const uint32_t* at = word_of(state_g, tile, t, w, z, r.tokens))
+          v = *at;
+        sum[t][w] = i ? add_bf16(sum[t][w], v) : v;
+      }
+  }
+}
+
+// Between two calls: the rows that the last one left become state `made` (-1: there was none), and
+// the next one's input is formed (null: there is none). `written`: states of earlier calls.
+RX_DEVICE void enter(const RxRecursion& r, const Sizes& z, uint32_t written, int made, float eps,
+                     const RxCall* call, bool transposed, float* sums_s) {
+  unsigned char* scratch_g = static_cast<unsigned char*>(r.scratch);
+  for (int tile = blockIdx.x; tile < z.row_tiles; tile += gridDim.x) {
+    Words fresh = {}, sum = {}, inject = {};
+    if (made >= 0) {
+      normalised_rows(fresh, reinterpret_cast<const uint4*>(scratch_g + z.h), tile, z, r.tokens,
+                      eps, sums_s);
+      store_state(r.states_out[made], fresh, tile, z, r.tokens);
+    }
+    if (!call) continue;
+    add_states(sum, call->state, call->num_state, r, written, fresh, made, tile, z);
+    add_states(inject, call->inject, call->num_inject, r, written, fresh, made, tile, z);
+    if (call->num_inject) {
+#pragma unroll
+      for (int t = 0; t < kRowWarpTiles; t++)
+#pragma unroll
+        for (int w = 0; w < 4; w++) sum[t][w] = add_bf16(sum[t][w], inject[t][w]);
+    }
+    store_rows(scratch_g, sum, tile, z, transposed);
+  }
+}
+
+// States that no call wrote leave as they came.
+RX_DEVICE void copy_unwritten(const RxRecursion& r, uint32_t written) {
+  const int64_t words = int64_t(r.batch) * r.tokens * r.hidden / 8;
+  for (int i = 0; i < r.num_states; i++) {
+    if (written >> i & 1) continue;
+    const uint4* in_g = static_cast<const uint4*>(r.states_in[i]);
+    uint4* out_g = static_cast<uint4*>(r.states_out[i]);
+    for (int64_t j = int64_t(blockIdx.x) * kThreads + threadIdx.x; j < words;
+         j += int64_t(gridDim.x) * kThreads)
+      out_g[j] = in_g[j];
+  }
+}
+
+}  // namespace grid_sm80

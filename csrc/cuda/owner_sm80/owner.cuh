@@ -1,0 +1,103 @@
+// owner.cuh - what every stage of the owner kernel sees: the CTA's memory and its addresses.
+//
+// h, K and V lie in shared memory as 8 x 8 matrices of 128 bytes, row block after row block:
+// ldmatrix, plain or transposed, the stores of accumulators and 16-byte vectors are all free of
+// bank conflicts without a swizzle. Where a warp's accumulators become the next product's A
+// operand (Q, attention's output, the SwiGLU's middle), they go through the owner's scratch in L2
+// as fragments: each lane writes and reads 16 bytes, 512 consecutive ones a warp.
+//
+// h holds un-normalised rows; row r stands for h[r] * scale[r]. Each product's epilogue applies the
+// scale, so that no pass over h does nothing but normalise.
+#pragma once
+#include "ring.cuh"
+#include "timeline.cuh"
+
+namespace owner_sm80 {
+
+template <class P>
+struct Owner {
+  const Params& p;
+  unsigned char* smem;
+  Ring ring;
+  Timeline timeline;
+  int warp, lane;
+
+  RX_DEVICE Owner(const Params& params, unsigned char* shared)
+      : p(params),
+        smem(shared),
+        ring(params, shared),
+        timeline(params.r, int(blockIdx.x)),
+        warp(int(threadIdx.x) >> 5),
+        lane(int(threadIdx.x) & 31) {}
+
+  // Called where a stage begins: else the compiler keeps addresses of all stages in registers from
+  // the start of the kernel, and spills them.
+  RX_DEVICE void forget_addresses() { warp = rx::opaque(warp), lane = rx::opaque(lane); }
+
+  RX_DEVICE float* scales() const { return reinterpret_cast<float*>(smem + p.at.scales); }
+  // Partial sums of squares, [warp][row]; they lie over K, which is dead by then.
+  RX_DEVICE float* sums() const { return reinterpret_cast<float*>(smem + p.at.keys); }
+
+  RX_DEVICE uint4* query_g() const { return scratch(p.at.query); }
+  RX_DEVICE uint4* mixed_g() const { return scratch(p.at.mixed); }
+  RX_DEVICE uint4* middle_g() const { return scratch(p.at.middle_at); }
+  RX_DEVICE uint4* inject_g() const { return scratch(p.at.inject); }
+  // 16-byte vector of a scratch panel: this lane's registers of k16 column kt, row tile i.
+  RX_DEVICE int fragment(int kt, int i) const { return (kt * P::kTiles + i) * 32 + lane; }
+
+  // False for rows 8..15 of the last row tile where they are padding that is not stored.
+  RX_DEVICE bool is_stored(int i, int half) const {
+    return !(half == 1 && i == P::kTiles - 1 && (p.at.row_blocks & 1));
+  }
+
+  // For ldmatrix: the address of this lane's row in 8 x 8 matrix (row tile i + half, column block).
+  // In the place of a matrix that is not stored its neighbour is read: padding rows, of which
+  // nothing is used.
+  RX_DEVICE uint32_t row_address(uint32_t panel, int i, int half, int column_blocks,
+                                 int column_block) const {
+    const int block = 2 * i + (is_stored(i, half) ? half : 0);
+    return rx::smem_u32(smem) + panel + uint32_t(block * column_blocks + column_block) * kMatrix +
+           uint32_t(lane & 7) * 16;
+  }
+
+  // This lane's two accumulators of a row tile's half, in the column tile `column_block`.
+  RX_DEVICE uint32_t* pair(uint32_t panel, int i, int half, int column_blocks,
+                           int column_block) const {
+    return reinterpret_cast<uint32_t*>(
+        smem + panel + uint32_t((2 * i + half) * column_blocks + column_block) * kMatrix +
+        uint32_t(lane) * 4);
+  }
+
+  // Row of this lane's accumulators in a row tile's half.
+  RX_DEVICE int row(int i, int half) const { return i * 16 + half * 8 + (lane >> 2); }
+
+ private:
+  RX_DEVICE uint4* scratch(int64_t at) const {
+    char* own = static_cast<char*>(p.r.scratch) + int64_t(blockIdx.x) * p.at.scratch_bytes;
+    return reinterpret_cast<uint4*>(own + at);
+  }
+};
+
+template <int kRows, int kColumns>
+RX_DEVICE void clear(float (&acc)[kRows][kColumns][4]) {
+#pragma unroll
+  for (int i = 0; i < kRows; i++)
+#pragma unroll
+    for (int j = 0; j < kColumns; j++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) acc[i][j][e] = 0.f;
+}
+
+// The sum over the four lanes that share a row of accumulators.
+RX_DEVICE float sum_of_row(float x) {
+  x += __shfl_xor_sync(rx::kFullWarp, x, 1);
+  return x + __shfl_xor_sync(rx::kFullWarp, x, 2);
+}
+RX_DEVICE float max_of_row(float x) {
+  x = fmaxf(x, __shfl_xor_sync(rx::kFullWarp, x, 1));
+  return fmaxf(x, __shfl_xor_sync(rx::kFullWarp, x, 2));
+}
+
+RX_DEVICE float swiglu(float gate, float up) { return __fdividef(gate, 1.f + __expf(-gate)) * up; }
+
+}  // namespace owner_sm80

@@ -1,0 +1,161 @@
+"""The plan of the owner kernel (csrc/cuda/owner_sm80/): one CTA owns samples and runs every call.
+
+A CTA owns a group of one or more samples, keeps their carry in shared memory and streams the whole
+tape of weights from L2 at each call. Sizes are those of csrc/cuda/owner_sm80/layout.cuh; a test
+compares them with the compiled ones.
+"""
+
+from __future__ import annotations
+
+from recurx.nets import ATTENTION, BlockSpec, NetSpec
+from recurx.plan.count import ceil_div, flops
+from recurx.plan.device import Device
+from recurx.plan.launch import LaunchPlan, Work
+from recurx.problem import Problem
+
+Shapes = tuple[tuple[int, int], ...]
+
+# (hidden, row tiles of 16) that are compiled: RX_OWNER_PLANS of owner_sm80/launch.cu.
+OWNER_PLANS: Shapes = (
+    (64, 2), (64, 8), (128, 8), (256, 8), (384, 8), (512, 6), (512, 7), (512, 8),
+)  # fmt: skip
+HEAD_DIMS = (32, 64, 128)
+WARPS = 8
+RING = 4 * WARPS * 1024  # bytes
+MIDDLE_CHUNK, TOKEN_CHUNK = 128, 32
+# Of what mma.sync reaches, the share that the L1 pipe, softmax and epilogues leave: reckoned in the
+# header of the kernel, not measured.
+EFFICIENCY = 0.85
+
+
+def why_not_owner(problem: Problem, device: Device, compiled: Shapes = OWNER_PLANS) -> str | None:
+    """What this kernel lacks for a problem that csrc/cuda takes in general; None: nothing."""
+    widths = sorted({hidden for hidden, _ in compiled})
+    if problem.hidden not in widths:
+        return f"is compiled for D in {widths}, got D={problem.hidden}"
+    for name, spec in problem.nets:
+        for block in spec.blocks:
+            if block.kind == ATTENTION and block.head_dim not in HEAD_DIMS:
+                return f"needs head_dim in {HEAD_DIMS}, net {name!r} has {block.head_dim}"
+    tiles = _tiles(compiled, problem.hidden, ceil_div(problem.tokens, 16))
+    if tiles is None:
+        most = 16 * max(t for hidden, t in compiled if hidden == problem.hidden)
+        return f"keeps up to T={most} tokens in shared memory, got T={problem.tokens}"
+    if not _shapes(problem, device, compiled):
+        need = shared_bytes(problem, 1, tiles)
+        return (
+            f"needs {need} bytes of shared memory for T={problem.tokens}, D={problem.hidden}, "
+            f"{device.name} has {device.shared_bytes} a block"
+        )
+    return None
+
+
+def owner_plans(
+    problem: Problem, device: Device, compiled: Shapes = OWNER_PLANS
+) -> list[LaunchPlan]:
+    """One plan for each number of samples a CTA."""
+    if why_not_owner(problem, device, compiled) is not None:
+        return []
+    return [
+        _plan(problem, device, samples, tiles)
+        for samples, tiles in _shapes(problem, device, compiled)
+    ]
+
+
+def _tiles(compiled: Shapes, hidden: int, needed: int) -> int | None:
+    """The smallest compiled number of row tiles that is enough."""
+    return min((t for h, t in compiled if h == hidden and t >= needed), default=None)
+
+
+def _unit(problem: Problem) -> int:
+    """Columns of Q of the widest attention unit; 0 without attention."""
+    dims = [b.head_dim for _, spec in problem.nets for b in spec.blocks if b.kind == ATTENTION]
+    return 128 if 128 in dims else 64 if dims else 0
+
+
+def shared_bytes(problem: Problem, samples: int, tiles: int) -> int:
+    """Shared memory of a CTA: h, K and V of a unit (or the sums in their place), ring, scales."""
+    rows = (samples - 1) * 16 * ceil_div(problem.tokens, 16) + problem.tokens
+    blocks = 2 * tiles - 1 if rows <= 16 * tiles - 8 else 2 * tiles
+    panels = 2 * blocks * (_unit(problem) // 8) * 128
+    sums = WARPS * tiles * 16 * 4
+    return blocks * (problem.hidden // 8) * 128 + max(panels, sums) + RING + tiles * 16 * 4
+
+
+def _shapes(problem: Problem, device: Device, compiled: Shapes) -> list[tuple[int, int]]:
+    """(samples a CTA, row tiles) that fit the device and leave no CTA without a whole group."""
+    each = ceil_div(problem.tokens, 16)
+    found = []
+    for samples in range(1, 8 // each + 1):
+        tiles = _tiles(compiled, problem.hidden, samples * each)
+        if tiles is None or samples > max(1, problem.batch):
+            continue
+        if shared_bytes(problem, samples, tiles) <= device.shared_bytes:
+            found.append((samples, tiles))
+    return found
+
+
+def _token_columns(hidden: int, tiles: int) -> int:
+    """Columns of h that the token MLP takes a pass."""
+    return 16 * WARPS * (2 if hidden % 256 == 0 and tiles < 8 else 1)
+
+
+def _block_values(block: BlockSpec, tiles: int, tokens: int, repeats: int) -> tuple[float, float]:
+    """(FLOPs of `tiles` row tiles with padding, bytes of tape) of one block."""
+    d, rows = block.hidden, 16 * tiles
+    middle = MIDDLE_CHUNK * ceil_div(block.inner, MIDDLE_CHUNK)
+    # D = 64 keeps half of the warps busy in O and down, but the tape is as long.
+    out = d if d % 256 == 0 else WARPS * 16 * ceil_div(d, WARPS * 16)
+    values, total = 2 * middle * d + out * middle, 2.0 * rows * (2 * middle * d + out * middle)
+    if block.kind == ATTENTION:
+        values += 3 * d * d + out * d
+        total += 2.0 * rows * (3 * d * d + out * d) + 4.0 * rows * (16 * ceil_div(tokens, 16)) * d
+        return total, 2.0 * values
+    each = 16 * ceil_div(tokens, 16)
+    inner = TOKEN_CHUNK * ceil_div(block.token_inner, TOKEN_CHUNK)
+    total += repeats * 2.0 * min(d, _token_columns(d, tiles)) * 3 * inner * each
+    return total, 2.0 * (values + repeats * 3 * inner * each)
+
+
+def _call_values(spec: NetSpec, samples: int, tiles: int, tokens: int) -> tuple[float, float]:
+    """(FLOPs, bytes of tape) of one net call of one CTA."""
+    d = spec.hidden
+    repeats = samples * ceil_div(d, _token_columns(d, tiles))
+    each = [_block_values(block, tiles, tokens, repeats) for block in spec.blocks]
+    return sum(f for f, _ in each), sum(b for _, b in each)
+
+
+def _plan(problem: Problem, device: Device, samples: int, tiles: int) -> LaunchPlan:
+    groups = max(1, ceil_div(problem.batch, samples))
+    owners = min(groups, device.units)
+    rounds = ceil_div(groups, owners)
+    specs = dict(problem.nets)
+    each = {
+        name: _call_values(spec, samples, tiles, problem.tokens) for name, spec in specs.items()
+    }
+    calls = [each[step.net] for step in problem.schedule.steps]
+    # The last round is as long as the others, however few owners still work in it.
+    padded = owners * rounds * sum(f for f, _ in calls)
+    tape = owners * rounds * sum(b for _, b in calls)
+    state_bytes = 2.0 * problem.batch * problem.tokens * problem.hidden
+    reads = sum(len(step.reads) for step in problem.schedule.steps)
+    work = Work(
+        flops=flops(problem),
+        padded_flops=padded,
+        dram_bytes=state_bytes * (1 + 2 * len(problem.schedule.states)),
+        l2_bytes=tape + state_bytes * reads,
+        launches=1,
+        parallel=owners,
+        efficiency=device.mma_sync * EFFICIENCY,
+    )
+    settings = (
+        ("owners", owners),
+        ("samples", samples),
+        ("tiles", tiles),
+        ("shared_bytes", shared_bytes(problem, samples, tiles)),
+    )
+    many = f"{samples} samples" if samples > 1 else "a sample"
+    why = f"one CTA owns {many} for all {len(calls)} calls, the carry in its shared memory"
+    if rounds > 1:
+        why += f"; {groups} groups in {rounds} rounds"
+    return LaunchPlan("cuda", "owner", settings, work, why)
