@@ -27,7 +27,7 @@ import torch
 import recurx
 from recurx.commands import main
 from recurx.train import state
-from recurx.train.trainer import METRICS_FILE, MODEL_FILE, STATE_FILE
+from recurx.train.run_folder import METRICS_FILE, MODEL_FILE, STATE_FILE
 
 RUN = ["sort:length=4,values=3", "--batch-size", "4", "--set", "hidden_size=16", "--set",
        "num_heads=2", "--set", "halt_max_steps=3", "--warmup", "3"]  # fmt: skip

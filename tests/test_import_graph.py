@@ -51,6 +51,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("train",),
     ("profiler",),
     ("experiments.hybrid", "_checkout"),
+    ("hybrid",),
     ("",),
     ("cli",),
     ("bench",),

@@ -55,6 +55,20 @@ class Examples:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Which cells of a board belong together.
+
+    Args:
+        units: [G, T] of each cell its row, its column and, where there are boxes, its box, numbered
+            apart.
+        neighbours: [T, T] whether two different cells touch, or share a unit: what the rules link.
+    """
+
+    units: NDArray[np.int64]
+    neighbours: NDArray[np.bool_]
+
+
 class Task(ABC):
     """A family of puzzles with `seq_len` tokens out of `vocab_size`.
 
@@ -94,6 +108,11 @@ class Task(ABC):
     def has_rules(self) -> bool:
         """Whether `check` can tell right answers from wrong without their labels."""
         return True
+
+    @property
+    def grid(self) -> Grid | None:
+        """How the tokens lie on a board; None in other tasks."""
+        return None
 
     @property
     @abstractmethod

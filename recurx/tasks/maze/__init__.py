@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recurx.errors import bad_argument
-from recurx.tasks.base import PAD, Examples, Flags, Task, Tokens, hashed_share
+from recurx.tasks.base import PAD, Examples, Flags, Grid, Task, Tokens, hashed_share
 from recurx.tasks.maze import hard, paths
 
 CHARACTERS = "?# SGo"  # by token id
@@ -52,6 +52,14 @@ class Maze(Task):
     @property
     def pool(self) -> int:
         return 1024  # some seconds of pure Python at 10x10
+
+    @property
+    def grid(self) -> Grid:
+        """Cells that touch are neighbours."""
+        row, column = np.divmod(np.arange(self.seq_len), self.size)
+        units = np.stack([row, self.size + column])
+        apart = abs(units[:, :, None] - units[:, None, :]).sum(axis=0)
+        return Grid(units, apart == 1)
 
     @property
     def held_out_rule(self) -> str:
