@@ -42,6 +42,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("route",),
     ("api",),
     ("models",),
+    ("weights_file",),
     ("checkpoint",),
     ("shipped_nets",),
     ("patching",),

@@ -146,8 +146,7 @@ class ModelConfig:
 
     def inner_width(self, width: int) -> int:
         """Inner width F of a SwiGLU over `width`."""
-        wanted = round(self.expansion * width * 2 / 3)
-        return -(-wanted // self.inner_multiple) * self.inner_multiple
+        return inner_width(self.expansion, width, self.inner_multiple)
 
     def replace(self: Self, **changes: Any) -> Self:
         """A copy with some fields changed, validated again."""
@@ -246,6 +245,11 @@ class ModelConfig:
 
     def _bad(self, name: str, expected: str, got: object) -> Exception:
         return bad_argument(type(self).__name__, name, expected, repr(got))
+
+
+def inner_width(expansion: float, width: int, multiple: int) -> int:
+    """Inner width F of a SwiGLU: `expansion` * `width` * 2/3, rounded up to a `multiple`."""
+    return -(-round(expansion * width * 2 / 3) // multiple) * multiple
 
 
 def _known(cls: type[ModelConfig], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recurx.errors import CheckpointError
 from recurx.models.act import RecursiveModel, build_model
-from recurx.models.config import ModelConfig, config_class
+from recurx.models.config import ModelConfig, config_class, inner_width
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -139,13 +139,9 @@ def _expansion(shapes: Shapes, hidden: int, known: Mapping[str, Any]) -> dict[st
     multiples = [known["inner_multiple"]] if "inner_multiple" in known else [256, 128, 64, 32, 16]
     for multiple in multiples:
         for expansion in (4.0, 2.0, 8 / 3, 3.0, 8.0, 1.5 * inner / hidden):
-            if all(_width(expansion, width, multiple) == found for width, found in seen):
+            if all(inner_width(expansion, width, multiple) == found for width, found in seen):
                 return {"expansion": expansion, "inner_multiple": multiple}
     return {}
-
-
-def _width(expansion: float, width: int, multiple: int) -> int:
-    return -(-round(expansion * width * 2 / 3) // multiple) * multiple
 
 
 def _tokens(shapes: Shapes) -> int | None:

@@ -73,8 +73,7 @@ def move_(
     """
     kinds: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = {}
     for pair in zip(averages, values, strict=True):
-        fits = small_ops.on_triton(pair[0]) and all(_kernel_takes(t) for t in pair)
-        kind = (pair[0].device, pair[0].dtype, pair[1].dtype) if fits else ()
+        kind = (pair[0].device, *(t.dtype for t in pair)) if small_ops.takes(*pair) else ()
         kinds.setdefault(kind, []).append(pair)
     for kind, pairs in kinds.items():
         some, towards = (list(column) for column in zip(*pairs, strict=True))
@@ -91,7 +90,3 @@ def move_(
         else:
             torch._foreach_lerp_(some, towards, share)
     return tables
-
-
-def _kernel_takes(tensor: Tensor) -> bool:
-    return tensor.dtype in (torch.float32, torch.bfloat16) and tensor.is_contiguous()

@@ -32,6 +32,7 @@ from recurx.train.optim import (
     adam_atan2_,
     embedding_buffers,
     sparse_sign_sgd_,
+    stepping,
 )
 
 _KNOWN = "a loss head with a stablemax `loss_fn`, AdamATan2, sparse sign SGD, an EMA helper"
@@ -155,20 +156,7 @@ def _optimizer(handle: PatchHandle, optimizer: torch.optim.Optimizer) -> list[tu
         handle.note(Entry("", kind, False, (difference,)))
         return []
     handle.note(Entry("", kind, True, (f"step: {what}",)))
-    return [(optimizer, "step", MethodType(_stepping(rule), optimizer))]
-
-
-def _stepping(rule: Callable[[torch.optim.Optimizer], None]) -> Callable[..., Any]:
-    @torch.no_grad()
-    def step(self: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        rule(self)
-        return loss
-
-    return step
+    return [(optimizer, "step", MethodType(stepping(rule), optimizer))]
 
 
 def _not_sign_sgd(optimizer: torch.optim.Optimizer) -> str | None:

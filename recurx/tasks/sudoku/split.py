@@ -9,18 +9,17 @@ puzzles and every puzzle whose solution could be a symmetric image of one of the
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from recurx.errors import InvalidArgument, bad_argument
 from recurx.tasks.base import Examples, Task
+from recurx.tasks.sampler import Stream
 from recurx.tasks.sudoku import Sudoku, files, solver, symmetry
 from recurx.tasks.sudoku.layout import Layout, is_solution, to_tokens
 
@@ -178,7 +177,7 @@ def _related(
     return np.isin(orbit[rows], orbit[held_out])
 
 
-class PuzzleSampler:
+class PuzzleSampler(Stream):
     """A seeded, endless stream of images of a file's training puzzles; saved like `tasks.Sampler`.
 
     Args:
@@ -203,14 +202,6 @@ class PuzzleSampler:
         if self.reveal:
             puzzles = revealed(rng, puzzles, answers, self.reveal)
         return Examples(to_tokens(puzzles), to_tokens(answers))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, fit for JSON."""
-        return copy.deepcopy(dict(self._rng.bit_generator.state))
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where the sampler that made `state` stopped (same file, seed, reveal)."""
-        self._rng.bit_generator.state = copy.deepcopy(state)
 
 
 def revealed(
