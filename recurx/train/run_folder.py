@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from recurx import atomic
 from recurx.checkpoint import save_checkpoint
 from recurx.errors import CheckpointError, InvalidArgument
 from recurx.models import RecursiveModel
-from recurx.train import metrics, state
+from recurx.train import state
 from recurx.train.config import TrainConfig
 
 MODEL_FILE, STATE_FILE, METRICS_FILE = "model.safetensors", "state.safetensors", "metrics.jsonl"
@@ -61,16 +62,35 @@ class RunFolder:
             save_checkpoint(self.path / MODEL_FILE, model, extra)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append one line to the metrics."""
+        """Append one line to the metrics; it needs a "step"."""
         if self.path is not None:
-            metrics.append(self.path / METRICS_FILE, record)
+            self.path.mkdir(parents=True, exist_ok=True)
+            with (self.path / METRICS_FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
 
     def tidy(self, step: int) -> None:
-        """Remove what a killed run left: parts of files, and metrics later than its state."""
-        if self.path is not None:
-            metrics.forget_after(self.path / METRICS_FILE, step)
-            for name in (METRICS_FILE, STATE_FILE, MODEL_FILE):
-                atomic.sweep(self.path / name)
+        """Remove what a killed run left: parts of files, and metrics later than its state.
+
+        The run that goes on makes those lines again. One that the kill cut short counts as later.
+        """
+        if self.path is None:
+            return
+        metrics = self.path / METRICS_FILE
+        if metrics.is_file():
+            text = metrics.read_text(encoding="utf-8")
+            kept = "".join(f"{line}\n" for line in text.splitlines() if _step_of(line) <= step)
+            if kept != text:
+                with atomic.replacing(metrics) as new:  # a kill in here must not lose what it held
+                    new.write_text(kept, encoding="utf-8")
+        for name in (METRICS_FILE, STATE_FILE, MODEL_FILE):
+            atomic.sweep(self.path / name)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return float("inf")
 
 
 def saved_config(folder: str | Path) -> TrainConfig:

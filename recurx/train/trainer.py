@@ -51,7 +51,7 @@ class Trainer:
 
     Args:
         config: what to train (of a resumed run, see `Trainer.resume`).
-        folder: where checkpoints and metrics go (made if missing); None keeps all in memory.
+        folder: where its files go (made if missing); None keeps all in memory.
         data: what it trains on; None: the task, or the file of puzzles, that the config names.
         device, backend: where and on what the model runs.
         captured: whether a step is one CUDA graph; None: on a GPU.
@@ -206,8 +206,8 @@ class Trainer:
     ) -> str:
         """Train until `steps` in total, `time_budget` seconds in this call, or `on_step` is True.
 
-        Ctrl-C (and SIGTERM) end it after the step in progress; a checkpoint is written at the end
-        in any case, so the run can be resumed.
+        Ctrl-C (and SIGTERM) end it after the step in progress; it is saved at the end in any case,
+        so that it can be resumed.
 
         Returns:
             Why it ended: "steps", "time", "stopped" or "interrupted".
