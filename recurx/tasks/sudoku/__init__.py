@@ -32,6 +32,8 @@ class Sudoku(Task):
     max_guesses: int | None = None
     name: str = "sudoku"
 
+    blank = 1
+
     def __post_init__(self) -> None:
         Layout.of(self.size)  # refuses unknown sizes
 
@@ -46,10 +48,6 @@ class Sudoku(Task):
     @property
     def vocab_size(self) -> int:
         return self.size + 2
-
-    @property
-    def blank(self) -> int:
-        return 1
 
     @property
     def pool(self) -> int:
