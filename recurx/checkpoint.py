@@ -193,22 +193,17 @@ def _stored_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     values = _own_values(path, metadata)
     if "encoder_width" in values:
         raise CheckpointError(f"{path}: a hybrid: recurx.hybrid.HybridReasoner.load reads it.")
-    try:
-        return config_class(values.get("variant")).from_dict(values).to_dict()
-    except ValueError as error:
-        raise _unreadable(path, error) from error
+    return values
 
 
 def _own_values(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         values: dict[str, Any] = json.loads(metadata[_CONFIG])
+        if "encoder_width" not in values:  # a hybrid checks its own
+            values = config_class(values.get("variant")).from_dict(values).to_dict()
     except ValueError as error:
-        raise _unreadable(path, error) from error
+        raise CheckpointError(f"{path}: unreadable {_CONFIG} in its metadata: {error}") from error
     return values
-
-
-def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path}: unreadable {_CONFIG} in its metadata: {error}")
 
 
 def _official_config(path: Path) -> dict[str, Any]:

@@ -102,8 +102,8 @@ def _assumptions(
     if not fields["mlp_t"]:
         out["num_heads"] = max(1, hidden // _HEAD_DIM), "head_dim 64, as published"
     if "pos_encodings" not in fields:
-        value = "none" if fields["mlp_t"] else "rope"
-        out["pos_encodings"] = value, f"as published for {_kind(fields)} blocks"
+        value, kind = ("none", "token-MLP") if fields["mlp_t"] else ("rope", "attention")
+        out["pos_encodings"] = value, f"as published for {kind} blocks"
     if variant == "hrm":
         out["H_cycles"], out["L_cycles"] = (2, "as published"), (2, "as published")
     else:
@@ -114,7 +114,9 @@ def _assumptions(
     prefix_len = known.get("puzzle_emb_len", 0 if variant == "hrm" else 16)
     if fields["puzzle_emb_ndim"] and "puzzle_emb_len" not in known:
         out["puzzle_emb_len"] = prefix_len, "as published (0: just enough tokens)"
-    prefix = (prefix_len or -(-fields["puzzle_emb_ndim"] // hidden)) if _has_table(fields) else 0
+    prefix = (
+        (prefix_len or -(-fields["puzzle_emb_ndim"] // hidden)) if fields["puzzle_emb_ndim"] else 0
+    )
     tokens = _tokens(shapes)
     if tokens is not None:
         out["seq_len"] = tokens - prefix, f"{tokens} tokens less a prefix of {prefix}"
@@ -161,14 +163,6 @@ def _layers(shapes: Shapes, level: str) -> int:
         name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)
     }
     return max(1, len(numbers))
-
-
-def _kind(fields: Mapping[str, Any]) -> str:
-    return "token-MLP" if fields["mlp_t"] else "attention"
-
-
-def _has_table(fields: Mapping[str, Any]) -> bool:
-    return bool(fields["puzzle_emb_ndim"])
 
 
 def check_names_and_shapes(config: ModelConfig, state: Mapping[str, Tensor]) -> None:

@@ -139,7 +139,6 @@ def _patch_class(handle: PatchHandle, cls: type[nn.Module], how: _How) -> None:
         handle.note(Entry(cls.__qualname__, "class", False, ("it has no recursion known here",)))
         raise UnsupportedModel(_refusal(handle, cls.__qualname__))
     original: Callable[..., None] = cls.__init__
-    own = "__init__" in vars(cls)
 
     @functools.wraps(original)
     def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -147,16 +146,7 @@ def _patch_class(handle: PatchHandle, cls: type[nn.Module], how: _How) -> None:
         if type(self) is cls:  # a subclass is not complete yet, and may do anything
             _patch_instance(handle, self, how)
 
-    def undo() -> None:
-        if cls.__init__ is not __init__:
-            return  # somebody wrapped it again: leave theirs
-        if own:
-            cls.__init__ = original  # type: ignore[method-assign]
-        else:
-            del cls.__init__
-
-    cls.__init__ = __init__  # type: ignore[method-assign]
-    handle.on_remove(undo)
+    handle.put(cls, "__init__", __init__)
     details = ("instances built from now on are patched; those that exist are not",)
     handle.note(Entry(cls.__qualname__, "class", True, details))
 

@@ -68,7 +68,7 @@ def swap(*things: Any) -> PatchHandle:
             lines += [str(entry) for entry in handle.report.refused]
             raise UnsupportedModel("\n".join([*lines, f"  Known: {_KNOWN}."]))
     for owner, name, value in ready:  # all or nothing: no error comes after this line
-        _install(handle, owner, name, value)
+        handle.put(owner, name, value)
     return handle
 
 
@@ -83,21 +83,6 @@ def provide_adam_atan2() -> None:
     module = ModuleType("adam_atan2", "recurx's AdamATan2 under the name official code imports.")
     module.AdamATan2 = AdamATan2  # type: ignore[attr-defined]
     sys.modules["adam_atan2"] = module
-
-
-def _install(handle: PatchHandle, owner: Any, name: str, value: Any) -> None:
-    own, before = name in vars(owner), vars(owner).get(name)
-
-    def undo() -> None:
-        if vars(owner).get(name) is not value:
-            return  # somebody replaced it again: leave theirs
-        if own:
-            setattr(owner, name, before)
-        else:
-            delattr(owner, name)
-
-    setattr(owner, name, value)
-    handle.on_remove(undo)
 
 
 # ---- losses -------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from recurx.tasks.base import Examples, Task
 from recurx.tasks.sampler import Stream
 from recurx.tasks.sudoku import Sudoku, files, solver, symmetry
 from recurx.tasks.sudoku.layout import Layout, is_solution, to_tokens
+from recurx.tasks.text_files import opened
 
 HOLD_OUT_SEED = 0
 OnProgress = Callable[[int, int], None]  # (puzzles solved, of how many)
@@ -90,14 +91,15 @@ def load(
     """
     if not isinstance(task, Sudoku) or task.size != 9:
         raise bad_argument("train", "puzzles", "a file for the task sudoku (9x9)", task.name)
-    given, path, digest = str(path), Path(path), sha256_of(path)
+    with opened(path, "puzzles") as file:
+        digest = hashlib.sha256(file.buffer.read()).hexdigest()
     if sha256 not in (None, digest):
         raise InvalidArgument(
             f"train: {path} is not the file that this run trains on: its SHA-256 begins with "
             f"{digest[:16]}, that of the run's file with {sha256[:16]}. Name the "
             f"right one (--puzzles FILE)."
         )
-    puzzles, answers = _solved(path, digest, task.layout, on_progress)
+    puzzles, answers = _solved(Path(path), digest, task.layout, on_progress)
     if not hold_out < len(puzzles):
         most = f"fewer than the file's {len(puzzles)} puzzles"
         raise bad_argument("train", "hold_out", most, hold_out)
@@ -109,23 +111,7 @@ def load(
             f"train: {path} has {len(puzzles)} puzzles, and every one that is not held out has the "
             f"solution of a held-out one. Hold out fewer than {hold_out}."
         )
-    return PuzzleSplit(given, digest, puzzles, answers, train, held_out)
-
-
-def sha256_of(path: str | Path) -> str:
-    """The SHA-256 of a file, in hexadecimal.
-
-    Raises:
-        InvalidArgument: it cannot be read.
-    """
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise InvalidArgument(f"puzzles: cannot read {path}: {error.strerror}.") from error
-    return digest.hexdigest()
+    return PuzzleSplit(str(path), digest, puzzles, answers, train, held_out)
 
 
 _Both = tuple[NDArray[np.int8], NDArray[np.int8]]
