@@ -57,7 +57,7 @@ class Report:
 def installed(module: nn.Module, method: str) -> Callable[..., object] | None:
     """The function that recurx put in place of `module.method`, or None."""
     bound = vars(module).get(method)
-    if isinstance(bound, MethodType) and hasattr(bound.__func__, "recurx_plan"):
+    if isinstance(bound, MethodType) and hasattr(bound.__func__, "recurx_recipe"):
         function: Callable[..., object] = bound.__func__
         return function
     return None
