@@ -16,8 +16,36 @@ from torch import Tensor
 
 from recurx import small_ops
 from recurx.errors import bad_argument
+from recurx.models import RecursiveModel
 from recurx.models.puzzle_embedding import sign_sgd_
+from recurx.train.config import TrainConfig
 from recurx.train.ranks import all_gather
+
+
+def make_optimizers(
+    config: TrainConfig, model: RecursiveModel, world: int = 1
+) -> list[torch.optim.Optimizer]:
+    """The optimizer of the weights of a model, and that of its puzzle embedding if it has one.
+
+    Args:
+        world: ranks that train on it.
+    """
+    device = next(model.parameters()).device
+    settings: dict[str, Any] = {
+        "lr": torch.tensor(config.lr, device=device),
+        "betas": (config.beta1, config.beta2),
+        "weight_decay": config.weight_decay,
+    }
+    made: list[torch.optim.Optimizer]
+    if config.optimizer == "adam-atan2":
+        made = [AdamATan2(model.parameters(), **settings)]
+    else:
+        on_gpu = device.type == "cuda"
+        made = [torch.optim.AdamW(model.parameters(), **settings, capturable=on_gpu)]
+    if model.config.puzzle_emb_ndim:
+        rows = model.puzzle_emb.buffers()
+        made.append(SparseSignSGD(rows, config.puzzle_emb_lr, config.weight_decay, world))
+    return made
 
 
 def stepping(rule: Callable[[torch.optim.Optimizer], None]) -> Callable[..., Any]:

@@ -35,7 +35,7 @@ from recurx.train.config import TrainConfig
 from recurx.train.data import Data, Examples, Judge
 from recurx.train.ema import Average
 from recurx.train.interrupts import interrupts
-from recurx.train.optim import AdamATan2, SparseSignSGD
+from recurx.train.optim import make_optimizers
 from recurx.train.progress import Progress
 from recurx.train.queue import SampleQueue
 from recurx.train.ranks import Ranks
@@ -89,13 +89,8 @@ class Trainer:
         self.exploration.first_slot = own.start
         self.model.exploration = self.exploration
         self.average = Average(self.model, config.ema)
-        self.optimizer = self._make_optimizer()
-        optimizers = [self.optimizer]
-        if model_config.puzzle_emb_ndim:
-            rate, decay = config.puzzle_emb_lr, config.weight_decay
-            optimizers.append(
-                SparseSignSGD(self.model.puzzle_emb.buffers(), rate, decay, self.ranks.world)
-            )
+        optimizers = make_optimizers(config, self.model, self.ranks.world)
+        self.optimizer = optimizers[0]
         self.queue = SampleQueue(self.data.draw, config.batch_size, self.device, ranks=self.ranks)
         self.one_step = CapturedStep(
             ACTLossHead(self.model, config.loss, config.halt_weight),
@@ -169,18 +164,6 @@ class Trainer:
     def make_model(self, config: ModelConfig, backend: str) -> RecursiveModel:
         """The untrained model; called once, under the run's seed."""
         return build_model(config, backend)
-
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        config = self.config
-        settings: dict[str, Any] = {
-            "lr": torch.tensor(config.lr, device=self.device),
-            "betas": (config.beta1, config.beta2),
-            "weight_decay": config.weight_decay,
-        }
-        if config.optimizer == "adam-atan2":
-            return AdamATan2(self.model.parameters(), **settings)
-        on_gpu = self.device.type == "cuda"
-        return torch.optim.AdamW(self.model.parameters(), **settings, capturable=on_gpu)
 
     # ---- one step ------------------------------------------------------------------------------
 
