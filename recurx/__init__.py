@@ -46,8 +46,10 @@ _EXPORTS = {
 # Attribute -> module.
 _MODULES = {
     name: f"recurx.{name}"
-    for name in ("models", "reference", "backends", "kernels", "plan", "tasks", "train", "fp8")
-} | {"hybrid": "recurx.experiments.hybrid"}
+    for name in (
+        "models", "reference", "backends", "kernels", "plan", "tasks", "train", "fp8", "hybrid",
+    )
+}  # fmt: skip
 
 __all__ = [*_EXPORTS, "__version__"]
 

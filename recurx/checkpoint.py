@@ -10,24 +10,20 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from recurx import weights_file
 from recurx.atomic import save_tensors
 from recurx.errors import CheckpointError, bad_argument
 from recurx.models.act import RecursiveModel
 from recurx.models.config import ModelConfig, TRMConfig, config_class
 from recurx.models.infer import TABLE, check_names_and_shapes, infer_config, untrained
 
-_WRAPPERS = {"_orig_mod", "module", "model"}  # torch.compile, DDP, the loss head
-_NESTED = ("state_dict", "model_state_dict", "model")  # where larger files keep a state_dict
 _CONFIG, _EXTRA = "recurx.config", "recurx.extra"  # metadata keys of our files
 _OFFICIAL_CONFIG = "all_config.yaml"  # what the official training leaves beside its checkpoints
 
@@ -137,8 +133,8 @@ def load_checkpoint(
     path = Path(path)
     given = config.to_dict() if isinstance(config, ModelConfig) else dict(config or {})
     given |= fields
-    rows = None if puzzle_rows is None else _row_numbers(puzzle_rows)
-    state, metadata = _read(path, rows)
+    rows = None if puzzle_rows is None else weights_file.row_numbers(puzzle_rows)
+    state, metadata = weights_file.read(path, rows)
     if rows is not None and TABLE not in state:
         raise CheckpointError(f"{path}: puzzle_rows was given, but there is no {TABLE!r} in it.")
     known = {**_official_config(path), **_stored_config(path, metadata), **given}
@@ -167,7 +163,7 @@ def save_checkpoint(
     if inner is None:
         raise bad_argument("save_checkpoint", "model", "a TRM or HRM", type(model).__name__)
     state = {name: tensor.detach().contiguous() for name, tensor in inner.state_dict().items()}
-    state = {_official_name(name): tensor for name, tensor in state.items()}
+    state = {weights_file.official_name(name): tensor for name, tensor in state.items()}
     metadata = {
         "format": "pt",
         _CONFIG: inner.config.to_json(),
@@ -181,125 +177,10 @@ def save_checkpoint(
 
 def read_own(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and configuration of a file that `save_checkpoint` wrote, of whatever model."""
-    state, metadata = _read(path, None)
+    state, metadata = weights_file.read(path, None)
     if _CONFIG not in metadata:
         raise CheckpointError(f"{path}: not written by recurx: no {_CONFIG} in its metadata.")
     return state, _own_values(path, metadata)
-
-
-def _read(path: Path, rows: Tensor | None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors under official names, and the metadata of a safetensors file."""
-    with open(path, "rb") as file:
-        head = file.read(9)
-    if len(head) < 9:
-        raise CheckpointError(f"{path}: the file has {len(head)} bytes: empty or truncated.")
-    if head[8:9] == b"{":  # safetensors: the length of a JSON header, and the header
-        return _read_safetensors(path, rows)
-    return _read_torch(path, rows), {}
-
-
-def _read_safetensors(path: Path, rows: Tensor | None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            names = _official_names(path, file.keys())
-            state = {}
-            for official, stored in names.items():
-                if official == TABLE and rows is not None:
-                    state[official] = _slices(path, file.get_slice(stored), rows)
-                else:
-                    state[official] = file.get_tensor(stored)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: damaged or truncated safetensors file: {error}.") from error
-    return state, metadata
-
-
-def _read_torch(path: Path, rows: Tensor | None) -> dict[str, Tensor]:
-    try:
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "_use_new_zipfile_serialization" not in str(error):
-                raise
-            loaded = torch.load(path, map_location="cpu", weights_only=True)  # before torch 1.6
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: not a plain state_dict: it holds pickled code or objects, which recurx does "
-            f"not run. Save `model.state_dict()` instead. ({_first_line(error)})"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: damaged, truncated, or no checkpoint of torch.save: {_first_line(error)}."
-        ) from error
-    flat = _state_dict_in(path, loaded)
-    state: dict[str, Tensor] = {}
-    for official, stored in _official_names(path, flat).items():
-        tensor = flat[stored]
-        if official != TABLE:
-            state[official] = tensor.clone()  # off the file, which its owner may overwrite
-        elif rows is None:
-            state[official] = tensor  # stays on the map: gigabytes
-        else:
-            _check_rows(path, rows, tensor.shape)
-            state[official] = tensor.index_select(0, rows)
-    return state
-
-
-def _state_dict_in(path: Path, loaded: Any) -> dict[str, Tensor]:
-    for key in _NESTED:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-    if not isinstance(loaded, Mapping):
-        raise CheckpointError(f"{path}: expected a state_dict, got {type(loaded).__name__}.")
-    for key, value in loaded.items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(
-                f"{path}: key {key!r} holds {type(value).__name__}, expected a tensor."
-            )
-    return dict(loaded)
-
-
-def _official_names(path: Path, stored: Iterable[str]) -> dict[str, str]:
-    """{official name: name in the file}."""
-    names: dict[str, str] = {}
-    stored = list(stored)
-    bare = any(_official_name(name) == "embed_tokens.embedding_weight" for name in stored)
-    for name in stored:
-        official = f"inner.{_official_name(name)}" if bare else _official_name(name)
-        if official in names:
-            raise CheckpointError(
-                f"{path}: keys {names[official]!r} and {name!r} both mean {official!r}."
-            )
-        names[official] = name
-    return names
-
-
-def _official_name(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
-def _row_numbers(rows: Iterable[int] | Tensor) -> Tensor:
-    numbers = rows if isinstance(rows, Tensor) else torch.tensor(list(rows))
-    if numbers.ndim != 1 or numbers.numel() == 0 or numbers.is_floating_point():
-        raise bad_argument(
-            "load_checkpoint", "puzzle_rows", "one row number or more, or None for all rows",
-            f"{numbers.dtype} {list(numbers.shape)}",
-        )  # fmt: skip
-    return numbers.to("cpu", torch.int64)
-
-
-def _check_rows(path: Path, rows: Tensor, shape: Iterable[int]) -> None:
-    shape = list(shape)
-    bad = rows[(rows < 0) | (rows >= shape[0])]
-    if bad.numel():
-        raise CheckpointError(
-            f"{path}: {TABLE!r} is {shape}: it has no row {int(bad[0])} (of puzzle_rows)."
-        )
-
-
-def _slices(path: Path, table: Any, rows: Tensor) -> Tensor:
-    _check_rows(path, rows, table.get_shape())
-    return torch.cat([table[row : row + 1] for row in rows.tolist()])
 
 
 # ---- configuration -------------------------------------------------------------------------
@@ -312,22 +193,17 @@ def _stored_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     values = _own_values(path, metadata)
     if "encoder_width" in values:
         raise CheckpointError(f"{path}: a hybrid: recurx.hybrid.HybridReasoner.load reads it.")
-    try:
-        return config_class(values.get("variant")).from_dict(values).to_dict()
-    except ValueError as error:
-        raise _unreadable(path, error) from error
+    return values
 
 
 def _own_values(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         values: dict[str, Any] = json.loads(metadata[_CONFIG])
+        if "encoder_width" not in values:  # a hybrid checks its own
+            values = config_class(values.get("variant")).from_dict(values).to_dict()
     except ValueError as error:
-        raise _unreadable(path, error) from error
+        raise CheckpointError(f"{path}: unreadable {_CONFIG} in its metadata: {error}") from error
     return values
-
-
-def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path}: unreadable {_CONFIG} in its metadata: {error}")
 
 
 def _official_config(path: Path) -> dict[str, Any]:
@@ -350,7 +226,3 @@ def _explain_where(path: Path, check: Any) -> Any:
         return check()
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

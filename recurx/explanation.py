@@ -60,7 +60,7 @@ def _explain_module(model: nn.Module, backend: str | None, batch_size: int) -> s
             continue
         function = installed(module, adapter.method)
         if function is not None:
-            plan: Any = function.recurx_plan  # type: ignore[attr-defined]
+            plan: Any = function.recurx_recipe  # type: ignore[attr-defined]
             problem = dataclasses.replace(adapter.problem(module, plan), batch=batch_size)
             text = _explain_problem(problem, backend or plan.backend, both=True)
             stays = "\n".join(f"  {line}" for line in adapter.describe(module, plan))
@@ -73,7 +73,7 @@ def _explain_module(model: nn.Module, backend: str | None, batch_size: int) -> s
                 f"{_title(name, module)}: runs on PyTorch; recurx.patch would refuse it:\n{lines}"
             )
         else:
-            plan = adapter.plan(module, backend or "auto")
+            plan = adapter.recipe(module, backend or "auto")
             problem = dataclasses.replace(adapter.problem(module, plan), batch=batch_size)
             text = _explain_problem(problem, plan.backend, both=True)
             parts.append(

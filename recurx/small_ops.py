@@ -25,6 +25,14 @@ def on_triton(tensor: Tensor) -> bool:
     return torch.cuda.get_device_capability(tensor.device) >= LEAST_CAPABILITY
 
 
+def takes(*tensors: Tensor) -> bool:
+    """Whether a kernel over address tables (`kernels.multi_tensor`) runs on these."""
+    import torch
+
+    kinds = (torch.float32, torch.bfloat16)
+    return all(on_triton(t) and t.dtype in kinds and t.is_contiguous() for t in tensors)
+
+
 def wrote(tensors: Iterable[Tensor]) -> None:
     """Tell PyTorch that a kernel, or a replayed graph, changed these in place.
 

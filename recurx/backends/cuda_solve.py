@@ -103,7 +103,7 @@ def reasoner(model: Any, fresh: Mapping[str, Tensor]) -> Reasoner | str:
     differences = adapter.differences(inner)
     if differences:
         return "cannot solve with foreign code: " + "; ".join(differences)
-    plan = adapter.plan(inner, "cuda")
+    plan = adapter.recipe(inner, "cuda")
     start = {name: fresh[attribute] for name, attribute in plan.states}
     return Reasoner(
         plan.schedule,

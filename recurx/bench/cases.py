@@ -69,7 +69,9 @@ def _training(task: str) -> Any:
 
 def _solver(title: str, task: str, net: Path | None = None) -> Case:
     def make(**fields: Any) -> Any:
-        return _training(task).model_config().replace(**fields)
+        from recurx import tasks
+
+        return _training(task).model_config(tasks.get(task)).replace(**fields)
 
     return Case(title, make, task, None if net is None else net.with_suffix(".safetensors"))
 

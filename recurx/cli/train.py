@@ -88,16 +88,16 @@ def run(arguments: argparse.Namespace) -> int:
         trainer = start(arguments, device, on_progress)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     console.print(f"{trainer.task.name}: {parameters:,} parameters, training in {trainer.folder}")
-    console.print(f"held-out examples: {trainer.held_out_rule}")
+    console.print(f"held-out examples: {trainer.data.held_out_rule}")
     if ranks.world > 1:
         console.print(f"{ranks.world} ranks share batches of {trainer.config.batch_size}")
-    if arguments.write_held_out and trainer.split is None:
+    if arguments.write_held_out and trainer.data.split is None:
         raise InvalidArgument("--write-held-out: only with --puzzles.")
     if not ranks.first:  # works, and leaves showing and evaluating to the first
         trainer.run(arguments.steps, arguments.time_budget, save_every=arguments.save_every)
         return 0
     if arguments.write_held_out:
-        trainer.split.write_held_out(arguments.write_held_out)
+        trainer.data.split.write_held_out(arguments.write_held_out)
     with contextlib.ExitStack() as ends:
         events = EventFiles(trainer) if arguments.tensorboard else None
         if events is not None:
@@ -137,8 +137,8 @@ _ENDINGS = {
 
 def _started(arguments: argparse.Namespace, device: Any, on_progress: Any) -> Any:
     from recurx.errors import InvalidArgument
-    from recurx.train import Trainer, preset
-    from recurx.train.trainer import STATE_FILE
+    from recurx.train import Trainer, open_data, preset
+    from recurx.train.run_folder import STATE_FILE
 
     if arguments.task is None:
         raise InvalidArgument("name a task (sudoku-4x4, sort, ...), or give --resume FOLDER.")
@@ -157,10 +157,10 @@ def _started(arguments: argparse.Namespace, device: Any, on_progress: Any) -> An
             f"{folder} already holds a run: go on with --resume {folder}, or choose another --out."
         )
     captured = False if arguments.no_capture else None
+    data = open_data(config, on_progress=on_progress)
     trainer = Trainer(
-        config, folder, device=device, backend=arguments.backend, captured=captured,
-        on_progress=on_progress,
-    )  # fmt: skip
+        config, folder, data, device=device, backend=arguments.backend, captured=captured
+    )
     if arguments.start_from is not None:
         trainer.start_from(arguments.start_from)
     return trainer
@@ -188,12 +188,14 @@ def _chosen_data(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _resumed(arguments: argparse.Namespace, device: Any, on_progress: Any) -> Any:
     from recurx.errors import InvalidArgument
-    from recurx.train import Trainer
+    from recurx.train import Trainer, open_data, saved_config
 
+    data = open_data(
+        saved_config(arguments.resume), puzzles=arguments.puzzles, on_progress=on_progress
+    )
     trainer = Trainer.resume(
-        arguments.resume, device=device, backend=arguments.backend,
+        arguments.resume, data, device=device, backend=arguments.backend,
         captured=False if arguments.no_capture else None,
-        puzzles=arguments.puzzles, on_progress=on_progress,
     )  # fmt: skip
     if arguments.task not in (None, trainer.config.task):
         raise InvalidArgument(

@@ -80,6 +80,7 @@ def net_config(
     The recursive net draws a minimum of steps for every sample (exploration 1): else samples that
     are solved early leave, and the steps after that are never trained.
     """
+    from recurx import tasks
     from recurx.errors import bad_argument
     from recurx.train import preset
 
@@ -98,7 +99,7 @@ def net_config(
 
     if kind != DEEP:
         return config()
-    limit, full = parameters(config(), make), config().model_config()
+    limit, full = parameters(config(), make), config().model_config(tasks.get(arguments.task))
     # An even width of the heads, which rotary tables need, sets the steps of the width.
     for narrower in range(full.hidden_size, 0, -2 * full.num_heads):
         one, two = (parameters(config(L_layers=n, hidden_size=narrower), make) for n in (1, 2))

@@ -78,6 +78,7 @@ def calls(name: str, config: ModelConfig) -> int:
 
 def net_config(arguments: argparse.Namespace, name: str, seed: int) -> TrainConfig:
     """The training run of one window; nothing but `grad_window` depends on `name`."""
+    from recurx import tasks
     from recurx.train import preset
 
     model: dict[str, Any] = {
@@ -88,7 +89,7 @@ def net_config(arguments: argparse.Namespace, name: str, seed: int) -> TrainConf
         "seed": seed, "batch_size": arguments.batch_size, "lr": arguments.lr,
     }  # fmt: skip
     plain = preset(arguments.preset, arguments.task, model=model, **common)
-    model["grad_window"] = calls(name, plain.model_config())
+    model["grad_window"] = calls(name, plain.model_config(tasks.get(plain.task)))
     return preset(arguments.preset, arguments.task, model=model, **common)
 
 

@@ -20,6 +20,11 @@ from recurx.schedule import Schedule
 POS_ENCODINGS = ("rope", "learned", "none")
 DTYPES = ("bfloat16", "float32", "float16", "float64")
 
+_LEAST = dict.fromkeys(
+    ("vocab_size", "seq_len", "H_cycles", "L_cycles", "L_layers", "hidden_size", "num_heads",
+     "inner_multiple", "num_puzzle_identifiers", "batch_size", "halt_max_steps"), 1,
+) | dict.fromkeys(("puzzle_emb_ndim", "puzzle_emb_len", "H_layers"), 0)  # fmt: skip
+
 # Keys of official configurations that say nothing about the model's arithmetic.
 _OFFICIAL_EXTRAS = ("name", "loss", "causal")
 # Their `arch.name` values: "recursive_reasoning.trm_singlez@Class" and the like.
@@ -146,8 +151,7 @@ class ModelConfig:
 
     def inner_width(self, width: int) -> int:
         """Inner width F of a SwiGLU over `width`."""
-        wanted = round(self.expansion * width * 2 / 3)
-        return -(-wanted // self.inner_multiple) * self.inner_multiple
+        return inner_width(self.expansion, width, self.inner_multiple)
 
     def replace(self: Self, **changes: Any) -> Self:
         """A copy with some fields changed, validated again."""
@@ -205,17 +209,9 @@ class ModelConfig:
         ):
             if getattr(self, name) not in choices:
                 raise self._bad(name, f"one of {', '.join(choices)}", getattr(self, name))
-        at_least_one = (
-            "vocab_size", "seq_len", "H_cycles", "L_cycles", "L_layers", "hidden_size",
-            "num_heads", "inner_multiple", "num_puzzle_identifiers", "batch_size",
-            "halt_max_steps",
-        )  # fmt: skip
-        for name in at_least_one:
-            if getattr(self, name) < 1:
-                raise self._bad(name, "at least 1", getattr(self, name))
-        for name in ("puzzle_emb_ndim", "puzzle_emb_len", "H_layers"):
-            if getattr(self, name) < 0:
-                raise self._bad(name, "at least 0", getattr(self, name))
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise self._bad(name, f"at least {least}", getattr(self, name))
         for name in ("expansion", "rms_norm_eps", "rope_theta"):
             if not getattr(self, name) > 0:
                 raise self._bad(name, "a positive number", getattr(self, name))
@@ -248,6 +244,11 @@ class ModelConfig:
         return bad_argument(type(self).__name__, name, expected, repr(got))
 
 
+def inner_width(expansion: float, width: int, multiple: int) -> int:
+    """Inner width F of a SwiGLU: `expansion` * `width` * 2/3, rounded up to a `multiple`."""
+    return -(-round(expansion * width * 2 / 3) // multiple) * multiple
+
+
 def _known(cls: type[ModelConfig], values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` with integral floats as ints; refuses keys that are no fields of `cls`."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -271,20 +272,17 @@ class TRMConfig(ModelConfig):
     @classmethod
     def sudoku_att(cls, **changes: Any) -> TRMConfig:
         """Attention on 9x9 Sudoku: T = 97 (81 + 16), D = 512, 21 calls; 11 tokens (pad, 0..9)."""
-        base = cls(vocab_size=11, seq_len=81, puzzle_emb_ndim=512)
-        return base.replace(**changes)
+        return cls(vocab_size=11, seq_len=81, puzzle_emb_ndim=512).replace(**changes)
 
     @classmethod
     def sudoku_mlp(cls, **changes: Any) -> TRMConfig:
         """Token-MLP blocks on 9x9 Sudoku, without position encodings: the best published TRM."""
-        base = cls.sudoku_att(mlp_t=True, pos_encodings="none")
-        return base.replace(**changes)
+        return cls.sudoku_att(mlp_t=True, pos_encodings="none").replace(**changes)
 
     @classmethod
     def maze(cls, **changes: Any) -> TRMConfig:
         """Attention on 30x30 mazes: T = 916, 15 calls; 6 tokens (pad and five symbols)."""
-        base = cls(vocab_size=6, seq_len=900, L_cycles=4, puzzle_emb_ndim=512)
-        return base.replace(**changes)
+        return cls(vocab_size=6, seq_len=900, L_cycles=4, puzzle_emb_ndim=512).replace(**changes)
 
     @classmethod
     def arc(cls, **changes: Any) -> TRMConfig:
@@ -292,17 +290,15 @@ class TRMConfig(ModelConfig):
 
         Give `num_puzzle_identifiers`: the rows of the puzzle embedding.
         """
-        base = cls(vocab_size=12, seq_len=900, L_cycles=4, puzzle_emb_ndim=512)
-        return base.replace(**changes)
+        return cls(vocab_size=12, seq_len=900, L_cycles=4, puzzle_emb_ndim=512).replace(**changes)
 
     @classmethod
     def tiny(cls, vocab_size: int, seq_len: int, **changes: Any) -> TRMConfig:
         """A small fp32 TRM for laptops and tests: D = 64, two heads, no puzzle embedding."""
-        base = cls(
+        return cls(
             vocab_size, seq_len, hidden_size=64, num_heads=2, inner_multiple=32,
             forward_dtype="float32",
-        )  # fmt: skip
-        return base.replace(**changes)
+        ).replace(**changes)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -322,17 +318,15 @@ class HRMConfig(ModelConfig):
     @classmethod
     def sudoku(cls, **changes: Any) -> HRMConfig:
         """HRM on 9x9 Sudoku: T = 82 (81 + 1), D = 512, two nets of 4 blocks, 6 calls."""
-        base = cls(vocab_size=11, seq_len=81, puzzle_emb_ndim=512)
-        return base.replace(**changes)
+        return cls(vocab_size=11, seq_len=81, puzzle_emb_ndim=512).replace(**changes)
 
     @classmethod
     def tiny(cls, vocab_size: int, seq_len: int, **changes: Any) -> HRMConfig:
         """A small fp32 HRM for laptops and tests: D = 64, two heads, two nets of one block."""
-        base = cls(
+        return cls(
             vocab_size, seq_len, hidden_size=64, num_heads=2, inner_multiple=32,
             H_layers=1, L_layers=1, forward_dtype="float32",
-        )  # fmt: skip
-        return base.replace(**changes)
+        ).replace(**changes)  # fmt: skip
 
 
 def config_class(variant: str | None) -> type[ModelConfig]:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from recurx import ops, small_ops
 from recurx.errors import bad_argument
-
-LOW = 0xFFFFFFFF  # the low 32 bits
+from recurx.models.philox import philox
 
 
 class Exploration:
@@ -81,7 +80,7 @@ def _halt(
         return act_halt(steps, q_halt, q_continue, state, most, threshold, first)
     slots = first + torch.arange(steps.numel(), device=steps.device)
     count = state[1]
-    explored, drawn, _, _ = philox(state[0], slots, count & 0x7FFFFFFF, count >> 31, 0)
+    explored, drawn, _, _ = philox((slots, count & 0x7FFFFFFF, count >> 31, 0), state[0])
     least = torch.where((explored >> 8) < threshold, 2 + (drawn >> 8) % (most - 1), 0)
     wants = (steps >= most) | (q_halt > (0 if q_continue is None else q_continue))
     return wants & (steps >= least)
@@ -92,32 +91,3 @@ def _halt_fake(steps: Tensor, *_: object) -> Tensor:
 
 
 _halt_op = ops._register("recurx::act_halt", _halt, _halt_fake)
-
-
-def philox(
-    seed: Tensor | int,
-    c0: Tensor | int,
-    c1: Tensor | int,
-    c2: Tensor | int,
-    c3: Tensor | int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox 4x32-10: four words of 32 random bits, as int64, for a 64-bit seed and counter words.
-
-    At least one argument is an int64 tensor; they broadcast.
-    """
-    words = [torch.as_tensor(c) & LOW for c in (c0, c1, c2, c3)]
-    seed = torch.as_tensor(seed)
-    k0, k1 = seed & LOW, (seed >> 32) & LOW
-    for _ in range(10):
-        high0, low0 = _multiply(words[0], 0xD2511F53)
-        high1, low1 = _multiply(words[2], 0xCD9E8D57)
-        words = [high1 ^ words[1] ^ k0, low1, high0 ^ words[3] ^ k1, low0]
-        k0, k1 = (k0 + 0x9E3779B9) & LOW, (k1 + 0xBB67AE85) & LOW
-    return words[0], words[1], words[2], words[3]
-
-
-def _multiply(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a product of 32-bit numbers, in int64 without overflow."""
-    low = word * (factor & 0xFFFF)
-    middle = word * (factor >> 16) + (low >> 16)
-    return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)

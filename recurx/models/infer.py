@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recurx.errors import CheckpointError
 from recurx.models.act import RecursiveModel, build_model
-from recurx.models.config import ModelConfig, config_class
+from recurx.models.config import ModelConfig, config_class, inner_width
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -102,8 +102,8 @@ def _assumptions(
     if not fields["mlp_t"]:
         out["num_heads"] = max(1, hidden // _HEAD_DIM), "head_dim 64, as published"
     if "pos_encodings" not in fields:
-        value = "none" if fields["mlp_t"] else "rope"
-        out["pos_encodings"] = value, f"as published for {_kind(fields)} blocks"
+        value, kind = ("none", "token-MLP") if fields["mlp_t"] else ("rope", "attention")
+        out["pos_encodings"] = value, f"as published for {kind} blocks"
     if variant == "hrm":
         out["H_cycles"], out["L_cycles"] = (2, "as published"), (2, "as published")
     else:
@@ -114,7 +114,9 @@ def _assumptions(
     prefix_len = known.get("puzzle_emb_len", 0 if variant == "hrm" else 16)
     if fields["puzzle_emb_ndim"] and "puzzle_emb_len" not in known:
         out["puzzle_emb_len"] = prefix_len, "as published (0: just enough tokens)"
-    prefix = (prefix_len or -(-fields["puzzle_emb_ndim"] // hidden)) if _has_table(fields) else 0
+    prefix = (
+        (prefix_len or -(-fields["puzzle_emb_ndim"] // hidden)) if fields["puzzle_emb_ndim"] else 0
+    )
     tokens = _tokens(shapes)
     if tokens is not None:
         out["seq_len"] = tokens - prefix, f"{tokens} tokens less a prefix of {prefix}"
@@ -139,13 +141,9 @@ def _expansion(shapes: Shapes, hidden: int, known: Mapping[str, Any]) -> dict[st
     multiples = [known["inner_multiple"]] if "inner_multiple" in known else [256, 128, 64, 32, 16]
     for multiple in multiples:
         for expansion in (4.0, 2.0, 8 / 3, 3.0, 8.0, 1.5 * inner / hidden):
-            if all(_width(expansion, width, multiple) == found for width, found in seen):
+            if all(inner_width(expansion, width, multiple) == found for width, found in seen):
                 return {"expansion": expansion, "inner_multiple": multiple}
     return {}
-
-
-def _width(expansion: float, width: int, multiple: int) -> int:
-    return -(-round(expansion * width * 2 / 3) // multiple) * multiple
 
 
 def _tokens(shapes: Shapes) -> int | None:
@@ -165,14 +163,6 @@ def _layers(shapes: Shapes, level: str) -> int:
         name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)
     }
     return max(1, len(numbers))
-
-
-def _kind(fields: Mapping[str, Any]) -> str:
-    return "token-MLP" if fields["mlp_t"] else "attention"
-
-
-def _has_table(fields: Mapping[str, Any]) -> bool:
-    return bool(fields["puzzle_emb_ndim"])
 
 
 def check_names_and_shapes(config: ModelConfig, state: Mapping[str, Tensor]) -> None:

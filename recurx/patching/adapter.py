@@ -11,7 +11,7 @@ from torch import nn
 from recurx.problem import Problem
 
 
-class Plan(Protocol):
+class Recipe(Protocol):
     """What a replacement needs beyond the module itself. Holds no module and no tensor."""
 
     backend: str
@@ -32,19 +32,19 @@ class Adapter(Protocol):
     def differences(self, module: nn.Module) -> list[str]:
         """What keeps `module` from being patched, one sentence each; empty if nothing."""
 
-    def plan(self, module: nn.Module, backend: str) -> Any:
-        """The plan (a dataclass like `Plan`) of a module without differences."""
+    def recipe(self, module: nn.Module, backend: str) -> Any:
+        """The recipe (a dataclass like `Recipe`) of a module without differences."""
 
-    def problem(self, module: nn.Module, plan: Any) -> Problem:
+    def problem(self, module: nn.Module, recipe: Any) -> Problem:
         """The recursion as backends see it, for one sample."""
 
-    def replacement(self, plan: Any) -> Callable[..., object]:
-        """A function for `module.method`; it carries `plan` as attribute `recurx_plan`."""
+    def replacement(self, recipe: Any) -> Callable[..., object]:
+        """A function for `module.method`; it carries `recipe` as attribute `recurx_recipe`."""
 
-    def describe(self, module: nn.Module, plan: Any) -> list[str]:
+    def describe(self, module: nn.Module, recipe: Any) -> list[str]:
         """What runs on recurx and what stays PyTorch."""
 
-    def probe(self, module: nn.Module, plan: Any) -> str:
+    def probe(self, module: nn.Module, recipe: Any) -> str:
         """Compare replacement and original on a small batch; what was compared, in a sentence.
 
         Raises UnsupportedModel if they differ. Leaves random state, flags and gradients alone.

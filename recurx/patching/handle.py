@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType, TracebackType
+from typing import Any
 
 from torch import nn
 
@@ -56,7 +57,7 @@ class Report:
 def installed(module: nn.Module, method: str) -> Callable[..., object] | None:
     """The function that recurx put in place of `module.method`, or None."""
     bound = vars(module).get(method)
-    if isinstance(bound, MethodType) and hasattr(bound.__func__, "recurx_plan"):
+    if isinstance(bound, MethodType) and hasattr(bound.__func__, "recurx_recipe"):
         function: Callable[..., object] = bound.__func__
         return function
     return None
@@ -94,8 +95,20 @@ class PatchHandle:
         setattr(module, method, MethodType(function, module))
         self._methods.append((weakref.ref(module), method, function))
 
-    def on_remove(self, undo: Callable[[], None]) -> None:
-        """Run `undo` in `remove`."""
+    def put(self, owner: Any, name: str, value: object) -> None:
+        """Set an attribute of an object or a class until `remove`, which leaves what somebody else
+        has put there since."""
+        own, before = name in vars(owner), vars(owner).get(name)
+
+        def undo() -> None:
+            if vars(owner).get(name) is not value:
+                return
+            if own:
+                setattr(owner, name, before)
+            else:
+                delattr(owner, name)
+
+        setattr(owner, name, value)
         self._undo.append(undo)
 
     def remove(self) -> None:

@@ -100,12 +100,14 @@ def _patch_instance(handle: PatchHandle, model: nn.Module, how: _How) -> None:
         differences = adapter.differences(module)
         details: list[str] = []
         if not differences:
-            plan = dataclasses.replace(adapter.plan(module, how.backend), save=how.save)
-            details = adapter.describe(module, plan)
-            details.append(f"backend: {_resolve(adapter, module, plan)}")
+            recipe = dataclasses.replace(adapter.recipe(module, how.backend), save=how.save)
+            details = adapter.describe(module, recipe)
+            details.append(f"backend: {_resolve(adapter, module, recipe)}")
             try:
-                details.append(adapter.probe(module, plan) if how.probe else "not probed, as asked")
-                ready.append((module, adapter.method, adapter.replacement(plan)))
+                details.append(
+                    adapter.probe(module, recipe) if how.probe else "not probed, as asked"
+                )
+                ready.append((module, adapter.method, adapter.replacement(recipe)))
             except UnsupportedModel as error:
                 differences = [str(error)]
         entry = Entry(where, type(module).__name__, not differences, tuple(differences or details))
@@ -116,20 +118,20 @@ def _patch_instance(handle: PatchHandle, model: nn.Module, how: _How) -> None:
         handle.install(module, method, function)
 
 
-def _resolve(adapter: Adapter, module: nn.Module, plan: Any) -> str:
-    """The backend that runs the plan; raises for an explicit one that cannot."""
-    problem = adapter.problem(module, plan)
+def _resolve(adapter: Adapter, module: nn.Module, recipe: Any) -> str:
+    """The backend that runs the recipe; raises for an explicit one that cannot."""
+    problem = adapter.problem(module, recipe)
     if not problem.opaque:
-        chosen = backends.select(plan.backend, problem).name
-    elif plan.backend in ("auto", "eager") and plan.save == "all":
+        chosen = backends.select(recipe.backend, problem).name
+    elif recipe.backend in ("auto", "eager") and recipe.save == "all":
         chosen = "eager"
     else:
         raise BackendUnavailable(
-            f"recurx.patch: backend {plan.backend!r} with save={plan.save!r} cannot run a network "
-            f"of foreign code ({type(getattr(module, 'network', module)).__name__}). "
+            f"recurx.patch: backend {recipe.backend!r} with save={recipe.save!r} cannot run a "
+            f"network of foreign code ({type(getattr(module, 'network', module)).__name__}). "
             f'Use backend="auto" and save="all".'
         )
-    return chosen if plan.backend == chosen else f"{plan.backend} -> {chosen}"
+    return chosen if recipe.backend == chosen else f"{recipe.backend} -> {chosen}"
 
 
 def _patch_class(handle: PatchHandle, cls: type[nn.Module], how: _How) -> None:
@@ -139,7 +141,6 @@ def _patch_class(handle: PatchHandle, cls: type[nn.Module], how: _How) -> None:
         handle.note(Entry(cls.__qualname__, "class", False, ("it has no recursion known here",)))
         raise UnsupportedModel(_refusal(handle, cls.__qualname__))
     original: Callable[..., None] = cls.__init__
-    own = "__init__" in vars(cls)
 
     @functools.wraps(original)
     def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -147,16 +148,7 @@ def _patch_class(handle: PatchHandle, cls: type[nn.Module], how: _How) -> None:
         if type(self) is cls:  # a subclass is not complete yet, and may do anything
             _patch_instance(handle, self, how)
 
-    def undo() -> None:
-        if cls.__init__ is not __init__:
-            return  # somebody wrapped it again: leave theirs
-        if own:
-            cls.__init__ = original  # type: ignore[method-assign]
-        else:
-            del cls.__init__
-
-    cls.__init__ = __init__  # type: ignore[method-assign]
-    handle.on_remove(undo)
+    handle.put(cls, "__init__", __init__)
     details = ("instances built from now on are patched; those that exist are not",)
     handle.note(Entry(cls.__qualname__, "class", True, details))
 

@@ -29,7 +29,7 @@ _NAMES = ("network", "num_latent_refinements", "num_refinement_blocks")
 
 
 @dataclass(frozen=True)
-class LucidPlan:
+class LucidRecipe:
     """The loop of one model.
 
     Args:
@@ -64,16 +64,16 @@ class Lucidrains:
             found.append("with one refinement block, gradient would flow into the entering states")
         return found
 
-    def plan(self, module: Any, backend: str) -> LucidPlan:
+    def recipe(self, module: Any, backend: str) -> LucidRecipe:
         blocks, latents = module.num_refinement_blocks, module.num_latent_refinements
         cycle = [Step("net", "latents", ("outputs", "latents", INPUT))] * latents
         cycle += [Step("net", "outputs", ("outputs", "latents"))]
         steps = tuple(cycle) * blocks
         name = f"lucidrains({blocks}, {latents})"
         schedule = Schedule(steps, grad_from=len(steps) - len(cycle), name=name)
-        return LucidPlan(schedule, (blocks, latents), backend)
+        return LucidRecipe(schedule, (blocks, latents), backend)
 
-    def problem(self, module: Any, plan: LucidPlan) -> Problem:
+    def problem(self, module: Any, recipe: LucidRecipe) -> Problem:
         net = as_net(_net_of(module))
         weight = module.output_init_embed
         fused = isinstance(net, Net)
@@ -81,18 +81,18 @@ class Lucidrains:
         if isinstance(net, Net):
             tokens = max(1, *(block.tokens for block in net.spec.blocks), 1)
         return Problem(
-            plan.schedule,
+            recipe.schedule,
             (("net", net.spec),) if isinstance(net, Net) else (),
             1, tokens, weight.shape[-1], weight.dtype, weight.device.type,
             needs_grad=module.training, opaque=() if fused else ("net",),
         )  # fmt: skip
 
-    def replacement(self, plan: LucidPlan) -> Callable[..., object]:
-        # Named as the method that it replaces; see `recurx.patch.official`.
+    def replacement(self, recipe: LucidRecipe) -> Callable[..., object]:
+        # Named as the method that it replaces; see `patching.official`.
         def deep_refinement(
             self: Any, inputs: Tensor, outputs: Tensor, latents: Tensor
         ) -> tuple[Tensor, Tensor]:
-            if (self.num_refinement_blocks, self.num_latent_refinements) != plan.counts:
+            if (self.num_refinement_blocks, self.num_latent_refinements) != recipe.counts:
                 raise UnsupportedModel(
                     "recurx.patch: the number of refinements changed since the patch; "
                     "call handle.remove() and recurx.patch(model) again."
@@ -104,27 +104,27 @@ class Lucidrains:
             }
             net = {"net": _net_of(self)}
             states = recurse(
-                plan.schedule, net, inputs, carry, backend=plan.backend, save=plan.save
+                recipe.schedule, net, inputs, carry, backend=recipe.backend, save=recipe.save
             )
             return states["outputs"], states["latents"]
 
-        deep_refinement.recurx_plan = plan  # type: ignore[attr-defined]
+        deep_refinement.recurx_recipe = recipe  # type: ignore[attr-defined]
         return deep_refinement
 
-    def describe(self, module: Any, plan: LucidPlan) -> list[str]:
+    def describe(self, module: Any, recipe: LucidRecipe) -> list[str]:
         kind = type(module.network).__name__
-        calls, window = len(plan.schedule), plan.schedule.window
+        calls, window = len(recipe.schedule), recipe.schedule.window
         loop = f"on recurx: the loop of {calls} calls, gradient window {window}"
         rest = "embedding, registers, prediction heads, halting and loss"
         if isinstance(module.network, ReasoningNet):
             return [f"{loop}, and the network ({kind})", f"stays PyTorch: {rest}"]
         return [loop, f"stays PyTorch: the network ({kind}, foreign code), {rest}"]
 
-    def probe(self, module: Any, plan: LucidPlan) -> str:
+    def probe(self, module: Any, recipe: LucidRecipe) -> str:
         """Compare the loops over a stand-in for the network, whose input shape is not known."""
         if module.output_init_embed.is_meta:
             return "not probed: the weights are on the meta device"
-        function = self.replacement(dataclasses.replace(plan, backend="eager"))
+        function = self.replacement(dataclasses.replace(recipe, backend="eager"))
         width, device = module.output_init_embed.shape[-1], module.output_init_embed.device
         generator = torch.Generator().manual_seed(0)
         inputs = torch.randn(2, 3, width, generator=generator).to(device).requires_grad_()

@@ -28,7 +28,7 @@ _MLP = {"mlp.gate_up_proj.weight", "mlp.down_proj.weight"}
 
 
 @dataclass(frozen=True)
-class OfficialPlan:
+class OfficialRecipe:
     """How one `inner` maps onto a schedule.
 
     Args:
@@ -86,7 +86,7 @@ class Official:
             found.append("it has an `H_level`, which this variant does not call")
         return found
 
-    def plan(self, module: nn.Module, backend: str) -> OfficialPlan:
+    def recipe(self, module: nn.Module, backend: str) -> OfficialRecipe:
         config: Any = module.config
         cycles = config.H_cycles, config.L_cycles
         nets = [("L", "L_level")]
@@ -104,61 +104,61 @@ class Official:
         output = "z" if variant == "single_z" else "z_H"
         spec = _specs(module, nets)[0][1]
         rope = hasattr(module, "rotary_emb") and any(b.kind == ATTENTION for b in spec.blocks)
-        return OfficialPlan(schedule, cycles, tuple(states), tuple(nets), output, rope, backend)
+        return OfficialRecipe(schedule, cycles, tuple(states), tuple(nets), output, rope, backend)
 
-    def problem(self, module: nn.Module, plan: OfficialPlan) -> Problem:
-        specs = dict(_specs(module, plan.nets))
-        ordered = tuple((name, specs[name]) for name in plan.schedule.nets)
+    def problem(self, module: nn.Module, recipe: OfficialRecipe) -> Problem:
+        specs = dict(_specs(module, recipe.nets))
+        ordered = tuple((name, specs[name]) for name in recipe.schedule.nets)
         start: Any = module.L_init if hasattr(module, "L_init") else module.L1_init
         config: Any = module.config
         tokens = config.seq_len + module.puzzle_emb_len
         return Problem(
-            plan.schedule, ordered, 1, tokens, start.shape[0], start.dtype, start.device.type,
-            rope=plan.rope, needs_grad=module.training,
+            recipe.schedule, ordered, 1, tokens, start.shape[0], start.dtype, start.device.type,
+            rope=recipe.rope, needs_grad=module.training,
         )  # fmt: skip
 
-    def replacement(self, plan: OfficialPlan) -> Callable[..., object]:
+    def replacement(self, recipe: OfficialRecipe) -> Callable[..., object]:
         # NOTE: it is named `forward` because a bound method is pickled as (module, its name): the
         # copy that is unpickled then finds the original method of its class.
         def forward(
             self: Any, carry: Any, batch: Mapping[str, Tensor]
         ) -> tuple[Any, Tensor, tuple[Tensor, Tensor]]:
-            if (self.config.H_cycles, self.config.L_cycles) != plan.cycles:
+            if (self.config.H_cycles, self.config.L_cycles) != recipe.cycles:
                 raise RecurxError(
                     "recurx.patch: config.H_cycles or L_cycles changed since the patch; "
                     "call handle.remove() and recurx.patch(model) again."
                 )
             x = self._input_embeddings(batch["inputs"], batch["puzzle_identifiers"])
-            carried = {name: getattr(carry, attribute) for name, attribute in plan.states}
+            carried = {name: getattr(carry, attribute) for name, attribute in recipe.states}
             states = recurse(
-                plan.schedule,
-                {name: getattr(self, attribute) for name, attribute in plan.nets},
-                x.to(carried[plan.output].dtype),  # wider states promote x in the sums
+                recipe.schedule,
+                {name: getattr(self, attribute) for name, attribute in recipe.nets},
+                x.to(carried[recipe.output].dtype),  # wider states promote x in the sums
                 carried,
-                backend=plan.backend,
-                cos_sin=self.rotary_emb() if plan.rope else None,
-                save=plan.save,
+                backend=recipe.backend,
+                cos_sin=self.rotary_emb() if recipe.rope else None,
+                save=recipe.save,
             )
-            answer = states[plan.output]
-            new = {attribute: states[name].detach() for name, attribute in plan.states}
+            answer = states[recipe.output]
+            new = {attribute: states[name].detach() for name, attribute in recipe.states}
             logits = self.lm_head(answer)[:, self.puzzle_emb_len :]
             q = self.q_head(answer[:, 0]).to(torch.float32)
             return type(carry)(**new), logits, (q[..., 0], q[..., 1])
 
-        forward.recurx_plan = plan  # type: ignore[attr-defined]
+        forward.recurx_recipe = recipe  # type: ignore[attr-defined]
         return forward
 
-    def describe(self, module: nn.Module, plan: OfficialPlan) -> list[str]:
-        calls, window = len(plan.schedule), plan.schedule.window
+    def describe(self, module: nn.Module, recipe: OfficialRecipe) -> list[str]:
+        calls, window = len(recipe.schedule), recipe.schedule.window
         return [
-            f"on recurx: {plan.schedule.name}, all {calls} net calls, gradient window {window}",
+            f"on recurx: {recipe.schedule.name}, all {calls} net calls, gradient window {window}",
             "stays PyTorch: input embedding, lm_head, q_head, and all around this module "
             "(halting, loss, optimiser)",
         ]
 
-    def probe(self, module: nn.Module, plan: OfficialPlan) -> str:
+    def probe(self, module: nn.Module, recipe: OfficialRecipe) -> str:
         def replace_by() -> tuple[Callable[..., object], Problem]:
-            eager = self.plan(module, "eager")
+            eager = self.recipe(module, "eager")
             return self.replacement(eager), self.problem(module, eager)
 
         return probe_forward(module, replace_by)
@@ -168,7 +168,7 @@ def _unless_original(module: nn.Module) -> list[str]:
     """Refuse an instance whose `forward` somebody else replaced."""
     own = vars(module).get("forward")
     function = getattr(own, "__func__", None)
-    if own is None or function is type(module).forward or hasattr(function, "recurx_plan"):
+    if own is None or function is type(module).forward or hasattr(function, "recurx_recipe"):
         return []
     return ["its `forward` was replaced in the instance by other code"]
 

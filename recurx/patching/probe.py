@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from recurx.errors import UnsupportedModel
+from recurx.plan import count
 from recurx.problem import Problem
 
 # Above this (original and replacement together) the probe takes one sample and 2 x 2 cycles: about
@@ -94,13 +95,12 @@ def _compare(got: Result, want: Result, dtype: torch.dtype, how: str) -> str:
 
 def _flop(problem: Problem, batch: int) -> float:
     """Both runs, forward of all calls and backward of the window."""
-    per_call = {}
-    for name, spec in problem.nets:
-        sizes = [rows * columns for block in spec.blocks for rows, columns in block.weight_shapes]
-        per_call[name] = 2 * sum(sizes) * problem.tokens
-    schedule = problem.schedule
-    calls = [per_call[step.net] for step in schedule.steps]
-    return float(2 * batch * (sum(calls) + 2 * sum(calls[schedule.grad_from :])))
+    schedule, specs = problem.schedule, dict(problem.nets)
+    calls = [
+        sum(stage.flops for stage in count.stages(specs[step.net], batch, problem.tokens))
+        for step in schedule.steps
+    ]
+    return 2 * (sum(calls) + 2 * sum(calls[schedule.grad_from :]))
 
 
 @contextlib.contextmanager

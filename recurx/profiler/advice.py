@@ -74,7 +74,7 @@ def advise(
             lines.append("recurx would replace nothing: " + "; ".join(adapter.differences(module)))
         else:
             patchable = True
-            plan: Any = adapter.plan(module, "auto")
+            plan: Any = adapter.recipe(module, "auto")
             problem = dataclasses.replace(adapter.problem(module, plan), batch=batch)
             if problem.opaque:
                 lines.append(

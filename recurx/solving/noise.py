@@ -1,8 +1,7 @@
 """Normal noise from a counter: the same for the same seed, entry, step and element, on any device.
 
-Philox 4x32 with 10 rounds (Salmon et al. 2011), then Box-Muller; csrc/cuda/rx/random.cuh is the
-same formula inside the CUDA engine. So a rollout can be repeated alone, in another batch or by
-another backend.
+Philox (`recurx.models.philox`), then Box-Muller; csrc/cuda/rx/random.cuh is the same formula inside
+the CUDA engine. So a rollout can be repeated alone, in another batch or by another backend.
 """
 
 from __future__ import annotations
@@ -12,31 +11,14 @@ import math
 import torch
 from torch import Tensor
 
-_LOW = 0xFFFFFFFF  # words are kept in int64: products of two may wrap, their 64 bits are right
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
+from recurx.models.philox import philox
+
 _STEPS, _STARTS = 0, 1  # last word of the counter: what the numbers are for
 
 # A normal cut at two of its own deviations, scaled to deviation 1: how H_init and L_init are drawn.
 _CUT = 2.0
 _MASS = math.erf(_CUT / math.sqrt(2))
 _SIGMA = 1 / math.sqrt(1 - 2 * _CUT * math.exp(-(_CUT**2) / 2) / math.sqrt(2 * math.pi) / _MASS)
-
-
-def philox(counter: list[Tensor], seed: int) -> list[Tensor]:
-    """Four random words in [0, 2^32) for each counter of four words (int64 tensors)."""
-    a, b, c, d = counter
-    key0, key1 = seed & _LOW, seed >> 32 & _LOW
-    for _ in range(10):
-        first, second = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
-        a, b, c, d = (
-            (second >> 32 & _LOW) ^ b ^ key0,
-            second & _LOW,
-            (first >> 32 & _LOW) ^ d ^ key1,
-            first & _LOW,
-        )
-        key0, key1 = key0 + _WEYL[0] & _LOW, key1 + _WEYL[1] & _LOW
-    return [a, b, c, d]
 
 
 def _box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,7 +61,7 @@ def truncated_normals(entries: Tensor, state: int, shape: tuple[int, ...], seed:
 
 def _words(
     entries: Tensor, third: int, use: int, shape: tuple[int, ...], seed: int
-) -> list[Tensor]:
+) -> tuple[Tensor, ...]:
     """Four random words [N, quads] for every four elements of `shape`."""
     quads = torch.arange(-(-math.prod(shape) // 4), device=entries.device)
     entry = entries.long()[:, None].expand(-1, len(quads))

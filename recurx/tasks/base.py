@@ -55,23 +55,43 @@ class Examples:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Which cells of a board belong together.
+
+    Args:
+        units: [G, T] of each cell its row, its column and, where there are boxes, its box, numbered
+            apart.
+        neighbours: [T, T] whether two different cells touch, or share a unit: what the rules link.
+    """
+
+    units: NDArray[np.int64]
+    neighbours: NDArray[np.bool_]
+
+
 class Task(ABC):
     """A family of puzzles with `seq_len` tokens out of `vocab_size`.
 
     Attributes:
         name: the name under which the registry made it, options included.
         seq_len, vocab_size: T, and the number of token ids.
+        num_puzzle_identifiers: rows of the puzzle embedding; 1 where all puzzles follow the same
+            rules.
         pool: how many fresh examples a sampler generates before it recombines them by symmetry;
             0 if generating is so cheap that every example can be fresh.
+        blank: token id of a blank in a question whose answer fills the blanks; None in others.
+        grid: how the tokens lie on a board; None in other tasks.
+        has_rules: whether `check` can tell right answers from wrong without their labels.
         held_out_rule: one sentence saying what the held-out examples have that training never has.
     """
 
     name: str
-
-    @property
-    def num_puzzle_identifiers(self) -> int:
-        """Rows of the puzzle embedding; 1 where all puzzles follow the same rules."""
-        return 1
+    held_out_rule: str
+    num_puzzle_identifiers: int = 1
+    pool: int = 0
+    blank: int | None = None
+    grid: Grid | None = None
+    has_rules: bool = True
 
     @property
     @abstractmethod
@@ -80,24 +100,6 @@ class Task(ABC):
     @property
     @abstractmethod
     def vocab_size(self) -> int: ...
-
-    @property
-    def pool(self) -> int:
-        return 0
-
-    @property
-    def blank(self) -> int | None:
-        """Token id of a blank in a question whose answer fills the blanks; None in other tasks."""
-        return None
-
-    @property
-    def has_rules(self) -> bool:
-        """Whether `check` can tell right answers from wrong without their labels."""
-        return True
-
-    @property
-    @abstractmethod
-    def held_out_rule(self) -> str: ...
 
     @abstractmethod
     def generate(self, rng: np.random.Generator, count: int) -> Examples:
@@ -139,7 +141,7 @@ class Task(ABC):
         """One row of tokens [T] as readable text, one line a row of the board."""
 
 
-def hashed_share(keys: NDArray[np.int64], share: int) -> Flags:
+def hashed_share(keys: NDArray[np.int64], share: int = 8) -> Flags:
     """A fixed pseudo-random 1/share of all keys [N, K]; rows that are equal answer alike."""
     mixed = np.full(len(keys), 0x9E3779B97F4A7C15, dtype=np.uint64)
     for column in np.ascontiguousarray(keys).T.astype(np.uint64):

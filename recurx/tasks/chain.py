@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 from recurx.errors import bad_argument
 from recurx.tasks.base import Examples, Flags, Task, Tokens, hashed_share
 
-HELD_OUT_SHARE = 8
-
 
 @dataclass(frozen=True)
 class Chain(Task):
@@ -24,6 +22,9 @@ class Chain(Task):
 
     length: int = 16
     name: str = "chain"
+
+    # All lists of one length are images of each other, so no split could hold out more.
+    held_out_rule = "none of their lists is a training list (all are relabelled images of one list)"
 
     def __post_init__(self) -> None:
         if self.length < 3:
@@ -37,11 +38,6 @@ class Chain(Task):
     def vocab_size(self) -> int:
         return self.length + 1
 
-    @property
-    def held_out_rule(self) -> str:
-        # All lists of one length are images of each other, so no split could hold out more.
-        return "none of their lists is a training list (all are relabelled images of one list)"
-
     def generate(self, rng: np.random.Generator, count: int) -> Examples:
         order = rng.permuted(np.tile(np.arange(self.length), (count, 1)), axis=1)
         follower = np.concatenate([order[:, 1:], order[:, -1:]], axis=1)
@@ -54,7 +50,7 @@ class Chain(Task):
         return Examples(_at(names, renamed) + 1, _at(names, examples.answers))
 
     def held_out(self, examples: Examples) -> Flags:
-        return hashed_share(examples.inputs, HELD_OUT_SHARE)
+        return hashed_share(examples.inputs)
 
     def check(self, inputs: Tokens, answers: Tokens) -> Flags:
         """The end has 0, every other node one more than the node it points to; on a cycle no

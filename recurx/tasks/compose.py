@@ -18,8 +18,6 @@ from numpy.typing import NDArray
 from recurx.errors import bad_argument
 from recurx.tasks.base import Examples, Flags, Task, Tokens, hashed_share
 
-HELD_OUT_SHARE = 8
-
 
 @dataclass(frozen=True)
 class Compose(Task):
@@ -28,6 +26,8 @@ class Compose(Task):
     length: int = 16
     degree: int = 5
     name: str = "compose"
+
+    held_out_rule = "no training word becomes one of theirs when the permuted things are renamed"
 
     def __post_init__(self) -> None:
         if self.length < 2:
@@ -42,10 +42,6 @@ class Compose(Task):
     @property
     def vocab_size(self) -> int:
         return len(self._permutations) + 1
-
-    @property
-    def held_out_rule(self) -> str:
-        return "no training word becomes one of theirs when the permuted things are renamed"
 
     def generate(self, rng: np.random.Generator, count: int) -> Examples:
         word = rng.integers(len(self._permutations), size=(count, self.length), dtype=np.int64)
@@ -86,7 +82,7 @@ class Compose(Task):
         weights = np.random.SeedSequence(0).generate_state(self.length, np.uint64)
         images = self._renamed[:, examples.inputs - 1].astype(np.uint64)  # [G, N, T]
         hashes = ((images + np.uint64(1)) * weights).sum(axis=-1, dtype=np.uint64)
-        return hashed_share(hashes.min(axis=0)[:, None].view(np.int64), HELD_OUT_SHARE)
+        return hashed_share(hashes.min(axis=0)[:, None].view(np.int64))
 
     def check(self, inputs: Tokens, answers: Tokens) -> Flags:
         """The first product is the first letter, each next one the one before, then the letter."""

@@ -22,7 +22,6 @@ from recurx.errors import bad_argument
 from recurx.tasks.base import PAD, Examples, Flags, Tokens, hashed_share
 from recurx.tasks.english import NAMES, EnglishTask
 
-HELD_OUT_SHARE = 8
 QUESTION = "Order them by age."
 # (sentence, whether the first of the two people named is the older one)
 WORDINGS = (
@@ -47,6 +46,8 @@ class Ordering(EnglishTask):
     fewest: int = 0
     wordings: int = 4
     name: str = "order"
+
+    held_out_rule = "no training example is about the same people, in whatever order"
 
     def __post_init__(self) -> None:
         if not 2 <= self.names <= len(NAMES):
@@ -73,10 +74,6 @@ class Ordering(EnglishTask):
 
     def hardest(self) -> Ordering:
         return dataclasses.replace(self, fewest=0)
-
-    @property
-    def held_out_rule(self) -> str:
-        return "no training example is about the same people, in whatever order"
 
     @functools.cached_property
     def passages(self) -> tuple[str, ...]:
@@ -126,7 +123,7 @@ class Ordering(EnglishTask):
         return np.where(forward, first, second) + 1, np.where(forward, second, first) + 1
 
     def held_out(self, examples: Examples) -> Flags:
-        return hashed_share(np.sort(examples.answers, axis=1), HELD_OUT_SHARE)
+        return hashed_share(np.sort(examples.answers, axis=1))
 
     def check(self, inputs: Tokens, answers: Tokens) -> Flags:
         """Everybody named is placed, nobody twice, and every sentence holds."""

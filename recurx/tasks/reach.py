@@ -17,7 +17,6 @@ from recurx.tasks.base import Examples, Flags, Task, Tokens, hashed_share
 
 NO_EDGE, EDGE = 1, 2
 NO_WAY, HERE = 1, 2  # in answers; HERE + d is distance d
-HELD_OUT_SHARE = 8
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,8 @@ class Reach(Task):
 
     nodes: int = 8
     name: str = "reach"
+
+    held_out_rule = "no training graph becomes one of theirs when nodes are renamed"
 
     def __post_init__(self) -> None:
         if self.nodes < 4:
@@ -38,10 +39,6 @@ class Reach(Task):
     @property
     def vocab_size(self) -> int:
         return HERE + self.nodes  # distances end at nodes - 1
-
-    @property
-    def held_out_rule(self) -> str:
-        return "no training graph becomes one of theirs when nodes are renamed"
 
     def generate(self, rng: np.random.Generator, count: int) -> Examples:
         nodes = self.nodes
@@ -81,7 +78,7 @@ class Reach(Task):
         out, into = weights[: self.vocab_size], weights[self.vocab_size :]
         each = out[distances].sum(axis=2, dtype=np.uint64)
         each ^= into[distances].sum(axis=1, dtype=np.uint64)
-        return hashed_share(np.sort(each, axis=1).view(np.int64), HELD_OUT_SHARE)
+        return hashed_share(np.sort(each, axis=1).view(np.int64))
 
     def check(self, inputs: Tokens, answers: Tokens) -> Flags:
         """One relaxation: 0 to itself, else one more than the best node after one edge. Only the

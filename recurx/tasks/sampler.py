@@ -15,7 +15,21 @@ SPLITS = ("train", "held-out")
 MOST_ROUNDS = 1000  # of candidates before the sampler gives up on an (almost) empty side
 
 
-class Sampler:
+class Stream:
+    """What draws examples from a generator of its own can be saved, and goes on elsewhere."""
+
+    _rng: np.random.Generator
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, fit for JSON."""
+        return copy.deepcopy(dict(self._rng.bit_generator.state))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly where the stream that made `state` stopped (with the same arguments)."""
+        self._rng.bit_generator.state = copy.deepcopy(state)
+
+
+class Sampler(Stream):
     """Draws examples of `task`: all fresh, or symmetric images of a pool generated once.
 
     Every drawn example is tested for its side of the split after augmentation, so that training
@@ -61,14 +75,6 @@ class Sampler:
 
     def _right_side(self, examples: Examples) -> Examples:
         return examples.take(self.task.held_out(examples) == (self.split == "held-out"))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, fit for JSON."""
-        return copy.deepcopy(dict(self._rng.bit_generator.state))
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where the sampler that made `state` stopped (same task, seed, split)."""
-        self._rng.bit_generator.state = copy.deepcopy(state)
 
 
 @functools.lru_cache(maxsize=8)  # both splits draw from one pool, and it takes seconds to fill

@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 from recurx.errors import bad_argument
 from recurx.tasks.base import Examples, Flags, Task, Tokens, hashed_share
 
-HELD_OUT_SHARE = 8
-
 
 @dataclass(frozen=True)
 class Sorting(Task):
@@ -27,6 +25,8 @@ class Sorting(Task):
     values: int = 16
     tags: int = 1
     name: str = "sort"
+
+    held_out_rule = "no training example has the same values, in whatever order"
 
     def __post_init__(self) -> None:
         for arg, value in (("length", self.length), ("values", self.values)):
@@ -48,10 +48,6 @@ class Sorting(Task):
     def vocab_size(self) -> int:
         return self.values * self.tags + 1
 
-    @property
-    def held_out_rule(self) -> str:
-        return "no training example has the same values, in whatever order"
-
     def generate(self, rng: np.random.Generator, count: int) -> Examples:
         if self.tags == 1:
             inputs = rng.integers(1, self.values + 1, size=(count, self.length), dtype=np.int64)
@@ -66,7 +62,7 @@ class Sorting(Task):
 
     def held_out(self, examples: Examples) -> Flags:
         keys = 1 + (np.sort(examples.inputs, axis=1) - 1) // self.tags
-        return hashed_share(keys, HELD_OUT_SHARE)
+        return hashed_share(keys)
 
     def check(self, inputs: Tokens, answers: Tokens) -> Flags:
         return (np.sort(inputs, axis=1) == answers).all(axis=1)

@@ -21,7 +21,6 @@ from recurx.errors import bad_argument
 from recurx.tasks.base import Examples, Flags, Tokens, hashed_share
 from recurx.tasks.english import NAMES, EnglishTask
 
-HELD_OUT_SHARE = 8
 START = "{} has the ball."
 WORDINGS = ("{} and {} swap.", "{} and {} trade.", "{} trades with {}.")
 
@@ -34,6 +33,8 @@ class Trades(EnglishTask):
     people: int = 5
     wordings: int = 3
     name: str = "trades"
+
+    held_out_rule = "no training example tells of the same start and trades, in whatever words"
 
     answer_per_passage = True
 
@@ -52,10 +53,6 @@ class Trades(EnglishTask):
     @property
     def choices(self) -> int:
         return self.people
-
-    @property
-    def held_out_rule(self) -> str:
-        return "no training example tells of the same start and trades, in whatever words"
 
     @functools.cached_property
     def passages(self) -> tuple[str, ...]:
@@ -100,9 +97,7 @@ class Trades(EnglishTask):
 
     def held_out(self, examples: Examples) -> Flags:
         traders = np.sort(self._traders(examples.inputs), axis=2).reshape(len(examples), -1)
-        return hashed_share(
-            np.concatenate([examples.inputs[:, :1], traders], axis=1), HELD_OUT_SHARE
-        )
+        return hashed_share(np.concatenate([examples.inputs[:, :1], traders], axis=1))
 
     def check(self, inputs: Tokens, answers: Tokens) -> Flags:
         """The first answer is who starts; who traded hands the ball on, all others keep it."""

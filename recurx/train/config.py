@@ -1,4 +1,4 @@
-"""What a training run is: one printable value, and the presets that build it."""
+"""What a training run is: one printable value."""
 
 from __future__ import annotations
 
@@ -6,44 +6,31 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from recurx import tasks
-from recurx.errors import InvalidArgument, bad_argument
+from recurx.errors import bad_argument
 from recurx.models import ModelConfig, config_class
 from recurx.models.losses import HALT_WEIGHT
 
 OPTIMIZERS = ("adam-atan2", "adamw")
 LR_DECAYS = ("none", "cosine")
 
-# Model fields by preset. The first five are the published sizes; "tiny" ones train in minutes on
-# two cores. One low call and one cycle a supervision step leave the refining to the outer loop.
-PRESETS: dict[str, dict[str, Any]] = {
-    "trm-att": {"puzzle_emb_ndim": 512},
-    "trm-mlp": {"puzzle_emb_ndim": 512, "mlp_t": True, "pos_encodings": "none"},
-    "single-z": {"puzzle_emb_ndim": 512, "variant": "single_z"},
-    "hier6": {"puzzle_emb_ndim": 512, "variant": "hier6"},
-    "hrm": {"puzzle_emb_ndim": 512, "variant": "hrm"},
-    "tiny-att": {
-        "hidden_size": 64, "num_heads": 4, "expansion": 2.0, "inner_multiple": 16, "L_layers": 1,
-        "H_cycles": 1, "L_cycles": 2, "pos_encodings": "learned", "forward_dtype": "float32",
-        "halt_max_steps": 8,
-    },
-    "tiny-mlp": {
-        "hidden_size": 64, "num_heads": 4, "expansion": 2.0, "inner_multiple": 16, "L_layers": 1,
-        "H_cycles": 1, "L_cycles": 2, "pos_encodings": "learned", "forward_dtype": "float32",
-        "halt_max_steps": 8, "mlp_t": True,
-    },
-}  # fmt: skip
-# Published training values (TRM, arXiv 2510.04871, section 5) and what suits the tiny nets.
-_FULL = {
-    "batch_size": 768, "lr": 1e-4, "weight_decay": 1.0, "warmup": 2000, "ema": 0.999,
-    "puzzle_emb_lr": 1e-4,
-}  # fmt: skip
-_TINY = {"batch_size": 64, "lr": 5e-3, "weight_decay": 0.01, "warmup": 50, "ema": 0.99}
+
+class Sizes(Protocol):
+    """What a model must know of the questions: token ids, tokens, rows of the puzzle embedding."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def seq_len(self) -> int: ...
+
+    @property
+    def num_puzzle_identifiers(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -65,13 +52,13 @@ class TrainConfig:
         puzzle_emb_lr: of the puzzle embedding's sign SGD, where the model has one.
         lr_decay: "none", or "cosine": after the warm-up the learning rates fall along half a
             cosine, to 0 at step `decay_steps`.
-        puzzles: a file of Sudokus to train on (`recurx.train.puzzles`) instead of generated ones.
-        puzzles_sha256: of that file; None takes whatever is there, and the trainer fills it in.
+        puzzles: a file of Sudokus to train on (`tasks.sudoku.split`) instead of generated ones.
+        puzzles_sha256: of that file; None takes whatever is there, and the run fills it in.
         reveal: each drawn puzzle of the file gets 0..reveal blanks filled in.
         hold_out: puzzles of the file that are evaluated on and never trained on.
         grid_positions: learned positions start as row + column (+ box) vectors
-            (`recurx.train.positions`).
-        grid_mixing: token MLPs start as sums over neighbouring cells (`recurx.train.mixing`).
+            (`recurx.models.starts`).
+        grid_mixing: token MLPs start as sums over neighbouring cells (there too).
         started_from: SHA-256 of the checkpoint whose weights the run began with
             (`Trainer.start_from`), None for fresh ones.
     """
@@ -128,17 +115,16 @@ class TrainConfig:
         if self.puzzles is not None and self.hold_out < 1:
             raise bad_argument("train", "hold_out", "at least 1 puzzle", self.hold_out)
 
-    def model_config(self) -> ModelConfig:
-        """The model's configuration, with the sizes of the task filled in."""
-        task = tasks.get(self.task)
+    def model_config(self, data: Sizes) -> ModelConfig:
+        """The model's configuration, with the sizes of the data, or of the task, filled in."""
         sizes = {
-            "vocab_size": task.vocab_size,
-            "seq_len": task.seq_len,
+            "vocab_size": data.vocab_size,
+            "seq_len": data.seq_len,
             "batch_size": self.batch_size,
-            "num_puzzle_identifiers": task.num_puzzle_identifiers,
+            "num_puzzle_identifiers": data.num_puzzle_identifiers,
         }
         config = config_class(self.model.get("variant")).from_dict({**sizes, **self.model})
-        if task.num_puzzle_identifiers > 1 and not config.puzzle_emb_ndim:
+        if data.num_puzzle_identifiers > 1 and not config.puzzle_emb_ndim:
             raise bad_argument(
                 "train", "puzzle_emb_ndim", f"more than 0 for {self.task}, whose puzzles only "
                 "their embedding tells apart", 0, "Set it, e.g. --set puzzle_emb_ndim=64.",
@@ -153,28 +139,15 @@ class TrainConfig:
             factor = factor * (0.5 + 0.5 * torch.cos(math.pi * share))
         return factor
 
+    def published(self) -> TrainConfig:
+        """The config that goes with the weights: it names no folder of this machine."""
+        if self.puzzles is None:
+            return self
+        return dataclasses.replace(self, puzzles=Path(self.puzzles).name)
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> TrainConfig:
         return cls(**json.loads(text))
-
-
-def preset(name: str, task: str, **changes: Any) -> TrainConfig:
-    """The run that a preset describes, on `task`, with fields of TrainConfig changed.
-
-    Raises:
-        InvalidArgument: unknown preset (the known ones are listed), task, or field.
-    """
-    if name not in PRESETS:
-        raise InvalidArgument(f"train: expected a preset of {', '.join(PRESETS)}, got {name!r}.")
-    known = {f.name for f in dataclasses.fields(TrainConfig)}
-    for key in changes:
-        if key not in known:
-            raise bad_argument("train.preset", key, f"one of {', '.join(sorted(known))}", "unknown")
-    values = {**(_TINY if name.startswith("tiny") else _FULL), **changes}
-    values["model"] = {**PRESETS[name], **changes.get("model", {})}
-    config = TrainConfig(task=task, **values)
-    config.model_config()  # refuses what does not fit now, not at the first step
-    return config

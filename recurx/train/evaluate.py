@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,7 +17,8 @@ from recurx.errors import bad_argument
 from recurx.measure import synchronize
 from recurx.solving.budgets import batch_of
 from recurx.solving.solve import Answers, solve
-from recurx.tasks.base import PAD, Examples, Task
+from recurx.tasks.base import PAD, Examples
+from recurx.train.data import Judge
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Report:
 
 def evaluate(
     model: nn.Module,
-    task: Task,
+    task: Judge,
     examples: Examples,
     *,
     known: NDArray[np.bool_] | None = None,
@@ -85,6 +87,9 @@ def evaluate(
     answers = np.concatenate([part.predictions.cpu().numpy() for part in parts])
     known = np.ones(len(examples), dtype=bool) if known is None else known
     cells = (answers == examples.answers)[known[:, None] & (examples.answers != PAD)]
+    steps: Counter[int] = Counter()
+    for part in parts:
+        steps.update(part.histogram())
     return Report(
         count=len(examples),
         exact=float(task.right(examples, answers).mean()),
@@ -92,11 +97,11 @@ def evaluate(
         steps_mean=float(sum(int(p.rollout_steps.sum()) for p in parts) / len(examples)),
         seconds=seconds,
         curve=_curve(task, examples, parts),
-        histogram=_add_up([part.histogram() for part in parts]),
+        histogram=dict(sorted(steps.items())),
     )
 
 
-def _curve(task: Task, examples: Examples, parts: list[Answers]) -> tuple[float, ...]:
+def _curve(task: Judge, examples: Examples, parts: list[Answers]) -> tuple[float, ...]:
     """Exact accuracy after each step; a batch that ended early keeps its answers."""
     traces = [part.trace.cpu().numpy() for part in parts if part.trace is not None]
     longest = max(map(len, traces))
@@ -104,11 +109,3 @@ def _curve(task: Task, examples: Examples, parts: list[Answers]) -> tuple[float,
         float(task.right(examples, np.concatenate([t[min(i, len(t) - 1)] for t in traces])).mean())
         for i in range(longest)
     )
-
-
-def _add_up(histograms: list[dict[int, int]]) -> dict[int, int]:
-    total: dict[int, int] = {}
-    for histogram in histograms:
-        for steps, count in histogram.items():
-            total[steps] = total.get(steps, 0) + count
-    return dict(sorted(total.items()))

@@ -16,8 +16,52 @@ from torch import Tensor
 
 from recurx import small_ops
 from recurx.errors import bad_argument
+from recurx.models import RecursiveModel
 from recurx.models.puzzle_embedding import sign_sgd_
+from recurx.train.config import TrainConfig
 from recurx.train.ranks import all_gather
+
+
+def make_optimizers(
+    config: TrainConfig, model: RecursiveModel, world: int = 1
+) -> list[torch.optim.Optimizer]:
+    """The optimizer of the weights of a model, and that of its puzzle embedding if it has one.
+
+    Args:
+        world: ranks that train on it.
+    """
+    device = next(model.parameters()).device
+    settings: dict[str, Any] = {
+        "lr": torch.tensor(config.lr, device=device),
+        "betas": (config.beta1, config.beta2),
+        "weight_decay": config.weight_decay,
+    }
+    made: list[torch.optim.Optimizer]
+    if config.optimizer == "adam-atan2":
+        made = [AdamATan2(model.parameters(), **settings)]
+    else:
+        on_gpu = device.type == "cuda"
+        made = [torch.optim.AdamW(model.parameters(), **settings, capturable=on_gpu)]
+    if model.config.puzzle_emb_ndim:
+        rows = model.puzzle_emb.buffers()
+        made.append(SparseSignSGD(rows, config.puzzle_emb_lr, config.weight_decay, world))
+    return made
+
+
+def stepping(rule: Callable[[torch.optim.Optimizer], None]) -> Callable[..., Any]:
+    """A method `step` by a rule that changes the weights of an optimizer; runs without gradient."""
+
+    @torch.no_grad()
+    def step(self: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+        """One step on every parameter that has a gradient; what `closure` returned, if given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        rule(self)
+        return loss
+
+    return step
 
 
 class AdamATan2(torch.optim.Optimizer):
@@ -48,19 +92,7 @@ class AdamATan2(torch.optim.Optimizer):
             raise bad_argument("train.AdamATan2", "betas", "two numbers in [0, 1)", repr(betas))
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step on every parameter that has a gradient.
-
-        Raises:
-            InvalidArgument: a gradient is sparse.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        adam_atan2_(self)
-        return loss
+    step = stepping(lambda optimizer: adam_atan2_(optimizer))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state; one whose counts lie on the CPU, or with bf16 means, is fine too."""
@@ -102,7 +134,9 @@ def _step_group(
     """The kernel for those that it takes, one launch for each pair of dtypes; the formula else."""
     kinds: dict[tuple[Any, ...], list[Tensor]] = {}
     for p in params:
-        fits = small_ops.on_triton(p) and _kernel_takes(p, optimizer.state[p])
+        step, *means = (optimizer.state[p][key] for key in ("step", "exp_avg", "exp_avg_sq"))
+        wide = all(t.dtype == torch.float32 for t in (step, *means))
+        fits = wide and small_ops.takes(p, p.grad, *means)
         kinds.setdefault((p.device, p.dtype, p.grad.dtype) if fits else (), []).append(p)
     settings = {key: group[key] for key in ("lr", "betas", "weight_decay")}
     for kind, some in kinds.items():
@@ -117,17 +151,6 @@ def _step_group(
         tables = _tables_of(optimizer)
         adam_atan2(some, grads, *lists, **settings, tables=tables, name=(index, *kind))
         small_ops.wrote([*some, *lists[0], *lists[1]])
-
-
-def _kernel_takes(param: Tensor, state: dict[str, Tensor]) -> bool:
-    kernels = (torch.float32, torch.bfloat16)
-    means = (state["exp_avg"], state["exp_avg_sq"])
-    return (
-        param.dtype in kernels
-        and param.grad.dtype in kernels
-        and all(t.is_contiguous() for t in (param, param.grad, *means))
-        and all(t.dtype == torch.float32 for t in (*means, state["step"]))
-    )
 
 
 def _adam_atan2(
@@ -205,15 +228,7 @@ class SparseSignSGD(torch.optim.Optimizer):
         for group in self.param_groups:
             embedding_buffers(group["params"])
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step; does nothing before a backward."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        sparse_sign_sgd_(self)
-        return loss
+    step = stepping(lambda optimizer: sparse_sign_sgd_(optimizer))
 
 
 def sparse_sign_sgd_(optimizer: torch.optim.Optimizer) -> None:

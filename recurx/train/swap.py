@@ -32,6 +32,7 @@ from recurx.train.optim import (
     adam_atan2_,
     embedding_buffers,
     sparse_sign_sgd_,
+    stepping,
 )
 
 _KNOWN = "a loss head with a stablemax `loss_fn`, AdamATan2, sparse sign SGD, an EMA helper"
@@ -67,7 +68,7 @@ def swap(*things: Any) -> PatchHandle:
             lines += [str(entry) for entry in handle.report.refused]
             raise UnsupportedModel("\n".join([*lines, f"  Known: {_KNOWN}."]))
     for owner, name, value in ready:  # all or nothing: no error comes after this line
-        _install(handle, owner, name, value)
+        handle.put(owner, name, value)
     return handle
 
 
@@ -82,21 +83,6 @@ def provide_adam_atan2() -> None:
     module = ModuleType("adam_atan2", "recurx's AdamATan2 under the name official code imports.")
     module.AdamATan2 = AdamATan2  # type: ignore[attr-defined]
     sys.modules["adam_atan2"] = module
-
-
-def _install(handle: PatchHandle, owner: Any, name: str, value: Any) -> None:
-    own, before = name in vars(owner), vars(owner).get(name)
-
-    def undo() -> None:
-        if vars(owner).get(name) is not value:
-            return  # somebody replaced it again: leave theirs
-        if own:
-            setattr(owner, name, before)
-        else:
-            delattr(owner, name)
-
-    setattr(owner, name, value)
-    handle.on_remove(undo)
 
 
 # ---- losses -------------------------------------------------------------------------------------
@@ -155,20 +141,7 @@ def _optimizer(handle: PatchHandle, optimizer: torch.optim.Optimizer) -> list[tu
         handle.note(Entry("", kind, False, (difference,)))
         return []
     handle.note(Entry("", kind, True, (f"step: {what}",)))
-    return [(optimizer, "step", MethodType(_stepping(rule), optimizer))]
-
-
-def _stepping(rule: Callable[[torch.optim.Optimizer], None]) -> Callable[..., Any]:
-    @torch.no_grad()
-    def step(self: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        rule(self)
-        return loss
-
-    return step
+    return [(optimizer, "step", MethodType(stepping(rule), optimizer))]
 
 
 def _not_sign_sgd(optimizer: torch.optim.Optimizer) -> str | None:

@@ -237,7 +237,7 @@ def test_demo_in_small(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(learn, "FINAL_COUNT", 40)
     small = TRMConfig.sudoku_att(hidden_size=64, num_heads=2, puzzle_emb_ndim=64, inner_multiple=32)
     monkeypatch.setattr(TRMConfig, "sudoku_att", lambda: small)
-    shipped = importlib.import_module("recurx.shipped")
+    shipped = importlib.import_module("recurx.shipped_nets")
     monkeypatch.setattr(shipped, "PACKAGE", tmp_path)
     net = tmp_path / shipped.NETS["sudoku"]
     net.parent.mkdir()

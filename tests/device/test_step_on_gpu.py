@@ -90,7 +90,7 @@ def test_draws_of_pytorch_generators_are_captured_too():
     head = LossHead(run.model)
     swap(head)
     adam = AdamATan2(head.parameters(), lr=0.0)
-    queue = SampleQueue(run._draw, 6, "cuda")
+    queue = SampleQueue(run.data.draw, 6, "cuda")
     step = CapturedStep(head, [adam], queue, capture=CudaGraphs(warm_steps=2))
     halted = []
     for _ in range(12):

@@ -98,7 +98,7 @@ def test_nets_have_equal_parameters(module):
     configs = [one_look.net_config(arguments, kind, 0) for kind in kinds]
     recursive, one, deep = map(one_look.parameters, configs)
     assert recursive == one and 0.8 * one < deep <= one
-    assert configs[2].model_config().L_layers == arguments.layers > 1
+    assert configs[2].model["L_layers"] == arguments.layers > 1
 
 
 def test_layers_that_do_not_fit_are_refused():

@@ -187,7 +187,7 @@ def test_a_pickle_holds_the_unpatched_model() -> None:
     recurx.patch(model, backend="eager")
     loaded = pickle.loads(pickle.dumps(model))
     same(step(loaded), want)
-    assert b"recurx" not in pickle.dumps(model).replace(b"recurx_plan", b"")
+    assert b"recurx" not in pickle.dumps(model).replace(b"recurx_recipe", b"")
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)

@@ -117,7 +117,7 @@ def test_backends_and_own_models() -> None:
 
 def _float16_problem(model: nn.Module) -> Any:
     adapter, inner = Official(), inner_of(model)
-    return adapter.problem(inner, adapter.plan(inner, "cpu"))
+    return adapter.problem(inner, adapter.recipe(inner, "cpu"))
 
 
 def test_cycles_that_change_after_the_patch_are_noticed() -> None:

@@ -312,7 +312,7 @@ def test_training_and_voting_run(tmp_path, capsys) -> None:
     name = "arc:limit=2,augmentations=1"
     config = preset("trm-att", name, batch_size=2, model=SIZES, puzzle_emb_lr=0.1)
     trainer = Trainer(config, tmp_path)
-    tensors = trainer._tensors(trainer.sampler.draw(6))
+    tensors = trainer.data.draw(6)
     assert tensors["puzzle_identifiers"].min() >= 1
     assert (tensors["labels"] == IGNORE).any() and not (tensors["labels"] == 0).any()
     trainer.run(2)

@@ -340,7 +340,7 @@ def test_another_head_with_a_plain_optimizer_runs_too() -> None:
 
     run = trainer()
     head = Head(run.one_step.head)
-    queue = SampleQueue(run._draw, 6)
+    queue = SampleQueue(run.data.draw, 6)
     sgd = torch.optim.SGD(head.parameters(), lr=0.1)
     step = CapturedStep(head, [sgd], queue, average=Average(head), capture=False)
     before = [w.clone() for w in head.parameters()]

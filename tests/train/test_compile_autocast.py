@@ -7,15 +7,15 @@ import contextlib
 import pytest
 import torch
 
+from recurx import tasks
 from recurx.models import TRM, ACTLossHead, Exploration
 from tests.train.simulated import BACKENDS, on
 from tests.train.test_train import tiny
 
 
 def head_for(backend: str, dtype: str = "float32") -> ACTLossHead:
-    config = tiny(
-        model={"forward_dtype": dtype, "hidden_size": 32, "H_cycles": 2, "L_cycles": 1}
-    ).model_config()
+    settings = tiny(model={"forward_dtype": dtype, "hidden_size": 32, "H_cycles": 2, "L_cycles": 1})
+    config = settings.model_config(tasks.get(settings.task))
     torch.manual_seed(0)
     model = TRM(config, backend)
     model.exploration = Exploration(3)

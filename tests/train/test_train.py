@@ -128,7 +128,7 @@ def test_interrupted_and_resumed_is_the_undisturbed_run_to_the_bit(
     assert differing(second, whole) == []
     third = Trainer.resume(tmp_path)
     assert third.config == config and differing(third, whole) == []
-    assert second.sampler.state_dict() == whole.sampler.state_dict()
+    assert second.data.state_dict() == whole.data.state_dict()
 
 
 @pytest.mark.parametrize(
@@ -206,8 +206,13 @@ def test_seeds_decide() -> None:
 def test_training_never_sees_a_held_out_example(monkeypatch) -> None:
     trainer = Trainer(tiny())
     seen: list[np.ndarray] = []
-    original = trainer._tensors
-    monkeypatch.setattr(trainer, "_tensors", lambda e: seen.append(e.inputs) or original(e))
+    original = trainer.data.sampler.draw
+
+    def draw(count: int) -> tasks.Examples:
+        seen.append((drawn := original(count)).inputs)
+        return drawn
+
+    monkeypatch.setattr(trainer.data.sampler, "draw", draw)
     for _ in range(12):
         trainer.train_step()
     inputs = np.concatenate(seen)
@@ -301,7 +306,7 @@ def test_bad_configurations_are_refused(arguments: dict, says: str) -> None:
 
 @pytest.mark.parametrize("name", ["trm-att", "trm-mlp", "single-z", "hier6", "hrm"])
 def test_published_presets_fit_the_tasks(name: str) -> None:
-    config = preset(name, "sudoku").model_config()
+    config = preset(name, "sudoku").model_config(tasks.get("sudoku"))
     assert (config.hidden_size, config.vocab_size, config.seq_len) == (512, 11, 81)
     assert config.tokens == (82 if name == "hrm" else 97)
     assert TrainConfig.from_json(preset(name, "sudoku").to_json()) == preset(name, "sudoku")

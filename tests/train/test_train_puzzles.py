@@ -13,13 +13,12 @@ import recurx
 from recurx import tasks
 from recurx.commands import main
 from recurx.errors import InvalidArgument
-from recurx.models import TRM
+from recurx.models import TRM, starts
 from recurx.tasks import Sudoku
 from recurx.tasks.sudoku import files, generate, symmetry
+from recurx.tasks.sudoku import split as puzzles
 from recurx.tasks.sudoku.layout import Layout, is_solution, to_boards
-from recurx.train import Trainer, preset, puzzles, state
-from recurx.train.mixing import grid_mixing_, neighbours_of_cells
-from recurx.train.positions import grid_positions_
+from recurx.train import Trainer, open_data, preset, saved_config, state
 
 NINE = Layout.of(9)
 TINY = {"hidden_size": 16, "num_heads": 2, "halt_max_steps": 3, "halt_exploration_prob": 0.5}
@@ -48,6 +47,10 @@ def config(path: Path, task: str = "sudoku", **changes):
     return preset("tiny-mlp", task, puzzles=str(path), **values)
 
 
+def split_of(config) -> puzzles.PuzzleSplit:
+    return open_data(config).split
+
+
 def differing(a: Trainer, b: Trainer) -> list[str]:
     left, right = (state._flatten(trainer._tensors_to_save()) for trainer in (a, b))
     assert left.keys() == right.keys()
@@ -58,7 +61,7 @@ def differing(a: Trainer, b: Trainer) -> list[str]:
 
 
 def test_the_held_out_part_is_the_published_function_of_the_file(file: Path, boards, tmp_path):
-    split = puzzles.load(config(file))
+    split = split_of(config(file))
     # Written down, so that a numpy with another permutation is noticed: old lists must stay valid.
     assert np.random.default_rng(0).permutation(COUNT)[:5].tolist() == split.held_out.tolist()
     assert np.random.default_rng(0).permutation(41151)[:3].tolist() == [1795, 23151, 22756]
@@ -74,18 +77,18 @@ def test_an_image_of_a_held_out_puzzle_is_not_trained_on(file: Path, boards) -> 
     rng = np.random.default_rng(1)
     image, _ = symmetry.random_images(NINE, rng, boards[0][[0] * 12], boards[1][[0] * 12])
     file.write_text(lines(np.concatenate([boards[0], image])))
-    split = puzzles.load(config(file))
+    split = split_of(config(file))
     copies = {0, *range(COUNT, COUNT + 12)}
     assert copies & set(split.held_out.tolist())
     assert not copies & set(split.train.tolist())
     assert len(split.train) + len(split.held_out) < COUNT + 12
     with pytest.raises(InvalidArgument, match="every one that is not held out"):
         file.write_text(lines(image))
-        puzzles.load(config(file))
+        split_of(config(file))
 
 
 def test_drawn_puzzles_are_images_of_the_training_part_with_cells_revealed(file: Path) -> None:
-    split = puzzles.load(config(file))
+    split = split_of(config(file))
     plain = puzzles.PuzzleSampler(split, seed=1).draw(200)
     helped = puzzles.PuzzleSampler(split, seed=1, reveal=6).draw(2000)
     for drawn in (plain, helped):
@@ -107,13 +110,13 @@ def test_answers_of_the_file_are_used_and_checked(tmp_path: Path, boards) -> Non
     table = zip(lines(blank).split(), lines(boards[1]).split(), strict=True)
     rows = [f"web,{q.replace('0', '.')},{a},7" for q, a in table]
     path.write_text("\n".join(["source,question,answer,rating", *rows]))
-    split = puzzles.load(config(path))
+    split = split_of(config(path))
     assert (split.answers == boards[1]).all() and (split.puzzles == blank).all()
     swapped = str(rows[2]).replace(",7", ",8").replace("1", "x").replace("2", "1").replace("x", "2")
     rows[2] = swapped[:85] + rows[2][85:]  # another puzzle, the same answer
     path.write_text("\n".join(["source,question,answer,rating", *rows]))
     with pytest.raises(InvalidArgument, match="puzzle 3: the answer in the file breaks"):
-        puzzles.load(config(path))
+        split_of(config(path))
 
 
 @pytest.mark.parametrize(
@@ -123,7 +126,7 @@ def test_answers_of_the_file_are_used_and_checked(tmp_path: Path, boards) -> Non
 def test_bad_puzzles_are_named(file: Path, line: str, says: str) -> None:
     file.write_text(file.read_text() + line + "\n")
     with pytest.raises(InvalidArgument, match=f"puzzle {COUNT + 1}: it has {says}"):
-        puzzles.load(config(file))
+        split_of(config(file))
 
 
 def test_refusals(file: Path) -> None:
@@ -135,9 +138,9 @@ def test_refusals(file: Path) -> None:
         ({"task": "sort"}, "9x9"),
     ):
         with pytest.raises(InvalidArgument, match=says):
-            puzzles.load(config(file, **changes))
+            split_of(config(file, **changes))
     with pytest.raises(InvalidArgument, match="cannot read nowhere"):
-        puzzles.load(config(Path("nowhere")))
+        split_of(config(Path("nowhere")))
     with pytest.raises(InvalidArgument, match="without a file"):
         preset("tiny-mlp", "sudoku", reveal=3)
 
@@ -155,19 +158,19 @@ def test_a_resumed_run_is_the_undisturbed_one_and_knows_its_file(file: Path, tmp
     moved = file.rename(tmp_path / "moved.txt")
     with pytest.raises(InvalidArgument, match="cannot read"):
         Trainer.resume(folder)
-    resumed = Trainer.resume(folder, puzzles=moved)
+    resumed = Trainer.resume(folder, open_data(saved_config(folder), puzzles=moved))
     resumed.run(steps=7)
     assert differing(resumed, whole) == []
-    assert resumed.sampler.state_dict() == whole.sampler.state_dict()
+    assert resumed.data.state_dict() == whole.data.state_dict()
     assert len(resumed.held_out(99)) == 5 and len(resumed.held_out(2)) == 2
-    other = Trainer.resume(folder, puzzles=moved)
-    other.sampler.reveal = 8
+    other = Trainer.resume(folder, open_data(saved_config(folder), puzzles=moved))
+    other.data.sampler.reveal = 8
     other.run(steps=30)  # planted: the comparison sees another stream
     whole.run(steps=30)
     assert differing(other, whole)
     moved.write_text(moved.read_text() + "# a comment\n")
     with pytest.raises(InvalidArgument, match="is not the file that this run trains on"):
-        Trainer.resume(folder, puzzles=moved)
+        Trainer.resume(folder, open_data(saved_config(folder), puzzles=moved))
     train = json.loads(recurx.load_checkpoint(folder / "model.safetensors").extra["train"])
     assert train["puzzles"] == "moved.txt" and len(train["puzzles_sha256"]) == 64
 
@@ -226,11 +229,11 @@ def test_the_learning_rate_warms_up_and_falls_along_half_a_cosine() -> None:
 @pytest.mark.parametrize("task", ["sudoku", "sudoku-6x6", "maze:size=9"])
 def test_positions_of_cells_that_share_a_unit_are_alike(task: str) -> None:
     model = {"hidden_size": 256, "num_heads": 4, "L_layers": 1, "puzzle_emb_ndim": 256}
-    net = TRM(preset("tiny-att", task, model=model, batch_size=2).model_config())
+    net = TRM(preset("tiny-att", task, model=model, batch_size=2).model_config(tasks.get(task)))
     prefix = net.config.prefix_len
     table = net.inner.embed_pos.embedding_weight.detach()
     before = table.clone()
-    grid_positions_(net, tasks.get(task))
+    starts.positions_of_units_(net, tasks.get(task).grid.units)
     assert prefix > 0 and torch.equal(table[:prefix], before[:prefix])
     assert float(table[prefix:].std() / before[prefix:].std()) == pytest.approx(1, abs=0.1)
     alike = torch.nn.functional.cosine_similarity(table[prefix:, None], table[None, prefix:], -1)
@@ -252,17 +255,17 @@ def test_positions_of_cells_that_share_a_unit_are_alike(task: str) -> None:
 def test_mixing_starts_at_the_neighbours(task: str, peers: int) -> None:
     """What changes at one cell reaches its neighbours, hardly others, and no puzzle embedding."""
     model = {"puzzle_emb_ndim": 64, "puzzle_emb_len": 2}
-    net = TRM(preset("tiny-mlp", task, model=model, batch_size=2).model_config())
+    net = TRM(preset("tiny-mlp", task, model=model, batch_size=2).model_config(tasks.get(task)))
     mlp = net.inner.L_level.layers[0].mlp_t
     before = [w.detach().clone() for w in (mlp.gate_up_proj.weight, mlp.down_proj.weight)]
-    grid_mixing_(net, tasks.get(task))
+    starts.mixing_of_neighbours_(net, tasks.get(task).grid.neighbours)
     prefix, inner = net.config.prefix_len, mlp.down_proj.weight.shape[1]
     gate_up, down = mlp.gate_up_proj.weight.detach(), mlp.down_proj.weight.detach()
     assert prefix > 0 and torch.equal(gate_up[:, :prefix], before[0][:, :prefix])
     assert torch.equal(down[:prefix], before[1][:prefix])
     for half in gate_up.split(inner):
         reached = (down @ half)[prefix:, prefix:].abs().numpy()
-        near = neighbours_of_cells(tasks.get(task))
+        near = tasks.get(task).grid.neighbours
         assert near.sum(axis=1).max() == peers and not near.diagonal().any()
         assert reached[near].mean() > 3 * reached[~near].mean()
 

@@ -14,7 +14,7 @@ from recurx.experiments.hybrid.model import HybridReasoner
 from recurx.models import ModelConfig, RecursiveModel
 from recurx.tasks.base import Examples
 from recurx.tasks.english import EnglishTask
-from recurx.train import TrainConfig, Trainer
+from recurx.train import TaskData, TrainConfig, Trainer
 
 
 def task_bank(name: str, bank: PassageBank | None = None) -> PassageBank:
@@ -39,29 +39,45 @@ def task_bank(name: str, bank: PassageBank | None = None) -> PassageBank:
     return bank
 
 
+class EnglishData(TaskData):
+    """A task in English, tested on its hardest examples: easier ones are the curriculum."""
+
+    task: EnglishTask
+
+    def held_out(self, count: int) -> Examples:
+        hardest = self.task.hardest()
+        return tasks.Sampler(hardest, self.config.seed, "held-out").draw_distinct(count)
+
+
 class HybridTrainer(Trainer):
     """A `Trainer` of a `HybridReasoner`.
 
     Args:
         config: as for `Trainer`; its `task` is one in English, its `model` fields of HybridConfig.
         folder, arguments: as for `Trainer`.
+        data: as for `Trainer`; None: `EnglishData` of the task.
         bank: from `task_bank`; None makes one of the packaged encoder, as `resume` does.
     """
+
+    data: EnglishData
 
     def __init__(
         self,
         config: TrainConfig,
         folder: str | Path | None = None,
+        data: EnglishData | None = None,
         *,
         bank: PassageBank | None = None,
         **arguments: Any,
     ) -> None:
         self.bank = task_bank(config.task, bank)
-        super().__init__(config, folder, **arguments)
+        if data is None:
+            task = tasks.get(config.task)
+            data = EnglishData(config, task, tasks.Sampler(task, config.seed))
+        super().__init__(config, folder, data, **arguments)
 
     def make_model(self, config: ModelConfig, backend: str) -> RecursiveModel:
-        task = self.task
-        assert isinstance(task, EnglishTask)  # by task_bank
+        task = self.data.task
         sizes = {
             "vocab_size": task.choices + 1,
             "passages": task.seq_len,
@@ -73,8 +89,3 @@ class HybridTrainer(Trainer):
         model = HybridReasoner(self.bank, None, hybrid, backend)
         model.inner.whiten_()
         return model
-
-    def held_out(self, count: int) -> Examples:
-        """As `Trainer.held_out`, of the hardest examples: others are the curriculum."""
-        assert isinstance(self.task, EnglishTask)
-        return tasks.Sampler(self.task.hardest(), self.config.seed, "held-out").draw_distinct(count)

@@ -43,6 +43,11 @@ class Arc(Task):
     limit: int | None = None
     name: str = "arc"
 
+    has_rules = False
+    held_out_rule = (
+        "they are test inputs of the evaluation set; training has its demonstrations alone"
+    )
+
     def __post_init__(self) -> None:
         if self.version not in data.REVISIONS:
             raise bad_argument("tasks.arc", "version", "1 or 2", self.version)
@@ -64,10 +69,6 @@ class Arc(Task):
     @property
     def num_puzzle_identifiers(self) -> int:
         return 1 + len(self.puzzles) * (self.augmentations + 1)
-
-    @property
-    def held_out_rule(self) -> str:
-        return "they are test inputs of the evaluation set; training has its demonstrations alone"
 
     # ---- data ----------------------------------------------------------------------------------
 
@@ -178,10 +179,6 @@ class Arc(Task):
         return flags
 
     # ---- answers -------------------------------------------------------------------------------
-
-    @property
-    def has_rules(self) -> bool:
-        return False
 
     def right(self, examples: Examples, answers: Tokens) -> Flags:
         """By the labels: all tokens of the grid and its ends; what lies beyond is not asked for."""

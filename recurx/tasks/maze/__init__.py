@@ -15,12 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recurx.errors import bad_argument
-from recurx.tasks.base import PAD, Examples, Flags, Task, Tokens, hashed_share
+from recurx.tasks.base import PAD, Examples, Flags, Grid, Task, Tokens, hashed_share
 from recurx.tasks.maze import hard, paths
 
 CHARACTERS = "?# SGo"  # by token id
 WALL, OPEN, START, GOAL, PATH = range(1, 6)
-HELD_OUT_SHARE = 8
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,9 @@ class Maze(Task):
     size: int = 10
     shortest: int | None = None
     name: str = "maze"
+
+    pool = 1024  # some seconds of pure Python at 10x10
+    held_out_rule = "no rotation or reflection of them is a training maze"
 
     def __post_init__(self) -> None:
         if self.size < 4:
@@ -50,12 +52,12 @@ class Maze(Task):
         return self.size if self.shortest is None else self.shortest
 
     @property
-    def pool(self) -> int:
-        return 1024  # some seconds of pure Python at 10x10
-
-    @property
-    def held_out_rule(self) -> str:
-        return "no rotation or reflection of them is a training maze"
+    def grid(self) -> Grid:
+        """Cells that touch are neighbours."""
+        row, column = np.divmod(np.arange(self.seq_len), self.size)
+        units = np.stack([row, self.size + column])
+        apart = abs(units[:, :, None] - units[:, None, :]).sum(axis=0)
+        return Grid(units, apart == 1)
 
     def generate(self, rng: np.random.Generator, count: int) -> Examples:
         pairs: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
@@ -163,7 +165,7 @@ class Maze(Task):
         walls = (examples.inputs == WALL).astype(np.int64)[:, self._images]  # [N, 8, T]
         first = np.lexsort(walls.transpose(2, 0, 1)[::-1], axis=-1)[:, :1, None]
         canonical = np.take_along_axis(walls, first, axis=1)[:, 0]
-        return hashed_share(canonical, HELD_OUT_SHARE)
+        return hashed_share(canonical)
 
     def check(self, inputs: Tokens, answers: Tokens) -> Flags:
         """Any shortest path is right: the maze is as given, and the marked cells, as many as the

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from recurx.errors import InvalidArgument
 from recurx.tasks.base import Examples, Flags
 from recurx.tasks.maze import CHARACTERS, PATH, Maze
+from recurx.tasks.text_files import opened
 
 TOKENS = {character: token for token, character in enumerate(CHARACTERS) if token}
 
@@ -30,14 +31,8 @@ def read(path: str | Path, task: Maze, limit: int | None = None) -> tuple[Exampl
     Raises:
         InvalidArgument: no such file, no maze in it, or a bad line (named with its number).
     """
-    path = Path(path)
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return _read(file, str(path), task, limit)
-    except OSError as error:
-        raise InvalidArgument(f"mazes: cannot read {path}: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise InvalidArgument(f"mazes: {path} is not a text file ({error.reason}).") from error
+    with opened(path, "mazes") as file:
+        return _read(file, str(path), task, limit)
 
 
 def _read(

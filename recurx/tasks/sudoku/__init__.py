@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recurx.errors import bad_argument
-from recurx.tasks.base import Examples, Flags, Task, Tokens, hashed_share
+from recurx.tasks.base import Examples, Flags, Grid, Task, Tokens, hashed_share
 from recurx.tasks.sudoku import generate, symmetry
 from recurx.tasks.sudoku.layout import Layout, board_text, is_solution, to_boards, to_tokens
 from recurx.tasks.sudoku.solver import solve
@@ -32,6 +32,8 @@ class Sudoku(Task):
     max_guesses: int | None = None
     name: str = "sudoku"
 
+    blank = 1
+
     def __post_init__(self) -> None:
         Layout.of(self.size)  # refuses unknown sizes
 
@@ -48,12 +50,15 @@ class Sudoku(Task):
         return self.size + 2
 
     @property
-    def blank(self) -> int:
-        return 1
-
-    @property
     def pool(self) -> int:
         return {4: 4096, 6: 2048, 9: 1000}[self.size]  # 1, 4 and 15 seconds
+
+    @property
+    def grid(self) -> Grid:
+        """Cells that share a row, a column or a box are neighbours."""
+        units = self.layout.units_of_cell
+        shared = (units[:, :, None] == units[:, None, :]).any(axis=0)
+        return Grid(units, shared & ~np.eye(self.seq_len, dtype=bool))
 
     @property
     def held_out_rule(self) -> str:

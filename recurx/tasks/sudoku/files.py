@@ -8,18 +8,17 @@ smaller boards have fewer.)
 
 from __future__ import annotations
 
-import contextlib
 import csv
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 
 from recurx.errors import InvalidArgument
 from recurx.tasks.sudoku.layout import Boards, Layout
+from recurx.tasks.text_files import opened
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ def read(path: str | Path, layout: Layout, limit: int | None = None) -> PuzzleFi
     Raises:
         InvalidArgument: no such file, no puzzle in it, or a bad line (named with its number).
     """
-    with _open(path) as file:
+    with opened(path, "puzzles") as file:
         head = file.readline()
         file.seek(0)
         if _is_csv(head):
@@ -50,26 +49,12 @@ def read(path: str | Path, layout: Layout, limit: int | None = None) -> PuzzleFi
 
 def first_puzzle(path: str | Path) -> str:
     """The first board of a file as it is written there, "" if there is none; see `read`."""
-    with _open(path) as file:
+    with opened(path, "puzzles") as file:
         head = file.readline()
         file.seek(0)
         if _is_csv(head):
             return next((row["question"] or "" for row in csv.DictReader(file)), "").strip()
         return next(filter(None, map(_without_comment, file)), "")
-
-
-@contextlib.contextmanager
-def _open(path: str | Path) -> Iterator[TextIO]:
-    try:
-        # utf-8-sig: some editors begin a file with a byte order mark.
-        with Path(path).open(newline="", encoding="utf-8-sig") as file:
-            yield file
-    except OSError as error:
-        raise InvalidArgument(f"puzzles: cannot read {path}: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise InvalidArgument(f"puzzles: {path} is not a text file ({error.reason}).") from error
-    except csv.Error as error:
-        raise InvalidArgument(f"puzzles: {path} is not a CSV file ({error}).") from error
 
 
 def _is_csv(head: str) -> bool:

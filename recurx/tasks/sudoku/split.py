@@ -1,4 +1,4 @@
-"""Training data from a file of Sudokus: its two parts, and an endless stream of images.
+"""A file of Sudokus in two parts, and an endless stream of images of one of them.
 
     row = a puzzle of the training part -> a random symmetric image -> some blanks filled in
 
@@ -9,22 +9,20 @@ puzzles and every puzzle whose solution could be a symmetric image of one of the
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from recurx import tasks
 from recurx.errors import InvalidArgument, bad_argument
-from recurx.tasks.base import Examples
-from recurx.tasks.sudoku import files, solver, symmetry
+from recurx.tasks.base import Examples, Task
+from recurx.tasks.sampler import Stream
+from recurx.tasks.sudoku import Sudoku, files, solver, symmetry
 from recurx.tasks.sudoku.layout import Layout, is_solution, to_tokens
-from recurx.train.config import TrainConfig
+from recurx.tasks.text_files import opened
 
 HOLD_OUT_SEED = 0
 OnProgress = Callable[[int, int], None]  # (puzzles solved, of how many)
@@ -35,16 +33,17 @@ class PuzzleSplit:
     """The puzzles of a file in two parts.
 
     Args:
+        path, sha256: the file.
         puzzles, answers: int8 [N, 81] digits, 0 for a blank.
         train, held_out: indices of puzzles, in the order of the permutation.
-        sha256: of the file.
     """
 
+    path: str
+    sha256: str
     puzzles: NDArray[np.int8]
     answers: NDArray[np.int8]
     train: NDArray[np.int64]
     held_out: NDArray[np.int64]
-    sha256: str
 
     def examples(self, rows: NDArray[np.int64]) -> Examples:
         """These puzzles as they stand in the file."""
@@ -65,63 +64,54 @@ class PuzzleSplit:
         Path(path).write_text(lines, encoding="ascii")
 
 
-def load(config: TrainConfig, on_progress: OnProgress = lambda done, total: None) -> PuzzleSplit:
-    """The file `config.puzzles`, its answers and its two parts.
+def load(
+    task: Task,
+    path: str | Path,
+    hold_out: int,
+    *,
+    sha256: str | None = None,
+    on_progress: OnProgress = lambda done, total: None,
+) -> PuzzleSplit:
+    """A file of puzzles, its answers and its two parts.
 
     Answers come from the file where it has them (and are checked), else from the solver: 30 s for
     40,000 puzzles of 17 clues.
 
+    Args:
+        task: 9x9 Sudoku; of 4x4 and 6x6 there are 2 and 49 boards up to symmetry, of which none
+            could be held out honestly.
+        hold_out: K, puzzles that are held out.
+        sha256: of the file that is meant; None takes what is there.
+        on_progress: called while the solver works.
+
     Raises:
         InvalidArgument: the task is not 9x9 Sudoku; the file cannot be read or is not the one that
-            `config.puzzles_sha256` names; a puzzle has a wrong answer, or not exactly one
-            solution; nothing is left to train on.
+            `sha256` names; a puzzle has a wrong answer, or not exactly one solution; nothing is
+            left to train on.
     """
-    assert config.puzzles is not None
-    task = tasks.get(config.task)
-    if not isinstance(task, tasks.Sudoku) or task.size != 9:
-        # 4x4 and 6x6 have 2 and 49 boards up to symmetry: nothing could be held out honestly.
-        raise bad_argument("train", "puzzles", "a file for the task sudoku (9x9)", config.task)
-    path, digest = Path(config.puzzles), sha256(config.puzzles)
-    if config.puzzles_sha256 not in (None, digest):
+    if not isinstance(task, Sudoku) or task.size != 9:
+        raise bad_argument("train", "puzzles", "a file for the task sudoku (9x9)", task.name)
+    with opened(path, "puzzles") as file:
+        digest = hashlib.sha256(file.buffer.read()).hexdigest()
+    if sha256 not in (None, digest):
         raise InvalidArgument(
             f"train: {path} is not the file that this run trains on: its SHA-256 begins with "
-            f"{digest[:16]}, that of the run's file with {config.puzzles_sha256[:16]}. Name the "
+            f"{digest[:16]}, that of the run's file with {sha256[:16]}. Name the "
             f"right one (--puzzles FILE)."
         )
-    puzzles, answers = _solved(path, digest, task.layout, on_progress)
-    if not config.hold_out < len(puzzles):
-        raise bad_argument("train", "hold_out", f"fewer than the file's {len(puzzles)} puzzles",
-                           config.hold_out)  # fmt: skip
+    puzzles, answers = _solved(Path(path), digest, task.layout, on_progress)
+    if not hold_out < len(puzzles):
+        most = f"fewer than the file's {len(puzzles)} puzzles"
+        raise bad_argument("train", "hold_out", most, hold_out)
     order = np.random.default_rng(HOLD_OUT_SEED).permutation(len(puzzles))
-    held_out, rest = order[: config.hold_out], order[config.hold_out :]
+    held_out, rest = order[:hold_out], order[hold_out:]
     train = rest[~_related(task.layout, answers, rest, held_out)]
     if len(train) == 0:
         raise InvalidArgument(
             f"train: {path} has {len(puzzles)} puzzles, and every one that is not held out has the "
-            f"solution of a held-out one. Hold out fewer than {config.hold_out}."
+            f"solution of a held-out one. Hold out fewer than {hold_out}."
         )
-    return PuzzleSplit(puzzles, answers, train, held_out, digest)
-
-
-def sha256(path: str | Path) -> str:
-    """The SHA-256 of a file, in hexadecimal.
-
-    Raises:
-        InvalidArgument: it cannot be read.
-    """
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise InvalidArgument(f"puzzles: cannot read {path}: {error.strerror}.") from error
-    return digest.hexdigest()
-
-
-def pinned(config: TrainConfig, split: PuzzleSplit) -> TrainConfig:
-    """The config with the hash of its file, so that a resumed run can tell another file."""
-    return replace(config, puzzles_sha256=split.sha256)
+    return PuzzleSplit(str(path), digest, puzzles, answers, train, held_out)
 
 
 _Both = tuple[NDArray[np.int8], NDArray[np.int8]]
@@ -173,7 +163,7 @@ def _related(
     return np.isin(orbit[rows], orbit[held_out])
 
 
-class PuzzleSampler:
+class PuzzleSampler(Stream):
     """A seeded, endless stream of images of a file's training puzzles; saved like `tasks.Sampler`.
 
     Args:
@@ -199,14 +189,6 @@ class PuzzleSampler:
             puzzles = revealed(rng, puzzles, answers, self.reveal)
         return Examples(to_tokens(puzzles), to_tokens(answers))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, fit for JSON."""
-        return copy.deepcopy(dict(self._rng.bit_generator.state))
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where the sampler that made `state` stopped (same file, seed, reveal)."""
-        self._rng.bit_generator.state = copy.deepcopy(state)
-
 
 def revealed(
     rng: np.random.Generator,
@@ -219,10 +201,3 @@ def revealed(
     lot = np.where(puzzles == 0, rng.random(puzzles.shape), 2.0)  # givens come last
     place = lot.argsort(axis=1).argsort(axis=1)
     return np.where(place < how_many[:, None], answers, puzzles)
-
-
-def sampler(config: TrainConfig, split: PuzzleSplit | None) -> tasks.Sampler | PuzzleSampler:
-    """The stream of training examples of a run."""
-    if split is None:
-        return tasks.Sampler(tasks.get(config.task), config.seed)
-    return PuzzleSampler(split, config.seed, config.reveal)

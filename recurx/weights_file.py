@@ -1,0 +1,141 @@
+"""Tensors out of files of weights, safetensors or `torch.save`; nothing else is unpickled.
+
+Names come without the wrappers of the moment, and of a large puzzle embedding only the rows that
+are asked for leave the disk.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from recurx.errors import CheckpointError, bad_argument
+from recurx.models.infer import TABLE
+
+_WRAPPERS = {"_orig_mod", "module", "model"}  # torch.compile, DDP, the loss head
+_NESTED = ("state_dict", "model_state_dict", "model")  # where larger files keep a state_dict
+
+
+def read(path: Path, rows: Tensor | None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors under official names, and the metadata of a safetensors file."""
+    with open(path, "rb") as file:
+        head = file.read(9)
+    if len(head) < 9:
+        raise CheckpointError(f"{path}: the file has {len(head)} bytes: empty or truncated.")
+    if head[8:9] == b"{":  # safetensors: the length of a JSON header, and the header
+        return _read_safetensors(path, rows)
+    return _read_torch(path, rows), {}
+
+
+def _read_safetensors(path: Path, rows: Tensor | None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            names = _official_names(path, file.keys())
+            state = {}
+            for official, stored in names.items():
+                if official == TABLE and rows is not None:
+                    state[official] = _slices(path, file.get_slice(stored), rows)
+                else:
+                    state[official] = file.get_tensor(stored)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: damaged or truncated safetensors file: {error}.") from error
+    return state, metadata
+
+
+def _read_torch(path: Path, rows: Tensor | None) -> dict[str, Tensor]:
+    try:
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "_use_new_zipfile_serialization" not in str(error):
+                raise
+            loaded = torch.load(path, map_location="cpu", weights_only=True)  # before torch 1.6
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: not a plain state_dict: it holds pickled code or objects, which recurx does "
+            f"not run. Save `model.state_dict()` instead. ({_first_line(error)})"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: damaged, truncated, or no checkpoint of torch.save: {_first_line(error)}."
+        ) from error
+    flat = _state_dict_in(path, loaded)
+    state: dict[str, Tensor] = {}
+    for official, stored in _official_names(path, flat).items():
+        tensor = flat[stored]
+        if official != TABLE:
+            state[official] = tensor.clone()  # off the file, which its owner may overwrite
+        elif rows is None:
+            state[official] = tensor  # stays on the map: gigabytes
+        else:
+            _check_rows(path, rows, tensor.shape)
+            state[official] = tensor.index_select(0, rows)
+    return state
+
+
+def _state_dict_in(path: Path, loaded: Any) -> dict[str, Tensor]:
+    for key in _NESTED:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(f"{path}: expected a state_dict, got {type(loaded).__name__}.")
+    for key, value in loaded.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{path}: key {key!r} holds {type(value).__name__}, expected a tensor."
+            )
+    return dict(loaded)
+
+
+def _official_names(path: Path, stored: Iterable[str]) -> dict[str, str]:
+    """{official name: name in the file}."""
+    names: dict[str, str] = {}
+    stored = list(stored)
+    bare = any(official_name(name) == "embed_tokens.embedding_weight" for name in stored)
+    for name in stored:
+        official = f"inner.{official_name(name)}" if bare else official_name(name)
+        if official in names:
+            raise CheckpointError(
+                f"{path}: keys {names[official]!r} and {name!r} both mean {official!r}."
+            )
+        names[official] = name
+    return names
+
+
+def official_name(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def row_numbers(rows: Iterable[int] | Tensor) -> Tensor:
+    numbers = rows if isinstance(rows, Tensor) else torch.tensor(list(rows))
+    if numbers.ndim != 1 or numbers.numel() == 0 or numbers.is_floating_point():
+        raise bad_argument(
+            "load_checkpoint", "puzzle_rows", "one row number or more, or None for all rows",
+            f"{numbers.dtype} {list(numbers.shape)}",
+        )  # fmt: skip
+    return numbers.to("cpu", torch.int64)
+
+
+def _check_rows(path: Path, rows: Tensor, shape: Iterable[int]) -> None:
+    shape = list(shape)
+    bad = rows[(rows < 0) | (rows >= shape[0])]
+    if bad.numel():
+        raise CheckpointError(
+            f"{path}: {TABLE!r} is {shape}: it has no row {int(bad[0])} (of puzzle_rows)."
+        )
+
+
+def _slices(path: Path, table: Any, rows: Tensor) -> Tensor:
+    _check_rows(path, rows, table.get_shape())
+    return torch.cat([table[row : row + 1] for row in rows.tolist()])
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
