@@ -1,8 +1,8 @@
 """The command line: `python -m recurx env | demo | train | eval | experiment | ...`.
 
 A mistake of the user ends in one line on stderr and exit code 2, never in a traceback. Commands
-import torch when they run, so that `--help` answers at once (`train --help`, whose options are those
-of `recurx.train.TrainConfig`, imports it too).
+import torch when they run, so that `--help` answers at once; but `train --help` imports it, since
+its options are those of `recurx.train.TrainConfig`.
 """
 
 from __future__ import annotations

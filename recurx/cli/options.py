@@ -26,7 +26,7 @@ SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 
 def command(parser: argparse.ArgumentParser, kind: type, run: Callable[[Any], int]) -> None:
-    """Give a command its options; `run` gets them as a `kind` (see `execute`)."""
+    """Give a command its options; what is parsed has `execute`, which calls `run` with a `kind`."""
     add(parser, kind)
     parser.set_defaults(execute=lambda arguments: run(read(arguments, kind)))
 
@@ -196,8 +196,9 @@ class Machine:
 
         from recurx import backends
 
-        if self.threads or threads:
-            torch.set_num_threads(self.threads or threads or 1)
+        chosen = self.threads or threads
+        if chosen:
+            torch.set_num_threads(chosen)
         if self.backend not in backends.NAMES:
             known = ", ".join(backends.NAMES)
             raise InvalidArgument(f"--backend: expected one of {known}, got {self.backend!r}.")

@@ -84,7 +84,9 @@ def run(asked: Options) -> int:
     report = display.evaluate()
     console.print(
         f"{_ENDINGS[reason]} at step {trainer.step}: {report.exact:.1%} of {report.count} held-out "
-        f"examples exact, each refined for {refined} steps (eval --halt none --max-steps {refined})"
+        f"examples exact, each refined for {refined} steps (eval --halt none --max-steps "
+        f"{refined})",
+        soft_wrap=True,
     )
     console.print(f"weights: {trainer.folder}/model.safetensors", soft_wrap=True)
     console.print(f"go on with: python -m recurx train --resume {trainer.folder}", soft_wrap=True)
@@ -146,7 +148,7 @@ def _resumed(asked: Options, device: Any, on_progress: Any) -> Any:
         raise InvalidArgument(
             f"{asked.resume} is a run of {trainer.config.task}, not of {asked.task}."
         )
-    fixed = [name for name in asked.config if name not in ("puzzles", "seed")]
+    fixed = [name for name in asked.config if name != "puzzles"]
     fixed += [name for name in ("out", "start_from", "set") if getattr(asked, name)]
     if fixed:
         raise InvalidArgument(

@@ -72,6 +72,8 @@ def test_train_refuses_to_overwrite_and_to_change_a_run(run_folder: Path, capsys
     assert "leave out --lr" in capsys.readouterr().err
     assert main(["train", "--resume", str(run_folder), "--lr-decay", "none", "--set", "a=1"]) == 2
     assert "leave out --lr-decay, --set" in capsys.readouterr().err
+    assert main(["train", "--resume", str(run_folder), "--seed", "0"]) == 2
+    assert "leave out --seed" in capsys.readouterr().err
     assert main(["train", "sort", "--resume", str(run_folder)]) == 2
     assert "is a run of sudoku-4x4" in capsys.readouterr().err
     weights = str(run_folder / "model.safetensors")
