@@ -1,7 +1,8 @@
 """The command line: `python -m recurx env | demo | train | eval | experiment | ...`.
 
 A mistake of the user ends in one line on stderr and exit code 2, never in a traceback. Commands
-import torch when they run, so that `--help` answers at once.
+import torch when they run, so that `--help` answers at once; but `train --help` imports it, since
+its options are those of `recurx.train.TrainConfig`.
 """
 
 from __future__ import annotations
@@ -11,17 +12,21 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-# Command -> (module with add_arguments(parser) and run(arguments) -> exit code, one line of help).
+from recurx.cli import options
+from recurx.errors import RecurxError
+
+# Command -> (module, one line of help). The module has `Options`, a dataclass, and `run(Options)`,
+# which returns the exit code; or, with commands of its own, `add_arguments(parser)`.
 COMMANDS = {
     "env": ("recurx.cli.env", "what this machine and this installation can do"),
-    "demo": ("recurx.cli.demo", "three minutes: a tiny model learns, a board fills, engines race"),
+    "demo": (
+        "recurx.cli.demo.command",
+        "three minutes: a tiny model learns, engines race",
+    ),
     "train": ("recurx.cli.train", "train a model on a task, or resume"),
     "eval": ("recurx.cli.evaluate", "accuracy of a checkpoint, by steps of refinement"),
     "profile": ("recurx.cli.profile", "where one step of a model spends its time, by domain"),
-    "experiment": (
-        "recurx.experiments.command",
-        "test a claim about recursion: sort, ...",
-    ),
+    "experiment": ("recurx.experiments.command", "test a claim about recursion: sort, ..."),
     "solve": ("recurx.cli.solve", "solve the Sudokus you type, or those of a file"),
     "bench": ("recurx.bench.command", "measure this machine, show and compare measurements"),
 }
@@ -43,7 +48,11 @@ def build_parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
     for name, (module, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if name in asked:
-            importlib.import_module(module).add_arguments(command)
+            loaded = importlib.import_module(module)
+            if hasattr(loaded, "add_arguments"):
+                loaded.add_arguments(command)
+            else:
+                options.command(command, loaded.Options, loaded.run)
     return parser
 
 
@@ -51,11 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     line = sys.argv[1:] if argv is None else argv
     arguments = build_parser(line).parse_args(line)
-    module = importlib.import_module(COMMANDS[arguments.command][0])
-    from recurx.errors import RecurxError
-
     try:
-        return int(module.run(arguments))
+        return int(arguments.execute(arguments))
     except (RecurxError, OSError) as error:
         print(f"recurx {arguments.command}: {error}", file=sys.stderr)
         return USAGE_ERROR

@@ -23,8 +23,7 @@ MOST_BYTES = 6_000_000
 
 
 def module():
-    """The module; its name in the package is that of the function."""
-    return importlib.import_module("recurx.shipped")
+    return importlib.import_module("recurx.shipped_nets")
 
 
 @pytest.fixture

@@ -10,31 +10,33 @@ from typing import Any
 
 from recurx.bench.remote import Remote
 from recurx.bench.variants import Variant
+from recurx.cli import options
+from recurx.options import option
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to measure.
+    """How to measure. `device`, `threads`, `unit` and `jobs` are None until the command knows them.
 
     Args:
-        device: "cpu" or "cuda".
-        unit: what torch.compile compiles: "net" (one call each) or "step" (all calls as one graph).
-        cold: overwrite the GPU's L2 before every step.
-        jobs: workers that start at the same time.
-        start_timeout: seconds that a variant may take to its first step.
         deadline: time.monotonic() after which nothing is started.
-        imports: modules that each worker imports first, such as one that registers a backend.
         say: prints a line of progress.
     """
 
-    device: str
-    threads: int
-    unit: str = "net"
-    cold: bool = False
-    jobs: int = 1
-    start_timeout: float = 300.0
+    device: str | None = option(None, "default: cuda if there is one", choices=("cpu", "cuda"))
+    threads: int | None = option(None, "CPU threads (default: torch's choice)", least=1)
+    unit: str | None = option(
+        None, "what torch.compile compiles (default: step, all calls as one graph, on a GPU; net, "
+        "one call, on a CPU, where it is as fast and compiles in a tenth of the time)",
+        choices=("net", "step"),
+    )  # fmt: skip
+    cold: bool = option(False, "overwrite the GPU's L2 before a step")
+    jobs: int | None = option(None, "workers that start at once (default 1; GPU 4)", least=1)
+    start_timeout: float = options.time(300.0, "to a first step")
+    time_limit: float | None = options.time(None, "start nothing after this long")
+    imports: tuple[str, ...] = option((), "imported first in every worker: registers a backend, "
+                                      "say", flag="--import", metavar="MODULE")  # fmt: skip
     deadline: float = math.inf
-    imports: tuple[str, ...] = ()
     say: Callable[[str], None] = print
 
     def left(self) -> float:

@@ -5,6 +5,7 @@ Every round times each variant once, in turn, so that slow minutes of the machin
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from recurx.bench.lanes import Lane, Options
 from recurx.bench.remote import Remote, WorkerFailed
 from recurx.bench.suites import Group, variants_of
 from recurx.bench.variants import YARDSTICK
+from recurx.measure import Turn, interleave
 
 SAMPLE_SECONDS = 0.02  # short steps are repeated until a sample takes about this long
 MOST_ROUNDS, FEWEST_ROUNDS = 200, 3
@@ -218,14 +220,12 @@ class Measurement:
     def _rounds(self, lanes: list[Lane]) -> None:
         if self.rounds:
             self._say(f"{self.rounds} rounds")
-        for index in range(self.rounds):
-            if index >= FEWEST_ROUNDS and self.options.left() <= 0:
-                break
-            for lane in lanes:
-                if lane.every and index % lane.every == 0 and lane.remote is not None:
-                    seconds = self._sample(lane)
-                    if seconds is not None:
-                        lane.times.append(seconds)
+        turns = [
+            Turn(functools.partial(self._sample, lane), lane.times, lane.every)
+            for lane in lanes
+            if lane.every
+        ]
+        interleave(turns, self.rounds, fewest=FEWEST_ROUNDS, late=lambda: self.options.left() <= 0)
 
     def _say(self, text: str) -> None:
         group = self.group

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recurx.cli import options
+from recurx.errors import InvalidArgument
+from recurx.options import file, option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,33 +19,34 @@ if TYPE_CHECKING:
     from recurx.tasks import Arc, Task
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--votes", type=options.positive, metavar="N", help="ARC: augmentations "
-                        "that vote on each test input (default: all of the task)")  # fmt: skip
-    parser.add_argument("--submission", metavar="FILE", help="ARC: write the two attempts at every "
-                        "test input, in the form of the competition")  # fmt: skip
+@dataclass(frozen=True)
+class Options:
+    votes: int | None = option(
+        None, "ARC: augmentations that vote on each test input (default: all)", least=1
+    )
+    submission: str | None = file("ARC: write the two attempts at every test input, in the form of "
+                                  "the competition")  # fmt: skip
 
 
-def applies(arguments: argparse.Namespace, task: Task) -> bool:
+def applies(asked: Any, task: Task) -> bool:
     """Whether `task` is evaluated here.
 
     Raises:
         InvalidArgument: an option was given that `task` does not know.
     """
-    from recurx.errors import InvalidArgument
     from recurx.tasks import Arc
 
     votes = isinstance(task, Arc)
     others = ("puzzles", "curve", "compare_exit") if votes else ("votes", "submission")
     for name in others:
-        if getattr(arguments, name):
-            option = f"--{name.replace('_', '-')}"
+        if getattr(asked, name):
+            option = options.flags([name])
             raise InvalidArgument(f"{option}: not for the task {task.name}, leave it out.")
     return votes
 
 
 def evaluate(
-    arguments: argparse.Namespace,
+    asked: Any,
     model: RecursiveModel,
     task: Arc,
     checkpoint: str,
@@ -60,11 +63,10 @@ def evaluate(
     from recurx.cli import output
     from recurx.tasks.arc import vote
 
-    batches = task.test_batches(arguments.batch_size, arguments.votes, arguments.count)
     ballots: list[vote.Ballot] = []
     right, formed, steps = [], [], []
     seconds = 0.0
-    for examples, marks in batches:
+    for examples, marks in task.test_batches(asked.batch_size, asked.votes, asked.count):
         batch = {
             "inputs": torch.from_numpy(examples.inputs).to(device),
             "puzzle_identifiers": torch.from_numpy(examples.identifiers).to(device),
@@ -92,18 +94,18 @@ def evaluate(
     }
     console.print(
         f"{report['questions']} test inputs of {report['tasks']} evaluation tasks, "
-        f"{report['predictions']} predictions (augmentations)"
+        f"{report['predictions']} predictions (augmentations)\n"
+        f"pass@1       {report['pass@1']:.2%} of tasks, by vote, against the labels\n"
+        f"pass@2       {report['pass@2']:.2%}\n"
+        f"exact        {report['exact']:.2%} of single predictions, before the vote\n"
+        f"well-formed  {report['well_formed']:.2%} are a whole grid (needs no labels)\n"
+        f"steps        {report['steps_mean']:.2f} a prediction\n"
+        f"time         {seconds:.2f} s"
     )
-    console.print(f"pass@1       {report['pass@1']:.2%} of tasks, by vote, against the labels")
-    console.print(f"pass@2       {report['pass@2']:.2%}")
-    console.print(f"exact        {report['exact']:.2%} of single predictions, before the vote")
-    console.print(f"well-formed  {report['well_formed']:.2%} are a whole grid (needs no labels)")
-    console.print(f"steps        {report['steps_mean']:.2f} a prediction")
-    console.print(f"time         {seconds:.2f} s")
-    if arguments.submission is not None:
+    if asked.submission is not None:
         form = vote.submission(attempts, solutions)
-        Path(arguments.submission).write_text(json.dumps(form), encoding="utf-8")
-        console.print(f"attempts: {arguments.submission}", soft_wrap=True)
-    if arguments.json:
+        Path(asked.submission).write_text(json.dumps(form), encoding="utf-8")
+        console.print(f"attempts: {asked.submission}", soft_wrap=True)
+    if asked.json:
         output.json_line({"task": task.name, "checkpoint": checkpoint} | report)
     return 0

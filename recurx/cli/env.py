@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import itertools
+from dataclasses import dataclass
+
+from recurx.options import option
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one line of JSON instead")
+@dataclass(frozen=True)
+class Options:
+    json: bool = option(False, "print one line of JSON instead")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(asked: Options) -> int:
     from recurx.cli import envinfo, output
 
     facts = envinfo.collect()
-    if arguments.json:
+    if asked.json:
         output.json_line({"facts": [dataclasses.asdict(fact) for fact in facts]})
         return 0
     console = output.make_console()
-    group = None
     width = max(len(fact.name) for fact in facts)
-    for fact in facts:
-        if fact.group != group:
-            group = fact.group
-            console.print(f"[bold]{group}[/bold]")
-        mark = " " if fact.ok else "!"
-        console.print(f"  {mark} {fact.name:{width}}  {fact.value}", markup=False, soft_wrap=True)
+    for group, found in itertools.groupby(facts, lambda fact: fact.group):
+        console.print(group, style="bold")
+        for fact in found:
+            mark = " " if fact.ok else "!"
+            console.print(f"  {mark} {fact.name:{width}}  {fact.value}", soft_wrap=True)
     return 0

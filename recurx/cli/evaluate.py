@@ -2,106 +2,163 @@
 
 from __future__ import annotations
 
-import argparse
-import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recurx.cli import arc, options
+from recurx.cli.refinement import Refining, arguments_of_solve
+from recurx.options import file, option
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from rich.console import Console
 
-    from recurx.tasks import Examples, Task
+    from recurx.solving.budgets import Exit, Point
+    from recurx.tasks import Task
+    from recurx.tasks.questions import Questions
+    from recurx.train import Report
 
-FEWEST_CLUES = 17  # of a 9x9 puzzle with one solution (arXiv 1201.0749): fewer need no search
-LONG_SEARCH = 5000  # puzzles whose answers take so long to find that the wait is announced
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("task", nargs="?", help="default: the task that the checkpoint tells")
-    options.add_checkpoint(parser)
-    parser.add_argument("--puzzles", metavar="FILE", help="Sudokus: lines of digits (0 or . is a "
-                        "blank), or a CSV with the columns of Sudoku-Extreme or Maze-Hard",
-                        )  # fmt: skip
-    parser.add_argument("--count", type=options.positive, metavar="N", help="at most N puzzles "
-                        "(default: 512 generated held-out ones, or the whole file)")  # fmt: skip
-    parser.add_argument("--batch-size", type=options.positive, default=256)
-    parser.add_argument("--curve", metavar="FILE", help="draw exact accuracy against supervision "
-                        "steps and wall time, with lines for 1, 2, 4 ... --rollouts (.png, .svg)",
-                        )  # fmt: skip
-    parser.add_argument("--compare-exit", action="store_true",
-                        help="time halting rules against always --max-steps steps")  # fmt: skip
-    parser.add_argument("--budget-count", type=options.positive, default=1024, metavar="N",
-                        help="puzzles of --curve and --compare-exit at most (default 1024)",
-                        )  # fmt: skip
-    arc.add_arguments(parser)
-    options.add_refinement(parser)
-    options.add_machine(parser)
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+MISLED = 0.01  # accuracy that halting costs before it is called too early
 
 
 @dataclass(frozen=True)
-class Given:
-    """The puzzles to evaluate: `known` says of which the answer is known (None: of all), and
-    `seconds` how long finding answers took."""
+class Options(options.Json, options.Machine, Refining, arc.Options, options.Weights):
+    task: str | None = option(None, "default: that of the checkpoint", flag="", nargs="?")
+    puzzles: str | None = file("Sudokus: lines of digits (0 or . is a blank), or a CSV with the "
+                               "columns of Sudoku-Extreme or Maze-Hard")  # fmt: skip
+    count: int | None = option(
+        None, "at most N puzzles (default: 512 held-out ones, or the whole file)", least=1
+    )
+    batch_size: int = option(256, "puzzles that are solved at once", least=1)
+    curve: str | None = file("draw exact accuracy against supervision steps and wall time, with "
+                             "lines for 1, 2, 4 ... --rollouts (.png, .svg)")  # fmt: skip
+    compare_exit: bool = option(False, "time halting rules against always --max-steps steps")
+    budget_count: int = option(
+        1024, "puzzles of --curve, --compare-exit and the rule of training at most", least=1
+    )
 
-    examples: Examples
-    known: NDArray[np.bool_] | None = None
-    source: str = ""
-    seconds: float = 0.0
 
-
-def run(arguments: argparse.Namespace) -> int:
+def run(asked: Options) -> int:
     from recurx.cli import draw_budgets, output
     from recurx.cli.checkpoints import open_checkpoint
     from recurx.train import evaluate
 
-    device = options.prepare_machine(arguments)
-    picture = draw_budgets.check_path(arguments.curve) if arguments.curve else None
-    model, task, loaded = open_checkpoint(
-        arguments.checkpoint, arguments.task, device, arguments.backend
-    )
-    how = options.refinement(arguments, loaded.extra.get("solve"), task)
+    device = asked.prepare()
+    picture = draw_budgets.check_path(asked.curve) if asked.curve else None
+    model, task, loaded = open_checkpoint(asked.checkpoint, asked.task, device, asked.backend)
+    recommended = loaded.extra.get("solve") or {}
+    how = arguments_of_solve(asked.how, recommended, task)
     console = output.make_console()
-    if arguments.checkpoint is None:
+    if asked.checkpoint is None:
         console.print(f"the net that ships for {task.name}: {loaded.path}", soft_wrap=True)
     for name, why in loaded.assumed.items():
-        console.print(f"assumed {name}={getattr(loaded.config, name)!r}: {why}", markup=False)
-    if loaded.extra.get("solve"):
-        console.print(f"the net recommends {loaded.extra['solve']}", markup=False, soft_wrap=True)
-    if arc.applies(arguments, task):
-        return arc.evaluate(arguments, model, task, str(loaded.path), how, console, device)
-    given = _given(console, arguments, task)
-    console.print(f"{len(given.examples)} puzzles {given.source}")
-    with output.counting(console, "solving", len(given.examples)) as show:
+        console.print(f"assumed {name}={getattr(loaded.config, name)!r}: {why}")
+    if recommended:
+        console.print(f"the net recommends {recommended}", soft_wrap=True)
+    as_trained = _as_trained(asked.how, recommended, how, loaded.config.halt_max_steps)
+    console.print(_rule(how, as_trained), soft_wrap=True)
+    if arc.applies(asked, task):
+        return arc.evaluate(asked, model, task, str(loaded.path), how, console, device)
+    given = _given(console, asked, task)
+    console.print(f"{len(given.examples)} puzzles {given.source}", soft_wrap=True)
+    where: dict[str, Any] = {"batch_size": asked.batch_size, "device": device}
+    total = len(given.examples)
+    with output.counting(console, "solved") as show:
         report = evaluate(
-            model, task, given.examples, known=given.known, batch_size=arguments.batch_size,
-            device=device, on_batch=show, **how,
+            model, task, given.examples, known=given.known,
+            on_batch=lambda done: show(done, total), **where, **how,
         )  # fmt: skip
     _print_report(console, report, how)
     result = {"task": task.name, "checkpoint": str(loaded.path)} | report.to_dict()
-    result["answers_seconds"] = given.seconds
-    few = given.examples.take(slice(arguments.budget_count))
-    where = {"batch_size": arguments.batch_size, "device": device}
-    title = f"{task.name}, {len(few)} puzzles, {Path(loaded.path).stem}"
-    if arguments.compare_exit:
-        result["exits"] = _compare_exits(console, model, task, few, how["max_steps"], where)
+    result |= {"answers_seconds": given.seconds, "halt": how["halt"]}
+    few = given.examples.take(slice(asked.budget_count))
+    if as_trained is not None:
+        trained = evaluate(model, task, few, **where, **as_trained)
+        _print_trained(console, report, trained, as_trained)
+        result["as_trained"] = {
+            "max_steps": as_trained["max_steps"], "count": trained.count, "exact": trained.exact
+        }  # fmt: skip
+    if asked.compare_exit:
+        from recurx.solving.budgets import compare_exits
+
+        exits = compare_exits(model, task, few, max_steps=how["max_steps"], **where)
+        _print_exits(console, exits, len(few))
+        result["exits"] = [asdict(row) for row in exits]
     if picture is not None:
-        points = _budgets(console, model, task, few, how, where)
-        trained = loaded.config.halt_max_steps
-        draw_budgets.write(picture, title, lambda f: draw_budgets.draw_budgets(points, f, trained))
+        from recurx.solving.budgets import budget_curve, doubling
+
+        budgets = doubling(how.pop("max_steps")), doubling(how.pop("rollouts"))
+        points = budget_curve(model, task, few, *budgets, **where, **how)
+        _print_points(console, points, len(few))
+        draw_budgets.write(
+            picture, f"{task.name}, {len(few)} puzzles, {Path(loaded.path).stem}",
+            lambda figure: draw_budgets.draw_budgets(points, figure, loaded.config.halt_max_steps),
+        )  # fmt: skip
         console.print(f"curve: {picture}", soft_wrap=True)
         result["points"] = [asdict(point) for point in points]
-    if arguments.json:
+    if asked.json:
         output.json_line(result)
     return 0
 
 
-def _print_report(console: Console, report: Any, how: dict[str, Any]) -> None:
+def _given(console: Console, asked: Options, task: Task) -> Questions:
+    from recurx.tasks import Sampler, questions
+
+    if asked.puzzles is not None:
+        return questions.read(asked.puzzles, task, asked.count, console.print)
+    sampler = Sampler(task, asked.how.get("seed", 0), "held-out")
+    examples = sampler.draw_distinct(asked.count or 512)
+    return questions.Questions(examples, None, f"held out: {task.held_out_rule}")
+
+
+# ---- which rule halts, and what training's would give ------------------------------------------
+
+
+def _as_trained(
+    said: Mapping[str, Any], recommended: Mapping[str, Any], how: dict[str, Any], trained: int
+) -> dict[str, Any] | None:
+    """The arguments that `train` evaluates with: all steps, none halted early. None where somebody
+    chose how puzzles end, so that there is no default to mislead."""
+    if {"halt", "halt_above", "fill", "fill_every"} & {*said, *recommended}:
+        return None
+    return {**how, "halt": None, "max_steps": said.get("max_steps", trained)}
+
+
+def _rule(how: Mapping[str, Any], as_trained: Mapping[str, Any] | None) -> str:
+    """A line that says when a puzzle ends, and how to ask for the rule of training."""
+    sure, still = f"at q > {how['halt_above']:g}", f"at {how['patience'] + 1} equal answers"
+    rule = {None: "never", "q": sure, "fixed-point": still, "any": f"{sure} or {still}"}
+    text = f"halts  {rule[how['halt']]}, after {how['max_steps']} steps at most (--halt "
+    if as_trained is None:
+        return f"{text}{how['halt'] or 'none'})"
+    return f"{text}q, the default; as `train` evaluates: {_words(as_trained)})"
+
+
+def _words(as_trained: Mapping[str, Any]) -> str:
+    return f"--halt none --max-steps {as_trained['max_steps']}"
+
+
+def _print_trained(
+    console: Console, report: Report, trained: Report, how: Mapping[str, Any]
+) -> None:
+    """Beside the accuracy of the halting rule, that of the rule of training."""
+    few = "" if trained.count == report.count else f" of the first {trained.count:,}"
+    console.print(
+        f"as `train` evaluates, all {how['max_steps']} steps: {trained.exact:.2%} exact{few} "
+        f"({_words(how)})"
+    )
+    if trained.exact > report.exact + MISLED:
+        console.print(
+            "This net's q ends puzzles too early: let it take all steps, as above, or ask for more "
+            "certainty, as in --halt-above 2."
+        )
+
+
+# ---- what is printed ---------------------------------------------------------------------------
+
+
+def _print_report(console: Console, report: Report, how: dict[str, Any]) -> None:
     from recurx.cli import output
 
     cells = "unknown" if report.cells is None else f"{report.cells:.2%}"
@@ -111,91 +168,38 @@ def _print_report(console: Console, report: Any, how: dict[str, Any]) -> None:
     console.print(f"steps  {report.steps_mean:.2f} a puzzle, at most {how['max_steps']} {each}")
     console.print(f"time   {report.seconds:.2f} s")
     console.print("exact accuracy if refinement stopped after")
-    console.print(output.curve(report.curve), markup=False)
+    console.print(output.curve(report.curve))
     taken = ", ".join(f"{steps}: {count}" for steps, count in report.histogram.items())
     console.print(f"steps taken  {taken}", soft_wrap=True)
 
 
-def _budgets(
-    console: Console, model: Any, task: Task, examples: Examples, how: dict[str, Any],
-    where: dict[str, Any],
-) -> list[Any]:  # fmt: skip
-    """Points of the curve, measured and shown."""
+def _print_points(console: Console, points: list[Point], count: int) -> None:
     from recurx.cli import output
-    from recurx.solving.budgets import budget_curve, doubling
 
-    fixed = {key: value for key, value in how.items() if key not in ("max_steps", "rollouts")}
-    rollouts = doubling(how["rollouts"])
-    points = budget_curve(
-        model, task, examples, doubling(how["max_steps"]), rollouts, **where, **fixed
-    )
     rows = [
         [f"{p.max_steps}", f"{p.rollouts}", f"{p.exact:.1%}", f"{p.steps_mean:.1f}",
          f"{1000 * p.seconds:.2f} ms"]
         for p in points
     ]  # fmt: skip
     columns = ["steps at most", "rollouts", "exact", "steps taken", "time a puzzle"]
-    console.print(output.table(f"What a budget buys, {len(examples)} puzzles", columns, rows))
-    return points
+    console.print(output.table(f"What a budget buys, {count} puzzles", columns, rows))
 
 
-def _compare_exits(
-    console: Console, model: Any, task: Task, examples: Examples, max_steps: int,
-    where: dict[str, Any],
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Halting rules against all steps, measured and shown."""
+def _print_exits(console: Console, rows: list[Exit], count: int) -> None:
+    """Halting rules against always taking every step."""
     from recurx.cli import output
-    from recurx.solving.budgets import compare_exits
+    from recurx.solving.budgets import fastest_at_equal_accuracy
 
-    rows = compare_exits(model, task, examples, max_steps=max_steps, **where)
-    console.print(output.exits(rows, len(examples)))
-    console.print(output.fastest_exit(rows), soft_wrap=True)
-    return [asdict(row) for row in rows]
-
-
-def _given(console: Console, arguments: argparse.Namespace, task: Task) -> Given:
-    from recurx import tasks
-
-    if arguments.puzzles is not None:
-        return read_puzzles(arguments.puzzles, task, arguments.count, console)
-    sampler = tasks.Sampler(task, arguments.seed, "held-out")
-    examples = sampler.draw_distinct(arguments.count or 512)
-    return Given(examples, None, f"held out: {task.held_out_rule}")
-
-
-def read_puzzles(path: str, task: Task, limit: int | None, console: Console) -> Given:
-    """Sudokus or mazes from a file, with the answers of the file or those of the solver.
-
-    Raises:
-        InvalidArgument: the task is neither, or the file is bad.
-    """
-    import numpy as np
-
-    from recurx.errors import InvalidArgument
-    from recurx.tasks import Examples, Maze, Sudoku
-    from recurx.tasks.maze import files as maze_files
-    from recurx.tasks.sudoku import files
-    from recurx.tasks.sudoku.layout import to_tokens
-    from recurx.tasks.sudoku.solver import solve
-
-    start = time.perf_counter()
-    source = f"from {path}"
-    if isinstance(task, Maze):
-        examples, told = maze_files.read(path, task, limit)
-        return Given(examples, told, source, time.perf_counter() - start)
-    if not isinstance(task, Sudoku):
-        raise InvalidArgument(f"--puzzles: files hold Sudokus or mazes, the task is {task.name}.")
-    read = files.read(path, task.layout, limit)
-    if read.answers is not None:
-        return Given(Examples(to_tokens(read.puzzles), to_tokens(read.answers)), None, source)
-    if len(read) > LONG_SEARCH:
-        console.print(f"searching the answers of {len(read)} puzzles, for `cells`")
-    clues = (read.puzzles > 0).sum(axis=1)
-    searched = np.flatnonzero((clues >= FEWEST_CLUES) | (task.size < 9))
-    solved = solve(task.layout, read.puzzles[searched])
-    answers, known = np.zeros_like(read.puzzles), np.zeros(len(read), dtype=bool)
-    answers[searched], known[searched] = solved.boards, solved.count == 1
-    if not known.all():
-        source += f", {int((~known).sum())} of them without a unique solution"
-    seconds = time.perf_counter() - start
-    return Given(Examples(to_tokens(read.puzzles), to_tokens(answers)), known, source, seconds)
+    columns = ["a puzzle ends at", "exact", "steps each", "time", "speed"]
+    title = f"Early exit, {count} puzzles, medians of interleaved rounds"
+    made = [
+        [r.name, f"{r.exact:.1%}", f"{r.steps_mean:.1f}", f"{r.seconds:.3f} s", f"{r.speedup:.2f}x"]
+        for r in rows
+    ]
+    console.print(output.table(title, columns, made))
+    best, fixed = fastest_at_equal_accuracy(rows), rows[0].name
+    said = f"No rule solves as many as {fixed}."
+    if best is not rows[0]:
+        said = f"Fastest that solves no fewer than {fixed}: {best.name}, {best.speedup:.2f} times "
+        said += "as fast."
+    console.print(said, soft_wrap=True)

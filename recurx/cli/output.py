@@ -5,23 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-
-if TYPE_CHECKING:
-    from recurx.solving.budgets import Exit
 
 # NOTE: rich guesses 80 columns where there is no terminal, and wraps what a script wants to parse.
 WIDTH_WITHOUT_TERMINAL = 100
 
 
 def make_console(quiet: bool = False) -> Console:
-    console = Console(highlight=False, quiet=quiet)
+    """A console that prints text as it is: a path with "[/b]" in it is no markup."""
+    console = Console(highlight=False, markup=False, quiet=quiet)
     if not console.is_terminal:
-        console = Console(highlight=False, width=WIDTH_WITHOUT_TERMINAL, quiet=quiet)
+        console.width = WIDTH_WITHOUT_TERMINAL
     return console
 
 
@@ -35,39 +33,11 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     return made
 
 
-def bar(share: float, width: int = 40) -> str:
-    """A horizontal bar in plain ASCII."""
-    return "#" * round(share * width)
-
-
 def curve(accuracies: Sequence[float]) -> str:
-    """Exact accuracy against steps of refinement, one line a step."""
+    """Exact accuracy against steps of refinement, one line a step, with bars of plain ASCII."""
     return "\n".join(
-        f"  {step:3d} {'step ' if step == 1 else 'steps'} {accuracy:7.1%}  {bar(accuracy)}"
-        for step, accuracy in enumerate(accuracies, start=1)
-    )
-
-
-def exits(rows: Sequence[Exit], count: int) -> Table:
-    """Halting rules against always taking every step."""
-    made = [
-        [r.name, f"{r.exact:.1%}", f"{r.steps_mean:.1f}", f"{r.seconds:.3f} s", f"{r.speedup:.2f}x"]
-        for r in rows
-    ]
-    columns = ["a puzzle ends at", "exact", "steps each", "time", "speed"]
-    return table(f"Early exit, {count} puzzles, medians of interleaved rounds", columns, made)
-
-
-def fastest_exit(rows: Sequence[Exit]) -> str:
-    """What the table comes to, in a sentence."""
-    from recurx.solving.budgets import fastest_at_equal_accuracy
-
-    best = fastest_at_equal_accuracy(rows)
-    if best is rows[0]:
-        return f"No rule solves as many as {rows[0].name}."
-    return (
-        f"Fastest that solves no fewer than {rows[0].name}: {best.name}, {best.speedup:.2f} times "
-        f"as fast."
+        f"  {step:3d} {'step ' if step == 1 else 'steps'} {share:7.1%}  {'#' * round(40 * share)}"
+        for step, share in enumerate(accuracies, start=1)
     )
 
 
@@ -85,16 +55,41 @@ def side_by_side(boards: Sequence[str], gap: str = "     ") -> str:
     )
 
 
-@contextmanager
-def counting(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, moved by calling with how many of `total` are done; else nothing."""
-    bar = Progress(
-        TextColumn(what), BarColumn(bar_width=30), TextColumn("{task.completed} of {task.total}"),
-        TimeElapsedColumn(), console=console, disable=not console.is_terminal, transient=True,
+def progress_bar(console: Console, label: str, text: str, transient: bool = False) -> Progress:
+    """A bar between two texts and the time, on a terminal; nothing elsewhere.
+
+    Args:
+        text: of each moment, in rich's terms: "{task.completed} of {task.total}".
+    """
+    return Progress(
+        TextColumn(label, markup=False), BarColumn(bar_width=30), TextColumn(text, markup=False),
+        TimeElapsedColumn(), console=console, disable=not console.is_terminal, transient=transient,
     )  # fmt: skip
-    row = bar.add_task("", total=total)
-    with bar:
-        yield lambda done: bar.update(row, completed=done)
+
+
+@contextmanager
+def counting(console: Console, label: str, lines: str = "") -> Iterator[Callable[[int, int], None]]:
+    """A bar from the first call on with (how many are done, of how many), on a terminal.
+
+    Args:
+        lines: what is counted, for a line each tenth where there is no terminal; "" for none.
+    """
+    bar = progress_bar(console, label, "{task.completed:.0f} of {task.total:.0f}", transient=True)
+    row = bar.add_task("", total=0)
+    tenth = 0
+
+    def show(done: int, total: int) -> None:
+        nonlocal tenth
+        bar.start()
+        bar.update(row, completed=done, total=total)
+        if lines and not console.is_terminal and 10 * done // total > tenth:
+            tenth = 10 * done // total
+            console.print(f"  {label} {done:,} of {total:,} {lines}")
+
+    try:
+        yield show
+    finally:
+        bar.stop()
 
 
 def json_line(values: dict[str, Any]) -> None:

@@ -2,77 +2,78 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
+import dataclasses
+import functools
+from dataclasses import dataclass
 from typing import Any
 
 from recurx.cli import options
+from recurx.errors import InvalidArgument
+from recurx.options import file, option
 
 PRESETS = ("trm-att", "trm-mlp", "hrm", "small")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--checkpoint", metavar="FILE", help="official .pt, or .safetensors")
-    which.add_argument("--preset", choices=PRESETS, default="small",
-                       help="a model with random weights (default small)")  # fmt: skip
-    parser.add_argument("--batch", type=options.positive, default=1, metavar="N")
-    parser.add_argument("--train", action="store_true", help="a training step: forward, loss, "
-                        "backward, optimiser, EMA")  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=12.0,
-                        help="for the untraced steps (default 12)")  # fmt: skip
-    parser.add_argument("--html", metavar="FILE", help="one-file report, readable without network")
-    parser.add_argument("--trace", metavar="FILE", help="for ui.perfetto.dev, chrome://tracing")
-    parser.add_argument("--json", metavar="FILE", help="all numbers")
-    parser.add_argument("--nvtx", action="store_true", help="no profile: run five steps with NVTX "
-                        "ranges, for nsys and ncu")  # fmt: skip
-    options.add_machine(parser)
+@dataclass(frozen=True)
+class Options(options.Machine):
+    checkpoint: str | None = file("official .pt, or .safetensors")
+    preset: str | None = option(
+        None, "a model with random weights (default small)", choices=PRESETS
+    )
+    batch: int = option(1, "samples", least=1)
+    train: bool = option(False, "a training step: forward, loss, backward, optimiser, EMA")
+    seconds: float = option(12.0, "for the untraced steps")
+    html: str | None = file("one-file report, readable without network")
+    trace: str | None = file("for ui.perfetto.dev, chrome://tracing")
+    json: str | None = file("all numbers")
+    nvtx: bool = option(False, "no profile: run five steps with NVTX ranges, for nsys and ncu")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(asked: Options) -> int:
     import recurx
 
-    device = options.prepare_machine(arguments)
-    model = _model(arguments).to(device)
-    if arguments.nvtx:
-        return _run_under_nvtx(model, arguments)
-    training = {"train": True, **_training(model)} if arguments.train else {}
+    if asked.checkpoint and asked.preset:
+        raise InvalidArgument("--preset: not with --checkpoint, which is a model of its own.")
+    device = asked.prepare()
+    model = _model(asked).to(device)
+    if asked.nvtx:
+        return _run_under_nvtx(model, asked)
+    training = {"train": True, **_training(model)} if asked.train else {}
     profile = recurx.profile(
-        model, batch_size=arguments.batch, seconds=arguments.seconds, script=_script(), **training
+        model, batch_size=asked.batch, seconds=asked.seconds, script=_script(asked), **training
     )
     print(profile)
     for path, save in (
-        (arguments.html, "save_html"),
-        (arguments.trace, "save_trace"),
-        (arguments.json, "save_json"),
+        (asked.html, profile.save_html),
+        (asked.trace, profile.save_trace),
+        (asked.json, profile.save_json),
     ):
         if path:
-            getattr(profile, save)(path)
+            save(path)
             print(f"\nwritten: {path}", end="")
     print()
     return 0
 
 
-def _model(arguments: argparse.Namespace) -> Any:
+def _model(asked: Options) -> Any:
     """The model that is profiled, in the forward dtype of its configuration."""
     import torch
 
     from recurx.checkpoint import load_checkpoint
-    from recurx.models import HRM, TRM, HRMConfig, TRMConfig
+    from recurx.models import HRMConfig, TRMConfig
+    from recurx.models.act import build_model
 
-    if arguments.checkpoint:
-        loaded = load_checkpoint(arguments.checkpoint)
-        return loaded.build(backend=arguments.backend, batch_size=arguments.batch)
+    if asked.checkpoint:
+        loaded = load_checkpoint(asked.checkpoint)
+        return loaded.build(backend=asked.backend, batch_size=asked.batch)
     torch.manual_seed(0)
-    size = {"batch_size": arguments.batch}
-    if arguments.preset == "hrm":
-        return HRM(HRMConfig.sudoku(**size), backend=arguments.backend)
-    config = {
+    make: Any = {
         "trm-att": TRMConfig.sudoku_att,
         "trm-mlp": TRMConfig.sudoku_mlp,
-        "small": lambda **size: TRMConfig.tiny(11, 81, **size),
-    }[arguments.preset]
-    return TRM(config(**size), backend=arguments.backend)
+        "hrm": HRMConfig.sudoku,
+        "small": functools.partial(TRMConfig.tiny, 11, 81),
+    }[asked.preset or "small"]
+    return build_model(make(batch_size=asked.batch), asked.backend)
 
 
 def _training(model: Any) -> dict[str, Any]:
@@ -82,24 +83,15 @@ def _training(model: Any) -> dict[str, Any]:
     return {"optimizer": AdamATan2(model.parameters(), lr=1e-4), "ema": Average(model)}
 
 
-def _script() -> str:
+def _script(asked: Options) -> str:
     """This command with --nvtx instead of its outputs, for the Nsight lines."""
-    kept, skip = [], False
-    for word in sys.argv[1:]:
-        name = word.partition("=")[0]
-        if not skip and name in ("--html", "--trace", "--json"):
-            skip = "=" not in word
-            continue
-        if not skip:
-            kept.append(word)
-        skip = False
-    return " ".join(["python -m recurx", *(kept or ["profile"]), "--nvtx"])
+    plain = dataclasses.replace(asked, html=None, trace=None, json=None, nvtx=True)
+    return f"python -m recurx profile {options.words(plain)}"
 
 
-def _run_under_nvtx(model: Any, arguments: argparse.Namespace) -> int:
+def _run_under_nvtx(model: Any, asked: Options) -> int:
     import torch
 
-    from recurx.errors import InvalidArgument
     from recurx.profiler import nvtx_ranges
     from recurx.profiler.step import (
         initial_carry,
@@ -110,9 +102,9 @@ def _run_under_nvtx(model: Any, arguments: argparse.Namespace) -> int:
 
     if not torch.cuda.is_available():
         raise InvalidArgument("--nvtx: needs a CUDA device; run without it for a profile here.")
-    batch = random_batch(model, arguments.batch)
+    batch = random_batch(model, asked.batch)
     carry = initial_carry(model, batch)
-    if arguments.train:
+    if asked.train:
         extras = _training(model)
         step = training_step(model.train(), batch, carry, [extras["optimizer"]], extras["ema"])
     else:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
-from types import TracebackType
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from recurx.cli import output
 
 if TYPE_CHECKING:
     from recurx.train import Progress as StepProgress
@@ -44,13 +43,8 @@ class TrainingDisplay:
         self.report: Report | None = None
         self._evaluated_at = -1
         self._next_text = 0.0
-        self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(bar_width=30),
-            TextColumn("held-out exact {task.percentage:5.1f} %  {task.fields[text]}"),
-            TimeElapsedColumn(),
-            console=console,
-            disable=not console.is_terminal,
+        self._bar = output.progress_bar(
+            console, "training", "held-out exact {task.percentage:5.1f} %  {task.fields[text]}"
         )
         self._row = self._bar.add_task("", total=1.0, text="")
 
@@ -58,12 +52,7 @@ class TrainingDisplay:
         self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._bar.stop()
 
     def on_step(self, progress: StepProgress) -> bool:
@@ -98,29 +87,3 @@ class TrainingDisplay:
             )  # fmt: skip
             self._evaluated_at = trainer.step
         return self.report
-
-
-@contextlib.contextmanager
-def solving_display(console: Console) -> Iterator[Callable[[int, int], None]]:
-    """Shows how far the puzzles of a file are solved: a bar on a terminal, else some lines."""
-    bar = Progress(
-        TextColumn("solving"), BarColumn(bar_width=30), TextColumn("{task.completed:.0f} puzzles"),
-        TimeElapsedColumn(), console=console, disable=not console.is_terminal, transient=True,
-    )  # fmt: skip
-    row: TaskID | None = None
-    tenth = 0
-
-    def on_progress(done: int, total: int) -> None:
-        nonlocal row, tenth
-        if row is None:
-            bar.start()
-            row = bar.add_task("", total=total)
-        bar.update(row, completed=done)
-        if not console.is_terminal and 10 * done // total > tenth:
-            tenth = 10 * done // total
-            console.print(f"  solved {done:,} of {total:,} puzzles of the file")
-
-    try:
-        yield on_progress
-    finally:
-        bar.stop()

@@ -3,15 +3,15 @@
 An experiment is a module of this package with
 
     CLAIM: str                       # one sentence that the measurement can refute
-    SEEDS, SECONDS: int, float       # defaults: nets of each kind, training time of one net
-    add_arguments(parser)            # options of its own; imports no torch
-    measure(session, arguments)      # trains through `session.net`; returns a result, JSON-ready
+    Options                          # its options and their defaults (`settings.Options`)
+    measure(session, asked)          # trains through `session.net`; returns a result, JSON-ready
     tables(result)                   # [(title, columns, rows of strings)]
     draw(result, figure)             # fills a matplotlib figure of SIZE inches
     SIZE: tuple[float, float]
 
-and a line in EXPERIMENTS. `measure` returns at least "findings" (sentences with the measured
-figures) and "holds": whether the claim showed, by a rule that the module states.
+and a line in EXPERIMENTS. It imports no torch before `measure` runs. `measure` returns at least
+"findings" (sentences with the measured figures) and "holds": whether the claim showed, by a rule
+that the module states.
 """
 
 from __future__ import annotations

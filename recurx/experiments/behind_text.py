@@ -10,8 +10,8 @@ by age from shuffled sentences (`--task order:people=6,names=16,wordings=2,fewes
 
 from __future__ import annotations
 
-import argparse
 import functools
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from recurx.experiments import one_look
@@ -22,26 +22,28 @@ if TYPE_CHECKING:
     from recurx.train import Trainer
 
 CLAIM = "Behind a frozen text encoder, one look cannot follow trades; looking on, it can."
-SEEDS, SECONDS, SIZE = 1, 100.0, one_look.SIZE
+SIZE = one_look.SIZE
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    one_look.add_arguments(parser, task="trades:trades=6,people=4,wordings=2", supervision=6)
-    parser.set_defaults(lr=1.5e-3)
+@dataclass(frozen=True)
+class Options(one_look.Options):
+    task: str = "trades:trades=6,people=4,wordings=2"
+    time_budget: float = 100.0
+    supervision: int = 6
+    test_steps: int = 12
+    lr: float = 1.5e-3
 
 
-def measure(
-    session: Session, arguments: argparse.Namespace, bank: PassageBank | None = None
-) -> dict[str, Any]:
+def measure(session: Session, asked: Options, bank: PassageBank | None = None) -> dict[str, Any]:
     """`bank`: of another encoder than the packaged one, see `recurx.hybrid.task_bank`."""
     from recurx.experiments.hybrid import HybridTrainer, task_bank
 
     started = session.clock()
-    bank = task_bank(arguments.task, bank)
+    bank = task_bank(asked.task, bank)
     encoder = {"passages": len(bank) - 1, "width": bank.width, "seconds": session.clock() - started}
     make = functools.partial(HybridTrainer, bank=bank)
     result = one_look.measure(
-        session, arguments, make=make, also=functools.partial(by_length, arguments.count)
+        session, asked, make=make, also=functools.partial(by_length, asked.count)
     )
     return {"encoder": encoder, **result}
 

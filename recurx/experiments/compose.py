@@ -6,14 +6,19 @@ counting is no way out as it is for sorting.
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 
 from recurx.experiments import one_look
 
 CLAIM = "A net that looks once cannot multiply permutations; looking again and again, it can."
-SEEDS, SECONDS, SIZE = 3, 35.0, one_look.SIZE
+SIZE = one_look.SIZE
 measure, tables, draw = one_look.measure, one_look.tables, one_look.draw
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    one_look.add_arguments(parser, task="compose:degree=3,length=7", supervision=7)
+@dataclass(frozen=True)
+class Options(one_look.Options):
+    task: str = "compose:degree=3,length=7"
+    seeds: int = 3
+    time_budget: float = 35.0
+    supervision: int = 7
+    test_steps: int = 14

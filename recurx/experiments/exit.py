@@ -10,16 +10,16 @@ least three times as fast with every seed, and the nets solve most puzzles at al
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from recurx.cli import options
+from recurx.experiments import settings
+from recurx.options import option
 
 if TYPE_CHECKING:
     from recurx.experiments.session import Session
 
 CLAIM = "Halting by q or at a fixed point is 3 times as fast as always 16 steps, and no less exact."
-SEEDS, SECONDS = 2, 120.0
 SIZE = (8.0, 3.4)
 TARGET, LEARNED = 3.0, 0.5
 TASK, STEPS = "sudoku-6x6:clues=12", 16
@@ -30,43 +30,42 @@ MODEL = {
 }  # fmt: skip
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--task", default=TASK, help=f"default {TASK}")
-    parser.add_argument("--preset", default="tiny-mlp", help="default tiny-mlp")
-    parser.add_argument("--count", type=options.positive, default=512, metavar="N",
-                        help="held-out puzzles to solve (default 512)")  # fmt: skip
-    parser.add_argument("--rounds", type=options.positive, default=5, help="(default 5)")
-    parser.add_argument("--steps", type=options.positive, help="of training at most")
+@dataclass(frozen=True)
+class Options(settings.Options):
+    task: str = TASK
+    seeds: int = 2
+    time_budget: float = 120.0
+    count: int = 512
+    rounds: int = option(5, "of timing every rule once", least=1)
+    steps: int | None = option(None, "of training at most", least=1)
 
 
-def measure(session: Session, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(session: Session, asked: Options) -> dict[str, Any]:
     from recurx.experiments.session import Plan
     from recurx.train import preset
 
-    session.total = arguments.seeds
-    plan = Plan(seconds=arguments.time_budget, steps=arguments.steps, eval_every=500)
+    session.total = asked.seeds
+    plan = Plan(seconds=asked.time_budget, steps=asked.steps, eval_every=500)
     nets = [
         session.net(
-            "exit", preset(arguments.preset, arguments.task, seed=seed, model=MODEL), plan,
-            _measurer(arguments),
+            "exit", preset(asked.preset, asked.task, seed=seed, model=MODEL), plan,
+            _measurer(asked),
         )
-        for seed in range(arguments.seeds)
+        for seed in range(asked.seeds)
     ]  # fmt: skip
     rows = _rows(nets)
     return {"rows": rows, "nets": nets, **_verdict(rows)}
 
 
-def _measurer(arguments: argparse.Namespace) -> Any:
+def _measurer(asked: Options) -> Any:
     def measured(trainer: Any) -> dict[str, Any]:
         from dataclasses import asdict
 
         from recurx.solving.budgets import budget_curve, compare_exits, doubling
 
-        model, examples = trainer.averaged(), trainer.held_out(arguments.count)
+        model, examples = trainer.averaged(), trainer.held_out(asked.count)
         given = (model, trainer.task, examples)
-        exits = compare_exits(
-            *given, max_steps=STEPS, rounds=arguments.rounds, device=trainer.device
-        )
+        exits = compare_exits(*given, max_steps=STEPS, rounds=asked.rounds, device=trainer.device)
         points = budget_curve(*given, doubling(2 * STEPS), halt=None, device=trainer.device)
         return {"exits": [asdict(e) for e in exits], "points": [asdict(p) for p in points]}
 

@@ -14,11 +14,13 @@ The deep net is told beside them: it has depth, which is what one look lacks.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from recurx.cli import options
+from recurx.experiments import settings
+from recurx.options import option
 
 if TYPE_CHECKING:
     from recurx.experiments.session import Session
@@ -29,48 +31,19 @@ RECURSIVE, ONE_LOOK, DEEP = "recursive", "one look", "deep"
 SOLVED, FAILED = 0.95, 0.20  # exact accuracies: what counts as solving a task, and as not
 
 
-def add_arguments(
-    parser: argparse.ArgumentParser,
-    *,
-    task: str,
-    supervision: int,
-    calls: int = 1,
-    layers: int = 4,
-    lr: float = 2e-3,
-    halt_weight: float = 0.5,
-    fields: Mapping[str, Any] | None = None,
-) -> None:
-    """
-    Args:
-        parser: what gets the options.
-        task, supervision, calls, layers, lr, halt_weight: their defaults.
-        fields: of the model, where the preset's are not taken.
-    """
-    fields = fields or {}
-    parser.add_argument("--task", default=task, help=f"default {task}")
-    parser.add_argument("--preset", default="tiny-att", help="default tiny-att")
-    parser.add_argument("--supervision", type=options.positive, default=supervision, metavar="N",
-                        help="supervision steps that the recursive net is trained with "
-                        f"(default {supervision})")  # fmt: skip
-    parser.add_argument("--calls", type=options.positive, default=calls, metavar="N",
-                        help="calls of a supervision step of the recursive net, with gradient "
-                        f"through all (default {calls})")  # fmt: skip
-    parser.add_argument("--test-steps", type=options.positive, default=2 * supervision,
-                        metavar="M", help="supervision steps that it is tested with "
-                        f"(default {2 * supervision})")  # fmt: skip
-    chosen = "".join(f", {key}={value}" for key, value in fields.items())
-    parser.add_argument("--set", type=options.setting, action="append", metavar="KEY=VALUE",
-                        default=list(fields.items()), help="a field of the model, e.g. "
-                        f"hidden_size=128 (default: the preset's{chosen})")  # fmt: skip
-    parser.add_argument("--halt-weight", type=float, default=halt_weight, metavar="WEIGHT",
-                        help=f"of the halting loss (default {halt_weight})")  # fmt: skip
-    parser.add_argument("--layers", type=options.positive, default=layers, metavar="N",
-                        help=f"of the deep net (default {layers})")  # fmt: skip
-    options.add_trained_nets(parser, lr)
+@dataclass(frozen=True)
+class Options(settings.TrainedNets):
+    preset: str = "tiny-att"
+    supervision: int = option(4, "supervision steps of the recursive net in training", least=1)
+    calls: int = option(1, "calls a supervision step of it, with gradient through all", least=1)
+    test_steps: int = option(8, "supervision steps that it is tested with", least=1)
+    set: tuple[tuple[str, Any], ...] = options.settings("a field of the model, not the preset's")
+    halt_weight: float = option(0.5, "of the halting loss", metavar="WEIGHT")
+    layers: int = option(4, "of the deep net", least=1)
 
 
 def net_config(
-    arguments: argparse.Namespace,
+    asked: Options,
     kind: str,
     seed: int,
     make: Callable[..., Trainer] | None = None,
@@ -84,16 +57,16 @@ def net_config(
     from recurx.errors import bad_argument
     from recurx.train import preset
 
-    steps = arguments.supervision if kind == RECURSIVE else 1
+    steps = asked.supervision if kind == RECURSIVE else 1
     model: dict[str, Any] = {
         "variant": "single_z", "H_cycles": 1, "L_cycles": 1, "halt_max_steps": steps,
-        "halt_exploration_prob": 1.0, **dict(arguments.set),
+        "halt_exploration_prob": 1.0, **dict(asked.set),
     }  # fmt: skip
 
     def config(**changes: Any) -> TrainConfig:
         return preset(
-            arguments.preset, arguments.task, seed=seed, batch_size=arguments.batch_size,
-            lr=arguments.lr, loss="softmax_cross_entropy", halt_weight=arguments.halt_weight,
+            asked.preset, asked.task, seed=seed, batch_size=asked.batch_size,
+            lr=asked.lr, loss="softmax_cross_entropy", halt_weight=asked.halt_weight,
             model={**model, **changes},
         )  # fmt: skip
 
@@ -103,10 +76,10 @@ def net_config(
     # An even width of the heads, which rotary tables need, sets the steps of the width.
     for narrower in range(full.hidden_size, 0, -2 * full.num_heads):
         one, two = (parameters(config(L_layers=n, hidden_size=narrower), make) for n in (1, 2))
-        if one + (arguments.layers - 1) * (two - one) <= limit:
-            return config(L_layers=arguments.layers, hidden_size=narrower)
+        if one + (asked.layers - 1) * (two - one) <= limit:
+            return config(L_layers=asked.layers, hidden_size=narrower)
     raise bad_argument(
-        "experiment", "--layers", f"so few that they fit {limit:,} parameters", arguments.layers
+        "experiment", "--layers", f"so few that they fit {limit:,} parameters", asked.layers
     )
 
 
@@ -137,7 +110,7 @@ def calls_a_step(calls: int) -> Callable[[Trainer], None]:
 
 def measure(
     session: Session,
-    arguments: argparse.Namespace,
+    asked: Options,
     *,
     make: Callable[..., Trainer] | None = None,
     also: Callable[[Trainer, int], dict[str, Any]] = lambda trainer, steps: {},
@@ -151,30 +124,28 @@ def measure(
     from recurx.experiments.session import Plan
 
     kinds = (RECURSIVE, ONE_LOOK, DEEP)
-    session.total = len(kinds) * arguments.seeds
+    session.total = len(kinds) * asked.seeds
     nets = []
-    for seed in range(arguments.seeds):
+    for seed in range(asked.seeds):
         for kind in kinds:
-            steps = arguments.supervision if kind == RECURSIVE else 1
-            plan = Plan(seconds=arguments.time_budget, eval_every=250, max_steps=steps)
+            steps = asked.supervision if kind == RECURSIVE else 1
+            plan = Plan(seconds=asked.time_budget, eval_every=250, max_steps=steps)
             net = session.net(
-                kind, net_config(arguments, kind, seed, make), plan,
-                _measurer(arguments, kind, also), make=make,
-                prepare=calls_a_step(arguments.calls if kind == RECURSIVE else 1),
+                kind, net_config(asked, kind, seed, make), plan,
+                _measurer(asked, kind, also), make=make,
+                prepare=calls_a_step(asked.calls if kind == RECURSIVE else 1),
             )  # fmt: skip
             nets.append(net)
     rows = [_summary(kind, [net for net in nets if net["label"] == kind]) for kind in kinds]
     return {"rows": rows, "nets": nets, **_verdict(rows)}
 
 
-def _measurer(
-    arguments: argparse.Namespace, kind: str, also: Callable[[Trainer, int], dict[str, Any]]
-) -> Any:
+def _measurer(asked: Options, kind: str, also: Callable[[Trainer, int], dict[str, Any]]) -> Any:
     def measured(trainer: Any) -> dict[str, Any]:
         from recurx.experiments.session import Plan, look
 
-        steps = max(arguments.test_steps, arguments.supervision) if kind == RECURSIVE else 1
-        report = look(trainer, Plan(max_steps=steps), trainer.held_out(arguments.count))
+        steps = max(asked.test_steps, asked.supervision) if kind == RECURSIVE else 1
+        report = look(trainer, Plan(max_steps=steps), trainer.held_out(asked.count))
         config = trainer.model.config
         return {
             "curve": list(report.curve),

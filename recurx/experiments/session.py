@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from recurx.atomic import write_json
+from recurx.cli.output import progress_bar
 
 if TYPE_CHECKING:
     from recurx.train import Report, TrainConfig, Trainer
@@ -172,10 +172,7 @@ class Session:
         """A bar on a terminal, a line per look elsewhere."""
         text = f"net {self._done} of {self.total}: {label}, seed {seed}"
         terminal = self.console.is_terminal
-        bar = Progress(
-            TextColumn(text), BarColumn(bar_width=30), TextColumn("{task.fields[text]}"),
-            TimeElapsedColumn(), console=self.console, disable=not terminal,
-        )  # fmt: skip
+        bar = progress_bar(self.console, text, "{task.fields[text]}")
         row = bar.add_task("", total=1.0, text="")
         exact, next_text = "", 0.0
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
+from typing import Any
 
 from recurx.experiments import one_look
 
 CLAIM = "A net that looks once cannot sort; the same net, looking again and again, can."
-SEEDS, SECONDS, SIZE = 1, 150.0, one_look.SIZE
+SIZE = one_look.SIZE
 measure, tables, draw = one_look.measure, one_look.tables, one_look.draw
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+@dataclass(frozen=True)
+class Options(one_look.Options):
     # Records: a place follows from counts of the keys, which one look can take, but what a place
     # holds has to be fetched from wherever its key is found, which is a second look. A look that
     # counted whole records instead would need as many counts as there are records, 512 here.
-    one_look.add_arguments(
-        parser, task="sort:length=16,values=32,tags=16", supervision=3, calls=2, layers=3,
-        lr=3e-3, halt_weight=0.01, fields={"hidden_size": 32, "num_heads": 4},
-    )  # fmt: skip
+    task: str = "sort:length=16,values=32,tags=16"
+    time_budget: float = 150.0
+    supervision: int = 3
+    calls: int = 2
+    test_steps: int = 6
+    set: tuple[tuple[str, Any], ...] = (("hidden_size", 32), ("num_heads", 4))
+    halt_weight: float = 0.01
+    layers: int = 3
+    lr: float = 3e-3

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import weakref
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from recurx.cli import options
+from recurx.experiments import settings
+from recurx.options import option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from recurx.train import TrainConfig
 
 CLAIM = "A gradient through the whole last cycle (TRM) teaches more than HRM's 1-step gradient."
-SEEDS, SECONDS = 3, 300.0  # the number of steps ends a net long before its time
 SIZE = (8.0, 3.4)
 ONE_STEP, CYCLE = "1-step", "cycle"
 # What windows are called on the command line; a number is that of the calls.
@@ -43,22 +44,17 @@ def window(text: str) -> str:
     return text
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--task", default="sudoku-4x4", help="default sudoku-4x4")
-    parser.add_argument("--preset", default="tiny-mlp", help="default tiny-mlp")
-    parser.add_argument("--windows", type=window, nargs="+", metavar="WINDOW",
-                        default=["1", ONE_STEP, CYCLE, "full"], help="1-step, cycle, full, or a "
-                        "number of calls (default: 1 1-step cycle full)")  # fmt: skip
-    parser.add_argument("--steps", type=options.positive, default=500, help="of training, the same "
-                        "for every net (default 500)")  # fmt: skip
-    parser.add_argument("--h-cycles", type=options.positive, default=2, metavar="N",
-                        help="cycles a supervision step (default 2)")  # fmt: skip
-    parser.add_argument("--l-cycles", type=options.positive, default=4, metavar="N",
-                        help="low calls a cycle (default 4)")  # fmt: skip
+@dataclass(frozen=True)
+class Options(settings.TrainedNets):
+    seeds: int = 3
+    time_budget: float = 300.0  # the number of steps ends a net long before
+    windows: tuple[str, ...] = option(("1", ONE_STEP, CYCLE, "full"), "1-step, cycle, full, or a "
+                                      "number of calls", type=window, metavar="WINDOW")  # fmt: skip
+    steps: int = option(500, "of training, the same for every net", least=1)
+    h_cycles: int = option(2, "cycles a supervision step", least=1)
+    l_cycles: int = option(4, "low calls a cycle", least=1)
     # With more, the refinement between supervision steps makes up for a short window.
-    parser.add_argument("--supervision", type=options.positive, default=2, metavar="N",
-                        help="supervision steps a sample (default 2)")  # fmt: skip
-    options.add_trained_nets(parser)
+    supervision: int = option(2, "supervision steps a sample", least=1)
 
 
 def title(row: dict[str, Any]) -> str:
@@ -76,54 +72,54 @@ def calls(name: str, config: ModelConfig) -> int:
     return known[name] if name in known else int(name)
 
 
-def net_config(arguments: argparse.Namespace, name: str, seed: int) -> TrainConfig:
+def net_config(asked: Options, name: str, seed: int) -> TrainConfig:
     """The training run of one window; nothing but `grad_window` depends on `name`."""
     from recurx import tasks
     from recurx.train import preset
 
     model: dict[str, Any] = {
-        "H_cycles": arguments.h_cycles, "L_cycles": arguments.l_cycles,
-        "halt_max_steps": arguments.supervision,
+        "H_cycles": asked.h_cycles, "L_cycles": asked.l_cycles,
+        "halt_max_steps": asked.supervision,
     }  # fmt: skip
     common: dict[str, Any] = {
-        "seed": seed, "batch_size": arguments.batch_size, "lr": arguments.lr,
+        "seed": seed, "batch_size": asked.batch_size, "lr": asked.lr,
     }  # fmt: skip
-    plain = preset(arguments.preset, arguments.task, model=model, **common)
+    plain = preset(asked.preset, asked.task, model=model, **common)
     model["grad_window"] = calls(name, plain.model_config(tasks.get(plain.task)))
-    return preset(arguments.preset, arguments.task, model=model, **common)
+    return preset(asked.preset, asked.task, model=model, **common)
 
 
-def measure(session: Session, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(session: Session, asked: Options) -> dict[str, Any]:
     from recurx.errors import InvalidArgument
     from recurx.experiments.session import Plan
 
-    missing = {ONE_STEP, CYCLE} - set(arguments.windows)
+    missing = {ONE_STEP, CYCLE} - set(asked.windows)
     if missing:
         raise InvalidArgument(
             f"--windows: the claim is about 1-step and cycle, and {', '.join(missing)} is missing."
         )
     plan = Plan(
-        seconds=arguments.time_budget, steps=arguments.steps,
-        eval_every=max(1, arguments.steps // 6), max_steps=arguments.supervision,
+        seconds=asked.time_budget, steps=asked.steps,
+        eval_every=max(1, asked.steps // 6), max_steps=asked.supervision,
     )  # fmt: skip
-    names = list(dict.fromkeys(arguments.windows))
-    session.total = len(names) * arguments.seeds
+    names = list(dict.fromkeys(asked.windows))
+    session.total = len(names) * asked.seeds
     nets = []
-    for seed in range(arguments.seeds):  # seeds outside: stopped half-way, windows still compare
+    for seed in range(asked.seeds):  # seeds outside: stopped half-way, windows still compare
         for name in names:
-            config = net_config(arguments, name, seed)
-            nets.append(session.net(f"window {name}", config, plan, _measurer(arguments)))
+            config = net_config(asked, name, seed)
+            nets.append(session.net(f"window {name}", config, plan, _measurer(asked)))
             nets[-1]["window"] = name
     rows = [_summary(name, [net for net in nets if net["window"] == name]) for name in names]
-    return {"rows": rows, "nets": nets, **_verdict(rows, arguments)}
+    return {"rows": rows, "nets": nets, **_verdict(rows, asked)}
 
 
-def _measurer(arguments: argparse.Namespace) -> Any:
+def _measurer(asked: Options) -> Any:
     def measured(trainer: Any) -> dict[str, Any]:
         from recurx.experiments.session import Plan, look
 
-        plan = Plan(max_steps=arguments.supervision)
-        report = look(trainer, plan, trainer.held_out(arguments.count))
+        plan = Plan(max_steps=asked.supervision)
+        report = look(trainer, plan, trainer.held_out(asked.count))
         config = trainer.model.config
         return {
             "calls": config.schedule.window,
@@ -194,7 +190,7 @@ def _summary(name: str, nets: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _verdict(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> dict[str, Any]:
+def _verdict(rows: list[dict[str, Any]], asked: Options) -> dict[str, Any]:
     by_name = {row["window"]: row for row in rows}
     one, cycle = by_name[ONE_STEP], by_name[CYCLE]
     gains = [c - o for o, c in zip(one["exact"]["values"], cycle["exact"]["values"], strict=True)]
@@ -208,7 +204,7 @@ def _verdict(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> dict[
         f"the last cycle keeps {cycle['kept_bytes'] / one['kept_bytes']:.1f} times the memory and "
         f"takes {cycle['step_ms']['mean'] / one['step_ms']['mean']:.2f} times the time a step",
     ]
-    short = [row["window"] for row in rows if row["steps"] < arguments.steps]
+    short = [row["window"] for row in rows if row["steps"] < asked.steps]
     if short:
         findings.append(f"time ran out before all steps were done: {', '.join(short)}")
     holds = all(g > 0 for g in gains) and gain > noise and not short

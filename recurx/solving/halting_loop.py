@@ -17,71 +17,7 @@ from torch import Tensor
 
 from recurx.errors import bad_argument
 from recurx.solving import noise
-
-HALTS = ("q", "fixed-point", "any", None)
-INITS = ("learned", "random")
-
-
-@dataclass(frozen=True)
-class Fill:
-    """Blanks are filled in the order of confidence, and refinement begins anew after each filling.
-
-    Every `steps` supervision steps of a row, its likeliest blank, and all blanks whose token has a
-    probability over `above`, become part of the question. A net that is right about the easiest
-    cells of a hard question meets easier questions from then on. A row ends one step after its last
-    blank was filled, so that its q judges the whole answer; halting rules hold beside that.
-    Source: decoding in the order of certainty, as masked diffusion models do it (arXiv 2502.06768,
-    section 4).
-
-    Args:
-        blank: token id of a blank; answers use the ids of questions.
-        above: probability.
-        steps: supervision steps before each filling.
-    """
-
-    blank: int
-    above: float = 0.99
-    steps: int = 1
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How rows are refined; each field is the argument of `recurx.solve` of that name."""
-
-    max_steps: int = 16
-    halt: str | None = "q"
-    halt_above: float = 0.0
-    patience: int = 2
-    rollouts: int = 1
-    sigma: float = 0.0
-    init: str = "learned"
-    init_scale: float = 1.0
-    seed: int = 0
-    first_sample: int = 0
-    logits: bool = False
-    trace: bool = False
-    fill: Fill | None = None
-
-    @property
-    def compares(self) -> bool:
-        """Whether a row may end because its answer stays the same."""
-        return self.halt in ("fixed-point", "any")
-
-    def ends(self, wants: Tensor, unchanged: Tensor) -> Tensor:
-        """Which rows end now.
-
-        Args:
-            wants: [N] bool, whether q asks to halt.
-            unchanged: [N] int, for how many steps in a row the predicted answer stayed the same.
-        """
-        if self.halt == "q":
-            return wants
-        settled = unchanged >= self.patience
-        return settled if self.halt == "fixed-point" else settled | wants
-
-    def entries(self, numbers: Tensor) -> Tensor:
-        """Where rows of these numbers are in the noise stream."""
-        return numbers + self.first_sample * self.rollouts
+from recurx.solving.options import Rules
 
 
 @dataclass(frozen=True)

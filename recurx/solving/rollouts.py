@@ -13,9 +13,8 @@ from torch import Tensor
 
 from recurx.errors import bad_argument
 from recurx.solving.halting_loop import Answers
+from recurx.solving.options import Accepts
 
-SELECTIONS = ("q", "vote")
-Accepts = Callable[[Tensor, Tensor], Tensor]  # (inputs [N, T], answers [N, T]) -> [N] bool
 Run = Callable[[Mapping[str, Tensor], Tensor], Answers]  # (data of N rows, their [N] numbers)
 
 

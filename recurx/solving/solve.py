@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from recurx.errors import BackendUnavailable, bad_argument
 from recurx.solving import rollouts as tries
-from recurx.solving.halting_loop import HALTS, INITS, Answers, Fill, Rules, fresh_carry, refine
+from recurx.solving.halting_loop import Answers, fresh_carry, refine
+from recurx.solving.options import HALTS, INITS, SELECTIONS, Accepts, Fill, Rules
 
 __all__ = ["Answers", "Fill", "solve"]
 
@@ -27,19 +28,19 @@ __all__ = ["Answers", "Fill", "solve"]
 def solve(
     model: nn.Module,
     batch: Mapping[str, Tensor],
-    max_steps: int = 16,
-    halt: str | None = "q",
-    rollouts: int = 1,
-    sigma: float = 0.0,
-    select: str | tries.Accepts = "q",
+    max_steps: int = Rules.max_steps,
+    halt: str | None = Rules.halt,
+    rollouts: int = Rules.rollouts,
+    sigma: float = Rules.sigma,
+    select: str | Accepts = Rules.select,
     *,
     backend: str | None = None,
-    halt_above: float = 0.0,
-    patience: int = 2,
-    init: str = "learned",
-    init_scale: float = 1.0,
-    seed: int = 0,
-    first_sample: int = 0,
+    halt_above: float = Rules.halt_above,
+    patience: int = Rules.patience,
+    init: str = Rules.init,
+    init_scale: float = Rules.init_scale,
+    seed: int = Rules.seed,
+    first_sample: int = Rules.first_sample,
     logits: bool = False,
     trace: bool = False,
     fill: Fill | Mapping[str, Any] | None = None,
@@ -91,10 +92,10 @@ def solve(
         BackendUnavailable: `backend` cannot run this model here; the message says why.
     """
     rules = Rules(
-        max_steps, halt, halt_above, patience, rollouts, sigma, init, init_scale, seed,
+        max_steps, halt, halt_above, patience, rollouts, sigma, init, init_scale, select, seed,
         first_sample, logits, trace, _fill(fill),
     )  # fmt: skip
-    _check(rules, select)
+    _check(rules)
     model = _act_model(model)
     data = _complete(batch)
     with _evaluating(model):
@@ -231,7 +232,7 @@ def _fill(fill: Fill | Mapping[str, Any] | None) -> Fill | None:
     return found
 
 
-def _check(rules: Rules, select: str | tries.Accepts) -> None:
+def _check(rules: Rules) -> None:
     counts = {"max_steps": 1, "rollouts": 1, "patience": 1, "first_sample": 0}
     for arg, least in counts.items():
         value = getattr(rules, arg)
@@ -246,9 +247,9 @@ def _check(rules: Rules, select: str | tries.Accepts) -> None:
     above = rules.halt_above
     if not isinstance(above, (int, float)) or above != above:
         raise bad_argument("solve", "halt_above", "a number", repr(above))
-    if not callable(select) and select not in tries.SELECTIONS:
+    if not callable(rules.select) and rules.select not in SELECTIONS:
         raise bad_argument(
-            "solve", "select", f"one of {tries.SELECTIONS}, or a function that checks answers",
-            repr(select), "For the rules of a task pass recurx.tasks.get(...).accepts; for what a "
-            "checkpoint recommends, its `.recommended`.",
+            "solve", "select", f"one of {SELECTIONS}, or a function that checks answers",
+            repr(rules.select), "For the rules of a task pass recurx.tasks.get(...).accepts; for "
+            "what a checkpoint recommends, its `.recommended`.",
         )  # fmt: skip

@@ -15,9 +15,11 @@ from torch import Tensor
 from recurx.errors import bad_argument
 from recurx.models import ModelConfig, config_class
 from recurx.models.losses import HALT_WEIGHT
+from recurx.options import file, option
 
 OPTIMIZERS = ("adam-atan2", "adamw")
 LR_DECAYS = ("none", "cosine")
+HOLD_OUT = 256  # of a file of puzzles, on the command line
 
 
 class Sizes(Protocol):
@@ -37,54 +39,48 @@ class Sizes(Protocol):
 class TrainConfig:
     """All that determines a run; two runs of one config on one machine are bit-identical.
 
+    Fields that are options of `python -m recurx train` say themselves what they mean.
+
     Args:
         task: name of the task, options included (`recurx.tasks.get`).
         model: fields of TRMConfig or HRMConfig (`variant` "hrm"); vocab_size, seq_len,
             num_puzzle_identifiers and batch_size follow from the task and from here.
-        seed: of weights, data, and exploration.
-        batch_size: slots B.
-        lr, weight_decay, beta1, beta2, warmup: of the optimiser; warmup is linear, in steps.
-        optimizer: "adam-atan2" or "adamw".
-        ema: decay of the weight average.
-        loss: a key of recurx.models.losses.LOSSES.
-        halt_weight: of the halting loss beside the tokens' (published: 0.5). AdamATan2 teaches the
-            halting head alike at any weight above 0; a small one leaves the net to the answer.
+        beta1, beta2: of the optimiser.
         puzzle_emb_lr: of the puzzle embedding's sign SGD, where the model has one.
-        lr_decay: "none", or "cosine": after the warm-up the learning rates fall along half a
-            cosine, to 0 at step `decay_steps`.
-        puzzles: a file of Sudokus to train on (`tasks.sudoku.split`) instead of generated ones.
-        puzzles_sha256: of that file; None takes whatever is there, and the run fills it in.
-        reveal: each drawn puzzle of the file gets 0..reveal blanks filled in.
-        hold_out: puzzles of the file that are evaluated on and never trained on.
-        grid_positions: learned positions start as row + column (+ box) vectors
-            (`recurx.models.starts`).
-        grid_mixing: token MLPs start as sums over neighbouring cells (there too).
+        decay_steps: where `lr_decay` ends.
+        puzzles_sha256: of the file `puzzles`; None takes whatever is there, and the run fills it in.
         started_from: SHA-256 of the checkpoint whose weights the run began with
             (`Trainer.start_from`), None for fresh ones.
     """
 
     task: str
     model: dict[str, Any] = field(default_factory=dict)
-    seed: int = 0
-    batch_size: int = 64
-    lr: float = 1e-3
-    weight_decay: float = 0.01
+    seed: int = option(0, "of weights, data, and exploration")
+    batch_size: int = option(64, "samples trained at once (default: the preset's)", least=1)
+    lr: float = option(1e-3, "learning rate (default: the preset's)")
+    weight_decay: float = option(0.01, "of the optimiser (default: the preset's)", metavar="SHARE")
     beta1: float = 0.9
     beta2: float = 0.95
-    warmup: int = 100
-    optimizer: str = "adam-atan2"
-    ema: float = 0.999
-    loss: str = "stablemax_cross_entropy"
-    halt_weight: float = HALT_WEIGHT
+    warmup: int = option(100, "steps of rising learning rates (default: the preset's)", metavar="N")
+    optimizer: str = option("adam-atan2", f"one of {', '.join(OPTIMIZERS)}", metavar="NAME")
+    ema: float = option(0.999, "decay of averaged weights (default: the preset's)", metavar="SHARE")
+    loss: str = option("stablemax_cross_entropy", "a key of recurx.models.losses.LOSSES",
+                       metavar="NAME")  # fmt: skip
+    # AdamATan2 teaches the halting head alike at any weight above 0.
+    halt_weight: float = option(HALT_WEIGHT, "of the halting loss beside the tokens'; a small one "
+                                "leaves the net to the answer", metavar="WEIGHT")  # fmt: skip
     puzzle_emb_lr: float = 1e-4
-    lr_decay: str = "none"
+    lr_decay: str = option("none", "cosine: after the warm-up the learning rates fall along half a "
+                           "cosine, to 0 at --steps", choices=LR_DECAYS)  # fmt: skip
     decay_steps: int = 0
-    puzzles: str | None = None
+    puzzles: str | None = file("train on these Sudokus: lines of 81 digits (0 or . is a blank), or "
+                               "a CSV with the columns of Sudoku-Extreme")  # fmt: skip
     puzzles_sha256: str | None = None
-    reveal: int = 0
-    hold_out: int = 0
-    grid_positions: bool = False
-    grid_mixing: bool = False
+    reveal: int = option(0, "fill 0..N blanks of each drawn puzzle of the file", least=1)
+    hold_out: int = option(0, "puzzles of the file that are evaluated on and never trained on "
+                           f"(default {HOLD_OUT})", least=1)  # fmt: skip
+    grid_positions: bool = option(False, "learned positions start as row + column (+ box) vectors")
+    grid_mixing: bool = option(False, "token MLPs start as sums over neighbouring cells")
     started_from: str | None = None
 
     def __post_init__(self) -> None:

@@ -23,6 +23,7 @@ from recurx.commands import COMMANDS, main
 from recurx.models import TRM, TRMConfig
 from recurx.tasks.sudoku import files, solver
 from recurx.tasks.sudoku.layout import Layout
+from recurx.train import Report
 
 TINY = ["--set", "hidden_size=16", "--set", "num_heads=2", "--batch-size", "8"]
 PUZZLE = "1...4....1.....2"  # 4x4, not necessarily of one solution
@@ -69,6 +70,10 @@ def test_train_refuses_to_overwrite_and_to_change_a_run(run_folder: Path, capsys
     assert "already holds a run" in capsys.readouterr().err
     assert main(["train", "--resume", str(run_folder), "--lr", "1"]) == 2
     assert "leave out --lr" in capsys.readouterr().err
+    assert main(["train", "--resume", str(run_folder), "--lr-decay", "none", "--set", "a=1"]) == 2
+    assert "leave out --lr-decay, --set" in capsys.readouterr().err
+    assert main(["train", "--resume", str(run_folder), "--seed", "0"]) == 2
+    assert "leave out --seed" in capsys.readouterr().err
     assert main(["train", "sort", "--resume", str(run_folder)]) == 2
     assert "is a run of sudoku-4x4" in capsys.readouterr().err
     weights = str(run_folder / "model.safetensors")
@@ -92,6 +97,58 @@ def test_eval_on_held_out_puzzles_and_on_a_file(run_folder: Path, tmp_path, caps
     result = last_json(printed)
     assert result["count"] == 2 and result["steps_mean"] == 16 and 0 <= result["cells"] <= 1
     assert "16 steps" in printed
+
+
+def test_eval_says_which_rule_halts_and_offers_that_of_training(run_folder: Path, capsys) -> None:
+    checkpoint = ["--checkpoint", str(run_folder / "model.safetensors"), "--count", "16", "--json"]
+    assert main(["eval", *checkpoint]) == 0
+    printed = capsys.readouterr().out
+    result = last_json(printed)
+    assert "halts  at q > 0, after 16 steps at most (--halt q, the default;" in printed
+    assert "as `train` evaluates, all 8 steps: " in printed
+    asked = printed.split("as `train` evaluates: ")[1].split(")")[0].split()
+    assert main(["eval", *checkpoint, *asked]) == 0
+    printed = capsys.readouterr().out
+    as_asked = last_json(printed)
+    assert as_asked["halt"] is None and as_asked["histogram"] == {"8": 16}
+    trained = {"max_steps": 8, "count": 16, "exact": as_asked["exact"]}
+    assert result["halt"] == "q" and result["as_trained"] == trained
+    assert "halts  never, after 8 steps at most (--halt none)" in printed
+    assert "as_trained" not in as_asked and "as `train`" not in printed  # somebody chose
+
+
+def test_eval_says_so_when_halting_costs_accuracy(run_folder: Path, monkeypatch, capsys) -> None:
+    """Planted figures: 65 % where q halts, 88 % in all steps, and the other way round."""
+    exact = {"q": 0.65, None: 0.88}
+
+    def planted(*_: object, halt: str | None, **__: object) -> Report:
+        return Report(512, exact[halt], None, 1.0, 0.1, (exact[halt],), {1: 512})
+
+    monkeypatch.setattr(recurx.train, "evaluate", planted)
+    command = ["eval", "--checkpoint", str(run_folder / "model.safetensors")]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "exact  65.00%" in printed and "all 8 steps: 88.00% exact (--halt none" in printed
+    assert "q ends puzzles too early" in printed
+    exact["q"] = 0.88
+    assert main(command) == 0
+    assert "too early" not in capsys.readouterr().out
+
+
+def test_a_name_that_looks_like_markup_is_printed_as_it_is(tmp_path, capsys) -> None:
+    folder = tmp_path / "a[red] [" / "b]"
+    arguments = ["train", "sudoku-4x4", "--steps", "1", "--eval-count", "4", "--eval-every", "1"]
+    assert main([*arguments, *TINY, "--out", str(folder)]) == 0
+    assert f"weights: {folder}/model.safetensors" in capsys.readouterr().out
+    checkpoint = ["--checkpoint", str(folder / "model.safetensors")]
+    puzzles = folder.parent / "b].txt"
+    puzzles.write_text("1234341221434321\n")
+    assert main(["eval", *checkpoint, "--puzzles", str(puzzles)]) == 0
+    assert f"1 puzzles from {puzzles}" in capsys.readouterr().out
+    console = output.make_console()
+    console.print(output.table("[/b] a", ["[/b] b"], [["[/b] c"]]))
+    printed = capsys.readouterr().out
+    assert all(f"[/b] {name}" in printed for name in "abc")
 
 
 def test_solve_prints_boards_and_tells_by_the_exit_code(run_folder: Path, tmp_path, capsys) -> None:

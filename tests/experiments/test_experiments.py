@@ -20,7 +20,11 @@ from recurx.train import Trainer
 def test_every_experiment_has_what_the_command_needs():
     for name in experiments.EXPERIMENTS:
         module = experiments.load(name)
-        assert module.CLAIM.endswith(".") and module.SEEDS >= 1 and module.SECONDS > 0
+        assert (
+            module.CLAIM.endswith(".")
+            and module.Options.seeds >= 1
+            and module.Options.time_budget > 0
+        )
         assert all(map(callable, (module.measure, module.tables, module.draw)))
     with pytest.raises(InvalidArgument, match="compose, exit, hybrid, sort, windows"):
         experiments.load("chess")

@@ -9,17 +9,19 @@ from types import ModuleType
 
 from rich.console import Console
 
+from recurx.cli import options
 from recurx.experiments.session import Session
+from recurx.experiments.settings import Options
 from recurx.train import TrainConfig, preset
 
 TASK = "sort:length=4,values=3"
 
 
-def arguments_of(module: ModuleType, *words: str) -> argparse.Namespace:
+def arguments_of(module: ModuleType, *words: str) -> Options:
     """The options of an experiment as the command would read them."""
     parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
-    return parser.parse_args(words)
+    options.add(parser, module.Options)
+    return options.read(parser.parse_args(words), module.Options)
 
 
 def make_session(folder: Path) -> Session:

@@ -11,11 +11,12 @@ from torch import Tensor
 
 import recurx
 from recurx import tasks
-from recurx.cli import options
+from recurx.cli import refinement
 from recurx.commands import main
 from recurx.models import TRM, TRMConfig
 from recurx.solving import rollouts
-from recurx.solving.halting_loop import Answers, Rules, refine
+from recurx.solving.halting_loop import Answers, refine
+from recurx.solving.options import Rules
 from tests.solving.test_solve import make_batch, make_model
 
 STEPS, TRIES = 4, 5
@@ -126,9 +127,9 @@ def test_tasks_check_by_their_rules_and_arc_says_why_it_cannot() -> None:
     arc = tasks.get("arc:limit=1,augmentations=0")
     with pytest.raises(recurx.InvalidArgument, match="only its label tells"):
         arc.accepts(inputs, answers)
-    assert task.has_rules and options.by_rules({"select": "vote"}, arc) == {"select": "vote"}
+    assert task.has_rules and refinement.by_rules({"select": "vote"}, arc) == {"select": "vote"}
     with pytest.raises(recurx.InvalidArgument, match="only labels tell right answers to arc"):
-        options.by_rules({"select": "rules"}, arc)
+        refinement.by_rules({"select": "rules"}, arc)
 
 
 def test_the_command_line_and_a_net_may_ask_for_the_rules(tmp_path, capsys) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import recurx
 from recurx.cli import options
+from recurx.cli.refinement import Refining, arguments_of_solve
 from recurx.commands import main
 from recurx.models import TRM, TRMConfig
 from tests.solving.test_solve import CountRows, fixed_loop, make_batch, make_model
@@ -132,10 +133,11 @@ def test_a_net_may_recommend_filling_and_the_user_may_decline(tmp_path, capsys) 
 def test_the_user_changes_only_what_is_said_of_a_recommended_filling() -> None:
     task, how = recurx.tasks.get("sudoku"), {"max_steps": 64, "fill": {"blank": 1, "above": 0.5}}
     parser = argparse.ArgumentParser()
-    options.add_refinement(parser)
+    options.add(parser, Refining)
 
     def asked(*words: str, recommended: dict | None = None) -> tuple:
-        values = options.refinement(parser.parse_args(words), recommended, task)
+        said = options.read(parser.parse_args(words), Refining).how
+        values = arguments_of_solve(said, recommended, task)
         return values.get("fill"), values["max_steps"]
 
     says = how | {"fill": how["fill"] | {"steps": 4}}

@@ -11,7 +11,7 @@ from torch import Tensor
 import recurx
 from recurx.models import TRM
 from recurx.solving import noise
-from recurx.solving.halting_loop import Rules
+from recurx.solving.options import Rules
 from recurx.solving.solve import Answers
 from tests import official
 from tests.solving.test_solve import BATCH, CountRows, fixed_loop, make_batch, make_model

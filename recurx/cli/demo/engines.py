@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from recurx import backends, recurse, reference
+from recurx.measure import Turn, interleave, seconds_of
 from recurx.models import RecursiveModel
+from recurx.models.problem import problem_of_model
 from recurx.nets import as_net
-from recurx.problem import Problem
 
 Step = Callable[[], Tensor]  # -> logits [B, T, vocab]
 
@@ -29,6 +30,7 @@ class Lane:
     Args:
         name, dtype: what runs.
         step: one supervision step; None, with the reason in `refused`, if it cannot run.
+        device: where.
         first: seconds of the first call, with packing or compiling.
         seconds: of each later call.
         logits: of the last call.
@@ -38,81 +40,88 @@ class Lane:
     dtype: str
     step: Step | None
     refused: str = ""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     first: float = 0.0
     seconds: list[float] = field(default_factory=list)
     logits: Tensor | None = None
 
     @property
     def median(self) -> float:
-        return statistics.median(self.seconds)
+        return float(np.median(self.seconds))
+
+    def sample(self) -> float:
+        """Seconds of one call, whose logits are kept."""
+
+        def run() -> None:
+            assert self.step is not None
+            self.logits = self.step()
+
+        return seconds_of(run, self.device)
 
 
 def eager(model: RecursiveModel, inputs: Tensor) -> Lane:
     """Plain PyTorch: the operations of the official code, in their order."""
-    return Lane("eager PyTorch", model.config.forward_dtype, _on_backend(model, inputs, "eager"))
+    return _lane("eager PyTorch", model, inputs, _on_backend(model, inputs, "eager"))
 
 
 def compiled(model: RecursiveModel, inputs: Tensor) -> Lane:
-    return Lane(COMPILED, model.config.forward_dtype, _compiled(model, inputs))
+    return _lane(COMPILED, model, inputs, _compiled(model, inputs))
 
 
 def engines(model: RecursiveModel, inputs: Tensor) -> list[Lane]:
     """recurx's own engines, fastest first, with the reason of those that cannot run this."""
     made = []
+    problem = problem_of_model(model, len(inputs))
     for name in backends.ORDER:
         if name != "eager":
-            reason = backends.why_not(name, _problem(model, inputs))
+            reason = backends.why_not(name, problem) or ""
             step = None if reason else _on_backend(model, inputs, name)
-            made.append(Lane(f"recurx {name}", model.config.forward_dtype, step, reason or ""))
+            made.append(_lane(f"recurx {name}", model, inputs, step, reason))
     return made
 
 
-def race(runners: list[Lane], repeats: int, seconds: float) -> None:
+def _lane(
+    name: str, model: RecursiveModel, inputs: Tensor, step: Step | None, refused: str = ""
+) -> Lane:
+    return Lane(name, model.config.forward_dtype, step, refused, inputs.device)
+
+
+def race(lanes: list[Lane], repeats: int, seconds: float) -> None:
     """One call of each engine to warm up, then rounds of all of them until either limit.
 
-    Interleaved, so that a slow minute of the machine hits every engine alike. Of an engine that is
-    too slow for rounds the first call is reported; one that compiles in it has no result then.
+    Of an engine that is too slow for rounds the first call is reported; one that compiles in it has
+    no result then.
     """
     deadline = time.perf_counter() + seconds
-    running = [lane for lane in runners if lane.step is not None and _start(lane, deadline)]
-    for turn in range(repeats):
-        for lane in running:
-            late = time.perf_counter() > deadline
-            slow = late or lane.first > seconds * SLOW_SHARE
-            if turn == 0 and slow and lane.name != COMPILED:
-                lane.seconds.append(lane.first)
-            elif not late and (not slow or lane.name == COMPILED):
-                assert lane.step is not None
-                taken, lane.logits = timed(lane.step)
-                lane.seconds.append(taken)
+
+    def late() -> bool:
+        return time.perf_counter() > deadline
+
+    running = [lane for lane in lanes if lane.step is not None and _start(lane, late)]
+    quick = [x for x in running if x.name == COMPILED or x.first <= seconds * SLOW_SHARE]
+    interleave([Turn(lane.sample, lane.seconds) for lane in quick], repeats, late=late)
     for lane in running:
-        if not lane.seconds:
+        if lane.seconds:
+            continue
+        if lane.name == COMPILED:
             lane.refused = TIME_IS_UP
+        else:
+            lane.seconds.append(lane.first)
 
 
-def _start(lane: Lane, deadline: float) -> bool:
+def _start(lane: Lane, late: Callable[[], bool]) -> bool:
     """The first call; False, with the reason in the lane, if it fails or is compiled too late."""
-    assert lane.step is not None
     if lane.logits is not None:
         return True
-    if lane.name == COMPILED and time.perf_counter() > deadline:
+    if lane.name == COMPILED and late():
         lane.refused = TIME_IS_UP
         return False
     try:
-        lane.first, lane.logits = timed(lane.step)
+        lane.first = lane.sample()
     except Exception as error:  # whatever torch.compile meets where there is no C++ compiler
         lane.refused = f"{type(error).__name__}: {_first_line(error)}"
         return False
     return True
-
-
-def timed(step: Step) -> tuple[float, Tensor]:
-    """Wall seconds of one call, the device's work included, and its logits."""
-    start = time.perf_counter()
-    logits = step()
-    if logits.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, logits
 
 
 def _first_line(error: Exception) -> str:
@@ -157,12 +166,3 @@ def _compiled(model: RecursiveModel, inputs: Tensor) -> Step:
         return inner.heads(recurse(inner.schedule, nets, x, states, backend="eager"))[0]
 
     return step
-
-
-def _problem(model: RecursiveModel, inputs: Tensor) -> Problem:
-    config, inner = model.config, model.inner
-    specs = tuple((name, as_net(inner.nets()[name]).spec) for name in inner.schedule.nets)
-    return Problem(
-        inner.schedule, specs, len(inputs), config.tokens, config.hidden_size, config.dtype,
-        inputs.device.type, inner.cos_sin() is not None,
-    )  # fmt: skip

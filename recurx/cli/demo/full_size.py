@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import numpy as np
@@ -10,9 +9,10 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from recurx.checkpoint import load_checkpoint
+from recurx.cli.checkpoints import open_checkpoint
 from recurx.cli.demo import engines
 from recurx.cli.demo.learn import Trained, heading
+from recurx.cli.demo.options import Options
 from recurx.cli.output import side_by_side, table
 from recurx.errors import InvalidArgument
 from recurx.models import TRM, RecursiveModel, TRMConfig
@@ -33,17 +33,17 @@ RACE_SECONDS = 25.0  # of timed rounds: slow engines get fewer of them
 LARGE_SECONDS = 60.0  # the same at full size, where torch.compile alone may take half of it
 
 
-def read_puzzles(arguments: argparse.Namespace) -> tuple[NDArray[np.int64], str]:
+def read_puzzles(asked: Options) -> tuple[NDArray[np.int64], str]:
     """Boards [N, 81] from the command line, a file, or this file, and where they come from."""
     layout = Sudoku().layout
-    if arguments.puzzle and arguments.puzzles:
+    if asked.puzzle and asked.puzzles:
         raise InvalidArgument("give puzzles as arguments or with --puzzles, not both.")
-    if arguments.puzzles:
-        read = files.read(arguments.puzzles, layout, MOST_PUZZLES)
-        return read.puzzles, f"the first {len(read)} of {arguments.puzzles}"
-    lines = arguments.puzzle or PUZZLES
+    if asked.puzzles:
+        read = files.read(asked.puzzles, layout, MOST_PUZZLES)
+        return read.puzzles, f"the first {len(read)} of {asked.puzzles}"
+    lines = asked.puzzle or PUZZLES
     boards = files.parse_boards(lines, layout)
-    return boards, "yours" if arguments.puzzle else "well-known ones"
+    return boards, "yours" if asked.puzzle else "well-known ones"
 
 
 def race_trained(console: Console, trained: Trained) -> list[dict[str, Any]]:
@@ -59,25 +59,25 @@ def race(
     console: Console,
     puzzles: NDArray[np.int64],
     source: str,
-    arguments: argparse.Namespace,
+    asked: Options,
     device: torch.device,
 ) -> list[dict[str, Any]]:
     """Full-size TRM on 9x9 puzzles on every engine."""
     heading(console, 5, "Full-size TRM on 9x9 Sudoku, engine by engine")
-    model = _full_size(console, arguments).to(device)
+    model = _full_size(console, asked, device)
     inputs = torch.from_numpy(to_tokens(puzzles)).to(device)
     config, task = model.config, Sudoku()
     console.print(
         f"T={config.tokens} tokens, D={config.hidden_size}, {len(model.inner.schedule)} net calls "
         f"a supervision step; puzzles: {source}"
     )
-    console.print(side_by_side([task.text(row) for row in to_tokens(puzzles)[:3]]), markup=False)
-    lanes = _lanes(model, inputs, not arguments.no_compile)
+    console.print(side_by_side([task.text(row) for row in to_tokens(puzzles)[:3]]))
+    lanes = _lanes(model, inputs, not asked.no_compile)
     engines.race(lanes, REPEATS, LARGE_SECONDS)
     count = len(lanes[0].logits) if lanes[0].logits is not None else len(puzzles)
     title = f"one supervision step of {count} 9x9 puzzle{'s' if count > 1 else ''}"
     rows = _show(console, title, lanes, next(lane for lane in lanes if lane.dtype == "float32"))
-    if arguments.checkpoint:
+    if asked.checkpoint:
         _show_answers(console, model, task, inputs, puzzles)
     return rows
 
@@ -90,8 +90,7 @@ def _lanes(model: RecursiveModel, inputs: torch.Tensor, compiled: bool) -> list[
         models.append(_in_fp32(model))
     probes = [engines.eager(each, inputs[:1]) for each in models]
     for lane in probes:
-        assert lane.step is not None
-        lane.first, lane.logits = engines.timed(lane.step)
+        lane.first = lane.sample()
     if len(inputs) > 1 and max(lane.first for lane in probes) < SLOW_SECONDS:
         lanes = [engines.eager(each, inputs) for each in models]
     else:
@@ -103,23 +102,18 @@ def _lanes(model: RecursiveModel, inputs: torch.Tensor, compiled: bool) -> list[
     return lanes
 
 
-def _full_size(console: Console, arguments: argparse.Namespace) -> RecursiveModel:
-    if arguments.checkpoint:
-        loaded = load_checkpoint(arguments.checkpoint)
-        if (loaded.config.seq_len, loaded.config.vocab_size) != (81, 11):
-            raise InvalidArgument(
-                f"{arguments.checkpoint}: not a model of 9x9 Sudoku (it reads "
-                f"{loaded.config.seq_len} tokens out of {loaded.config.vocab_size})."
-            )
-        console.print(f"Weights: {arguments.checkpoint}", soft_wrap=True)
-        return loaded.build()
+def _full_size(console: Console, asked: Options, device: torch.device) -> RecursiveModel:
+    if asked.checkpoint:
+        model, _, loaded = open_checkpoint(asked.checkpoint, "sudoku", device, asked.backend)
+        console.print(f"Weights: {loaded.path}", soft_wrap=True)
+        return model
     console.print(
         "These weights are UNTRAINED (random): the answers mean nothing, only that the engines "
         "agree on\nthem and how long they take. Trained weights: --checkpoint FILE."
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(arguments.seed)
-        return TRM(TRMConfig.sudoku_att()).eval()
+        torch.manual_seed(asked.seed)
+        return TRM(TRMConfig.sudoku_att()).eval().to(device)
 
 
 def _in_fp32(model: RecursiveModel) -> RecursiveModel:
@@ -137,19 +131,18 @@ def _show(
     rows, values = [], []
     best = min(x.median for x in lanes if x.seconds and not x.name.startswith("recurx"))
     for lane in lanes:
-        if not lane.seconds:
-            rows.append([lane.name, lane.dtype, "-", "-", "-", "-"])
-            values.append({"engine": lane.name, "dtype": lane.dtype, "refused": lane.refused})
-            continue
-        same, error = _compare(lane, exact)
-        speed = best / lane.median
-        time = f"{1000 * lane.median:.1f} ms"
-        answers = ["-", "-"] if same is None else [f"{same:.1%}", f"{error:.0e}"]
-        rows.append([lane.name, lane.dtype, time, f"{speed:.2f}x", *answers])
-        values.append(
-            {"engine": lane.name, "dtype": lane.dtype, "seconds": lane.median, "same_cells": same,
-             "error": error}
-        )  # fmt: skip
+        value: dict[str, Any] = {"engine": lane.name, "dtype": lane.dtype}
+        shown = ["-", "-", "-", "-"]
+        if lane.seconds:
+            same, error = _compare(lane, exact)
+            value |= {"seconds": lane.median, "same_cells": same, "error": error}
+            shown[:2] = f"{1000 * lane.median:.1f} ms", f"{best / lane.median:.2f}x"
+            if same is not None:
+                shown[2:] = f"{same:.1%}", f"{error:.0e}"
+        else:
+            value["refused"] = lane.refused
+        rows.append([lane.name, lane.dtype, *shown])
+        values.append(value)
     columns = ["engine", "dtype", "median time", "speed", "same cells", "error of logits"]
     console.print(table(title, columns, rows))
     console.print(
@@ -157,7 +150,7 @@ def _show(
     )
     for lane in lanes:
         if lane.refused:
-            console.print(f"{lane.name}: {lane.refused}", markup=False, soft_wrap=True)
+            console.print(f"{lane.name}: {lane.refused}", soft_wrap=True)
     return values
 
 
@@ -183,5 +176,5 @@ def _show_answers(
     predictions = answers.predictions.cpu().numpy()
     right = task.check(to_tokens(puzzles), predictions)
     shown = side_by_side([task.text(row) for row in to_tokens(to_boards(predictions))[:3]])
-    console.print(shown, markup=False)
+    console.print(shown)
     console.print(f"{int(right.sum())} of {len(right)} solved in {answers.steps.tolist()} steps.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 import recurx
+from recurx.cli.demo.options import Options
 from recurx.cli.output import curve, table
 from recurx.cli.progress import TrainingDisplay
 from recurx.models import RecursiveModel
@@ -42,11 +42,11 @@ class Trained:
     examples: Examples
 
 
-def train(console: Console, arguments: argparse.Namespace, device: torch.device) -> Trained | None:
+def train(console: Console, asked: Options, device: torch.device) -> Trained | None:
     """Train until TARGET or the time budget; None if interrupted (the checkpoint is written)."""
     heading(console, 1, "A tiny recursive model learns 6x6 Sudoku")
-    config = preset("tiny-mlp", TASK, seed=arguments.seed, model=MODEL)
-    trainer = Trainer(config, arguments.out, device=device, backend=arguments.backend)
+    config = preset("tiny-mlp", TASK, seed=asked.seed, model=MODEL)
+    trainer = Trainer(config, asked.out, device=device, backend=asked.backend)
     examples = trainer.held_out(EVAL_COUNT + FINAL_COUNT)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     console.print(
@@ -57,11 +57,11 @@ def train(console: Console, arguments: argparse.Namespace, device: torch.device)
         console, trainer, EVAL_EVERY, EVAL_COUNT, TARGET, halt="q", halt_above=HALT_ABOVE
     )
     with display:
-        reason = trainer.run(time_budget=arguments.time_budget, on_step=display.on_step)
+        reason = trainer.run(time_budget=asked.time_budget, on_step=display.on_step)
     if reason == "interrupted":
         console.print(
-            f"Interrupted at step {trainer.step}. The weights are in {arguments.out}; go on with\n"
-            f"  python -m recurx train --resume {arguments.out}",
+            f"Interrupted at step {trainer.step}. The weights are in {asked.out}; go on with\n"
+            f"  python -m recurx train --resume {asked.out}",
             soft_wrap=True,
         )
         return None
@@ -148,7 +148,7 @@ def show_accuracy(console: Console, trained: Trained) -> Report:
     trainer, examples = trained.trainer, trained.examples
     full = evaluate(trained.model, trainer.task, examples, halt=None, device=trainer.device)
     console.print(f"{len(examples)} other held-out puzzles, exact if refinement stopped after")
-    console.print(curve(full.curve), markup=False)
+    console.print(curve(full.curve))
     rows = [_row("always 16 steps", full)]
     for bar, text in ((HALT_ABOVE, "q of 7 to 1"), (0.0, "q of even odds, as in training")):
         report = evaluate(
@@ -165,4 +165,4 @@ def _row(name: str, report: Report) -> list[str]:
 
 
 def heading(console: Console, number: int, text: str) -> None:
-    console.print(f"\n[bold]{number}. {text}[/bold]")
+    console.print(f"\n{number}. {text}", style="bold")

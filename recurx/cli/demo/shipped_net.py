@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from typing import Any
 
@@ -12,9 +11,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 import recurx
-from recurx.cli import options
 from recurx.cli.checkpoints import open_checkpoint
 from recurx.cli.demo.learn import show_boards
+from recurx.cli.demo.options import Options
+from recurx.cli.refinement import by_rules
 from recurx.errors import InvalidArgument
 from recurx.tasks import Sudoku
 from recurx.tasks.sudoku import files, solver
@@ -24,9 +24,7 @@ MOST_BOARDS = 4  # of 21 columns beside each other in 100
 LEAST_STEPS = 64  # deeper than in training: who waits for one board can wait for these
 
 
-def open_net(
-    arguments: argparse.Namespace, device: torch.device
-) -> tuple[Any, Sudoku, dict[str, Any]]:
+def open_net(asked: Options, device: torch.device) -> tuple[Any, Sudoku, dict[str, Any]]:
     """Model, task, and the arguments of `recurx.solve` that the net recommends: of the user's
     checkpoint, or of the shipped one.
 
@@ -34,15 +32,15 @@ def open_net(
         InvalidArgument: no net ships, or the user's is for another task.
         CheckpointError, FileNotFoundError: of `load_checkpoint`.
     """
-    model, task, loaded = open_checkpoint(arguments.checkpoint, "sudoku", device, arguments.backend)
+    model, task, loaded = open_checkpoint(asked.checkpoint, "sudoku", device, asked.backend)
     assert isinstance(task, Sudoku)
-    return model, task, options.by_rules(loaded.extra.get("solve", {}), task)
+    return model, task, by_rules(loaded.extra.get("solve", {}), task)
 
 
-def solve_typed(console: Console, arguments: argparse.Namespace, device: torch.device) -> bool:
+def solve_typed(console: Console, asked: Options, device: torch.device) -> bool:
     """Solve `--puzzle LINE`, and whether that went well."""
-    board = files.parse_boards([arguments.puzzle_line], Layout.of(9))[0]
-    model, task, how = open_net(arguments, device)
+    board = files.parse_boards([asked.puzzle_line], Layout.of(9))[0]
+    model, task, how = open_net(asked, device)
     return fill(console, model, task, board, how)
 
 
@@ -93,6 +91,6 @@ def ask(console: Console, model: Any, task: Sudoku, how: dict[str, Any]) -> None
         try:
             board = files.parse_boards([text], task.layout)[0]
         except InvalidArgument as error:
-            console.print(str(error), markup=False)
+            console.print(str(error))
             continue
         fill(console, model, task, board, how)

@@ -239,7 +239,7 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_importing_hybrid_imports_no_transformers() -> None:
-    code = "import sys, recurx.hybrid; print('transformers' in sys.modules)"
+    code = "import sys, recurx; recurx.hybrid.PassageBank; print('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

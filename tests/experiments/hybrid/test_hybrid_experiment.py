@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import io
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from fakes import FakeEncoder, FakeTokenizer
 from rich.console import Console
 
+from recurx.cli import options
 from recurx.experiments import behind_text as hybrid
 from recurx.experiments import one_look
 from recurx.experiments.hybrid import HybridTrainer, PassageBank, task_bank
@@ -24,13 +26,14 @@ TOY = ["--supervision", "2", "--test-steps", "3", "--layers", "2", "--batch-size
 KINDS = (one_look.RECURSIVE, one_look.ONE_LOOK, one_look.DEEP)
 
 
-def arguments(task: list[str]) -> argparse.Namespace:
+def arguments(task: list[str]) -> hybrid.Options:
     parser = argparse.ArgumentParser()
-    hybrid.add_arguments(parser)
-    return argparse.Namespace(**vars(parser.parse_args([*task, *TOY])), seeds=1, time_budget=0.3)
+    options.add(parser, hybrid.Options)
+    words = [*task, *TOY, "--seeds", "1", "--time-budget", "0.3"]
+    return options.read(parser.parse_args(words), hybrid.Options)
 
 
-def toy_bank(asked: argparse.Namespace) -> PassageBank:
+def toy_bank(asked: hybrid.Options) -> PassageBank:
     torch.manual_seed(1)
     return task_bank(asked.task, PassageBank(FakeEncoder(), FakeTokenizer(), 5))
 
@@ -57,7 +60,7 @@ def test_it_trains_measures_tells_and_draws(
     for net in result["nets"]:
         assert set(net["by_length"]) == lengths
         assert all(len(curve) == len(net["curve"]) for curve in net["by_length"].values())
-    result["settings"] = vars(asked)
+    result["settings"] = dataclasses.asdict(asked)
     for _, columns, rows in hybrid.tables(result):
         assert rows and all(len(row) == len(columns) for row in rows)
     figure = Figure(figsize=hybrid.SIZE)

@@ -1,0 +1,88 @@
+"""The options of `recurx.solve`, stated once for it and for the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from recurx.options import option
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HALTS = ("q", "fixed-point", "any", None)
+INITS = ("learned", "random")
+SELECTIONS = ("q", "vote")
+Accepts = Callable[["Tensor", "Tensor"], "Tensor"]  # (inputs, answers [N, T]) -> [N] bool
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Blanks are filled in the order of confidence, and refinement begins anew after each filling.
+
+    Every `steps` supervision steps of a row, its likeliest blank, and all blanks whose token has a
+    probability over `above`, become part of the question. A net that is right about the easiest
+    cells of a hard question meets easier questions from then on. A row ends one step after its last
+    blank was filled, so that its q judges the whole answer; halting rules hold beside that.
+    Source: decoding in the order of certainty, as masked diffusion models do it (arXiv 2502.06768,
+    section 4).
+
+    Args:
+        blank: token id of a blank; answers use the ids of questions.
+        above: probability.
+        steps: supervision steps before each filling.
+    """
+
+    blank: int
+    above: float = 0.99
+    steps: int = 1
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How rows are refined; each field is the argument of `recurx.solve` of that name, which tells
+    more about it. The options among them are those of `eval` and `solve`."""
+
+    max_steps: int = option(16, "steps a puzzle may take; may exceed those of training", least=1)
+    halt: str | None = option("q", "a puzzle ends when the model says so (q), when its answer "
+                              "stays the same (fixed-point), at the first of both (any), or "
+                              "after all steps (none)", choices=HALTS)  # fmt: skip
+    halt_above: float = option(0.0, "q (logit of being right) that ends a puzzle: 0 is even odds, "
+                               "3 is 20 to 1", metavar="Q")  # fmt: skip
+    patience: int = option(2, "steps without a change that are a fixed point", least=1)
+    rollouts: int = option(1, "tries of each puzzle", least=1)
+    sigma: float = option(0.0, "noise in each step of a try")
+    init: str = option("learned", "where tries start: all at the learned states, or all but the "
+                       "first at random ones", choices=INITS)  # fmt: skip
+    init_scale: float = option(1.0, "deviation of random starts", metavar="STD")
+    select: str | Accepts = option("q", "how the answer is picked among tries: the most confident "
+                                   "(q), the most frequent (vote), or the first that obeys the "
+                                   "rules of the task, and then no more are made (rules)",
+                                   choices=(*SELECTIONS, "rules"))  # fmt: skip
+    seed: int = option(0, "of all randomness")
+    first_sample: int = 0
+    logits: bool = False
+    trace: bool = False
+    fill: Fill | None = None
+
+    @property
+    def compares(self) -> bool:
+        """Whether a row may end because its answer stays the same."""
+        return self.halt in ("fixed-point", "any")
+
+    def ends(self, wants: Tensor, unchanged: Tensor) -> Tensor:
+        """Which rows end now.
+
+        Args:
+            wants: [N] bool, whether q asks to halt.
+            unchanged: [N] int, for how many steps in a row the predicted answer stayed the same.
+        """
+        if self.halt == "q":
+            return wants
+        settled = unchanged >= self.patience
+        return settled if self.halt == "fixed-point" else settled | wants
+
+    def entries(self, numbers: Tensor) -> Tensor:
+        """Where rows of these numbers are in the noise stream."""
+        return numbers + self.first_sample * self.rollouts

@@ -1,0 +1,59 @@
+"""Questions of a file with their answers: those of the file, or those that a search finds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recurx.errors import InvalidArgument
+from recurx.tasks.base import Examples, Task
+from recurx.tasks.maze import Maze
+from recurx.tasks.maze import files as maze_files
+from recurx.tasks.sudoku import Sudoku, files, solver
+from recurx.tasks.sudoku.layout import to_tokens
+
+FEWEST_CLUES = 17  # of a 9x9 puzzle with one solution (arXiv 1201.0749): fewer need no search
+LONG_SEARCH = 5000  # puzzles whose answers take so long to find that the wait is announced
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Examples, [N] of which the answer is known (None: of all), where they are from, in words, and
+    how many seconds finding answers took."""
+
+    examples: Examples
+    known: NDArray[np.bool_] | None = None
+    source: str = ""
+    seconds: float = 0.0
+
+
+def read(path: str, task: Task, limit: int | None, say: Callable[[str], object]) -> Questions:
+    """At most `limit` Sudokus or mazes from a file; `say` announces a long search.
+
+    Raises:
+        InvalidArgument: the task is neither, or the file is bad.
+    """
+    start, source = time.perf_counter(), f"from {path}"
+    if isinstance(task, Maze):
+        examples, told = maze_files.read(path, task, limit)
+        return Questions(examples, told, source, time.perf_counter() - start)
+    if not isinstance(task, Sudoku):
+        raise InvalidArgument(f"--puzzles: files hold Sudokus or mazes, the task is {task.name}.")
+    found = files.read(path, task.layout, limit)
+    if found.answers is not None:
+        return Questions(Examples(to_tokens(found.puzzles), to_tokens(found.answers)), None, source)
+    if len(found) > LONG_SEARCH:
+        say(f"searching the answers of {len(found)} puzzles, for `cells`")
+    clues = (found.puzzles > 0).sum(axis=1)
+    searched = np.flatnonzero((clues >= FEWEST_CLUES) | (task.size < 9))
+    solved = solver.solve(task.layout, found.puzzles[searched])
+    answers, known = np.zeros_like(found.puzzles), np.zeros(len(found), dtype=bool)
+    answers[searched], known[searched] = solved.boards, solved.count == 1
+    if not known.all():
+        source += f", {int((~known).sum())} of them without a unique solution"
+    examples = Examples(to_tokens(found.puzzles), to_tokens(answers))
+    return Questions(examples, known, source, time.perf_counter() - start)
