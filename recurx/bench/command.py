@@ -29,8 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     report = actions.add_parser("report", help="tables and plots from result files")
     report.add_argument("files", nargs="*", type=Path, help="default: all of bench/results/")
     report.add_argument(
-        "--write", type=Path, metavar="README.md",
-        help="replace what lies between <!-- bench:begin --> and <!-- bench:end --> in this file",
+        "--write", type=Path, action="append", default=[], metavar="PAGE.md",
+        help="make the tables between this file's markers anew: <!-- bench:begin --> and "
+        "<!-- bench:end --> for all, <!-- ratios:begin --> and <!-- ratios:end --> for one row a "
+        "case; may be given again",
     )  # fmt: skip
     report.add_argument("--plots", type=Path, help="folder for plots (default: bench/results/)")
     report.add_argument("--no-plots", action="store_true", help="tables only")
@@ -236,16 +238,14 @@ def _report(arguments: argparse.Namespace) -> int:
 
     found = [results.load(path) for path in arguments.files]
     found = sorted(found, key=lambda r: r.date) or results.load_folder(results_folder())
-    text = report.markdown(found)
-    if arguments.write:
-        page = arguments.write.resolve()  # a link stays one
-        old = page.read_text(encoding="utf-8")
-        edited = report.replace_between_markers(old, text, str(arguments.write))
+    for path in arguments.write:
+        page = path.resolve()  # a link stays one
+        edited = report.fill_in(page.read_text(encoding="utf-8"), found, str(path))
         with atomic.replacing(page) as new:
             new.write_text(edited, encoding="utf-8")
-        print(f"written to {arguments.write}")
-    else:
-        print(text)
+        print(f"written to {path}")
+    if not arguments.write:
+        print(report.markdown(found))
     if not arguments.no_plots:
         for path in plots.draw(found, arguments.plots or results_folder()):
             print(f"written to {path}")
