@@ -37,7 +37,7 @@ from recurx import tasks
 from recurx.commands import COMMANDS, build_parser, main
 
 RUN = [name for name in PAGES if name == "README.md" or name.startswith("docs/")]
-SLOW = ("docs/sudoku.md", "docs/tasks.md", "docs/training.md")  # more than a few seconds
+SLOW = ("sudoku", "tasks", "training", "mazes", "language", "budgets")  # seconds to half a minute
 
 GPU, PACKAGES, OFFICIAL = "needs a GPU", "installs packages", "needs the official code"
 REASONS = (GPU, PACKAGES, OFFICIAL)
@@ -45,7 +45,8 @@ LANGUAGES = ("python", "bash", "text")  # text: what a command prints, or a form
 
 # Options appended to a command, of which the last one counts: the same code in seconds.
 SHORTER = {
-    "train": ["--steps", "2", "--eval-count", "2"],
+    "train": ["--steps", "2", "--eval-count", "2", "--warmup", "1", "--batch-size", "4"],
+    "train --resume": ["--steps", "3", "--eval-count", "2"],
     "eval": ["--count", "4"],
     "profile": ["--preset", "small", "--batch", "1", "--seconds", "0.2"],
 }
@@ -84,7 +85,8 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in RUN]
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (Path(name).stem in SLOW)) for name in RUN],
 )
 def test_every_block_runs_as_it_stands(name, folder, monkeypatch):
     namespace: dict[str, Any] = {"__name__": "__main__"}
@@ -113,7 +115,8 @@ def run(command: str, where: str, monkeypatch: Any) -> None:
     arguments = of_recurx(words)
     if arguments is None or only_parsed(arguments):
         return
-    extra = SHORTER.get(arguments[0], [])
+    resumed = arguments[0] == "train" and "--resume" in arguments
+    extra = SHORTER.get("train --resume" if resumed else arguments[0], [])
     if "--hold-out" in arguments:
         extra = [*extra, *HOLD_OUT]
     with monkeypatch.context() as patched:
