@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A comment on the line above a block says why it cannot run as it stands everywhere.
 _MARK = re.compile(r"<!-- cannot run here: (.*) -->")
+_GENERATED = re.compile(r"<!-- (\w+):begin.*?<!-- \1:end -->", re.DOTALL)
 _FENCE = re.compile(r"^(`{3,})(\w*)\s*$")
 _SPAN = re.compile(r"(`+)(.+?)\1", re.DOTALL)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -72,13 +73,14 @@ def blocks(page: Path) -> list[Block]:
 
 
 def prose(page: Path) -> str:
-    """The document without its blocks and comments, line numbers kept."""
+    """The document without its blocks, comments and generated tables, line numbers kept."""
     lines, inside = [], False
     for line in page.read_text(encoding="utf-8").splitlines():
         fence = line.startswith("```")
         lines.append("" if inside or fence else line)
         inside ^= fence
-    return re.sub(r"<!--.*?-->", "", "\n".join(lines))
+    text = _GENERATED.sub(lambda found: "\n" * found[0].count("\n"), "\n".join(lines))
+    return re.sub(r"<!--.*?-->", "", text)
 
 
 def spans(page: Path) -> list[str]:

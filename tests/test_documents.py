@@ -86,7 +86,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (Path(name).stem in SLOW)) for name in RUN],
+    [pytest.param(name, marks=[pytest.mark.slow] * (PAGES[name].stem in SLOW)) for name in RUN],
 )
 def test_every_block_runs_as_it_stands(name, folder, monkeypatch):
     namespace: dict[str, Any] = {"__name__": "__main__"}
@@ -206,7 +206,9 @@ def check(words: list[str]) -> bool:
     elif words[0] in ("python", "bash", "sh"):
         files(words[1:2])
     else:
-        return words[0] in ("cd", "git") or (ROOT / words[0]).exists()
+        return words[0] in ("cd", "git") or any(
+            (ROOT / p / words[0]).exists() for p in (".", "tests")
+        )
     return True
 
 
