@@ -42,10 +42,14 @@ class Block:
 
 @cache
 def tracked() -> tuple[str, ...]:
-    """Every file of the repository, and every file that git would add."""
+    """Every file of the repository, and every file that git would add; of an unpacked archive
+    every file that is not hidden."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    if not (ROOT / ".git").exists():
+        files = (path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file())
+        return tuple(str(f) for f in files if not any(part[0] == "." for part in f.parts))
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return tuple(name for name in done.stdout.splitlines() if (ROOT / name).exists())
+    return tuple(name for name in done.stdout.splitlines() if (ROOT / name).is_file())
 
 
 # Every document by its path.
