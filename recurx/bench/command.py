@@ -29,10 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     report = actions.add_parser("report", help="tables and plots from result files")
     report.add_argument("files", nargs="*", type=Path, help="default: all of bench/results/")
     report.add_argument(
-        "--write", type=Path, action="append", default=[], metavar="PAGE.md",
-        help="make the tables between this file's markers anew: <!-- bench:begin --> and "
+        "--write", nargs="+", type=Path, default=(), metavar="PAGE.md",
+        help="make the tables between the markers of these files anew: <!-- bench:begin --> and "
         "<!-- bench:end --> for all, <!-- ratios:begin --> and <!-- ratios:end --> for one row a "
-        "case; may be given again",
+        "case",
     )  # fmt: skip
     report.add_argument("--plots", type=Path, help="folder for plots (default: bench/results/)")
     report.add_argument("--no-plots", action="store_true", help="tables only")

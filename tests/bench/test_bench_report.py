@@ -101,8 +101,8 @@ def test_a_page_holds_all_tables_or_those_of_ratios(tmp_path, result):
     readme, page = tmp_path / "README.md", tmp_path / "benchmarks.md"
     readme.write_text("# head\n<!-- ratios:begin (made) -->\nold\n<!-- ratios:end -->\n")
     page.write_text("<!-- bench:begin -->\nold\n<!-- bench:end -->\n")
-    command = ["bench", "report", str(result.path), "--no-plots", "--write", str(readme)]
-    assert main([*command, "--write", str(page)]) == 0
+    command = ["bench", "report", str(result.path), "--no-plots"]
+    assert main([*command, "--write", str(readme), str(page)]) == 0
     table = report.ratios([result])
     assert (
         readme.read_text()
