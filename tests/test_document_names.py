@@ -107,6 +107,21 @@ def test_the_front_door_is_short(name, most):
     assert len(PAGES[name].read_text(encoding="utf-8").splitlines()) <= most
 
 
+def test_the_walk_to_each_kernel_has_at_most_five_files():
+    """api and route, then the row of an engine: backend, launcher, kernel, each an existing file
+    that the one before it leads to."""
+    text = PAGES["CONTRIBUTING.md"].read_text(encoding="utf-8")
+    section = text.partition("## The walk")[2].partition("\n## ")[0]
+    rows = [line.split("|")[2:5] for line in section.splitlines() if line.startswith("| ")][1:]
+    assert {row[0].split("/")[-1].split("`")[0] for row in rows} == {
+        "cpu.py", "triton.py", "triton_window.py", "cuda.py"
+    }  # fmt: skip
+    for row in rows:
+        walk = ["recurx/api.py", "recurx/route.py"]
+        walk += [found[1] for cell in row if (found := re.search(r"`([^`]+/[^`]+)`", cell))]
+        assert len(walk) <= 5 and all((ROOT / name).is_file() for name in walk), walk
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_lines_of_prose_are_as_long_as_those_of_code(name):
     for number, line in enumerate(pages.prose(PAGES[name]).splitlines(), 1):

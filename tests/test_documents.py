@@ -22,6 +22,7 @@ import subprocess
 import sys
 from argparse import ArgumentParser, Namespace, _SubParsersAction
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -45,7 +46,8 @@ LANGUAGES = ("python", "bash", "text")  # text: what a command prints, or a form
 
 # Options appended to a command, of which the last one counts: the same code in seconds.
 SHORTER = {
-    "train": ["--steps", "2", "--eval-count", "2", "--warmup", "1", "--batch-size", "4"],
+    "train": ["--steps", "2", "--eval-count", "2", "--warmup", "1", "--batch-size", "4"]
+    + ["--set", "halt_max_steps=2"],
     "train --resume": ["--steps", "3", "--eval-count", "2"],
     "eval": ["--count", "4"],
     "profile": ["--preset", "small", "--batch", "1", "--seconds", "0.2"],
@@ -67,21 +69,27 @@ def only_parsed(arguments: list[str]) -> bool:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The current folder: the documents with their results, and the reader's files."""
+    """The current folder: the documents, their results, and nothing else."""
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     shutil.copytree(ROOT / "bench" / "results", tmp_path / "bench" / "results")
     shutil.copy(ROOT / "README.md", tmp_path)
-    boards = tasks.get("sudoku:clues=40").generate(np.random.default_rng(0), 64).inputs - 1
-    lines = ["".join(map(str, board)) for board in boards]
-    (tmp_path / "puzzles.txt").write_text("\n".join(lines) + "\n")
-    hard = tasks.get("maze-hard")
-    mazes = [hard.text(maze) for maze in hard.generate(np.random.default_rng(0), 4).inputs]
-    rows = ["question", *(maze.replace("\n", "") for maze in mazes)]
-    (tmp_path / "mazes.csv").write_text("\n".join(rows) + "\n")
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     yield tmp_path
     torch.set_num_threads(threads)
+
+
+def bring_files(folder: Path, text: str) -> None:
+    """The reader's own files, as the pages call them, if a page does."""
+    if "puzzles.txt" in text:
+        boards = tasks.get("sudoku:clues=40").generate(np.random.default_rng(0), 64).inputs - 1
+        lines = ["".join(map(str, board)) for board in boards]
+        (folder / "puzzles.txt").write_text("\n".join(lines) + "\n")
+    if "mazes.csv" in text:
+        hard = tasks.get("maze-hard")
+        mazes = [hard.text(maze) for maze in hard.generate(np.random.default_rng(0), 4).inputs]
+        rows = ["question", *(maze.replace("\n", "") for maze in mazes)]
+        (folder / "mazes.csv").write_text("\n".join(rows) + "\n")
 
 
 @pytest.mark.parametrize(
@@ -89,6 +97,7 @@ def folder(tmp_path, monkeypatch):
     [pytest.param(name, marks=[pytest.mark.slow] * (PAGES[name].stem in SLOW)) for name in RUN],
 )
 def test_every_block_runs_as_it_stands(name, folder, monkeypatch):
+    bring_files(folder, PAGES[name].read_text(encoding="utf-8"))
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for block in pages.blocks(PAGES[name]):
         if block.reason in (GPU, PACKAGES):
