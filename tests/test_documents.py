@@ -46,8 +46,18 @@ LANGUAGES = ("python", "bash", "text")  # text: what a command prints, or a form
 
 # Options appended to a command, of which the last one counts: the same code in seconds.
 SHORTER = {
-    "train": ["--steps", "2", "--eval-count", "2", "--warmup", "1", "--batch-size", "4"]
-    + ["--set", "halt_max_steps=2"],
+    "train": [
+        "--steps",
+        "2",
+        "--eval-count",
+        "2",
+        "--warmup",
+        "1",
+        "--batch-size",
+        "4",
+        "--set",
+        "halt_max_steps=2",
+    ],
     "train --resume": ["--steps", "3", "--eval-count", "2"],
     "eval": ["--count", "4"],
     "profile": ["--preset", "small", "--batch", "1", "--seconds", "0.2"],
