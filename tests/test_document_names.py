@@ -136,6 +136,15 @@ def test_the_table_of_ratios_is_that_of_the_result_files():
     assert "not measured" in text, "the README says that GPU figures are missing"
 
 
+def test_the_readme_names_what_an_install_needs():
+    text = " ".join(PAGES["README.md"].read_text(encoding="utf-8").split())
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    needed = project.partition("\ndependencies = [")[2].partition("\n]")[0]
+    for package, oldest in re.findall(r'"(\w+)(?:>=([\d.]+))?"', needed):
+        assert f"{package} {oldest} or newer" in text if package == "torch" else package in text
+    assert f"Python {re.search(r'requires-python = .>=([0-9.]+)', project)[1]} or newer" in text
+
+
 def test_what_is_missing_is_found():
     assert is_path("recurx/api.py") and is_path("csrc/cuda/") and is_path("{a,b}.cuh")
     assert not is_path("a/b") and not is_path("recurx.api") and not is_path("/tmp/x.py")
