@@ -42,7 +42,7 @@ help:
 	@echo 'make lint       ruff and clang-format, check only;  make format rewrites'
 	@echo 'make bench      recurx against PyTorch, about eight minutes (python -m recurx bench --help)'
 	@echo 'make bench-ops  single operations, by pytest-benchmark'
-	@echo 'make bench-report  tables and plots from bench/results/'
+	@echo 'make bench-report  tables of README.md and docs/benchmarks.md, plots, from bench/results/'
 	@echo 'make wheel      a wheel for other machines in dist/, and which ones it runs on'
 	@echo 'make clean      remove $(VENV) and everything that was built'
 	@echo
@@ -82,7 +82,7 @@ bench-ops: $(BUILT) $(DEV)
 	"$(PY)" -m pytest -q bench/ops --benchmark-group-by=func,param:batch
 
 bench-report: $(DEV)
-	"$(PY)" -m recurx bench report
+	"$(PY)" -m recurx bench report --write README.md docs/benchmarks.md
 
 lint: lint-python lint-layout lint-cpp
 

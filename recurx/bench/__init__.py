@@ -14,7 +14,7 @@
     runner.py     workers in interleaved rounds, one group a case, mode and batch
     results.py    the JSON files: schema, provenance, atomic writing, reading
     compare.py    which of two files is faster, by how much, and whether that is noise
-    report.py     the README's table from the files; plots.py draws them
+    report.py     tables of README.md and docs/benchmarks.md; plots.py draws them
 
 Importing this package imports neither torch nor matplotlib.
 """

@@ -46,8 +46,11 @@ class Run(lanes.Options):
 class Report:
     files: tuple[Path, ...] = option((), "default: all of bench/results/", flag="", nargs="*",
                                      type=Path, metavar="FILE")  # fmt: skip
-    write: Path | None = file("replace what lies between <!-- bench:begin --> and <!-- bench:end "
-                              "--> in this file", "README.md", Path)  # fmt: skip
+    write: tuple[Path, ...] = option(
+        (), "make the tables between the markers of these files anew: <!-- bench:begin --> and "
+        "<!-- bench:end --> for all, <!-- ratios:begin --> and <!-- ratios:end --> for one row a "
+        "case", type=Path, metavar="PAGE.md",
+    )  # fmt: skip
     plots: Path | None = file("folder for plots (default: bench/results/)", "FOLDER", Path)
     no_plots: bool = option(False, "tables only")
 
@@ -217,16 +220,14 @@ def report(asked: Report) -> int:
 
     found = [results.load(path) for path in asked.files]
     found = sorted(found, key=lambda r: r.date) or results.load_folder(results_folder())
-    text = tables.markdown(found)
-    if asked.write:
-        page = asked.write.resolve()  # a link stays one
-        old = page.read_text(encoding="utf-8")
-        edited = tables.replace_between_markers(old, text, str(asked.write))
+    for path in asked.write:
+        page = path.resolve()  # a link stays one
+        edited = tables.fill_in(page.read_text(encoding="utf-8"), found, str(path))
         with atomic.replacing(page) as new:
             new.write_text(edited, encoding="utf-8")
-        print(f"written to {asked.write}")
-    else:
-        print(text)
+        print(f"written to {path}")
+    if not asked.write:
+        print(tables.markdown(found))
     if not asked.no_plots:
         for path in plots.draw(found, asked.plots or results_folder()):
             print(f"written to {path}")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recurx.bench.report import best_ours, by_device, case_order, newest_rows, times
+from recurx.bench.report import best_ours, by_device, case_order, grouped, newest_rows, times
 from recurx.bench.results import Result
 from recurx.cli import plotting
 from recurx.cli.plotting import BLUE, INK, ORANGE, PAGES, contrast
@@ -21,10 +21,7 @@ def speedups(results: Sequence[Result]) -> list[tuple[str, float, float, float]]
 
     Ratios are times: 2 means that PyTorch takes twice as long. Low and high are from p20 and p80.
     """
-    newest = newest_rows(results)
-    groups: dict[tuple[str, str, int], dict[str, dict[str, Any]]] = {}
-    for key, (row, _, _) in newest.items():
-        groups.setdefault((key.case, key.mode, key.batch), {})[key.variant] = row
+    groups = grouped(newest_rows(results))
     found = []
     for case, mode, batch in sorted(groups, key=lambda g: (g[1], case_order(g[0]), g[2])):
         rows = groups[case, mode, batch]

@@ -1,4 +1,8 @@
-"""The README's tables, from result files. Rows where recurx loses are shown like the others."""
+"""Tables for documents, from result files. Rows where recurx loses are shown like the others.
+
+`markdown` writes everything (docs/benchmarks.md), `ratios` one row a machine and case (README.md).
+A document says by a pair of markers which of the two it holds; `fill_in` replaces what is between.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from recurx.bench import quantities, scaling
-from recurx.bench.cases import CASES, MODES
+from recurx.bench.cases import CASES, DTYPES, MODES
 from recurx.bench.predict import predict
 from recurx.bench.provenance import ROOT
 from recurx.bench.results import Key, Result
 from recurx.errors import InvalidArgument
 
 BEGIN, END = "<!-- bench:begin", "<!-- bench:end -->"
-UNITS = {"step": "ms a supervision step", "train": "ms a training step", "solve": "puzzles/s"}
+RATIOS_BEGIN, RATIOS_END = "<!-- ratios:begin", "<!-- ratios:end -->"
+UNITS = {
+    "step": "Milliseconds of a supervision step",
+    "train": "Milliseconds of a training step",
+    "solve": "Puzzles per second",
+}
 NONE = "–"  # not measured
 PROMISED = 0.25  # what the model of cost must reach on a CPU
 
@@ -29,6 +38,16 @@ def newest_rows(results: Sequence[Result]) -> dict[Key, tuple[Row, dict, Result]
             for row in group["rows"]:
                 key = Key(group["case"], group["mode"], group["batch"], row["variant"])
                 found[key] = (row, group, result)
+    return found
+
+
+def grouped(
+    newest: dict[Key, tuple[Row, dict, Result]],
+) -> dict[tuple[str, str, int], dict[str, Row]]:
+    """{(case, mode, batch): {variant: row}}."""
+    found: dict[tuple[str, str, int], dict[str, Row]] = {}
+    for key, (row, _, _) in newest.items():
+        found.setdefault((key.case, key.mode, key.batch), {})[key.variant] = row
     return found
 
 
@@ -99,7 +118,11 @@ def _times(mode: str, keys: list[Key], newest: dict[Key, tuple[Row, dict, Result
     variants = sorted({key.variant for key in keys}, key=_order)
     shapes = sorted({(key.case, key.batch) for key in keys}, key=lambda s: (case_order(s[0]), s[1]))
     heads = ["case", "B", *(f"{name.replace('/', ' ')}" for name in variants)]
-    lines = [f"{UNITS[mode]}, median; in brackets times the fastest recurx of the same dtype", ""]
+    lines = [
+        f"{UNITS[mode]}, median. The factor in brackets is against the fastest recurx of the same "
+        "dtype.",
+        "",
+    ]
     lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for name, batch in shapes:
         rows = {
@@ -161,6 +184,56 @@ def _figure(value: float, digits: int = 3) -> str:
     return f"{value:.6f}".rstrip("0") if "e" in text else text
 
 
+# ---- ratios --------------------------------------------------------------------------------------
+
+NAMES = {"step": "step", "train": "training step", "solve": "solving"}  # of columns
+
+
+def ratios(results: Sequence[Result]) -> str:
+    """One row a machine and case: how many times recurx's time the fastest PyTorch takes.
+
+    A bf16 row is compared with PyTorch's fastest in bf16 or fp32: where bf16 has no instructions,
+    PyTorch is faster in fp32, and that is what a user would run.
+
+    Raises:
+        InvalidArgument: no results.
+    """
+    if not results:
+        raise InvalidArgument("bench report: no result file. Measure: python -m recurx bench run.")
+    cells: dict[tuple[str, str], dict[tuple[str, str], list[str]]] = {}
+    for device, of_device in by_device(results).items():
+        groups = grouped(newest_rows(of_device))
+        for case, mode, batch in sorted(groups, key=lambda g: (case_order(g[0]), g[2])):
+            for dtype in DTYPES:
+                found = _ratio(groups[case, mode, batch], dtype)
+                if found:
+                    row = cells.setdefault((device, case), {})
+                    row.setdefault((mode, dtype), []).append(f"{found} (B={batch})")
+    used = {column for row in cells.values() for column in row}
+    columns = [(m, d) for m in MODES for d in ("fp32", "bf16") if (m, d) in used]
+    heads = ["machine", "case", *(f"{NAMES[mode]}, {dtype}" for mode, dtype in columns)]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for (device, case), row in cells.items():
+        name = device.replace("(R)", "").replace(" Processor", "")
+        texts = [", ".join(row.get(column, [NONE])) for column in columns]
+        lines.append("| " + " | ".join([name, case, *texts]) + " |")
+    return "\n".join(lines)
+
+
+def _ratio(rows: dict[str, Row], dtype: str) -> str:
+    """The ratio, and which way of PyTorch it is against; "" if one of the two has no time."""
+    ours = best_ours(rows, dtype)
+    theirs = [
+        row for row in rows.values()
+        if not row["ours"] and row["status"] == "timed" and row["dtype"] in ("fp32", dtype)
+    ]  # fmt: skip
+    if ours is None or not theirs:
+        return ""
+    best = min(theirs, key=lambda row: row["p50_ms"])
+    name = best["engine"] if best["dtype"] == dtype else f"{best['engine']} {best['dtype']}"
+    return f"**{times(best['p50_ms'] / ours['p50_ms'])}** {name}"
+
+
 # ---- what recurx reaches -------------------------------------------------------------------------
 
 
@@ -170,9 +243,10 @@ def _reached(keys: list[Key], newest: dict[Key, tuple[Row, dict, Result]]) -> st
         "peak MiB",
     )  # fmt: skip
     lines = [
-        "of peak: against the fastest product measured in the same run; of floor: the least time "
-        "by that product and the copy bandwidth, against the measured time; predicted: "
-        "by recurx's model of cost; peak MiB: above the loaded model",
+        "What recurx reaches. *Of peak* compares with the fastest matrix product of the same run. "
+        "*Of floor* compares the time with the least one that this product and the bandwidth of a "
+        "copy allow. *Predicted* is what recurx's cost model says, and *peak MiB* is memory beyond "
+        "the loaded model.",
         "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|",
     ]  # fmt: skip
     for key in sorted(keys, key=lambda k: (k.mode, case_order(k.case), k.batch, k.variant)):
@@ -205,11 +279,11 @@ def _foretold(newest: dict[Key, tuple[Row, dict, Result]]) -> str:
         return ""
     off = {key: ratio for key, ratio in ratios.items() if abs(ratio - 1) > PROMISED}
     text = (
-        f"Predicted against measured, eager rows included: {len(ratios) - len(off)} of "
-        f"{len(ratios)} rows within {PROMISED:.0%}"
+        f"The cost model is within {PROMISED:.0%} of the measured time in {len(ratios) - len(off)} "
+        f"of {len(ratios)} rows, eager ones included"
     )
     listed = ", ".join(f"{key} ({times(ratio)})" for key, ratio in off.items())
-    return f"{text}; outside: {listed}." if off else f"{text}."
+    return f"{text}. Predicted over measured in the others: {listed}." if off else f"{text}."
 
 
 def _optional(value: Any, text: Any) -> str:
@@ -229,16 +303,36 @@ def _reasons(newest: dict[Key, tuple[Row, dict, Result]]) -> str:
 # ---- into a file ---------------------------------------------------------------------------------
 
 
-def replace_between_markers(text: str, generated: str, where: str) -> str:
-    """`text` with what lies between the markers replaced.
+def fill_in(text: str, results: Sequence[Result], where: str) -> str:
+    """`text` with all tables between its markers made anew: `markdown`, `ratios`, or both.
+
+    Raises:
+        InvalidArgument: it has no markers, has them twice, or in the wrong order.
+    """
+    tables = {(BEGIN, END): markdown, (RATIOS_BEGIN, RATIOS_END): ratios}
+    present = [pair for pair in tables if pair[0] in text or pair[1] in text]
+    if not present:
+        raise InvalidArgument(
+            f"bench report: {where} needs one line '{BEGIN} -->' and after it one '{END}' for all "
+            f"tables, or '{RATIOS_BEGIN} -->' and '{RATIOS_END}' for the table of ratios."
+        )
+    for pair in present:
+        text = replace_between_markers(text, tables[pair](results), where, *pair)
+    return text
+
+
+def replace_between_markers(
+    text: str, generated: str, where: str, begin: str = BEGIN, end: str = END
+) -> str:
+    """`text` with what lies between two markers replaced.
 
     Raises:
         InvalidArgument: the markers are missing, twice there, or in the wrong order.
     """
-    begin, end = text.find(BEGIN), text.find(END)
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or end < begin:
+    first, last = text.find(begin), text.find(end)
+    if text.count(begin) != 1 or text.count(end) != 1 or last < first:
         raise InvalidArgument(
-            f"bench report: {where} needs one line '{BEGIN} -->' and after it one '{END}'."
+            f"bench report: {where} needs one line '{begin} -->' and after it one '{end}'."
         )
-    head_end = text.index("-->", begin) + 3
-    return f"{text[:head_end]}\n{generated}\n{text[end:]}"
+    head_end = text.index("-->", first) + 3
+    return f"{text[:head_end]}\n{generated}\n{text[last:]}"

@@ -72,7 +72,7 @@ def net_config(
 
     if kind != DEEP:
         return config()
-    limit, full = parameters(config(), make), config().model_config(tasks.get(arguments.task))
+    limit, full = parameters(config(), make), config().model_config(tasks.get(asked.task))
     # An even width of the heads, which rotary tables need, sets the steps of the width.
     for narrower in range(full.hidden_size, 0, -2 * full.num_heads):
         one, two = (parameters(config(L_layers=n, hidden_size=narrower), make) for n in (1, 2))

@@ -48,7 +48,7 @@ class TrainConfig:
         beta1, beta2: of the optimiser.
         puzzle_emb_lr: of the puzzle embedding's sign SGD, where the model has one.
         decay_steps: where `lr_decay` ends.
-        puzzles_sha256: of the file `puzzles`; None takes whatever is there, and the run fills it in.
+        puzzles_sha256: of the file `puzzles`; None takes any, and the run fills it in.
         started_from: SHA-256 of the checkpoint whose weights the run began with
             (`Trainer.start_from`), None for fresh ones.
     """

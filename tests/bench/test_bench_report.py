@@ -82,9 +82,39 @@ def test_markers(tmp_path, result, capsys):
     assert "bench:begin" in capsys.readouterr().err
 
 
+def test_ratios_compare_with_the_fastest_pytorch_a_user_could_take(result, tmp_path):
+    """fp32 with fp32; bf16 with the faster of both: here PyTorch's fp32 beats its own bf16."""
+    text = report.ratios([result])
+    assert "| machine | case | step, fp32 | step, bf16 |" in text
+    assert "trm-att | **0.50x** eager (B=1) | **1.00x** eager fp32 (B=1) |" in text
+    rows = [row("recurx-cpu/fp32", [1.0]), row("tuned/fp32", [3.0]), row("eager/fp32", [4.0])]
+    made = document(rows)
+    made["groups"] += document(rows[::2], batch=8)["groups"]
+    assert report.ratios([write(tmp_path / "fast.json", made)]).splitlines()[2:] == [
+        "| Some CPU (1/2), 2 threads | trm-att | **3.0x** tuned (B=1), **4.0x** eager (B=8) |"
+    ]
+    alone = document([row("recurx-cpu/fp32", [1.0])])
+    assert "trm-att" not in report.ratios([write(tmp_path / "alone.json", alone)])
+
+
+def test_a_page_holds_all_tables_or_those_of_ratios(tmp_path, result):
+    readme, page = tmp_path / "README.md", tmp_path / "benchmarks.md"
+    readme.write_text("# head\n<!-- ratios:begin (made) -->\nold\n<!-- ratios:end -->\n")
+    page.write_text("<!-- bench:begin -->\nold\n<!-- bench:end -->\n")
+    command = ["bench", "report", str(result.path), "--no-plots"]
+    assert main([*command, "--write", str(readme), str(page)]) == 0
+    table = report.ratios([result])
+    assert (
+        readme.read_text()
+        == f"# head\n<!-- ratios:begin (made) -->\n{table}\n<!-- ratios:end -->\n"
+    )
+    assert report.markdown([result]) in page.read_text() and table not in page.read_text()
+
+
 def test_without_results_it_says_what_to_do():
-    with pytest.raises(InvalidArgument, match="python -m recurx bench run"):
-        report.markdown([])
+    for tables in (report.markdown, report.ratios):
+        with pytest.raises(InvalidArgument, match="python -m recurx bench run"):
+            tables([])
 
 
 @pytest.mark.parametrize(
