@@ -19,8 +19,8 @@ from torch import Tensor
 
 import recurx
 from recurx import Schedule, Step, reference
+from recurx.measure import engine_isa
 from recurx.nets import ATTENTION, KINDS, TOKEN_MLP, Net
-from recurx.plan.device import engine_isa
 from tests.factories import make_inputs, make_net, rope, rounded, runnable_backends, wide
 from tests.kernels.compare import ERROR_RATIO, assert_as_exact, relative_error
 
