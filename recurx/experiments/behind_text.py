@@ -53,14 +53,14 @@ def by_length(count: int, trainer: Trainer, steps: int) -> dict[str, Any]:
     come in training."""
     import numpy as np
 
-    from recurx.experiments.session import Plan, look
+    from recurx.experiments.session import Course, look
     from recurx.tasks import EnglishTask, Sampler
 
     assert isinstance(trainer.task, EnglishTask)  # by task_bank
     mixed = Sampler(trainer.task, trainer.config.seed, "held-out").draw(count)
     lengths = trainer.task.lengths(mixed)
     curves = {
-        str(n): list(look(trainer, Plan(max_steps=steps), mixed.take(lengths == n)).curve)
+        str(n): list(look(trainer, Course(max_steps=steps), mixed.take(lengths == n)).curve)
         for n in np.unique(lengths).tolist()
     }
     return {"by_length": curves}

@@ -41,14 +41,14 @@ class Options(settings.Options):
 
 
 def measure(session: Session, asked: Options) -> dict[str, Any]:
-    from recurx.experiments.session import Plan
+    from recurx.experiments.session import Course
     from recurx.train import preset
 
     session.total = asked.seeds
-    plan = Plan(seconds=asked.time_budget, steps=asked.steps, eval_every=500)
+    course = Course(seconds=asked.time_budget, steps=asked.steps, eval_every=500)
     nets = [
         session.net(
-            "exit", preset(asked.preset, asked.task, seed=seed, model=MODEL), plan,
+            "exit", preset(asked.preset, asked.task, seed=seed, model=MODEL), course,
             _measurer(asked),
         )
         for seed in range(asked.seeds)

@@ -121,7 +121,7 @@ def measure(
         make: as for `Session.net`.
         also: measures more of a trained net that is tested with so many steps.
     """
-    from recurx.experiments.session import Plan
+    from recurx.experiments.session import Course
 
     kinds = (RECURSIVE, ONE_LOOK, DEEP)
     session.total = len(kinds) * asked.seeds
@@ -129,9 +129,9 @@ def measure(
     for seed in range(asked.seeds):
         for kind in kinds:
             steps = asked.supervision if kind == RECURSIVE else 1
-            plan = Plan(seconds=asked.time_budget, eval_every=250, max_steps=steps)
+            course = Course(seconds=asked.time_budget, eval_every=250, max_steps=steps)
             net = session.net(
-                kind, net_config(asked, kind, seed, make), plan,
+                kind, net_config(asked, kind, seed, make), course,
                 _measurer(asked, kind, also), make=make,
                 prepare=calls_a_step(asked.calls if kind == RECURSIVE else 1),
             )  # fmt: skip
@@ -142,10 +142,10 @@ def measure(
 
 def _measurer(asked: Options, kind: str, also: Callable[[Trainer, int], dict[str, Any]]) -> Any:
     def measured(trainer: Any) -> dict[str, Any]:
-        from recurx.experiments.session import Plan, look
+        from recurx.experiments.session import Course, look
 
         steps = max(asked.test_steps, asked.supervision) if kind == RECURSIVE else 1
-        report = look(trainer, Plan(max_steps=steps), trainer.held_out(asked.count))
+        report = look(trainer, Course(max_steps=steps), trainer.held_out(asked.count))
         config = trainer.model.config
         return {
             "curve": list(report.curve),

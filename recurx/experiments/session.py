@@ -26,7 +26,7 @@ BETWEEN_TEXTS = 0.2  # seconds
 
 
 @dataclass(frozen=True)
-class Plan:
+class Course:
     """When the training of a net ends, and how it is looked at on the way.
 
     Args:
@@ -82,7 +82,7 @@ class Session:
         self,
         label: str,
         config: TrainConfig,
-        plan: Plan,
+        course: Course,
         measure: Callable[[Trainer], dict[str, Any]],
         prepare: Callable[[Trainer], None] | None = None,
         make: Callable[..., Trainer] | None = None,
@@ -92,7 +92,7 @@ class Session:
         Args:
             label: what the net is called, in the result and in its file's name.
             config: its training run.
-            plan: when that ends.
+            course: when that ends.
             measure: what is wanted of the trained net, JSON-ready.
             prepare: changes the trainer before its first step.
             make: makes the trainer, from what `Trainer` takes; None: `Trainer`.
@@ -106,7 +106,7 @@ class Session:
             KeyboardInterrupt: Ctrl-C; the nets that are finished are kept.
         """
         prepared = None if prepare is None else prepare.__name__
-        settings = {"train": asdict(config), "plan": asdict(plan), "prepare": prepared}
+        settings = {"train": asdict(config), "plan": asdict(course), "prepare": prepared}
         asked = json.loads(json.dumps(settings))
         path = self.folder / "nets" / f"{label.replace(' ', '-')}-seed{config.seed}.json"
         kept = read_json(path)
@@ -114,7 +114,7 @@ class Session:
         if kept is not None and kept["asked"] == asked:
             self.console.print(f"  {label}, seed {config.seed}: kept in {path}", soft_wrap=True)
             return kept
-        record = self._train(label, config, plan, measure, prepare, make) | {"asked": asked}
+        record = self._train(label, config, course, measure, prepare, make) | {"asked": asked}
         write_json(path, record)
         return record
 
@@ -122,7 +122,7 @@ class Session:
         self,
         label: str,
         config: TrainConfig,
-        plan: Plan,
+        course: Course,
         measure: Callable[[Trainer], dict[str, Any]],
         prepare: Callable[[Trainer], None] | None,
         make: Callable[..., Trainer] | None,
@@ -132,7 +132,7 @@ class Session:
         trainer = (make or Trainer)(config, device=self.device, backend=self.backend)
         if prepare is not None:
             prepare(trainer)
-        examples = trainer.held_out(plan.eval_count)
+        examples = trainer.held_out(course.eval_count)
         learning: list[dict[str, float]] = []
         spent, started = 0.0, self.clock()
 
@@ -140,20 +140,20 @@ class Session:
             nonlocal spent, started
             spent += self.clock() - started
             show(progress, spent)
-            stop = plan.seconds is not None and spent >= plan.seconds
-            if progress.step % plan.eval_every == 0:
-                exact = look(trainer, plan, examples).exact
+            stop = course.seconds is not None and spent >= course.seconds
+            if progress.step % course.eval_every == 0:
+                exact = look(trainer, course, examples).exact
                 learning.append({"step": progress.step, "seconds": spent, "exact": exact})
                 told(learning[-1])
-                stop = stop or (plan.until is not None and exact >= plan.until)
+                stop = stop or (course.until is not None and exact >= course.until)
             started = self.clock()  # looking is not training
             return stop
 
-        with self._display(label, config.seed, plan) as (show, told):
-            ended = trainer.run(plan.steps, on_step=on_step)
+        with self._display(label, config.seed, course) as (show, told):
+            ended = trainer.run(course.steps, on_step=on_step)
         if ended == "interrupted":
             raise KeyboardInterrupt
-        exact = look(trainer, plan, examples).exact
+        exact = look(trainer, course, examples).exact
         if not learning or learning[-1]["step"] != trainer.step:
             learning.append({"step": trainer.step, "seconds": spent, "exact": exact})
         return {
@@ -168,7 +168,7 @@ class Session:
         }
 
     @contextmanager
-    def _display(self, label: str, seed: int, plan: Plan) -> Iterator[tuple[Any, Any]]:
+    def _display(self, label: str, seed: int, course: Course) -> Iterator[tuple[Any, Any]]:
         """A bar on a terminal, a line per look elsewhere."""
         text = f"net {self._done} of {self.total}: {label}, seed {seed}"
         terminal = self.console.is_terminal
@@ -179,8 +179,8 @@ class Session:
         def show(progress: Any, spent: float) -> None:
             nonlocal next_text
             if terminal and time.monotonic() >= next_text:
-                shares = [spent / plan.seconds] if plan.seconds else []
-                shares += [progress.step / plan.steps] if plan.steps else []
+                shares = [spent / course.seconds] if course.seconds else []
+                shares += [progress.step / course.steps] if course.steps else []
                 loss = f"step {progress.step}  loss {progress.loss:.3f}{exact}"
                 bar.update(row, completed=max(shares, default=0), text=loss)
                 next_text = time.monotonic() + BETWEEN_TEXTS
@@ -196,13 +196,13 @@ class Session:
             yield show, told
 
 
-def look(trainer: Trainer, plan: Plan, examples: Any) -> Report:
-    """The averaged weights on `examples`, every one refined for all of `plan.max_steps`."""
+def look(trainer: Trainer, course: Course, examples: Any) -> Report:
+    """The averaged weights on `examples`, every one refined for all of `course.max_steps`."""
     from recurx.train import evaluate
 
     return evaluate(
         trainer.averaged(), trainer.task, examples, device=trainer.device,
-        max_steps=plan.max_steps, halt=None,
+        max_steps=course.max_steps, halt=None,
     )  # fmt: skip
 
 

@@ -91,14 +91,14 @@ def net_config(asked: Options, name: str, seed: int) -> TrainConfig:
 
 def measure(session: Session, asked: Options) -> dict[str, Any]:
     from recurx.errors import InvalidArgument
-    from recurx.experiments.session import Plan
+    from recurx.experiments.session import Course
 
     missing = {ONE_STEP, CYCLE} - set(asked.windows)
     if missing:
         raise InvalidArgument(
             f"--windows: the claim is about 1-step and cycle, and {', '.join(missing)} is missing."
         )
-    plan = Plan(
+    course = Course(
         seconds=asked.time_budget, steps=asked.steps,
         eval_every=max(1, asked.steps // 6), max_steps=asked.supervision,
     )  # fmt: skip
@@ -108,7 +108,7 @@ def measure(session: Session, asked: Options) -> dict[str, Any]:
     for seed in range(asked.seeds):  # seeds outside: stopped half-way, windows still compare
         for name in names:
             config = net_config(asked, name, seed)
-            nets.append(session.net(f"window {name}", config, plan, _measurer(asked)))
+            nets.append(session.net(f"window {name}", config, course, _measurer(asked)))
             nets[-1]["window"] = name
     rows = [_summary(name, [net for net in nets if net["window"] == name]) for name in names]
     return {"rows": rows, "nets": nets, **_verdict(rows, asked)}
@@ -116,10 +116,10 @@ def measure(session: Session, asked: Options) -> dict[str, Any]:
 
 def _measurer(asked: Options) -> Any:
     def measured(trainer: Any) -> dict[str, Any]:
-        from recurx.experiments.session import Plan, look
+        from recurx.experiments.session import Course, look
 
-        plan = Plan(max_steps=asked.supervision)
-        report = look(trainer, plan, trainer.held_out(asked.count))
+        course = Course(max_steps=asked.supervision)
+        report = look(trainer, course, trainer.held_out(asked.count))
         config = trainer.model.config
         return {
             "calls": config.schedule.window,

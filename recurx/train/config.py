@@ -84,32 +84,27 @@ class TrainConfig:
     started_from: str | None = None
 
     def __post_init__(self) -> None:
-        if self.optimizer not in OPTIMIZERS:
-            raise bad_argument("train", "optimizer", f"one of {OPTIMIZERS}", repr(self.optimizer))
-        if self.batch_size < 1:
-            raise bad_argument("train", "batch_size", "at least 1", self.batch_size)
-        if self.warmup < 0:
-            raise bad_argument("train", "warmup", "steps >= 0", self.warmup)
-        if not 0 <= self.ema < 1:
-            raise bad_argument("train", "ema", "a decay in [0, 1)", self.ema)
-        if not self.lr >= 0:
-            raise bad_argument("train", "lr", "a number >= 0", self.lr)
-        if not self.halt_weight >= 0:
-            raise bad_argument("train", "halt_weight", "a number >= 0", self.halt_weight)
-        if self.lr_decay not in LR_DECAYS:
-            raise bad_argument("train", "lr_decay", f"one of {LR_DECAYS}", repr(self.lr_decay))
+        filed = self.puzzles is not None
+        for name, fits, expected in (
+            ("optimizer", self.optimizer in OPTIMIZERS, f"one of {OPTIMIZERS}"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("warmup", self.warmup >= 0, "steps >= 0"),
+            ("ema", 0 <= self.ema < 1, "a decay in [0, 1)"),
+            ("lr", self.lr >= 0, "a number >= 0"),
+            ("halt_weight", self.halt_weight >= 0, "a number >= 0"),
+            ("lr_decay", self.lr_decay in LR_DECAYS, f"one of {LR_DECAYS}"),
+            ("reveal", filed or not self.reveal, "0 without a file of puzzles"),
+            ("hold_out", filed or not self.hold_out, "0 without a file of puzzles"),
+            ("reveal", self.reveal >= 0, "cells >= 0"),
+            ("hold_out", not filed or self.hold_out >= 1, "at least 1 puzzle"),
+        ):
+            if not fits:
+                raise bad_argument("train", name, expected, repr(getattr(self, name)))
         if self.lr_decay != "none" and self.decay_steps <= self.warmup:
             raise bad_argument(
                 "train", "decay_steps", f"more steps than the warm-up's {self.warmup}",
                 self.decay_steps, "lr_decay falls to 0 there (--steps on the command line).",
             )  # fmt: skip
-        if self.puzzles is None and (self.reveal or self.hold_out):
-            name = "reveal" if self.reveal else "hold_out"
-            raise bad_argument("train", name, "0 without a file of puzzles", getattr(self, name))
-        if self.reveal < 0:
-            raise bad_argument("train", "reveal", "cells >= 0", self.reveal)
-        if self.puzzles is not None and self.hold_out < 1:
-            raise bad_argument("train", "hold_out", "at least 1 puzzle", self.hold_out)
 
     def model_config(self, data: Sizes) -> ModelConfig:
         """The model's configuration, with the sizes of the data, or of the task, filled in."""

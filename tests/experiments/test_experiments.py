@@ -13,7 +13,7 @@ from recurx.cli import plotting
 from recurx.commands import main
 from recurx.errors import InvalidArgument
 from recurx.experiments import session as sessions
-from recurx.experiments.session import Plan
+from recurx.experiments.session import Course
 from recurx.train import Trainer
 
 
@@ -37,14 +37,14 @@ def test_a_finished_net_is_kept_and_a_changed_one_trained_again(tmp_path):
         measured.append(trainer.step)
         return {"answer": 42}
 
-    plan = Plan(steps=3, eval_every=2, eval_count=8, max_steps=2)
-    first = make_session(tmp_path).net("one", tiny(), plan, measure)
+    course = Course(steps=3, eval_every=2, eval_count=8, max_steps=2)
+    first = make_session(tmp_path).net("one", tiny(), course, measure)
     assert first["steps"] == 3 and first["ended"] == "steps" and first["answer"] == 42
     assert [point["step"] for point in first["learning"]] == [2, 3]
-    assert make_session(tmp_path).net("one", tiny(), plan, measure) == first
+    assert make_session(tmp_path).net("one", tiny(), course, measure) == first
     assert measured == [3], "the second time it was read"
 
-    longer = Plan(steps=4, eval_every=2, eval_count=8, max_steps=2)
+    longer = Course(steps=4, eval_every=2, eval_count=8, max_steps=2)
     assert make_session(tmp_path).net("one", tiny(), longer, measure)["steps"] == 4
     make_session(tmp_path).net("one", tiny(), longer, measure, prepare=lambda trainer: None)
     assert measured == [3, 4, 4], "other settings, other net"
@@ -63,21 +63,21 @@ def test_budget_counts_training_alone(tmp_path, monkeypatch):
         return report(*arguments)
 
     monkeypatch.setattr(sessions, "look", slow_look)
-    plan = Plan(seconds=5, eval_every=1, eval_count=8, max_steps=2)
-    record = session.net("one", tiny(), plan, lambda trainer: {})
+    course = Course(seconds=5, eval_every=1, eval_count=8, max_steps=2)
+    record = session.net("one", tiny(), course, lambda trainer: {})
     assert record["steps"] == 5 and record["seconds"] == 5
 
 
 def test_until_ends_a_net(tmp_path):
-    plan = Plan(steps=50, until=0.0, eval_every=4, eval_count=8, max_steps=2)
-    record = make_session(tmp_path).net("one", tiny(), plan, lambda trainer: {})
+    course = Course(steps=50, until=0.0, eval_every=4, eval_count=8, max_steps=2)
+    record = make_session(tmp_path).net("one", tiny(), course, lambda trainer: {})
     assert record["steps"] == 4 and record["ended"] == "stopped"
 
 
 def test_interrupted_it_keeps_finished_nets_only(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "run", lambda *a, **k: "interrupted")
     with pytest.raises(KeyboardInterrupt):
-        make_session(tmp_path).net("one", tiny(), Plan(steps=2), lambda trainer: {})
+        make_session(tmp_path).net("one", tiny(), Course(steps=2), lambda trainer: {})
     assert not list(tmp_path.glob("nets/*"))
 
 

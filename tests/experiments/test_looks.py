@@ -12,7 +12,7 @@ from recurx import reference
 from recurx.commands import main
 from recurx.errors import InvalidArgument
 from recurx.experiments import compose, one_look, sort
-from recurx.experiments.session import Plan
+from recurx.experiments.session import Course
 from recurx.train import Trainer
 
 TOY_SORT = [
@@ -129,10 +129,10 @@ def test_many_looks_learn_what_one_look_does_not(tmp_path):
     )
     exact = {}
     for kind in (one_look.RECURSIVE, one_look.ONE_LOOK):
-        plan = Plan(steps=400, eval_every=400, eval_count=200,
+        course = Course(steps=400, eval_every=400, eval_count=200,
                     max_steps=4 if kind == one_look.RECURSIVE else 1)  # fmt: skip
         record = make_session(tmp_path).net(
-            kind, one_look.net_config(arguments, kind, 0), plan, lambda trainer: {},
+            kind, one_look.net_config(arguments, kind, 0), course, lambda trainer: {},
             prepare=one_look.calls_a_step(1),
         )  # fmt: skip
         exact[kind] = record["learning"][-1]["exact"]
