@@ -20,7 +20,7 @@ from recurx.errors import RecurxError
 COMMANDS = {
     "env": ("recurx.cli.env", "what this machine and this installation can do"),
     "demo": (
-        "recurx.cli.demo.command",
+        "recurx.experiments.demo.command",
         "three minutes: a tiny model learns, engines race",
     ),
     "train": ("recurx.cli.train", "train a model on a task, or resume"),

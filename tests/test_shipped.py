@@ -217,7 +217,7 @@ def test_demo_solves_a_typed_puzzle_and_says_how_it_went(net, capsys, monkeypatc
 def test_demo_asks_only_where_somebody_can_answer(net, monkeypatch) -> None:
     from rich.console import Console
 
-    from recurx.cli.demo import shipped_net
+    from recurx.experiments.demo import shipped_net
 
     class Typist:
         def __init__(self, terminal: bool) -> None:

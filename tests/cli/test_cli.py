@@ -18,8 +18,8 @@ import torch
 import recurx
 from recurx import tasks
 from recurx.cli import options, output
-from recurx.cli.demo import engines, full_size, learn
 from recurx.commands import COMMANDS, main
+from recurx.experiments.demo import engines, full_size, learn
 from recurx.models import TRM, TRMConfig
 from recurx.tasks.sudoku import files, solver
 from recurx.tasks.sudoku.layout import Layout

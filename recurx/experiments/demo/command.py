@@ -7,8 +7,8 @@
 
 from __future__ import annotations
 
-from recurx.cli.demo.options import Options
 from recurx.cli.options import THREADS_OF_TINY_NETS
+from recurx.experiments.demo.options import Options
 
 INTERRUPTED = 130
 UNSOLVED = 1
@@ -20,7 +20,7 @@ def run(asked: Options) -> int:
     import torch
 
     from recurx.cli import output
-    from recurx.cli.demo import full_size, learn, shipped_net
+    from recurx.experiments.demo import full_size, learn, shipped_net
     from recurx.shipped_nets import available
     from recurx.tasks.sudoku.layout import to_boards
 

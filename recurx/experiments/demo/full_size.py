@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from recurx.cli.checkpoints import open_checkpoint
-from recurx.cli.demo import engines
-from recurx.cli.demo.learn import Trained, heading
-from recurx.cli.demo.options import Options
 from recurx.cli.output import side_by_side, table
 from recurx.errors import InvalidArgument
+from recurx.experiments.demo import engines
+from recurx.experiments.demo.learn import Trained, heading
+from recurx.experiments.demo.options import Options
 from recurx.models import TRM, RecursiveModel, TRMConfig
 from recurx.tasks import Sudoku
 from recurx.tasks.sudoku import files

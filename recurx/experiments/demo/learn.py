@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.text import Text
 
 import recurx
-from recurx.cli.demo.options import Options
 from recurx.cli.output import curve, table
 from recurx.cli.progress import TrainingDisplay
+from recurx.experiments.demo.options import Options
 from recurx.models import RecursiveModel
 from recurx.tasks import Examples, Sudoku
 from recurx.tasks.base import Tokens

@@ -12,10 +12,10 @@ from rich.console import Console
 
 import recurx
 from recurx.cli.checkpoints import open_checkpoint
-from recurx.cli.demo.learn import show_boards
-from recurx.cli.demo.options import Options
 from recurx.cli.refinement import by_rules
 from recurx.errors import InvalidArgument
+from recurx.experiments.demo.learn import show_boards
+from recurx.experiments.demo.options import Options
 from recurx.tasks import Sudoku
 from recurx.tasks.sudoku import files, solver
 from recurx.tasks.sudoku.layout import Layout, to_tokens
