@@ -52,7 +52,7 @@ from recurx.verdicts import VERDICTS, Verdict, machine_of, subject_of
 
 BUDGET = 0.3  # seconds of timing, about; one call of each is the least
 ROUNDS = 5
-PRUNE = 2.5  # predicted this many times slower than another fused backend: not timed
+PRUNE = 2.5  # times slower than a fused backend by one clock or by the model: out without more
 # FLOPs of one timed call on a CPU: of a larger batch a part is timed, as ratios no longer change.
 CPU_FLOPS = 4e9
 
@@ -201,6 +201,9 @@ def _race(runs: dict[str, Run], most: int, device: torch.device) -> Verdict | No
             continue  # what does not fit is not chosen
     if not one:
         return None
+    fastest, *others = sorted(one, key=lambda name: one[name])
+    if fastest != EAGER and all(one[name] > PRUNE * one[fastest] for name in others):
+        return Verdict(fastest, tuple(one.items()), 1)  # no clock is that wrong
     left = BUDGET - sum(one.values())
     calls = max(1, min(most, int(left / (ROUNDS * sum(one.values())))))
     best = one

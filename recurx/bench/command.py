@@ -1,4 +1,4 @@
-"""`python -m recurx bench [run | report | compare | host]`: measure, show, compare.
+"""`python -m recurx bench [run | report | compare | host]`: measure, show, compare."""
 
 from __future__ import annotations
 
