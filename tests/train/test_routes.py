@@ -6,7 +6,7 @@ import pytest
 
 from recurx import trials, verdicts
 from recurx.train import Trainer, state
-from recurx.train.trainer import STATE_FILE
+from recurx.train.run_folder import STATE_FILE
 from tests.train.simulated import on
 from tests.train.test_train import differing, tiny
 
