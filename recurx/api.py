@@ -1,24 +1,29 @@
 """`recurx.recurse`: the op that users and models call. Checks, windows, and the hand-over.
 
-Data flows one way: api -> op (or the reference under autograd) -> backend -> kernel.
+Data flows one way: api -> route (who runs it) -> backend -> kernel; where gradient is wanted, or
+somebody watches or transforms operators, through the ops of recurx/ops.py.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd import profiler as torch_profiler
 
-from recurx import backends, ops, recompute, reference
+from recurx import backends, ops, recompute, reference, trials
+from recurx import route as routes
+from recurx.checks import PLAIN_TENSORS, SAVE, Call, check, checked_before, remember
 from recurx.errors import RecurxError, bad_argument
-from recurx.nets import ATTENTION, TOKEN_MLP, Net, NetSpec, as_net
+from recurx.operands import CosSin, Operands, Span
 from recurx.problem import encode
+from recurx.route import EAGER, Request
 from recurx.schedule import Schedule
 
-SAVE = ("all", "block", "states")  # from most to least memory
+__all__ = ["SAVE", "recurse"]
 
 
 class _DifferentiableOnce(torch.autograd.Function):
@@ -42,7 +47,7 @@ def recurse(
     carry: Mapping[str, Tensor],
     *,
     backend: str = "auto",
-    cos_sin: tuple[Tensor, Tensor] | None = None,
+    cos_sin: CosSin | None = None,
     start_from: int = 0,
     stop_after: int | None = None,
     save: str = "all",
@@ -81,88 +86,184 @@ def recurse(
 
     Source: HRM (arXiv 2506.21734) section 2; TRM (arXiv 2510.04871) section 4.
     """
-    bound = _check_nets(schedule, nets)
-    start, stop = _check_range(schedule, start_from, stop_after)
-    _check_states(schedule, x, carry)
-    _check_fit(bound, x, cos_sin)
-    if backend not in backends.NAMES:
-        backends.get(backend)  # raises, with the known names
-    if save not in SAVE:
-        raise bad_argument("recurse", "save", f"one of {SAVE}", repr(save))
-
-    states = {name: carry[name] for name in schedule.states}
-    if schedule.detach_carry:
-        states = {name: state.detach() for name, state in states.items()}
+    compiling = torch.compiler.is_compiling()
+    call = None
+    if not compiling:
+        call = checked_before(
+            schedule, nets, x, carry, backend, cos_sin, start_from, stop_after, save
+        )
+    if call is None:
+        call = check(schedule, nets, x, carry, backend, cos_sin, start_from, stop_after, save)
+        if not compiling:
+            remember(call, nets, start_from, stop_after)
+    if call.schedule.detach_carry:
+        call = call._replace(states={name: s.detach() for name, s in call.states.items()})
+    device = x.device.type
     # A plain callable is somebody's own PyTorch: autocast stays as they set it.
-    foreign = any(not isinstance(net, Net) for net in bound.values())
-    with contextlib.nullcontext() if foreign else _autocast_off(x) as dtype:
-        if dtype is not None:
-            x, states = x.to(dtype), {name: state.to(dtype) for name, state in states.items()}
-        out = _run(schedule, bound, x, states, backend, cos_sin, start, stop, save)
-    return {name: state.to(carry[name].dtype) for name, state in out.items()}
+    if call.opaque or not torch.is_autocast_enabled(device):
+        return _run(call)
+    dtype = torch.get_autocast_dtype(device)
+    cast = {name: state.to(dtype) for name, state in call.states.items()}
+    with torch.autocast(device, enabled=False):
+        out = _run(call._replace(x=x.to(dtype), states=cast, checked=None))
+    return {name: state.to(x.dtype) for name, state in out.items()}
 
 
-def _run(
-    schedule: Schedule,
-    nets: dict[str, Net | Callable[[Tensor], Tensor]],
-    x: Tensor,
-    states: dict[str, Tensor],
-    backend: str,
-    cos_sin: tuple[Tensor, Tensor] | None,
-    start: int,
-    stop: int,
-    save: str,
+class _Way(NamedTuple):
+    """Which calls run where, as `Route` says it: all that is left to do."""
+
+    split: int
+    backend: str  # of the calls before `split`
+    window: str  # whose backward the calls after it have, as `Route.backward`
+    forward: str
+
+
+def _run(call: Call) -> dict[str, Tensor]:
+    """Calls before the window without gradient, the window differentiably."""
+    tensors = (call.x, *call.states.values(), *call.weights)
+    grad = bool(call.opaque) or any(t.requires_grad for t in tensors)
+    grad = grad and torch.is_grad_enabled()
+    if forward_ad._current_level >= 0 and _dual(tensors):
+        if call.backend not in ("auto", EAGER):
+            raise RecurxError(
+                f"recurx.recurse: backend {call.backend!r} has no forward-mode derivative; use "
+                'backend="eager", which is plain PyTorch.'
+            )
+        call = call._replace(backend=EAGER, checked=None)
+    direct = False
+    if torch.compiler.is_compiling() or call.opaque or _transformed(call, tensors):
+        way = _traced_way(call, grad)
+    else:
+        watched = _watched()
+        way = _routed_way(call, grad, watched)
+        direct = not watched
+    states = call.states
+    if way.split > call.start:
+        with torch.no_grad():
+            if way.backend == EAGER:
+                states = reference.run(
+                    call.schedule, call.bound(), call.x, states, call.rope, call.start, way.split
+                )
+            elif direct:
+                operands = Operands(call.x, tuple(states.values()), call.weights, call.rope)
+                engine, span = backends.get(way.backend), Span(call.start, way.split)
+                out = engine.run(call.problem(), operands.contiguous(), span)
+                states = dict(zip(states, out, strict=True))
+            else:
+                states = _through_op(call, states, way.backend, call.start, way.split)
+    if way.split == call.stop:
+        return states
+    if way.window == "reference":
+        return _through_op(call, states, way.forward, way.split, call.stop)
+    span = way.split, call.stop
+    if way.window == "recompute":
+        net = call.bound()
+        return _once(recompute.run(call.schedule, net, call.x, states, call.rope, *span))  # type: ignore[arg-type]
+    if way.window == "autograd":
+        states = reference.run(call.schedule, call.bound(), call.x, states, call.rope, *span)
+        return states if torch.compiler.is_compiling() else _once(states)
+    cos, sin = call.rope or (None, None)
+    out = ops.window_op(
+        call.x, list(states.values()), list(call.weights), cos, sin,
+        encode(call.schedule, call.specs), way.window, way.forward, *span, call.save,
+    )  # fmt: skip
+    return dict(zip(states, out, strict=False))  # what follows the states is kept
+
+
+def _through_op(
+    call: Call, states: dict[str, Tensor], backend: str, start: int, stop: int
 ) -> dict[str, Tensor]:
-    """Calls before the window without gradient on `backend`, the window differentiably."""
-    opaque = [name for name, net in nets.items() if not isinstance(net, Net)]
-    if opaque and (backend not in ("auto", "eager") or save != "all"):
+    cos, sin = call.rope or (None, None)
+    out = ops.recurse_op(
+        call.x, list(states.values()), list(call.weights), cos, sin,
+        encode(call.schedule, call.specs), backend, start, stop,
+    )  # fmt: skip
+    return dict(zip(states, out, strict=True))
+
+
+def _routed_way(call: Call, grad: bool, watched: bool) -> _Way:
+    """By the route of these tensors, which may first be compared and timed."""
+    checked = call.checked
+    found = None if checked is None else checked.route(grad)
+    if found is None:
+        problem = call.problem()
+        request = Request(call.backend, call.save, grad, call.start, call.stop)
+        if watched:  # a trial here would be seen, too; the op makes one where nobody looks
+            found = routes.route(problem, call.x.device, request)
+            if not found.settled and found.backend != EAGER:
+                return _Way(found.split, call.backend, found.backward, found.forward)
+        else:
+            operands = Operands(call.x, tuple(call.states.values()), call.weights, call.rope)
+            found = trials.settled(problem, request, operands)
+            if checked is not None and found.settled:
+                checked.keep(grad, found)
+    return _Way(found.split, found.backend, found.backward, found.forward)
+
+
+def _traced_way(call: Call, grad: bool) -> _Way:
+    """Where sizes may be symbolic and no tensor holds values: the ops find a route when they run.
+
+    The window must be decided here. A wrong guess is refused when the op runs.
+    """
+    if call.opaque and (call.backend not in ("auto", EAGER) or call.save != "all"):
         raise bad_argument(
             "recurse",
-            f"nets[{opaque[0]!r}]",
-            f"a net of TRM/HRM blocks for backend={backend!r}, save={save!r}",
+            f"nets[{call.opaque[0]!r}]",
+            f"a net of TRM/HRM blocks for backend={call.backend!r}, save={call.save!r}",
             "a plain callable",
             'Use backend="eager" and save="all": recurx cannot look inside.',
         )
-    plain = bool(opaque) or backend == "eager"
-    plain = plain or (backend == "auto" and not backends.has_fused(x.device.type))
+    schedule, device = call.schedule, call.x.device.type
+    plain = bool(call.opaque) or call.backend == EAGER
+    plain = plain or (call.backend == "auto" and not routes.has_fused(device))
+    backend = EAGER if plain else call.backend
+    split = min(max(call.start, schedule.grad_from), call.stop) if grad else call.stop
+    if split < call.stop and not plain:
+        key, compiling = encode(schedule, call.specs), torch.compiler.is_compiling()
+        tokens = 0 if compiling else call.x.shape[1]
+        window = routes.window_backend(
+            call.backend, key, call.x.dtype, device, call.rope is not None, tokens, call.save
+        )
+        if window is not None:
+            return _Way(split, backend, window, backend)
+    if call.save == "states":
+        return _Way(split, backend, "reference", backend)
+    if call.save == "block" and not torch.compiler.is_compiling():
+        return _Way(split, backend, "recompute", EAGER)
+    return _Way(split, backend, "autograd", EAGER)
 
-    weights = [w for net in nets.values() if isinstance(net, Net) for w in net.weights]
-    wants_grad = bool(opaque) or any(t.requires_grad for t in (x, *states.values(), *weights))
-    wants_grad = wants_grad and torch.is_grad_enabled()
-    split = min(max(start, schedule.grad_from), stop) if wants_grad else stop
 
-    key = encode(schedule, [(n, net.spec) for n, net in nets.items() if isinstance(net, Net)])
-    cos, sin = (None, None) if cos_sin is None else cos_sin
+# ---- who must see operators ----------------------------------------------------------------------
 
-    def fused(values: dict[str, Tensor], begin: int, end: int) -> dict[str, Tensor]:
-        out = ops.recurse_op(x, list(values.values()), weights, cos, sin, key, backend, begin, end)
-        return dict(zip(values, out, strict=True))
 
-    if split > start:
-        with torch.no_grad():
-            if plain:
-                states = reference.run(schedule, nets, x, states, cos_sin, start, split)
-            else:
-                states = fused(states, start, split)
-    if split == stop:
-        return states
+def _watched() -> bool:
+    """Whether somebody watches operators: a mode of PyTorch's dispatch, or its profiler."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch_profiler._is_profiler_enabled
+    )
 
-    compiling = torch.compiler.is_compiling()
-    if not plain:
-        # Sizes may be symbolic while compiling; a wrong guess is refused when the op runs.
-        tokens = 0 if compiling else x.shape[1]
-        rope = cos_sin is not None
-        chosen = backends.window_backend(backend, key, x.dtype, x.device.type, rope, tokens)
-        if chosen is not None:
-            tensors = list(states.values()), weights, cos, sin
-            out = ops.window_op(x, *tensors, key, chosen, split, stop, save)
-            return dict(zip(states, out, strict=False))  # what follows the states is kept
-    if save == "states":
-        return fused(states, split, stop)
-    if save == "block" and not compiling:
-        return _once(recompute.run(schedule, nets, x, states, cos_sin, split, stop))
-    states = reference.run(schedule, nets, x, states, cos_sin, split, stop)
-    return states if compiling else _once(states)
+
+def _dual(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether one carries the tangent of forward-mode differentiation."""
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def _transformed(call: Call, tensors: tuple[Tensor, ...]) -> bool:
+    """Whether a tensor is more than its memory (a subclass, fake, batched, sparse, negated), or is
+    being traced: only operators say what happens to such."""
+    if any(type(tensor) not in PLAIN_TENSORS for tensor in tensors):
+        return True
+    if any(
+        t.layout is not torch.strided or t.is_neg() or t._is_zerotensor()
+        for t in (call.x, *call.states.values())
+    ):
+        return True
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def _once(states: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -171,112 +272,3 @@ def _once(states: dict[str, Tensor]) -> dict[str, Tensor]:
         return states
     guarded = _DifferentiableOnce.apply(*[states[name] for name in with_grad])
     return {**states, **dict(zip(with_grad, guarded, strict=True))}
-
-
-@contextlib.contextmanager
-def _autocast_off(x: Tensor):  # type: ignore[no-untyped-def]
-    """Yield autocast's dtype for the device of x (None if off) with autocast switched off."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
-        yield None
-        return
-    dtype = torch.get_autocast_dtype(device)
-    with torch.autocast(device, enabled=False):
-        yield dtype
-
-
-# ---- checks: all before any work, all with what to do ----------------------------------------
-
-
-def _check_nets(
-    schedule: Schedule, nets: Mapping[str, Any]
-) -> dict[str, Net | Callable[[Tensor], Tensor]]:
-    if not isinstance(schedule, Schedule):
-        raise bad_argument(
-            "recurse", "schedule", "a recurx.Schedule", type(schedule).__name__,
-            "Build one with Schedule.trm(h_cycles, l_cycles) or from Steps.",
-        )  # fmt: skip
-    if not isinstance(nets, Mapping) or set(nets) != set(schedule.nets):
-        got = sorted(nets) if isinstance(nets, Mapping) else type(nets).__name__
-        raise bad_argument(
-            "recurse", "nets", f"a dict with the nets {sorted(schedule.nets)}", got,
-            "The schedule names them in its steps.",
-        )  # fmt: skip
-    return {name: as_net(nets[name], name) for name in schedule.nets}
-
-
-def _check_range(schedule: Schedule, start_from: int, stop_after: int | None) -> tuple[int, int]:
-    calls = len(schedule.steps)
-    stop = calls if stop_after is None else stop_after
-    for arg, value in (("start_from", start_from), ("stop_after", stop)):
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= calls:
-            raise bad_argument("recurse", arg, f"0..{calls} (calls of the schedule)", repr(value))
-    if stop < start_from:
-        raise bad_argument("recurse", "stop_after", f"at least start_from={start_from}", stop)
-    return start_from, stop
-
-
-def _check_states(schedule: Schedule, x: Tensor, carry: Mapping[str, Tensor]) -> None:
-    if not isinstance(x, Tensor) or x.ndim != 3 or not x.is_floating_point():
-        got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise bad_argument("recurse", "x", "a floating [B, T, D] tensor", got)
-    if not isinstance(carry, Mapping) or set(carry) != set(schedule.states):
-        got = sorted(carry) if isinstance(carry, Mapping) else type(carry).__name__
-        raise bad_argument(
-            "recurse", "carry", f"a dict with the states {sorted(schedule.states)}", got,
-            "The schedule names them in its steps.",
-        )  # fmt: skip
-    for name in schedule.states:
-        state = carry[name]
-        if not isinstance(state, Tensor):
-            raise bad_argument("recurse", f"carry[{name!r}]", "a tensor", type(state).__name__)
-        if state.shape != x.shape or state.dtype != x.dtype or state.device != x.device:
-            raise bad_argument(
-                "recurse",
-                f"carry[{name!r}]",
-                f"shape, dtype and device of x: {list(x.shape)} {x.dtype} on {x.device}",
-                f"{list(state.shape)} {state.dtype} on {state.device}",
-                "Nothing is cast or moved silently; use .to(x) yourself.",
-            )
-
-
-def _check_fit(
-    nets: dict[str, Net | Callable[[Tensor], Tensor]],
-    x: Tensor,
-    cos_sin: tuple[Tensor, Tensor] | None,
-) -> None:
-    for name, net in nets.items():
-        if isinstance(net, Net):
-            _check_net_fits(name, net.spec, x, cos_sin)
-            for index, weight in enumerate(net.weights):
-                if weight.device != x.device:
-                    raise bad_argument(
-                        "recurse", f"nets[{name!r}] weight {index}", f"device {x.device}, as x",
-                        str(weight.device), "Move the model with .to(device).",
-                    )  # fmt: skip
-
-
-def _check_net_fits(
-    name: str, spec: NetSpec, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None
-) -> None:
-    _, tokens, hidden = x.shape
-    if spec.hidden != hidden:
-        raise bad_argument(
-            "recurse", "x", f"width D={spec.hidden}, that of nets[{name!r}]", f"D={hidden}"
-        )
-    for block in spec.blocks:
-        if block.kind == TOKEN_MLP and block.tokens != tokens:
-            raise bad_argument(
-                "recurse", "x", f"T={block.tokens}, that of the token MLP in nets[{name!r}]",
-                f"T={tokens}", "A token MLP has a fixed number of tokens.",
-            )  # fmt: skip
-        if block.kind == ATTENTION and cos_sin is not None:
-            shape = (tokens, block.head_dim)
-            for table, arg in zip(cos_sin, ("cos", "sin"), strict=True):
-                if tuple(table.shape) != shape or table.device != x.device:
-                    raise bad_argument(
-                        "recurse", f"cos_sin ({arg})",
-                        f"[T, head_dim] = {list(shape)} on {x.device}",
-                        f"{list(table.shape)} on {table.device}",
-                        "Build it with recurx.rope_tables(T, head_dim).",
-                    )  # fmt: skip

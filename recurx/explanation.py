@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from recurx import backends
 from recurx.errors import BackendUnavailable, bad_argument
 from recurx.models.inner import Inner
 from recurx.models.problem import problem_of_model
 from recurx.patching.handle import PatchHandle, installed
 from recurx.patching.install import find
-from recurx.problem import Problem, encode
+from recurx.problem import Problem
+from recurx.route import Request, refusals, route
 
 
 def explain(model_or_problem: Any, *, backend: str | None = None, batch_size: int = 1) -> str:
@@ -97,62 +97,11 @@ def _title(name: str, module: nn.Module) -> str:
 
 def _explain_problem(problem: Problem, asked: str, both: bool = False) -> str:
     """`both` explains evaluation and training, else what `problem.needs_grad` says."""
-    lines = [str(problem)]
-    if problem.opaque:
-        lines.append(
-            f"  backend {asked!r} -> eager: {', '.join(problem.opaque)} is foreign code, "
-            "which only PyTorch can call"
-        )
-        chosen = "eager"
-    else:
-        forward = dataclasses.replace(problem, needs_grad=False)
-        try:
-            chosen = backends.select(asked, forward).name
-        except BackendUnavailable as error:
-            return "\n".join([*lines, f"  {error}", *_verdicts(forward, "")])
-        lines.append(f"  backend {asked!r} -> {chosen}")
-        lines += _verdicts(forward, chosen)
-    if both or not problem.needs_grad:
-        lines.append(f"  without gradient: {_calls(0, len(problem.schedule))} on {chosen}")
-    if both or problem.needs_grad:
-        lines.append(f"  in training: {_training(problem, chosen, asked)}")
-    return "\n".join(lines)
-
-
-def _verdicts(problem: Problem, chosen: str) -> list[str]:
-    """One line a backend, fastest first."""
-    lines = []
-    for name in backends.ORDER:
-        reason = backends.why_not(name, problem)
-        verdict = f"refused: {reason}" if reason else "can run it"
-        lines.append(f"    {name}: {'chosen' if name == chosen else verdict}")
-    return lines
-
-
-def _training(problem: Problem, chosen: str, asked: str) -> str:
-    schedule = problem.schedule
-    split, calls = schedule.grad_from, len(schedule)
-    key = encode(schedule, problem.nets)
-    window = f"window {_range(split, calls)} "
-    fused = None
-    if chosen != "eager":
-        fused = backends.window_backend(
-            asked, key, problem.dtype, problem.device_type, problem.rope, problem.tokens
-        )
-    if fused is not None:
-        window += f'on {fused}, forward and backward (save="all", "block" or "states")'
-    else:
-        window += "on eager under autograd"
-        if chosen != "eager":
-            window += f' (save="states": forward on {chosen}, backward recomputes call by call)'
-    if split == 0:
-        return f"all calls are in the window; {window}"
-    return f"{_calls(0, split)} on {chosen} without gradient; {window}"
-
-
-def _calls(start: int, stop: int) -> str:
-    return f"calls {_range(start, stop)}"
-
-
-def _range(start: int, stop: int) -> str:
-    return f"{start}..{stop - 1}" if stop - start > 1 else f"{start}"
+    forward = dataclasses.replace(problem, needs_grad=False)
+    try:
+        found = route(forward if both else problem, None, Request(asked))
+    except BackendUnavailable as error:
+        return "\n".join([str(problem), f"  {error}", *refusals(forward)])
+    if not both:
+        return str(found)
+    return f"{found}\n  {route(forward, None, Request(asked, grad=True)).sentence}"

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recurx import backends, reference_backward
-from recurx.backends import first_use
+from recurx import backends, reference_backward, trials
 from recurx.errors import RecurxError
 from recurx.operands import Operands, Span
 from recurx.problem import Problem, decode
 from recurx.recompute import DOUBLE_BACKWARD
+from recurx.route import Request
 
 
 def problem_of(key: str, x: Tensor, cos: Tensor | None, needs_grad: bool = False) -> Problem:
@@ -68,11 +68,11 @@ def _recurse(
     start: int,
     stop: int,
 ) -> list[Tensor]:
-    """Run calls start..stop-1 on `backend`."""
+    """Run calls start..stop-1 on `backend`, which may be "auto"."""
     problem = problem_of(key, x, cos)
     operands = Operands.from_flat(x, states, weights, cos, sin).contiguous()
-    chosen = first_use.choose(backend, problem, *operands.flat())
-    return chosen.run(problem, operands, Span(start, stop))
+    found = trials.settled(problem, Request(backend), operands)
+    return backends.get(found.backend).run(problem, operands, Span(start, stop))
 
 
 def _recurse_fake(x: Tensor, states: Sequence[Tensor], *_: Any) -> list[Tensor]:
@@ -142,18 +142,22 @@ def _window(
     sin: Tensor | None,
     key: str,
     backend: str,
+    forward: str,
     start: int,
     stop: int,
     save: str,
 ) -> list[Tensor]:
-    """The states after calls start..stop-1, then what the backward reads."""
-    problem = problem_of(key, x, cos, needs_grad=True)
-    chosen = backends.select(backend, problem)
-    operands = Operands.from_flat(x, states, weights, cos, sin).contiguous()
-    window = chosen.window(problem)
-    assert window is not None, "window_backend names backends that have one"
+    """The states after calls start..stop-1, then what the backward reads.
+
+    `backend` has the window. With save="states" nothing is kept for its backward, so `forward`,
+    which may be "auto", runs the calls.
+    """
     if save == "states":
-        return chosen.run(problem, operands, Span(start, stop))
+        return _recurse(x, states, weights, cos, sin, key, forward, start, stop)
+    problem = problem_of(key, x, cos, needs_grad=True)
+    operands = Operands.from_flat(x, states, weights, cos, sin).contiguous()
+    window = backends.get(backend).window(problem)
+    assert window is not None, "the route names backends that have one"
     outs, kept = window.forward(problem, operands, Span(start, stop), save)
     return [*outs, *kept]
 
@@ -166,13 +170,14 @@ def _window_fake(
     sin: Tensor | None,
     key: str,
     backend: str,
+    forward: str,
     start: int,
     stop: int,
     save: str,
 ) -> list[Tensor]:
     problem = problem_of(key, x, cos, needs_grad=True)
     window = backends.get(backend).window(problem)
-    assert window is not None, "window_backend names backends that have one"
+    assert window is not None, "the route names backends that have one"
     # While torch.compile traces with dynamic shapes, plain integers may come as symbols too.
     kept = window.kept(problem, Span(int(start), int(stop)), save)
     return [
@@ -204,7 +209,7 @@ def _window_backward(
     """
     problem = problem_of(key, x, cos, needs_grad=True)
     window = backends.get(backend).window(problem)
-    assert window is not None, "window_backend names backends that have one"
+    assert window is not None, "the route names backends that have one"
     rest = iter(grads)
     d_outs = [next(rest).contiguous() if there else None for there in given]
     operands = Operands.from_flat(x, states, weights, cos, sin).contiguous()
@@ -236,7 +241,7 @@ window_backward_op = _register("recurx::window_backward", _window_backward, _win
 
 
 def _save_window(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, states, weights, cos, sin, ctx.key, ctx.backend, ctx.start, ctx.stop, ctx.save = inputs
+    x, states, weights, cos, sin, ctx.key, ctx.backend, _, ctx.start, ctx.stop, ctx.save = inputs
     outs, kept = output[: len(states)], output[len(states) :]
     # What is kept has no gradient; without the next line autograd would make zeros for all of it.
     ctx.set_materialize_grads(False)
@@ -264,7 +269,7 @@ def _differentiate_window(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ..
     flow = iter(results)
     d_x, *flat = [next(flow) if wanted else None for wanted in wants]
     d_states, d_weights = flat[: ctx.num_states], flat[ctx.num_states :]
-    return d_x, d_states, d_weights, *[None] * 7
+    return d_x, d_states, d_weights, *[None] * 8
 
 
 def _each(needs: Any, tensors: Sequence[Tensor]) -> list[bool]:

@@ -1,8 +1,15 @@
-"""What every test shares: a fixed seed, reproducible fuzzing, and the meaning of `gpu`."""
+"""What every test shares: a fixed seed, reproducible fuzzing, the meaning of `gpu`, and a choice of
+backends that neither clocks nor other runs decide."""
+
+import os
 
 import hypothesis
 import pytest
 import torch
+
+# For the processes that tests start, too; tests of measuring switch both on.
+os.environ["RECURX_AUTOTUNE"] = "0"
+os.environ["RECURX_CACHE"] = "0"
 
 # No deadline: the first example of a test pays for lazy imports and compiled kernels. Derandomised:
 # the same commit must pass or fail every time; `--hypothesis-profile=explore` looks further.
@@ -27,6 +34,14 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def fresh_routes():
+    """Tests put other backends and devices in place of real ones."""
+    from recurx import route
+
+    route.forget()
 
 
 @pytest.fixture

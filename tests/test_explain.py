@@ -11,6 +11,7 @@ from torch import nn
 import recurx
 from recurx import InvalidArgument, Schedule, backends
 from recurx.models import HRM, TRM, ACTLossHead, HRMConfig, TRMConfig, problem_of_model
+from recurx.route import route
 from tests import lookalike
 
 
@@ -42,7 +43,7 @@ def test_an_explicit_backend_that_cannot_is_explained_not_raised(no_cpu_engine: 
 def test_what_is_said_is_what_is_chosen() -> None:
     for dtype in ("float32", "bfloat16", "float64"):
         model = TRM(TRMConfig.tiny(7, 9, forward_dtype=dtype))
-        chosen = backends.select("auto", problem_of_model(model)).name
+        chosen = route(problem_of_model(model)).backend
         text = recurx.explain(model)
         assert f"backend 'auto' -> {chosen}" in text
         assert f"calls 0..20 on {chosen}" in text

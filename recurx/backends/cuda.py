@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recurx import backends
-from recurx.backends import Backend, Window, cuda_abi, cuda_grid
+from recurx.backends import Backend, cuda_abi, cuda_grid
 from recurx.backends.packed import WeightCache, device_words
 from recurx.errors import (
     BackendUnavailable,
@@ -48,6 +47,7 @@ ALIGNMENT = 16  # bytes: states are read 16 bytes at a time
 class Cuda(Backend):
     name = "cuda"
     device_types = ("cuda",)
+    window_of = "triton"  # the kernels here have no backward
 
     def __init__(
         self,
@@ -117,13 +117,6 @@ class Cuda(Backend):
 
     def plan_device(self, device: torch.device | str) -> Device:
         return Device.of(device) if self._device is None else self._device
-
-    def window(self, problem: Problem) -> Window | None:
-        """That of backend triton where it can run: the kernels here have no backward."""
-        triton = backends.get("triton")
-        if backends.why_not("triton", problem) is not None:
-            return None
-        return triton.window(problem)
 
     # ---- run it ----------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recurx.backends import Backend, Window
+from recurx.backends import Backend, Window, changed
 from recurx.backends.graphs import Capture, Recording, RecordingCache, cuda_capture
 from recurx.backends.packed import Tape, WeightCache
 from recurx.nets import ATTENTION
@@ -86,10 +86,12 @@ class Triton(Backend):
         """
         before = self._simulation
         self._simulation = _Simulation(device, capture, kinds, slice)
+        changed()
         try:
             yield
         finally:
             self._simulation = before
+            changed()
 
     def runs_on(self, device_type: str) -> bool:
         return device_type == "cuda" or (device_type == "cpu" and self._simulation is not None)

@@ -6,6 +6,7 @@
     training.py   the same for training
     official.py   optimiser and averages as official loops run them, the baseline of training
     worker.py     the process that holds a subject
+    host.py       Python between `recurx.recurse` and the engine's entry, microseconds a call
     counters.py   launches, memory, energy
     ceilings.py   what the machine reaches: copies and products, measured in the same run
     predict.py    what `recurx.plan` says of each row, by the ceilings of the same run

@@ -1,4 +1,4 @@
-"""`python -m recurx bench [run | report | compare]`: measure, show, and compare measurements."""
+"""`python -m recurx bench [run | report | compare | host]`: measure, show, compare."""
 
 from __future__ import annotations
 
@@ -66,6 +66,11 @@ class Compare:
     fail: bool = option(False, "exit 1 if a row of recurx is slower")
 
 
+@dataclass(frozen=True)
+class Host:
+    out: Path | None = file("JSON file (default: none)", type=Path)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.set_defaults(execute=lambda arguments: run(Run()))
@@ -74,6 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("run", Run, run, "measure, and write a result file (the default)"),
         ("report", Report, report, "tables and plots from result files"),
         ("compare", Compare, compare, "which of two results is faster, row by row"),
+        ("host", Host, host, "Python before the engine, microseconds a call"),
     ):
         options.command(actions.add_parser(name, help=text), kind, act)
 
@@ -207,6 +213,21 @@ def _show(group: dict[str, Any], console: Any) -> None:
     title = f"{group['case']} {group['mode']} B={group['batch']}"
     heads = ("variant", "p20 ms", "p50 ms", "p80 ms", "predicted", "times recurx", "")
     console.print(output.table(title, heads, lines))
+
+
+def host(asked: Host) -> int:
+    from recurx.atomic import write_json
+    from recurx.bench import host as hosts
+    from recurx.cli import output
+
+    document = hosts.run()
+    heads = ("case", "batch", "dtype", "backend", "budget us", "p20 us", "p50 us", "p80 us", "")
+    title = "from recurx.recurse to the engine, forward without gradient"
+    output.make_console().print(output.table(title, heads, hosts.lines(document)))
+    if asked.out:
+        write_json(asked.out, document)
+        print(f"written to {asked.out}")
+    return 0
 
 
 # ---- report and compare --------------------------------------------------------------------------

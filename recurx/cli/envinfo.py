@@ -31,7 +31,7 @@ class Fact:
 
 def collect() -> list[Fact]:
     """All facts, grouped and in the order of reading. Imports torch, and triton if it is there."""
-    return [*_software(), *_build(), *_cpu(), *_gpu(), *_backends()]
+    return [*_software(), *_build(), *_cpu(), *_gpu(), *_backends(), _verdicts()]
 
 
 def _software() -> list[Fact]:
@@ -128,3 +128,12 @@ def _backend(name: str, backends) -> Fact:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
     return Fact("backends", name, "available" if reason is None else reason, ok=reason is None)
+
+
+def _verdicts() -> Fact:
+    """What `auto` measured here in earlier processes."""
+    from recurx import verdicts
+
+    where = verdicts.folder()
+    text = "not kept on disk (RECURX_CACHE=0, or no home)"
+    return Fact("backends", "verdicts", text if where is None else f"{verdicts.count()} in {where}")

@@ -18,6 +18,7 @@ from recurx.patching.adapter import Adapter
 from recurx.patching.handle import Entry, PatchHandle
 from recurx.patching.lucidrains import Lucidrains
 from recurx.patching.official import Official
+from recurx.route import Request, route
 
 ADAPTERS: tuple[Adapter, ...] = (Official(), Lucidrains())
 
@@ -122,7 +123,7 @@ def _resolve(adapter: Adapter, module: nn.Module, recipe: Any) -> str:
     """The backend that runs the recipe; raises for an explicit one that cannot."""
     problem = adapter.problem(module, recipe)
     if not problem.opaque:
-        chosen = backends.select(recipe.backend, problem).name
+        chosen = route(problem, None, Request(recipe.backend)).backend
     elif recipe.backend in ("auto", "eager") and recipe.save == "all":
         chosen = "eager"
     else:

@@ -191,6 +191,30 @@ def cpu_device(
     )  # fmt: skip
 
 
+# TFLOP/s of products a thread, fp32 and bf16, by the instructions that PyTorch finds for bf16:
+# a Zen 3, a Zen 4 and a Sapphire Rapids.
+TYPICAL = {"": (0.06, 0.008), "avx512_bf16": (0.115, 0.23), "amx": (0.172, 0.5)}
+TYPICAL_COPY_GBS, TYPICAL_OPERATOR_US = 12.0, 4.0
+
+
+@functools.cache
+def typical_cpu(threads: int) -> Device:
+    """This CPU by rates that are usual for its instructions: at once, and in every process the
+    same, which measured ones are not."""
+    found = "avx512_bf16" if _torch_has("_is_avx512_bf16_supported") else ""
+    found = "amx" if _torch_has("_is_amx_tile_supported") else found
+    fp32, bf16 = (threads * rate for rate in TYPICAL[found])
+    made = cpu_device(
+        threads, threads * TYPICAL_COPY_GBS, fp32, bf16, TYPICAL_OPERATOR_US,
+        measure.last_cache_bytes(), measure.engine_isa(),
+    )  # fmt: skip
+    return replace(made, measured=False)
+
+
+def _torch_has(name: str) -> bool:
+    return bool(getattr(torch.cpu, name, lambda: False)())
+
+
 @functools.cache
 def _cpu(threads: int) -> Device:
     """This CPU, measured."""

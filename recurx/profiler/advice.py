@@ -26,6 +26,7 @@ from recurx.problem import Problem
 from recurx.profiler.attribute import NET_STAGES, PRODUCTS
 from recurx.profiler.result import Row, short
 from recurx.profiler.step import device_of
+from recurx.route import EAGER, Request, route
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def advise(
         parts: loss head, optimisers and average of a training step, for `recurx.train.swap`.
     """
     lines: list[str] = []
+    problems: list[Problem] = []
     patchable, predicted_ms, patched_ms = False, 0.0, 0.0
     for _, module, adapter in find(model):
         if isinstance(module, Inner):
@@ -82,18 +84,31 @@ def advise(
                     "network is foreign code and stays PyTorch. No gain is expected."
                 )
                 continue
+            problems.append(problem)
             lines += _replaced(problem, measured)
             predicted_ms, line = _predicted(problem, measured, training)
             lines.append(line)
     if patchable and measure:
         patched_ms, line = _gain(model, step, measured, seconds)
         lines.append(line)
+    lines += [line for problem in problems for line in _not_here(problem, training)]
     if measure and parts:
         lines += _swapped(model, parts, step, measured, seconds)
     if not lines:
         lines.append("recurx would replace nothing: it finds no recursion that it knows here.")
     lines += explain(model, batch_size=max(1, batch)).splitlines()
     return Advice(lines, predicted_ms, patched_ms)
+
+
+def _not_here(problem: Problem, training: bool) -> list[str]:
+    """What speaks against a patch: the route it would take is PyTorch's own."""
+    found = route(problem, None, Request(grad=training))
+    fused = [c.backend for c in found.considered if c.refused is None and c.backend != EAGER]
+    if found.backend != EAGER or not fused:
+        return []
+    timed = any(c.measured for c in found.considered)
+    advice = "Do not patch here" if timed else "Patching is not likely to gain here"
+    return [f"{advice}: `auto` would leave the recursion on PyTorch ({found.calls.why})."]
 
 
 def _replaced(problem: Problem, measured: Measured) -> list[str]:
@@ -146,7 +161,7 @@ def _products_on_a_cpu(problem: Problem) -> list[str]:
 def _predicted(problem: Problem, measured: Measured, training: bool) -> tuple[float, str]:
     device = Device.of(problem.device_type)
     try:
-        plan = LaunchPlan.pick(problem, device)
+        plan = LaunchPlan.pick(problem, device, route(problem).backend)
     except RecurxError as error:
         return 0.0, f"  Predicted: no plan: {error}"
     seconds = plan.seconds(device)

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from recurx.errors import BackendUnavailable
 from recurx.plan import count
 from recurx.problem import Problem, decode
+from recurx.route import Request, route
 
 # Each runs calls start..stop-1: on a backend without gradient, its gradient by the reference, and
 # both on a backend that has a backward of its own.
@@ -68,6 +70,8 @@ class Split:
         backend = given.get("backend", "reference")
         if name == "recurx::recurse":  # a window's op names the backend that was chosen
             backend = _resolve(backend, problem)
+        elif name == "recurx::window" and given["save"] == "states":
+            backend = _resolve(given["forward"], problem)
         split = cls(backend, backward, start, stop, len(schedule), flops, _problem=problem)
         if split.backend == "cpu" and name == "recurx::recurse":
             from recurx import _C
@@ -94,9 +98,7 @@ class Split:
 
 def _resolve(backend: str, problem: Problem) -> str:
     """The backend that will run it, for the label."""
-    from recurx import backends
-
     try:
-        return backends.select(backend, problem).name
-    except RuntimeError:
+        return route(problem, None, Request(backend)).backend
+    except BackendUnavailable:
         return backend

@@ -29,7 +29,9 @@ from recurx.models import (
     ModelConfig,
     RecursiveModel,
     build_model,
+    problem_of_model,
 )
+from recurx.route import Request, stored
 from recurx.train.captured import CapturedStep, tensors_of
 from recurx.train.config import TrainConfig
 from recurx.train.data import Data, Examples, Judge
@@ -42,6 +44,7 @@ from recurx.train.ranks import Ranks
 from recurx.train.run_folder import RunFolder
 from recurx.train.state import each
 from recurx.train.task_data import open_data
+from recurx.verdicts import VERDICTS
 
 REASONS = ("", "time", "steps", "interrupted", "stopped")  # a later one tells more
 
@@ -252,10 +255,18 @@ class Trainer:
             "seconds": self.seconds,
             "sampler": self.data.state_dict(),
             "average_updates": self.average.updates,
+            "routes": self._routes(),
         }
         published = self.config.published()
         extra = {"task": published.task, "step": self.step, "train": published.to_json()}
         self.files.write(values, tensors, self.averaged(), extra)
+
+    def _routes(self) -> dict[str, Any]:
+        """Which backends `auto` took: a resumed run must take the same, or its bits differ."""
+        inner = self.model.inner
+        problem = problem_of_model(self.model, len(self.carry.steps))
+        request = Request(inner.backend, inner.save, grad=True)
+        return stored(problem, inner.lm_head.weight.device, request)
 
     def _tensors_to_save(self) -> dict[str, Any]:
         return {
@@ -269,6 +280,7 @@ class Trainer:
 
     def _load(self, values: dict[str, Any], tensors: dict[str, Any]) -> None:
         self.step, self.seconds = values["step"], values["seconds"]
+        VERDICTS.pin(values.get("routes", {}))
         self.data.load_state_dict(values["sampler"])
         self.average.updates = values["average_updates"]
         self.one_step.count.fill_(self.step)

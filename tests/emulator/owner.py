@@ -97,10 +97,10 @@ def installed(cuda: Cuda) -> Iterator[None]:
     """Inside, backend="cuda" of recurx is this object."""
     module = importlib.import_module("recurx.backends.cuda")
     real = module.BACKEND
-    backends.get.cache_clear()
     module.BACKEND = cuda
+    backends.changed()
     try:
         yield
     finally:
         module.BACKEND = real
-        backends.get.cache_clear()
+        backends.changed()

@@ -17,6 +17,7 @@ from recurx import Schedule, Step, backends, reference
 from recurx.errors import BackendUnavailable
 from recurx.nets import ATTENTION, TOKEN_MLP, Net, NetSpec
 from recurx.operands import Span
+from recurx.route import route
 from tests.factories import make_inputs, make_net, problem_for, rope
 from tests.test_numerics import teacher_forced
 
@@ -249,7 +250,7 @@ def test_without_a_gpu_it_says_so_and_auto_does_not_take_it():
     problem = problem_for(ONE_CALL, {"L": make_net(heads=4)}, x)
     assert "needs a GPU" in backends.get("triton").why_unavailable()
     with triton_on_cpu():
-        assert backends.select("auto", problem).name in ("cpu", "eager")
+        assert route(problem).backend in ("cpu", "eager")
 
 
 def test_asking_the_backend_does_not_import_triton():

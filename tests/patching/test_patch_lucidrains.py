@@ -15,6 +15,7 @@ from recurx import BackendUnavailable, UnsupportedModel
 from recurx.models.config import TRMConfig
 from recurx.models.layers import ReasoningNet
 from recurx.patching.handle import installed
+from recurx.route import has_fused
 
 lucid = pytest.importorskip("tiny_recursive_model")
 
@@ -125,7 +126,7 @@ def test_a_network_of_recurx_runs_fused() -> None:
     got = model.predict(puzzles())
     assert "and the network (ReasoningNet)" in str(handle.report)
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
-    if recurx.backends.has_fused("cpu"):
+    if has_fused("cpu"):
         assert "auto -> cpu" in str(handle.report)
 
 

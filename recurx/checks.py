@@ -1,0 +1,281 @@
+"""The arguments of `recurx.recurse`, checked before any work; each error says what to do.
+
+What was checked once is remembered by shapes, dtypes and settings, so that the next call of the
+same kind spends its time in the kernel and not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from recurx import backends
+from recurx import route as routes
+from recurx.errors import bad_argument
+from recurx.nets import ATTENTION, TOKEN_MLP, Net, NetSpec, as_net
+from recurx.operands import CosSin
+from recurx.problem import Problem
+from recurx.readings import as_remembered_net, read
+from recurx.route import Route
+from recurx.schedule import Schedule
+
+SAVE = ("all", "block", "states")  # from most to least memory
+PLAIN_TENSORS = (Tensor, nn.Parameter)
+MAX_CHECKED = 4096
+AnyNet = Net | Callable[[Tensor], Tensor]
+
+
+class Call(NamedTuple):
+    """The arguments of `recurse`, checked.
+
+    Args:
+        specs, weights: of all nets that recurx can read, in the schedule's order.
+        opaque: names of the nets that are plain callables.
+        nets: all nets by name; None where `specs` and `weights` say all.
+        checked: what is remembered of a call like this, None if nothing.
+    """
+
+    schedule: Schedule
+    specs: tuple[tuple[str, NetSpec], ...]
+    weights: tuple[Tensor, ...]
+    opaque: tuple[str, ...]
+    nets: Mapping[str, AnyNet] | None
+    x: Tensor
+    states: dict[str, Tensor]
+    backend: str
+    rope: CosSin | None
+    start: int
+    stop: int
+    save: str
+    checked: Checked | None
+
+    def bound(self) -> Mapping[str, AnyNet]:
+        """The nets with their weights."""
+        return self.problem().bind(self.weights) if self.nets is None else self.nets
+
+    def problem(self) -> Problem:
+        if self.checked is not None:
+            return self.checked.problem
+        x = self.x
+        return Problem(
+            self.schedule, self.specs, *x.shape, x.dtype, x.device.type,
+            rope=self.rope is not None,
+        )  # fmt: skip
+
+
+# ---- what was checked before ---------------------------------------------------------------------
+
+
+class Checked:
+    """What is remembered of a checked call: its sizes as a problem, and its routes."""
+
+    def __init__(self, call: Call) -> None:
+        self.problem = call.problem()
+        self.states = tuple(call.states)
+        self.start, self.stop = call.start, call.stop
+        self._routes: dict[bool, tuple[tuple[int, ...], Route]] = {}
+
+    def route(self, grad: bool) -> Route | None:
+        """The settled route, if it was kept and nothing changed since."""
+        found = self._routes.get(grad)
+        return found[1] if found is not None and found[0] == routes.stamp() else None
+
+    def keep(self, grad: bool, route: Route) -> None:
+        self._routes[grad] = routes.stamp(), route
+
+
+_checked: dict[Any, Checked] = {}
+
+
+def checked_before(
+    schedule: Schedule,
+    nets: Any,
+    x: Any,
+    carry: Any,
+    backend: str,
+    cos_sin: CosSin | None,
+    start_from: int,
+    stop_after: int | None,
+    save: str,
+) -> Call | None:
+    """The call, if one with these sizes and settings was checked; None: check it in full."""
+    if type(schedule) is not Schedule or type(nets) is not dict or type(carry) is not dict:
+        return None
+    if type(x) not in PLAIN_TENSORS or type(start_from) is not int or isinstance(stop_after, bool):
+        return None
+    specs: list[tuple[str, NetSpec]] = []
+    weights_of: dict[str, Sequence[Tensor]] = {}
+    for name, module in nets.items():
+        found = read(module)
+        if found is None:
+            return None
+        specs.append((name, found[0]))
+        weights_of[name] = found[1]
+    shape, dtype, device = x.shape, x.dtype, x.device
+    settings = _settings(backend, cos_sin, start_from, stop_after, save)
+    checked = _checked.get((schedule, tuple(specs), shape, dtype, device, settings))
+    if checked is None or len(carry) != len(checked.states):
+        return None
+    states = {}
+    for name in checked.states:
+        state = carry.get(name)
+        if not isinstance(state, Tensor) or state.shape != shape or state.dtype != dtype:
+            return None
+        if state.device != device:
+            return None
+        states[name] = state
+    weights = [weight for name, _ in checked.problem.nets for weight in weights_of[name]]
+    for weight in weights:
+        if weight.device != device:
+            return None
+    return Call(
+        schedule, checked.problem.nets, tuple(weights), (), None, x, states, backend, cos_sin,
+        checked.start, checked.stop, save, checked,
+    )  # fmt: skip
+
+
+def remember(call: Call, nets: Mapping[str, Any], start_from: int, stop_after: int | None) -> None:
+    """Skip the checks of the next call of this kind, where they are about sizes alone."""
+    x, specs = call.x, dict(call.specs)
+    if call.opaque or type(x) not in PLAIN_TENSORS:
+        return
+    if len(_checked) > MAX_CHECKED:
+        _checked.clear()
+    settings = _settings(call.backend, call.rope, start_from, stop_after, call.save)
+    given = tuple((name, specs[name]) for name in nets)
+    key = call.schedule, given, x.shape, x.dtype, x.device, settings
+    _checked[key] = Checked(call)
+
+
+def _settings(
+    backend: str, rope: CosSin | None, start_from: int, stop_after: int | None, save: str
+) -> tuple[Any, ...]:
+    tables = None if rope is None else tuple((t.shape, t.device) for t in rope)
+    return backend, tables, start_from, stop_after, save
+
+
+# ---- checks: all before any work, all with what to do ----------------------------------------
+
+
+def check(
+    schedule: Schedule,
+    nets: Mapping[str, Any],
+    x: Tensor,
+    carry: Mapping[str, Tensor],
+    backend: str,
+    cos_sin: CosSin | None,
+    start_from: int,
+    stop_after: int | None,
+    save: str,
+) -> Call:
+    bound = _check_nets(schedule, nets)
+    start, stop = _check_range(schedule, start_from, stop_after)
+    _check_states(schedule, x, carry)
+    _check_fit(bound, x, cos_sin)
+    if backend not in backends.NAMES:
+        backends.get(backend)  # raises, with the known names
+    if save not in SAVE:
+        raise bad_argument("recurse", "save", f"one of {SAVE}", repr(save))
+    readable = {name: net for name, net in bound.items() if isinstance(net, Net)}
+    return Call(
+        schedule,
+        tuple((name, net.spec) for name, net in readable.items()),
+        tuple(w for net in readable.values() for w in net.weights),
+        tuple(name for name in bound if name not in readable),
+        bound, x, {name: carry[name] for name in schedule.states}, backend, cos_sin, start, stop,
+        save, None,
+    )  # fmt: skip
+
+
+def _check_nets(schedule: Schedule, nets: Mapping[str, Any]) -> dict[str, AnyNet]:
+    if not isinstance(schedule, Schedule):
+        raise bad_argument(
+            "recurse", "schedule", "a recurx.Schedule", type(schedule).__name__,
+            "Build one with Schedule.trm(h_cycles, l_cycles) or from Steps.",
+        )  # fmt: skip
+    if not isinstance(nets, Mapping) or set(nets) != set(schedule.nets):
+        got = sorted(nets) if isinstance(nets, Mapping) else type(nets).__name__
+        raise bad_argument(
+            "recurse", "nets", f"a dict with the nets {sorted(schedule.nets)}", got,
+            "The schedule names them in its steps.",
+        )  # fmt: skip
+    reading = as_net if torch.compiler.is_compiling() else as_remembered_net
+    return {name: reading(nets[name], name) for name in schedule.nets}
+
+
+def _check_range(schedule: Schedule, start_from: int, stop_after: int | None) -> tuple[int, int]:
+    calls = len(schedule.steps)
+    stop = calls if stop_after is None else stop_after
+    for arg, value in (("start_from", start_from), ("stop_after", stop)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= calls:
+            raise bad_argument("recurse", arg, f"0..{calls} (calls of the schedule)", repr(value))
+    if stop < start_from:
+        raise bad_argument("recurse", "stop_after", f"at least start_from={start_from}", stop)
+    return start_from, stop
+
+
+def _check_states(schedule: Schedule, x: Tensor, carry: Mapping[str, Tensor]) -> None:
+    if not isinstance(x, Tensor) or x.ndim != 3 or not x.is_floating_point():
+        got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise bad_argument("recurse", "x", "a floating [B, T, D] tensor", got)
+    if not isinstance(carry, Mapping) or set(carry) != set(schedule.states):
+        got = sorted(carry) if isinstance(carry, Mapping) else type(carry).__name__
+        raise bad_argument(
+            "recurse", "carry", f"a dict with the states {sorted(schedule.states)}", got,
+            "The schedule names them in its steps.",
+        )  # fmt: skip
+    for name in schedule.states:
+        state = carry[name]
+        if not isinstance(state, Tensor):
+            raise bad_argument("recurse", f"carry[{name!r}]", "a tensor", type(state).__name__)
+        if state.shape != x.shape or state.dtype != x.dtype or state.device != x.device:
+            raise bad_argument(
+                "recurse",
+                f"carry[{name!r}]",
+                f"shape, dtype and device of x: {list(x.shape)} {x.dtype} on {x.device}",
+                f"{list(state.shape)} {state.dtype} on {state.device}",
+                "Nothing is cast or moved silently; use .to(x) yourself.",
+            )
+
+
+def _check_fit(
+    nets: dict[str, AnyNet],
+    x: Tensor,
+    cos_sin: CosSin | None,
+) -> None:
+    for name, net in nets.items():
+        if isinstance(net, Net):
+            _check_net_fits(name, net.spec, x, cos_sin)
+            for index, weight in enumerate(net.weights):
+                if weight.device != x.device:
+                    raise bad_argument(
+                        "recurse", f"nets[{name!r}] weight {index}", f"device {x.device}, as x",
+                        str(weight.device), "Move the model with .to(device).",
+                    )  # fmt: skip
+
+
+def _check_net_fits(name: str, spec: NetSpec, x: Tensor, cos_sin: CosSin | None) -> None:
+    _, tokens, hidden = x.shape
+    if spec.hidden != hidden:
+        raise bad_argument(
+            "recurse", "x", f"width D={spec.hidden}, that of nets[{name!r}]", f"D={hidden}"
+        )
+    for block in spec.blocks:
+        if block.kind == TOKEN_MLP and block.tokens != tokens:
+            raise bad_argument(
+                "recurse", "x", f"T={block.tokens}, that of the token MLP in nets[{name!r}]",
+                f"T={tokens}", "A token MLP has a fixed number of tokens.",
+            )  # fmt: skip
+        if block.kind == ATTENTION and cos_sin is not None:
+            shape = (tokens, block.head_dim)
+            for table, arg in zip(cos_sin, ("cos", "sin"), strict=True):
+                if tuple(table.shape) != shape or table.device != x.device:
+                    raise bad_argument(
+                        "recurse", f"cos_sin ({arg})",
+                        f"[T, head_dim] = {list(shape)} on {x.device}",
+                        f"{list(table.shape)} on {table.device}",
+                        "Build it with recurx.rope_tables(T, head_dim).",
+                    )  # fmt: skip

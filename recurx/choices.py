@@ -1,0 +1,254 @@
+"""What `auto` chooses, from what, and by what: refusals, plans, comparisons, verdicts.
+
+recurx/route.py puts the choices together, recurx/trials.py gathers what is known.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from recurx import backends
+from recurx.errors import BackendUnavailable
+from recurx.plan import Device, LaunchPlan
+from recurx.plan.device import typical_cpu
+from recurx.plan.launch import BACKENDS as PLANNED
+from recurx.plan.launch import all_candidates, all_refusals
+from recurx.problem import Problem
+from recurx.verdicts import VERDICTS, Verdict, machine_of, subject_of
+
+MARGIN = 0.95  # PyTorch is taken below this share of a fused backend's time: no verdict may flip
+EAGER = "eager"
+CALLS, WINDOW = "calls", "window"  # the halves of a recursion
+Where = torch.device | Device  # a device that is here, or the description of one
+
+
+def window_half(save: str) -> str:
+    """The window as a half of which there are verdicts."""
+    return f"{WINDOW} save={save}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend, why it, and whether nothing is left to compare or to time for it."""
+
+    backend: str
+    why: str
+    settled: bool
+
+
+class Compared:
+    """Which backends gave right and which wrong answers here: of this process, never on disk."""
+
+    def __init__(self) -> None:
+        self._right: dict[tuple[object, ...], bool] = {}
+        self.version = 0
+
+    def get(self, half: str, name: str, problem: Problem, device: torch.device) -> bool | None:
+        """True or False, None where nothing was compared yet."""
+        return self._right.get(self._key(half, name, problem, device))
+
+    def keep(
+        self, half: str, name: str, problem: Problem, device: torch.device, right: bool
+    ) -> None:
+        self._right[self._key(half, name, problem, device)] = right
+        self.version += 1
+
+    def forget(self) -> None:
+        """Compare everything anew."""
+        self._right.clear()
+        self.version += 1
+
+    @staticmethod
+    def _key(half: str, name: str, problem: Problem, device: torch.device) -> tuple[object, ...]:
+        """By kind of plan (another kernel) and shape of one sample."""
+        kind = ""
+        if half == CALLS and name in PLANNED and device.type != "cpu":
+            kind = plan_of(name, problem, device).kind
+        sample = (problem.tokens, problem.hidden, problem.dtype, problem.nets, problem.rope)
+        return (half, name, kind, device, *sample)
+
+
+COMPARED = Compared()
+
+
+def known(half: str, problem: Problem, device: Where) -> Verdict | None:
+    """The verdict of a measurement, if there is one."""
+    if isinstance(device, Device) or (device.type == "cuda" and not torch.cuda.is_available()):
+        return None
+    subject = subject_of(half, problem)
+    if not autotune():
+        return VERDICTS.pinned(subject)
+    return VERDICTS.get(subject, machine_of(device, torch.get_num_threads()))
+
+
+def refusal(name: str, problem: Problem, device: Where) -> str | None:
+    """Why a backend does not run the problem there, or None."""
+    if not isinstance(device, Device):
+        return backends.why_not(name, problem)
+    backend = backends.get(name)
+    if not backend.runs_on(problem.device_type):
+        return backends.why_not(name, problem)
+    if problem.opaque and name != EAGER:
+        return f"cannot look inside the plain callable {problem.opaque[0]!r}"
+    if name in PLANNED and not all_candidates(problem, device, name):
+        return "; ".join(all_refusals(problem, device, name)) or "has no plan for it"
+    return None if device.kind == "cuda" and name == "cuda" else backend.why_unsupported(problem)
+
+
+def autotune() -> bool:
+    """Whether `auto` may measure: RECURX_AUTOTUNE is not 0."""
+    return os.environ.get("RECURX_AUTOTUNE") != "0"
+
+
+def fused_for(problem: Problem, device: Where) -> list[str]:
+    """The backends beside PyTorch that `auto` may take, by predicted time, then `ORDER`."""
+    names = [
+        name
+        for name in backends.ORDER
+        if name != EAGER
+        and backends.auto_may_take(name, problem.device_type)
+        and refusal(name, problem, device) is None
+    ]
+    if len(names) > 1 and problem.batch:
+        names.sort(key=lambda name: predicted(name, problem, device))
+    return names
+
+
+def windows_for(problem: Problem, device: Where, asked: str) -> list[str]:
+    """The backends whose window may serve under the requested name, best first: an explicit one's
+    own, or that of the backend which it hands over to."""
+    if asked == "auto":
+        names = [n for n in backends.ORDER if backends.auto_may_take(n, problem.device_type)]
+    else:
+        names = [backends.get(asked).window_of or asked]
+    wanted = dataclasses.replace(problem, needs_grad=True)
+    return [
+        name
+        for name in names
+        if name != EAGER
+        and refusal(name, wanted, device) is None
+        and backends.get(name).window(wanted) is not None
+    ]
+
+
+@functools.lru_cache(maxsize=1024)
+def predicted(name: str, problem: Problem, device: Where) -> float:
+    """Seconds that the best plan of a backend is predicted to take; inf if it makes no plans."""
+    if name not in PLANNED:
+        return float("inf")
+    where = described(device)
+    plans = all_candidates(problem, where, name)
+    return min((plan.seconds(where) for plan in plans), default=float("inf"))
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_of(name: str, problem: Problem, device: Where) -> LaunchPlan:
+    """How a backend runs the problem there."""
+    backend: Any = backends.get(name)
+    if not isinstance(device, Device) and hasattr(backend, "plan"):
+        plan: LaunchPlan = backend.plan(problem, device)
+        return plan
+    return LaunchPlan.pick(problem, described(device), name)
+
+
+def described(device: Where) -> Device:
+    """A device by its rates: those of a CPU are not measured for this, which takes a second."""
+    if isinstance(device, Device):
+        return device
+    return typical_cpu(torch.get_num_threads()) if device.type == "cpu" else Device.of(device)
+
+
+# ---- the choices ---------------------------------------------------------------------------------
+
+
+def choose_calls(problem: Problem, device: Where, asked: str, proven: bool = False) -> Choice:
+    """The backend of the calls without gradient under the requested name.
+
+    Args:
+        proven: whether only backends count that were compared here.
+
+    Raises:
+        BackendUnavailable: the backend asked for by name cannot run it; the message says why.
+    """
+    if problem.opaque:
+        names = ", ".join(problem.opaque)
+        return Choice(EAGER, f"{names} is foreign code, which only PyTorch can call", True)
+    if asked != "auto":
+        reason = refusal(asked, problem, device)
+        if reason is not None:
+            raise BackendUnavailable(
+                f"recurx.recurse: backend {asked!r} {reason}. "
+                f'Use backend="auto" to let recurx choose, or see recurx.explain(...).'
+            )
+        return Choice(asked, "asked for", True)
+    fused = fused_for(problem, device)
+    if not fused:
+        return Choice(EAGER, "no other backend runs it here", True)
+    if problem.batch == 0:
+        return Choice(fused[0], "there is nothing to compute", True)
+    times = {name: predicted(name, problem, device) for name in (*fused, EAGER)}
+    return _choose(CALLS, problem, device, fused, times, proven)
+
+
+def choose_window(
+    problem: Problem, device: Where, asked: str, save: str, proven: bool = False
+) -> Choice:
+    """The backend whose backward the window has; "eager" is PyTorch's."""
+    if problem.opaque or asked == EAGER:
+        return Choice(EAGER, "", True)
+    names = windows_for(problem, device, asked)
+    if not names:
+        return Choice(EAGER, "", True)
+    if asked != "auto" or problem.batch == 0:
+        return Choice(names[0], "", True)
+    half = window_half(save)
+    return _choose(half, problem, device, names, {}, proven)
+
+
+def _choose(
+    half: str,
+    problem: Problem,
+    device: Where,
+    fused: list[str],
+    times: dict[str, float],
+    proven: bool,
+) -> Choice:
+    """Among fused backends (best prediction first) and PyTorch, by all that is known."""
+    right: dict[str, bool | None] = dict.fromkeys(fused)
+    if not isinstance(device, Device):
+        what = WINDOW if half.startswith(WINDOW) else CALLS
+        right = {name: COMPARED.get(what, name, problem, device) for name in fused}
+    alive = [name for name in fused if (right[name] if proven else right[name] is not False)]
+    if not alive:
+        wrong = "gave a wrong answer or could not be compared"
+        return Choice(EAGER, f"{', '.join(fused)} {wrong}", not proven)
+    verdict = known(half, problem, device)
+    if verdict is not None and verdict.chosen not in (*alive, EAGER):
+        verdict = None  # of a backend that is not there today
+    timed = isinstance(device, Device) or not autotune()
+    if verdict is not None:
+        sure = verdict.chosen == EAGER or right[verdict.chosen] is not None
+        return Choice(verdict.chosen, comparison(verdict), sure)
+    best = alive[0]
+    if best in times and times[EAGER] < MARGIN * times[best] < float("inf"):
+        return Choice(EAGER, f"predicted to be faster than {best}", timed)
+    sure = isinstance(device, Device) or right[best] is not None
+    return Choice(best, "predicted to be fastest" if times else "", timed and sure)
+
+
+def comparison(verdict: Verdict) -> str:
+    """Who beats whom by how much: PyTorch is the rival, or the fastest other if it won."""
+    times = dict(verdict.seconds)
+    if not times:
+        return "as stored with the run"
+    took = times.pop(verdict.chosen)
+    if not times:
+        return "measured, alone"
+    rival = EAGER if EAGER in times else min(times, key=lambda name: times[name])
+    return f"measured, {times[rival] / took:.2f}x as fast as {rival}"

@@ -1,0 +1,262 @@
+"""Which backend was faster: verdicts of measurements, kept for the process and in a cache folder.
+
+One small JSON file a verdict, named by the hash of its key; the key lies in the file and is
+compared, so that a file of another machine, version or problem is never taken for this one's. Disk
+is a convenience: what cannot be read or written is passed over in silence.
+
+    RECURX_CACHE=0       nothing is read or written
+    RECURX_CACHE=FOLDER  files lie in FOLDER/verdicts-v1
+    (else)               in $XDG_CACHE_HOME/recurx/verdicts-v1, or ~/.cache/recurx/verdicts-v1
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recurx.atomic import write_json
+from recurx.measure import engine_isa
+from recurx.problem import Problem, encode
+
+FORMAT = "verdicts-v1"  # another meaning of the files takes another folder
+LARGEST_FILE = 1 << 16  # bytes; ours have about two thousand
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was measured for one half of a recursion.
+
+    Args:
+        chosen: name of the backend that runs it.
+        seconds: (backend, seconds of the same calls), the best of several runs; empty for a choice
+            that was stored without (`pin`).
+        calls: number of net calls that were timed.
+    """
+
+    chosen: str
+    seconds: tuple[tuple[str, float], ...]
+    calls: int
+
+    def json(self) -> dict[str, Any]:
+        return {"chosen": self.chosen, "seconds": dict(self.seconds), "calls": self.calls}
+
+    @classmethod
+    def from_json(cls, value: Any) -> Verdict:
+        """The inverse of `json`.
+
+        Raises:
+            ValueError, TypeError, KeyError: it is no verdict.
+        """
+        seconds = {str(name): float(took) for name, took in dict(value["seconds"]).items()}
+        if not isinstance(value["chosen"], str) or not all(took > 0 for took in seconds.values()):
+            raise ValueError(f"no verdict: {value}")
+        return cls(value["chosen"], tuple(seconds.items()), int(value["calls"]))
+
+
+class Verdicts:
+    """Verdicts by the text of their keys; for several threads."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Verdict | None] = {}  # None: asked, and the disk has none
+        self._pinned: dict[str, Verdict] = {}
+        self._lock = threading.Lock()
+        self.version = 0  # grows whenever an answer may have changed
+        os.register_at_fork(after_in_child=self._renew_lock)
+
+    def _renew_lock(self) -> None:
+        self._lock = threading.Lock()
+
+    def get(self, subject: str, machine: str) -> Verdict | None:
+        """The verdict on `subject` (see `subject_of`), pinned or made on `machine`."""
+        with self._lock:
+            if subject in self._pinned:
+                return self._pinned[subject]
+            key = _key(subject, machine)
+            if key not in self._known:
+                self._known[key] = _read(key)
+            return self._known[key]
+
+    def pinned(self, subject: str) -> Verdict | None:
+        """What `pin` was told of the subject."""
+        with self._lock:
+            return self._pinned.get(subject)
+
+    def keep(self, subject: str, machine: str, verdict: Verdict) -> None:
+        """Keep a verdict for the process and, if the folder lets us, on disk."""
+        key = _key(subject, machine)
+        with self._lock:
+            self._known[key] = verdict
+            self._pinned.pop(subject, None)  # it could not be followed here
+            self.version += 1
+        _write(key, verdict)
+
+    def pin(self, verdicts: Mapping[str, Any]) -> None:
+        """Take these ({subject: `Verdict.json()`}) before all others, whatever machine made them;
+        what is no verdict is left out."""
+        with self._lock:
+            for subject, value in verdicts.items():
+                try:
+                    self._pinned[subject] = Verdict.from_json(value)
+                except (ValueError, TypeError, KeyError):
+                    continue
+            self.version += 1
+
+    def forget(self) -> None:
+        """Ask the disk anew, and drop what was pinned."""
+        with self._lock:
+            self._known.clear()
+            self._pinned.clear()
+            self.version += 1
+
+
+VERDICTS = Verdicts()
+
+
+def subject_of(half: str, problem: Problem) -> str:
+    """What a verdict is about, as text.
+
+    B is rounded up to a power of two: a batch that shrinks while it is solved would be measured
+    anew at every size, and the winner seldom changes within a factor of two.
+    """
+    batch = 1 << max(problem.batch - 1, 0).bit_length()
+    return (
+        f"{half} B={batch} T={problem.tokens} D={problem.hidden} {str(problem.dtype)[6:]} "
+        f"{problem.device_type} rope={problem.rope} {encode(problem.schedule, problem.nets)}"
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def machine_of(device: torch.device, threads: int) -> str:
+    """Everything beside the problem on which a time depends, as text.
+
+    Args:
+        threads: of a CPU; any number on a GPU.
+    """
+    parts = {
+        "recurx": sys.modules[__package__].__version__,
+        "torch": torch.__version__, "triton": _version("triton"),
+        "module": _module_identity(),
+    }  # fmt: skip
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        parts |= {
+            "device": found.name, "capability": f"{found.major}.{found.minor}",
+            "units": found.multi_processor_count, "driver": _cuda_driver(),
+            "toolkit": torch.version.cuda or torch.version.hip,
+        }  # fmt: skip
+    else:
+        parts |= {"device": _processor(), "isa": engine_isa(), "threads": threads}
+    return json.dumps(parts)
+
+
+def folder() -> Path | None:
+    """Where the files lie; None if there is no such place or RECURX_CACHE=0."""
+    named = os.environ.get("RECURX_CACHE", "")
+    if named == "0":
+        return None
+    try:
+        if named:
+            return Path(named).expanduser() / FORMAT
+        shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        base = shared if shared.is_absolute() else Path.home() / ".cache"
+        return base / "recurx" / FORMAT
+    except RuntimeError:  # this user has no home
+        return None
+
+
+def count() -> int:
+    """How many verdicts lie on disk."""
+    where = folder()
+    try:
+        return 0 if where is None else sum(1 for _ in where.glob("*.json"))
+    except OSError:
+        return 0
+
+
+# ---- keys and files --------------------------------------------------------------------------
+
+
+def _key(subject: str, machine: str) -> str:
+    return f"{subject}\n{machine}"
+
+
+def _path(key: str) -> Path | None:
+    where = folder()
+    return (
+        None if where is None else where / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    )
+
+
+def _read(key: str) -> Verdict | None:
+    path = _path(key)
+    if path is None:
+        return None
+    try:
+        with path.open("rb") as file:
+            value = json.loads(file.read(LARGEST_FILE))
+        if value["key"] != key:
+            return None
+        verdict = Verdict.from_json(value)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+    times = dict(verdict.seconds)
+    return verdict if verdict.chosen in times and all(map(math.isfinite, times.values())) else None
+
+
+def _write(key: str, verdict: Verdict) -> None:
+    path = _path(key)
+    if path is None or not all(map(math.isfinite, dict(verdict.seconds).values())):
+        return
+    try:
+        write_json(path, {"key": key, **verdict.json()})
+    except OSError:  # a full or read-only disk: measured again by the next process
+        return
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _module_identity() -> str:
+    """Of the compiled module: a build of other sources has another time or size."""
+    try:
+        from recurx import _C
+
+        found = os.stat(_C.__file__)
+    except (ImportError, OSError, TypeError, AttributeError):
+        return ""
+    return f"{found.st_size}-{found.st_mtime_ns}"
+
+
+def _cuda_driver() -> int:
+    try:
+        return int(torch._C._cuda_getDriverVersion())
+    except (AttributeError, RuntimeError):
+        return 0
+
+
+def _processor() -> str:
+    import platform
+
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
