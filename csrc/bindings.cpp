@@ -26,7 +26,7 @@ namespace {
 // (token_mlp, hidden, inner, heads, head_dim, tokens, token_inner, eps)
 using BlockTuple = std::tuple<bool, int, int, int, int, int, int, float>;
 using WeightTuple = std::tuple<uintptr_t, bool>;  // pointer, is bf16
-using StepTuple = std::tuple<int, int, std::vector<int>, std::vector<int>>;
+using StepTuple = std::tuple<int, int, std::vector<int>, std::vector<int>, int>;
 
 Dtype dtype_of(bool is_bf16) { return is_bf16 ? Dtype::bf16 : Dtype::f32; }
 
@@ -45,7 +45,28 @@ std::unique_ptr<Packed> pack(const std::vector<BlockTuple>& blocks,
   return std::make_unique<Packed>(shapes, raw, dtype_of(bf16_states), isa);
 }
 
-void run_recursion(const std::vector<const Packed*>& nets, const std::vector<StepTuple>& steps,
+// The steps of a recursion, translated once. The steps point into `reads`.
+struct Program {
+  std::vector<int> reads;
+  std::vector<Step> steps;
+
+  explicit Program(const std::vector<StepTuple>& given) {
+    size_t total = 0;
+    for (const auto& [net, write, state, inject, sum] : given)
+      total += state.size() + inject.size();
+    reads.reserve(total);
+    for (const auto& [net, write, state, inject, sum] : given) {
+      const int* at = reads.data() + reads.size();
+      reads.insert(reads.end(), state.begin(), state.end());
+      reads.insert(reads.end(), inject.begin(), inject.end());
+      steps.push_back({net, write, (int)state.size(), (int)inject.size(), at, at + state.size(),
+                       (Sum)sum});
+    }
+  }
+  Program(const Program&) = delete;
+};
+
+void run_recursion(const std::vector<const Packed*>& nets, const Program& program,
                    const std::tuple<int, int, int>& shape, const std::vector<uintptr_t>& in,
                    const std::vector<uintptr_t>& out, uintptr_t cos, uintptr_t sin, int threads) {
   if (nets.empty() || in.size() != out.size() || threads < 1)
@@ -55,10 +76,6 @@ void run_recursion(const std::vector<const Packed*>& nets, const std::vector<Ste
       throw std::invalid_argument("cpu_run: the nets were packed for different engines");
   std::vector<PackedNet> views;
   for (const Packed* net : nets) views.push_back(net->view());
-  std::vector<Step> list;
-  for (const auto& [net, write, state, inject] : steps)
-    list.push_back(
-        {net, write, (int)state.size(), (int)inject.size(), state.data(), inject.data()});
   const auto [batch, tokens, hidden] = shape;
   const Recursion recursion{batch,
                             tokens,
@@ -66,8 +83,8 @@ void run_recursion(const std::vector<const Packed*>& nets, const std::vector<Ste
                             (int)in.size(),
                             (const void* const*)in.data(),
                             (void* const*)out.data(),
-                            (int)list.size(),
-                            list.data(),
+                            (int)program.steps.size(),
+                            program.steps.data(),
                             (int)views.size(),
                             views.data(),
                             (const float*)cos,
@@ -99,13 +116,18 @@ PYBIND11_MODULE(RX_MODULE_NAME, m) {
                      "Weights of one net in the panels of one CPU engine.")
       .def_property_readonly("nbytes", &Packed::bytes);
 
+  py::class_<Program>(m, "Program", py::module_local(), "The steps of a recursion.")
+      .def(py::init<const std::vector<StepTuple>&>(), py::arg("steps"),
+           "Steps (net, write, state, inject, sum); sum 0: over inject for this step alone, 1: also "
+           "kept, 2: the one that was kept.");
+
   m.def("cpu_isas", &usable_isas, "Instruction sets usable here, slowest first.");
   m.def("cpu_isa", &chosen_isa, "The one in use: the best, or what RECURX_CPU_ISA names.");
   m.def("cpu_pack", &pack, py::arg("blocks"), py::arg("weights"), py::arg("bf16_states"),
         py::arg("isa"), "Pack the weights of a net; weights are (pointer, is_bf16), [out, in].");
-  m.def("cpu_run", &run_recursion, py::arg("nets"), py::arg("steps"), py::arg("shape"),
+  m.def("cpu_run", &run_recursion, py::arg("nets"), py::arg("program"), py::arg("shape"),
         py::arg("in_"), py::arg("out"), py::arg("cos"), py::arg("sin"), py::arg("threads"),
-        "Run steps (net, write, state, inject); index 0 of in_ is x, out holds the new states.");
+        "Run a Program; index 0 of in_ is x, out holds the new states.");
   m.def("cpu_fingerprint", &fingerprint_of, py::arg("tensors"),
         "Hash of a sample of each (pointer, bytes), to notice weights changed in place.");
   m.def("cpu_profile", &set_profiling, py::arg("on"), "Switch the phase clock; resets it.");

@@ -54,7 +54,7 @@ def contiguous_matrix(op: str, name: str, tensor: torch.Tensor) -> tuple[int, in
 def weight_matrix(op: str, name: str, weight: torch.Tensor, k: int) -> tuple[int, int]:
     """The shape of a weight [N, K'] whose first k columns are multiplied.
 
-    K' is k, or k rounded up to 16 (`recurx.backends.weights.Tape` pads rows with zeros, so that
+    K' is k, or k rounded up to 16 (`recurx.packed.PackedNets` pads rows with zeros, so that
     they can be copied 16 bytes at a time).
     """
     rows, columns = contiguous_matrix(op, name, weight)

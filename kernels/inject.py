@@ -64,7 +64,7 @@ def call_input_kernel(arena, table, row, n, slot_stride, BLOCK: tl.constexpr):
 def form_call_input(arena: torch.Tensor, table: torch.Tensor, call: int) -> None:
     """Write the input of call number `call` of the table into the slot that the call writes.
 
-    arena contiguous [slots, ...], bfloat16 or float32; table int32 as `CallTable.table` makes it,
+    arena contiguous [slots, ...], bfloat16 or float32; table int32 as `Program.table` makes it,
     on the same device. Raises InvalidArgument on anything else.
     """
     op = "kernels.form_call_input"

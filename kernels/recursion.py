@@ -4,7 +4,7 @@ For small nets (D up to 256, at most 128 rows a program). Samples never meet, so
 barrier between them; the calls are data (recurx/program.py), not code.
 
     arena [slots, B, T, D]   x, the states, a sum that is kept; read and written in place
-    tape                     all matrices of all nets (recurx/backends/packed.py)
+    tape                     all matrices of all nets (recurx/packed.py)
     calls, blocks            int32 tables: a row of 8 words a call, a row of 8 words a block
 
 A program holds GROUP samples as one matrix h of ROWS >= GROUP * T rows, and runs each half block
@@ -24,6 +24,7 @@ which watches the arena, shows them to be needed otherwise (tests/emulator/ptx/t
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -31,10 +32,17 @@ import torch
 import triton
 import triton.language as tl
 
-from recurx.backends.packed import ALIGN, Tape, device_words, padded_columns
 from recurx.nets import ATTENTION, TOKEN_MLP, BlockSpec
 from recurx.operands import CosSin
-from recurx.program import CallTable
+from recurx.packed import (
+    ALIGN,
+    Nets,
+    PackedNets,
+    blocks_of,
+    device_words,
+    padded_columns,
+)
+from recurx.program import Program
 
 from .inject import ROW, call_input
 from .products import add_product
@@ -233,25 +241,42 @@ def recursion_kernel(
 
 def recursion(
     arena: torch.Tensor,
-    table: CallTable,
-    tape: Tape,
+    program: Program,
+    packed: PackedNets,
     cos_sin: CosSin | None,
     settings: Mapping[str, object],
 ) -> None:
-    """Run every call of the table on the arena [slots, B, T, D], in place; one launch.
+    """Run every call of the program on the arena [slots, B, T, D], in place; one launch.
 
-    arena and tape contiguous, of one dtype (bfloat16 or float32), on one device; cos and sin
+    arena and packed contiguous, of one dtype (bfloat16 or float32), on one device; cos and sin
     float32 [T, head_dim]. `settings` are those of a plan of kind "persistent", and only the plan
     knows which problems fit (recurx/plan/triton.py). A call saves nothing for a backward.
     """
-    words = device_words(table.table(tape.of_net), arena.device)
-    constants, options = launch_constants(tape.specs, arena.shape[2], cos_sin is not None, settings)
+    words, constants, options = _prepared(
+        program, packed.nets, arena.device, arena.shape[2], cos_sin is not None,
+        tuple(settings.items()),
+    )  # fmt: skip
     cos, sin = (arena, arena) if cos_sin is None else cos_sin  # not followed without ROTATE
     batch = arena.shape[1]
-    args = (arena, tape.buffer, cos, sin, words, tape.words)
-    args += (len(table.calls), batch, arena.stride(0), 0)
+    args = (arena, packed.buffer, cos, sin, words, packed.words)
+    args += (len(program.rows), batch, arena.stride(0), 0)
     grid = (triton.cdiv(batch, constants["GROUP"]),)
     recursion_kernel[grid](*args, **constants, **options)
+
+
+@functools.lru_cache(maxsize=64)
+def _prepared(
+    program: Program,
+    nets: Nets,
+    device: torch.device,
+    tokens: int,
+    rotate: bool,
+    settings: tuple[tuple[str, object], ...],
+) -> tuple[torch.Tensor, dict, dict]:
+    """The table on the device, and `launch_constants`: made at the first launch of its kind."""
+    words = device_words(program.table(blocks_of(nets)), device)
+    specs = [block for _, spec in nets for block in spec.blocks]
+    return words, *launch_constants(specs, tokens, rotate, dict(settings))
 
 
 def launch_constants(

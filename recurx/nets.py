@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from recurx.errors import bad_argument
+from recurx.hashing import hash_once
 
 ATTENTION = "attention"
 TOKEN_MLP = "token_mlp"
@@ -76,6 +77,7 @@ class BlockSpec:
         return cls(kind, *(int(size) for size in sizes), eps=float(eps))
 
 
+@hash_once
 @dataclass(frozen=True)
 class NetSpec:
     """Shape of one net: its blocks, first to last, all of one hidden width."""

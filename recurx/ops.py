@@ -26,12 +26,20 @@ from recurx.route import Request
 
 
 def problem_of(key: str, x: Tensor, cos: Tensor | None, needs_grad: bool = False) -> Problem:
-    """The problem that an encoded schedule and a tensor x [B, T, D] make."""
-    schedule, nets = decode(key)
-    return Problem(
-        schedule, nets, *x.shape, x.dtype, x.device.type, rope=cos is not None,
-        needs_grad=needs_grad,
-    )  # fmt: skip
+    """The problem that an encoded schedule and a tensor x [B, T, D] make; one value for good."""
+    return _problem(key, x.shape, x.dtype, x.device.type, cos is not None, needs_grad)
+
+
+@functools.lru_cache(maxsize=1024)
+def _problem(
+    key: str,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    device_type: str,
+    rope: bool,
+    needs_grad: bool,
+) -> Problem:
+    return Problem(*decode(key), *shape, dtype, device_type, rope, needs_grad)
 
 
 def _register(name: str, kernel: Callable[..., list[Tensor]], fake: Callable[..., Any]) -> Any:
@@ -175,10 +183,11 @@ def _window_fake(
     stop: int,
     save: str,
 ) -> list[Tensor]:
-    problem = problem_of(key, x, cos, needs_grad=True)
+    # While torch.compile traces with dynamic shapes, sizes are symbols, which no cache takes, and
+    # plain integers may come as symbols too.
+    problem = _problem.__wrapped__(key, x.shape, x.dtype, x.device.type, cos is not None, True)
     window = backends.get(backend).window(problem)
     assert window is not None, "the route names backends that have one"
-    # While torch.compile traces with dynamic shapes, plain integers may come as symbols too.
     kept = window.kept(problem, Span(int(start), int(stop)), save)
     return [
         *_recurse_fake(x, states),

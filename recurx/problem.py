@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from recurx.hashing import hash_once
 from recurx.nets import Net, NetSpec
 from recurx.schedule import Schedule
 
 
+@hash_once
 @dataclass(frozen=True)
 class Problem:
     """One recursion on one batch: schedule, nets, shape, dtype and device; hashable, printable.
@@ -39,14 +41,21 @@ class Problem:
     needs_grad: bool = False
     opaque: tuple[str, ...] = ()
 
+    @functools.cached_property
+    def cuts(self) -> tuple[slice, ...]:
+        """Where in the flat list of weights those of each net lie."""
+        cuts, first = [], 0
+        for _, spec in self.nets:
+            cuts.append(slice(first, first + spec.num_weights))
+            first = cuts[-1].stop
+        return tuple(cuts)
+
     def bind(self, weights: Sequence[Tensor]) -> dict[str, Net]:
-        """Cut the flat list of weights into nets."""
-        bound: dict[str, Net] = {}
-        index = 0
-        for name, spec in self.nets:
-            bound[name] = Net(spec, weights[index : index + spec.num_weights])
-            index += spec.num_weights
-        return bound
+        """Cut the flat list of weights into nets, each checked."""
+        return {
+            name: Net(spec, weights[cut])
+            for (name, spec), cut in zip(self.nets, self.cuts, strict=True)
+        }
 
     def __str__(self) -> str:
         nets = ", ".join(

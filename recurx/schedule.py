@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from recurx.errors import bad_argument
+from recurx.hashing import hash_once
 
 INPUT = "x"  # the embedded input: readable by every step, written by none
 
@@ -72,6 +73,7 @@ class Step:
         return f"{self.write} <- {self.net}({terms})"
 
 
+@hash_once
 @dataclass(frozen=True, repr=False)
 class Schedule:
     """The net calls of one supervision step, and where the gradient starts.
@@ -94,6 +96,10 @@ class Schedule:
     detach_carry: bool = True
     name: str = "custom"
     key: str = field(init=False, repr=False, compare=False)  # all of it as one string
+    # Names of the states, in order of first appearance (the order of the flat op), and of the nets,
+    # in order of first call.
+    states: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    nets: tuple[str, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         steps = tuple(self.steps)
@@ -123,6 +129,9 @@ class Schedule:
         calls = [f"{s.net},{s.write},{'+'.join(s.state)},{'+'.join(s.inject)}" for s in steps]
         head = f"{self.name}/{self.grad_from}/{int(self.detach_carry)}"
         object.__setattr__(self, "key", "/".join([head, *calls]))
+        names = dict.fromkeys(name for step in steps for name in (*step.reads, step.write))
+        object.__setattr__(self, "states", tuple(name for name in names if name != INPUT))
+        object.__setattr__(self, "nets", tuple(dict.fromkeys(step.net for step in steps)))
 
     @classmethod
     def from_key(cls, key: str) -> Schedule:
@@ -212,21 +221,6 @@ class Schedule:
     def window(self) -> int:
         """Number of calls inside the gradient window."""
         return len(self.steps) - self.grad_from
-
-    @property
-    def states(self) -> tuple[str, ...]:
-        """Names of the states, in order of first appearance (the order of the flat op)."""
-        seen: dict[str, None] = {}
-        for step in self.steps:
-            for name in (*step.reads, step.write):
-                if name != INPUT:
-                    seen.setdefault(name)
-        return tuple(seen)
-
-    @property
-    def nets(self) -> tuple[str, ...]:
-        """Names of the nets, in order of first call."""
-        return tuple(dict.fromkeys(step.net for step in self.steps))
 
     def __len__(self) -> int:
         return len(self.steps)

@@ -18,8 +18,7 @@ struct Group {
   const Team& team;
   int first_sample;
   Workspace<Core> ws;
-  Range own{};                    // rows of this thread
-  const Step* hoisted = nullptr;  // the step whose inject sum ws.inject holds, if any
+  Range own{};  // rows of this thread
 
   void run() {
     own = share(ws.rows, team.tid, team.size);
@@ -49,39 +48,20 @@ struct Group {
     return total;
   }
 
-  static bool same_inject(const Step& a, const Step& b) {
-    if (a.num_inject != b.num_inject) return false;
-    for (int i = 0; i < a.num_inject; ++i)
-      if (a.inject[i] != b.inject[i]) return false;
-    return true;
-  }
-
-  static bool injects(const Step& step, int state) {
-    for (int i = 0; i < step.num_inject; ++i)
-      if (step.inject[i] == state) return true;
-    return false;
-  }
-
-  // x <- sum(state) + (sum(inject)); a sum of several inject states is formed once and kept until
-  // one of them is written.
+  // x <- sum(state) + (sum(inject))
   void begin(const Step& step) {
     const State* type = nullptr;
-    const bool several = step.num_inject > 1;
-    const bool stale = several && !(hoisted && same_inject(*hoisted, step));
-    if (stale) hoisted = &step;
     for (long row = own.begin; row < own.end; ++row) {
-      const State* extra = nullptr;
-      if (several) {
-        State* kept = ws.inject + row * rec.hidden;
-        for (int col = 0; stale && col < rec.hidden; col += W)
-          store(kept + col, sum(step.inject, step.num_inject, row, col));
-        extra = kept;
-      } else if (step.num_inject == 1) {
-        extra = value(step.inject[0], row);
-      }
+      State* kept = ws.inject + row * rec.hidden;
       for (int col = 0; col < rec.hidden; col += W) {
         V h = sum(step.state, step.num_state, row, col);
-        if (extra) h = round_as(type, h + load(extra + col));
+        if (step.num_inject) {
+          const V extra = step.sum == Sum::kept
+                              ? load(kept + col)
+                              : sum(step.inject, step.num_inject, row, col);
+          if (step.sum == Sum::formed) store(kept + col, extra);
+          h = round_as(type, h + extra);
+        }
         store(ws.x.at(row, col), h);
       }
     }
@@ -110,7 +90,6 @@ struct Group {
       for (int col = 0; col < rec.hidden; col += W)
         store(out + col, load(h.y.at(row, col)) * h.scale[row]);
     }
-    if (hoisted && injects(*hoisted, step.write)) hoisted = nullptr;
     team.clock->lap(Phase::inject);
   }
 };

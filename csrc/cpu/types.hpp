@@ -40,12 +40,16 @@ struct PackedNet {
   int num_blocks;
 };
 
+// What becomes of the sum over the injected states: recurx/program.py decides which are shared.
+enum class Sum : int { own, formed, kept };  // of this step alone; formed and kept; kept earlier
+
 // write <- N_net( sum(state) + (sum(inject)) ); state 0 is x, which no step writes.
 struct Step {
   int net, write;
   int num_state, num_inject;
   const int* state;
   const int* inject;
+  Sum sum = Sum::own;
 };
 
 struct Recursion {

@@ -30,7 +30,7 @@ struct Workspace {
   int head_stride;
   Mat<Act> mixed, middle;        // attention's output; silu(gate) * up
   float* sums;                   // [D / kSumColumns][rows_pad][W]: partial sums of squares
-  typename Core::State* inject;  // [rows, D]: the sum of the step's inject states
+  typename Core::State* inject;  // [rows, D]: the injected sum that is kept
 
   // of this thread
   float *scale_a, *scale_b, *scale_q;  // [rows_pad]

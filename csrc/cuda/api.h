@@ -26,8 +26,14 @@ int rx_cuda_device_count(int* count, int* driver_version, int* runtime_version);
  * hidden], contiguous and 16-byte aligned. */
 enum { kRxMaxStates = 8, kRxMaxReads = 8, kRxMaxNets = 2, kRxMaxBlocks = 8 };
 
+enum { kRxSumOwn, kRxSumFormed, kRxSumKept };
+
+/* recurx/program.py decides sum and stays, a kernel may make use of them. */
 typedef struct {
   int32_t net, write, num_state, num_inject;
+  int32_t sum;   /* over inject: of this call alone; formed and kept for others; kept earlier */
+  int32_t stays; /* 1: the next call overwrites state[write] and reads it as its first operand
+                    alone, so nobody needs a copy in global memory */
   int32_t state[kRxMaxReads], inject[kRxMaxReads]; /* indices of states; num_states means x */
 } RxCall;
 

@@ -3,8 +3,7 @@
 //   input(call) = sum(state) + (sum(inject)), each sum left to right, every partial sum in bf16.
 //
 // A state lives in states_in until a call of this launch wrote it, then in states_out; the running
-// state may be resident on chip and its copy in global memory stale. The rules here read the call
-// table alone, so all threads, and all CTAs of a sample, decide alike.
+// state may be resident on chip and its copy in global memory stale (RxCall.stays).
 #pragma once
 #include "api.h"
 #include "rx/common.cuh"
@@ -27,40 +26,6 @@ RX_DEVICE uint4 scale_rounded(uint4 a, float factor) {
     return pack_bf16(u.x * factor, u.y * factor);
   };
   return make_uint4(scale(a.x), scale(a.y), scale(a.z), scale(a.w));
-}
-
-RX_DEVICE bool reads(const int32_t* list, int count, int state) {
-  for (int i = 0; i < count; i++)
-    if (list[i] == state) return true;
-  return false;
-}
-
-RX_DEVICE bool same_inject(const RxCall& a, const RxCall& b) {
-  if (a.num_inject != b.num_inject) return false;
-  for (int i = 0; i < a.num_inject; i++)
-    if (a.inject[i] != b.inject[i]) return false;
-  return true;
-}
-
-// After call k the running state holds what it wrote. True if the next call overwrites that state
-// and reads it nowhere but as its first operand: then nobody needs a copy in global memory.
-RX_DEVICE bool stays_resident(const RxCall* calls, int k, int num_calls) {
-  if (k + 1 >= num_calls) return false;
-  const RxCall &now = calls[k], &next = calls[k + 1];
-  return next.write == now.write && next.state[0] == now.write &&
-         !reads(next.state + 1, next.num_state - 1, now.write) &&
-         !reads(next.inject, next.num_inject, now.write);
-}
-
-// True if the sum over call k's inject is wanted again: worth keeping (z_H + x of a TRM cycle).
-RX_DEVICE bool inject_is_reused(const RxCall* calls, int k, int num_calls) {
-  return k + 1 < num_calls && calls[k].num_inject > 1 && same_inject(calls[k], calls[k + 1]) &&
-         !reads(calls[k].inject, calls[k].num_inject, calls[k].write);
-}
-
-// True if call k - 1 kept the sum that call k needs.
-RX_DEVICE bool inject_was_kept(const RxCall* calls, int k, int first) {
-  return k > first && inject_is_reused(calls, k - 1, k + 1);
 }
 
 // Where the value of state `i` is: x, what came in, or what a call of this launch wrote.

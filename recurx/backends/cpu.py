@@ -9,23 +9,24 @@ edit through `.data` that changes only elements outside the sample goes unseen; 
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from recurx.backends import Backend
-from recurx.backends.packed import WeightCache
+from recurx.backends.weight_cache import WeightCache
 from recurx.errors import no_compiled_module
-from recurx.nets import ATTENTION, BlockSpec, NetSpec
+from recurx.nets import ATTENTION, BlockSpec, Net, NetSpec
 from recurx.operands import Operands, Span
 from recurx.plan.cpu import engine_threads
 from recurx.problem import Problem
-from recurx.schedule import INPUT
+from recurx.program import lower
 
 MAX_PACKED = 16  # nets kept packed; a full-size TRM net is 14 MB in bf16, 27 MB in fp32
 MAX_TOKENS = 4096
@@ -39,7 +40,7 @@ def _load() -> tuple[ModuleType | None, str]:
         from recurx import _C
     except ImportError as error:
         return None, no_compiled_module(error)
-    if not hasattr(_C, "cpu_run"):
+    if not hasattr(_C, "Program"):
         return None, "needs a recurx._C with the CPU engine; rebuild it"
     return _C, ""
 
@@ -49,7 +50,7 @@ class PackedWeights:
 
     def __init__(self, module: ModuleType, limit: int = MAX_PACKED) -> None:
         self._module = module
-        self._cache = WeightCache(limit, self._fingerprint)
+        self._cache = WeightCache(limit, module.cpu_fingerprint)
 
     def get(self, spec: NetSpec, weights: Sequence[Tensor], bf16: bool, isa: str) -> Any:
         """The packed net; packs if it is new or if a weight changed since."""
@@ -63,13 +64,8 @@ class PackedWeights:
     def __len__(self) -> int:
         return len(self._cache)
 
-    def _fingerprint(self, weights: Sequence[Tensor]) -> Hashable:
-        spans = [(w.data_ptr(), w.numel() * w.element_size()) for w in weights if w.is_contiguous()]
-        fingerprint: Hashable = self._module.cpu_fingerprint(spans)
-        return fingerprint
-
     def _pack(self, spec: NetSpec, weights: Sequence[Tensor], bf16: bool, isa: str) -> Any:
-        plain = [_plain(weight) for weight in weights]
+        plain = [_plain(weight) for weight in Net(spec, weights).weights]  # checked here
         blocks = [_block_tuple(block) for block in spec.blocks]
         pointers = [(w.data_ptr(), w.dtype == torch.bfloat16) for w in plain]
         return self._module.cpu_pack(blocks, pointers, bf16, isa)
@@ -94,6 +90,17 @@ def _block_tuple(block: BlockSpec) -> tuple[bool, int, int, int, int, int, int, 
     )
 
 
+class _Ready(NamedTuple):
+    """What a call needs beside its tensors."""
+
+    program: Any  # of the compiled module
+    nets: tuple[tuple[NetSpec, slice], ...]  # the weights of each net in the flat list
+    shape: tuple[int, int, int]
+    rows: int  # B * T
+    weights: int  # values of all weights that the calls read, each call's counted
+    threads: int  # how many there are
+
+
 class Cpu(Backend):
     name = "cpu"
     device_types = ("cpu",)
@@ -105,6 +112,7 @@ class Cpu(Backend):
         self._missing: str | None = None
         self._packed: PackedWeights | None = None
         self._lock = threading.Lock()
+        self._ready = functools.lru_cache(maxsize=256)(self._prepare)
 
     def _engine(self) -> tuple[ModuleType | None, PackedWeights | None]:
         with self._lock:
@@ -151,41 +159,48 @@ class Cpu(Backend):
     def run(self, problem: Problem, operands: Operands, span: Span) -> list[Tensor]:
         module, cache = self._engine()
         assert module is not None and cache is not None, "checked by why_unavailable"
-        names = (INPUT, *problem.schedule.states)
-        index = {name: i for i, name in enumerate(names)}
-        nets = problem.bind(operands.weights)
-        order = list(nets)
-        steps = [
-            (
-                order.index(step.net),
-                index[step.write],
-                [index[name] for name in step.state],
-                [index[name] for name in step.inject],
-            )
-            for step in problem.schedule.steps[span.start : span.stop]
-        ]
-        sizes = [sum(weight.numel() for weight in net.weights) for net in nets.values()]
-        threads = engine_threads(
-            problem.batch * problem.tokens,
-            sum(sizes[net] for net, *_ in steps),
-            max(1, min(torch.get_num_threads(), os.cpu_count() or 1)),
-        )
-        isa, bf16 = module.cpu_isa(), problem.dtype == torch.bfloat16
-        packed = [cache.get(net.spec, net.weights, bf16, isa) for net in nets.values()]
-        inputs = [state.detach().contiguous() for state in (operands.x, *operands.states)]
+        ready = self._ready(problem, span, torch.get_num_threads())
+        isa, bf16 = module.cpu_isa(), problem.dtype is torch.bfloat16
+        packed = [cache.get(spec, operands.weights[cut], bf16, isa) for spec, cut in ready.nets]
+        inputs = [state.contiguous() for state in (operands.x, *operands.states)]
         outputs = [torch.empty_like(state) for state in inputs[1:]]
-        tables = operands.float_rope()
+        rope = operands.float_rope()
         module.cpu_run(
             packed,
-            steps,
-            (problem.batch, problem.tokens, problem.hidden),
+            ready.program,
+            ready.shape,
             [state.data_ptr() for state in inputs],
             [0, *(state.data_ptr() for state in outputs)],
-            tables[0].data_ptr() if tables else 0,
-            tables[1].data_ptr() if tables else 0,
-            threads,
+            rope[0].data_ptr() if rope else 0,
+            rope[1].data_ptr() if rope else 0,
+            engine_threads(ready.rows, ready.weights, ready.threads),
         )
         return outputs
+
+    def _prepare(self, problem: Problem, span: Span, threads: int) -> _Ready:
+        module, _ = self._engine()
+        assert module is not None, "checked by why_unavailable"
+        calls = lower(problem.schedule, span).calls
+        order = [name for name, _ in problem.nets]
+        steps = [
+            (
+                order.index(call.net), call.write, call.state, call.inject,
+                0 if call.shared is None else 1 if call.forms else 2,
+            )
+            for call in calls
+        ]  # fmt: skip
+        sizes = {
+            name: sum(rows * columns for b in spec.blocks for rows, columns in b.weight_shapes)
+            for name, spec in problem.nets
+        }
+        return _Ready(
+            module.Program(steps),
+            tuple((spec, cut) for (_, spec), cut in zip(problem.nets, problem.cuts, strict=True)),
+            (problem.batch, problem.tokens, problem.hidden),
+            problem.batch * problem.tokens,
+            sum(sizes[call.net] for call in calls),
+            max(1, min(threads, os.cpu_count() or 1)),
+        )
 
 
 BACKEND = Cpu()

@@ -23,22 +23,24 @@ import torch
 from torch import Tensor
 
 from recurx.backends import Backend, cuda_abi, cuda_grid
-from recurx.backends.packed import WeightCache, device_words
-from recurx.errors import (
-    BackendUnavailable,
-    CudaError,
-    bad_argument,
-    how_to_compile,
-    no_compiled_module,
+from recurx.backends.cuda_launch import (
+    Launch,
+    blocks,
+    call_words,
+    check_inputs,
+    describe,
 )
+from recurx.backends.cuda_timeline import KernelTimeline
+from recurx.backends.weight_cache import WeightCache
+from recurx.errors import BackendUnavailable, CudaError, how_to_compile, no_compiled_module
 from recurx.fp8 import codes_of
-from recurx.nets import ATTENTION, BlockSpec, Net
+from recurx.nets import Net, NetSpec
 from recurx.operands import Operands, Span
+from recurx.packed import device_words
 from recurx.plan.cuda import KINDS, OWNER_PLANS, Shapes, candidates, refusals
 from recurx.plan.device import Device
 from recurx.plan.launch import LaunchPlan
 from recurx.problem import Problem
-from recurx.schedule import INPUT, Schedule
 
 MAX_TAPES = 16  # nets kept packed; a full-size TRM net is 14 MB
 ALIGNMENT = 16  # bytes: states are read 16 bytes at a time
@@ -67,7 +69,12 @@ class Cuda(Backend):
         self._library: cuda_abi.Library | None = None
         self._missing: str | None = None
         self.tapes = WeightCache(MAX_TAPES)
-        self._timeline: Timeline | None = None
+        self._timeline: KernelTimeline | None = None
+        # What does not depend on the tensors is found out once, and looked up after that.
+        remember = functools.lru_cache(maxsize=256)
+        self._why_not, self._pick = remember(self._find_why_not), remember(self._find_plan)
+        self._described = remember(self._find_description)
+        self._launch = remember(self._find_launch)
 
     # ---- can it run ------------------------------------------------------------------------
 
@@ -93,10 +100,7 @@ class Cuda(Backend):
         return None
 
     def why_unsupported(self, problem: Problem) -> str | None:
-        device = self.plan_device(problem.device_type)
-        if candidates(problem, device, self.owner_plans, self._kinds()):
-            return None
-        return "; ".join(refusals(problem, device, self.owner_plans, self._kinds()))
+        return self._why_not(problem, self._kinds())
 
     def plan(
         self, problem: Problem, device: torch.device | str | None = None, fp8: bool = False
@@ -105,9 +109,11 @@ class Cuda(Backend):
 
         Args:
             fp8: with weights that `recurx.quantize` made.
+
+        Raises:
+            BackendUnavailable: nothing fits; the message gives the reason of each kind.
         """
-        device = self.plan_device(device or problem.device_type)
-        return _pick(problem, device, self.owner_plans, self._kinds(), fp8)
+        return self._pick(problem, device or problem.device_type, self._kinds(), fp8)
 
     def _kinds(self) -> tuple[str, ...]:
         """Kinds of plan that the build holds; the owner kernels alone write a timeline."""
@@ -118,28 +124,43 @@ class Cuda(Backend):
     def plan_device(self, device: torch.device | str) -> Device:
         return Device.of(device) if self._device is None else self._device
 
+    def _find_why_not(self, problem: Problem, kinds: tuple[str, ...]) -> str | None:
+        device = self.plan_device(problem.device_type)
+        if candidates(problem, device, self.owner_plans, kinds):
+            return None
+        return "; ".join(refusals(problem, device, self.owner_plans, kinds))
+
+    def _find_plan(
+        self, problem: Problem, at: torch.device | str, kinds: tuple[str, ...], fp8: bool
+    ) -> LaunchPlan:
+        device = self.plan_device(at)
+        plans = candidates(problem, device, self.owner_plans, kinds, fp8)
+        if not plans:
+            reasons = "; ".join(refusals(problem, device, self.owner_plans, kinds))
+            raise BackendUnavailable(f"recurx.recurse: backend 'cuda': {reasons}")
+        return min(plans, key=lambda plan: (plan.seconds(device), plan.settings))
+
     # ---- run it ----------------------------------------------------------------------------
 
     def run(self, problem: Problem, operands: Operands, span: Span) -> list[Tensor]:
         check_inputs(problem, operands)
-        x, states = operands.x, operands.states
+        x, states, device = operands.x, operands.states, operands.x.device
         if span.start == span.stop or problem.batch == 0:
             return [state.clone(memory_format=torch.contiguous_format) for state in states]
         library = self.library()
         assert library is not None, "checked by why_unavailable"
         fp8 = all(codes_of(weight) is not None for weight in operands.weights)
-        plan = self.plan(problem, x.device, fp8)
-        with self.on(x.device) as stream:
-            ready = operands._replace(
-                x=_aligned(x.detach()), states=tuple(_aligned(s.detach()) for s in states)
-            )
-            outputs = [self.new(tuple(x.shape), x.dtype, x.device) for _ in states]
+        plan = self.plan(problem, device, fp8)
+        launch = self._launch(problem, span, plan)
+        with self.on(device) as stream:
+            ready = operands._replace(x=_aligned(x), states=tuple(map(_aligned, states)))
+            outputs = [self.new(x.shape, x.dtype, device) for _ in states]
             p, kept = self.describe(plan.kind, problem, ready, outputs, span, stream, fp8)
-            entry, settings, size = _launch(library, plan, p)
-            scratch = self.new((size,), torch.uint8, x.device)
-            p.scratch, p.scratch_bytes = scratch.data_ptr(), size
-            with self._recorded(p, plan, x.device):
-                library.call(entry, p, settings, stream)
+            scratch = self.new((launch.scratch_bytes,), torch.uint8, device)
+            p.scratch, p.scratch_bytes = scratch.data_ptr(), launch.scratch_bytes
+            if self._timeline is not None:
+                self._timeline.record(p, plan["owners"], device)
+            library.call(launch.entry, p, launch.settings, stream)
             del kept  # until here: the stream orders what comes later after this launch
         return outputs
 
@@ -152,7 +173,7 @@ class Cuda(Backend):
         span: Span,
         stream: ctypes.c_void_p | None,
         fp8: bool = False,
-    ) -> tuple[cuda_abi.Recursion, list[Tensor]]:
+    ) -> tuple[cuda_abi.RxRecursion, list[Tensor]]:
         """The RxRecursion of the calls of `span` without its scratch, and what it points to.
 
         Args:
@@ -160,26 +181,35 @@ class Cuda(Backend):
             fp8: the weights are quantised; the grid kernel reads their codes.
             operands: x and the states contiguous and aligned, as are the outputs.
         """
-        library, x = self.library(), operands.x
-        assert library is not None, "checked by why_unavailable"
-        tables = [_aligned(table) for table in operands.float_rope() or ()]
-        calls = _calls(problem, span, x.device)
-        p = cuda_abi.Recursion(
-            problem.batch, problem.tokens, problem.hidden, len(outputs), len(problem.nets),
-            span.stop - span.start, calls=calls.data_ptr(), x=x.data_ptr(),
-        )  # fmt: skip
+        x, rope = operands.x, operands.float_rope()
+        sizes, calls = self._described(problem, span, x.device)
+        p = cuda_abi.RxRecursion.from_buffer_copy(sizes)
+        p.x = x.data_ptr()
+        tables = [_aligned(table) for table in rope or ()]
         if tables:
             p.cos, p.sin = (table.data_ptr() for table in tables)
+        states_in, states_out, nets = p.states_in, p.states_out, p.nets
         for i, (state, out) in enumerate(zip(operands.states, outputs, strict=True)):
-            p.states_in[i], p.states_out[i] = state.data_ptr(), out.data_ptr()
-        tapes = [
-            self._tape(library, kind, net, problem.tokens, x.device, stream, fp8)
-            for net in problem.bind(operands.weights).values()
-        ]
-        for i, ((_, spec), tape) in enumerate(zip(problem.nets, tapes, strict=True)):
-            p.nets[i].num_blocks, p.nets[i].tape = len(spec.blocks), tape.data_ptr()
-            p.nets[i].blocks[: len(spec.blocks)] = [_block(block) for block in spec.blocks]
+            states_in[i], states_out[i] = state.data_ptr(), out.data_ptr()
+        tapes = []
+        for i, ((_, spec), cut) in enumerate(zip(problem.nets, problem.cuts, strict=True)):
+            tape = self._tape(kind, spec, operands.weights[cut], problem.tokens, stream, fp8)
+            nets[i].tape = tape.data_ptr()
+            tapes.append(tape)
         return p, [x, *operands.states, *outputs, *tables, calls, *tapes]
+
+    def _find_description(
+        self, problem: Problem, span: Span, device: torch.device
+    ) -> tuple[cuda_abi.RxRecursion, Tensor]:
+        """An RxRecursion that points to the calls alone, and those, on `device`."""
+        p, calls = describe(problem, span), device_words(call_words(problem, span), device)
+        p.calls = calls.data_ptr()
+        return p, calls
+
+    def _find_launch(self, problem: Problem, span: Span, plan: LaunchPlan) -> Launch:
+        library = self.library()
+        assert library is not None, "checked by why_unavailable"
+        return Launch.of(library, plan, describe(problem, span))
 
     def new(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Uninitialised memory that a kernel writes."""
@@ -196,11 +226,10 @@ class Cuda(Backend):
 
     def _tape(
         self,
-        library: cuda_abi.Library,
         kind: str,
-        net: Net,
+        spec: NetSpec,
+        weights: Sequence[Tensor],
         tokens: int,
-        device: torch.device,
         stream: ctypes.c_void_p | None,
         fp8: bool,
     ) -> Tensor:
@@ -211,31 +240,36 @@ class Cuda(Backend):
         """
 
         def make(_: Any) -> Tensor:
-            if kind == "grid":
-                return cuda_grid.pack(net.spec, net.weights, fp8)
-            rounded = [w.detach().to(torch.bfloat16).contiguous() for w in net.weights]
-            blocks = net.spec.blocks
-            p = cuda_abi.Pack(net.spec.hidden, tokens, len(blocks))
-            p.blocks[: len(blocks)] = [_block(block) for block in blocks]
-            p.weights[: len(rounded)] = [weight.data_ptr() for weight in rounded]
-            family = cuda_abi.FAMILIES[kind]
-            size = library.bytes_of(f"rx_{family}_tape_bytes", p)
-            tape = torch.empty(size, dtype=torch.uint8, device=device)
-            p.tape = tape.data_ptr()
-            library.call(f"rx_{family}_pack", p, stream)
-            return tape
+            return self._pack(kind, Net(spec, weights), tokens, stream, fp8)  # checks the weights
 
-        if _captured_outside(device):
+        if _captured_outside(weights[0].device):
             return make(None)
         # The token MLP's tape depends on T, which its spec holds; attention's does not.
-        key = (kind, fp8, net.spec) if kind == "grid" else (kind, net.spec)
-        tape: Tensor = self.tapes.get(key, net.weights, make)
+        tape: Tensor = self.tapes.get((kind, fp8 and kind == "grid", spec), weights, make)
+        return tape
+
+    def _pack(
+        self, kind: str, net: Net, tokens: int, stream: ctypes.c_void_p | None, fp8: bool
+    ) -> Tensor:
+        if kind == "grid":
+            return cuda_grid.pack(net.spec, net.weights, fp8)
+        library = self.library()
+        assert library is not None, "checked by why_unavailable"
+        rounded = [w.detach().to(torch.bfloat16).contiguous() for w in net.weights]
+        p = cuda_abi.RxPack(net.spec.hidden, tokens, len(net.spec.blocks))
+        p.blocks[: p.num_blocks] = blocks(net.spec)
+        p.weights[: len(rounded)] = [weight.data_ptr() for weight in rounded]
+        family = cuda_abi.FAMILIES[kind]
+        size = library.bytes_of(f"rx_{family}_tape_bytes", p)
+        tape = torch.empty(size, dtype=torch.uint8, device=rounded[0].device)
+        p.tape = tape.data_ptr()
+        library.call(f"rx_{family}_pack", p, stream)
         return tape
 
     # ---- the in-kernel timeline ------------------------------------------------------------
 
     @contextlib.contextmanager
-    def timeline(self, events_per_owner: int = 4096) -> Iterator[Timeline]:
+    def timeline(self, events_per_owner: int = 4096) -> Iterator[KernelTimeline]:
         """Inside, launches record when which phase ran; read `.events` after the block.
 
         Raises:
@@ -247,113 +281,11 @@ class Cuda(Backend):
                 "recurx: these kernels record no timeline; build with "
                 "RECURX_TIMELINE=1 python csrc/native_build.py"
             )
-        self._timeline = Timeline(events_per_owner)
+        self._timeline = KernelTimeline(events_per_owner)
         try:
             yield self._timeline
         finally:
             self._timeline = None
-
-    @contextlib.contextmanager
-    def _recorded(
-        self, p: cuda_abi.Recursion, plan: LaunchPlan, device: torch.device
-    ) -> Iterator[None]:
-        if self._timeline is None:
-            yield
-            return
-        size = plan["owners"] * self._timeline.events_per_owner * ctypes.sizeof(cuda_abi.Event)
-        buffer = torch.zeros(size, dtype=torch.uint8, device=device)
-        p.timeline, p.timeline_events = buffer.data_ptr(), self._timeline.events_per_owner
-        yield
-        self._timeline.buffers.append(buffer)
-
-
-class Timeline:
-    """What the launches of a `with backend.timeline()` block wrote."""
-
-    def __init__(self, events_per_owner: int) -> None:
-        self.events_per_owner = events_per_owner
-        self.buffers: list[Tensor] = []
-
-    @property
-    def events(self) -> list[dict[str, int | str]]:
-        """{"owner", "call", "block", "phase", "sample", "start_ns", "end_ns"} of each phase.
-
-        Launch after launch, owner after owner, in the order of time. Waits for the device.
-        """
-        found = []
-        for buffer in self.buffers:
-            raw = buffer.cpu().numpy().tobytes()
-            records = (
-                cuda_abi.Event * (len(raw) // ctypes.sizeof(cuda_abi.Event))
-            ).from_buffer_copy(raw)
-            for index, event in enumerate(records):
-                if event.end_ns:
-                    found.append(
-                        {
-                            "owner": index // self.events_per_owner,
-                            "call": event.call,
-                            "block": event.block,
-                            "phase": cuda_abi.PHASES[event.phase],
-                            "sample": event.sample,
-                            "start_ns": event.start_ns,
-                            "end_ns": event.end_ns,
-                        }
-                    )
-        return found
-
-    def table(self) -> str:
-        """Time and share of each phase, summed over owners, the longest first."""
-        total: dict[str, int] = {}
-        for event in self.events:
-            phase, took = str(event["phase"]), int(event["end_ns"]) - int(event["start_ns"])
-            total[phase] = total.get(phase, 0) + took
-        whole = max(1, sum(total.values()))
-        rows = sorted(total.items(), key=lambda item: -item[1])
-        return "\n".join(
-            ["| phase | us | share |", "|---|---|---|"]
-            + [f"| {phase} | {ns / 1e3:.1f} | {ns / whole:.1%} |" for phase, ns in rows]
-        )
-
-
-# ---- from recurx's values to the C interface ----------------------------------------------
-
-
-def check_inputs(problem: Problem, operands: Operands) -> None:
-    """Everything a kernel takes on trust: number of states, shapes, dtype, one device.
-
-    Raises:
-        InvalidArgument: one of them is not as `problem` says.
-    """
-    x, states = operands.x, operands.states
-    names = (INPUT, *problem.schedule.states)
-    shape = (problem.batch, problem.tokens, problem.hidden)
-    if len(states) + 1 != len(names):
-        raise bad_argument("recurse", "carry", f"{len(names) - 1} states", len(states))
-    for name, tensor in zip(names, (x, *states), strict=True):
-        if tuple(tensor.shape) != shape or tensor.dtype != torch.bfloat16:
-            expected = f"bfloat16 {list(shape)}"
-            raise bad_argument("recurse", name, expected, f"{tensor.dtype} {list(tensor.shape)}")
-        if tensor.device != x.device:
-            raise bad_argument(
-                "recurse", name, f"a tensor on {x.device}", f"one on {tensor.device}"
-            )
-
-
-def _launch(
-    library: cuda_abi.Library, plan: LaunchPlan, p: cuda_abi.Recursion
-) -> tuple[str, ctypes.Structure, int]:
-    """The entry that runs a plan, the plan as its struct, and the bytes of scratch it needs."""
-    family, settings = cuda_abi.FAMILIES[plan.kind], _settings(plan)
-    size = library.bytes_of(f"rx_{family}_scratch_bytes", p, settings)
-    return f"rx_{family}_run", settings, size
-
-
-def _settings(plan: LaunchPlan) -> ctypes.Structure:
-    if plan.kind == "grid":
-        return cuda_grid.settings(plan)
-    if plan.kind == "cluster":
-        return cuda_abi.ClusterPlan(plan["cluster"])
-    return cuda_abi.OwnerPlan(*(plan[name] for name in ("owners", "samples", "tiles")))
 
 
 def _captured_outside(device: torch.device) -> bool:
@@ -365,43 +297,6 @@ def _aligned(tensor: Tensor) -> Tensor:
     """Contiguous and 16-byte aligned: a view into the middle of a buffer is copied."""
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
-
-
-def _block(block: BlockSpec) -> cuda_abi.Block:
-    token_mlp = block.kind != ATTENTION
-    return cuda_abi.Block(token_mlp, block.inner, block.num_heads, block.token_inner, block.eps)
-
-
-def _calls(problem: Problem, span: Span, device: torch.device) -> Tensor:
-    """RxCall of the calls of `span`, as words on the device; made once."""
-    nets = tuple(name for name, _ in problem.nets)
-    return device_words(call_words(problem.schedule, nets, span), device)
-
-
-@functools.lru_cache(maxsize=256)
-def call_words(schedule: Schedule, nets: tuple[str, ...], span: Span) -> tuple[int, ...]:
-    """The calls as the int32 words of RxCall; a state by its index in `schedule.states`, x last."""
-    index = {name: i for i, name in enumerate((*schedule.states, INPUT))}
-    words: list[int] = []
-    for step in schedule.steps[span.start : span.stop]:
-        call = cuda_abi.Call(
-            nets.index(step.net), index[step.write], len(step.state), len(step.inject)
-        )
-        call.state[: len(step.state)] = [index[name] for name in step.state]
-        call.inject[: len(step.inject)] = [index[name] for name in step.inject]
-        words += (ctypes.c_int32 * (ctypes.sizeof(call) // 4)).from_buffer(call)
-    return tuple(words)
-
-
-@functools.lru_cache(maxsize=256)
-def _pick(
-    problem: Problem, device: Device, owner_plans: Shapes, kinds: tuple[str, ...], fp8: bool
-) -> LaunchPlan:
-    plans = candidates(problem, device, owner_plans, kinds, fp8)
-    if not plans:
-        reasons = "; ".join(refusals(problem, device, owner_plans, kinds))
-        raise BackendUnavailable(f"recurx.recurse: backend 'cuda': {reasons}")
-    return min(plans, key=lambda plan: (plan.seconds(device), plan.settings))
 
 
 def _compiled_module() -> ModuleType:

@@ -1,8 +1,8 @@
 """The C interface of the GPU kernels (csrc/cuda/api.h) as Python sees it: structs and entries.
 
 The entries come from the compiled module, which gives their addresses, or from any shared library
-that exports them (tests run emulated builds). Field for field the structs mirror api.h; `Library`
-refuses a build whose structs have other sizes.
+that exports them (tests run emulated builds). Field for field the structs mirror those of the same
+names in api.h; `Library` refuses a build whose structs have other sizes.
 """
 
 from __future__ import annotations
@@ -25,22 +25,24 @@ from typing import Any
 from recurx.errors import CudaError
 from recurx.plan.cuda import MAX_BLOCKS, MAX_NETS, MAX_READS, MAX_STATES
 
+SUM_OWN, SUM_FORMED, SUM_KEPT = range(3)  # RxCall.sum
+
 # Phases of the in-kernel timeline, in the order of csrc/cuda/owner_sm80/timeline.cuh.
 PHASES = ("input", "token_mlp", "qkv", "attention", "o", "gate_up", "down", "store")
 
 
-class Call(Structure):
-    """RxCall: one net call on states by index; index `num_states` is x."""
+class RxCall(Structure):
+    """One net call on states by index; index `num_states` is x."""
 
     _fields_ = [
-        *((name, c_int32) for name in ("net", "write", "num_state", "num_inject")),
+        *((name, c_int32) for name in ("net", "write", "num_state", "num_inject", "sum", "stays")),
         ("state", c_int32 * MAX_READS),
         ("inject", c_int32 * MAX_READS),
     ]
 
 
-class Block(Structure):
-    """RxBlock."""
+class RxBlock(Structure):
+    """Sizes of one block of a net."""
 
     _fields_ = [
         *((name, c_int32) for name in ("token_mlp", "inner", "heads", "token_inner")),
@@ -48,14 +50,14 @@ class Block(Structure):
     ]
 
 
-class Net(Structure):
-    """RxNet."""
+class RxNet(Structure):
+    """The blocks of a net and its packed weights."""
 
-    _fields_ = [("num_blocks", c_int32), ("blocks", Block * MAX_BLOCKS), ("tape", c_void_p)]
+    _fields_ = [("num_blocks", c_int32), ("blocks", RxBlock * MAX_BLOCKS), ("tape", c_void_p)]
 
 
-class Event(Structure):
-    """RxEvent: one phase of the in-kernel timeline."""
+class RxEvent(Structure):
+    """One phase of the in-kernel timeline."""
 
     _fields_ = [
         *((name, c_int32) for name in ("call", "block", "phase", "sample")),
@@ -64,8 +66,8 @@ class Event(Structure):
     ]
 
 
-class Recursion(Structure):
-    """RxRecursion: a problem with its memory."""
+class RxRecursion(Structure):
+    """A problem with its memory."""
 
     _fields_ = [
         *(
@@ -73,7 +75,7 @@ class Recursion(Structure):
             for name in ("batch", "tokens", "hidden", "num_states", "num_nets", "num_calls")
         ),
         ("calls", c_void_p),
-        ("nets", Net * MAX_NETS),
+        ("nets", RxNet * MAX_NETS),
         *((name, c_void_p) for name in ("x", "cos", "sin")),
         ("states_in", c_void_p * MAX_STATES),
         ("states_out", c_void_p * MAX_STATES),
@@ -84,25 +86,25 @@ class Recursion(Structure):
     ]
 
 
-class Pack(Structure):
-    """RxPack: the weights of one net, and where their tape goes."""
+class RxPack(Structure):
+    """The weights of one net, and where their tape goes."""
 
     _fields_ = [
         *((name, c_int32) for name in ("hidden", "tokens", "num_blocks")),
-        ("blocks", Block * MAX_BLOCKS),
+        ("blocks", RxBlock * MAX_BLOCKS),
         ("weights", c_void_p * (4 * MAX_BLOCKS)),
         ("tape", c_void_p),
     ]
 
 
-class OwnerPlan(Structure):
-    """RxOwnerPlan."""
+class RxOwnerPlan(Structure):
+    """Settings of a plan of kind "owner"."""
 
     _fields_ = [(name, c_int32) for name in ("owners", "samples", "tiles")]
 
 
-class Solve(Structure):
-    """RxSolve: a queue of samples for the owner kernel, its heads, and where answers go."""
+class RxSolve(Structure):
+    """A queue of samples for the owner kernel, its heads, and where answers go."""
 
     _fields_ = [
         *(
@@ -120,8 +122,8 @@ class Solve(Structure):
     ]
 
 
-class GridPlan(Structure):
-    """RxGridPlan."""
+class RxGridPlan(Structure):
+    """Settings of a plan of kind "grid"."""
 
     _fields_ = [
         ("ctas", c_int32),
@@ -132,15 +134,16 @@ class GridPlan(Structure):
     ]
 
 
-class ClusterPlan(Structure):
-    """RxClusterPlan."""
+class RxClusterPlan(Structure):
+    """Settings of a plan of kind "cluster"."""
 
     _fields_ = [("cluster", c_int32)]
 
 
 # In the order of rx_struct_sizes.
 _MIRRORED = (
-    Call, Block, Net, Event, Recursion, Pack, Solve, OwnerPlan, GridPlan, ClusterPlan,
+    RxCall, RxBlock, RxNet, RxEvent, RxRecursion, RxPack, RxSolve, RxOwnerPlan, RxGridPlan,
+    RxClusterPlan,
 )  # fmt: skip
 
 # The kernel family of each kind of plan, as its entries are named.
@@ -148,22 +151,22 @@ FAMILIES = {"owner": "owner_sm80", "grid": "grid_sm80", "cluster": "cluster_sm90
 
 # Entries that return an error code, and those that return a number of bytes.
 _CODES = {
-    "rx_owner_sm80_run": [POINTER(Recursion), POINTER(OwnerPlan), c_void_p],
-    "rx_owner_sm80_solve": [POINTER(Recursion), POINTER(OwnerPlan), POINTER(Solve), c_void_p],
-    "rx_owner_sm80_pack": [POINTER(Pack), c_void_p],
-    "rx_grid_sm80_run": [POINTER(Recursion), POINTER(GridPlan), c_void_p],
-    "rx_cluster_sm90a_run": [POINTER(Recursion), POINTER(ClusterPlan), c_void_p],
-    "rx_cluster_sm90a_pack": [POINTER(Pack), c_void_p],
+    "rx_owner_sm80_run": [POINTER(RxRecursion), POINTER(RxOwnerPlan), c_void_p],
+    "rx_owner_sm80_solve": [POINTER(RxRecursion), POINTER(RxOwnerPlan), POINTER(RxSolve), c_void_p],
+    "rx_owner_sm80_pack": [POINTER(RxPack), c_void_p],
+    "rx_grid_sm80_run": [POINTER(RxRecursion), POINTER(RxGridPlan), c_void_p],
+    "rx_cluster_sm90a_run": [POINTER(RxRecursion), POINTER(RxClusterPlan), c_void_p],
+    "rx_cluster_sm90a_pack": [POINTER(RxPack), c_void_p],
 }
 _BYTES = {
-    "rx_owner_sm80_scratch_bytes": [POINTER(Recursion), POINTER(OwnerPlan)],
-    "rx_owner_sm80_shared_bytes": [POINTER(Recursion), POINTER(OwnerPlan)],
-    "rx_owner_sm80_tape_bytes": [POINTER(Pack)],
-    "rx_grid_sm80_scratch_bytes": [POINTER(Recursion), POINTER(GridPlan)],
-    "rx_grid_sm80_fixed_shared_bytes": [POINTER(Recursion), POINTER(GridPlan)],
-    "rx_grid_sm80_tape_bytes": [POINTER(Pack), c_int32],
-    "rx_cluster_sm90a_scratch_bytes": [POINTER(Recursion), POINTER(ClusterPlan)],
-    "rx_cluster_sm90a_tape_bytes": [POINTER(Pack)],
+    "rx_owner_sm80_scratch_bytes": [POINTER(RxRecursion), POINTER(RxOwnerPlan)],
+    "rx_owner_sm80_shared_bytes": [POINTER(RxRecursion), POINTER(RxOwnerPlan)],
+    "rx_owner_sm80_tape_bytes": [POINTER(RxPack)],
+    "rx_grid_sm80_scratch_bytes": [POINTER(RxRecursion), POINTER(RxGridPlan)],
+    "rx_grid_sm80_fixed_shared_bytes": [POINTER(RxRecursion), POINTER(RxGridPlan)],
+    "rx_grid_sm80_tape_bytes": [POINTER(RxPack), c_int32],
+    "rx_cluster_sm90a_scratch_bytes": [POINTER(RxRecursion), POINTER(RxClusterPlan)],
+    "rx_cluster_sm90a_tape_bytes": [POINTER(RxPack)],
 }
 _REBUILD = "rebuild recurx._C (python csrc/native_build.py)"
 

@@ -15,16 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recurx.backends.cuda_abi import GridPlan
+from recurx.backends.cuda_abi import RxGridPlan
 from recurx.fp8 import codes_of
 from recurx.nets import ATTENTION, WEIGHT_NAMES, BlockSpec, NetSpec
 from recurx.plan.cuda_grid import SLOTS
 from recurx.plan.launch import LaunchPlan
 
 
-def settings(plan: LaunchPlan) -> GridPlan:
+def settings(plan: LaunchPlan) -> RxGridPlan:
     """The C struct of a plan of kind "grid"."""
-    made = GridPlan(ctas=plan["ctas"], shared_bytes=plan["shared_bytes"])
+    made = RxGridPlan(ctas=plan["ctas"], shared_bytes=plan["shared_bytes"])
     made.row_groups[:] = [plan[f"groups_{slot}"] for slot in SLOTS]
     made.k_splits[:] = [plan[f"splits_{slot}"] for slot in SLOTS]
     made.fp8 = plan["weights"] == "fp8"

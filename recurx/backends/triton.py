@@ -29,13 +29,14 @@ from torch import Tensor
 
 from recurx.backends import Backend, Window, changed
 from recurx.backends.graphs import Capture, Recording, RecordingCache, cuda_capture
-from recurx.backends.packed import Tape, WeightCache
+from recurx.backends.weight_cache import WeightCache
 from recurx.nets import ATTENTION
 from recurx.operands import Operands, Span
+from recurx.packed import PackedNets
 from recurx.plan.device import Device
 from recurx.plan.launch import LaunchPlan, all_candidates
 from recurx.problem import Problem
-from recurx.program import CallTable, lower
+from recurx.program import Program, lower
 
 MAX_TAPES = 16  # sets of nets kept rounded; a full-size TRM net is 14 MB in bf16
 MAX_RECORDINGS = 8  # each holds a slice's activations (tens of MB) and its graph
@@ -124,30 +125,31 @@ class Triton(Backend):
         return _pick(problem, Device.of(device), KINDS)
 
     def run(self, problem: Problem, operands: Operands, span: Span) -> list[Tensor]:
-        x, states = operands.x.detach(), [state.detach() for state in operands.states]
+        x, states = operands.x.detach(), tuple(state.detach() for state in operands.states)
         if problem.batch == 0 or span.start == span.stop:
             return [state.clone() for state in states]
+        operands = operands._replace(x=x, states=states, rope=operands.float_rope())
         plan = self.plan(problem, x.device)
-        table = lower(problem.schedule, span)
-        tape = self.tape(problem, operands.weights)
+        program = lower(problem.schedule, span)
+        packed = self.packed_nets(problem, operands.weights)
         way = {"tiled": self._run_tiled, "persistent": self._run_persistent}[plan.kind]
         with _device_of(x):
-            return way(plan, problem, table, tape, x, states, operands.float_rope())
+            return way(plan, problem, program, packed, operands)
 
     def window(self, problem: Problem) -> Window:
         from recurx.backends.triton_window import TritonWindow
 
-        return TritonWindow(self.tape)
+        return TritonWindow(self.packed_nets)
 
-    def tape(self, problem: Problem, weights: Sequence[Tensor]) -> Tape:
+    def packed_nets(self, problem: Problem, weights: Sequence[Tensor]) -> PackedNets:
         """The weights of all nets rounded to the problem's dtype, in buffers that stay."""
         device = weights[0].device
         if _captured_outside(device):
-            return Tape(problem.nets, problem.dtype, device).fill(weights)
+            return PackedNets(problem.nets, problem.dtype, device).fill(weights)
 
-        def make(before: Tape | None) -> Tape:
-            tape = Tape(problem.nets, problem.dtype, device) if before is None else before
-            return tape.fill(weights)
+        def make(before: PackedNets | None) -> PackedNets:
+            packed = PackedNets(problem.nets, problem.dtype, device) if before is None else before
+            return packed.fill(weights)
 
         key = (problem.nets, problem.dtype, device)
         return self.tapes.get(key, weights, make)
@@ -163,29 +165,27 @@ class Triton(Backend):
         self,
         plan: LaunchPlan,
         problem: Problem,
-        table: CallTable,
-        tape: Tape,
-        x: Tensor,
-        states: Sequence[Tensor],
-        cos_sin: tuple[Tensor, Tensor] | None,
+        program: Program,
+        packed: PackedNets,
+        operands: Operands,
     ) -> list[Tensor]:
         from recurx.backends.triton_tiled import TiledSlice
 
-        size = int(plan["slice"])
-        inputs = (x, *states)
-        outputs = [torch.empty_like(state) for state in states]
-        capture = self._capture(x.device)
+        size, device, cos_sin = int(plan["slice"]), operands.x.device, operands.rope
+        inputs = (operands.x, *operands.states)
+        outputs = [torch.empty_like(state) for state in operands.states]
+        capture = self._capture(device)
 
         def make() -> Recording:
-            buffers = TiledSlice(problem, table, tape, size, cos_sin)
+            buffers = TiledSlice(problem, program, packed, size, cos_sin)
             return Recording(buffers, buffers.launch)
 
         key = (
-            problem.nets, table, size, problem.tokens, problem.dtype, x.device,
-            id(tape), cos_sin is None, _stream(x.device),
+            problem.nets, program, size, problem.tokens, problem.dtype, device,
+            id(packed), cos_sin is None, _stream(device),
         )  # fmt: skip
         with self.recordings.lock:
-            inside = _captured_outside(x.device)
+            inside = _captured_outside(device)
             recording = make() if inside else self.recordings.get(key, make)
             part: TiledSlice = recording.buffers
             part.set_tables(cos_sin)
@@ -200,19 +200,17 @@ class Triton(Backend):
         self,
         plan: LaunchPlan,
         problem: Problem,
-        table: CallTable,
-        tape: Tape,
-        x: Tensor,
-        states: Sequence[Tensor],
-        cos_sin: tuple[Tensor, Tensor] | None,
+        program: Program,
+        packed: PackedNets,
+        operands: Operands,
     ) -> list[Tensor]:
         from recurx.kernels.recursion import recursion
 
-        arena = x.new_empty(table.slots, *x.shape)
-        inputs = (x, *states)
+        inputs = (operands.x, *operands.states)
+        arena = operands.x.new_empty(program.slots, *operands.x.shape)
         torch._foreach_copy_(list(arena[: len(inputs)]), list(inputs))
-        recursion(arena, table, tape, cos_sin, dict(plan.settings))
-        outputs = [torch.empty_like(state) for state in states]
+        recursion(arena, program, packed, operands.rope, dict(plan.settings))
+        outputs = [torch.empty_like(state) for state in operands.states]
         torch._foreach_copy_(outputs, list(arena[1 : len(inputs)]))
         return outputs
 

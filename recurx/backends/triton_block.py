@@ -38,12 +38,12 @@ from recurx.kernels.wgrad import new_partial, wgrad, wgrad_sum
 from recurx.nets import ATTENTION, BlockSpec, NetSpec
 from recurx.operands import CosSin
 
-# The four weights of a block in the states' dtype, rows padded (recurx/backends/packed.py).
+# The four weights of a block in the states' dtype, rows padded (recurx/packed.py).
 Matrices = tuple[Tensor, ...]
 
 
 @dataclass
-class BlockTape:
+class Saved:
     """What the backward of one block reads. h [B, T, D] is the block's input.
 
     out = rms(pre_out) and mid = rms(pre_mix) with the factors of their rows; rotated qkv
@@ -86,45 +86,47 @@ class WeightGrads:
         return wgrad_sum(partial, self._weights[index].dtype)
 
 
-def mix(tape: BlockTape, spec: BlockSpec, weights: Matrices, cos_sin: CosSin | None) -> None:
-    """The first half of a block, h -> mid, into the tape; what it lacks is allocated."""
-    h = tape.h
+def mix(saved: Saved, spec: BlockSpec, weights: Matrices, cos_sin: CosSin | None) -> None:
+    """The first half of a block, h -> mid, into `saved`; what it lacks is allocated."""
+    h = saved.h
     batch, tokens, hidden = h.shape
     mixer_in, mixer_out = weights[:2]
-    tape.mid = torch.empty_like(h) if tape.mid is None else tape.mid
+    saved.mid = torch.empty_like(h) if saved.mid is None else saved.mid
     over = tokens if spec.kind == ATTENTION else hidden
-    if tape.scale_mix is None:
-        tape.scale_mix = h.new_empty(batch, over, dtype=torch.float32)
+    if saved.scale_mix is None:
+        saved.scale_mix = h.new_empty(batch, over, dtype=torch.float32)
     if spec.kind != ATTENTION:
         columns = h.transpose(1, 2)
         middle = gate_up_swiglu(columns, mixer_in)
-        to = tape.mid.transpose(1, 2)
-        linear_residual_rms(middle, mixer_out, columns, eps=spec.eps, out=to, scale=tape.scale_mix)
+        to = saved.mid.transpose(1, 2)
+        linear_residual_rms(middle, mixer_out, columns, eps=spec.eps, out=to, scale=saved.scale_mix)
         return
     heads, head_dim = spec.num_heads, spec.head_dim
-    tape.qkv = h.new_empty(batch, tokens, 3 * hidden) if tape.qkv is None else tape.qkv
-    tape.mixed = torch.empty_like(h) if tape.mixed is None else tape.mixed
-    if tape.lse is None:
-        tape.lse = h.new_empty(batch, heads, tokens, dtype=torch.float32)
-    qkv = tape.qkv.view(batch, tokens, 3 * heads, head_dim)
+    saved.qkv = h.new_empty(batch, tokens, 3 * hidden) if saved.qkv is None else saved.qkv
+    saved.mixed = torch.empty_like(h) if saved.mixed is None else saved.mixed
+    if saved.lse is None:
+        saved.lse = h.new_empty(batch, heads, tokens, dtype=torch.float32)
+    qkv = saved.qkv.view(batch, tokens, 3 * heads, head_dim)
     qkv_rope(h, mixer_in, head_dim, cos_sin, out=qkv)
-    attention(qkv, out=tape.mixed.view(batch, tokens, heads, head_dim), lse=tape.lse)
-    linear_residual_rms(tape.mixed, mixer_out, h, eps=spec.eps, out=tape.mid, scale=tape.scale_mix)
+    attention(qkv, out=saved.mixed.view(batch, tokens, heads, head_dim), lse=saved.lse)
+    linear_residual_rms(
+        saved.mixed, mixer_out, h, eps=spec.eps, out=saved.mid, scale=saved.scale_mix
+    )
 
 
-def feed_forward(tape: BlockTape, spec: BlockSpec, weights: Matrices) -> None:
-    """The second half of a block, mid -> out, into the tape."""
+def feed_forward(saved: Saved, spec: BlockSpec, weights: Matrices) -> None:
+    """The second half of a block, mid -> out, into `saved`."""
     gate_up, down = weights[2:]
-    assert tape.mid is not None, "mix comes first"
-    tape.out = torch.empty_like(tape.h) if tape.out is None else tape.out
-    if tape.scale_out is None:
-        tape.scale_out = tape.h.new_empty(tape.h.shape[:2], dtype=torch.float32)
-    middle = gate_up_swiglu(tape.mid, gate_up)
-    linear_residual_rms(middle, down, tape.mid, eps=spec.eps, out=tape.out, scale=tape.scale_out)
+    assert saved.mid is not None, "mix comes first"
+    saved.out = torch.empty_like(saved.h) if saved.out is None else saved.out
+    if saved.scale_out is None:
+        saved.scale_out = saved.h.new_empty(saved.h.shape[:2], dtype=torch.float32)
+    middle = gate_up_swiglu(saved.mid, gate_up)
+    linear_residual_rms(middle, down, saved.mid, eps=spec.eps, out=saved.out, scale=saved.scale_out)
 
 
 def net_backward(
-    tapes: Sequence[BlockTape],
+    saved: Sequence[Saved],
     spec: NetSpec,
     matrices: Sequence[Matrices],
     cos_sin: CosSin | None,
@@ -135,78 +137,78 @@ def net_backward(
     """d_h of one net call, from d_out of its last block.
 
     `matrices` are those of each block; the gradient of the net's weight i goes to `grads` under
-    `first + i`. Tapes that lack what `mix` makes get it for the time of their block.
+    `first + i`. Blocks that lack what `mix` makes get it for the time of their turn.
     """
-    d_pre_out = rms_backward(tapes[-1].out, tapes[-1].scale_out, d_out)
-    for number in reversed(range(len(tapes))):
-        block, own, tape = spec.blocks[number], matrices[number], tapes[number]
-        if tape.mid is None:
-            tape = BlockTape(tape.h, tape.out, tape.scale_out)
-            mix(tape, block, own, cos_sin)
-        below = tapes[number - 1] if number else None
+    d_pre_out = rms_backward(saved[-1].out, saved[-1].scale_out, d_out)
+    for number in reversed(range(len(saved))):
+        block, own, held = spec.blocks[number], matrices[number], saved[number]
+        if held.mid is None:
+            held = Saved(held.h, held.out, held.scale_out)
+            mix(held, block, own, cos_sin)
+        below = saved[number - 1] if number else None
         backward = _attention_block if block.kind == ATTENTION else _token_block
         # A data gradient has a weight's columns for columns: the padding would be some of them.
         own = tuple(w[:, : shape[1]] for w, shape in zip(own, block.weight_shapes, strict=True))
         index = first + number * len(own)
-        d_pre_out = backward(tape, block, own, cos_sin, d_pre_out, grads, index, below)
+        d_pre_out = backward(held, block, own, cos_sin, d_pre_out, grads, index, below)
     return d_pre_out
 
 
 def _attention_block(
-    tape: BlockTape,
+    saved: Saved,
     spec: BlockSpec,
     weights: Matrices,
     cos_sin: CosSin | None,
     d_pre_out: Tensor,
     grads: WeightGrads,
     index: int,
-    below: BlockTape | None,
+    below: Saved | None,
 ) -> Tensor:
     """d_pre_out of the block below, whose out is this block's h; d_h if there is none."""
     qkv, o, gate_up, down = weights
-    batch, tokens, hidden = tape.h.shape
-    d_gate_up, middle = swiglu_backward(tape.mid, gate_up, down, d_pre_out)
+    batch, tokens, hidden = saved.h.shape
+    d_gate_up, middle = swiglu_backward(saved.mid, gate_up, down, d_pre_out)
     grads.add(index + 3, d_pre_out, middle)
-    grads.add(index + 2, d_gate_up, tape.mid)
+    grads.add(index + 2, d_gate_up, saved.mid)
     del middle
-    d_pre_mix = dgrad_rms_backward(d_gate_up, gate_up, d_pre_out, tape.mid, tape.scale_mix)
+    d_pre_mix = dgrad_rms_backward(d_gate_up, gate_up, d_pre_out, saved.mid, saved.scale_mix)
     del d_gate_up
     d_mixed = dgrad(d_pre_mix, o)
-    grads.add(index + 1, d_pre_mix, tape.mixed)
+    grads.add(index + 1, d_pre_mix, saved.mixed)
     heads, dim = spec.num_heads, spec.head_dim
     shape = (batch, tokens, heads, dim)
-    rotated = tape.qkv.view(batch, tokens, 3 * heads, dim)
+    rotated = saved.qkv.view(batch, tokens, 3 * heads, dim)
     d_heads = attention_backward(
-        rotated, tape.mixed.view(shape), tape.lse, d_mixed.view(shape), cos_sin
+        rotated, saved.mixed.view(shape), saved.lse, d_mixed.view(shape), cos_sin
     ).view(batch, tokens, 3 * hidden)
     del d_mixed
-    grads.add(index, d_heads, tape.h)
+    grads.add(index, d_heads, saved.h)
     if below is None:
         return dgrad(d_heads, qkv, residual=d_pre_mix, out=d_pre_mix)
-    return dgrad_rms_backward(d_heads, qkv, d_pre_mix, tape.h, below.scale_out)
+    return dgrad_rms_backward(d_heads, qkv, d_pre_mix, saved.h, below.scale_out)
 
 
 def _token_block(
-    tape: BlockTape,
+    saved: Saved,
     spec: BlockSpec,
     weights: Matrices,
     cos_sin: CosSin | None,
     d_pre_out: Tensor,
     grads: WeightGrads,
     index: int,
-    below: BlockTape | None,
+    below: Saved | None,
 ) -> Tensor:
     """As `_attention_block`; the mixer runs over T, on transposed views."""
     t_gate_up, t_down, gate_up, down = weights
-    d_gate_up, middle = swiglu_backward(tape.mid, gate_up, down, d_pre_out)
+    d_gate_up, middle = swiglu_backward(saved.mid, gate_up, down, d_pre_out)
     grads.add(index + 3, d_pre_out, middle)
-    grads.add(index + 2, d_gate_up, tape.mid)
+    grads.add(index + 2, d_gate_up, saved.mid)
     d_mid = dgrad(d_gate_up, gate_up, residual=d_pre_out, out=d_pre_out)
-    x = tape.h.transpose(1, 2)
+    x = saved.h.transpose(1, 2)
     d_columns = d_mid.transpose(1, 2)
-    d_pre_mix = rms_backward(tape.mid.transpose(1, 2), tape.scale_mix, d_columns, out=d_columns)
+    d_pre_mix = rms_backward(saved.mid.transpose(1, 2), saved.scale_mix, d_columns, out=d_columns)
     d_gate_up, middle = swiglu_backward(x, t_gate_up, t_down, d_pre_mix)
     grads.add(index + 1, d_pre_mix, middle)
     grads.add(index, d_gate_up, x)
     d_h = dgrad(d_gate_up, t_gate_up, residual=d_pre_mix, out=d_pre_mix).transpose(1, 2)
-    return d_h if below is None else rms_backward(tape.h, below.scale_out, d_h, out=d_h)
+    return d_h if below is None else rms_backward(saved.h, below.scale_out, d_h, out=d_h)

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from recurx.backends.packed import Tape, device_words
 from recurx.kernels.block import Scratch, run_call
 from recurx.kernels.inject import form_call_input
 from recurx.operands import CosSin
+from recurx.packed import PackedNets, device_words
 from recurx.problem import Problem
-from recurx.program import CallTable
+from recurx.program import Program
 
 
 class TiledSlice:
@@ -23,18 +23,23 @@ class TiledSlice:
     """
 
     def __init__(
-        self, problem: Problem, table: CallTable, tape: Tape, size: int, cos_sin: CosSin | None
+        self,
+        problem: Problem,
+        program: Program,
+        packed: PackedNets,
+        size: int,
+        cos_sin: CosSin | None,
     ) -> None:
-        device, dtype = tape.buffer.device, tape.buffer.dtype
-        shape = (table.slots, size, problem.tokens, problem.hidden)
+        device, dtype = packed.buffer.device, packed.buffer.dtype
+        shape = (program.slots, size, problem.tokens, problem.hidden)
         # Zeros, not empty: what a first short slice leaves unset must not be NaN bit patterns that
         # trap a debugger.
         self._arena = torch.zeros(shape, dtype=dtype, device=device)
-        elements = max(Scratch.elements(spec, size, problem.tokens) for spec in tape.specs)
+        elements = max(Scratch.elements(spec, size, problem.tokens) for spec in packed.specs)
         self._scratch = Scratch(elements, dtype, device)
-        self._words = device_words(table.table(tape.of_net), device)
-        self._calls = table.calls
-        self._tape = tape
+        self._words = device_words(program.table(packed.of_net), device)
+        self._rows = program.rows
+        self._packed = packed
         self._cos_sin = None if cos_sin is None else tuple(torch.empty_like(t) for t in cos_sin)
 
     def set_tables(self, cos_sin: CosSin | None) -> None:
@@ -53,16 +58,16 @@ class TiledSlice:
         torch._foreach_copy_(list(tensors), slots)
 
     def launch(self) -> None:
-        """Every call of the table, kernel by kernel; allocates nothing, so it can be captured."""
-        for number, call in enumerate(self._calls):
-            if not call.is_identity:
+        """Every row of the program, kernel by kernel; allocates nothing, so it can be captured."""
+        for number, row in enumerate(self._rows):
+            if not row.is_identity:
                 form_call_input(self._arena, self._words, number)
-            if call.net is not None:
-                first, last = self._tape.of_net[call.net]
+            if row.net is not None:
+                first, last = self._packed.of_net[row.net]
                 run_call(
-                    self._arena[call.write],
-                    self._tape.specs[first:last],
-                    self._tape.blocks[first:last],
+                    self._arena[row.write],
+                    self._packed.specs[first:last],
+                    self._packed.blocks[first:last],
                     self._cos_sin,
                     self._scratch,
                 )

@@ -10,77 +10,33 @@ numbers a row, call and block (D = hidden; one published attention block, T * B 
     save="states"   nothing; the window runs once more in the backward, keeping each call's out,
                     and then each call but the last once more when its turn comes
 
-Factors of the norms and row sums of exp are a few fp32 numbers a row. One tensor holds one kind for
-all calls, so that the window's op returns eight tensors and not hundreds. A call costs one rms
-launch, its blocks (recurx/backends/triton_block.py) and an addition for each gradient that is
-already there; weight gradients cost one launch a weight and call, and one more a window.
+Factors of the norms and row sums of exp are a few fp32 numbers a row. A call costs one rms launch,
+its blocks (recurx/backends/triton_block.py) and an addition for each gradient that is already
+there; weight gradients cost one launch a weight and call, and one more a window.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from recurx.backends import Window
-from recurx.backends.packed import Tape
 from recurx.backends.triton_block import (
-    BlockTape,
     Matrices,
+    Saved,
     WeightGrads,
     feed_forward,
     mix,
     net_backward,
 )
-from recurx.nets import ATTENTION, NetSpec
+from recurx.backends.triton_layout import kept_shapes, saved_in
+from recurx.nets import NetSpec
 from recurx.operands import CosSin, Operands, Span
+from recurx.packed import PackedNets
 from recurx.problem import Problem
-from recurx.schedule import INPUT, Schedule, Step
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a block of a call lies in the kept tensors: counts over the window, in order."""
-
-    number: int  # of all blocks
-    attention: int  # attention blocks before it
-    tokens: int  # token-MLP blocks before it
-    heads: int  # heads before it
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The places of all blocks, call after call, and of the outs that a later call overwrites."""
-
-    calls: tuple[tuple[Place, ...], ...]
-    outs: tuple[int | None, ...]  # None: the call's out leaves as a state
-    end: Place  # one past the last
-    num_outs: int
-
-
-@functools.lru_cache(maxsize=64)
-def layout(schedule: Schedule, nets: tuple[tuple[str, NetSpec], ...], span: Span) -> Layout:
-    specs, steps = dict(nets), schedule.steps[span.start : span.stop]
-    last = {step.write: k for k, step in enumerate(steps)}
-    at, calls, outs, count = Place(0, 0, 0, 0), [], [], 0
-    for k, step in enumerate(steps):
-        places = []
-        for block in specs[step.net].blocks:
-            places.append(at)
-            mixes = block.kind == ATTENTION
-            at = Place(
-                at.number + 1, at.attention + mixes, at.tokens + (not mixes),
-                at.heads + block.num_heads,
-            )  # fmt: skip
-        calls.append(tuple(places))
-        leaves = last[step.write] == k
-        outs.append(None if leaves else count)
-        count += not leaves
-    return Layout(tuple(calls), tuple(outs), at, count)
-
+from recurx.program import Call, lower
 
 Nets = dict[str, tuple[NetSpec, list[Matrices]]]  # a net's blocks and their matrices
 
@@ -88,32 +44,13 @@ Nets = dict[str, tuple[NetSpec, list[Matrices]]]  # a net's blocks and their mat
 class TritonWindow(Window):
     """`rounded` makes the matrices in the states' dtype out of the master weights."""
 
-    def __init__(self, rounded: Callable[[Problem, Sequence[Tensor]], Tape]) -> None:
+    def __init__(self, rounded: Callable[[Problem, Sequence[Tensor]], PackedNets]) -> None:
         self._rounded = rounded
 
     def kept(
         self, problem: Problem, span: Span, save: str
     ) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        if save == "states":
-            return []
-        lay = layout(problem.schedule, problem.nets, span)
-        batch, tokens, hidden, dtype = problem.batch, problem.tokens, problem.hidden, problem.dtype
-        rows, end, wide = (batch, tokens), lay.end, torch.float32
-        kept = [
-            ((end.number, *rows, hidden), dtype),  # h
-            ((lay.num_outs, *rows, hidden), dtype),  # outs
-            ((end.number, *rows), wide),  # scale_out
-        ]
-        if save == "block":
-            return kept
-        return [
-            *kept,
-            ((end.number, *rows, hidden), dtype),  # mid
-            ((batch * (end.attention * tokens + end.tokens * hidden),), wide),  # scale_mix
-            ((end.attention, *rows, 3 * hidden), dtype),  # qkv
-            ((end.attention, *rows, hidden), dtype),  # mixed
-            ((batch * tokens * end.heads,), wide),  # lse
-        ]
+        return kept_shapes(problem, span, save)
 
     def forward(
         self, problem: Problem, operands: Operands, span: Span, save: str
@@ -124,23 +61,21 @@ class TritonWindow(Window):
     def _forward(
         self, problem: Problem, operands: Operands, span: Span, save: str
     ) -> tuple[list[Tensor], list[Tensor]]:
-        x, names = operands.x, problem.schedule.states
+        x = operands.x
         nets, cos_sin = self._nets(problem, operands.weights), operands.float_rope()
         kept = [
             torch.empty(shape, dtype=dtype, device=x.device)
-            for shape, dtype in self.kept(problem, span, save)
+            for shape, dtype in kept_shapes(problem, span, save)
         ]
-        inputs, values = CallInputs(), {INPUT: x, **dict(zip(names, operands.states, strict=True))}
-        for k, step in enumerate(problem.schedule.steps[span.start : span.stop]):
-            spec, own = nets[step.net]
-            tapes = _tapes(problem, kept, span, k) if kept else _empty_tapes(x, spec)
-            values[step.write] = _call(
-                inputs, step, values, tapes, spec, own, cos_sin, save == "all"
-            )
-        entered = dict(zip(names, operands.states, strict=True))
+        inputs, values = CallInputs(), [x, *operands.states]
+        for k, call in enumerate(lower(problem.schedule, span).calls):
+            spec, own = nets[call.net]
+            saved = saved_in(kept, problem, span, k) if kept else _unsaved(x, spec)
+            inputs(call, values, saved[0].h)
+            values[call.write] = _run_net(saved, spec, own, cos_sin, save == "all")
         return [
-            values[name].clone() if values[name] is entered[name] else values[name]
-            for name in names
+            value.clone() if value is state else value
+            for value, state in zip(values[1:], operands.states, strict=True)
         ], kept
 
     def backward(
@@ -154,144 +89,130 @@ class TritonWindow(Window):
         d_outs: Sequence[Tensor | None],
         wants: Sequence[bool],
     ) -> list[Tensor | None]:
-        schedule = problem.schedule
-        names, entered = (INPUT, *schedule.states), (operands.x, *operands.states)
-        steps = schedule.steps[span.start : span.stop]
+        entered = (operands.x, *operands.states)
+        calls = lower(problem.schedule, span).calls
         nets, cos_sin = self._nets(problem, operands.weights), operands.float_rope()
-        grads = WeightGrads(operands.weights, wants[len(names) :])
-        first, index = {}, 0
-        for name, spec in problem.nets:
-            first[name] = index
-            index += spec.num_weights
-
+        wanted = wants[len(entered) :]
+        grads = WeightGrads(operands.weights, wanted)
+        first = {name: cut.start for (name, _), cut in zip(problem.nets, problem.cuts, strict=True)}
         if kept:
-            final = dict(zip(schedule.states, outs, strict=True))
 
-            def tapes_of(k: int) -> list[BlockTape]:
-                return _tapes(problem, kept, span, k, final[steps[k].write])
+            def saved_of(k: int) -> list[Saved]:
+                return saved_in(kept, problem, span, k, outs[calls[k].write - 1])
         else:
-            tapes_of = _Recomputed(steps, nets, cos_sin, dict(zip(names, entered, strict=True)))
+            saved_of = _Recomputed(calls, nets, cos_sin, list(entered))
 
-        d_values = _Gradients(dict(zip(schedule.states, d_outs, strict=True)))
-        needed = _needed(steps, {n for n, want in zip(names, wants, strict=False) if want})
-        for k in reversed(range(len(steps))):
-            step = steps[k]
-            d_out = d_values.take(step.write)
+        d_values = _Gradients([None, *d_outs])
+        needed = _needed(calls, wants[: len(entered)])
+        for k in reversed(range(len(calls))):
+            call = calls[k]
+            d_out = d_values.take(call.write)
             if d_out is None:
                 continue
-            spec, own = nets[step.net]
-            d_h = net_backward(tapes_of(k), spec, own, cos_sin, d_out, grads, first[step.net])
-            for name in step.reads:
-                if name in needed[k]:
-                    d_values.add(name, d_h)
+            spec, own = nets[call.net]
+            d_h = net_backward(saved_of(k), spec, own, cos_sin, d_out, grads, first[call.net])
+            for slot in (*call.state, *call.inject):
+                if slot in needed[k]:
+                    d_values.add(slot, d_h)
 
         entering = [
-            d_values.leave(name, like) if want else None
-            for name, like, want in zip(names, entered, wants, strict=False)
+            d_values.leave(slot, like) if want else None
+            for slot, (like, want) in enumerate(zip(entered, wants, strict=False))
         ]
-        wanted = wants[len(names) :]
         return entering + [grads.take(i) if want else None for i, want in enumerate(wanted)]
 
     def _nets(self, problem: Problem, weights: Sequence[Tensor]) -> Nets:
-        tape = self._rounded(problem, weights)
-        return {name: (spec, tape.blocks[slice(*tape.of_net[name])]) for name, spec in problem.nets}
+        packed = self._rounded(problem, weights)
+        return {
+            name: (spec, packed.blocks[slice(*packed.of_net[name])]) for name, spec in problem.nets
+        }
 
 
 class _Gradients:
-    """Gradients of the values, added up in their dtype; a tensor is written to only if it is ours
-    alone, for one d_h goes to every value that a call read."""
+    """Gradients of the values, by slot, added up in their dtype; a tensor is written to only if it
+    is ours alone, for one d_h goes to every value that a call read."""
 
-    def __init__(self, given: dict[str, Tensor | None]) -> None:
-        self._of = {name: None if d is None else d.contiguous() for name, d in given.items()}
-        self._ours: set[str] = set()
+    def __init__(self, given: Sequence[Tensor | None]) -> None:
+        self._of = {slot: d.contiguous() for slot, d in enumerate(given) if d is not None}
+        self._ours: set[int] = set()
 
-    def take(self, name: str) -> Tensor | None:
-        self._ours.discard(name)
-        return self._of.pop(name, None)
+    def take(self, slot: int) -> Tensor | None:
+        self._ours.discard(slot)
+        return self._of.pop(slot, None)
 
-    def add(self, name: str, d: Tensor) -> None:
-        total = self._of.get(name)
+    def add(self, slot: int, d: Tensor) -> None:
+        total = self._of.get(slot)
         if total is None:
-            self._of[name] = d
-        elif name in self._ours:
+            self._of[slot] = d
+        elif slot in self._ours:
             total.add_(d)
         else:
-            self._of[name] = total + d
-            self._ours.add(name)
+            self._of[slot] = total + d
+            self._ours.add(slot)
 
-    def leave(self, name: str, like: Tensor) -> Tensor:
+    def leave(self, slot: int, like: Tensor) -> Tensor:
         """The gradient in a tensor that nobody else holds; zeros where nothing flowed."""
-        total = self._of.get(name)
+        total = self._of.get(slot)
         if total is None:
             return torch.zeros_like(like, memory_format=torch.contiguous_format)
-        return total if name in self._ours else total.clone()
+        return total if slot in self._ours else total.clone()
 
 
 class _Recomputed:
-    """save="states": the tapes of a call, made when its turn comes.
+    """save="states": what a call saves, made when its turn comes.
 
-    The window runs once, keeping each call's out and the factors of its last norm; the last call
-    keeps its tapes too, because its turn comes first.
+    The window runs once, keeping each call's out and the factors of its last norm; of the last call
+    all is kept, because its turn comes first.
     """
 
     def __init__(
-        self,
-        steps: Sequence[Step],
-        nets: Nets,
-        cos_sin: CosSin | None,
-        values: dict[str, Tensor],
+        self, calls: Sequence[Call], nets: Nets, cos_sin: CosSin | None, values: list[Tensor]
     ) -> None:
-        self._steps, self._nets, self._cos_sin = steps, nets, cos_sin
+        self._calls, self._nets, self._cos_sin = calls, nets, cos_sin
         self._inputs = CallInputs()
-        self._before: list[dict[str, Tensor]] = []
+        self._before: list[list[Tensor]] = []
         self._last: list[tuple[Tensor | None, Tensor | None]] = []
-        self._tapes: list[BlockTape] = []
-        for step in steps:
-            spec, own = nets[step.net]
-            self._before.append(dict(values))
-            self._tapes = _empty_tapes(values[INPUT], spec)
-            values[step.write] = _call(
-                self._inputs, step, values, self._tapes, spec, own, cos_sin, True
-            )
-            self._last.append((self._tapes[-1].out, self._tapes[-1].scale_out))
+        self._saved: list[Saved] = []  # by the call that ran last
+        for call in calls:
+            spec, own = nets[call.net]
+            self._before.append(list(values))
+            self._saved = _unsaved(values[0], spec)
+            self._inputs(call, values, self._saved[0].h)
+            values[call.write] = _run_net(self._saved, spec, own, cos_sin, True)
+            self._last.append((self._saved[-1].out, self._saved[-1].scale_out))
 
-    def __call__(self, k: int) -> list[BlockTape]:
-        if k == len(self._steps) - 1:
-            tapes, self._tapes = self._tapes, []
-            return tapes
-        step = self._steps[k]
-        spec, own = self._nets[step.net]
-        tapes = _empty_tapes(self._before[k][INPUT], spec)
-        tapes[-1].out, tapes[-1].scale_out = self._last[k]
-        _call(
-            self._inputs, step, self._before[k], tapes, spec, own, self._cos_sin, True, again=True
-        )
-        return tapes
+    def __call__(self, k: int) -> list[Saved]:
+        if k == len(self._calls) - 1:
+            saved, self._saved = self._saved, []
+            return saved
+        call, values = self._calls[k], self._before[k]
+        spec, own = self._nets[call.net]
+        saved = _unsaved(values[0], spec)
+        saved[-1].out, saved[-1].scale_out = self._last[k]
+        self._inputs(call, values, saved[0].h)
+        _run_net(saved, spec, own, self._cos_sin, True, again=True)
+        return saved
 
 
-def _call(
-    inputs: CallInputs,
-    step: Step,
-    values: Mapping[str, Tensor],
-    tapes: list[BlockTape],
+def _run_net(
+    saved: list[Saved],
     spec: NetSpec,
     matrices: Sequence[Matrices],
     cos_sin: CosSin | None,
     keep: bool,
     again: bool = False,
 ) -> Tensor:
-    """One call into its tapes; without `keep` they are left without what `mix` makes.
+    """The net on saved[0].h; without `keep` what `mix` makes is not saved.
 
     `again`: the last block's out is there already, so its feed-forward is not run.
     """
-    inputs(step, values, tapes[0].h)
-    for number, (tape, block, own) in enumerate(zip(tapes, spec.blocks, matrices, strict=True)):
-        full = tape if keep else BlockTape(tape.h, tape.out, tape.scale_out)
-        mix(full, block, own, cos_sin)
-        if not (again and number == len(tapes) - 1):
-            feed_forward(full, block, own)
-            tape.out, tape.scale_out = full.out, full.scale_out
-    out = tapes[-1].out
+    for number, (own, block, weights) in enumerate(zip(saved, spec.blocks, matrices, strict=True)):
+        full = own if keep else Saved(own.h, own.out, own.scale_out)
+        mix(full, block, weights, cos_sin)
+        if not (again and number == len(saved) - 1):
+            feed_forward(full, block, weights)
+            own.out, own.scale_out = full.out, full.scale_out
+    out = saved[-1].out
     assert out is not None
     return out
 
@@ -299,82 +220,46 @@ def _call(
 class CallInputs:
     """sum(state) + (sum(inject)) of one call after the other, with `reference.call_input`'s bits.
 
-    A sum that the next call injects again (z_H + x, constant over a cycle) is formed once.
+    A sum that calls share (recurx/program.py) is formed once, whichever of them comes first.
     """
 
     def __init__(self) -> None:
-        self._terms: tuple[Tensor, ...] = ()
+        self._shared: int | None = None  # number of the sum that is held
         self._sum: Tensor | None = None
 
-    def __call__(self, step: Step, values: Mapping[str, Tensor], out: Tensor) -> None:
-        """Into `out`: left to right, rounded after each addition."""
-        total = values[step.state[0]]
-        for name in step.state[1:]:
-            total = total + values[name]
-        if step.inject:
-            torch.add(total, self._inject(tuple(values[name] for name in step.inject)), out=out)
+    def __call__(self, call: Call, values: Sequence[Tensor], out: Tensor) -> None:
+        """Into `out`: left to right, rounded after each addition; `values` by slot."""
+        total = _sum([values[slot] for slot in call.state])
+        if call.inject:
+            torch.add(total, self._inject(call, values), out=out)
         else:
             out.copy_(total)
 
-    def _inject(self, terms: tuple[Tensor, ...]) -> Tensor:
-        if len(terms) == 1:
-            return terms[0]
-        same = len(terms) == len(self._terms)
-        if not (same and all(a is b for a, b in zip(terms, self._terms, strict=True))):
-            total = terms[0]
-            for term in terms[1:]:
-                total = total + term
-            self._terms, self._sum = terms, total
-        assert self._sum is not None
+    def _inject(self, call: Call, values: Sequence[Tensor]) -> Tensor:
+        if call.shared is None:
+            return _sum([values[slot] for slot in call.inject])
+        if call.shared != self._shared or self._sum is None:
+            self._shared, self._sum = call.shared, _sum([values[slot] for slot in call.inject])
         return self._sum
 
 
-def _tapes(
-    problem: Problem,
-    kept: Sequence[Tensor],
-    span: Span,
-    k: int,
-    final: Tensor | None = None,
-) -> list[BlockTape]:
-    """The tapes of call k on the kept tensors; `final` is its out where that left as a state."""
-    lay = layout(problem.schedule, problem.nets, span)
-    spec = dict(problem.nets)[problem.schedule.steps[span.start + k].net]
-    batch, tokens, hidden = problem.batch, problem.tokens, problem.hidden
-    h, outs, scale_out = kept[:3]
-    tapes = []
-    for place, block in zip(lay.calls[k], spec.blocks, strict=True):
-        tape = BlockTape(h[place.number], scale_out=scale_out[place.number])
-        if tapes:
-            tapes[-1].out = tape.h
-        tapes.append(tape)
-        if len(kept) == 3:
-            continue
-        mid, scale_mix, qkv, mixed, lse = kept[3:]
-        tape.mid = mid[place.number]
-        at = batch * (place.attention * tokens + place.tokens * hidden)
-        if block.kind == ATTENTION:
-            tape.scale_mix = scale_mix[at : at + batch * tokens].view(batch, tokens)
-            tape.qkv, tape.mixed = qkv[place.attention], mixed[place.attention]
-            rows = batch * tokens
-            part = lse[rows * place.heads : rows * (place.heads + block.num_heads)]
-            tape.lse = part.view(batch, block.num_heads, tokens)
-        else:
-            tape.scale_mix = scale_mix[at : at + batch * hidden].view(batch, hidden)
-    place = lay.outs[k]
-    tapes[-1].out = final if place is None else outs[place]
-    return tapes
+def _sum(terms: Sequence[Tensor]) -> Tensor:
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
 
 
-def _empty_tapes(x: Tensor, spec: NetSpec) -> list[BlockTape]:
-    """Tapes that allocate as they go; each block's input is the out of the one before."""
+def _unsaved(x: Tensor, spec: NetSpec) -> list[Saved]:
+    """One for each block, allocated as it goes; a block's input is the out of the one before."""
     hs = [torch.empty_like(x) for _ in spec.blocks]
-    return [BlockTape(h, out) for h, out in zip(hs, [*hs[1:], None], strict=True)]
+    return [Saved(h, out) for h, out in zip(hs, [*hs[1:], None], strict=True)]
 
 
-def _needed(steps: Sequence[Step], wanted: set[str]) -> list[set[str]]:
-    """For each call the names whose value before it has use for a gradient."""
-    needed, alive = [], set(wanted)
-    for step in steps:
+def _needed(calls: Sequence[Call], wanted: Sequence[bool]) -> list[set[int]]:
+    """For each call the slots whose value before it has use for a gradient."""
+    needed, alive = [], {slot for slot, want in enumerate(wanted) if want}
+    for call in calls:
         needed.append(set(alive))
-        alive.add(step.write)
+        alive.add(call.write)
     return needed

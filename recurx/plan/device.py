@@ -13,8 +13,10 @@ import torch
 
 from recurx import measure
 from recurx.errors import bad_argument
+from recurx.hashing import hash_once
 
 
+@hash_once
 @dataclass(frozen=True)
 class Device:
     """One processor, as plans see it.

@@ -7,6 +7,7 @@ import importlib
 from dataclasses import dataclass
 
 from recurx.errors import BackendUnavailable
+from recurx.hashing import hash_once
 from recurx.plan.device import Device
 from recurx.problem import Problem
 
@@ -71,6 +72,7 @@ class Work:
         return waiting + (max(parts.values()) if self.overlap else sum(parts.values()))
 
 
+@hash_once
 @dataclass(frozen=True)
 class LaunchPlan:
     """One way to run one problem on one device.

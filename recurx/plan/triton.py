@@ -24,7 +24,7 @@ from recurx.plan.device import Device
 from recurx.plan.launch import LaunchPlan, Work
 from recurx.plan.triton_persistent import persistent, why_not
 from recurx.problem import Problem
-from recurx.program import CallTable, lower
+from recurx.program import Program, lower
 
 # Share of the L2 that a slice's activations may take; weights and what passes through need the
 # rest. An assumption: caches hash addresses, so a working set of all of it does not stay.
@@ -68,18 +68,18 @@ class _Kernel:
 
 
 def _tiled(problem: Problem, device: Device) -> Iterator[LaunchPlan]:
-    table = lower(problem.schedule, Span(0, len(problem.schedule)))
+    program = lower(problem.schedule, Span(0, len(problem.schedule)))
     sizes = {math.ceil(problem.batch / n) for n in SLICES}
-    sizes.add(min(problem.batch, max(1, _samples_in_l2(problem, table, device))))
+    sizes.add(min(problem.batch, max(1, _samples_in_l2(problem, program, device))))
     for size in sorted(sizes, reverse=True):
-        work = _tiled_work(problem, table, size, device)
+        work = _tiled_work(problem, program, size, device)
         slices = math.ceil(problem.batch / size)
-        kept = "kept in" if size <= _samples_in_l2(problem, table, device) else "more than"
+        kept = "kept in" if size <= _samples_in_l2(problem, program, device) else "more than"
         why = f"{slices} slice(s) of {size} sample(s), a graph of kernels each, {kept} L2"
         yield LaunchPlan("triton", "tiled", (("slice", size),), work, why)
 
 
-def sample_bytes(problem: Problem, table: CallTable) -> int:
+def sample_bytes(problem: Problem, program: Program) -> int:
     """Bytes of one sample's states and intermediates in a slice."""
     widest = max(
         max(4 * problem.tokens * block.hidden, problem.tokens * block.inner)
@@ -88,19 +88,19 @@ def sample_bytes(problem: Problem, table: CallTable) -> int:
         for _, spec in problem.nets
         for block in spec.blocks
     )
-    values = table.slots * problem.tokens * problem.hidden + widest
+    values = program.slots * problem.tokens * problem.hidden + widest
     return values * problem.dtype.itemsize
 
 
-def _samples_in_l2(problem: Problem, table: CallTable, device: Device) -> int:
+def _samples_in_l2(problem: Problem, program: Program, device: Device) -> int:
     """Samples of a slice whose activations stay in L2; beside the weights, if those leave room."""
     weights = weight_values(problem) * problem.dtype.itemsize
     room = L2_SHARE * device.l2_bytes
     room = room - weights if weights < room else room
-    return int(room // sample_bytes(problem, table))
+    return int(room // sample_bytes(problem, program))
 
 
-def _tiled_work(problem: Problem, table: CallTable, size: int, device: Device) -> Work:
+def _tiled_work(problem: Problem, program: Program, size: int, device: Device) -> Work:
     slices = math.ceil(problem.batch / size)
     itemsize = problem.dtype.itemsize
     specs = dict(problem.nets)
@@ -108,12 +108,12 @@ def _tiled_work(problem: Problem, table: CallTable, size: int, device: Device) -
     weights = weight_values(problem) * itemsize
     # Weights that do not fit beside the activations come from DRAM anew at each call, and
     # activations that do not fit at all with each kernel.
-    held = size * sample_bytes(problem, table)
+    held = size * sample_bytes(problem, program)
     weights_stay = weights + held <= L2_SHARE * device.l2_bytes
     activations_stay = held <= L2_SHARE * device.l2_bytes
     padded = l2 = dram = 0.0
     launches = 0
-    for call in table.calls:
+    for call in program.rows:
         if not call.is_identity:
             launches += 1
             moved = (len(call.state) + len(call.inject) + 1) * state

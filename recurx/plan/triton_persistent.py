@@ -110,12 +110,12 @@ def launch_settings(
 
 
 def _work(problem: Problem, settings: dict[str, int], programs: int, device: Device) -> Work:
-    table = lower(problem.schedule, Span(0, len(problem.schedule)))
+    program = lower(problem.schedule, Span(0, len(problem.schedule)))
     specs, itemsize = dict(problem.nets), problem.dtype.itemsize
     rows, width = settings["rows"], _width(problem.hidden)
     state = problem.batch * problem.tokens * problem.hidden * itemsize
     padded = l2 = 0.0
-    for call in table.calls:
+    for call in program.rows:
         l2 += (len(call.state) + len(call.inject) + 1) * state
         for block in specs[call.net].blocks if call.net is not None else ():
             padded += _block_flops(block, rows, width, settings)

@@ -147,7 +147,7 @@ def refine(
     plan = owner_plan(backend, problem, device)
     library = backend.library()
     assert library is not None, "checked by owner_plan"
-    owner = cuda_abi.OwnerPlan(*(plan[name] for name in ("owners", "samples", "tiles")))
+    owner = cuda_abi.RxOwnerPlan(*(plan[name] for name in ("owners", "samples", "tiles")))
     slots = owner.owners * owner.samples
     tokens, hidden, answers = problem.tokens, problem.hidden, problem.tokens - who.prefix
     vocab = len(who.lm_head)
@@ -177,7 +177,7 @@ def refine(
         size = library.bytes_of("rx_owner_sm80_scratch_bytes", p, owner)
         scratch = new(size, dtype=torch.uint8)
         p.scratch, p.scratch_bytes = scratch.data_ptr(), size
-        s = cuda_abi.Solve(
+        s = cuda_abi.RxSolve(
             entries, rollouts, max_steps, HALTS[halting],
             who.schedule.states.index(who.output), who.prefix, vocab, halt_above, sigma, seed,
             x=x.data_ptr(), slot_x=slot_x.data_ptr(), lm_head=heads[0].data_ptr(),

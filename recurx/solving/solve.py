@@ -57,7 +57,7 @@ def solve(
             "any" at whichever of the two comes first; None runs every row to the budget.
         backend: what runs the recursion; None for what the model runs on. With "cuda" all steps of
             all rows are one launch: a row that halts makes room for the next inside the kernel, and
-            nothing waits for the host (recurx/backends/cuda_solve.py). It halts by q or budget,
+            nothing waits for the host (recurx/solving/on_cuda.py). It halts by q or budget,
             from the learned start; all else is refused, and runs with backend None on a model
             whose own backend is "cuda".
         halt_above: how far q_halt must exceed that limit. It is a logit of "this answer is right":
@@ -137,16 +137,16 @@ def _running_on(model: Any, backend: str | None) -> Iterator[None]:
 def _refine_in_kernel(model: Any, data: dict[str, Tensor], rules: Rules) -> Answers:
     """What `refine` does with every rollout of `data`, in one launch of the CUDA engine."""
     from recurx import backends
-    from recurx.backends import cuda_solve
+    from recurx.solving import on_cuda
 
     first = {key: value[:1] for key, value in data.items()}
     carry = fresh_carry(model, first).inner_carry
     fresh = carry if isinstance(carry, dict) else vars(carry)
     who = _beyond_the_kernel(rules)
-    who = who or cuda_solve.reasoner(model, {name: state[0] for name, state in fresh.items()})
+    who = who or on_cuda.reasoner(model, {name: state[0] for name, state in fresh.items()})
     if isinstance(who, str):
         raise BackendUnavailable(f"recurx.solve: backend 'cuda' {who}")
-    found = cuda_solve.refine(
+    found = on_cuda.refine(
         backends.get("cuda"), who, data, max_steps=rules.max_steps, halt=rules.halt,
         halt_above=rules.halt_above, rollouts=rules.rollouts, sigma=rules.sigma, seed=rules.seed,
         keep_logits=rules.logits, keep_trace=rules.trace,

@@ -24,7 +24,7 @@ from emulator.cluster_recursion import (
 )
 from emulator.gemm_residual_rms import from_bf16
 from recurx import reference
-from recurx.backends.cuda_abi import ClusterPlan, Library
+from recurx.backends.cuda_abi import Library, RxClusterPlan
 from recurx.nets import ATTENTION, TOKEN_MLP, BlockSpec, Net, NetSpec
 from recurx.schedule import INPUT, Schedule, Step
 
@@ -143,9 +143,9 @@ def test_heads_of_another_width_are_refused(library):
     (r, _), keep = case.arguments(library, case.states)
     keep[0].nets[0].blocks[0].heads = 4
     entry = library.library.rx_cluster_sm90a_run
-    assert entry(r, ctypes.byref(ClusterPlan(2)), None) != 0
+    assert entry(r, ctypes.byref(RxClusterPlan(2)), None) != 0
     with pytest.raises(EmulatorFault, match="heads is 4 at hidden 128; a head is 64 wide"):
-        library.call("rx_cluster_sm90a_run", r, ctypes.byref(ClusterPlan(2)), None)
+        library.call("rx_cluster_sm90a_run", r, ctypes.byref(RxClusterPlan(2)), None)
 
 
 def test_structs_are_laid_out_as_in_c(library):

@@ -89,15 +89,15 @@ def problem(kind=ATTENTION, batch=64, **changes):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("hidden", cuda_cluster.WIDTHS)
 def test_the_plan_counts_the_tape_as_the_kernel_does(backend, hidden, kind):
-    from recurx.backends.cuda import _block
-    from recurx.backends.cuda_abi import Pack
+    from recurx.backends.cuda_abi import RxPack
+    from recurx.backends.cuda_launch import blocks
 
     size = dict(tokens=70, hidden=hidden, heads=hidden // 64, inner=200, token_inner=100)
-    (block, _) = make_net(kind, **size).spec.blocks
-    pack = Pack(hidden, 70, 1)
-    pack.blocks[0] = _block(block)
+    spec = make_net(kind, blocks=1, **size).spec
+    pack = RxPack(hidden, 70, 1)
+    pack.blocks[:1] = blocks(spec)
     counted = backend.library().bytes_of("rx_cluster_sm90a_tape_bytes", pack)
-    assert counted == cuda_cluster.block_stages(block) * cuda_cluster.STAGE
+    assert counted == cuda_cluster.block_stages(spec.blocks[0]) * cuda_cluster.STAGE
 
 
 def test_clusters_are_as_large_as_the_batch_fills():

@@ -14,7 +14,7 @@ from emulator.build import unavailable
 from emulator.owner import EmulatedCuda, emulate, installed
 from recurx import BackendUnavailable, Schedule, Step
 from recurx.backends import cuda as backend
-from recurx.backends import cuda_abi
+from recurx.backends import cuda_abi, cuda_launch
 from recurx.errors import CudaError, InvalidArgument
 from recurx.nets import ATTENTION, KINDS, TOKEN_MLP
 from recurx.operands import Operands, Span
@@ -186,12 +186,12 @@ def test_plans_know_the_compiled_sizes(
 ) -> None:
     net = make_net(kind, tokens=tokens, hidden=512, heads=8)
     x, _ = make_inputs(ONE_CALL, batch=1, tokens=tokens, hidden=512, dtype=BF16)
-    p = cuda_abi.Recursion(1, tokens, 512, 2, 1, 1)
+    p = cuda_abi.RxRecursion(1, tokens, 512, 2, 1, 1)
     p.nets[0].num_blocks = 2
-    p.nets[0].blocks[:2] = [backend._block(block) for block in net.spec.blocks]
+    p.nets[0].blocks[:2] = cuda_launch.blocks(net.spec)
     library = checked.library()
     assert library is not None
-    sizes = cuda_abi.OwnerPlan(1, samples, tiles)
+    sizes = cuda_abi.RxOwnerPlan(1, samples, tiles)
     want = library.bytes_of("rx_owner_sm80_shared_bytes", p, sizes)
     problem = problem_for(ONE_CALL, {"L": net}, x)
     assert cuda_owner.shared_bytes(problem, samples, tiles) == want
@@ -274,22 +274,22 @@ def test_states_that_are_not_as_said_never_reach_the_kernel(checked: EmulatedCud
 def test_the_kernel_refuses_what_its_plan_does_not_fit(checked: EmulatedCuda) -> None:
     library = checked.library()
     assert library is not None
-    p = cuda_abi.Recursion(1, 40, 64, 1, 1, 1)
+    p = cuda_abi.RxRecursion(1, 40, 64, 1, 1, 1)
     p.nets[0].num_blocks = 1
-    p.nets[0].blocks[0] = cuda_abi.Block(0, 64, 1, 0, 1e-5)
+    p.nets[0].blocks[0] = cuda_abi.RxBlock(0, 64, 1, 0, 1e-5)
     for sizes, words in (
         ((1, 1, 2), "1 samples of 40 tokens need more than 2 row tiles"),
         ((1, 1, 4), "scratch has 0 bytes"),
         ((0, 1, 4), "owners and samples must be positive"),
     ):
         with pytest.raises(CudaError, match=rf"owner_sm80: {words}.*invalid shape"):
-            library.call("rx_owner_sm80_run", p, cuda_abi.OwnerPlan(*sizes), None)
+            library.call("rx_owner_sm80_run", p, cuda_abi.RxOwnerPlan(*sizes), None)
     p.scratch_bytes = 1 << 30
     with pytest.raises(CudaError, match="no kernel is compiled for hidden 64 and 5 row tiles"):
-        library.call("rx_owner_sm80_run", p, cuda_abi.OwnerPlan(1, 1, 5), None)
+        library.call("rx_owner_sm80_run", p, cuda_abi.RxOwnerPlan(1, 1, 5), None)
     p.nets[0].blocks[0].heads = 3
     with pytest.raises(CudaError, match="3 heads at hidden 64; head_dim must be 32, 64 or 128"):
-        library.call("rx_owner_sm80_run", p, cuda_abi.OwnerPlan(1, 1, 4), None)
+        library.call("rx_owner_sm80_run", p, cuda_abi.RxOwnerPlan(1, 1, 4), None)
 
 
 def test_a_build_with_other_structs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

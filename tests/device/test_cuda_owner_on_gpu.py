@@ -106,10 +106,10 @@ def test_launch_errors_carry_the_name_of_the_cuda_error() -> None:
 
     library = cuda.BACKEND.library()
     assert library is not None
-    p = cuda_abi.Recursion(1, 40, 512, 1, 1, 1, scratch_bytes=1 << 40)
+    p = cuda_abi.RxRecursion(1, 40, 512, 1, 1, 1, scratch_bytes=1 << 40)
     p.nets[0].num_blocks = 1
-    p.nets[0].blocks[0] = cuda_abi.Block(0, 64, 4, 0, 1e-5)
+    p.nets[0].blocks[0] = cuda_abi.RxBlock(0, 64, 4, 0, 1e-5)
     # 8 tiles of D = 512 with heads of 128: more shared memory than any device has.
-    plan = cuda_abi.OwnerPlan(1, 2, 8)
+    plan = cuda_abi.RxOwnerPlan(1, 2, 8)
     with pytest.raises(CudaError, match=r"owner_sm80.*cudaError\w+"):
         library.call("rx_owner_sm80_run", p, plan, None)

@@ -87,7 +87,7 @@ class OwnerBug:
 
 
 RING, ATTEND, STATES = "owner_sm80/ring.cuh", "owner_sm80/attention.cuh", "owner_sm80/states.cuh"
-RULES, TOKENS, TOP = "recursion.cuh", "owner_sm80/token_mlp.cuh", "owner_sm80/kernel.cuh"
+TOKENS, TOP = "owner_sm80/token_mlp.cuh", "owner_sm80/kernel.cuh"
 OPERAND = (
     "    __syncthreads();  // the operand is complete, and nobody reads h as an operand any more\n"
 )
@@ -231,18 +231,18 @@ BUGS = [
         schedule=HRM,
     ),
     OwnerBug(
-        "stale sum: b + x is kept though b was written",
-        RULES,
-        "calls[k + 1]) &&\n         !reads(calls[k].inject, calls[k].num_inject, calls[k].write);",
-        "calls[k + 1]);",
+        "stale sum: taken as kept by a call that forms its own",
+        STATES,
+        "was_kept = call.sum == kRxSumKept,",
+        "was_kept = k > 0,",
         WRONG,
         schedule=KEPT,
     ),
     OwnerBug(
         "a state that is read again is not stored",
-        RULES,
-        " &&\n         !reads(next.inject, next.num_inject, now.write);",
-        ";",
+        TOP,
+        "if (r.calls[k].stays) continue;",
+        "if (k + 1 < r.num_calls && r.calls[k + 1].write == r.calls[k].write) continue;",
         WRONG,
         schedule=TWICE,
     ),

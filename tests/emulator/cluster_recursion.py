@@ -17,6 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from recurx.backends import cuda_abi
+from recurx.operands import Span
+from recurx.program import lower
+from recurx.schedule import INPUT, Schedule, Step
 
 from .build import Emulated, EmulatorFault, load_kernels
 from .gemm_residual_rms import aligned, from_bf16, to_bf16
@@ -194,14 +197,14 @@ class Case:
 
     def arguments(self, lib: Emulated, outs: list[Array]) -> tuple[tuple[object, ...], object]:
         """The arguments of the C entry, and what must stay alive during the call."""
-        shape, r = self.shape, cuda_abi.Recursion()
+        shape, r = self.shape, cuda_abi.RxRecursion()
         r.batch, r.tokens, r.hidden = self.x.shape
         r.num_states, r.num_nets, r.num_calls = len(self.states), shape.nets, len(self.calls)
-        calls = (cuda_abi.Call * len(self.calls))()
-        for c, call in zip(calls, self.calls, strict=True):
+        calls = (cuda_abi.RxCall * len(self.calls))()
+        for c, call, stays in zip(calls, self.calls, self.stays(), strict=True):
             number = [len(self.states) if v == "x" else v for v in (*call.state, *call.inject)]
-            c.net, c.write, c.num_state, c.num_inject = (
-                call.net, call.write, len(call.state), len(call.inject),
+            c.net, c.write, c.num_state, c.num_inject, c.stays = (
+                call.net, call.write, len(call.state), len(call.inject), stays,
             )  # fmt: skip
             c.state[: c.num_state], c.inject[: c.num_inject] = (
                 number[: c.num_state], number[c.num_state :],
@@ -212,11 +215,24 @@ class Case:
             r.cos, r.sin = self.cos.ctypes.data, self.sin.ctypes.data
         for i, (state, out) in enumerate(zip(self.states, outs, strict=True)):
             r.states_in[i], r.states_out[i] = state.ctypes.data, out.ctypes.data
-        plan = cuda_abi.ClusterPlan(shape.cluster)
+        plan = cuda_abi.RxClusterPlan(shape.cluster)
         return (ctypes.byref(r), ctypes.byref(plan)), (r, plan, calls, tapes)
 
+    def stays(self) -> list[bool]:
+        """RxCall.stays of each call."""
+
+        def named(state: int | str) -> str:
+            return INPUT if state == "x" else f"z{state}"
+
+        steps = tuple(
+            Step(f"net{c.net}", named(c.write), tuple(map(named, c.state)),
+                 tuple(map(named, c.inject)))
+            for c in self.calls
+        )  # fmt: skip
+        return [call.stays for call in lower(Schedule(steps), Span(0, len(steps))).calls]
+
     def pack(self, lib: Emulated, net: list[list[Array]], to: object) -> Array:
-        shape, pack = self.shape, cuda_abi.Pack()
+        shape, pack = self.shape, cuda_abi.RxPack()
         pack.hidden, pack.tokens, pack.num_blocks = shape.hidden, shape.tokens, len(net)
         for i, (kind, weights) in enumerate(zip(shape.kinds, net, strict=True)):
             heads = shape.hidden // HEAD_DIM if kind == ATT else 0

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from recurx import Schedule
 from recurx.backends import cuda_grid
-from recurx.backends.cuda_abi import Block, Call, GridPlan, Pack, Recursion
+from recurx.backends.cuda_abi import RxBlock, RxGridPlan, RxPack, RxRecursion
+from recurx.backends.cuda_launch import call_words
 from recurx.nets import ATTENTION, Net
+from recurx.operands import Span
 from recurx.plan import LaunchPlan
-from recurx.schedule import INPUT
+from recurx.problem import Problem
 
 from .build import Emulated, load_kernels
 
@@ -45,10 +47,10 @@ class Plan:
         groups, splits = tuple(made.row_groups), tuple(made.k_splits)
         return Plan(made.ctas, groups, splits, made.shared_bytes, bool(made.fp8))
 
-    def struct(self) -> GridPlan:
+    def struct(self) -> RxGridPlan:
         four = ctypes.c_int32 * 4
         groups, splits = four(*self.row_groups), four(*self.k_splits)
-        return GridPlan(self.ctas, groups, splits, self.shared_bytes, self.fp8)
+        return RxGridPlan(self.ctas, groups, splits, self.shared_bytes, self.fp8)
 
 
 class Guarded:
@@ -88,17 +90,13 @@ class GridKernel:
         start_from: int = 0,
         stop_after: int | None = None,
     ) -> dict[str, Tensor]:
-        names = (*schedule.states, INPUT)
-        order = list(schedule.nets)
+        order = schedule.nets
         steps = schedule.steps[start_from:stop_after]
-        calls = (Call * max(1, len(steps)))()
-        for call, step in zip(calls, steps, strict=False):
-            call.net, call.write = order.index(step.net), names.index(step.write)
-            call.num_state, call.num_inject = len(step.state), len(step.inject)
-            call.state[: len(step.state)] = [names.index(name) for name in step.state]
-            call.inject[: len(step.inject)] = [names.index(name) for name in step.inject]
-        words = torch.frombuffer(bytearray(calls), dtype=torch.int32).to(x.device)
-        p, keep = Recursion(), [words]
+        specs = tuple((name, nets[name].spec) for name in order)
+        problem = Problem(schedule, specs, *x.shape, x.dtype, x.device.type)
+        span = Span(start_from, start_from + len(steps))
+        words = torch.tensor(call_words(problem, span), dtype=torch.int32, device=x.device)
+        p, keep = RxRecursion(), [words]
         p.batch, p.tokens, p.hidden = x.shape
         p.num_states, p.num_nets, p.num_calls = len(schedule.states), len(order), len(steps)
         p.calls = words.data_ptr()
@@ -132,12 +130,12 @@ class GridKernel:
             for name, state, out in zip(schedule.states, inputs, outs, strict=True)
         }
 
-    def _fill_net(self, p: Recursion, index: int, source: Net) -> Tensor:
-        net, pack = p.nets[index], Pack(p.hidden, p.tokens, len(source.spec.blocks))
+    def _fill_net(self, p: RxRecursion, index: int, source: Net) -> Tensor:
+        net, pack = p.nets[index], RxPack(p.hidden, p.tokens, len(source.spec.blocks))
         net.num_blocks = len(source.spec.blocks)
         for i, spec in enumerate(source.spec.blocks):
             token_mlp = spec.kind != ATTENTION
-            block = Block(token_mlp, spec.inner, spec.num_heads, spec.token_inner, spec.eps)
+            block = RxBlock(token_mlp, spec.inner, spec.num_heads, spec.token_inner, spec.eps)
             net.blocks[i] = pack.blocks[i] = block
         tape = cuda_grid.pack(source.spec, source.weights, self.plan.fp8)
         assert self._bytes("rx_grid_sm80_tape_bytes", pack, int(self.plan.fp8)) == tape.nbytes
@@ -146,7 +144,7 @@ class GridKernel:
 
     def fixed_shared_bytes(self, batch: int, tokens: int, nets: Mapping[str, Net]) -> int:
         """Shared memory of a CTA before its first weight, as the kernel reckons it."""
-        p = Recursion(batch, tokens, next(iter(nets.values())).spec.hidden, 1, len(nets))
+        p = RxRecursion(batch, tokens, next(iter(nets.values())).spec.hidden, 1, len(nets))
         keep = [self._fill_net(p, i, net) for i, net in enumerate(nets.values())]
         found = self._bytes("rx_grid_sm80_fixed_shared_bytes", p, self.plan.struct())
         del keep

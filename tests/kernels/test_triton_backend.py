@@ -140,13 +140,10 @@ def test_a_stale_sum_is_rejected(monkeypatch):
     from recurx.backends import triton
 
     def stale(schedule, span):
-        table = program.lower(schedule, span)
-        seen, kept = set(), []
-        for call in table.calls:
-            if call.net is not None or call.write not in seen:
-                kept.append(call)
-            seen.add(call.write)
-        return program.CallTable(tuple(kept), table.slots)
+        lowered = program.lower(schedule, span)
+        first = next(call for call in lowered.calls if call.forms)
+        calls = [call._replace(forms=call is first) for call in lowered.calls]
+        return program.Program(tuple(calls), lowered.states)
 
     monkeypatch.setattr(triton, "lower", stale)
     with pytest.raises(AssertionError):
@@ -198,11 +195,11 @@ def call_inputs(form, schedule, dtype):
 
     x, carry = make_inputs(schedule, batch=2, tokens=7, dtype=dtype)
     for k, step in enumerate(schedule.steps):
-        table = lower(schedule, Span(k, k + 1))
-        words = torch.tensor(table.table(dict.fromkeys(schedule.nets, (0, 1))), dtype=torch.int32)
+        program = lower(schedule, Span(k, k + 1))
+        words = torch.tensor(program.table(dict.fromkeys(schedule.nets, (0, 1))), dtype=torch.int32)
         arena = torch.stack([x, *(carry[name] for name in schedule.states)])
-        form(arena, words, len(table.calls) - 1)
-        yield arena[table.calls[-1].write], reference.call_input(step, {"x": x, **carry})
+        form(arena, words, len(program.rows) - 1)
+        yield arena[program.rows[-1].write], reference.call_input(step, {"x": x, **carry})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -99,9 +99,11 @@ def test_a_replay_sees_new_weights():
 def test_weights_are_rounded_once(monkeypatch):
     net, (x, carry) = net_of(TOKEN_MLP), inputs(1)
     fills = []
-    fill = backend_module.Tape.fill
+    fill = backend_module.PackedNets.fill
     monkeypatch.setattr(
-        backend_module.Tape, "fill", lambda tape, weights: fills.append(1) or fill(tape, weights)
+        backend_module.PackedNets,
+        "fill",
+        lambda tape, weights: fills.append(1) or fill(tape, weights),
     )
     with triton_on_cpu("tiled"):
         first = run(net, x, carry)

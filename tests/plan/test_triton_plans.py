@@ -46,10 +46,10 @@ def resident(wanted: Problem, device: Device) -> LaunchPlan:
 
 
 def test_slices_that_are_said_to_stay_in_l2_fit_it():
-    table = lower(Schedule.trm(3, 6), Span(0, 21))
+    program = lower(Schedule.trm(3, 6), Span(0, 21))
     plan = resident(problem(), H100)
-    assert 0.6 * H100.l2_bytes < 13.6e6 + plan["slice"] * sample_bytes(problem(), table)
-    assert 13.6e6 + plan["slice"] * sample_bytes(problem(), table) < 0.75 * H100.l2_bytes
+    assert 0.6 * H100.l2_bytes < 13.6e6 + plan["slice"] * sample_bytes(problem(), program)
+    assert 13.6e6 + plan["slice"] * sample_bytes(problem(), program) < 0.75 * H100.l2_bytes
     smaller = resident(problem(), replace(H100, l2_bytes=H100.l2_bytes * 3 // 4))
     assert smaller["slice"] < plan["slice"]
 

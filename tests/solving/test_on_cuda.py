@@ -14,11 +14,11 @@ import torch
 import recurx
 from emulator.build import KERNELS, EmulatorFault, unavailable
 from emulator.owner import emulate, installed
-from recurx.backends import cuda_abi, cuda_solve
+from recurx.backends import cuda_abi
 from recurx.errors import CudaError
 from recurx.models import HRM, TRM
 from recurx.models.config import HRMConfig, TRMConfig
-from recurx.solving import noise
+from recurx.solving import noise, on_cuda
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
@@ -176,15 +176,15 @@ def test_ten_schedules_of_the_threads_give_the_same_bits(engine):
 def test_several_samples_share_an_owner(engine):
     """Two samples of 11 tokens in 32 rows; an idle slot beside a busy one harms nobody."""
     model, batch = make(), puzzles(5)
-    who = cuda_solve.reasoner(model, {n: s[0] for n, s in model.inner.initial_states(1).items()})
-    plan = cuda_solve.owner_plan(engine, who.problem(5, "cpu"), torch.device("cpu"))
+    who = on_cuda.reasoner(model, {n: s[0] for n, s in model.inner.initial_states(1).items()})
+    plan = on_cuda.owner_plan(engine, who.problem(5, "cpu"), torch.device("cpu"))
     one = dataclasses.replace(plan, settings=(("owners", 1), ("samples", 2), ("tiles", 2)))
-    original = cuda_solve.owner_plan
-    cuda_solve.owner_plan = lambda *_: one
+    original = on_cuda.owner_plan
+    on_cuda.owner_plan = lambda *_: one
     try:
         inside, loop = both(model, batch, max_steps=3)
     finally:
-        cuda_solve.owner_plan = original
+        on_cuda.owner_plan = original
     assert_same(inside, loop)
 
 
@@ -196,9 +196,9 @@ def test_refusals_say_why(engine):
     empty = recurx.solve(make(), puzzles(0), backend="cuda")
     assert len(empty) == 0
     library = engine.library()
-    p, plan = cuda_abi.Recursion(), cuda_abi.OwnerPlan(1, 1, 2)
+    p, plan = cuda_abi.RxRecursion(), cuda_abi.RxOwnerPlan(1, 1, 2)
     with pytest.raises(CudaError, match="entries, rollouts, max_steps and vocab"):
-        library.call("rx_owner_sm80_solve", p, plan, cuda_abi.Solve(), None)
+        library.call("rx_owner_sm80_solve", p, plan, cuda_abi.RxSolve(), None)
 
 
 BUGS = {

@@ -56,7 +56,7 @@ RX_DEVICE void consume(const Cta<P>& at, const Params& p) {
       me.free_exchange();
       now = me.progress();
     }
-    resident = rx::stays_resident(p.r.calls, now.call, p.r.num_calls);
+    resident = p.r.calls[now.call].stays;
     if (!resident) now.written |= states.store(p.r.calls[now.call].write);
     now.call++;
   }

@@ -67,7 +67,7 @@ RX_DEVICE void run_recursion(Owner<P>& o, int first_sample) {
     o.timeline.begin(kInput, 0);
     form_input(o, first_sample, written, k);
     net_call(o, r.nets[r.calls[k].net]);
-    if (rx::stays_resident(r.calls, k, r.num_calls)) continue;
+    if (r.calls[k].stays) continue;
     o.timeline.begin(kStore, 0);
     store_state(o, first_sample, r.calls[k].write);
     written |= 1u << r.calls[k].write;

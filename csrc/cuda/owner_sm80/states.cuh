@@ -47,8 +47,7 @@ RX_DEVICE void form_input(Owner<P>& o, int first_sample, uint32_t written, int k
   const RxRecursion& r = o.p.r;
   const RxCall& call = r.calls[k];
   const bool resident = k > 0 && r.calls[k - 1].write == call.state[0];
-  const bool was_kept = rx::inject_was_kept(r.calls, k, 0);
-  const bool keep = rx::inject_is_reused(r.calls, k, r.num_calls) && !was_kept;
+  const bool was_kept = call.sum == kRxSumKept, keep = call.sum == kRxSumFormed;
   for_each_vector(o, [&](int row, uint32_t at, int column) {
     uint4* h_s = reinterpret_cast<uint4*>(o.smem + at);
     const int vector = state_vector(o, first_sample, row, column);

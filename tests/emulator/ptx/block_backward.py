@@ -25,7 +25,7 @@ def run(arch: str, kind: str, tokens: int) -> bool:
     """Whether every gradient is near enough to fp64."""
     from recurx.kernels import tiles
 
-    from recurx.backends.triton_block import BlockTape, WeightGrads, feed_forward, mix, net_backward
+    from recurx.backends.triton_block import Saved, WeightGrads, feed_forward, mix, net_backward
 
     from .triton_launch import emulating
 
@@ -45,7 +45,7 @@ def run(arch: str, kind: str, tokens: int) -> bool:
     start = time.perf_counter()
     shared = tiles.SHARED_BYTES[int(arch)]
     with mock.patch.object(tiles, "shared_bytes", lambda device: shared), emulating(arch):
-        tape = BlockTape(h)
+        tape = Saved(h)
         mix(tape, spec, weights, cos_sin)
         feed_forward(tape, spec, weights)
         grads = WeightGrads([w.float() for w in weights], [True] * 4)

@@ -12,9 +12,9 @@ import torch
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 import recurx
 from recurx import Schedule, reference
-from recurx.backends.packed import Tape, device_words
 from recurx.nets import ATTENTION, TOKEN_MLP, BlockSpec, Net, NetSpec
 from recurx.operands import Span
+from recurx.packed import PackedNets, device_words
 from recurx.program import lower
 from tests.kernels.compare import assert_as_exact
 from tests.kernels.mutants import planted
@@ -55,11 +55,11 @@ class Case:
         self.x = draw(2, TOKENS, HIDDEN)
         self.carry = {name: draw(2, TOKENS, HIDDEN) for name in SCHEDULE.states}
         self.cos_sin = recurx.rope_tables(TOKENS, HIDDEN)
-        self.table = lower(SCHEDULE, Span(0, len(SCHEDULE)))
-        self.tape = Tape((("L", spec),), torch.bfloat16, self.x.device).fill(self.net.weights)
+        self.program = lower(SCHEDULE, Span(0, len(SCHEDULE)))
+        self.tape = PackedNets((("L", spec),), torch.bfloat16, self.x.device).fill(self.net.weights)
 
     def arena(self) -> torch.Tensor:
-        arena = self.x.new_zeros(self.table.slots, *self.x.shape)
+        arena = self.x.new_zeros(self.program.slots, *self.x.shape)
         arena[0] = self.x
         for slot, name in enumerate(SCHEDULE.states, 1):
             arena[slot] = self.carry[name]
@@ -79,7 +79,7 @@ def emulate(module, case: Case, arch: str) -> torch.Tensor:
 
     arena = case.arena()
     with emulating(arch, watch=(arena,)):
-        module.recursion(arena, case.table, case.tape, case.cos_sin, SETTINGS)
+        module.recursion(arena, case.program, case.tape, case.cos_sin, SETTINGS)
     return arena
 
 
@@ -128,7 +128,7 @@ def test_the_sums_before_a_call():
 
     case = Case()
     arena = case.arena()
-    words = device_words(case.table.table(case.tape.of_net), arena.device)
+    words = device_words(case.program.table(case.tape.of_net), arena.device)
     with emulating("80", watch=(arena,)):
         form_call_input(arena, words, 0)  # z_H + x, kept
         form_call_input(arena, words, 1)  # z_L + kept

@@ -1,0 +1,120 @@
+"""From recurx's values to the C interface: what a launch is told beside addresses."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+
+from recurx.backends import cuda_grid
+from recurx.backends.cuda_abi import (
+    FAMILIES,
+    SUM_FORMED,
+    SUM_KEPT,
+    SUM_OWN,
+    Library,
+    RxBlock,
+    RxCall,
+    RxClusterPlan,
+    RxOwnerPlan,
+    RxRecursion,
+)
+from recurx.errors import bad_argument
+from recurx.nets import ATTENTION, NetSpec
+from recurx.operands import Operands, Span
+from recurx.plan.launch import LaunchPlan
+from recurx.problem import Problem
+from recurx.program import lower
+from recurx.schedule import INPUT
+
+
+class Launch(NamedTuple):
+    """The C entry that runs a plan, the plan as its struct, and the bytes of scratch it needs."""
+
+    entry: str
+    settings: ctypes.Structure
+    scratch_bytes: int
+
+    @classmethod
+    def of(cls, library: Library, plan: LaunchPlan, p: RxRecursion) -> Launch:
+        """How `library` runs `plan`; of `p` only the sizes count."""
+        family, settings = FAMILIES[plan.kind], _settings(plan)
+        size = library.bytes_of(f"rx_{family}_scratch_bytes", p, settings)
+        return cls(f"rx_{family}_run", settings, size)
+
+
+def _settings(plan: LaunchPlan) -> ctypes.Structure:
+    if plan.kind == "grid":
+        return cuda_grid.settings(plan)
+    if plan.kind == "cluster":
+        return RxClusterPlan(plan["cluster"])
+    return RxOwnerPlan(*(plan[name] for name in ("owners", "samples", "tiles")))
+
+
+def check_inputs(problem: Problem, operands: Operands) -> None:
+    """Everything a kernel takes on trust: number of states, shapes, dtype, one device.
+
+    Raises:
+        InvalidArgument: one of them is not as `problem` says.
+    """
+    tensors, device = (operands.x, *operands.states), operands.x.device
+    shape = (problem.batch, problem.tokens, problem.hidden)
+    if len(tensors) != len(problem.schedule.states) + 1:
+        raise bad_argument(
+            "recurse", "carry", f"{len(problem.schedule.states)} states", len(operands.states)
+        )
+    for number, tensor in enumerate(tensors):
+        if tensor.shape != shape or tensor.dtype is not torch.bfloat16:
+            raise bad_argument(
+                "recurse", (INPUT, *problem.schedule.states)[number], f"bfloat16 {list(shape)}",
+                f"{tensor.dtype} {list(tensor.shape)}",
+            )  # fmt: skip
+        if tensor.device != device:
+            raise bad_argument(
+                "recurse", (INPUT, *problem.schedule.states)[number], f"a tensor on {device}",
+                f"one on {tensor.device}",
+            )  # fmt: skip
+
+
+def describe(problem: Problem, span: Span) -> RxRecursion:
+    """The RxRecursion of the calls of `span` without any address."""
+    p = RxRecursion(
+        problem.batch, problem.tokens, problem.hidden, len(problem.schedule.states),
+        len(problem.nets), span.stop - span.start,
+    )  # fmt: skip
+    for net, (_, spec) in zip(p.nets, problem.nets, strict=False):
+        net.num_blocks = len(spec.blocks)
+        net.blocks[: len(spec.blocks)] = blocks(spec)
+    return p
+
+
+def blocks(spec: NetSpec) -> list[RxBlock]:
+    """The blocks of a net as structs."""
+    return [
+        RxBlock(block.kind != ATTENTION, block.inner, block.num_heads, block.token_inner, block.eps)
+        for block in spec.blocks
+    ]
+
+
+def call_words(problem: Problem, span: Span) -> tuple[int, ...]:
+    """The calls of `span` as the int32 words of RxCall."""
+    program = lower(problem.schedule, span)
+    order = [name for name, _ in problem.nets]
+    words: list[int] = []
+    for call in program.calls:
+        # States count from 0 there, and x comes last.
+        write, *reads = (
+            (slot - 1) % (program.states + 1) for slot in (call.write, *call.state, *call.inject)
+        )
+        shared = SUM_FORMED if call.forms else SUM_KEPT
+        c = RxCall(
+            order.index(call.net), write, len(call.state), len(call.inject),
+            SUM_OWN if call.shared is None else shared, call.stays,
+        )  # fmt: skip
+        c.state[: c.num_state], c.inject[: c.num_inject] = (
+            reads[: c.num_state],
+            reads[c.num_state :],
+        )
+        words += (ctypes.c_int32 * (ctypes.sizeof(c) // 4)).from_buffer(c)
+    return tuple(words)

@@ -1,0 +1,146 @@
+"""After the first call of its kind a backend plans, lowers and encodes nothing any more."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+import recurx
+from recurx import Schedule, ops
+from recurx.backends import cuda_abi
+from recurx.backends.cuda import Cuda
+from recurx.operands import Operands, Span
+from recurx.plan import DEVICES
+from recurx.problem import encode
+from tests.factories import make_inputs, make_net, problem_for, rope
+
+ROOT = Path(recurx.__file__).parent
+# What is decided once for a problem is decided in these files; hashing and looking up is elsewhere.
+DECIDING = ("plan", "program.py", "schedule.py", "nets.py", "problem.py")
+# Two products and a comparison of what may change from call to call; a setting of a plan.
+ALLOWED = {"engine_threads", "__getitem__"}
+SCHEDULE = Schedule.trm(3, 6)
+SHAPE = dict(tokens=19, hidden=64)  # of no other test, so that nothing is remembered from one
+
+
+def decisions(call: Callable[[], object]) -> set[str]:
+    """Names of the Python functions of `DECIDING` that a call enters."""
+    entered = set()
+
+    def note(frame, event, _):
+        if event == "call":
+            path = Path(frame.f_code.co_filename)
+            if ROOT in path.parents and path.relative_to(ROOT).parts[0] in DECIDING:
+                entered.add(frame.f_code.co_name)
+
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return entered
+
+
+def assert_decided_once(run: Callable[[Operands], object], operands: Operands) -> None:
+    """The first run decides, and the second, on other tensors of the same shapes, does not."""
+    assert decisions(lambda: run(operands)) & {"lower", "candidates"}
+    states = tuple(state.clone() for state in operands.states)
+    again = operands._replace(x=operands.x.clone(), states=states)
+    assert decisions(lambda: run(again)) <= ALLOWED
+
+
+def recursion(batch: int, dtype: torch.dtype) -> tuple[recurx.Problem, Operands, Span]:
+    nets = {"L": make_net(**SHAPE)}
+    x, carry = make_inputs(SCHEDULE, batch=batch, dtype=dtype, **SHAPE)
+    weights = tuple(nets["L"].weights)
+    operands = Operands(x, tuple(carry.values()), weights, rope(**SHAPE))
+    return problem_for(SCHEDULE, nets, x), operands, Span(0, len(SCHEDULE))
+
+
+class StubLibrary:
+    """The entries of a CUDA build that do nothing; what launches would run is counted."""
+
+    def __init__(self) -> None:
+        self.launches = 0
+        self._entries = [self._entry(*entry) for entry in self._described()]
+
+    def _described(self):
+        yield "rx_cuda_last_error", ctypes.c_char_p, [], lambda: b""
+        yield "rx_cuda_error_name", ctypes.c_char_p, [ctypes.c_int32], lambda code: b""
+        yield "rx_timeline_compiled", ctypes.c_int32, [], lambda: 0
+        sizes = ctypes.POINTER(ctypes.c_int32)
+        yield "rx_recursion_abi", None, [sizes], self._abi
+        for name, types in cuda_abi._CODES.items():
+            yield name, ctypes.c_int32, types, self._launch
+        for name, types in cuda_abi._BYTES.items():
+            size = ctypes.sizeof(cuda_abi.RxSolve) if name == "rx_solve_bytes" else 1024
+            yield name, ctypes.c_int64, types, lambda *_, size=size: size
+
+    def _entry(self, name, result, types, function):
+        return name, ctypes.CFUNCTYPE(result, *types)(function)
+
+    def _abi(self, sizes) -> None:
+        for i, mirrored in enumerate(cuda_abi._MIRRORED):
+            sizes[i] = ctypes.sizeof(mirrored)
+
+    def _launch(self, *_) -> int:
+        self.launches += 1
+        return 0
+
+    def cuda_entries(self) -> dict[str, int]:
+        return {name: ctypes.cast(f, ctypes.c_void_p).value for name, f in self._entries}
+
+
+def test_cpu(native) -> None:
+    problem, operands, span = recursion(5, torch.float32)
+    assert_decided_once(lambda given: native.run(problem, given, span), operands)
+
+
+@pytest.mark.parametrize("device", ["a100", "h100"])
+def test_cuda(device: str) -> None:
+    library = StubLibrary()
+    cuda = Cuda(library, DEVICES[device])
+    problem, operands, span = recursion(5, torch.bfloat16)
+    problem = dataclasses.replace(problem, device_type="cuda")
+
+    def run(given: Operands) -> object:
+        assert cuda.why_unsupported(problem) is None
+        return cuda.run(problem, given, span)
+
+    assert_decided_once(run, operands)
+    assert library.launches == 3  # one packs
+
+
+@pytest.mark.parametrize("kind", ["tiled", "persistent"])
+def test_triton(kind: str) -> None:
+    jit = pytest.importorskip("triton.runtime.jit", reason="triton has no wheel for this platform")
+    from recurx.backends import triton
+
+    problem, operands, span = recursion(6, torch.bfloat16)
+    launches = []
+    with (
+        triton.BACKEND.simulated(DEVICES["h100"], kinds=(kind,), capture=lambda _: lambda: None),
+        mock.patch.object(jit.JITFunction, "run", lambda *_, **__: launches.append(1)),
+    ):
+        assert_decided_once(lambda given: triton.BACKEND.run(problem, given, span), operands)
+    triton.forget()
+    assert launches
+
+
+def test_the_op_makes_one_problem(native) -> None:
+    problem, operands, span = recursion(7, torch.float32)
+    key = encode(problem.schedule, problem.nets)
+
+    def run(given: Operands) -> object:
+        x, states, weights, cos, sin = given.flat()
+        return ops.recurse_op(x, list(states), list(weights), cos, sin, key, "cpu", *span)
+
+    assert {"decode", "from_key"} <= decisions(lambda: run(operands))
+    assert not decisions(lambda: run(operands)) & {"decode", "from_key", "__init__", "lower"}
