@@ -15,12 +15,10 @@ import triton
 import triton.language as tl
 
 from recurx.errors import bad_argument
+from recurx.program import ROW
 
 from . import checks
 
-# A row of the table is (first block, last block, write, reads at, states, injects, 0, 0): eight
-# 4-byte words, so that every row starts at a multiple of 16 bytes and Triton compiles one kernel.
-ROW = 8
 BLOCK = 1024  # elements a program: 8 a thread, one 16-byte access of bf16
 
 

@@ -17,7 +17,8 @@ from recurx.hashing import hash_once
 from recurx.operands import Span
 from recurx.schedule import INPUT, Schedule, Step
 
-ROW = 8  # words a row in the table; see kernels/inject.py
+# Words a row in the table: a multiple of 16 bytes, so that Triton compiles one kernel for all rows.
+ROW = 8
 
 
 class Call(NamedTuple):

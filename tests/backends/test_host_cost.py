@@ -18,6 +18,7 @@ from recurx.backends import cuda_abi
 from recurx.backends.cuda import Cuda
 from recurx.operands import Operands, Span
 from recurx.plan import DEVICES
+from recurx.plan.cuda import KINDS
 from recurx.problem import encode
 from tests.factories import make_inputs, make_net, problem_for, rope
 
@@ -27,7 +28,7 @@ DECIDING = ("plan", "program.py", "schedule.py", "nets.py", "problem.py")
 # Two products and a comparison of what may change from call to call; a setting of a plan.
 ALLOWED = {"engine_threads", "__getitem__"}
 SCHEDULE = Schedule.trm(3, 6)
-SHAPE = dict(tokens=19, hidden=64)  # of no other test, so that nothing is remembered from one
+SHAPE = dict(tokens=19, hidden=128)  # of no other test: nothing is remembered from one
 
 
 def decisions(call: Callable[[], object]) -> set[str]:
@@ -65,10 +66,10 @@ def recursion(batch: int, dtype: torch.dtype) -> tuple[recurx.Problem, Operands,
 
 
 class StubLibrary:
-    """The entries of a CUDA build that do nothing; what launches would run is counted."""
+    """The entries of a CUDA build with one kind of kernel, which do nothing but count."""
 
-    def __init__(self) -> None:
-        self.launches = 0
+    def __init__(self, kind: str) -> None:
+        self.kind, self.launches = kind, 0
         self._entries = [self._entry(*entry) for entry in self._described()]
 
     def _described(self):
@@ -78,7 +79,8 @@ class StubLibrary:
         sizes = ctypes.POINTER(ctypes.c_int32)
         yield "rx_recursion_abi", None, [sizes], self._abi
         for name, types in cuda_abi._CODES.items():
-            yield name, ctypes.c_int32, types, self._launch
+            if name not in cuda_abi._KINDS.values() or name == cuda_abi._KINDS[self.kind]:
+                yield name, ctypes.c_int32, types, self._launch
         for name, types in cuda_abi._BYTES.items():
             size = ctypes.sizeof(cuda_abi.RxSolve) if name == "rx_solve_bytes" else 1024
             yield name, ctypes.c_int64, types, lambda *_, size=size: size
@@ -103,10 +105,10 @@ def test_cpu(native) -> None:
     assert_decided_once(lambda given: native.run(problem, given, span), operands)
 
 
-@pytest.mark.parametrize("device", ["a100", "h100"])
-def test_cuda(device: str) -> None:
-    library = StubLibrary()
-    cuda = Cuda(library, DEVICES[device])
+@pytest.mark.parametrize("kind", KINDS)
+def test_cuda(kind: str) -> None:
+    library = StubLibrary(kind)
+    cuda = Cuda(library, DEVICES["h100"])
     problem, operands, span = recursion(5, torch.bfloat16)
     problem = dataclasses.replace(problem, device_type="cuda")
 
@@ -115,7 +117,8 @@ def test_cuda(device: str) -> None:
         return cuda.run(problem, given, span)
 
     assert_decided_once(run, operands)
-    assert library.launches == 3  # one packs
+    assert cuda.plan(problem).kind == kind
+    assert library.launches == (2 if kind == "grid" else 3)  # the others pack by a kernel
 
 
 @pytest.mark.parametrize("kind", ["tiled", "persistent"])
