@@ -77,18 +77,17 @@ class StubLibrary:
         yield "rx_cuda_error_name", ctypes.c_char_p, [ctypes.c_int32], lambda code: b""
         yield "rx_timeline_compiled", ctypes.c_int32, [], lambda: 0
         sizes = ctypes.POINTER(ctypes.c_int32)
-        yield "rx_recursion_abi", None, [sizes], self._abi
+        yield "rx_struct_sizes", None, [sizes], self._sizes
         for name, types in cuda_abi._CODES.items():
-            if name not in cuda_abi._KINDS.values() or name == cuda_abi._KINDS[self.kind]:
+            if not name.endswith("_run") or cuda_abi.FAMILIES[self.kind] in name:
                 yield name, ctypes.c_int32, types, self._launch
         for name, types in cuda_abi._BYTES.items():
-            size = ctypes.sizeof(cuda_abi.RxSolve) if name == "rx_solve_bytes" else 1024
-            yield name, ctypes.c_int64, types, lambda *_, size=size: size
+            yield name, ctypes.c_int64, types, lambda *_: 1024
 
     def _entry(self, name, result, types, function):
         return name, ctypes.CFUNCTYPE(result, *types)(function)
 
-    def _abi(self, sizes) -> None:
+    def _sizes(self, sizes) -> None:
         for i, mirrored in enumerate(cuda_abi._MIRRORED):
             sizes[i] = ctypes.sizeof(mirrored)
 
