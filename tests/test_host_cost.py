@@ -77,7 +77,7 @@ def test_the_second_call_plans_encodes_and_lowers_nothing(backend: str, hrm: boo
         for _ in range(3):  # Triton captures at the second
             call()
         before = len(arrived)
-        assert before and first, "the first call plans, and reaches the engine"
+        assert before and (first or backend == "auto"), "the first call plans, all reach the engine"
         assert expensive(call) == set()
         assert len(arrived) == before + 1
 
