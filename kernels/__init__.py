@@ -23,4 +23,10 @@ The rest of a training step (their addresses come in tables of `multi_tensor`):
     act_halt                  which samples halt, with counter-based exploration
     queue_take                where the halted slots find their next samples
     sign_sgd                  the rows of a puzzle embedding that a batch touched
+
+What launches them in order, on tensors that it lays out (`recurx.backends` decides when):
+
+    block, tiled              a block without gradient; a recursion over a slice of the batch
+    block_training            a block that keeps what its backward reads, and that backward
+    kept_layout               where a whole window keeps it
 """

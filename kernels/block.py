@@ -1,7 +1,7 @@
 """One net call on the running state, in place: what the host launches for inference.
 
 A call saves nothing: intermediates go through one scratch buffer, and h is overwritten where it
-lies. A forward that keeps what a backward reads is put together in recurx/backends/triton_block.py.
+lies. A forward that keeps what a backward reads is put together in kernels/block_training.py.
 """
 
 from __future__ import annotations

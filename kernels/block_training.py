@@ -23,8 +23,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from recurx.kernels.attention import attention
 from recurx.kernels.attention_backward import attention_backward
 from recurx.kernels.dgrad import dgrad
@@ -35,6 +33,8 @@ from recurx.kernels.qkv_rope import qkv_rope
 from recurx.kernels.rms_backward import rms_backward
 from recurx.kernels.swiglu_backward import swiglu_backward
 from recurx.kernels.wgrad import new_partial, wgrad, wgrad_sum
+from torch import Tensor
+
 from recurx.nets import ATTENTION, BlockSpec, NetSpec
 from recurx.operands import CosSin
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from recurx.kernels.block_training import Saved
 from torch import Tensor
 
-from recurx.backends.triton_block import Saved
 from recurx.nets import ATTENTION, NetSpec
 from recurx.operands import Span
 from recurx.problem import Problem

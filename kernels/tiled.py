@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-
 from recurx.kernels.block import Scratch, run_call
 from recurx.kernels.inject import form_call_input
+from torch import Tensor
+
 from recurx.operands import CosSin
 from recurx.packed import PackedNets, device_words
 from recurx.problem import Problem

@@ -169,7 +169,7 @@ class Triton(Backend):
         packed: PackedNets,
         operands: Operands,
     ) -> list[Tensor]:
-        from recurx.backends.triton_tiled import TiledSlice
+        from recurx.kernels.tiled import TiledSlice
 
         size, device, cos_sin = int(plan["slice"]), operands.x.device, operands.rope
         inputs = (operands.x, *operands.states)

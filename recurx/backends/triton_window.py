@@ -11,7 +11,7 @@ numbers a row, call and block (D = hidden; one published attention block, T * B 
                     and then each call but the last once more when its turn comes
 
 Factors of the norms and row sums of exp are a few fp32 numbers a row. A call costs one rms launch,
-its blocks (recurx/backends/triton_block.py) and an addition for each gradient that is already
+its blocks (kernels/block_training.py) and an addition for each gradient that is already
 there; weight gradients cost one launch a weight and call, and one more a window.
 """
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from recurx.backends import Window
-from recurx.backends.triton_block import (
+from recurx.kernels.block_training import (
     Matrices,
     Saved,
     WeightGrads,
@@ -31,7 +31,7 @@ from recurx.backends.triton_block import (
     mix,
     net_backward,
 )
-from recurx.backends.triton_layout import kept_shapes, saved_in
+from recurx.kernels.kept_layout import kept_shapes, saved_in
 from recurx.nets import NetSpec
 from recurx.operands import CosSin, Operands, Span
 from recurx.packed import PackedNets

@@ -65,7 +65,7 @@ def stubbed(name: str, reached: Reached) -> Iterator[None]:
 
             stack.enter_context(mock.patch.object(_C, "cpu_run", reached))
         elif name == "triton":
-            from recurx.backends.triton_tiled import TiledSlice
+            from recurx.kernels.tiled import TiledSlice
 
             triton: Any = backends.get("triton")
             stack.callback(importlib.import_module("recurx.backends.triton").forget)

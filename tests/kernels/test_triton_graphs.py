@@ -161,9 +161,9 @@ def test_other_shapes_and_ranges_are_other_recordings():
 
 def test_a_graph_that_keeps_an_input_is_rejected(monkeypatch):
     """Planted: the slice does not take x in again. The test of the inputs must see it."""
-    from recurx.backends import triton_tiled
+    from recurx.kernels import tiled
 
-    enter = triton_tiled.TiledSlice.enter
+    enter = tiled.TiledSlice.enter
     seen = []
 
     def stale(self, tensors):
@@ -171,6 +171,6 @@ def test_a_graph_that_keeps_an_input_is_rejected(monkeypatch):
         if len(seen) == 1:
             enter(self, tensors)
 
-    monkeypatch.setattr(triton_tiled.TiledSlice, "enter", stale)
+    monkeypatch.setattr(tiled.TiledSlice, "enter", stale)
     with pytest.raises(AssertionError):
         test_replays_follow_the_inputs_and_the_rotary_tables()

@@ -217,7 +217,7 @@ def test_only_what_is_asked_for_is_computed():
     x.requires_grad_()
     with triton_on_cpu():
         out = recurx.recurse(schedule, nets, x, carry, backend="triton", cos_sin=cos_sin)
-        with mock.patch("recurx.backends.triton_block.wgrad", side_effect=AssertionError):
+        with mock.patch("recurx.kernels.block_training.wgrad", side_effect=AssertionError):
             (got,) = torch.autograd.grad(loss_of(out), x)
         want = gradients_of(on_triton(cos_sin), schedule, nets, x, carry)["x"]
     assert torch.equal(got, want)
@@ -254,13 +254,13 @@ PLANTED = {
 
 @pytest.mark.parametrize("bug", PLANTED)
 def test_planted_bugs_are_rejected(bug):
-    from recurx.backends import triton_block
+    from recurx.kernels import block_training
 
     name, plant = PLANTED[bug]
     *given, cos_sin = problem(Schedule.trm(1, 1), **SMALL)
     with (
         triton_on_cpu(),
-        mock.patch.object(triton_block, name, plant(getattr(triton_block, name))),
+        mock.patch.object(block_training, name, plant(getattr(block_training, name))),
     ):
         got = gradients_of(on_triton(cos_sin), *given)
     with pytest.raises(AssertionError, match="gradient"):

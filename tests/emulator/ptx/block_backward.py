@@ -24,8 +24,7 @@ HIDDEN, INNER, HEADS, TOKEN_INNER = 512, 1536, 8, 512
 def run(arch: str, kind: str, tokens: int) -> bool:
     """Whether every gradient is near enough to fp64."""
     from recurx.kernels import tiles
-
-    from recurx.backends.triton_block import Saved, WeightGrads, feed_forward, mix, net_backward
+    from recurx.kernels.block_training import Saved, WeightGrads, feed_forward, mix, net_backward
 
     from .triton_launch import emulating
 
