@@ -23,20 +23,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from recurx.kernels.attention import attention
-from recurx.kernels.attention_backward import attention_backward
-from recurx.kernels.dgrad import dgrad
-from recurx.kernels.dgrad_rms_backward import dgrad_rms_backward
-from recurx.kernels.gate_up_swiglu import gate_up_swiglu
-from recurx.kernels.linear_residual_rms import linear_residual_rms
-from recurx.kernels.qkv_rope import qkv_rope
-from recurx.kernels.rms_backward import rms_backward
-from recurx.kernels.swiglu_backward import swiglu_backward
-from recurx.kernels.wgrad import new_partial, wgrad, wgrad_sum
 from torch import Tensor
 
 from recurx.nets import ATTENTION, BlockSpec, NetSpec
 from recurx.operands import CosSin
+
+from .attention import attention
+from .attention_backward import attention_backward
+from .dgrad import dgrad
+from .dgrad_rms_backward import dgrad_rms_backward
+from .gate_up_swiglu import gate_up_swiglu
+from .linear_residual_rms import linear_residual_rms
+from .qkv_rope import qkv_rope
+from .rms_backward import rms_backward
+from .swiglu_backward import swiglu_backward
+from .wgrad import new_partial, wgrad, wgrad_sum
 
 # The four weights of a block in the states' dtype, rows padded (recurx/packed.py).
 Matrices = tuple[Tensor, ...]

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from recurx.kernels.block_training import Saved
 from torch import Tensor
 
 from recurx.nets import ATTENTION, NetSpec
@@ -18,6 +17,8 @@ from recurx.operands import Span
 from recurx.problem import Problem
 from recurx.program import lower
 from recurx.schedule import Schedule
+
+from .block_training import Saved
 
 
 @dataclass(frozen=True)

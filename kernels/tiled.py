@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from recurx.kernels.block import Scratch, run_call
-from recurx.kernels.inject import form_call_input
 from torch import Tensor
 
 from recurx.operands import CosSin
 from recurx.packed import PackedNets, device_words
 from recurx.problem import Problem
 from recurx.program import Program
+
+from .block import Scratch, run_call
+from .inject import form_call_input
 
 
 class TiledSlice:
