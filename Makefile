@@ -64,8 +64,9 @@ test-fast: $(BUILT) $(DEV)
 
 # `make test` runs the best one. The yardstick is PyTorch, so one file says it all.
 test-isas: $(BUILT) $(DEV)
-	"$(PY)" -c 'import recurx._C as c; print(*c.cpu_isas(), sep="\n")' | while read isa; do \
-	  echo "instruction set $$isa"; \
+	isas=$$("$(PY)" -c 'import recurx._C as engine; print(*engine.cpu_isas())') && \
+	for isa in $$isas; do \
+	  echo "instruction set $$isa" && \
 	  RECURX_CPU_ISA=$$isa $(PYTEST) -m 'not slow' -k cpu tests/test_numerics.py || exit 1; \
 	done
 
