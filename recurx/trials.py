@@ -324,8 +324,7 @@ def _tell_of_missing_engine(problem: Problem) -> None:
         return
     reason = backends.get("cpu").why_unavailable()
     warnings.warn(
-        f"recurx: `auto` runs plain PyTorch, because the CPU engine {reason}. Install it with "
-        "`pip install --no-cache-dir --force-reinstall --no-deps recurx` (with a C++ compiler).",
+        f"recurx: `auto` runs plain PyTorch, because the CPU engine {reason}",
         MissingEngine,
         stacklevel=2,
     )

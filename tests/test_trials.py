@@ -16,7 +16,7 @@ from recurx import backends, choices, reference, reference_backward, trials, ver
 from recurx import route as routes
 from recurx.backends import Backend, Window
 from recurx.comparing import UntrustedKernel
-from recurx.errors import BackendUnavailable
+from recurx.errors import BackendUnavailable, no_compiled_module
 from recurx.models import TRMConfig, problem_of_config
 from recurx.nets import ATTENTION, BlockSpec, NetSpec, rope_tables
 from recurx.operands import Operands
@@ -409,10 +409,9 @@ def test_a_device_that_is_not_here_is_taken_by_the_model():
 def test_whoever_lacks_the_engine_is_told_once(monkeypatch, inputs):
     monkeypatch.setattr(trials, "_told_missing", False)
     monkeypatch.setattr(trials.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(
-        type(backends.get("cpu")), "why_unavailable", lambda self: "needs recurx._C"
-    )
-    with pytest.warns(trials.MissingEngine, match="pip install --no-cache-dir --force-reinstall"):
+    reason = no_compiled_module(ImportError("no such module"))
+    monkeypatch.setattr(type(backends.get("cpu")), "why_unavailable", lambda self: reason)
+    with pytest.warns(trials.MissingEngine, match=r"with a C\+\+ compiler on PATH run: \S+ "):
         assert trials.settled(inputs[0], Request(), inputs[1]).backend == "eager"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
