@@ -17,7 +17,7 @@ from recurx.api import recurse
 from recurx.errors import InvalidArgument, RecurxError
 from recurx.models.inner import Inner
 from recurx.nets import ATTENTION, Net, NetSpec, as_net, is_block_stack
-from recurx.patching.adapter import signature_difference
+from recurx.patching.adapter import Recipe, signature_difference
 from recurx.patching.probe import probe_forward
 from recurx.problem import Problem
 from recurx.schedule import Schedule
@@ -27,28 +27,21 @@ _TOKEN_MLP = {"mlp_t.gate_up_proj.weight", "mlp_t.down_proj.weight"}
 _MLP = {"mlp.gate_up_proj.weight", "mlp.down_proj.weight"}
 
 
-@dataclass(frozen=True)
-class OfficialRecipe:
+@dataclass(frozen=True, kw_only=True)
+class OfficialRecipe(Recipe):
     """How one `inner` maps onto a schedule.
 
     Args:
-        schedule: the net calls.
-        cycles: (H_cycles, L_cycles) of the configuration at the time of the patch.
         states: (state, attribute of the carry), in the order of the schedule.
         nets: (net, attribute of the module).
         output: the state that the heads read.
         rope: whether `rotary_emb` is used by the blocks.
-        backend, save: as given to `recurx.recurse`.
     """
 
-    schedule: Schedule
-    cycles: tuple[int, int]
     states: tuple[tuple[str, str], ...]
     nets: tuple[tuple[str, str], ...]
     output: str
     rope: bool
-    backend: str
-    save: str = "all"
 
 
 class Official:
@@ -104,7 +97,10 @@ class Official:
         output = "z" if variant == "single_z" else "z_H"
         spec = _specs(module, nets)[0][1]
         rope = hasattr(module, "rotary_emb") and any(b.kind == ATTENTION for b in spec.blocks)
-        return OfficialRecipe(schedule, cycles, tuple(states), tuple(nets), output, rope, backend)
+        return OfficialRecipe(
+            schedule, cycles, backend,
+            states=tuple(states), nets=tuple(nets), output=output, rope=rope,
+        )  # fmt: skip
 
     def problem(self, module: nn.Module, recipe: OfficialRecipe) -> Problem:
         specs = dict(_specs(module, recipe.nets))
@@ -157,11 +153,7 @@ class Official:
         ]
 
     def probe(self, module: nn.Module, recipe: OfficialRecipe) -> str:
-        def replace_by() -> tuple[Callable[..., object], Problem]:
-            eager = self.recipe(module, "eager")
-            return self.replacement(eager), self.problem(module, eager)
-
-        return probe_forward(module, replace_by)
+        return probe_forward(module, self)
 
 
 def _unless_original(module: nn.Module) -> list[str]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from recurx.errors import bad_argument
 from recurx.models.losses import ACTLossHead
+from recurx.patching import probe
 from recurx.patching.install import find
 from recurx.profiler.roles import roles_of
 from recurx.profiler.tracer import stage
@@ -95,17 +96,7 @@ def random_batch(model: nn.Module, batch_size: int, seed: int = 0) -> dict[str, 
             "This model has no config with seq_len and vocab_size to draw one from; or give step=.",
         )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
-    shape, rows = (batch_size, config.seq_len), getattr(config, "num_puzzle_identifiers", 1)
-
-    def draw(limit: int, size: tuple[int, ...]) -> Tensor:
-        drawn = torch.randint(0, max(1, limit), size, generator=generator, dtype=torch.int32)
-        return drawn.to(device_of(model))
-
-    return {
-        "inputs": draw(config.vocab_size, shape),
-        "labels": draw(config.vocab_size, shape),
-        "puzzle_identifiers": draw(rows, (batch_size,)),
-    }
+    return probe.random_batch(config, batch_size, generator, device_of(model))
 
 
 def initial_carry(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
@@ -215,7 +206,6 @@ def undisturbed(
 
     `training` is the mode inside; None leaves it.
     """
-    flags = [(module, module.training) for module in model.modules()]
     tensors = [*model.parameters(), *model.buffers()] if weights else []
     saved = [tensor.detach().clone() for tensor in tensors]
     grads = [(p, p.grad) for p in tensors]
@@ -223,16 +213,10 @@ def undisturbed(
     averages = copy.deepcopy(vars(ema)) if weights and ema is not None else None
     for parameter, _ in grads:
         parameter.grad = None
-    device = device_of(model)
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with probe.undisturbed(model, training):
         try:
-            if training is not None:
-                model.train(training)
             yield
         finally:
-            for module, flag in flags:
-                module.training = flag
             with torch.no_grad():
                 for tensor, before in zip(tensors, saved, strict=True):
                     tensor.copy_(before)
