@@ -9,7 +9,7 @@ Rows below are M = B * T. A product of [M, K] with [N, K] counts 2 M N K.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from recurx.nets import ATTENTION, BlockSpec, NetSpec
 from recurx.problem import Problem
@@ -21,8 +21,7 @@ MLP_STAGES = ("gate_up", "swiglu", "down", "norm")
 PRODUCTS = ("qkv", "attention", "o", "gate_up", "down", "t_gate_up", "t_down")
 
 
-@dataclass(frozen=True)
-class Stage:
+class Stage(NamedTuple):
     """One stage: FLOPs, and how many values it reads and writes if it stands alone.
 
     `weights` are values of parameters, `reads` and `writes` values of activations.
@@ -34,24 +33,10 @@ class Stage:
     reads: int = 0
     writes: int = 0
 
-    def __add__(self, other: Stage) -> Stage:
-        return Stage(
-            self.name,
-            self.flops + other.flops,
-            self.weights + other.weights,
-            self.reads + other.reads,
-            self.writes + other.writes,
-        )
 
-    def times(self, count: int) -> Stage:
-        """The stage run `count` times."""
-        return Stage(
-            self.name,
-            self.flops * count,
-            self.weights * count,
-            self.reads * count,
-            self.writes * count,
-        )
+def round_up(n: int, to: int) -> int:
+    """The next multiple of `to`."""
+    return -(-n // to) * to
 
 
 def _swiglu(prefix: str, rows: int, width: int, inner: int) -> list[Stage]:
@@ -104,7 +89,9 @@ def merged(found: Iterable[Stage]) -> list[Stage]:
     """Stages of equal name added up, in the order of their first appearance."""
     total: dict[str, Stage] = {}
     for stage in found:
-        total[stage.name] = total[stage.name] + stage if stage.name in total else stage
+        before = total.get(stage.name, Stage(stage.name, 0))
+        sums = (a + b for a, b in zip(before[1:], stage[1:], strict=True))
+        total[stage.name] = Stage(stage.name, *sums)
     return list(total.values())
 
 
