@@ -147,11 +147,4 @@ def _loop(
 def _net_of(module: Any) -> Any:
     """The network as recurx shall see it: foreign code is called, never read as blocks."""
     network = module.network
-    if isinstance(network, ReasoningNet):
-        return network
-
-    def call(h: Tensor) -> Tensor:
-        out: Tensor = network(h)
-        return out
-
-    return call
+    return network if isinstance(network, ReasoningNet) else lambda h: network(h)

@@ -79,21 +79,16 @@ class Official:
             found.append("it has an `H_level`, which this variant does not call")
         return found
 
-    def recipe(self, module: nn.Module, backend: str) -> OfficialRecipe:
-        config: Any = module.config
-        cycles = config.H_cycles, config.L_cycles
-        nets = [("L", "L_level")]
-        states = [("z_L", "z_L"), ("z_H", "z_H")]
+    def recipe(self, module: Any, backend: str) -> OfficialRecipe:
+        cycles = module.config.H_cycles, module.config.L_cycles
         variant = _variant(module)
-        if variant == "single_z":
-            schedule, states = Schedule.single_z(*cycles), [("z", "z_L")]
-        elif variant == "hrm":
-            schedule, nets = Schedule.hrm(*cycles), [("L", "L_level"), ("H", "H_level")]
-        elif variant == "trm":
-            schedule = Schedule.trm(*cycles)
-        else:
+        if variant == "hier":
             schedule = Schedule.hier(len(_starts(module)) - 1, *cycles)
-            states = [(name, name) for name in schedule.states]
+        else:
+            schedules = {"trm": Schedule.trm, "hrm": Schedule.hrm, "single_z": Schedule.single_z}
+            schedule = schedules[variant](*cycles)
+        states = [(name, "z_L" if name == "z" else name) for name in schedule.states]
+        nets = [(name, f"{name}_level") for name in schedule.nets]
         output = "z" if variant == "single_z" else "z_H"
         spec = _specs(module, nets)[0][1]
         rope = hasattr(module, "rotary_emb") and any(b.kind == ATTENTION for b in spec.blocks)
@@ -102,14 +97,12 @@ class Official:
             states=tuple(states), nets=tuple(nets), output=output, rope=rope,
         )  # fmt: skip
 
-    def problem(self, module: nn.Module, recipe: OfficialRecipe) -> Problem:
-        specs = dict(_specs(module, recipe.nets))
-        ordered = tuple((name, specs[name]) for name in recipe.schedule.nets)
-        start: Any = module.L_init if hasattr(module, "L_init") else module.L1_init
-        config: Any = module.config
-        tokens = config.seq_len + module.puzzle_emb_len
+    def problem(self, module: Any, recipe: OfficialRecipe) -> Problem:
+        specs = tuple(_specs(module, recipe.nets))
+        start = module.L_init if hasattr(module, "L_init") else module.L1_init
+        tokens = module.config.seq_len + module.puzzle_emb_len
         return Problem(
-            recipe.schedule, ordered, 1, tokens, start.shape[0], start.dtype, start.device.type,
+            recipe.schedule, specs, 1, tokens, start.shape[0], start.dtype, start.device.type,
             rope=recipe.rope, needs_grad=module.training,
         )  # fmt: skip
 
