@@ -14,10 +14,6 @@ from typing import NamedTuple
 from recurx.nets import ATTENTION, BlockSpec, NetSpec
 from recurx.problem import Problem
 
-# In the order of a block; the profiler and the cost model use these names.
-ATTENTION_STAGES = ("qkv", "rope", "attention", "o", "norm")
-TOKEN_STAGES = ("t_gate_up", "t_swiglu", "t_down", "t_norm")
-MLP_STAGES = ("gate_up", "swiglu", "down", "norm")
 PRODUCTS = ("qkv", "attention", "o", "gate_up", "down", "t_gate_up", "t_down")
 
 
@@ -51,7 +47,7 @@ def _swiglu(prefix: str, rows: int, width: int, inner: int) -> list[Stage]:
 
 
 def block_stages(block: BlockSpec, batch: int, tokens: int) -> list[Stage]:
-    """The stages of one block on [B, T, D], in order."""
+    """The stages of one block on [B, T, D], in order; the profiler uses these names too."""
     d, m = block.hidden, batch * tokens
     if block.kind != ATTENTION:
         mixer = _swiglu("t_", batch * d, tokens, block.token_inner)
@@ -100,6 +96,18 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def blocks_of(problem: Problem) -> list[BlockSpec]:
+    """The blocks of every net that the recursion calls, each net once."""
+    return [block for _, spec in problem.nets for block in spec.blocks]
+
+
+def called_blocks(problem: Problem) -> list[BlockSpec]:
+    """The blocks of all calls, in order; none of a net of foreign code."""
+    specs = dict(problem.nets)
+    called = (specs[step.net] for step in problem.schedule.steps if step.net in specs)
+    return [block for spec in called for block in spec.blocks]
+
+
 def flops(problem: Problem) -> float:
     """FLOPs of the recursion."""
     return sum(stage.flops for stage in step_stages(problem))
@@ -107,9 +115,5 @@ def flops(problem: Problem) -> float:
 
 def weight_values(problem: Problem) -> int:
     """Parameters of all nets that the recursion calls, each counted once."""
-    return sum(
-        rows * columns
-        for _, spec in problem.nets
-        for block in spec.blocks
-        for rows, columns in block.weight_shapes
-    )
+    shapes = (shape for block in blocks_of(problem) for shape in block.weight_shapes)
+    return sum(rows * columns for rows, columns in shapes)

@@ -21,7 +21,7 @@ import math
 
 from recurx.measure import BARRIERS
 from recurx.nets import ATTENTION, BlockSpec
-from recurx.plan.count import round_up, step_stages, weight_values
+from recurx.plan.count import called_blocks, round_up, step_stages, weight_values
 from recurx.plan.device import WIDE, Device
 from recurx.plan.launch import LaunchPlan, Work
 from recurx.problem import Problem
@@ -94,8 +94,7 @@ def candidates(problem: Problem, device: Device) -> list[LaunchPlan]:
     each, left = divmod(problem.batch, threads)
     groups = threads * math.ceil(each / _group_samples(device.isa, problem.tokens))
     passes = groups + left
-    specs = dict(problem.nets)
-    blocks = [b for s in problem.schedule.steps if s.net in specs for b in specs[s.net].blocks]
+    blocks = called_blocks(problem)
     found = [_block(block, problem, itemsize, device.isa) for block in blocks]
     sums = sum(stage.reads for stage in stages if stage.name == "inject")
     # Packed weights stream through once a net call and group: from the last cache while products

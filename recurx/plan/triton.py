@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from recurx.kernels import tiles
 from recurx.nets import ATTENTION, BlockSpec
 from recurx.operands import Span
-from recurx.plan.count import flops, round_up, weight_values
+from recurx.plan.count import blocks_of, flops, round_up, weight_values
 from recurx.plan.device import Device
 from recurx.plan.launch import LaunchPlan, Work
 from recurx.plan.triton_persistent import persistent, why_not
@@ -85,8 +85,7 @@ def sample_bytes(problem: Problem, program: Program) -> int:
         max(4 * problem.tokens * block.hidden, problem.tokens * block.inner)
         if block.kind == ATTENTION
         else max(block.hidden * block.token_inner, problem.tokens * block.inner)
-        for _, spec in problem.nets
-        for block in spec.blocks
+        for block in blocks_of(problem)
     )
     values = program.slots * problem.tokens * problem.hidden + widest
     return values * problem.dtype.itemsize
