@@ -20,7 +20,7 @@ class Row:
     Args:
         name: short name, a key of `STAGES` or a name of the user's.
         label, group: for people; group is "net", "around", "training" or "other".
-        ms, forward_ms, backward_ms: milliseconds of the untraced step (see `Result.how`).
+        ms, forward_ms, backward_ms: milliseconds of the untraced step (see `report_how.j2`).
         share: of the step.
         operators, launches: ATen operators; kernels (on a CPU: operators that are no views).
         flops, bytes: counted from the operators.
@@ -149,22 +149,6 @@ class Result:
     def ms(self) -> float:
         """The untraced step: the median."""
         return statistics.median(self.step_ms)
-
-    @property
-    def how(self) -> str:
-        """How stage times were made, in a sentence."""
-        if self.kernel_events:
-            return (
-                "Stage times are those of the kernels that a stage launched, in one traced step; "
-                f"the step is the median of {len(self.step_ms)} untraced ones, and what its "
-                "kernels leave of it is idle time."
-            )
-        return (
-            f"Stage times: {self.traces} traced step(s) ({short(self.traced_ms)} ms, of which the "
-            f"tracer's books took {short(self.lost_ms)}), each operator's shortest, less "
-            f"{self.overhead_us:.3g} us for its trace, scaled to the median of "
-            f"{len(self.step_ms)} untraced steps."
-        )
 
     def row(self, name: str) -> Row:
         """The stage called `name`; zeros if it did not run."""

@@ -40,11 +40,9 @@ class Timeline:
                     f"{event['start_ns']}..{event['end_ns']}",
                 )  # fmt: skip
             checked.append({key: event[key] for key in (*KEYS, *OPTIONAL) if key in event})
-        if checked:
-            first = min(event["start_ns"] for event in checked)
-            for event in checked:
-                event["start_ns"] -= first
-                event["end_ns"] -= first
+        first = min((event["start_ns"] for event in checked), default=0)
+        for event in checked:
+            event |= {key: event[key] - first for key in ("start_ns", "end_ns")}
         checked.sort(key=lambda e: (e["owner"], e["start_ns"], -e["end_ns"]))
         return cls(tuple(checked))
 

@@ -8,7 +8,17 @@ from typing import NamedTuple
 
 
 class Where(NamedTuple):
-    """Where an operator runs. `part` is that of `Role`, "top" outside every known module."""
+    """Where an operator runs, or a module stands.
+
+    Args:
+        part: "top" (outside every known module), "loss", "act", "inner", "io" (a child of the
+            inner module that is no net), a head, "net", "foreign" (a net recurx cannot read),
+            "block", a part of `roles.BLOCK_PARTS`, "module" (of a model that recurx does not know),
+            "user" and "optimizer" (ranges of those), or "gradients".
+        name: of the net ("L", "H", "net"), the module's attribute, or the range's name.
+        recursion, call: numbers in the step, or -1.
+        block: number of the block in its net, or -1.
+    """
 
     part: str = "top"
     name: str = ""

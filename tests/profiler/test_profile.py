@@ -20,8 +20,7 @@ from recurx.errors import InvalidArgument
 from recurx.models import TRM, TRMConfig
 from recurx.profiler import counts, fused, nvtx_ranges
 from recurx.profiler.attribute import resolve
-from recurx.profiler.commands import commands
-from recurx.profiler.kernels import attach
+from recurx.profiler.kernels import attach, commands
 from recurx.profiler.records import Op, Trace
 from recurx.profiler.roles import roles_of
 from recurx.profiler.step import initial_carry, random_batch, supervision_step
