@@ -16,8 +16,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from recurx.errors import bad_argument
 from recurx.profiler.attribute import STAGES
+from recurx.profiler.records import Where
 from recurx.profiler.roles import roles_of
-from recurx.profiler.where import Where
 
 _NAMES = {"inner": "supervision step", "self_attn": "RoPE, attention", "act": "ACT wrapper"}
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from recurx.nets import is_block_stack
 from recurx.patching.install import find
-from recurx.profiler.where import Where
+from recurx.profiler.records import Where
 
 # Attribute path below a block -> part. `self_attn` and the MLPs themselves hold what lies between
 # their products: rotary embedding and attention, or the gate's activation.

@@ -29,9 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from recurx.profiler import counts
 from recurx.profiler.fused import Split
-from recurx.profiler.records import BACKWARD, Op, Trace
+from recurx.profiler.records import BACKWARD, Op, Position, Trace, Where
 from recurx.profiler.roles import Roles
-from recurx.profiler.where import Position, Where
 from recurx.profiler.wrapped import wrapped_attention, wrapped_reference
 
 MARK = "recurx#"  # record_function names, by which CUDA kernels find their operator
