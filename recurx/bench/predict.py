@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from recurx.bench.cases import CASES, DTYPES, SOLVE_STEPS
+from recurx.bench.step_cost import solve_seconds, step_seconds, train_seconds
 from recurx.bench.variants import Variant
 from recurx.errors import BackendUnavailable
 from recurx.plan import Device, LaunchPlan
 from recurx.plan.device import WIDE, cpu_device, gpu_device
-from recurx.plan.step_cost import solve_seconds, step_seconds, train_seconds
 from recurx.problem import Problem
 
 # For files of before these were measured: of a Zen 3.

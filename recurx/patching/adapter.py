@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import nn
 
 from recurx.problem import Problem
+from recurx.schedule import Schedule
 
 
-class Recipe(Protocol):
-    """What a replacement needs beyond the module itself. Holds no module and no tensor."""
+@dataclass(frozen=True)
+class Recipe:
+    """What a replacement needs beyond the module itself. Holds no module and no tensor.
 
+    Args:
+        schedule: the net calls.
+        cycles: what the configuration said of their number at the time of the patch: (H_cycles,
+            L_cycles), or lucidrains' (num_refinement_blocks, num_latent_refinements).
+        backend, save: as given to `recurx.recurse`; foreign networks run on PyTorch.
+    """
+
+    schedule: Schedule
+    cycles: tuple[int, int]
     backend: str
-    save: str
+    save: str = "all"
 
 
 class Adapter(Protocol):
@@ -33,7 +45,7 @@ class Adapter(Protocol):
         """What keeps `module` from being patched, one sentence each; empty if nothing."""
 
     def recipe(self, module: nn.Module, backend: str) -> Any:
-        """The recipe (a dataclass like `Recipe`) of a module without differences."""
+        """The recipe (a `Recipe`) of a module without differences."""
 
     def problem(self, module: nn.Module, recipe: Any) -> Problem:
         """The recursion as backends see it, for one sample."""

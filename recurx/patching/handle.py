@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import MethodType, TracebackType
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -54,13 +54,16 @@ class Report:
         return "\n".join([head, *(str(entry) for entry in self.entries)])
 
 
-def installed(module: nn.Module, method: str) -> Callable[..., object] | None:
+def installed(module: Any, method: str) -> Callable[..., object] | None:
     """The function that recurx put in place of `module.method`, or None."""
     bound = vars(module).get(method)
     if isinstance(bound, MethodType) and hasattr(bound.__func__, "recurx_recipe"):
         function: Callable[..., object] = bound.__func__
         return function
     return None
+
+
+_ABSENT = object()
 
 
 class PatchHandle:
@@ -72,8 +75,8 @@ class PatchHandle:
 
     def __init__(self) -> None:
         self._entries: list[Entry] = []
-        self._methods: list[tuple[weakref.ref[nn.Module], str, Callable[..., object]]] = []
-        self._undo: list[Callable[[], None]] = []
+        # (owner, attribute, value (the function of a method), what it had itself before)
+        self._put: list[tuple[weakref.ref[Any], str, Any, Any]] = []
 
     @property
     def report(self) -> Report:
@@ -83,55 +86,44 @@ class PatchHandle:
     @property
     def modules(self) -> list[nn.Module]:
         """The living modules that this handle patched and did not restore."""
-        living = [(ref(), method, function) for ref, method, function in self._methods]
-        return [m for m, method, f in living if m is not None and installed(m, method) is f]
+        living = [(ref(), name, function) for ref, name, function, _ in self._put]
+        return [m for m, name, f in living if isinstance(m, nn.Module) and installed(m, name) is f]
 
     def note(self, entry: Entry) -> None:
         """Add one entry to the report."""
         self._entries.append(entry)
 
-    def install(self, module: nn.Module, method: str, function: Callable[..., object]) -> None:
-        """Put `function` in place of `module.method`, in the instance only."""
-        setattr(module, method, MethodType(function, module))
-        self._methods.append((weakref.ref(module), method, function))
-
     def put(self, owner: Any, name: str, value: object) -> None:
-        """Set an attribute of an object or a class until `remove`, which leaves what somebody else
-        has put there since."""
-        own, before = name in vars(owner), vars(owner).get(name)
-
-        def undo() -> None:
-            if vars(owner).get(name) is not value:
-                return
-            if own:
-                setattr(owner, name, before)
-            else:
-                delattr(owner, name)
-
+        """Set an attribute of an object or a class, which must allow weak references, until
+        `remove`, which leaves what somebody else has put there since."""
+        before = vars(owner).get(name, _ABSENT)
+        if installed(owner, name) is not None:
+            before = _ABSENT  # an earlier patch is no original
         setattr(owner, name, value)
-        self._undo.append(undo)
+        self._put.append((weakref.ref(owner), name, _function(value), before))
 
     def remove(self) -> None:
-        """Restore every module and class that this handle changed; a second call does nothing."""
-        for ref, method, function in self._methods:
-            module = ref()
-            if module is not None and installed(module, method) is function:
-                delattr(module, method)
-        for undo in self._undo:
-            undo()
-        self._methods.clear()
-        self._undo.clear()
+        """Restore every object that this handle changed; a second call does nothing."""
+        while self._put:
+            ref, name, value, before = self._put.pop()
+            owner = ref()
+            if owner is None or _function(vars(owner).get(name)) is not value:
+                continue
+            if before is _ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
 
     def __enter__(self) -> PatchHandle:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.remove()
 
     def __repr__(self) -> str:
         return str(self.report)
+
+
+def _function(value: Any) -> Any:
+    """The function of a method, which holds its object; else the value itself."""
+    return value.__func__ if isinstance(value, MethodType) else value

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -116,7 +116,7 @@ def _patch_instance(handle: PatchHandle, model: nn.Module, how: _How) -> None:
     if not ready:
         raise UnsupportedModel(_refusal(handle, type(model).__name__))
     for module, method, function in ready:  # all or nothing: no error comes after this line
-        handle.install(module, method, function)
+        handle.put(module, method, MethodType(function, module))
 
 
 def _resolve(adapter: Adapter, module: nn.Module, recipe: Any) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -21,31 +20,15 @@ from recurx.api import recurse
 from recurx.errors import UnsupportedModel
 from recurx.models.layers import ReasoningNet
 from recurx.nets import Net, as_net
-from recurx.patching.adapter import signature_difference
+from recurx.patching.adapter import Recipe, signature_difference
 from recurx.problem import Problem
 from recurx.schedule import INPUT, Schedule, Step
 
 _NAMES = ("network", "num_latent_refinements", "num_refinement_blocks")
 
 
-@dataclass(frozen=True)
-class LucidRecipe:
-    """The loop of one model.
-
-    Args:
-        schedule: states "outputs" and "latents", net "net".
-        counts: (num_refinement_blocks, num_latent_refinements) at the time of the patch.
-        backend, save: as given to `recurx.recurse`; a network of foreign code runs on PyTorch.
-    """
-
-    schedule: Schedule
-    counts: tuple[int, int]
-    backend: str
-    save: str = "all"
-
-
 class Lucidrains:
-    """Adapter of lucidrains' package (see `Adapter`)."""
+    """Adapter of lucidrains' package (see `Adapter`): states "outputs" and "latents", net "net"."""
 
     method = "deep_refinement"
 
@@ -64,35 +47,31 @@ class Lucidrains:
             found.append("with one refinement block, gradient would flow into the entering states")
         return found
 
-    def recipe(self, module: Any, backend: str) -> LucidRecipe:
+    def recipe(self, module: Any, backend: str) -> Recipe:
         blocks, latents = module.num_refinement_blocks, module.num_latent_refinements
         cycle = [Step("net", "latents", ("outputs", "latents", INPUT))] * latents
         cycle += [Step("net", "outputs", ("outputs", "latents"))]
         steps = tuple(cycle) * blocks
         name = f"lucidrains({blocks}, {latents})"
         schedule = Schedule(steps, grad_from=len(steps) - len(cycle), name=name)
-        return LucidRecipe(schedule, (blocks, latents), backend)
+        return Recipe(schedule, (blocks, latents), backend)
 
-    def problem(self, module: Any, recipe: LucidRecipe) -> Problem:
-        net = as_net(_net_of(module))
-        weight = module.output_init_embed
-        fused = isinstance(net, Net)
-        tokens = 1
-        if isinstance(net, Net):
-            tokens = max(1, *(block.tokens for block in net.spec.blocks), 1)
+    def problem(self, module: Any, recipe: Recipe) -> Problem:
+        net, weight = as_net(_net_of(module)), module.output_init_embed
+        specs = [net.spec] if isinstance(net, Net) else []
+        tokens = max([1, *(block.tokens for spec in specs for block in spec.blocks)])
         return Problem(
-            recipe.schedule,
-            (("net", net.spec),) if isinstance(net, Net) else (),
+            recipe.schedule, tuple(("net", spec) for spec in specs),
             1, tokens, weight.shape[-1], weight.dtype, weight.device.type,
-            needs_grad=module.training, opaque=() if fused else ("net",),
+            needs_grad=module.training, opaque=() if specs else ("net",),
         )  # fmt: skip
 
-    def replacement(self, recipe: LucidRecipe) -> Callable[..., object]:
+    def replacement(self, recipe: Recipe) -> Callable[..., object]:
         # Named as the method that it replaces; see `patching.official`.
         def deep_refinement(
             self: Any, inputs: Tensor, outputs: Tensor, latents: Tensor
         ) -> tuple[Tensor, Tensor]:
-            if (self.num_refinement_blocks, self.num_latent_refinements) != recipe.counts:
+            if (self.num_refinement_blocks, self.num_latent_refinements) != recipe.cycles:
                 raise UnsupportedModel(
                     "recurx.patch: the number of refinements changed since the patch; "
                     "call handle.remove() and recurx.patch(model) again."
@@ -102,16 +81,16 @@ class Lucidrains:
                 "outputs": outputs.expand_as(inputs).to(inputs.dtype),
                 "latents": latents.expand_as(inputs).to(inputs.dtype),
             }
-            net = {"net": _net_of(self)}
             states = recurse(
-                recipe.schedule, net, inputs, carry, backend=recipe.backend, save=recipe.save
-            )
+                recipe.schedule, {"net": _net_of(self)}, inputs, carry,
+                backend=recipe.backend, save=recipe.save,
+            )  # fmt: skip
             return states["outputs"], states["latents"]
 
         deep_refinement.recurx_recipe = recipe  # type: ignore[attr-defined]
         return deep_refinement
 
-    def describe(self, module: Any, recipe: LucidRecipe) -> list[str]:
+    def describe(self, module: Any, recipe: Recipe) -> list[str]:
         kind = type(module.network).__name__
         calls, window = len(recipe.schedule), recipe.schedule.window
         loop = f"on recurx: the loop of {calls} calls, gradient window {window}"
@@ -120,7 +99,7 @@ class Lucidrains:
             return [f"{loop}, and the network ({kind})", f"stays PyTorch: {rest}"]
         return [loop, f"stays PyTorch: the network ({kind}, foreign code), {rest}"]
 
-    def probe(self, module: Any, recipe: LucidRecipe) -> str:
+    def probe(self, module: Any, recipe: Recipe) -> str:
         """Compare the loops over a stand-in for the network, whose input shape is not known."""
         if module.output_init_embed.is_meta:
             return "not probed: the weights are on the meta device"
@@ -168,11 +147,4 @@ def _loop(
 def _net_of(module: Any) -> Any:
     """The network as recurx shall see it: foreign code is called, never read as blocks."""
     network = module.network
-    if isinstance(network, ReasoningNet):
-        return network
-
-    def call(h: Tensor) -> Tensor:
-        out: Tensor = network(h)
-        return out
-
-    return call
+    return network if isinstance(network, ReasoningNet) else lambda h: network(h)

@@ -17,7 +17,7 @@ from recurx.api import recurse
 from recurx.errors import InvalidArgument, RecurxError
 from recurx.models.inner import Inner
 from recurx.nets import ATTENTION, Net, NetSpec, as_net, is_block_stack
-from recurx.patching.adapter import signature_difference
+from recurx.patching.adapter import Recipe, signature_difference
 from recurx.patching.probe import probe_forward
 from recurx.problem import Problem
 from recurx.schedule import Schedule
@@ -27,28 +27,21 @@ _TOKEN_MLP = {"mlp_t.gate_up_proj.weight", "mlp_t.down_proj.weight"}
 _MLP = {"mlp.gate_up_proj.weight", "mlp.down_proj.weight"}
 
 
-@dataclass(frozen=True)
-class OfficialRecipe:
+@dataclass(frozen=True, kw_only=True)
+class OfficialRecipe(Recipe):
     """How one `inner` maps onto a schedule.
 
     Args:
-        schedule: the net calls.
-        cycles: (H_cycles, L_cycles) of the configuration at the time of the patch.
         states: (state, attribute of the carry), in the order of the schedule.
         nets: (net, attribute of the module).
         output: the state that the heads read.
         rope: whether `rotary_emb` is used by the blocks.
-        backend, save: as given to `recurx.recurse`.
     """
 
-    schedule: Schedule
-    cycles: tuple[int, int]
     states: tuple[tuple[str, str], ...]
     nets: tuple[tuple[str, str], ...]
     output: str
     rope: bool
-    backend: str
-    save: str = "all"
 
 
 class Official:
@@ -86,34 +79,30 @@ class Official:
             found.append("it has an `H_level`, which this variant does not call")
         return found
 
-    def recipe(self, module: nn.Module, backend: str) -> OfficialRecipe:
-        config: Any = module.config
-        cycles = config.H_cycles, config.L_cycles
-        nets = [("L", "L_level")]
-        states = [("z_L", "z_L"), ("z_H", "z_H")]
+    def recipe(self, module: Any, backend: str) -> OfficialRecipe:
+        cycles = module.config.H_cycles, module.config.L_cycles
         variant = _variant(module)
-        if variant == "single_z":
-            schedule, states = Schedule.single_z(*cycles), [("z", "z_L")]
-        elif variant == "hrm":
-            schedule, nets = Schedule.hrm(*cycles), [("L", "L_level"), ("H", "H_level")]
-        elif variant == "trm":
-            schedule = Schedule.trm(*cycles)
-        else:
+        if variant == "hier":
             schedule = Schedule.hier(len(_starts(module)) - 1, *cycles)
-            states = [(name, name) for name in schedule.states]
+        else:
+            schedules = {"trm": Schedule.trm, "hrm": Schedule.hrm, "single_z": Schedule.single_z}
+            schedule = schedules[variant](*cycles)
+        states = [(name, "z_L" if name == "z" else name) for name in schedule.states]
+        nets = [(name, f"{name}_level") for name in schedule.nets]
         output = "z" if variant == "single_z" else "z_H"
         spec = _specs(module, nets)[0][1]
         rope = hasattr(module, "rotary_emb") and any(b.kind == ATTENTION for b in spec.blocks)
-        return OfficialRecipe(schedule, cycles, tuple(states), tuple(nets), output, rope, backend)
+        return OfficialRecipe(
+            schedule, cycles, backend,
+            states=tuple(states), nets=tuple(nets), output=output, rope=rope,
+        )  # fmt: skip
 
-    def problem(self, module: nn.Module, recipe: OfficialRecipe) -> Problem:
-        specs = dict(_specs(module, recipe.nets))
-        ordered = tuple((name, specs[name]) for name in recipe.schedule.nets)
-        start: Any = module.L_init if hasattr(module, "L_init") else module.L1_init
-        config: Any = module.config
-        tokens = config.seq_len + module.puzzle_emb_len
+    def problem(self, module: Any, recipe: OfficialRecipe) -> Problem:
+        specs = tuple(_specs(module, recipe.nets))
+        start = module.L_init if hasattr(module, "L_init") else module.L1_init
+        tokens = module.config.seq_len + module.puzzle_emb_len
         return Problem(
-            recipe.schedule, ordered, 1, tokens, start.shape[0], start.dtype, start.device.type,
+            recipe.schedule, specs, 1, tokens, start.shape[0], start.dtype, start.device.type,
             rope=recipe.rope, needs_grad=module.training,
         )  # fmt: skip
 
@@ -157,11 +146,7 @@ class Official:
         ]
 
     def probe(self, module: nn.Module, recipe: OfficialRecipe) -> str:
-        def replace_by() -> tuple[Callable[..., object], Problem]:
-            eager = self.recipe(module, "eager")
-            return self.replacement(eager), self.problem(module, eager)
-
-        return probe_forward(module, replace_by)
+        return probe_forward(module, self)
 
 
 def _unless_original(module: nn.Module) -> list[str]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from recurx.errors import UnsupportedModel
+from recurx.patching.adapter import Adapter
 from recurx.plan import count
 from recurx.problem import Problem
 
@@ -32,18 +33,15 @@ _GRADIENT = "gradient of "
 Result = dict[str, Tensor]
 
 
-def probe_forward(
-    module: nn.Module,
-    replace_by: Callable[[], tuple[Callable[..., Any], Problem]],
-) -> str:
-    """Run `module.forward` of its class and a replacement on equal input; compare all they give.
+def probe_forward(module: nn.Module, adapter: Adapter) -> str:
+    """Run `module.forward` of its class and its replacement on equal input; compare all they give.
 
     On a CPU the states are fp32 whatever the model's dtype: embeddings are promoted, rounding is
     sharper, and bf16 is slow on most CPUs. Elsewhere kernels may take the model's dtype only.
 
     Args:
         module: the module; its `config` has H_cycles and L_cycles.
-        replace_by: makes the replacement and its problem from the present configuration.
+        adapter: makes the replacement and its problem from the present configuration.
 
     Returns:
         What was compared, in a sentence.
@@ -54,14 +52,17 @@ def probe_forward(
     if any(p.is_meta for p in (*module.parameters(), *module.buffers())):
         return "not probed: the weights are on the meta device"
     config: Any = module.config
-    replacement, problem = replace_by()
+    problem = adapter.problem(module, adapter.recipe(module, "eager"))
     small = _flop(problem, batch=2) <= _FULL_PROBE_FLOP
     counts = (config.H_cycles, config.L_cycles)
     if not small:
         counts = (min(2, counts[0]), min(2, counts[1]))
     dtype = torch.float32 if problem.device_type == "cpu" else problem.dtype
-    with _undisturbed(module), _cycles(config, *counts):
-        replacement, problem = replace_by()
+    with (
+        undisturbed(module, False), torch.inference_mode(False), torch.enable_grad(),
+        _cycles(config, *counts),
+    ):  # fmt: skip
+        replacement = adapter.replacement(adapter.recipe(module, "eager"))
         batch, carry = _random_input(module, 2 if small else 1, dtype)
         original = MethodType(type(module).forward, module)
         want = _run("the original", module, original, carry, batch)
@@ -117,18 +118,29 @@ def _cycles(config: Any, h_cycles: int, l_cycles: int) -> Iterator[None]:
 def _random_input(module: Any, batch: int, dtype: torch.dtype) -> tuple[dict[str, Tensor], Any]:
     device = next(module.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    config = module.config
     with torch.device(device):
         carry = module.empty_carry(batch)
     states = {
         name: torch.randn(state.shape, generator=generator).to(device, dtype)
         for name, state in vars(carry).items()
     }
-    vocab, rows = config.vocab_size, max(1, getattr(config, "num_puzzle_identifiers", 1))
-    inputs = torch.randint(0, vocab, (batch, config.seq_len), generator=generator)
-    puzzles = torch.randint(0, rows, (batch,), generator=generator, dtype=torch.int32)
-    data = {"inputs": inputs.to(device), "puzzle_identifiers": puzzles.to(device)}
-    return data, type(carry)(**states)
+    return random_batch(module.config, batch, generator, device), type(carry)(**states)
+
+
+def random_batch(
+    config: Any, batch: int, generator: torch.Generator, device: torch.device
+) -> dict[str, Tensor]:
+    """Random tokens and labels [B, seq_len] and puzzle ids [B], int32, for an official `config`."""
+    shape, rows = (batch, config.seq_len), max(1, getattr(config, "num_puzzle_identifiers", 1))
+    limits = {
+        "inputs": (config.vocab_size, shape),
+        "labels": (config.vocab_size, shape),
+        "puzzle_identifiers": (rows, (batch,)),
+    }
+    return {
+        name: torch.randint(limit, size, generator=generator, dtype=torch.int32).to(device)
+        for name, (limit, size) in limits.items()
+    }
 
 
 def _run(
@@ -141,31 +153,23 @@ def _run(
         raise UnsupportedModel(f"on a small random batch {who} fails with {what}") from error
     result = {"logits": logits, "q_halt": q_halt, "q_continue": q_continue}
     result |= {f"carry.{name}": state for name, state in vars(new).items()}
-    names, leaves = _leaves(module)
+    leaves = {_GRADIENT + name: p for name, p in module.named_parameters() if p.requires_grad}
     if leaves and logits.requires_grad:
         loss = logits.float().square().mean() + q_halt.sum() - q_continue.sum()
-        grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
-        result |= {_GRADIENT + name: g for name, g in zip(names, grads, strict=True)}
+        grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+        result |= dict(zip(leaves, grads, strict=True))
     return {name: tensor.detach() for name, tensor in result.items()}
 
 
-def _leaves(module: nn.Module) -> tuple[list[str], list[Tensor]]:
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    return [name for name, _ in named], [p for _, p in named]
-
-
 @contextlib.contextmanager
-def _undisturbed(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode with gradient, then every flag and the random state as before."""
+def undisturbed(module: nn.Module, training: bool | None) -> Iterator[None]:
+    """Afterwards all flags and the random state are as before; None leaves the mode inside."""
     flags = [(child, child.training) for child in module.modules()]
     devices = [p.device for p in module.parameters() if p.device.type == "cuda"][:1]
-    with (
-        torch.random.fork_rng(devices=devices),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-    ):
+    with torch.random.fork_rng(devices=devices):
         try:
-            module.eval()
+            if training is not None:
+                module.train(training)
             yield
         finally:
             for child, training in flags:

@@ -4,8 +4,6 @@
     count.py     FLOPs and bytes of a net call, stage by stage
     launch.py    Work, LaunchPlan and LaunchPlan.pick, the one selector
     cost.py      recurx.cost: every plan with its predicted time
-    whole.py     a whole step on a CPU: inference, training, solving
-    scaling.py   data-parallel training on paper: gradient bytes against the interconnect
     cpu.py, eager.py, ...   one file a backend: its candidates, and the kinds that do not fit
 
 Kernels hold no thresholds: a plan's settings say every size of a launch.

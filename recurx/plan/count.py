@@ -9,20 +9,15 @@ Rows below are M = B * T. A product of [M, K] with [N, K] counts 2 M N K.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from recurx.nets import ATTENTION, BlockSpec, NetSpec
 from recurx.problem import Problem
 
-# In the order of a block; the profiler and the cost model use these names.
-ATTENTION_STAGES = ("qkv", "rope", "attention", "o", "norm")
-TOKEN_STAGES = ("t_gate_up", "t_swiglu", "t_down", "t_norm")
-MLP_STAGES = ("gate_up", "swiglu", "down", "norm")
 PRODUCTS = ("qkv", "attention", "o", "gate_up", "down", "t_gate_up", "t_down")
 
 
-@dataclass(frozen=True)
-class Stage:
+class Stage(NamedTuple):
     """One stage: FLOPs, and how many values it reads and writes if it stands alone.
 
     `weights` are values of parameters, `reads` and `writes` values of activations.
@@ -34,24 +29,10 @@ class Stage:
     reads: int = 0
     writes: int = 0
 
-    def __add__(self, other: Stage) -> Stage:
-        return Stage(
-            self.name,
-            self.flops + other.flops,
-            self.weights + other.weights,
-            self.reads + other.reads,
-            self.writes + other.writes,
-        )
 
-    def times(self, count: int) -> Stage:
-        """The stage run `count` times."""
-        return Stage(
-            self.name,
-            self.flops * count,
-            self.weights * count,
-            self.reads * count,
-            self.writes * count,
-        )
+def round_up(n: int, to: int) -> int:
+    """The next multiple of `to`."""
+    return -(-n // to) * to
 
 
 def _swiglu(prefix: str, rows: int, width: int, inner: int) -> list[Stage]:
@@ -66,7 +47,7 @@ def _swiglu(prefix: str, rows: int, width: int, inner: int) -> list[Stage]:
 
 
 def block_stages(block: BlockSpec, batch: int, tokens: int) -> list[Stage]:
-    """The stages of one block on [B, T, D], in order."""
+    """The stages of one block on [B, T, D], in order; the profiler uses these names too."""
     d, m = block.hidden, batch * tokens
     if block.kind != ATTENTION:
         mixer = _swiglu("t_", batch * d, tokens, block.token_inner)
@@ -104,13 +85,27 @@ def merged(found: Iterable[Stage]) -> list[Stage]:
     """Stages of equal name added up, in the order of their first appearance."""
     total: dict[str, Stage] = {}
     for stage in found:
-        total[stage.name] = total[stage.name] + stage if stage.name in total else stage
+        before = total.get(stage.name, Stage(stage.name, 0))
+        sums = (a + b for a, b in zip(before[1:], stage[1:], strict=True))
+        total[stage.name] = Stage(stage.name, *sums)
     return list(total.values())
 
 
 def ceil_div(a: int, b: int) -> int:
     """a / b rounded up: tiles of b that hold a."""
     return -(-a // b)
+
+
+def blocks_of(problem: Problem) -> list[BlockSpec]:
+    """The blocks of every net that the recursion calls, each net once."""
+    return [block for _, spec in problem.nets for block in spec.blocks]
+
+
+def called_blocks(problem: Problem) -> list[BlockSpec]:
+    """The blocks of all calls, in order; none of a net of foreign code."""
+    specs = dict(problem.nets)
+    called = (specs[step.net] for step in problem.schedule.steps if step.net in specs)
+    return [block for spec in called for block in spec.blocks]
 
 
 def flops(problem: Problem) -> float:
@@ -120,9 +115,5 @@ def flops(problem: Problem) -> float:
 
 def weight_values(problem: Problem) -> int:
     """Parameters of all nets that the recursion calls, each counted once."""
-    return sum(
-        rows * columns
-        for _, spec in problem.nets
-        for block in spec.blocks
-        for rows, columns in block.weight_shapes
-    )
+    shapes = (shape for block in blocks_of(problem) for shape in block.weight_shapes)
+    return sum(rows * columns for rows, columns in shapes)

@@ -21,7 +21,7 @@ import math
 
 from recurx.measure import BARRIERS
 from recurx.nets import ATTENTION, BlockSpec
-from recurx.plan.count import step_stages, weight_values
+from recurx.plan.count import called_blocks, round_up, step_stages, weight_values
 from recurx.plan.device import WIDE, Device
 from recurx.plan.launch import LaunchPlan, Work
 from recurx.problem import Problem
@@ -94,8 +94,7 @@ def candidates(problem: Problem, device: Device) -> list[LaunchPlan]:
     each, left = divmod(problem.batch, threads)
     groups = threads * math.ceil(each / _group_samples(device.isa, problem.tokens))
     passes = groups + left
-    specs = dict(problem.nets)
-    blocks = [b for s in problem.schedule.steps if s.net in specs for b in specs[s.net].blocks]
+    blocks = called_blocks(problem)
     found = [_block(block, problem, itemsize, device.isa) for block in blocks]
     sums = sum(stage.reads for stage in stages if stage.name == "inject")
     # Packed weights stream through once a net call and group: from the last cache while products
@@ -147,7 +146,7 @@ def _block(block: BlockSpec, problem: Problem, itemsize: int, isa: str) -> tuple
 
     def product(m: float, k: int, n: int, align: int = ALIGN) -> float:
         start = 0 if amx else TILE_DEPTH * math.ceil(k / depth)
-        return 2 * m * _up(n, align) * (k + start)
+        return 2 * m * round_up(n, align) * (k + start)
 
     def after(m: float, k: int, n: int, each: float) -> float:
         """Vectors of m x n results of depth k, `each` FLOPs a value."""
@@ -163,7 +162,7 @@ def _block(block: BlockSpec, problem: Problem, itemsize: int, isa: str) -> tuple
     products, vectors = swiglu(rows, width, block.inner)
     if block.kind != ATTENTION:
         more, values = swiglu(batch * width, tokens, block.token_inner)
-        moved = TRANSPOSE * batch * width * _up(tokens, ALIGN)
+        moved = TRANSPOSE * batch * width * round_up(tokens, ALIGN)
         return products + more, vectors + values + moved
     head = block.head_dim
     queries = batch * tokens * block.num_heads
@@ -183,7 +182,3 @@ def _tiled(rows: int, tile: int) -> int:
     """Rows that tiles of `tile` rows or one less compute."""
     tiles = math.ceil(rows / tile)
     return tiles * tile - min(tiles, tiles * tile - rows)
-
-
-def _up(n: int, to: int) -> int:
-    return math.ceil(n / to) * to

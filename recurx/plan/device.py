@@ -140,18 +140,12 @@ def gpu_device(
             return known
     nearest = min(DEVICES.values(), key=lambda d: (_distance(d.capability, capability), d.name))
     share = units / nearest.units
+    rates = ("dram_gbs", "l2_gbs", "bf16_tflops", "fp32_tflops")
     return replace(
-        nearest,
-        name=name,
-        capability=capability,
-        units=units,
-        shared_bytes=shared_bytes or nearest.shared_bytes,
-        l2_bytes=l2_bytes or nearest.l2_bytes,
-        dram_gbs=nearest.dram_gbs * share,
-        l2_gbs=nearest.l2_gbs * share,
-        bf16_tflops=nearest.bf16_tflops * share,
-        fp32_tflops=nearest.fp32_tflops * share,
-    )
+        nearest, name=name, capability=capability, units=units,
+        shared_bytes=shared_bytes or nearest.shared_bytes, l2_bytes=l2_bytes or nearest.l2_bytes,
+        **{rate: getattr(nearest, rate) * share for rate in rates},
+    )  # fmt: skip
 
 
 def _distance(a: tuple[int, int], b: tuple[int, int]) -> int:

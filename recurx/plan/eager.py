@@ -10,16 +10,16 @@ core of a Zen 3: TRM, HRM and small nets, B from 1 to 256.
 
 from __future__ import annotations
 
-from recurx.nets import ATTENTION
-from recurx.plan.count import PRODUCTS, Stage, step_stages
+from recurx.nets import ATTENTION, TOKEN_MLP
+from recurx.plan.count import PRODUCTS, Stage, blocks_of, called_blocks, step_stages
 from recurx.plan.device import Device
 from recurx.plan.launch import LaunchPlan, Work
 from recurx.problem import Problem
 
 # Kernels of one block and of the sums before a call, counted in the official bf16 code on the way
 # to 1,784 (TRM-att) and 1,238 (TRM-mlp) kernels a supervision step of 42 blocks.
-OPERATORS = {"attention": 41, "token_mlp": 28}
-OPERATORS_FP32 = {"attention": 30, "token_mlp": 21}  # without the casts
+OPERATORS = {ATTENTION: 41, TOKEN_MLP: 28}
+OPERATORS_FP32 = {ATTENTION: 30, TOKEN_MLP: 21}  # without the casts
 INJECT_OPERATORS = 2
 
 # Bytes moved for each value that a stage writes, where that is not just reads plus writes: rms_norm
@@ -55,14 +55,9 @@ def _bytes(stage: Stage, itemsize: int) -> float:
 
 def operators(problem: Problem) -> int:
     """PyTorch operators of one recursion."""
-    specs = dict(problem.nets)
     counts = OPERATORS if problem.dtype.itemsize == 2 else OPERATORS_FP32
-    total = 0
-    for step in problem.schedule.steps:
-        total += INJECT_OPERATORS
-        for block in specs[step.net].blocks if step.net in specs else ():
-            total += counts["attention" if block.kind == ATTENTION else "token_mlp"]
-    return total
+    blocks = sum(counts[block.kind] for block in called_blocks(problem))
+    return INJECT_OPERATORS * len(problem.schedule) + blocks
 
 
 def candidates(problem: Problem, device: Device) -> list[LaunchPlan]:
@@ -83,7 +78,7 @@ def candidates(problem: Problem, device: Device) -> list[LaunchPlan]:
 
 
 def _on_cpu(problem: Problem, found: list[Stage], itemsize: int, device: Device) -> Work:
-    blocks = [b for _, spec in problem.nets for b in spec.blocks]
+    blocks = blocks_of(problem)
     heads = max([b.num_heads for b in blocks], default=0)
     matrix = itemsize == 2 and device.isa == "amx"
     values = problem.batch * problem.tokens * problem.hidden

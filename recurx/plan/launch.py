@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 from dataclasses import dataclass
+from types import ModuleType
 
 from recurx.errors import BackendUnavailable
 from recurx.hashing import hash_once
@@ -128,28 +128,21 @@ class LaunchPlan:
 
 
 # The files of this package that hold a backend's candidates; each is imported when it is asked.
-BACKENDS = (
-    "cuda",
-    "cpu",
-    "triton",
-    "eager",
-)
+BACKENDS = ("cuda", "cpu", "triton", "eager")
 
 
 def all_candidates(
     problem: Problem, device: Device, backend: str | None = None
 ) -> list[LaunchPlan]:
     """The plans that fit `device`, of one backend or of all."""
-    names = BACKENDS if backend is None else (backend,)
-    return [plan for name in names for plan in _module(name).candidates(problem, device)]
+    return [plan for file in _files(backend) for plan in file.candidates(problem, device)]
 
 
 def all_refusals(problem: Problem, device: Device, backend: str | None = None) -> list[str]:
     """One sentence for each kind of plan that does not fit."""
+    return [reason for file in _files(backend) for reason in file.refusals(problem, device)]
+
+
+def _files(backend: str | None) -> list[ModuleType]:
     names = BACKENDS if backend is None else (backend,)
-    return [reason for name in names for reason in _module(name).refusals(problem, device)]
-
-
-@functools.cache
-def _module(name: str):  # type: ignore[no-untyped-def]
-    return importlib.import_module(f"recurx.plan.{name}")
+    return [importlib.import_module(f"recurx.plan.{name}") for name in names]

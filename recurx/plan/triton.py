@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from recurx.kernels import tiles
 from recurx.nets import ATTENTION, BlockSpec
 from recurx.operands import Span
-from recurx.plan.count import flops, weight_values
+from recurx.plan.count import blocks_of, flops, round_up, weight_values
 from recurx.plan.device import Device
 from recurx.plan.launch import LaunchPlan, Work
 from recurx.plan.triton_persistent import persistent, why_not
@@ -85,8 +85,7 @@ def sample_bytes(problem: Problem, program: Program) -> int:
         max(4 * problem.tokens * block.hidden, problem.tokens * block.inner)
         if block.kind == ATTENTION
         else max(block.hidden * block.token_inner, problem.tokens * block.inner)
-        for _, spec in problem.nets
-        for block in spec.blocks
+        for block in blocks_of(problem)
     )
     values = program.slots * problem.tokens * problem.hidden + widest
     return values * problem.dtype.itemsize
@@ -164,7 +163,7 @@ def _block_kernels(
 def _product(m: int, k: int, n: int, itemsize: int, tile: tiles.Tile) -> _Kernel:
     """Two products of n columns of one [m, k] (gate-up, and the halves of Q, K, V)."""
     rows, columns = math.ceil(m / tile.rows), math.ceil(n / tile.cols)
-    depth = _up(k, tile.depth)
+    depth = round_up(k, tile.depth)
     loaded = rows * columns * (tile.rows + 2 * tile.cols) * depth * itemsize
     flops = 4 * tile.rows * tile.cols * depth
     return _Kernel(rows * columns, flops, loaded, m * k * itemsize, 2 * m * n * itemsize)
@@ -174,7 +173,7 @@ def _row_product(m: int, k: int, n: int, itemsize: int, shared: int) -> _Kernel:
     """A product whose programs own whole rows of n columns (O, down)."""
     tile = tiles.row_tile(n, k, itemsize, shared)
     rows, width = math.ceil(m / tile.rows), tile.cols * tile.chunks
-    depth = _up(k, tile.depth)
+    depth = round_up(k, tile.depth)
     loaded = (rows * (tile.rows + n) * depth + m * n) * itemsize
     read = m * (k + n) * itemsize
     return _Kernel(rows, 2 * tile.rows * width * depth, loaded, read, m * n * itemsize)
@@ -182,12 +181,8 @@ def _row_product(m: int, k: int, n: int, itemsize: int, shared: int) -> _Kernel:
 
 def _attention(batch: int, tokens: int, block: BlockSpec, itemsize: int, shared: int) -> _Kernel:
     tile = tiles.attention_tile(tokens, block.head_dim, itemsize, shared)
-    rows, keys = math.ceil(tokens / tile.rows), _up(tokens, tile.cols)
+    rows, keys = math.ceil(tokens / tile.rows), round_up(tokens, tile.cols)
     programs = rows * batch * block.num_heads
     loaded = programs * (tile.rows + 2 * keys) * block.head_dim * itemsize
     stored = batch * tokens * block.hidden * itemsize
     return _Kernel(programs, 4 * tile.rows * keys * block.head_dim, loaded, 3 * stored, stored)
-
-
-def _up(n: int, to: int) -> int:
-    return math.ceil(n / to) * to

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from recurx.nets import ATTENTION, BlockSpec
 from recurx.operands import Span
-from recurx.plan.count import flops, weight_values
+from recurx.plan.count import blocks_of, flops, round_up, weight_values
 from recurx.plan.device import Device
 from recurx.plan.launch import LaunchPlan, Work
 from recurx.problem import Problem
@@ -50,7 +50,7 @@ def persistent(problem: Problem, device: Device) -> Iterator[LaunchPlan]:
 
 def why_not(problem: Problem, device: Device) -> str | None:
     """One sentence: why no plan of this kind fits, or None."""
-    blocks, itemsize = _blocks(problem), problem.dtype.itemsize
+    blocks, itemsize = blocks_of(problem), problem.dtype.itemsize
     if problem.tokens > ROWS[-1]:
         return f"persistent: a program holds at most {ROWS[-1]} tokens, got T={problem.tokens}"
     widest = max(MOST_ROWS[itemsize])
@@ -70,10 +70,6 @@ def why_not(problem: Problem, device: Device) -> str | None:
     return None
 
 
-def _blocks(problem: Problem) -> list[BlockSpec]:
-    return [block for _, spec in problem.nets for block in spec.blocks]
-
-
 def _width(hidden: int) -> int:
     """D as the kernel pads it."""
     return 1 << (hidden - 1).bit_length()
@@ -81,7 +77,7 @@ def _width(hidden: int) -> int:
 
 def _most_samples(problem: Problem, rows: int) -> int:
     """Samples that fit `rows` rows; a token MLP mixes rows, so it has one a program."""
-    if any(block.kind != ATTENTION for block in _blocks(problem)):
+    if any(block.kind != ATTENTION for block in blocks_of(problem)):
         return int(problem.tokens <= rows)
     return min(rows // problem.tokens, problem.batch)
 
@@ -140,10 +136,9 @@ def _work(problem: Problem, settings: dict[str, int], programs: int, device: Dev
 
 def _block_flops(block: BlockSpec, rows: int, width: int, settings: dict[str, int]) -> float:
     """What one program multiplies for a block, padding included."""
-    inner = math.ceil(block.inner / settings["chunk"]) * settings["chunk"]
+    inner = round_up(block.inner, settings["chunk"])
     if block.kind == ATTENTION:
         mixer = 8 * rows * width * block.hidden + 4 * rows * rows * block.hidden
     else:
-        chunk = settings["token_chunk"]
-        mixer = 6 * rows * width * math.ceil(block.token_inner / chunk) * chunk
+        mixer = 6 * rows * width * round_up(block.token_inner, settings["token_chunk"])
     return mixer + 6 * rows * width * inner

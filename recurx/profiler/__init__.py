@@ -5,7 +5,7 @@
     profile.save_html("profile.html")             # one file, no network
     profile.save_trace("trace.json")              # ui.perfetto.dev
 
-Files, in the order of the data: `step.py` (what runs), `roles.py` and `where.py` (in which part of
+Files, in the order of the data: `step.py` (what runs), `roles.py` (in which part of
 the model), `wrapped.py`, `fused.py` and `tracer.py` (the trace, `records.py`), `counts.py` (FLOPs,
 bytes, syncs), `attribute.py` (operator -> stage), `kernels.py` (CUDA), `result.py` and `tables.py`
 (the numbers), `advice.py`; then what shows them: `trace.py`, `roofline.py`, `report.py` with its

@@ -19,7 +19,7 @@ from recurx.measure import seconds_of
 from recurx.models import problem_of_model
 from recurx.models.inner import Inner
 from recurx.patching import patch
-from recurx.patching.handle import installed
+from recurx.patching.handle import PatchHandle, installed
 from recurx.patching.install import find
 from recurx.plan import Device, LaunchPlan
 from recurx.problem import Problem
@@ -198,14 +198,10 @@ def _on_recurx(model: nn.Module) -> Iterator[None]:
         with patch(model):
             yield
         return
-    before = [inner.backend for inner in own]
-    try:
+    with PatchHandle() as handle:
         for inner in own:
-            inner.backend = "auto"
+            handle.put(inner, "backend", "auto")
         yield
-    finally:
-        for inner, backend in zip(own, before, strict=True):
-            inner.backend = backend
 
 
 def _gain(

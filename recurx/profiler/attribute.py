@@ -56,19 +56,15 @@ KINDS = {
     "training": "training",
     "other": "everything else",
 }
+_OWN_KIND = {"attention": "attention", "recursion": "fused", "foreign": "other"}
 
 
 def kind_of(stage: str) -> str:
     """The kind of a stage, a key of `KINDS`."""
     base = stage.partition(": ")[0]
     group = STAGES.get(base, ("other", ""))[0]
-    if base in PRODUCTS and group == "net":
-        return "product"
-    if base == "attention":
-        return "attention"
-    if base in ("recursion", "foreign"):
-        return "fused" if base == "recursion" else "other"
-    return "glue" if group == "net" else group
+    of_a_net = "product" if base in PRODUCTS else _OWN_KIND.get(base, "glue")
+    return of_a_net if group == "net" else group
 
 
 _ATTENTION_CORE = ("scaled_dot_product", "flash_attn", "_softmax", "bmm", "efficient_attention")

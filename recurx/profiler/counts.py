@@ -9,6 +9,7 @@ dimension (stride 0) counted as one.
 from __future__ import annotations
 
 import linecache
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 # Views that PyTorch does not mark as such, and allocations: no kernel runs.
-_FREE = {"_unsafe_view", "detach", "alias", "lift_fresh", "empty", "empty_like", "new_empty",
+FREE = {"_unsafe_view", "detach", "alias", "lift_fresh", "empty", "empty_like", "new_empty",
          "empty_strided", "new_empty_strided", "set_", "resize_"}  # fmt: skip
 _MOVES = {"_to_copy", "clone", "copy_", "cat", "stack", "zeros", "ones", "full", "zeros_like",
           "ones_like", "full_like", "fill_", "zero_", "where", "index", "embedding", "gather",
@@ -54,17 +55,6 @@ class Place(NamedTuple):
         return f"{self.file}:{self.line}" if self.line else self.file
 
 
-def name_of(func: Any) -> str:
-    """ "mm" for aten.mm.default, "recurx::recurse" for an op outside aten."""
-    name: str = func._schema.name
-    return name.removeprefix("aten::")
-
-
-def is_free(func: Any, name: str) -> bool:
-    """Whether no kernel runs."""
-    return name in _FREE or bool(func.is_view)
-
-
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Tensors among arguments or results, lists included."""
     if isinstance(value, Tensor):
@@ -79,9 +69,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 def nbytes(tensor: Tensor) -> int:
     """Bytes of the distinct values of a tensor."""
-    count = 1
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        count *= size if stride else min(size, 1)
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    count = math.prod(size if stride else min(size, 1) for size, stride in sizes)
     return count * tensor.element_size()
 
 

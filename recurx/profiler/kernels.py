@@ -1,4 +1,5 @@
-"""CUDA: kernels of one traced step, tied to the operators that launched them.
+"""CUDA: kernels of one traced step, tied to the operators that launched them, and command lines
+for NVIDIA's tools, aimed at the kernel that costs most.
 
 The tracer marks every operator with a `record_function` range; torch.profiler lists, for each CPU
 event, the kernels it launched, and the ranges around it.
@@ -6,6 +7,8 @@ event, the kernels it launched, and the ranges around it.
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -15,6 +18,8 @@ from recurx.profiler.records import Op
 from recurx.profiler.tracer import MARK
 
 STEP = "recurx::step"
+# Names of recurx's own kernels start so; without a CUDA profile they are what one looks for.
+OWN_KERNELS = "rx_|recurx|_kernel"
 
 
 def record(run: Callable[[], Any]) -> tuple[Any, list[Any]]:
@@ -65,3 +70,36 @@ def _marked(event: Any) -> int | None:
 def _on_device(event: Any) -> bool:
     # Ranges appear on the device too, as annotations; they are no kernels.
     return "CUDA" in str(event.device_type) and not event.name.startswith((MARK, STEP))
+
+
+def commands(
+    script: str, kernels: Iterable[tuple[str, float, float]], stage_of_top: str = ""
+) -> list[str]:
+    """Ready nsys and ncu lines.
+
+    Args:
+        script: what to run, e.g. "python -m recurx profile --preset trm-att --nvtx".
+        kernels: (name, start us, us) of a CUDA profile; empty on a CPU.
+        stage_of_top: stage that the costliest kernel belongs to.
+    """
+    total: dict[str, float] = defaultdict(float)
+    for name, _, us in kernels:
+        total[name] += us
+    lines = [
+        "# all of it, with recurx's NVTX ranges (step, net call, block, stage):",
+        f"nsys profile -t cuda,nvtx -c cudaProfilerApi -o recurx {script}",
+        "nsys stats -r cuda_gpu_kern_sum,nvtx_gpu_proj_sum recurx.nsys-rep",
+    ]
+    if total:
+        top = max(total, key=lambda name: total[name])
+        pattern = re.escape(re.split(r"[<(]", top)[0].rpartition("::")[2].split()[-1])
+        where = f", stage {stage_of_top}" if stage_of_top else ""
+        lines.append(f"# the costliest kernel ({total[top] / 1e3:.4g} ms a step{where}):")
+    else:
+        pattern = OWN_KERNELS
+        lines.append("# one kernel in depth (this profile ran on a CPU; on a GPU it names one):")
+    lines.append(
+        f'ncu --set full --import-source yes -k "regex:{pattern}" --launch-skip 3 '
+        f"--launch-count 1 -o recurx-kernel {script}"
+    )
+    return lines

@@ -16,7 +16,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from recurx.errors import bad_argument
 from recurx.profiler.attribute import STAGES
-from recurx.profiler.roles import Role, roles_of
+from recurx.profiler.records import Where
+from recurx.profiler.roles import roles_of
 
 _NAMES = {"inner": "supervision step", "self_attn": "RoPE, attention", "act": "ACT wrapper"}
 
@@ -69,7 +70,7 @@ def nvtx_ranges(
             handle.remove()
 
 
-def _label(role: Role, call: int) -> str:
+def _label(role: Where, call: int) -> str:
     if role.part in ("net", "foreign"):
         return f"call {call}: net {role.name}"
     if role.part == "block":

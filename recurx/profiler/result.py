@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from recurx.errors import bad_argument
 from recurx.measure import Ceilings
 from recurx.profiler.attribute import STAGES
 from recurx.profiler.records import Op
-from recurx.profiler.timeline import Timeline
 
 
 @dataclass
@@ -20,7 +21,7 @@ class Row:
     Args:
         name: short name, a key of `STAGES` or a name of the user's.
         label, group: for people; group is "net", "around", "training" or "other".
-        ms, forward_ms, backward_ms: milliseconds of the untraced step (see `Result.how`).
+        ms, forward_ms, backward_ms: milliseconds of the untraced step (see `report_how.j2`).
         share: of the step.
         operators, launches: ATen operators; kernels (on a CPU: operators that are no views).
         flops, bytes: counted from the operators.
@@ -90,6 +91,75 @@ class Engine:
         return f"{self.backend}: {self.what}{opaque}"
 
 
+# Of an event inside a kernel; "sample" may be there too.
+TIMELINE_KEYS = ("owner", "call", "block", "phase", "start_ns", "end_ns")
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Events inside one kernel: who did what when, sorted by owner and time.
+
+    The clock starts at the first event.
+    """
+
+    events: tuple[dict[str, Any], ...]
+
+    @classmethod
+    def of(cls, events: Iterable[dict[str, Any]]) -> Timeline:
+        """Checked and sorted.
+
+        Raises:
+            InvalidArgument: an event lacks a key, or ends before it starts.
+        """
+        checked = []
+        for number, event in enumerate(events):
+            missing = [key for key in TIMELINE_KEYS if key not in event]
+            if missing:
+                raise bad_argument(
+                    "profile", f"timeline[{number}]", f"a dict with {', '.join(TIMELINE_KEYS)}",
+                    f"one without {', '.join(missing)}",
+                )  # fmt: skip
+            if event["end_ns"] < event["start_ns"]:
+                raise bad_argument(
+                    "profile", f"timeline[{number}]", "end_ns >= start_ns",
+                    f"{event['start_ns']}..{event['end_ns']}",
+                )  # fmt: skip
+            checked.append({key: event[key] for key in (*TIMELINE_KEYS, "sample") if key in event})
+        first = min((event["start_ns"] for event in checked), default=0)
+        for event in checked:
+            event |= {key: event[key] - first for key in ("start_ns", "end_ns")}
+        checked.sort(key=lambda e: (e["owner"], e["start_ns"], -e["end_ns"]))
+        return cls(tuple(checked))
+
+    @property
+    def owners(self) -> list[int]:
+        return sorted({event["owner"] for event in self.events})
+
+    @property
+    def span_ms(self) -> float:
+        """From the first event to the end of the last."""
+        return max((event["end_ns"] for event in self.events), default=0) * 1e-6
+
+    def phases(self) -> dict[str, float]:
+        """{phase: ms}, mean over owners, longest first; "(between phases)" is what is left."""
+        total: dict[str, float] = defaultdict(float)
+        for event in self.events:
+            total[event["phase"]] += (event["end_ns"] - event["start_ns"]) * 1e-6
+        owners = len(self.owners) or 1
+        mean = {phase: ms / owners for phase, ms in total.items()}
+        mean["(between phases)"] = max(0.0, self.span_ms - sum(mean.values()))
+        return dict(sorted(mean.items(), key=lambda item: -item[1]))
+
+    def shares(self) -> dict[str, float]:
+        """{phase: share of the kernel}."""
+        phases = self.phases()
+        total = sum(phases.values()) or 1.0
+        return {phase: ms / total for phase, ms in phases.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"owners": len(self.owners), "span_ms": self.span_ms, "phases_ms": self.phases()}
+
+
 @dataclass
 class Result:
     """Where one step of a recursive model spends its time.
@@ -149,22 +219,6 @@ class Result:
     def ms(self) -> float:
         """The untraced step: the median."""
         return statistics.median(self.step_ms)
-
-    @property
-    def how(self) -> str:
-        """How stage times were made, in a sentence."""
-        if self.kernel_events:
-            return (
-                "Stage times are those of the kernels that a stage launched, in one traced step; "
-                f"the step is the median of {len(self.step_ms)} untraced ones, and what its "
-                "kernels leave of it is idle time."
-            )
-        return (
-            f"Stage times: {self.traces} traced step(s) ({short(self.traced_ms)} ms, of which the "
-            f"tracer's books took {short(self.lost_ms)}), each operator's shortest, less "
-            f"{self.overhead_us:.3g} us for its trace, scaled to the median of "
-            f"{len(self.step_ms)} untraced steps."
-        )
 
     def row(self, name: str) -> Row:
         """The stage called `name`; zeros if it did not run."""

@@ -15,6 +15,7 @@ from torch import nn
 
 from recurx.nets import is_block_stack
 from recurx.patching.install import find
+from recurx.profiler.records import Where
 
 # Attribute path below a block -> part. `self_attn` and the MLPs themselves hold what lies between
 # their products: rotary embedding and attention, or the gate's activation.
@@ -34,28 +35,12 @@ _NETS = re.compile(r"([LH])_level")
 _TABLES = re.compile(r"(^|[._])(cos|sin)")
 
 
-@dataclass(frozen=True)
-class Role:
-    """The part of one module.
-
-    Args:
-        part: "loss", "act", "inner", "io" (a child of the inner module that is no net), a head,
-            "net", "foreign" (a net recurx cannot read), "block", a part of `BLOCK_PARTS`, or
-            "module" (of a model that recurx does not know).
-        name: of the net ("L", "H", "net"), or the module's attribute.
-        block: number of the block in its net, or -1.
-    """
-
-    part: str
-    name: str = ""
-    block: int = -1
-
-
 @dataclass
 class Roles:
-    """Roles by module, and what else the trace needs to know of the model."""
+    """Roles by module (places without recursion and call), and what else the trace needs to know
+    of the model."""
 
-    of: dict[int, Role] = field(default_factory=dict)
+    of: dict[int, Where] = field(default_factory=dict)
     tables: set[int] = field(default_factory=set)  # storage addresses of rotary tables
     cycle: int = 0  # net calls of one cycle, 0 if unknown
     attentions: list[nn.Module] = field(default_factory=list)
@@ -67,50 +52,46 @@ def roles_of(model: nn.Module) -> Roles:
     found = find(model)
     for path, inner, _ in found:
         _name_inner(roles, inner)
-        parents = [model.get_submodule(p) for p in _ancestors(path)]
-        for depth, parent in enumerate(parents):  # innermost first
-            roles.of.setdefault(id(parent), Role("act" if depth == 0 else "loss"))
+        part = "act"
+        while path:  # the modules around it, innermost first
+            path = path.rpartition(".")[0]
+            roles.of.setdefault(id(model.get_submodule(path)), Where(part))
+            part = "loss"
     if not found:
         for name, child in model.named_children():
-            roles.of[id(child)] = Role("module", name)
+            roles.of[id(child)] = Where("module", name)
     for name, buffer in model.named_buffers():
         if _TABLES.search(name):
             roles.tables.add(buffer.untyped_storage().data_ptr())
     return roles
 
 
-def _ancestors(path: str) -> list[str]:
-    """Paths of the modules around the one at `path`, innermost first."""
-    parts = path.split(".") if path else []
-    return [".".join(parts[:n]) for n in range(len(parts) - 1, -1, -1)]
-
-
 def _name_inner(roles: Roles, inner: nn.Module) -> None:
-    roles.of[id(inner)] = Role("inner")
+    roles.of[id(inner)] = Where("inner")
     for attribute, child in inner.named_children():
         net = _NETS.fullmatch(attribute)
         if net or attribute == "network":
             _name_net(roles, child, net[1] if net else "net")
         elif attribute in HEADS:
-            roles.of[id(child)] = Role(attribute)
+            roles.of[id(child)] = Where(attribute)
         else:
-            roles.of[id(child)] = Role("io", attribute)
+            roles.of[id(child)] = Where("io", attribute)
     roles.cycle = _calls_of_a_cycle(inner)
 
 
 def _name_net(roles: Roles, net: Any, name: str) -> None:
     if not is_block_stack(net):
-        roles.of[id(net)] = Role("foreign", name)
+        roles.of[id(net)] = Where("foreign", name)
         return
-    roles.of[id(net)] = Role("net", name)
+    roles.of[id(net)] = Where("net", name)
     for number, block in enumerate(net.layers):
-        roles.of[id(block)] = Role("block", name, number)
+        roles.of[id(block)] = Where("block", name, block=number)
         for path, part in BLOCK_PARTS.items():
             child: Any = block
             for attribute in path.split("."):
                 child = getattr(child, attribute, None)
             if isinstance(child, nn.Module):
-                roles.of[id(child)] = Role(part, name, number)
+                roles.of[id(child)] = Where(part, name, block=number)
                 if part == "self_attn":
                     roles.attentions.append(child)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,12 +13,12 @@ from torch import Tensor, nn
 
 from recurx.errors import bad_argument
 from recurx.measure import Ceilings, seconds_of, synchronize
+from recurx.patching.handle import PatchHandle
 from recurx.profiler import advice, kernels, result, step, tables
 from recurx.profiler.attribute import NET_STAGES, PRODUCTS, resolve
-from recurx.profiler.commands import commands
 from recurx.profiler.records import Trace, best_of
 from recurx.profiler.report import Profile
-from recurx.profiler.roles import Roles, roles_of
+from recurx.profiler.roles import roles_of
 from recurx.profiler.tracer import Tracer, stage
 
 ROUNDS = 5  # untraced steps whose median is the step's time
@@ -88,14 +87,19 @@ def profile(
         model = model._orig_mod
         notes.append("torch.compile was set aside: the module that it wraps is profiled.")
     device = step.device_of(model)
-    optimizers = _as_list(optimizer)
-    changes = train
+    given = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+    optimizers: list[Any] = [one for one in given if one is not None]
     mode = None if run is not None else train
     with (
-        step.undisturbed(model, mode, optimizers if changes else (), ema, changes),
-        _watched([(o, "step", "optimizer") for o in optimizers]),
-        _watched([] if ema is None else [(ema, "update", "ema")]),
+        step.undisturbed(model, mode, optimizers if train else (), ema, train),
+        PatchHandle() as handle,
     ):
+        # Hooks see an optimiser's step, unless its instance got another (`recurx.train.swap`);
+        # nothing else sees an average.
+        for one in optimizers:
+            handle.put(one, "step", stage("optimizer")(one.step))
+        if ema is not None:
+            handle.put(ema, "update", stage("ema")(ema.update))
         if run is None:
             batch = step.random_batch(model, batch_size) if batch is None else batch
             carry = step.initial_carry(model, batch) if carry is None else carry
@@ -121,32 +125,11 @@ def profile(
             timeline = _engine_timeline(todo, trace, device)
     made.advice, made.predicted_ms, made.patched_ms = vars(said).values()
     top = max(made.rows, key=lambda row: row.ms, default=result.empty_row("other"))
-    made.commands = commands(script, events, top.label)
+    made.commands = kernels.commands(script, events, top.label)
     made.notes = notes + _notes(made, device)
     if timeline is not None:
         made.add_timeline(timeline)
     return made
-
-
-def _as_list(optimizer: Any) -> list[torch.optim.Optimizer]:
-    if optimizer is None:
-        return []
-    return list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
-
-
-@contextlib.contextmanager
-def _watched(calls: Sequence[tuple[Any, str, str]]) -> Iterator[None]:
-    """Methods of given objects as stages: (object, method, stage). Hooks see an optimiser's step,
-    unless its instance got another (`recurx.train.swap`); nothing else sees an average."""
-    with contextlib.ExitStack() as stack:
-        for owner, name, label in calls:
-            function = getattr(owner, name)
-            if name in vars(owner):
-                stack.callback(setattr, owner, name, function)
-            else:
-                stack.callback(delattr, owner, name)
-            setattr(owner, name, stage(label)(function))
-        yield
 
 
 def _timed(todo: step.Step, device: torch.device, seconds: float, halting: int) -> list[float]:
@@ -170,7 +153,8 @@ def _timed(todo: step.Step, device: torch.device, seconds: float, halting: int) 
 def _traced(todo: step.Step, device: torch.device) -> tuple[Trace, list[Any]]:
     """A traced step, and with CUDA its kernels."""
     roles = roles_of(todo.model)
-    _warm_up(roles)
+    # The first dispatch mode of a process imports much of torch: not inside a traced step.
+    Tracer(roles).record(nn.Identity(), lambda: torch.zeros(1).add_(1))
     if device.type != "cuda":
         until, traces = time.perf_counter() + TRACE_SECONDS, []
         while len(traces) < TRACES and (not traces or time.perf_counter() < until):
@@ -196,26 +180,19 @@ def _engine_timeline(
     with engine.timeline() as recorded:
         todo()
         synchronize(device)
-    events: list[dict[str, Any]] = recorded.events
-    return events
-
-
-def _warm_up(roles: Roles) -> None:
-    """The first dispatch mode of a process imports much of torch: not inside a traced step."""
-    Tracer(roles).record(nn.Identity(), lambda: torch.zeros(1).add_(1))
+    return recorded.events  # type: ignore[no-any-return]
 
 
 def _assemble(
     todo: step.Step, trace: Trace, times: list[float], events: list[Any], ceilings: Any,
     device: torch.device, samples: int,
 ) -> Profile:  # fmt: skip
-    total = statistics.median(times)
+    total, ops = statistics.median(times), trace.ops
     ms, overhead = tables.operator_ms(trace, total)
     idle = 0.0
     if events:  # a GPU: stages are the time of their kernels, the rest is waiting for the host
-        ms = tables.device_ms(trace)
+        ms = [sum(us for _, us in op.kernels) * 1e-3 for op in ops]
         idle = max(0.0, total - sum(us for _, _, us in events) * 1e-3)
-    ops = trace.ops
     return Profile(
         title=type(todo.model).__name__,
         kind=todo.kind,
@@ -249,8 +226,7 @@ def _dtype(model: nn.Module) -> torch.dtype:
     """The dtype of the states: that of the configuration, or of the parameters."""
     name = getattr(step.model_config(model), "forward_dtype", None)
     if isinstance(name, str) and isinstance(getattr(torch, name, None), torch.dtype):
-        dtype: torch.dtype = getattr(torch, name)
-        return dtype
+        return getattr(torch, name)  # type: ignore[no-any-return]
     parameter = next(model.parameters(), None)
     return torch.float32 if parameter is None else parameter.dtype
 

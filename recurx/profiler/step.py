@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from recurx.errors import bad_argument
 from recurx.models.losses import ACTLossHead
+from recurx.patching import probe
 from recurx.patching.install import find
 from recurx.profiler.roles import roles_of
 from recurx.profiler.tracer import stage
@@ -92,20 +93,10 @@ def random_batch(model: nn.Module, batch_size: int, seed: int = 0) -> dict[str, 
     if config is None:
         raise bad_argument(
             "profile", "batch", "a batch", None,
-            "This model has no config with seq_len and vocab_size to draw one from; or give step=.",
+            "This model has no config with seq_len and vocab_size to draw one from; or give run=.",
         )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
-    shape, rows = (batch_size, config.seq_len), getattr(config, "num_puzzle_identifiers", 1)
-
-    def draw(limit: int, size: tuple[int, ...]) -> Tensor:
-        drawn = torch.randint(0, max(1, limit), size, generator=generator, dtype=torch.int32)
-        return drawn.to(device_of(model))
-
-    return {
-        "inputs": draw(config.vocab_size, shape),
-        "labels": draw(config.vocab_size, shape),
-        "puzzle_identifiers": draw(rows, (batch_size,)),
-    }
+    return probe.random_batch(config, batch_size, generator, device_of(model))
 
 
 def initial_carry(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
@@ -123,20 +114,17 @@ def initial_carry(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
                 return carry
     raise bad_argument(
         "profile", "carry", "a carry", None,
-        f"{type(model).__name__} has neither initial_carry nor empty_carry: give carry= or step=.",
+        f"{type(model).__name__} has neither initial_carry nor empty_carry: give carry= or run=.",
     )  # fmt: skip
 
 
 def supervision_step(model: nn.Module, batch: Mapping[str, Tensor], carry: Any) -> Step:
     """One call of the model without gradient, as evaluation does."""
-    call = _caller(model, batch)
-    state = [carry]
+    call = _caller(model, batch, carry)
 
     def run() -> Any:
         with torch.no_grad():
-            result = call(state[0])
-        state[0] = result[0]
-        return result
+            return call()
 
     return Step(model, "supervision step", run)
 
@@ -150,15 +138,13 @@ def training_step(
 ) -> Step:
     """Forward, loss, backward, every optimiser, EMA: what the official training loop does."""
     head = model if _returns_loss(model) else ACTLossHead(model)
-    call = _caller(head, batch)
-    state = [carry]
+    call = _caller(head, batch, carry)
     size = next(iter(batch.values())).shape[0]
     puzzles = [m for m in model.modules() if hasattr(m, "sign_sgd_")]
 
     def run() -> Any:
         with torch.enable_grad():
-            result = call(state[0])
-            state[0] = result[0]
+            result = call()
             with stage("loss"):
                 loss = _loss_of(result) / size
             loss.backward()
@@ -186,11 +172,18 @@ def _returns_loss(model: nn.Module) -> bool:
     return role is not None and role.part == "loss"
 
 
-def _caller(model: nn.Module, batch: Mapping[str, Tensor]) -> Callable[[Any], Any]:
-    arguments: dict[str, Any] = {"batch": batch}
+def _caller(model: nn.Module, batch: Mapping[str, Tensor], carry: Any) -> Callable[[], Any]:
+    """Calls the model, from the second time on with the carry that it returned."""
+    arguments: dict[str, Any] = {"batch": batch, "carry": carry}
     if "return_keys" in inspect.signature(model.forward).parameters:
         arguments["return_keys"] = ["q_halt_logits", "q_continue_logits"]
-    return lambda carry: model(carry=carry, **arguments)
+
+    def call() -> Any:
+        result = model(**arguments)
+        arguments["carry"] = result[0]
+        return result
+
+    return call
 
 
 def _loss_of(result: Any) -> Tensor:
@@ -199,7 +192,7 @@ def _loss_of(result: Any) -> Tensor:
             return item
     raise bad_argument(
         "profile", "model", "a model that returns a scalar loss with gradient",
-        [type(item).__name__ for item in result], "Give a loss head, or step=.",
+        [type(item).__name__ for item in result], "Give a loss head, or run=.",
     )  # fmt: skip
 
 
@@ -215,7 +208,6 @@ def undisturbed(
 
     `training` is the mode inside; None leaves it.
     """
-    flags = [(module, module.training) for module in model.modules()]
     tensors = [*model.parameters(), *model.buffers()] if weights else []
     saved = [tensor.detach().clone() for tensor in tensors]
     grads = [(p, p.grad) for p in tensors]
@@ -223,16 +215,10 @@ def undisturbed(
     averages = copy.deepcopy(vars(ema)) if weights and ema is not None else None
     for parameter, _ in grads:
         parameter.grad = None
-    device = device_of(model)
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with probe.undisturbed(model, training):
         try:
-            if training is not None:
-                model.train(training)
             yield
         finally:
-            for module, flag in flags:
-                module.training = flag
             with torch.no_grad():
                 for tensor, before in zip(tensors, saved, strict=True):
                     tensor.copy_(before)

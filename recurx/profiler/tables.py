@@ -24,11 +24,6 @@ def operator_ms(trace: Trace, step_ms: float) -> tuple[list[float], float]:
     return [ms * factor for ms in less], overhead * 1e3
 
 
-def device_ms(trace: Trace) -> list[float]:
-    """Milliseconds of the kernels of every operator (CUDA)."""
-    return [sum(us for _, us in op.kernels) * 1e-3 for op in trace.ops]
-
-
 def make_rows(
     ops: Sequence[Op], ms: Sequence[float], total: float, roofs: Ceilings,
     kernels: Sequence[tuple[str, float, float]] = (),

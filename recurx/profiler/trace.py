@@ -6,7 +6,8 @@ is a run of operators that share the path down to it, so ranges nest and never o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from recurx.profiler.attribute import NET_STAGES
@@ -32,31 +33,25 @@ def path(op: Op, kind: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def ranges(ops: Sequence[Op], kind: str) -> Iterator[tuple[int, str, int, int]]:
+def ranges(ops: Iterable[Op], kind: str) -> Iterator[tuple[int, str, int, int]]:
     """(depth, name, start, end) of every range, in ns, outer ranges closed after inner ones."""
-    open_ranges: list[tuple[str, int]] = []
-    before = 0
-    for op in ops:
-        names = path(op, kind)
-        same = 0
-        for (name, _), other in zip(open_ranges, names, strict=False):
-            if name != other:
-                break
-            same += 1
-        # A leaf range also ends where a deeper path goes on below it.
-        while len(open_ranges) > same:
-            name, start = open_ranges.pop()
-            yield len(open_ranges), name, start, before
-        open_ranges += [(name, op.start) for name in names[same:]]
-        before = op.end
-    while open_ranges:
-        name, start = open_ranges.pop()
-        yield len(open_ranges), name, start, before
+    yield from _nested([(path(op, kind), op) for op in ops], 0)
+
+
+def _nested(
+    ops: Iterable[tuple[tuple[str, ...], Op]], depth: int
+) -> Iterator[tuple[int, str, int, int]]:
+    """The ranges from `depth` on of operators that share their path so far."""
+    for names, group in itertools.groupby(ops, key=lambda op: op[0][depth : depth + 1]):
+        inside = list(group)
+        if names:
+            yield from _nested(inside, depth + 1)
+            yield depth, names[0], inside[0][1].start, inside[-1][1].end
 
 
 def chrome_trace(profile: Result) -> dict[str, Any]:
     """The whole trace, as `Profile.save_trace` writes it."""
-    events = [_named(HOST, "host: traced step, tracer's books taken out"), _thread(HOST, 1, "step")]
+    events = [*_titles(HOST, "host: traced step, tracer's books taken out", {1: "step"})]
     for _, name, start, end in ranges(profile.ops, profile.kind):
         events.append(_event(HOST, 1, name, "range", start, end, {}))
     for op in profile.ops:
@@ -69,21 +64,17 @@ def chrome_trace(profile: Result) -> dict[str, Any]:
         # The operator itself: the end of its span; the time before it is Python and dispatch.
         events.append(_event(HOST, 1, op.name, "operator", op.end - op.run, op.end, arguments))
     if profile.kernel_events:
-        events += [_named(GPU, "GPU"), _thread(GPU, 1, "kernels")]
-        for name, start_us, us in profile.kernel_events:
-            events.append(_event(GPU, 1, name, "kernel", start_us * 1e3, (start_us + us) * 1e3, {}))
+        events += _titles(GPU, "GPU", {1: "kernels"})
+    for name, start_us, us in profile.kernel_events:
+        events.append(_event(GPU, 1, name, "kernel", start_us * 1e3, (start_us + us) * 1e3, {}))
     if profile.timeline is not None:
-        events.append(_named(ENGINE, "recurx engine: phases inside the kernel"))
+        owners = {owner: f"owner {owner}" for owner in profile.timeline.owners}
+        events += _titles(ENGINE, "recurx engine: phases inside the kernel", owners)
         begin = next((op.end - op.run for op in profile.ops if op.split is not None), 0)
-        for owner in profile.timeline.owners:
-            events.append(_thread(ENGINE, owner, f"owner {owner}"))
         for e in profile.timeline.events:
-            events.append(
-                _event(
-                    ENGINE, e["owner"], e["phase"], "phase", begin + e["start_ns"],
-                    begin + e["end_ns"], {k: e[k] for k in ("call", "block", "sample") if k in e},
-                )
-            )  # fmt: skip
+            arguments = {key: e[key] for key in ("call", "block", "sample") if key in e}
+            span = begin + e["start_ns"], begin + e["end_ns"]
+            events.append(_event(ENGINE, e["owner"], e["phase"], "phase", *span, arguments))
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": profile.versions}
 
 
@@ -96,9 +87,9 @@ def _event(
     }  # fmt: skip
 
 
-def _named(pid: int, name: str) -> dict[str, Any]:
-    return {"name": "process_name", "ph": "M", "pid": pid, "args": {"name": name}}
-
-
-def _thread(pid: int, tid: int, name: str) -> dict[str, Any]:
-    return {"name": "thread_name", "ph": "M", "pid": pid, "tid": tid, "args": {"name": name}}
+def _titles(pid: int, name: str, threads: dict[int, str]) -> Iterator[dict[str, Any]]:
+    """Events that name a process and its threads."""
+    yield {"name": "process_name", "ph": "M", "pid": pid, "args": {"name": name}}
+    for tid, title in threads.items():
+        args = {"name": title}
+        yield {"name": "thread_name", "ph": "M", "pid": pid, "tid": tid, "args": args}

@@ -29,13 +29,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from recurx.profiler import counts
 from recurx.profiler.fused import Split
-from recurx.profiler.records import BACKWARD, Op, Trace
-from recurx.profiler.roles import Role, Roles
-from recurx.profiler.where import Position, Where
+from recurx.profiler.records import BACKWARD, Op, Position, Trace, Where
+from recurx.profiler.roles import Roles
 from recurx.profiler.wrapped import wrapped_attention, wrapped_reference
 
 MARK = "recurx#"  # record_function names, by which CUDA kernels find their operator
 
+_UNMARKED = contextlib.nullcontext()
 _active: Tracer | None = None
 
 
@@ -45,11 +45,7 @@ def stage(name: str) -> Iterator[None]:
 
     Costs nothing while no profile is being made.
     """
-    tracer = _active
-    if tracer is None:
-        yield
-        return
-    with tracer.at.range(Where("user", name)):
+    with contextlib.nullcontext() if _active is None else _active.at.range(Where("user", name)):
         yield
 
 
@@ -81,12 +77,11 @@ class Tracer(TorchDispatchMode):
                 register_module_forward_pre_hook(self._enter_module),
                 register_module_forward_hook(self._leave_module, always_call=True),
                 register_optimizer_step_pre_hook(self._enter_optimizer),
-                register_optimizer_step_post_hook(self._leave_optimizer),
+                register_optimizer_step_post_hook(lambda *_: self.at.stack.pop()),
             ):
                 stack.callback(handle.remove)
             stack.enter_context(wrapped_reference(self.at))
-            attentions = wrapped_attention(self.at, self.roles.attentions, self.opaque)
-            stack.enter_context(attentions)
+            stack.enter_context(wrapped_attention(self.at, self.roles.attentions, self.opaque))
             _active = self
             try:
                 first = torch._C._autograd._get_sequence_nr()
@@ -112,13 +107,13 @@ class Tracer(TorchDispatchMode):
         self.at.stack.append(self.at.where if role is None else self._entered(role))
         self.lost += perf_counter_ns() - begin
 
-    def _entered(self, role: Role) -> Where:
+    def _entered(self, role: Where) -> Where:
         if role.part == "inner":
             self.at.begin_recursion(self.roles.cycle)
         elif role.part in ("net", "foreign") and self.at.where.part != "foreign":
             self.at.call += 1  # (a patched loop of foreign code has counted it already)
         elif role.part in ("act", "loss", "module"):
-            return Where(role.part, role.name)
+            return role
         return self.at.inside(role.part, role.name, role.block)
 
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -127,9 +122,6 @@ class Tracer(TorchDispatchMode):
 
     def _enter_optimizer(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self.at.stack.append(Where("optimizer", type(optimizer).__name__))
-
-    def _leave_optimizer(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self.at.stack.pop()
 
     # ---- operators ---------------------------------------------------------------------------
 
@@ -142,16 +134,13 @@ class Tracer(TorchDispatchMode):
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
-        name = counts.name_of(func)
+        # "mm" for aten.mm.default, "recurx::recurse" for an op outside aten
+        name = func._schema.name.removeprefix("aten::")
         split = Split.of(name, func, args, kwargs)
-        mark = record_function(f"{MARK}{len(self.ops)}") if self._annotate else None
-        begin = perf_counter_ns()
-        if mark is None:
+        with self._mark():
+            begin = perf_counter_ns()
             out = func(*args, **kwargs)
-        else:
-            with mark:
-                out = func(*args, **kwargs)
-        end = perf_counter_ns()
+            end = perf_counter_ns()
         self._note(name, func, args, kwargs, out, begin, end, split)
         self.lost += perf_counter_ns() - end
         return out
@@ -170,7 +159,7 @@ class Tracer(TorchDispatchMode):
         self, name: str, func: Any, args: Any, kwargs: dict[str, Any], out: Any,
         begin: int, end: int, split: Split | None,
     ) -> None:  # fmt: skip
-        free = counts.is_free(func, name)
+        free = name in counts.FREE or func.is_view
         flops, moved = (0.0, 0) if free else counts.work(name, args, kwargs, out)
         if split is not None:
             split.finish()
@@ -197,19 +186,18 @@ class Tracer(TorchDispatchMode):
     def opaque(self, name: str, where: Where, run: Callable[[], Any]) -> Any:
         """Run a function that may launch work which no dispatcher sees; it becomes one operator."""
         before, begin = len(self.ops), perf_counter_ns()
-        with self.at.range(where):
-            if self._annotate:
-                with record_function(f"{MARK}{before}"):
-                    out = run()
-            else:
-                out = run()
+        with self.at.range(where), self._mark():
+            out = run()
         if len(self.ops) == before:
             end = perf_counter_ns()
             moved = sum(counts.nbytes(t) for t in counts.tensors_in(out))
-            self._append(
-                Op(name, where, self._last, self._now(end), end - begin, False, 0.0, moved)
-            )
+            op = Op(name, where, self._last, self._now(end), end - begin, False, 0.0, moved)
+            self._append(op)
         return out
+
+    def _mark(self) -> contextlib.AbstractContextManager[Any]:
+        """For torch.profiler, around the operator that comes next."""
+        return record_function(f"{MARK}{len(self.ops)}") if self._annotate else _UNMARKED
 
     def _now(self, clock: int) -> int:
         return clock - self._zero - self.lost

@@ -13,7 +13,8 @@ from torch import nn
 
 from recurx import reference
 from recurx.nets import WEIGHT_NAMES, Net
-from recurx.profiler.where import Position, Where
+from recurx.patching.handle import PatchHandle
+from recurx.profiler.records import Position, Where
 
 # Functions that official code imports by name into the file of its attention.
 ATTENTION_FUNCTIONS = ("flash_attn_func", "scaled_dot_product_attention")
@@ -86,13 +87,10 @@ def wrapped_reference(at: Position) -> Iterator[None]:
 
         return function
 
-    try:
+    with PatchHandle() as handle:
         for name, function in {"run": run, **{name: ranged(name) for name in places}}.items():
-            setattr(reference, name, function)
+            handle.put(reference, name, function)
         yield
-    finally:
-        for name, function in original.items():
-            setattr(reference, name, function)
 
 
 def _period(steps: Sequence[Any]) -> int:
@@ -110,21 +108,14 @@ def wrapped_attention(
 ) -> Iterator[None]:
     """The attention function of the model's own file becomes one operator, by `Tracer.opaque`:
     flash-attn may be a plain extension, whose kernels no dispatcher sees."""
-    undo: list[tuple[dict[str, Any], str, Any]] = []
-    for scope in {id(s): s for s in (_globals(m) for m in attentions)}.values():
-        for name in ATTENTION_FUNCTIONS:
-            if callable(scope.get(name)):
-                undo.append((scope, name, scope[name]))
-                scope[name] = _ranged(at, opaque, name, scope[name])
-    try:
+    scopes = [getattr(type(module).forward, "__globals__", {}) for module in attentions]
+    with contextlib.ExitStack() as undo:
+        for scope in {id(scope): scope for scope in scopes}.values():
+            for name in ATTENTION_FUNCTIONS:
+                if callable(scope.get(name)):
+                    undo.callback(scope.__setitem__, name, scope[name])
+                    scope[name] = _ranged(at, opaque, name, scope[name])
         yield
-    finally:
-        for scope, name, function in undo:
-            scope[name] = function
-
-
-def _globals(module: nn.Module) -> dict[str, Any]:
-    return getattr(type(module).forward, "__globals__", {})
 
 
 def _ranged(at: Position, opaque: Callable[..., Any], name: str, function: Any) -> Any:

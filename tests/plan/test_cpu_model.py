@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 import recurx
-from recurx.bench import predict, results
+from recurx.bench import predict, results, step_cost
 from recurx.bench.cases import CASES, DTYPES
 from recurx.bench.provenance import ROOT
 from recurx.bench.variants import Variant
 from recurx.models import problem_of_config, problem_of_model
-from recurx.plan import Device, cpu, device, eager, step_cost
+from recurx.plan import Device, cpu, device, eager
 
 WITHIN = 0.25
 QUIET = ROOT / "bench" / "results" / "cpu-zen3-2026-11-24.json"

@@ -20,13 +20,12 @@ from recurx.errors import InvalidArgument
 from recurx.models import TRM, TRMConfig
 from recurx.profiler import counts, fused, nvtx_ranges
 from recurx.profiler.attribute import resolve
-from recurx.profiler.commands import commands
-from recurx.profiler.kernels import attach
+from recurx.profiler.kernels import attach, commands
 from recurx.profiler.records import Op, Trace
+from recurx.profiler.result import Timeline
 from recurx.profiler.roles import roles_of
 from recurx.profiler.step import initial_carry, random_batch, supervision_step
 from recurx.profiler.tables import make_rows, operator_ms
-from recurx.profiler.timeline import Timeline
 from recurx.profiler.trace import chrome_trace
 from recurx.profiler.tracer import Tracer
 from recurx.train import AdamATan2, Average
