@@ -20,7 +20,7 @@ from recurx.train.presets import PRESETS
 @dataclass(frozen=True)
 class Options(options.Json, options.Machine):
     task: str | None = option(
-        None, f"{', '.join(tasks.NAMES)}; with options as in maze:size=12", flag="", nargs="?"
+        None, f"{', '.join(tasks.names())}; with options as in maze:size=12", flag="", nargs="?"
     )
     preset: str = option("tiny-mlp", f"one of {', '.join(PRESETS)}", metavar="NAME")
     out: str | None = file("default: runs/TASK-PRESET", "FOLDER")

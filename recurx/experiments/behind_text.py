@@ -54,7 +54,8 @@ def by_length(count: int, trainer: Trainer, steps: int) -> dict[str, Any]:
     import numpy as np
 
     from recurx.experiments.session import Course, look
-    from recurx.tasks import EnglishTask, Sampler
+    from recurx.experiments.tasks.english import EnglishTask
+    from recurx.tasks import Sampler
 
     assert isinstance(trainer.task, EnglishTask)  # by task_bank
     mixed = Sampler(trainer.task, trainer.config.seed, "held-out").draw(count)
