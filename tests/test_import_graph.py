@@ -22,9 +22,9 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {"recurx": "recurx", "recurx.kernels": "kernels"}  # package -> folder, as in setup.py
 EXTENSION = "recurx._C"  # compiled: it has no file of Python
 
-# From the ground up. `experiments.tasks` and `experiments.hybrid` are the parts of experiments that
-# users import, `""` is `recurx/__init__.py`, which finds each public name when it is asked for, and
-# `_checkout` tells Python where the packages of a checkout lie.
+# From the ground up. The parts of experiments that stand below it are used by others as well, `""` is
+# `recurx/__init__.py`, which finds each public name when it is asked for, and `_checkout` tells
+# Python where the packages of a checkout lie.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "hashing", "_build_info", "_C"),
     ("atomic", "options", "schedule", "small_ops", "tasks"),
@@ -56,6 +56,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("experiments.hybrid", "_checkout"),
     ("hybrid",),
     ("",),
+    ("experiments.drawing",),
     ("cli",),
     ("bench",),
     ("experiments",),

@@ -40,12 +40,13 @@ class Options(options.Json, options.Machine, Refining, arc.Options, options.Weig
 
 
 def run(asked: Options) -> int:
-    from recurx.cli import draw_budgets, output
+    from recurx.cli import output
     from recurx.cli.checkpoints import open_checkpoint
+    from recurx.experiments.drawing import budgets as drawn
     from recurx.train import evaluate
 
     device = asked.prepare()
-    picture = draw_budgets.check_path(asked.curve) if asked.curve else None
+    picture = drawn.check_path(asked.curve) if asked.curve else None
     model, task, loaded = open_checkpoint(asked.checkpoint, asked.task, device, asked.backend)
     recommended = loaded.extra.get("solve") or {}
     how = arguments_of_solve(asked.how, recommended, task)
@@ -91,9 +92,9 @@ def run(asked: Options) -> int:
         budgets = doubling(how.pop("max_steps")), doubling(how.pop("rollouts"))
         points = budget_curve(model, task, few, *budgets, **where, **how)
         _print_points(console, points, len(few))
-        draw_budgets.write(
+        drawn.write(
             picture, f"{task.name}, {len(few)} puzzles, {Path(loaded.path).stem}",
-            lambda figure: draw_budgets.draw_budgets(points, figure, loaded.config.halt_max_steps),
+            lambda figure: drawn.draw_budgets(points, figure, loaded.config.halt_max_steps),
         )  # fmt: skip
         console.print(f"curve: {picture}", soft_wrap=True)
         result["points"] = [asdict(point) for point in points]

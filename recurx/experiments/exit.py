@@ -123,8 +123,8 @@ def tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
 
 def draw(result: dict[str, Any], figure: Any) -> None:
     """Left: accuracy after a fixed number of steps, of every net; right: rules against time."""
-    from recurx.cli.draw_budgets import draw_exits
-    from recurx.cli.plotting import COLOURS, INK
+    from recurx.experiments.drawing import COLOURS, INK
+    from recurx.experiments.drawing.budgets import draw_exits
 
     steps, exits = figure.subplots(1, 2, width_ratios=[1, 1])
     for net, colour in zip(result["nets"], COLOURS, strict=False):

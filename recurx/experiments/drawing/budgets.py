@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recurx.cli import plotting
-from recurx.cli.plotting import COLOURS, INK, pyplot
 from recurx.errors import InvalidArgument
+from recurx.experiments import drawing
+from recurx.experiments.drawing import COLOURS, INK, pyplot
 from recurx.solving.budgets import Point
 
 SUFFIXES = (".png", ".svg")
@@ -38,7 +38,7 @@ def write(path: Path, title: str, fill: Callable[[Any], None]) -> None:
         figure.axes[0].set_title(title, loc="left", fontsize=9)
 
     plt = pyplot("eval --curve", "leave --curve out")
-    plotting.write(plt, [path], (8, 3.2), titled)
+    drawing.write(plt, [path], (8, 3.2), titled)
 
 
 def draw_budgets(points: Sequence[Point], figure: Any, trained_steps: int | None = None) -> None:

@@ -45,7 +45,7 @@ def trace_back(steps: NDArray[np.int64], goal: Cells, rng: np.random.Generator) 
     size = int(np.sqrt(cells))
     padded = np.full((count, size + 2, size + 2), UNREACHED, dtype=np.int64)
     padded[:, 1:-1, 1:-1] = steps.reshape(count, size, size)
-    flat = padded.reshape(count, -1)
+    flat = padded.reshape(count, (size + 2) ** 2)
     here = (goal // size + 1) * (size + 2) + goal % size + 1
     path = np.zeros(flat.shape, dtype=bool)
     rows = np.arange(count)
