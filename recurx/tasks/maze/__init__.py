@@ -60,7 +60,7 @@ class Maze(Task):
         return Grid(units, apart == 1)
 
     def generate(self, rng: np.random.Generator, count: int) -> Examples:
-        mazes: list[NDArray[np.int64]] = []
+        mazes: list[NDArray[np.int64]] = []  # in a tree one way leads from S to G
         while len(mazes) < count:
             grid = self._corridors(rng)
             start = int(rng.choice(np.flatnonzero(grid == OPEN)))
