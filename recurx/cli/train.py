@@ -92,19 +92,15 @@ def run(asked: Options) -> int:
     console.print(f"weights: {trainer.folder}/model.safetensors", soft_wrap=True)
     console.print(f"go on with: python -m recurx train --resume {trainer.folder}", soft_wrap=True)
     if asked.json:
-        output.json_line(
-            {"step": trainer.step, "ended": reason, "folder": str(trainer.folder)}
-            | report.to_dict()
-        )
+        ended = {"step": trainer.step, "ended": reason, "folder": str(trainer.folder)}
+        output.json_line(ended | report.to_dict())
     return 0
 
 
 _ENDINGS = {
-    "steps": "All steps done",
-    "time": "Time is up",
-    "stopped": "Accuracy reached",
-    "interrupted": "Interrupted",
-}
+    "steps": "All steps done", "time": "Time is up",
+    "stopped": "Accuracy reached", "interrupted": "Interrupted",
+}  # fmt: skip
 
 
 def _started(asked: Options, device: Any, on_progress: Any) -> Any:

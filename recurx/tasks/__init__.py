@@ -59,14 +59,21 @@ def get(name: str) -> Task:
     """
     base, _, options = name.partition(":")
     maker = _maker(base)
-    chosen = {key: _number(base, key, value) for key, value in _pairs(options)}
     fixed = {"name", *getattr(maker, "keywords", ())}
     known = [option for option in inspect.signature(maker).parameters if option not in fixed]
-    for key in chosen:
+    chosen = {}
+    for option in filter(None, options.split(",")):
+        key, value = (part.strip() for part in option.partition("=")[::2])
         if key not in known:
             raise InvalidArgument(
                 f"tasks: {base} has the options {', '.join(known)}, got {key!r} in {name!r}."
             )
+        try:
+            chosen[key] = int(value)
+        except ValueError:
+            raise InvalidArgument(
+                f"tasks: option {key!r} of {base}: expected {base}:{key}=NUMBER, got {value!r}."
+            ) from None
     return maker(**chosen, name=name)
 
 
@@ -110,17 +117,3 @@ def _maker(base: str) -> Callable[..., Task]:
         register(base, maker)
         return maker
     raise InvalidArgument(f"tasks: expected one of {', '.join(names())}, got {base!r}.")
-
-
-def _pairs(options: str) -> list[tuple[str, str]]:
-    pairs = [item.partition("=") for item in options.split(",") if item]
-    return [(key.strip(), value.strip()) for key, _, value in pairs]
-
-
-def _number(base: str, key: str, value: str) -> int:
-    try:
-        return int(value)
-    except ValueError:
-        raise InvalidArgument(
-            f"tasks: option {key!r} of {base}: expected {base}:{key}=NUMBER, got {value!r}."
-        ) from None

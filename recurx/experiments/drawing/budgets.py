@@ -1,4 +1,4 @@
-"""Draws accuracy against a budget: supervision steps on the left, wall time on the right."""
+"""Shows what a budget of steps or time buys: as tables, and as pictures of accuracy against it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,42 @@ from typing import Any
 from recurx.errors import InvalidArgument
 from recurx.experiments import drawing
 from recurx.experiments.drawing import COLOURS, INK, pyplot
-from recurx.solving.budgets import Point
+from recurx.solving.budgets import Exit, Point, fastest_at_equal_accuracy
 
 SUFFIXES = (".png", ".svg")
+Table = tuple[str, list[str], list[list[str]]]  # title, columns, rows
+
+
+def points_table(points: Sequence[Point], count: int) -> Table:
+    """What each budget came to, with `count` puzzles."""
+    rows = [
+        [f"{p.max_steps}", f"{p.rollouts}", f"{p.exact:.1%}", f"{p.steps_mean:.1f}",
+         f"{1000 * p.seconds:.2f} ms"]
+        for p in points
+    ]  # fmt: skip
+    columns = ["steps at most", "rollouts", "exact", "steps taken", "time a puzzle"]
+    return f"What a budget buys, {count} puzzles", columns, rows
+
+
+def exits_table(exits: Sequence[Exit], count: int) -> Table:
+    """Halting rules against always taking every step, the first."""
+    rows = [
+        [r.name, f"{r.exact:.1%}", f"{r.steps_mean:.1f}", f"{r.seconds:.3f} s", f"{r.speedup:.2f}x"]
+        for r in exits
+    ]
+    title = f"Early exit, {count} puzzles, medians of interleaved rounds"
+    return title, ["a puzzle ends at", "exact", "steps each", "time", "speed"], rows
+
+
+def fastest(exits: Sequence[Exit]) -> str:
+    """The fastest rule that costs no accuracy, in a sentence."""
+    best, fixed = fastest_at_equal_accuracy(exits), exits[0]
+    if best is fixed:
+        return f"No rule solves as many as {fixed.name}."
+    return (
+        f"Fastest that solves no fewer than {fixed.name}: {best.name}, {best.speedup:.2f} times as "
+        f"fast."
+    )
 
 
 def check_path(path: str | Path) -> Path:
