@@ -56,7 +56,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("experiments.hybrid", "_checkout"),
     ("hybrid",),
     ("",),
-    ("experiments.drawing",),
+    ("experiments.drawing", "experiments.budgets"),
     ("cli",),
     ("bench",),
     ("experiments",),

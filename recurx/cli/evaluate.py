@@ -41,7 +41,8 @@ class Options(options.Json, options.Machine, Refining, arc.Options, options.Weig
 def run(asked: Options) -> int:
     from recurx.cli import output
     from recurx.cli.checkpoints import open_checkpoint
-    from recurx.experiments.drawing import budgets as shown
+    from recurx.experiments import budgets
+    from recurx.experiments.budgets import shown
     from recurx.train import evaluate
 
     device = asked.prepare()
@@ -78,17 +79,13 @@ def run(asked: Options) -> int:
         _print_trained(console, report, trained, steps)
         result["as_trained"] = {"max_steps": steps, "count": trained.count, "exact": trained.exact}
     if asked.compare_exit:
-        from recurx.solving.budgets import compare_exits
-
-        exits = compare_exits(model, task, few, max_steps=how["max_steps"], **where)
+        exits = budgets.compare_exits(model, task, few, max_steps=how["max_steps"], **where)
         console.print(output.table(*shown.exits_table(exits, len(few))))
         console.print(shown.fastest(exits), soft_wrap=True)
         result["exits"] = [asdict(row) for row in exits]
     if picture is not None:
-        from recurx.solving.budgets import budget_curve, doubling
-
-        budgets = doubling(how.pop("max_steps")), doubling(how.pop("rollouts"))
-        points = budget_curve(model, task, few, *budgets, **where, **how)
+        steps, tries = budgets.doubling(how.pop("max_steps")), budgets.doubling(how.pop("rollouts"))
+        points = budgets.budget_curve(model, task, few, steps, tries, **where, **how)
         console.print(output.table(*shown.points_table(points, len(few))))
         shown.write(
             picture, f"{task.name}, {len(few)} puzzles, {Path(loaded.path).stem}",

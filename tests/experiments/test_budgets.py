@@ -11,10 +11,10 @@ import torch
 
 import recurx
 from recurx import tasks
-from recurx.experiments.drawing import budgets as pictures
+from recurx.experiments import budgets
+from recurx.experiments.budgets import Exit, Point, budget_curve, compare_exits, doubling
+from recurx.experiments.budgets import shown as pictures
 from recurx.models import TRM, TRMConfig
-from recurx.solving import budgets
-from recurx.solving.budgets import Exit, Point, budget_curve, compare_exits, doubling
 from recurx.tasks import Examples, Task
 from recurx.train import evaluate
 from tests.scripted import Scripted

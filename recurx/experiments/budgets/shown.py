@@ -8,8 +8,8 @@ from typing import Any
 
 from recurx.errors import InvalidArgument
 from recurx.experiments import drawing
+from recurx.experiments.budgets import Exit, Point, fastest_at_equal_accuracy
 from recurx.experiments.drawing import COLOURS, INK, pyplot
-from recurx.solving.budgets import Exit, Point, fastest_at_equal_accuracy
 
 SUFFIXES = (".png", ".svg")
 Table = tuple[str, list[str], list[list[str]]]  # title, columns, rows
@@ -117,7 +117,7 @@ def draw_exits(rows: Sequence[Mapping[str, Any]], axes: Any) -> None:
     """Exact accuracy of halting rules against the time that they take, fixed steps first.
 
     Args:
-        rows: "name", "exact", "seconds" and "speedup" of each rule (`solving.budgets.Exit`).
+        rows: "name", "exact", "seconds" and "speedup" of each rule (`budgets.Exit`).
     """
     fixed = rows[0]
     axes.axhline(100 * fixed["exact"], color=INK, linewidth=1, linestyle="--")
