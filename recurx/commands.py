@@ -30,6 +30,7 @@ COMMANDS = {
     "solve": ("recurx.cli.solve", "solve the Sudokus you type, or those of a file"),
     "bench": ("recurx.bench.command", "measure this machine, show and compare measurements"),
 }
+TASKS = "recurx.experiments.tasks"  # registers its tasks, for a checkout that is not installed
 USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -48,6 +49,7 @@ def build_parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
     for name, (module, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if name in asked:
+            importlib.import_module(TASKS)
             loaded = importlib.import_module(module)
             if hasattr(loaded, "add_arguments"):
                 loaded.add_arguments(command)

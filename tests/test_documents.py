@@ -33,6 +33,7 @@ import torch
 import lookalike
 import official
 import pages
+import recurx.experiments.tasks  # noqa: F401
 from pages import PAGES, ROOT
 from recurx import tasks
 from recurx.commands import COMMANDS, build_parser, main

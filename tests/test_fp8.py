@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import recurx
+import recurx.experiments.tasks
 from emulator.build import load_kernels, unavailable
 from recurx import QuantizationRefused, Schedule, fp8, quantize, reference
 from recurx.backends.cuda import Cuda

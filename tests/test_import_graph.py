@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {"recurx": "recurx", "recurx.kernels": "kernels"}  # package -> folder, as in setup.py
 EXTENSION = "recurx._C"  # compiled: it has no file of Python
 
-# From the ground up. `experiments.hybrid` is the part of experiments that users import, `""` is
+# From the ground up. Those parts of experiments that stand below it serve others as well, `""` is
 # `recurx/__init__.py`, which finds each public name when it is asked for, and `_checkout` tells
 # Python where the packages of a checkout lie.
 FLOORS: tuple[tuple[str, ...], ...] = (
@@ -52,9 +52,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("explanation",),
     ("train",),
     ("profiler",),
+    ("experiments.tasks",),
     ("experiments.hybrid", "_checkout"),
     ("hybrid",),
     ("",),
+    ("experiments.drawing", "experiments.budgets"),
     ("cli",),
     ("bench",),
     ("experiments",),

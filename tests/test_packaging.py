@@ -252,8 +252,8 @@ def test_every_public_name_loads_without_the_optional_parts():
         import recurx
         for name in recurx.__all__:
             getattr(recurx, name)
-        import recurx.kernels, recurx.cli.envinfo
-        facts = {fact.name: fact for fact in recurx.cli.envinfo.collect()}
+        import recurx.kernels, recurx.cli.env
+        facts = {fact.name: fact for fact in recurx.cli.env.collect()}
         assert facts["eager"].ok, facts["eager"]
         for name in ("triton", "recurx._C", "build", "cpu"):
             assert not facts[name].ok and facts[name].value, facts[name]

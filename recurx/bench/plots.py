@@ -8,8 +8,8 @@ from typing import Any
 
 from recurx.bench.report import best_ours, by_device, case_order, grouped, newest_rows, times
 from recurx.bench.results import Result
-from recurx.cli import plotting
-from recurx.cli.plotting import BLUE, INK, ORANGE, PAGES, contrast
+from recurx.experiments import drawing
+from recurx.experiments.drawing import BLUE, INK, ORANGE, PAGES, contrast
 
 __all__ = ["FASTER", "INK", "PAGES", "SLOWER", "contrast", "draw", "speedups"]
 
@@ -42,7 +42,7 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
     Raises:
         RecurxError: matplotlib is not installed.
     """
-    plt = plotting.pyplot("bench report", "--no-plots")
+    plt = drawing.pyplot("bench report", "--no-plots")
     written = []
     for device, of_device in by_device(results).items():
         bars = speedups(of_device)
@@ -58,7 +58,7 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
             _bars(axes, bars)
             axes.set_title(title, loc="left", fontsize=9)
 
-        written += plotting.save(plt, folder / stem, (8, 1.2 + 0.24 * len(bars)), fill)
+        written += drawing.save(plt, folder / stem, (8, 1.2 + 0.24 * len(bars)), fill)
     return written
 
 

@@ -81,25 +81,21 @@ def evaluate(
         steps.append(found.rollout_steps.sum(dim=1).cpu().numpy())
     attempts = vote.ranked(ballots)
     solutions = {key: grid for key, grid in task.solutions.items() if key in attempts}
+    exact, well_formed, taken = (float(np.concatenate(x).mean()) for x in (right, formed, steps))
     report = {
-        "tasks": len({task_id for task_id, _ in solutions}),
-        "questions": len(solutions),
-        "predictions": len(ballots),
-        "pass@1": vote.pass_at(attempts, solutions, 1),
-        "pass@2": vote.pass_at(attempts, solutions, 2),
-        "exact": float(np.concatenate(right).mean()),
-        "well_formed": float(np.concatenate(formed).mean()),
-        "steps_mean": float(np.concatenate(steps).mean()),
-        "seconds": seconds,
-    }
+        "tasks": len({task_id for task_id, _ in solutions}), "questions": len(solutions),
+        "predictions": len(ballots), "pass@1": vote.pass_at(attempts, solutions, 1),
+        "pass@2": vote.pass_at(attempts, solutions, 2), "exact": exact,
+        "well_formed": well_formed, "steps_mean": taken, "seconds": seconds,
+    }  # fmt: skip
     console.print(
         f"{report['questions']} test inputs of {report['tasks']} evaluation tasks, "
         f"{report['predictions']} predictions (augmentations)\n"
         f"pass@1       {report['pass@1']:.2%} of tasks, by vote, against the labels\n"
         f"pass@2       {report['pass@2']:.2%}\n"
-        f"exact        {report['exact']:.2%} of single predictions, before the vote\n"
-        f"well-formed  {report['well_formed']:.2%} are a whole grid (needs no labels)\n"
-        f"steps        {report['steps_mean']:.2f} a prediction\n"
+        f"exact        {exact:.2%} of single predictions, before the vote\n"
+        f"well-formed  {well_formed:.2%} are a whole grid (needs no labels)\n"
+        f"steps        {taken:.2f} a prediction\n"
         f"time         {seconds:.2f} s"
     )
     if asked.submission is not None:

@@ -14,7 +14,6 @@ from recurx.options import file, option
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from recurx.solving.budgets import Exit, Point
     from recurx.tasks import Task
     from recurx.tasks.questions import Questions
     from recurx.train import Report
@@ -40,12 +39,14 @@ class Options(options.Json, options.Machine, Refining, arc.Options, options.Weig
 
 
 def run(asked: Options) -> int:
-    from recurx.cli import draw_budgets, output
+    from recurx.cli import output
     from recurx.cli.checkpoints import open_checkpoint
+    from recurx.experiments import budgets
+    from recurx.experiments.budgets import shown
     from recurx.train import evaluate
 
     device = asked.prepare()
-    picture = draw_budgets.check_path(asked.curve) if asked.curve else None
+    picture = shown.check_path(asked.curve) if asked.curve else None
     model, task, loaded = open_checkpoint(asked.checkpoint, asked.task, device, asked.backend)
     recommended = loaded.extra.get("solve") or {}
     how = arguments_of_solve(asked.how, recommended, task)
@@ -74,26 +75,21 @@ def run(asked: Options) -> int:
     result |= {"answers_seconds": given.seconds, "halt": how["halt"]}
     few = given.examples.take(slice(asked.budget_count))
     if as_trained is not None:
-        trained = evaluate(model, task, few, **where, **as_trained)
-        _print_trained(console, report, trained, as_trained)
-        result["as_trained"] = {
-            "max_steps": as_trained["max_steps"], "count": trained.count, "exact": trained.exact
-        }  # fmt: skip
+        trained, steps = evaluate(model, task, few, **where, **as_trained), as_trained["max_steps"]
+        _print_trained(console, report, trained, steps)
+        result["as_trained"] = {"max_steps": steps, "count": trained.count, "exact": trained.exact}
     if asked.compare_exit:
-        from recurx.solving.budgets import compare_exits
-
-        exits = compare_exits(model, task, few, max_steps=how["max_steps"], **where)
-        _print_exits(console, exits, len(few))
+        exits = budgets.compare_exits(model, task, few, max_steps=how["max_steps"], **where)
+        console.print(output.table(*shown.exits_table(exits, len(few))))
+        console.print(shown.fastest(exits), soft_wrap=True)
         result["exits"] = [asdict(row) for row in exits]
     if picture is not None:
-        from recurx.solving.budgets import budget_curve, doubling
-
-        budgets = doubling(how.pop("max_steps")), doubling(how.pop("rollouts"))
-        points = budget_curve(model, task, few, *budgets, **where, **how)
-        _print_points(console, points, len(few))
-        draw_budgets.write(
+        steps, tries = budgets.doubling(how.pop("max_steps")), budgets.doubling(how.pop("rollouts"))
+        points = budgets.budget_curve(model, task, few, steps, tries, **where, **how)
+        console.print(output.table(*shown.points_table(points, len(few))))
+        shown.write(
             picture, f"{task.name}, {len(few)} puzzles, {Path(loaded.path).stem}",
-            lambda figure: draw_budgets.draw_budgets(points, figure, loaded.config.halt_max_steps),
+            lambda figure: shown.draw_budgets(points, figure, loaded.config.halt_max_steps),
         )  # fmt: skip
         console.print(f"curve: {picture}", soft_wrap=True)
         result["points"] = [asdict(point) for point in points]
@@ -132,21 +128,16 @@ def _rule(how: Mapping[str, Any], as_trained: Mapping[str, Any] | None) -> str:
     text = f"halts  {rule[how['halt']]}, after {how['max_steps']} steps at most (--halt "
     if as_trained is None:
         return f"{text}{how['halt'] or 'none'})"
-    return f"{text}q, the default; as `train` evaluates: {_words(as_trained)})"
+    steps = as_trained["max_steps"]
+    return f"{text}q, the default; as `train` evaluates: --halt none --max-steps {steps})"
 
 
-def _words(as_trained: Mapping[str, Any]) -> str:
-    return f"--halt none --max-steps {as_trained['max_steps']}"
-
-
-def _print_trained(
-    console: Console, report: Report, trained: Report, how: Mapping[str, Any]
-) -> None:
+def _print_trained(console: Console, report: Report, trained: Report, steps: int) -> None:
     """Beside the accuracy of the halting rule, that of the rule of training."""
     few = "" if trained.count == report.count else f" of the first {trained.count:,}"
     console.print(
-        f"as `train` evaluates, all {how['max_steps']} steps: {trained.exact:.2%} exact{few} "
-        f"({_words(how)})"
+        f"as `train` evaluates, all {steps} steps: {trained.exact:.2%} exact{few} "
+        f"(--halt none --max-steps {steps})"
     )
     if trained.exact > report.exact + MISLED:
         console.print(
@@ -171,35 +162,3 @@ def _print_report(console: Console, report: Report, how: dict[str, Any]) -> None
     console.print(output.curve(report.curve))
     taken = ", ".join(f"{steps}: {count}" for steps, count in report.histogram.items())
     console.print(f"steps taken  {taken}", soft_wrap=True)
-
-
-def _print_points(console: Console, points: list[Point], count: int) -> None:
-    from recurx.cli import output
-
-    rows = [
-        [f"{p.max_steps}", f"{p.rollouts}", f"{p.exact:.1%}", f"{p.steps_mean:.1f}",
-         f"{1000 * p.seconds:.2f} ms"]
-        for p in points
-    ]  # fmt: skip
-    columns = ["steps at most", "rollouts", "exact", "steps taken", "time a puzzle"]
-    console.print(output.table(f"What a budget buys, {count} puzzles", columns, rows))
-
-
-def _print_exits(console: Console, rows: list[Exit], count: int) -> None:
-    """Halting rules against always taking every step."""
-    from recurx.cli import output
-    from recurx.solving.budgets import fastest_at_equal_accuracy
-
-    columns = ["a puzzle ends at", "exact", "steps each", "time", "speed"]
-    title = f"Early exit, {count} puzzles, medians of interleaved rounds"
-    made = [
-        [r.name, f"{r.exact:.1%}", f"{r.steps_mean:.1f}", f"{r.seconds:.3f} s", f"{r.speedup:.2f}x"]
-        for r in rows
-    ]
-    console.print(output.table(title, columns, made))
-    best, fixed = fastest_at_equal_accuracy(rows), rows[0].name
-    said = f"No rule solves as many as {fixed}."
-    if best is not rows[0]:
-        said = f"Fastest that solves no fewer than {fixed}: {best.name}, {best.speedup:.2f} times "
-        said += "as fast."
-    console.print(said, soft_wrap=True)

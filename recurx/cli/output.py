@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 # NOTE: rich guesses 80 columns where there is no terminal, and wraps what a script wants to parse.
 WIDTH_WITHOUT_TERMINAL = 100
@@ -25,9 +26,9 @@ def make_console(quiet: bool = False) -> Console:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """The first column is left-aligned, numbers to the right."""
-    made = Table(title=title, title_justify="left", title_style="bold")
-    for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index == 0 else "right")
+    first, *others = columns
+    heads = [first, *(Column(name, justify="right") for name in others)]
+    made = Table(*heads, title=title, title_justify="left", title_style="bold")
     for row in rows:
         made.add_row(*row)
     return made
@@ -45,14 +46,8 @@ def side_by_side(boards: Sequence[str], gap: str = "     ") -> str:
     """Blocks of lines next to each other."""
     columns = [board.splitlines() for board in boards]
     widths = [max(map(len, lines)) for lines in columns]
-    height = max(map(len, columns))
-    return "\n".join(
-        gap.join(
-            (lines[row] if row < len(lines) else "").ljust(width)
-            for lines, width in zip(columns, widths, strict=True)
-        ).rstrip()
-        for row in range(height)
-    )
+    rows = itertools.zip_longest(*columns, fillvalue="")
+    return "\n".join(gap.join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def progress_bar(console: Console, label: str, text: str, transient: bool = False) -> Progress:

@@ -39,17 +39,15 @@ def run(asked: Options) -> int:
     if asked.nvtx:
         return _run_under_nvtx(model, asked)
     training = {"train": True, **_training(model)} if asked.train else {}
+    plain = dataclasses.replace(asked, html=None, trace=None, json=None, nvtx=True)
+    script = f"python -m recurx profile {options.words(plain)}"  # for the Nsight lines
     profile = recurx.profile(
-        model, batch_size=asked.batch, seconds=asked.seconds, script=_script(asked), **training
+        model, batch_size=asked.batch, seconds=asked.seconds, script=script, **training
     )
     print(profile)
-    for path, save in (
-        (asked.html, profile.save_html),
-        (asked.trace, profile.save_trace),
-        (asked.json, profile.save_json),
-    ):
-        if path:
-            save(path)
+    for kind in ("html", "trace", "json"):
+        if path := getattr(asked, kind):
+            getattr(profile, f"save_{kind}")(path)
             print(f"\nwritten: {path}", end="")
     print()
     return 0
@@ -83,22 +81,11 @@ def _training(model: Any) -> dict[str, Any]:
     return {"optimizer": AdamATan2(model.parameters(), lr=1e-4), "ema": Average(model)}
 
 
-def _script(asked: Options) -> str:
-    """This command with --nvtx instead of its outputs, for the Nsight lines."""
-    plain = dataclasses.replace(asked, html=None, trace=None, json=None, nvtx=True)
-    return f"python -m recurx profile {options.words(plain)}"
-
-
 def _run_under_nvtx(model: Any, asked: Options) -> int:
     import torch
 
     from recurx.profiler import nvtx_ranges
-    from recurx.profiler.step import (
-        initial_carry,
-        random_batch,
-        supervision_step,
-        training_step,
-    )
+    from recurx.profiler.step import initial_carry, random_batch, supervision_step, training_step
 
     if not torch.cuda.is_available():
         raise InvalidArgument("--nvtx: needs a CUDA device; run without it for a profile here.")

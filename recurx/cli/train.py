@@ -20,7 +20,7 @@ from recurx.train.presets import PRESETS
 @dataclass(frozen=True)
 class Options(options.Json, options.Machine):
     task: str | None = option(
-        None, f"{', '.join(tasks.NAMES)}; with options as in maze:size=12", flag="", nargs="?"
+        None, f"{', '.join(tasks.names())}; with options as in maze:size=12", flag="", nargs="?"
     )
     preset: str = option("tiny-mlp", f"one of {', '.join(PRESETS)}", metavar="NAME")
     out: str | None = file("default: runs/TASK-PRESET", "FOLDER")
@@ -92,19 +92,15 @@ def run(asked: Options) -> int:
     console.print(f"weights: {trainer.folder}/model.safetensors", soft_wrap=True)
     console.print(f"go on with: python -m recurx train --resume {trainer.folder}", soft_wrap=True)
     if asked.json:
-        output.json_line(
-            {"step": trainer.step, "ended": reason, "folder": str(trainer.folder)}
-            | report.to_dict()
-        )
+        ended = {"step": trainer.step, "ended": reason, "folder": str(trainer.folder)}
+        output.json_line(ended | report.to_dict())
     return 0
 
 
 _ENDINGS = {
-    "steps": "All steps done",
-    "time": "Time is up",
-    "stopped": "Accuracy reached",
-    "interrupted": "Interrupted",
-}
+    "steps": "All steps done", "time": "Time is up",
+    "stopped": "Accuracy reached", "interrupted": "Interrupted",
+}  # fmt: skip
 
 
 def _started(asked: Options, device: Any, on_progress: Any) -> Any:

@@ -12,6 +12,9 @@ An experiment is a module of this package with
 and a line in EXPERIMENTS. It imports no torch before `measure` runs. `measure` returns at least
 "findings" (sentences with the measured figures) and "holds": whether the claim showed, by a rule
 that the module states.
+
+Others use `tasks` (what experiments learn), `hybrid`, `budgets` and `drawing` as well: they stand by
+themselves, below the command line.
 """
 
 from __future__ import annotations

@@ -54,7 +54,8 @@ def by_length(count: int, trainer: Trainer, steps: int) -> dict[str, Any]:
     import numpy as np
 
     from recurx.experiments.session import Course, look
-    from recurx.tasks import EnglishTask, Sampler
+    from recurx.experiments.tasks.english import EnglishTask
+    from recurx.tasks import Sampler
 
     assert isinstance(trainer.task, EnglishTask)  # by task_bank
     mixed = Sampler(trainer.task, trainer.config.seed, "held-out").draw(count)
@@ -81,7 +82,7 @@ def tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
 
 def draw(result: dict[str, Any], figure: Any) -> None:
     """As `one_look.draw`, with faint lines for texts that ask for fewer answers than the test."""
-    from recurx.cli.plotting import COLOURS
+    from recurx.experiments.drawing import COLOURS
 
     one_look.draw(result, figure)
     by_steps = figure.axes[0]

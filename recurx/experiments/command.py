@@ -32,12 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(name: str, asked: Options) -> int:
-    from recurx.cli import output, plotting
+    from recurx.cli import output
+    from recurx.experiments import drawing
 
     module = experiments.load(name)
     plt = None
     if not asked.no_plot:  # known before the nets train, not after
-        plt = plotting.pyplot(f"experiment {name}", "--no-plot")
+        plt = drawing.pyplot(f"experiment {name}", "--no-plot")
     folder = Path(asked.out or f"runs/experiment-{name}")
     console = output.make_console()
     result = _kept(folder) if asked.redraw else _measured(name, asked, folder, console)
@@ -49,7 +50,7 @@ def run(name: str, asked: Options) -> int:
     console.print("The claim showed." if result["holds"] else "The claim did NOT show.")
     written = [folder / RESULT]
     if plt is not None:
-        written += plotting.save(
+        written += drawing.save(
             plt, folder / "plot", module.SIZE, lambda figure: module.draw(result, figure)
         )
     for path in written:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import recurx.experiments.tasks  # noqa: F401 - the tasks of their defaults
 from recurx.cli import options
 from recurx.options import file, option
 

@@ -3,63 +3,50 @@
 task = recurx.tasks.get("sudoku-4x4")            # or "maze:size=12", "sort:length=20,values=9"
 batch = recurx.tasks.Sampler(task, seed=1).draw(64)
 task.check(batch.inputs, batch.answers).all()    # by the rules, no labels needed
+
+Other packages add tasks: an entry point of the group "recurx.tasks" whose name is that of the task,
+and whose object makes it; or `register`, where nothing is installed.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any
 
-from recurx.errors import InvalidArgument
+from recurx.errors import InvalidArgument, RecurxError
 from recurx.tasks.arc import Arc
 from recurx.tasks.base import PAD, Examples, Task
-from recurx.tasks.chain import Chain
-from recurx.tasks.compose import Compose
-from recurx.tasks.english import EnglishTask
 from recurx.tasks.maze import Maze, MazeHard
-from recurx.tasks.ordering import Ordering
-from recurx.tasks.reach import Reach
 from recurx.tasks.sampler import Sampler
-from recurx.tasks.sorting import Sorting
 from recurx.tasks.sudoku import Sudoku
-from recurx.tasks.trades import Trades
 
+GROUP = "recurx.tasks"  # of entry points
 _MAKERS: dict[str, Callable[..., Task]] = {
     "sudoku": Sudoku,
     "sudoku-6x6": functools.partial(Sudoku, size=6),
     "sudoku-4x4": functools.partial(Sudoku, size=4),
-    "sort": Sorting,
     "maze": Maze,
     "maze-hard": MazeHard,
-    "chain": Chain,
-    "compose": Compose,
-    "reach": Reach,
     "arc": Arc,
     "arc-2": functools.partial(Arc, version=2),
-    "order": Ordering,
-    "trades": Trades,
 }
-NAMES = tuple(_MAKERS)
 
 __all__ = [
     "NAMES",
     "PAD",
     "Arc",
-    "Chain",
-    "Compose",
-    "EnglishTask",
     "Examples",
     "Maze",
     "MazeHard",
-    "Ordering",
-    "Reach",
     "Sampler",
-    "Sorting",
     "Sudoku",
     "Task",
-    "Trades",
     "get",
+    "names",
+    "register",
 ]
 
 
@@ -68,37 +55,65 @@ def get(name: str) -> Task:
 
     Raises:
         InvalidArgument: unknown task or option (the known ones are listed), or a bad value.
+        RecurxError: the package that has the task cannot be imported.
     """
     base, _, options = name.partition(":")
-    if base not in _MAKERS:
-        raise InvalidArgument(f"tasks: expected one of {', '.join(NAMES)}, got {base!r}.")
-    maker = _MAKERS[base]
-    chosen = {key: _number(base, key, value) for key, value in _pairs(base, options)}
-    known = _options(maker)
-    for key in chosen:
+    maker = _maker(base)
+    fixed = {"name", *getattr(maker, "keywords", ())}
+    known = [option for option in inspect.signature(maker).parameters if option not in fixed]
+    chosen = {}
+    for option in filter(None, options.split(",")):
+        key, value = (part.strip() for part in option.partition("=")[::2])
         if key not in known:
             raise InvalidArgument(
                 f"tasks: {base} has the options {', '.join(known)}, got {key!r} in {name!r}."
             )
+        try:
+            chosen[key] = int(value)
+        except ValueError:
+            raise InvalidArgument(
+                f"tasks: option {key!r} of {base}: expected {base}:{key}=NUMBER, got {value!r}."
+            ) from None
     return maker(**chosen, name=name)
 
 
-def _options(maker: Callable[..., Task]) -> list[str]:
-    fixed = set(maker.keywords) if isinstance(maker, functools.partial) else set()
-    made = maker.func if isinstance(maker, functools.partial) else maker
-    names = [field.name for field in dataclasses.fields(made)]  # type: ignore[arg-type]
-    return [name for name in names if name not in fixed | {"name"}]
+def register(name: str, maker: Callable[..., Task]) -> None:
+    """Make a task known to `get`, in this process.
+
+    Args:
+        name: without options.
+        maker: called with `name`, options included, and an int for each option that was given; its
+            parameters are the options. A class of tasks, say.
+
+    Raises:
+        InvalidArgument: the name is taken by another maker, or has a colon.
+    """
+    if ":" in name:
+        raise InvalidArgument(f"tasks.register: expected a name without options, got {name!r}.")
+    if _MAKERS.setdefault(name, maker) is not maker:
+        raise InvalidArgument(f"tasks.register: another task is called {name!r}: choose a name.")
 
 
-def _pairs(base: str, options: str) -> list[tuple[str, str]]:
-    pairs = [item.partition("=") for item in options.split(",") if item]
-    return [(key.strip(), value.strip()) for key, _, value in pairs]
+def names() -> tuple[str, ...]:
+    """All tasks: those of recurx, those registered, and those of installed packages."""
+    installed = [point.name for point in entry_points(group=GROUP)]
+    return tuple(dict.fromkeys([*_MAKERS, *installed]))
 
 
-def _number(base: str, key: str, value: str) -> int:
-    try:
-        return int(value)
-    except ValueError:
-        raise InvalidArgument(
-            f"tasks: option {key!r} of {base}: expected {base}:{key}=NUMBER, got {value!r}."
-        ) from None
+def __getattr__(name: str) -> Any:
+    if name == "NAMES":
+        return names()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _maker(base: str) -> Callable[..., Task]:
+    if base in _MAKERS:
+        return _MAKERS[base]
+    for point in entry_points(group=GROUP, name=base):
+        try:
+            maker = point.load()
+        except (ImportError, AttributeError) as error:
+            raise RecurxError(f"tasks: {base} is {point.value}, which fails: {error}.") from error
+        register(base, maker)
+        return maker
+    raise InvalidArgument(f"tasks: expected one of {', '.join(names())}, got {base!r}.")

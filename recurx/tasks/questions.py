@@ -14,9 +14,9 @@ from recurx.tasks.base import Examples, Task
 from recurx.tasks.maze import Maze
 from recurx.tasks.maze import files as maze_files
 from recurx.tasks.sudoku import Sudoku, files, solver
+from recurx.tasks.sudoku.generate import FEWEST_CLUES
 from recurx.tasks.sudoku.layout import to_tokens
 
-FEWEST_CLUES = 17  # of a 9x9 puzzle with one solution (arXiv 1201.0749): fewer need no search
 LONG_SEARCH = 5000  # puzzles whose answers take so long to find that the wait is announced
 
 
@@ -49,7 +49,7 @@ def read(path: str, task: Task, limit: int | None, say: Callable[[str], object])
     if len(found) > LONG_SEARCH:
         say(f"searching the answers of {len(found)} puzzles, for `cells`")
     clues = (found.puzzles > 0).sum(axis=1)
-    searched = np.flatnonzero((clues >= FEWEST_CLUES) | (task.size < 9))
+    searched = np.flatnonzero((clues >= FEWEST_CLUES[9]) | (task.size < 9))  # fewer have several
     solved = solver.solve(task.layout, found.puzzles[searched])
     answers, known = np.zeros_like(found.puzzles), np.zeros(len(found), dtype=bool)
     answers[searched], known[searched] = solved.boards, solved.count == 1

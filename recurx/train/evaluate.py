@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from recurx.errors import bad_argument
 from recurx.measure import synchronize
-from recurx.solving.budgets import batch_of
 from recurx.solving.solve import Answers, solve
 from recurx.tasks.base import PAD, Examples
 from recurx.train.data import Judge
@@ -99,6 +98,15 @@ def evaluate(
         curve=_curve(task, examples, parts),
         histogram=dict(sorted(steps.items())),
     )
+
+
+def batch_of(
+    examples: Examples, first: int, size: int, device: torch.device | str
+) -> dict[str, Tensor]:
+    """`size` examples from number `first` on, as `recurx.solve` takes them."""
+    part = examples.take(slice(first, first + size))
+    inputs, numbers = torch.from_numpy(part.inputs), torch.from_numpy(part.identifiers)
+    return {"inputs": inputs.to(device), "puzzle_identifiers": numbers.to(device)}
 
 
 def _curve(task: Judge, examples: Examples, parts: list[Answers]) -> tuple[float, ...]:

@@ -9,9 +9,9 @@ import pytest
 from toy_nets import make_session, tiny
 
 from recurx import experiments
-from recurx.cli import plotting
 from recurx.commands import main
 from recurx.errors import InvalidArgument
+from recurx.experiments import drawing
 from recurx.experiments import session as sessions
 from recurx.experiments.session import Course
 from recurx.train import Trainer
@@ -97,8 +97,8 @@ def test_spread_is_that_of_a_sample():
 
 
 def test_lines_are_readable_on_both_pages():
-    for page in plotting.PAGES.values():
-        assert min(plotting.contrast(colour, page) for colour in plotting.COLOURS) > 3
+    for page in drawing.PAGES.values():
+        assert min(drawing.contrast(colour, page) for colour in drawing.COLOURS) > 3
 
 
 def test_without_matplotlib_nothing_is_trained(tmp_path, monkeypatch, capsys):

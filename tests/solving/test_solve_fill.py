@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import recurx
+import recurx.experiments.tasks
 from recurx.cli import options
 from recurx.cli.refinement import Refining, arguments_of_solve
 from recurx.commands import main

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+import recurx.experiments.tasks  # noqa: F401
 from recurx import InvalidArgument, tasks
 from recurx.tasks.sudoku import files, generate, symmetry
 from recurx.tasks.sudoku.layout import Layout, board_text, is_solution, to_boards

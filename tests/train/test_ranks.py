@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import recurx.experiments.tasks  # noqa: F401
 from recurx.errors import InvalidArgument
 from recurx.models.exploration import Exploration
 from recurx.train import TrainConfig, Trainer, optim, preset, state

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import recurx
+import recurx.experiments.tasks
 from recurx import tasks
 from recurx.errors import CheckpointError, InvalidArgument
 from recurx.train import AdamATan2, Average, TrainConfig, Trainer, evaluate, preset

@@ -9,6 +9,7 @@ import types
 import pytest
 import torch
 
+import recurx.experiments.tasks  # noqa: F401
 from recurx.cli.events import EventFiles
 from recurx.commands import main
 from recurx.errors import InvalidArgument

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import recurx
+import recurx.experiments.tasks
 from recurx import tasks
 from recurx.commands import main
 from recurx.errors import InvalidArgument

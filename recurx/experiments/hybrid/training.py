@@ -11,9 +11,9 @@ from recurx.errors import bad_argument
 from recurx.experiments.hybrid.config import HybridConfig
 from recurx.experiments.hybrid.encoder import PassageBank, packaged_encoder
 from recurx.experiments.hybrid.model import HybridReasoner
+from recurx.experiments.tasks.english import EnglishTask
 from recurx.models import ModelConfig, RecursiveModel
 from recurx.tasks.base import Examples
-from recurx.tasks.english import EnglishTask
 from recurx.train import TaskData, TrainConfig, Trainer
 
 

@@ -25,6 +25,8 @@ from recurx.tasks.arc.vote import Ballot, Question
 from recurx.tasks.base import PAD, Examples, Flags, Task, Tokens
 
 Mark = tuple[Question, Augmentation]  # where a row of a batch of test inputs comes from
+Row = tuple[int, NDArray[np.int64], NDArray[np.int64]]  # puzzle identifier, input, output [900]
+CORNER = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -83,13 +85,9 @@ class Arc(Task):
         )
 
     @functools.cached_property
-    def _training(self) -> list[tuple[int, int]]:
-        """(task, number among its pairs) of every pair that is trained on."""
-        return [
-            (task, number)
-            for task, puzzle in enumerate(self.puzzles)
-            for number in range(len(puzzle.for_training))
-        ]
+    def _training(self) -> list[tuple[int, data.Pair]]:
+        """(task, pair) of every pair that is trained on."""
+        return [(task, p) for task, puzzle in enumerate(self.puzzles) for p in puzzle.for_training]
 
     @functools.cached_property
     def questions(self) -> list[tuple[int, int]]:
@@ -130,17 +128,10 @@ class Arc(Task):
         pairs = rng.integers(len(self._training), size=count).tolist()
         chance = rng.random((count, 4))  # augmentation, corner, top, left
         rows = []
-        for pair, (which, corner, *place) in zip(pairs, chance.tolist(), strict=True):
-            task, number = self._training[pair]
-            puzzle, known = self.puzzles[task], self.augmentations_of(task)
-            augmentation = int(which * len(known))
-            moved = place if corner * len(puzzle.for_training) >= 1 else (0.0, 0.0)
-            rows.append(
-                (
-                    self.identifier(task, augmentation),
-                    *_placed(known[augmentation], puzzle.for_training[number], moved),
-                )
-            )
+        for number, (which, corner, *place) in zip(pairs, chance.tolist(), strict=True):
+            task, pair = self._training[number]
+            moved = corner * len(self.puzzles[task].for_training) >= 1
+            rows.append(self._row(task, which, pair, place if moved else CORNER))
         return _examples(rows)
 
     def candidates(self, rng: np.random.Generator, count: int, split: str) -> Examples:
@@ -149,10 +140,7 @@ class Arc(Task):
         rows = []
         for pick, which in rng.random((count, 2)).tolist():
             task, number = self.questions[int(pick * len(self.questions))]
-            known = self.augmentations_of(task)
-            augmentation = int(which * len(known))
-            pair = self.puzzles[task].tests[number]
-            rows.append((self.identifier(task, augmentation), *_placed(known[augmentation], pair)))
+            rows.append(self._row(task, which, self.puzzles[task].tests[number]))
         return _examples(rows)
 
     def augment(self, rng: np.random.Generator, examples: Examples) -> Examples:
@@ -160,13 +148,19 @@ class Arc(Task):
         rows = []
         chance = rng.random((len(examples), 3)).tolist()
         for example, (which, *place) in zip(_pairs_of(examples), chance, strict=True):
-            identifier, *grids = example
+            identifier, question, answer = example
             task, before = self._task_of(identifier)
-            known = self.augmentations_of(task)
-            after = int(which * len(known))
-            pair = before.undo(grids[0]), before.undo(grids[1])
-            rows.append((self.identifier(task, after), *_placed(known[after], pair, place)))
+            pair = before.undo(question), before.undo(answer)
+            rows.append(self._row(task, which, pair, place))
         return _examples(rows)
+
+    def _row(
+        self, task: int, which: float, pair: data.Pair, place: Sequence[float] = CORNER
+    ) -> Row:
+        """A pair under one of the task's augmentations, `which` of them as a share of all."""
+        known = self.augmentations_of(task)
+        augmentation = int(which * len(known))
+        return self.identifier(task, augmentation), *_placed(known[augmentation], pair, place)
 
     def held_out(self, examples: Examples) -> Flags:
         flags = np.zeros(len(examples), dtype=bool)
@@ -204,25 +198,22 @@ class Arc(Task):
     ) -> Iterator[tuple[Examples, list[Mark]]]:
         """Every held-out test input under the first `votes` augmentations of its task (None: all),
         in batches of at most `size`, each row with where it comes from; of the first `tasks`."""
-        rows = []
-        marks: list[Mark] = []
-        for task, number, augmentation in self._test_rows(votes, tasks):
-            puzzle, chosen = self.puzzles[task], self.augmentations_of(task)[augmentation]
-            placed = _placed(chosen, puzzle.tests[number])
-            rows.append((self.identifier(task, augmentation), *placed))
-            marks.append(((puzzle.id, number), chosen))
-            if len(rows) == size:
-                yield _examples(rows), marks
-                rows, marks = [], []
-        if rows:
+        asked = set(sorted({task for task, _ in self.questions})[:tasks])
+        every = (
+            (task, number, augmentation)
+            for task, number in self.questions
+            if task in asked
+            for augmentation in range(len(self.augmentations_of(task)[:votes]))
+        )
+        while batch := list(islice(every, size)):
+            rows: list[Row] = []
+            marks: list[Mark] = []
+            for task, number, augmentation in batch:
+                puzzle, chosen = self.puzzles[task], self.augmentations_of(task)[augmentation]
+                placed = _placed(chosen, puzzle.tests[number], CORNER)
+                rows.append((self.identifier(task, augmentation), *placed))
+                marks.append(((puzzle.id, number), chosen))
             yield _examples(rows), marks
-
-    def _test_rows(self, votes: int | None, tasks: int | None) -> Iterator[tuple[int, int, int]]:
-        first = sorted({task for task, _ in self.questions})[:tasks]
-        for task, number in self.questions:
-            if task <= first[-1]:
-                for augmentation in range(len(self.augmentations_of(task)[:votes])):
-                    yield task, number, augmentation
 
     def ballots(
         self, marks: Sequence[Mark], answers: Tokens, q: NDArray[np.float64]
@@ -253,7 +244,7 @@ def _augmentations(puzzle: data.Puzzle, count: int) -> list[Augmentation]:
 
 
 def _placed(
-    augmentation: Augmentation, pair: data.Pair, place: Sequence[float] = (0.0, 0.0)
+    augmentation: Augmentation, pair: data.Pair, place: Sequence[float]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Both canvases of an augmented pair, moved by the same share of the room there is."""
     grids = [augmentation.apply(grid) for grid in pair]
@@ -262,7 +253,7 @@ def _placed(
     return encode(grids[0], top, left), encode(grids[1], top, left)
 
 
-def _examples(rows: list[tuple[int, NDArray[np.int64], NDArray[np.int64]]]) -> Examples:
+def _examples(rows: list[Row]) -> Examples:
     if not rows:
         none = np.zeros((0, SIDE * SIDE), dtype=np.int64)
         return Examples(none, none, np.zeros(0, dtype=np.int64))

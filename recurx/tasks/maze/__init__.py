@@ -60,18 +60,16 @@ class Maze(Task):
         return Grid(units, apart == 1)
 
     def generate(self, rng: np.random.Generator, count: int) -> Examples:
-        pairs: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
-        while len(pairs) < count:
+        mazes: list[NDArray[np.int64]] = []  # in a tree one way leads from S to G
+        while len(mazes) < count:
             grid = self._corridors(rng)
-            path = self._long_path(rng, grid)
-            if path is not None:
-                pairs.append(self._example(grid, path))
-        inputs, answers = zip(*pairs, strict=True) if pairs else ((), ())
-        shape = (count, self.seq_len)
-        return Examples(
-            np.array(inputs, dtype=np.int64).reshape(shape),
-            np.array(answers, dtype=np.int64).reshape(shape),
-        )
+            start = int(rng.choice(np.flatnonzero(grid == OPEN)))
+            far = [n for n, steps in self._distances(grid, start).items() if steps >= self._least]
+            if far:
+                grid[start], grid[far[int(rng.integers(len(far)))]] = GOAL, START
+                mazes.append(grid)
+        inputs = np.array(mazes, dtype=np.int64).reshape(count, self.seq_len)
+        return Examples(inputs, self.solve(inputs))
 
     def _corridors(self, rng: np.random.Generator) -> NDArray[np.int64]:
         """Carve a random tree: a wall falls where exactly one of its neighbours is open."""
@@ -89,28 +87,6 @@ class Maze(Task):
                 walls = [n for n in around if grid[n] == WALL]
                 frontier += [walls[i] for i in rng.permutation(len(walls))]
         return grid
-
-    def _long_path(self, rng: np.random.Generator, grid: NDArray[np.int64]) -> list[int] | None:
-        """The path between a random open cell and a random cell far enough from it."""
-        start = int(rng.choice(np.flatnonzero(grid == OPEN)))
-        distance = self._distances(grid, start)
-        far = [cell for cell, steps in distance.items() if steps >= self._least]
-        if not far:
-            return None
-        path = [far[int(rng.integers(len(far)))]]
-        while path[-1] != start:
-            here = distance[path[-1]]
-            path.append(next(n for n in self._neighbours(path[-1]) if distance.get(n) == here - 1))
-        return path
-
-    def _example(
-        self, grid: NDArray[np.int64], path: list[int]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        question = grid.copy()
-        question[path[0]], question[path[-1]] = START, GOAL
-        answer = question.copy()
-        answer[path[1:-1]] = PATH
-        return question, answer
 
     def _neighbours(self, cell: int) -> list[int]:
         row, column = divmod(cell, self.size)
@@ -170,15 +146,13 @@ class Maze(Task):
     def check(self, inputs: Tokens, answers: Tokens) -> Flags:
         """Any shortest path is right: the maze is as given, and the marked cells, as many as the
         shortest way needs, lead from S to G."""
-        grids, rows = (-1, self.size, self.size), np.arange(len(inputs))
-        path, starts, goals = answers == PATH, inputs == START, inputs == GOAL
+        path, rows = answers == PATH, np.arange(len(inputs))
         unchanged = (np.where(path, OPEN, answers) == inputs).all(axis=1)
-        whole = (starts.sum(axis=1) == 1) & (goals.sum(axis=1) == 1) & (inputs != PAD).all(axis=1)
-        start, goal = starts.argmax(axis=1), goals.argmax(axis=1)
-        marked = path | starts | goals
-        steps = paths.distances((inputs != WALL).reshape(grids), start)[rows, goal]
-        along = paths.distances(marked.reshape(grids), start)[rows, goal]
-        return unchanged & whole & (along > 0) & (along == steps) & (path.sum(axis=1) + 1 == steps)
+        whole, goal, from_start = self._search(inputs, inputs != WALL)
+        marked = path | (inputs == START) | (inputs == GOAL)
+        steps, along = from_start[rows, goal], self._search(inputs, marked)[2][rows, goal]
+        right = unchanged & whole & (inputs != PAD).all(axis=1)
+        return right & (along > 0) & (along == steps) & (path.sum(axis=1) + 1 == steps)
 
     def solve(self, inputs: Tokens, rng: np.random.Generator | None = None) -> Tokens:
         """Answers [N, T]: a random one of the shortest paths of each maze.
@@ -187,17 +161,23 @@ class Maze(Task):
             InvalidArgument: a maze has not one S and one G, or no way between them (row named).
         """
         rng = np.random.default_rng(0) if rng is None else rng
-        starts, goals = inputs == START, inputs == GOAL
-        start, goal, rows = starts.argmax(axis=1), goals.argmax(axis=1), np.arange(len(inputs))
-        steps = paths.distances((inputs != WALL).reshape(-1, self.size, self.size), start)
-        whole = (starts.sum(axis=1) == 1) & (goals.sum(axis=1) == 1)
-        wrong = np.flatnonzero(~whole | (steps[rows, goal] < 1))
+        whole, goal, steps = self._search(inputs, inputs != WALL)
+        wrong = np.flatnonzero(~whole | (steps[np.arange(len(inputs)), goal] < 1))
         if len(wrong):
             raise bad_argument(
                 "tasks.maze", "inputs", "one S, one G and a way between them in each maze",
                 f"maze {wrong[0] + 1} without ({len(wrong)} of {len(inputs)} are wrong)",
             )  # fmt: skip
         return np.where(paths.trace_back(steps, goal, rng) & (inputs == OPEN), PATH, inputs)
+
+    def _search(
+        self, inputs: Tokens, passable: NDArray[np.bool_]
+    ) -> tuple[Flags, NDArray[np.int64], NDArray[np.int64]]:
+        """Which mazes have one S and one G, where G is [N], and the steps from S to all [N, T]."""
+        starts, goals = inputs == START, inputs == GOAL
+        whole = (starts.sum(axis=1) == 1) & (goals.sum(axis=1) == 1)
+        grids = passable.reshape(-1, self.size, self.size)
+        return whole, goals.argmax(axis=1), paths.distances(grids, starts.argmax(axis=1))
 
     def text(self, tokens: NDArray[np.int64]) -> str:
         rows = tokens.reshape(self.size, self.size)
@@ -225,7 +205,7 @@ class MazeHard(Maze):
     def generate(self, rng: np.random.Generator, count: int) -> Examples:
         passable, start, goal = hard.mazes(rng, count, self.size, self.shortest)
         rows = np.arange(count)
-        inputs = np.where(passable.reshape(count, -1), OPEN, WALL).astype(np.int64)
+        inputs = np.where(passable.reshape(count, self.seq_len), OPEN, WALL).astype(np.int64)
         inputs[rows, start], inputs[rows, goal] = START, GOAL
         return Examples(inputs, self.solve(inputs, rng))
 

@@ -7,19 +7,14 @@ between S and G.
 
 from __future__ import annotations
 
-import csv
-import math
-from collections.abc import Iterable
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from recurx.errors import InvalidArgument
 from recurx.tasks.base import Examples, Flags
 from recurx.tasks.maze import CHARACTERS, PATH, Maze
-from recurx.tasks.text_files import opened
+from recurx.tasks.text_files import numbers, opened, rows
 
 TOKENS = {character: token for token, character in enumerate(CHARACTERS) if token}
 
@@ -32,49 +27,21 @@ def read(path: str | Path, task: Maze, limit: int | None = None) -> tuple[Exampl
         InvalidArgument: no such file, no maze in it, or a bad line (named with its number).
     """
     with opened(path, "mazes") as file:
-        return _read(file, str(path), task, limit)
-
-
-def _read(
-    file: Iterable[str], source: str, task: Maze, limit: int | None
-) -> tuple[Examples, Flags]:
-    reader = csv.DictReader(file)
-    if "question" not in (reader.fieldnames or []):
-        raise InvalidArgument(
-            f"mazes: {source}: expected a CSV whose header has the column question (and answer, "
-            f"rating, source), got {','.join(reader.fieldnames or [])[:80]!r}."
-        )
+        found = rows(file, "mazes", str(path), limit)
     questions, answers = [], []
-    for row in islice(reader, limit):
-        where = f"{source}, line {reader.line_num}"
-        questions.append(_tokens(row["question"] or "", task, f"{where}, column question"))
+    for line, question, answer, _ in found:
+        where = f"{path}, line {line}, column"
+        questions.append(_tokens(question, task, f"{where} question"))
         if PATH in questions[-1]:
-            raise InvalidArgument(f"mazes: {where}, column question: o is for answers alone.")
-        text = row.get("answer") or ""
-        answers.append(_tokens(text, task, f"{where}, column answer") if text else None)
-    if not questions:
-        raise InvalidArgument(f"mazes: {source} has a header and no maze.")
-    inputs = np.stack(questions)
+            raise InvalidArgument(f"mazes: {where} question: o is for answers alone.")
+        answers.append(_tokens(answer, task, f"{where} answer") if answer else None)
+    inputs = np.array(questions, dtype=np.int64)
     solved = task.solve(inputs)
-    known = np.array([answer is not None for answer in answers])
-    solved[known] = np.array([a for a in answers if a is not None], dtype=np.int64).reshape(
-        -1, task.seq_len
-    )
-    return Examples(inputs, solved), known
+    for row, tokens in enumerate(answers):
+        if tokens is not None:
+            solved[row] = tokens
+    return Examples(inputs, solved), np.array([tokens is not None for tokens in answers])
 
 
-def _tokens(text: str, task: Maze, where: str) -> NDArray[np.int64]:
-    if len(text) != task.seq_len:
-        side = math.isqrt(len(text))
-        got = f"{side}x{side}" if side * side == len(text) else f"{len(text)} characters"
-        raise InvalidArgument(
-            f"mazes: {where}: expected {task.seq_len} characters (a {task.size}x{task.size} maze, "
-            f"row after row), got {got}."
-        )
-    for column, character in enumerate(text, start=1):
-        if character not in TOKENS:
-            raise InvalidArgument(
-                f"mazes: {where}, character {column}: expected one of {CHARACTERS[1:]!r}, "
-                f"got {character!r}."
-            )
-    return np.array([TOKENS[character] for character in text], dtype=np.int64)
+def _tokens(text: str, task: Maze, where: str) -> list[int]:
+    return numbers(text, task.size, TOKENS, f"one of {CHARACTERS[1:]!r}", "mazes", where)

@@ -30,7 +30,8 @@ def mazes(
     Raises:
         RecurxError: no maze of this size has so long a path, as far as 100,000 tries tell.
     """
-    found: list[tuple[Grids, Cells, Cells]] = []
+    none = np.zeros(0, dtype=np.int64)
+    found: list[tuple[Grids, Cells, Cells]] = [(np.zeros((0, size, size), bool), none, none)]
     missing, fruitless = count, 0
     while missing > 0:
         passable = rng.random((AT_ONCE, size, size)) >= rng.uniform(*WALLS, size=(AT_ONCE, 1, 1))
@@ -43,12 +44,8 @@ def mazes(
                 f"recurx.tasks.maze: no {size}x{size} maze among {MOST_ROUNDS * AT_ONCE:,} has a "
                 f"shortest path of {shortest} steps: ask for fewer."
             )
-        if len(kept):
-            found.append(_with_ends(rng, passable[kept], far[kept], shortest))
-            missing -= len(kept)
-    if not found:
-        none = np.zeros(0, dtype=np.int64)
-        return np.zeros((0, size, size), dtype=bool), none, none
+        found.append(_with_ends(rng, passable[kept], far[kept], shortest))
+        missing -= len(kept)
     grids, starts, goals = zip(*found, strict=True)
     return np.concatenate(grids), np.concatenate(starts), np.concatenate(goals)
 

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 Grids = NDArray[np.bool_]  # [N, S, S]
 Cells = NDArray[np.int64]  # [N] row * S + column
 UNREACHED = -1
+BORDER = ((0, 0), (1, 1), (1, 1))
 
 
 def distances(passable: Grids, start: Cells) -> NDArray[np.int64]:
@@ -18,8 +19,7 @@ def distances(passable: Grids, start: Cells) -> NDArray[np.int64]:
     count, size, _ = passable.shape
     steps = np.full((count, size * size), UNREACHED, dtype=np.int64)
     # A border that is never passable, so that shifts need no edge cases.
-    free = np.zeros((count, size + 2, size + 2), dtype=bool)
-    free[:, 1:-1, 1:-1] = passable
+    free = np.pad(passable, BORDER)
     front = np.zeros_like(free)
     front[np.arange(count), start // size + 1, start % size + 1] = True
     distance = 0
@@ -43,9 +43,8 @@ def trace_back(steps: NDArray[np.int64], goal: Cells, rng: np.random.Generator) 
     """
     count, cells = steps.shape
     size = int(np.sqrt(cells))
-    padded = np.full((count, size + 2, size + 2), UNREACHED, dtype=np.int64)
-    padded[:, 1:-1, 1:-1] = steps.reshape(count, size, size)
-    flat = padded.reshape(count, -1)
+    padded = np.pad(steps.reshape(count, size, size), BORDER, constant_values=UNREACHED)
+    flat = padded.reshape(count, (size + 2) ** 2)
     here = (goal // size + 1) * (size + 2) + goal % size + 1
     path = np.zeros(flat.shape, dtype=bool)
     rows = np.arange(count)

@@ -11,14 +11,13 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from recurx.errors import InvalidArgument
 from recurx.tasks.sudoku.layout import Boards, Layout
-from recurx.tasks.text_files import opened
+from recurx.tasks.text_files import numbers, opened, rows
 
 
 @dataclass(frozen=True)
@@ -91,18 +90,13 @@ def parse_boards(texts: Iterable[str], layout: Layout) -> Boards:
 
 
 def _read_csv(file: Iterable[str], source: str, layout: Layout, limit: int | None) -> PuzzleFile:
-    reader = csv.DictReader(file)
-    columns = reader.fieldnames or []
     puzzles, answers, ratings = [], [], []
-    for row in islice(reader, limit):
-        where = f"{source}:{reader.line_num}"
-        puzzles.append(_board((row["question"] or "").strip(), layout, f"{where}, column question"))
-        if "answer" in columns:
-            answer = (row["answer"] or "").strip()
-            answers.append(_board(answer, layout, f"{where}, column answer"))
-        ratings.append(row.get("rating") or "")
-    if not puzzles:
-        raise InvalidArgument(f"puzzles: {source} has a header and no puzzle.")
+    for line, question, answer, rating in rows(file, "puzzles", source, limit):
+        where = f"{source}:{line}, column"
+        puzzles.append(_board(question.strip(), layout, f"{where} question"))
+        if answer is not None:
+            answers.append(_board(answer.strip(), layout, f"{where} answer"))
+        ratings.append(rating)
     return PuzzleFile(
         np.array(puzzles, dtype=np.int64),
         np.array(answers, dtype=np.int64) if answers else None,
@@ -111,18 +105,6 @@ def _read_csv(file: Iterable[str], source: str, layout: Layout, limit: int | Non
 
 
 def _board(text: str, layout: Layout, where: str) -> list[int]:
-    if len(text) != layout.cells:
-        raise InvalidArgument(
-            f"puzzles: {where}: expected {layout.cells} characters (a {layout.size}x{layout.size} "
-            f"board, row after row), got {len(text)}."
-        )
-    board = []
-    for column, character in enumerate(text, start=1):
-        digit = 0 if character == "." else ord(character) - ord("0")
-        if not 0 <= digit <= layout.size:
-            raise InvalidArgument(
-                f"puzzles: {where}, character {column}: expected 1-{layout.size}, or 0 or . for a "
-                f"blank, got {character!r}."
-            )
-        board.append(digit)
-    return board
+    known = {".": 0} | {str(digit): digit for digit in range(layout.size + 1)}
+    expected = f"1-{layout.size}, or 0 or . for a blank"
+    return numbers(text, layout.size, known, expected, "puzzles", where)

@@ -77,15 +77,9 @@ def is_solution(layout: Layout, puzzles: Boards, answers: Boards) -> Flags:
 
 def board_text(layout: Layout, board: NDArray[np.int64]) -> str:
     """The board with its boxes drawn in ASCII; a dot is a blank."""
-    lines = []
-    for row in range(layout.size):
-        if row and row % layout.box_rows == 0:
-            widths = [2 * layout.box_cols + 1] * (layout.size // layout.box_cols)
-            lines.append("+".join("-" * w for w in widths)[1:-1])
-        cells = ["." if d == 0 else str(d) for d in board[row * layout.size :][: layout.size]]
-        groups = [
-            " ".join(cells[start : start + layout.box_cols])
-            for start in range(0, layout.size, layout.box_cols)
-        ]
-        lines.append(" | ".join(groups))
+    boxes = layout.size // layout.box_cols
+    symbols = np.array([*".123456789"])[board].reshape(layout.size, boxes, layout.box_cols)
+    lines = [" | ".join(map(" ".join, row)) for row in symbols.tolist()]
+    for row in range(layout.size - layout.box_rows, 0, -layout.box_rows):
+        lines.insert(row, "+".join(["-" * (2 * layout.box_cols + 1)] * boxes)[1:-1])
     return "\n".join(lines)

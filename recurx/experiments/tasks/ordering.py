@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from recurx.errors import bad_argument
+from recurx.experiments.tasks.english import NAMES, EnglishTask
 from recurx.tasks.base import PAD, Examples, Flags, Tokens, hashed_share
-from recurx.tasks.english import NAMES, EnglishTask
 
 QUESTION = "Order them by age."
 # (sentence, whether the first of the two people named is the older one)

@@ -11,10 +11,10 @@ import torch
 
 import recurx
 from recurx import tasks
-from recurx.cli import draw_budgets
+from recurx.experiments import budgets
+from recurx.experiments.budgets import Exit, Point, budget_curve, compare_exits, doubling
+from recurx.experiments.budgets import shown as pictures
 from recurx.models import TRM, TRMConfig
-from recurx.solving import budgets
-from recurx.solving.budgets import Exit, Point, budget_curve, compare_exits, doubling
 from recurx.tasks import Examples, Task
 from recurx.train import evaluate
 from tests.scripted import Scripted
@@ -136,7 +136,7 @@ def test_pictures_are_drawn_and_say_what_they_show(tmp_path) -> None:
 
     def curve(name: str, points: list[Point], trained: int) -> str:
         path = tmp_path / name
-        draw_budgets.write(path, "a title", lambda f: draw_budgets.draw_budgets(points, f, trained))
+        pictures.write(path, "a title", lambda f: pictures.draw_budgets(points, f, trained))
         return path.read_text() if path.suffix == ".svg" else ""
 
     drawn = curve("curve.svg", POINTS, 2)
@@ -152,8 +152,8 @@ def test_pictures_are_drawn_and_say_what_they_show(tmp_path) -> None:
     one = curve("one.svg", POINTS[:3], 8)
     assert "1 rollout" not in one and "steps in training" not in one
     rows = [asdict(row) for row in ROWS]
-    draw_budgets.write(
-        tmp_path / "exits.svg", "another", lambda f: draw_budgets.draw_exits(rows, f.add_subplot())
+    pictures.write(
+        tmp_path / "exits.svg", "another", lambda f: pictures.draw_exits(rows, f.add_subplot())
     )
     exits = (tmp_path / "exits.svg").read_text()
     assert "q &gt; 0: 95.0%, 8.0x" in exits and "share of always 16 steps" in exits
@@ -161,6 +161,6 @@ def test_pictures_are_drawn_and_say_what_they_show(tmp_path) -> None:
 
 def test_a_bad_picture_is_refused_before_anything_is_measured(tmp_path) -> None:
     with pytest.raises(recurx.InvalidArgument, match=r"\.png or \.svg"):
-        draw_budgets.check_path(tmp_path / "curve.pdf")
+        pictures.check_path(tmp_path / "curve.pdf")
     with pytest.raises(recurx.InvalidArgument, match="no folder"):
-        draw_budgets.check_path(tmp_path / "nowhere" / "curve.png")
+        pictures.check_path(tmp_path / "nowhere" / "curve.png")

@@ -4,7 +4,7 @@
 
 The answer at a sentence is who has the ball after it: Tom, Mia, Mia, Eva. Each needs the one before
 it, and trades do not commute, so that counting them is no way out: this is the word problem of
-permutations (`recurx.tasks.compose`), read from sentences. Most trades leave the ball where it is.
+permutations (the task `compose`), read from sentences. Most trades leave the ball where it is.
 
 Tokens: 0 is padding, 1..people a person, then who starts, then every trade in every wording.
 """
@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recurx.errors import bad_argument
+from recurx.experiments.tasks.english import NAMES, EnglishTask
 from recurx.tasks.base import Examples, Flags, Tokens, hashed_share
-from recurx.tasks.english import NAMES, EnglishTask
 
 START = "{} has the ball."
 WORDINGS = ("{} and {} swap.", "{} and {} trade.", "{} trades with {}.")

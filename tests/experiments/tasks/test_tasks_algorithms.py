@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recurx import InvalidArgument, tasks
-from recurx.tasks.reach import EDGE, HERE, NO_EDGE, NO_WAY
+from recurx.experiments.tasks import Chain, Reach
+from recurx.experiments.tasks.reach import EDGE, HERE, NO_EDGE, NO_WAY
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -40,7 +41,7 @@ def test_chain_checker_refuses_a_shift_and_has_no_answer_on_a_cycle() -> None:
     assert not task.check(drawn.inputs, np.roll(drawn.answers, 1, axis=1)).any()
     cycle = np.array([[2, 3, 1]])  # 0 -> 1 -> 2 -> 0
     every = np.array(list(itertools.product(range(5), repeat=3)))
-    assert not tasks.Chain(length=3).check(np.repeat(cycle, len(every), axis=0), every).any()
+    assert not Chain(length=3).check(np.repeat(cycle, len(every), axis=0), every).any()
 
 
 @settings(max_examples=20)
@@ -101,12 +102,10 @@ def test_reach_checker_refuses_answers_that_are_consistent_in_part() -> None:
     changed = (cut != drawn.answers).any(axis=1)
     assert changed.sum() > 30 and not task.check(drawn.inputs, cut)[changed].any()
     # A cycle 0 -> 1 -> 0 that claims a way to node 2: each node is one more than the other.
-    small, question = tasks.Reach(nodes=4), np.full((1, 16), NO_EDGE)
+    small, question = Reach(nodes=4), np.full((1, 16), NO_EDGE)
     question[0, [1, 4]] = EDGE
-    answer = task_answer = (
-        tasks.Reach(nodes=4)._example((question == EDGE).reshape(1, 4, 4)).answers
-    )
-    assert tasks.Reach(nodes=4).check(question, task_answer)[0]
+    answer = task_answer = Reach(nodes=4)._example((question == EDGE).reshape(1, 4, 4)).answers
+    assert Reach(nodes=4).check(question, task_answer)[0]
     for claim in itertools.product(range(1, 6), repeat=2):
         wrong = answer.copy()
         wrong[0, [2, 6]] = claim

@@ -1,4 +1,4 @@
-"""Draws accuracy against a budget: supervision steps on the left, wall time on the right."""
+"""Shows what a budget of steps or time buys: as tables, and as pictures of accuracy against it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,45 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recurx.cli import plotting
-from recurx.cli.plotting import COLOURS, INK, pyplot
 from recurx.errors import InvalidArgument
-from recurx.solving.budgets import Point
+from recurx.experiments import drawing
+from recurx.experiments.budgets import Exit, Point, fastest_at_equal_accuracy
+from recurx.experiments.drawing import COLOURS, INK, pyplot
 
 SUFFIXES = (".png", ".svg")
+Table = tuple[str, list[str], list[list[str]]]  # title, columns, rows
+
+
+def points_table(points: Sequence[Point], count: int) -> Table:
+    """What each budget came to, with `count` puzzles."""
+    rows = [
+        [f"{p.max_steps}", f"{p.rollouts}", f"{p.exact:.1%}", f"{p.steps_mean:.1f}",
+         f"{1000 * p.seconds:.2f} ms"]
+        for p in points
+    ]  # fmt: skip
+    columns = ["steps at most", "rollouts", "exact", "steps taken", "time a puzzle"]
+    return f"What a budget buys, {count} puzzles", columns, rows
+
+
+def exits_table(exits: Sequence[Exit], count: int) -> Table:
+    """Halting rules against always taking every step, the first."""
+    rows = [
+        [r.name, f"{r.exact:.1%}", f"{r.steps_mean:.1f}", f"{r.seconds:.3f} s", f"{r.speedup:.2f}x"]
+        for r in exits
+    ]
+    title = f"Early exit, {count} puzzles, medians of interleaved rounds"
+    return title, ["a puzzle ends at", "exact", "steps each", "time", "speed"], rows
+
+
+def fastest(exits: Sequence[Exit]) -> str:
+    """The fastest rule that costs no accuracy, in a sentence."""
+    best, fixed = fastest_at_equal_accuracy(exits), exits[0]
+    if best is fixed:
+        return f"No rule solves as many as {fixed.name}."
+    return (
+        f"Fastest that solves no fewer than {fixed.name}: {best.name}, {best.speedup:.2f} times as "
+        f"fast."
+    )
 
 
 def check_path(path: str | Path) -> Path:
@@ -38,7 +71,7 @@ def write(path: Path, title: str, fill: Callable[[Any], None]) -> None:
         figure.axes[0].set_title(title, loc="left", fontsize=9)
 
     plt = pyplot("eval --curve", "leave --curve out")
-    plotting.write(plt, [path], (8, 3.2), titled)
+    drawing.write(plt, [path], (8, 3.2), titled)
 
 
 def draw_budgets(points: Sequence[Point], figure: Any, trained_steps: int | None = None) -> None:
@@ -84,7 +117,7 @@ def draw_exits(rows: Sequence[Mapping[str, Any]], axes: Any) -> None:
     """Exact accuracy of halting rules against the time that they take, fixed steps first.
 
     Args:
-        rows: "name", "exact", "seconds" and "speedup" of each rule (`solving.budgets.Exit`).
+        rows: "name", "exact", "seconds" and "speedup" of each rule (`budgets.Exit`).
     """
     fixed = rows[0]
     axes.axhline(100 * fixed["exact"], color=INK, linewidth=1, linestyle="--")

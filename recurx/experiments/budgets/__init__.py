@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +19,7 @@ from torch import nn
 from recurx.measure import synchronize
 from recurx.solving.solve import solve
 from recurx.tasks.base import Examples, Task
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from recurx.train.evaluate import batch_of
 
 # Halting rules that `compare_exits` times, by what a table calls them. q is a logit of being right:
 # 0 is even odds, 2 is 7 to 1, 4 is 55 to 1.
@@ -180,15 +178,3 @@ class _Solver:
         steps = sum(int(part.rollout_steps.sum()) for part in found)
         exact = float(self.task.right(self.examples, answers).mean())
         return exact, steps / len(self.examples), seconds
-
-
-def batch_of(
-    examples: Examples, first: int, size: int, device: torch.device | str
-) -> dict[str, Tensor]:
-    """`size` examples from number `first` on, as `recurx.solve` takes them."""
-    return {
-        "inputs": torch.from_numpy(examples.inputs[first : first + size]).to(device),
-        "puzzle_identifiers": torch.from_numpy(examples.identifiers[first : first + size]).to(
-            device
-        ),
-    }
