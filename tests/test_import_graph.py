@@ -56,7 +56,6 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("experiments.hybrid", "_checkout"),
     ("hybrid",),
     ("",),
-    ("experiments.drawing", "experiments.budgets"),
     ("cli",),
     ("bench",),
     ("experiments",),

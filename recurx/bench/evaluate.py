@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recurx.cli import arc, options
+from recurx.bench import arc
+from recurx.cli import options
 from recurx.cli.refinement import Refining, arguments_of_solve
 from recurx.options import file, option
 
@@ -39,10 +40,10 @@ class Options(options.Json, options.Machine, Refining, arc.Options, options.Weig
 
 
 def run(asked: Options) -> int:
+    from recurx.bench import budgets
+    from recurx.bench.budgets import shown
     from recurx.cli import output
     from recurx.cli.checkpoints import open_checkpoint
-    from recurx.experiments import budgets
-    from recurx.experiments.budgets import shown
     from recurx.train import evaluate
 
     device = asked.prepare()

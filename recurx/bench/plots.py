@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from recurx.bench import drawing
+from recurx.bench.drawing import BLUE, INK, ORANGE, PAGES, contrast
 from recurx.bench.report import best_ours, by_device, case_order, grouped, newest_rows, times
 from recurx.bench.results import Result
-from recurx.experiments import drawing
-from recurx.experiments.drawing import BLUE, INK, ORANGE, PAGES, contrast
 
 __all__ = ["FASTER", "INK", "PAGES", "SLOWER", "contrast", "draw", "speedups"]
 

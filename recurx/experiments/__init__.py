@@ -13,8 +13,7 @@ and a line in EXPERIMENTS. It imports no torch before `measure` runs. `measure` 
 "findings" (sentences with the measured figures) and "holds": whether the claim showed, by a rule
 that the module states.
 
-Others use `tasks` (what experiments learn), `hybrid`, `budgets` and `drawing` as well: they stand by
-themselves, below the command line.
+`tasks` (what experiments learn) and `hybrid` stand by themselves, below the command line.
 """
 
 from __future__ import annotations

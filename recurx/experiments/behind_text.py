@@ -82,7 +82,7 @@ def tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
 
 def draw(result: dict[str, Any], figure: Any) -> None:
     """As `one_look.draw`, with faint lines for texts that ask for fewer answers than the test."""
-    from recurx.experiments.drawing import COLOURS
+    from recurx.bench.drawing import COLOURS
 
     one_look.draw(result, figure)
     by_steps = figure.axes[0]

@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(name: str, asked: Options) -> int:
+    from recurx.bench import drawing
     from recurx.cli import output
-    from recurx.experiments import drawing
 
     module = experiments.load(name)
     plt = None

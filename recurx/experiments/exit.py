@@ -61,7 +61,7 @@ def _measurer(asked: Options) -> Any:
     def measured(trainer: Any) -> dict[str, Any]:
         from dataclasses import asdict
 
-        from recurx.experiments.budgets import budget_curve, compare_exits, doubling
+        from recurx.bench.budgets import budget_curve, compare_exits, doubling
 
         model, examples = trainer.averaged(), trainer.held_out(asked.count)
         given = (model, trainer.task, examples)
@@ -123,8 +123,8 @@ def tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
 
 def draw(result: dict[str, Any], figure: Any) -> None:
     """Left: accuracy after a fixed number of steps, of every net; right: rules against time."""
-    from recurx.experiments.budgets.shown import draw_exits
-    from recurx.experiments.drawing import COLOURS, INK
+    from recurx.bench.budgets.shown import draw_exits
+    from recurx.bench.drawing import COLOURS, INK
 
     steps, exits = figure.subplots(1, 2, width_ratios=[1, 1])
     for net, colour in zip(result["nets"], COLOURS, strict=False):

@@ -221,7 +221,7 @@ def tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
 
 def draw(result: dict[str, Any], figure: Any) -> None:
     """Left: accuracy against supervision steps; right: against training time."""
-    from recurx.experiments.drawing import COLOURS, INK
+    from recurx.bench.drawing import COLOURS, INK
 
     by_steps, learning = figure.subplots(1, 2, width_ratios=[3, 2], sharey=True)
     for row, colour in zip(result["rows"], COLOURS, strict=False):

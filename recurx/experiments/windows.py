@@ -233,7 +233,7 @@ def tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
 
 def draw(result: dict[str, Any], figure: Any) -> None:
     """Left: accuracy against training steps, mean and every seed; right: against kept memory."""
-    from recurx.experiments.drawing import COLOURS
+    from recurx.bench.drawing import COLOURS
 
     learning, cost = figure.subplots(1, 2, width_ratios=[3, 2])
     for row, colour in zip(result["rows"], COLOURS, strict=False):

@@ -9,9 +9,9 @@ import pytest
 from toy_nets import make_session, tiny
 
 from recurx import experiments
+from recurx.bench import drawing
 from recurx.commands import main
 from recurx.errors import InvalidArgument
-from recurx.experiments import drawing
 from recurx.experiments import session as sessions
 from recurx.experiments.session import Course
 from recurx.train import Trainer

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from recurx.bench import drawing
+from recurx.bench.budgets import Exit, Point, fastest_at_equal_accuracy
+from recurx.bench.drawing import COLOURS, INK, pyplot
 from recurx.errors import InvalidArgument
-from recurx.experiments import drawing
-from recurx.experiments.budgets import Exit, Point, fastest_at_equal_accuracy
-from recurx.experiments.drawing import COLOURS, INK, pyplot
 
 SUFFIXES = (".png", ".svg")
 Table = tuple[str, list[str], list[list[str]]]  # title, columns, rows

@@ -11,9 +11,9 @@ import torch
 
 import recurx
 from recurx import tasks
-from recurx.experiments import budgets
-from recurx.experiments.budgets import Exit, Point, budget_curve, compare_exits, doubling
-from recurx.experiments.budgets import shown as pictures
+from recurx.bench import budgets
+from recurx.bench.budgets import Exit, Point, budget_curve, compare_exits, doubling
+from recurx.bench.budgets import shown as pictures
 from recurx.models import TRM, TRMConfig
 from recurx.tasks import Examples, Task
 from recurx.train import evaluate
