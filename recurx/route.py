@@ -127,7 +127,9 @@ class Route:
 
     def __str__(self) -> str:
         lines = [str(self.problem)]
-        lines.append(f"  backend {self.request.backend!r} -> {self.backend}: {self.calls.why}")
+        later = "" if self.settled else "; compared and measured at its first use"
+        asked = self.request.backend
+        lines.append(f"  backend {asked!r} -> {self.backend}: {self.calls.why}{later}")
         lines += [f"    {self._line(entry)}" for entry in self.considered]
         return "\n".join([*lines, f"  {self.sentence}"])
 

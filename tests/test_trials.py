@@ -220,11 +220,13 @@ def test_a_wrong_backward_leaves_the_window_to_pytorch(monkeypatch, inputs, faul
 def test_inputs_that_are_not_finite_are_no_verdict(monkeypatch, inputs):
     problem, operands = inputs
     choose = use(monkeypatch, Double())
+    assert "compared and measured at its first use" in str(route(problem))
     broken = operands._replace(x=operands.x * float("nan"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose(problem, broken).name == "eager"
         assert choose(problem, operands).name == "double"
+    assert "first use" not in str(route(problem))
 
 
 # ---- faster? -------------------------------------------------------------------------------------
