@@ -95,7 +95,7 @@ def recurse(
     if call is None:
         call = check(schedule, nets, x, carry, backend, cos_sin, start_from, stop_after, save)
         if not compiling:
-            remember(call, nets, start_from, stop_after)
+            call = remember(call, nets, start_from, stop_after)
     if call.schedule.detach_carry:
         call = call._replace(states={name: s.detach() for name, s in call.states.items()})
     device = x.device.type
@@ -121,8 +121,8 @@ class _Way(NamedTuple):
 def _run(call: Call) -> dict[str, Tensor]:
     """Calls before the window without gradient, the window differentiably."""
     tensors = (call.x, *call.states.values(), *call.weights)
-    grad = bool(call.opaque) or any(t.requires_grad for t in tensors)
-    grad = grad and torch.is_grad_enabled()
+    grad = torch.is_grad_enabled()
+    grad = grad and (bool(call.opaque) or any(t.requires_grad for t in tensors))
     if forward_ad._current_level >= 0 and _dual(tensors):
         if call.backend not in ("auto", EAGER):
             raise RecurxError(
@@ -139,18 +139,11 @@ def _run(call: Call) -> dict[str, Tensor]:
         direct = not watched
     states = call.states
     if way.split > call.start:
-        with torch.no_grad():
-            if way.backend == EAGER:
-                states = reference.run(
-                    call.schedule, call.bound(), call.x, states, call.rope, call.start, way.split
-                )
-            elif direct:
-                operands = Operands(call.x, tuple(states.values()), call.weights, call.rope)
-                engine, span = backends.get(way.backend), Span(call.start, way.split)
-                out = engine.run(call.problem(), operands.contiguous(), span)
-                states = dict(zip(states, out, strict=True))
-            else:
-                states = _through_op(call, states, way.backend, call.start, way.split)
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                states = _before_window(call, way, direct)
+        else:
+            states = _before_window(call, way, direct)
     if way.split == call.stop:
         return states
     if way.window == "reference":
@@ -168,6 +161,17 @@ def _run(call: Call) -> dict[str, Tensor]:
         encode(call.schedule, call.specs), way.window, way.forward, *span, call.save,
     )  # fmt: skip
     return dict(zip(states, out, strict=False))  # what follows the states is kept
+
+
+def _before_window(call: Call, way: _Way, direct: bool) -> dict[str, Tensor]:
+    states, span = call.states, Span(call.start, way.split)
+    if way.backend == EAGER:
+        return reference.run(call.schedule, call.bound(), call.x, states, call.rope, *span)
+    if not direct:
+        return _through_op(call, states, way.backend, *span)
+    operands = Operands(call.x, tuple(states.values()), call.weights, call.rope)
+    out = backends.get(way.backend).run(call.problem(), operands.contiguous(), span)
+    return dict(zip(states, out, strict=True))
 
 
 def _through_op(
@@ -253,13 +257,12 @@ def _dual(tensors: tuple[Tensor, ...]) -> bool:
 def _transformed(call: Call, tensors: tuple[Tensor, ...]) -> bool:
     """Whether a tensor is more than its memory (a subclass, fake, batched, sparse, negated), or is
     being traced: only operators say what happens to such."""
-    if any(type(tensor) not in PLAIN_TENSORS for tensor in tensors):
-        return True
-    if any(
-        t.layout is not torch.strided or t.is_neg() or t._is_zerotensor()
-        for t in (call.x, *call.states.values())
-    ):
-        return True
+    for tensor in tensors:  # plain loops: they run at every call
+        if type(tensor) not in PLAIN_TENSORS:
+            return True
+    for tensor in (call.x, *call.states.values()):
+        if tensor.layout is not torch.strided or tensor.is_neg() or tensor._is_zerotensor():
+            return True
     return (
         torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None

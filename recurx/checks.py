@@ -137,17 +137,20 @@ def checked_before(
     )  # fmt: skip
 
 
-def remember(call: Call, nets: Mapping[str, Any], start_from: int, stop_after: int | None) -> None:
+def remember(call: Call, nets: Mapping[str, Any], start_from: int, stop_after: int | None) -> Call:
     """Skip the checks of the next call of this kind, where they are about sizes alone."""
     x, specs = call.x, dict(call.specs)
     if call.opaque or type(x) not in PLAIN_TENSORS:
-        return
+        return call
     if len(_checked) > MAX_CHECKED:
         _checked.clear()
     settings = _settings(call.backend, call.rope, start_from, stop_after, call.save)
     given = tuple((name, specs[name]) for name in nets)
     key = call.schedule, given, x.shape, x.dtype, x.device, settings
-    _checked[key] = Checked(call)
+    checked = _checked.get(key)  # made before where only the reading of a module was new
+    if checked is None:
+        checked = _checked[key] = Checked(call)
+    return call._replace(checked=checked)
 
 
 def _settings(

@@ -21,21 +21,21 @@ _MISSING = object()
 _FLOATING = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 
 
-class _Node(NamedTuple):
-    """What one module must be like."""
+class _Part(NamedTuple):
+    """What one module on the way to a weight must be like."""
 
+    parent: int  # its place in the list of parts
+    name: str  # under the parent
     kind: type
     weight: bool  # whether its parameter `weight` is the next weight of the net
-    settings: tuple[tuple[str, Any], ...]
-    absent: tuple[str, ...]  # children that it must not have
-    count: int  # of its children; -1: any
-    children: tuple[tuple[str, _Node], ...]
+    settings: tuple[tuple[str, Any], ...] = ()
+    children: int = -1  # how many it must have; -1: any number
 
 
 class _Reading(NamedTuple):
     spec: NetSpec
     shapes: tuple[torch.Size, ...]
-    node: _Node
+    parts: tuple[_Part, ...]  # parents before children; the first is the module itself
 
 
 class _NotPlain(Exception):
@@ -53,7 +53,7 @@ def read(module: Any) -> tuple[NetSpec, Sequence[Tensor]] | None:
     if reading is None:
         return None
     weights: list[Tensor] = []
-    if not _walk(module, reading.node, weights):
+    if not _walk(module, reading.parts, weights):
         _readings.pop(module, None)
         return None
     for weight, shape in zip(weights, reading.shapes, strict=True):
@@ -67,90 +67,85 @@ def remember(module: Any, net: Net) -> None:
     if not isinstance(module, nn.Module) or module in _readings:
         return
     try:
-        node = _stack(module, net.spec)
+        parts = _stack(module, net.spec)
     except _NotPlain:
         _readings[module] = None
         return
     shapes = tuple(torch.Size(s) for block in net.spec.blocks for s in block.weight_shapes)
     found: list[Tensor] = []
-    same = _walk(module, node, found) and len(found) == len(net.weights)
+    same = _walk(module, parts, found) and len(found) == len(net.weights)
     same = same and all(a is b for a, b in zip(found, net.weights, strict=True))
-    _readings[module] = _Reading(net.spec, shapes, node) if same else None
+    _readings[module] = _Reading(net.spec, shapes, parts) if same else None
 
 
-def _walk(module: Any, node: _Node, weights: list[Tensor]) -> bool:
-    """Collect the weights in the net's order; False where the module is not like the node."""
-    if type(module) is not node.kind:
-        return False
-    own = module.__dict__
-    if node.weight:
-        weight = own["_parameters"].get("weight")
-        if weight is None:
+def _walk(module: Any, parts: tuple[_Part, ...], weights: list[Tensor]) -> bool:
+    """Collect the weights in the net's order; False where a module is not like its part."""
+    inside: list[dict[str, Any]] = []  # the attributes of each part so far
+    for parent, name, kind, weight, settings, children in parts:
+        if parent >= 0:
+            module = inside[parent]["_modules"].get(name)
+        if type(module) is not kind:
             return False
-        weights.append(weight)
-        return True
-    for name, value in node.settings:
-        found = own.get(name, _MISSING)
-        if found is _MISSING:
-            found = getattr(node.kind, name, _MISSING)
-        if found is not value:
+        own = module.__dict__
+        inside.append(own)
+        if weight:
+            found = own["_parameters"].get("weight")
+            if found is None:
+                return False
+            weights.append(found)
+            continue
+        for setting, value in settings:
+            found = own.get(setting, _MISSING)
+            if found is _MISSING:
+                found = getattr(kind, setting, _MISSING)
+            if found is not value:
+                return False
+        if children >= 0 and len(own["_modules"]) != children:
             return False
-    children = own["_modules"]
-    if node.count >= 0 and len(children) != node.count:
-        return False
-    for name in node.absent:
-        if children.get(name) is not None:
-            return False
-    return all(_walk(children.get(name), child, weights) for name, child in node.children)
+    return True
 
 
-# ---- the nodes of a stack of blocks, as recurx.nets reads it -------------------------------------
+# ---- the parts of a stack of blocks, as recurx.nets reads it -------------------------------------
 
 
-def _stack(module: nn.Module, spec: NetSpec) -> _Node:
-    layers = _child(module, "layers")
+def _stack(module: nn.Module, spec: NetSpec) -> tuple[_Part, ...]:
+    parts = [_Part(-1, "", type(module), False)]
+
+    def add(parent: int, within: Any, name: str, settings: tuple[str, ...] = ()) -> Any:
+        """A child that attribute access finds among the modules and nowhere else."""
+        found = getattr(within, name)
+        if not isinstance(within, nn.Module) or within._modules.get(name) is not found:
+            raise _NotPlain
+        parts.append(_Part(parent, name, type(found), False, _settings(found, settings)))
+        return found
+
+    def add_linears(within: nn.Module, *names: str) -> None:
+        parent = len(parts) - 1
+        for name in names:
+            linear = add(parent, within, name)
+            if linear._parameters.get("weight") is not getattr(linear, "weight", None):
+                raise _NotPlain
+            parts[-1] = parts[-1]._replace(weight=True)
+
+    layers = add(0, module, "layers")
     if type(layers) not in (nn.ModuleList, nn.Sequential):
         raise _NotPlain
-    blocks = []
-    for (name, layer), block in zip(layers._modules.items(), spec.blocks, strict=True):
-        mlp = ("mlp", _swiglu(_child(layer, "mlp")))
-        settings = _settings(layer, ("norm_eps",))
+    parts[-1] = parts[-1]._replace(children=len(layers))
+    for name, block in zip(layers._modules, spec.blocks, strict=True):
+        of_layer = ("norm_eps",) if block.kind == ATTENTION else ("norm_eps", "self_attn")
+        parts.append(_Part(1, name, type(layers._modules[name]), False))
+        layer, place = layers._modules[name], len(parts) - 1
+        parts[-1] = parts[-1]._replace(settings=_settings(layer, of_layer))
         if block.kind == ATTENTION:
-            attention = _child(layer, "self_attn")
-            parts = (("qkv_proj", _linear(attention, "qkv_proj")),
-                     ("o_proj", _linear(attention, "o_proj")))  # fmt: skip
             names = ("num_heads", "num_key_value_heads", "causal")
-            mixer = _Node(type(attention), False, _settings(attention, names), (), -1, parts)
-            node = _Node(type(layer), False, settings, (), -1, (("self_attn", mixer), mlp))
+            add_linears(add(place, layer, "self_attn", names), "qkv_proj", "o_proj")
         else:
-            settings += _settings(layer, ("self_attn",))
-            mixer = _swiglu(_child(layer, "mlp_t"))
-            node = _Node(type(layer), False, settings, ("self_attn",), -1, (("mlp_t", mixer), mlp))
-        blocks.append((name, node))
-    stack = _Node(type(layers), False, (), (), len(blocks), tuple(blocks))
-    return _Node(type(module), False, (), (), -1, (("layers", stack),))
-
-
-def _swiglu(module: nn.Module) -> _Node:
-    parts = tuple((name, _linear(module, name)) for name in ("gate_up_proj", "down_proj"))
-    return _Node(type(module), False, (), (), -1, parts)
-
-
-def _linear(parent: nn.Module, name: str) -> _Node:
-    linear = _child(parent, name)
-    if linear._parameters.get("weight") is not getattr(linear, "weight", None):
-        raise _NotPlain
-    return _Node(type(linear), True, (), (), -1, ())
-
-
-def _child(parent: Any, name: str) -> nn.Module:
-    """A child that attribute access finds among the modules and nowhere else."""
-    found = getattr(parent, name)
-    if not isinstance(parent, nn.Module) or parent._modules.get(name) is not found:
-        raise _NotPlain
-    if not isinstance(found, nn.Module):
-        raise _NotPlain
-    return found
+            if layer._modules.get("self_attn") is not None:
+                raise _NotPlain
+            add_linears(add(place, layer, "mlp_t"), "gate_up_proj", "down_proj")
+            parts[place] = parts[place]._replace(children=len(layer._modules))
+        add_linears(add(place, layer, "mlp"), "gate_up_proj", "down_proj")
+    return tuple(parts)
 
 
 def _settings(module: nn.Module, names: tuple[str, ...]) -> tuple[tuple[str, Any], ...]:
