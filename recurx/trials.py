@@ -50,8 +50,9 @@ from recurx.problem import Problem
 from recurx.route import Request, Route
 from recurx.verdicts import VERDICTS, Verdict, machine_of, subject_of
 
-BUDGET = 0.3  # seconds of timing, about; one call of each is the least
+BUDGET = 0.3  # seconds of timing, about; three calls of each are the least in a close race
 ROUNDS = 5
+HOPELESS = 10  # times slower than a fused backend at its first run: not run again
 PRUNE = 2.5  # times slower than a fused backend by one clock or by the model: out without more
 # FLOPs of one timed call on a CPU: of a larger batch a part is timed, as ratios no longer change.
 CPU_FLOPS = 4e9
@@ -195,28 +196,28 @@ def _race(runs: dict[str, Run], most: int, device: torch.device) -> Verdict | No
     for name, run in runs.items():
         try:
             first = _seconds(run, 1, device)  # packs weights, compiles, fills caches
-            slow = name == EAGER and first > max(BUDGET, PRUNE * min(one.values(), default=first))
-            one[name] = first if slow else _seconds(run, 1, device)
+            if name == EAGER and first > max(BUDGET, HOPELESS * min(one.values(), default=first)):
+                one[name] = first
+                continue
+            again = [_seconds(run, 1, device)]
+            while len(again) < 3 and sum(again) < BUDGET / 10:
+                again.append(_seconds(run, 1, device))
+            one[name] = min(again)
         except torch.OutOfMemoryError:
             continue  # what does not fit is not chosen
     if not one:
         return None
     fastest, *others = sorted(one, key=lambda name: one[name])
     if fastest != EAGER and all(one[name] > PRUNE * one[fastest] for name in others):
-        return Verdict(fastest, tuple(one.items()), 1)  # no clock is that wrong
-    left = BUDGET - sum(one.values())
-    calls = max(1, min(most, int(left / (ROUNDS * sum(one.values())))))
-    best = one
-    if left > sum(one.values()):
-        for name in one:
-            _seconds(runs[name], calls, device)  # a graph of so many calls is captured here
-        best = dict.fromkeys(one, float("inf"))
-        rounds = max(1, min(ROUNDS, int(left / (calls * sum(one.values())))))
-        for _ in range(rounds):  # in turns: a slow moment of the machine hits all alike
-            for name in one:
-                best[name] = min(best[name], _seconds(runs[name], calls, device))
-    else:
-        calls = 1
+        return Verdict(fastest, tuple(one.items()), 1)
+    turn = sum(one.values())
+    calls = max(1, min(most, int(BUDGET / (ROUNDS * turn))))
+    best = one if calls == 1 else dict.fromkeys(one, float("inf"))
+    for name in one if calls > 1 else ():
+        _seconds(runs[name], calls, device)  # a graph of so many calls is captured here
+    for _ in range(max(2, min(ROUNDS, int(BUDGET / (calls * turn))))):
+        for name in one:  # in turns: a slow moment of the machine hits all alike
+            best[name] = min(best[name], _seconds(runs[name], calls, device))
     fused = {name: took for name, took in best.items() if name != EAGER}
     chosen = min(fused, key=lambda name: fused[name]) if fused else EAGER
     if EAGER in best and fused and best[EAGER] < MARGIN * fused[chosen]:
