@@ -141,7 +141,7 @@ def test_a_stale_sum_is_rejected(monkeypatch):
 
     def stale(schedule, span):
         lowered = program.lower(schedule, span)
-        first = next(call for call in lowered.calls if call.forms)
+        first = next((call for call in lowered.calls if call.forms), None)
         calls = [call._replace(forms=call is first) for call in lowered.calls]
         return program.Program(tuple(calls), lowered.states)
 
