@@ -15,9 +15,10 @@ import torch
 from recurx import backends, choices, reference, reference_backward, trials, verdicts
 from recurx import route as routes
 from recurx.backends import Backend, Window
+from recurx.bench.problems import problem_of_config
 from recurx.comparing import UntrustedKernel
 from recurx.errors import BackendUnavailable, no_compiled_module
-from recurx.models import TRMConfig, problem_of_config
+from recurx.models import TRMConfig
 from recurx.nets import ATTENTION, BlockSpec, NetSpec, rope_tables
 from recurx.operands import Operands
 from recurx.plan import DEVICES

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from recurx.models import TRMConfig, problem_of_config
+from recurx.bench.problems import problem_of_config
+from recurx.models import TRMConfig
 from recurx.plan import Device
 from recurx.plan.device import cpu_device
 from recurx.profiler import advice
