@@ -13,8 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from recurx.nets import Net
-
 LARGEST = 448.0  # of e4m3: 1.75 * 2^8; beyond it the format has only NaN
 
 
@@ -61,16 +59,3 @@ def codes_of(weight: Tensor) -> Codes | None:
     if found is None or found[0]() is not weight or found[1] != weight._version:
         return None
     return found[2]
-
-
-def quantize_net(net: Net) -> Net:
-    """The net with dequantised fp32 weights that the kernels know the codes of.
-
-    NOTE: no gate. A net of a model goes through `quantize`.
-    """
-    weights = []
-    for weight in net.weights:
-        codes = quantize_weight(weight)
-        weights.append(codes.dequantized())
-        register(weights[-1], codes)
-    return Net(net.spec, weights)

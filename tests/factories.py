@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import recurx
-from recurx import backends
+from recurx import backends, fp8
 from recurx.nets import ATTENTION, TOKEN_MLP, BlockSpec, Net, NetSpec
 from recurx.problem import Problem
 
@@ -39,6 +39,15 @@ def make_net(
         for shape in block.weight_shapes
     ]
     return Net(net_spec, [w.requires_grad_(requires_grad) for w in weights])
+
+
+def quantize_net(net: Net) -> Net:
+    """The net with dequantised fp32 weights that the kernels know the codes of."""
+    codes = [fp8.quantize_weight(weight) for weight in net.weights]
+    small = Net(net.spec, [each.dequantized() for each in codes])
+    for weight, each in zip(small.weights, codes, strict=True):
+        fp8.register(weight, each)
+    return small
 
 
 def make_inputs(

@@ -19,7 +19,7 @@ from recurx.nets import KINDS
 from recurx.plan import DEVICES, cuda_grid
 from recurx.quantization import compare
 from recurx.train import Trainer, preset
-from tests.factories import make_inputs, make_net, problem_for, rope
+from tests.factories import make_inputs, make_net, problem_for, quantize_net, rope
 from tests.kernels.compare import assert_as_exact
 
 BF16 = torch.bfloat16
@@ -44,7 +44,7 @@ def test_codes_are_within_half_a_step_and_the_largest_is_448():
 
 
 def test_codes_are_known_until_the_weight_changes_or_dies():
-    net = fp8.quantize_net(make_net())
+    net = quantize_net(make_net())
     weight = net.weights[0]
     assert torch.equal(fp8.codes_of(weight).dequantized(), weight)
     assert fp8.codes_of(weight.clone()) is None and fp8.codes_of(make_net().weights[0]) is None
@@ -165,7 +165,7 @@ def kernel_of(checked: bool, **plan):
 def test_numerics_are_those_of_the_dequantised_weights(kind):
     """Teacher-forced against fp64 with code * scale: the rules of bf16, unchanged."""
     schedule = Schedule.trm(1, 1)
-    nets = {"L": fp8.quantize_net(make_net(kind, **SHAPE))}
+    nets = {"L": quantize_net(make_net(kind, **SHAPE))}
     kernel = kernel_of(False, ctas=5, row_groups=(1, 2, 1, 3))
     cos_sin = rope(33, 128, 2)
     x, carry = make_inputs(schedule, batch=2, tokens=33, hidden=128, dtype=BF16)
@@ -183,7 +183,7 @@ def test_numerics_are_those_of_the_dequantised_weights(kind):
 @needs_emulator
 @pytest.mark.parametrize("kind", KINDS)
 def test_right_and_clean_under_seeds_whatever_stays_in_shared_memory(kind):
-    schedule, nets = Schedule.single_z(1, 1), {"L": fp8.quantize_net(make_net(kind))}
+    schedule, nets = Schedule.single_z(1, 1), {"L": quantize_net(make_net(kind))}
     x, carry = make_inputs(schedule, batch=1, dtype=BF16)
     outs = []
     for seed, shared in ((1, 100), (2, 100), (3, 40)):
@@ -215,7 +215,7 @@ def test_recurse_reads_codes_only_of_quantised_nets():
     from emulator.owner import installed
 
     schedule, net = Schedule.trm(1, 1), make_net()
-    small = fp8.quantize_net(net)
+    small = quantize_net(net)
     x, carry = make_inputs(schedule, batch=1, dtype=BF16)
     cuda = Cuda(
         load_kernels(FILES, checked=False).library, dataclasses.replace(DEVICES["a100"], units=3)

@@ -14,8 +14,9 @@ import torch
 
 from recurx import backends, choices, trials, verdicts
 from recurx import route as routes
+from recurx.bench.problems import problem_of_config
 from recurx.errors import BackendUnavailable, no_compiled_module
-from recurx.models import TRMConfig, problem_of_config
+from recurx.models import TRMConfig
 from recurx.plan import DEVICES
 from recurx.route import Request, route
 from tests import doubles

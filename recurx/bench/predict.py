@@ -78,7 +78,7 @@ def predict(document: dict[str, Any]) -> None:
 
 def problem_of(group: dict[str, Any], dtype: str, document: dict[str, Any]) -> Problem:
     """The recursion of a group in a dtype."""
-    from recurx.models import problem_of_config
+    from recurx.bench.problems import problem_of_config
 
     config = CASES[group["case"]].make(forward_dtype=DTYPES[dtype])
     return problem_of_config(config, group["batch"], document["provenance"]["device"])

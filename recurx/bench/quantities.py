@@ -58,7 +58,7 @@ class Work:
     @classmethod
     def of(cls, group: Group, device: str) -> Work:
         from recurx.bench.cases import DTYPES, case
-        from recurx.models import problem_of_config
+        from recurx.bench.problems import problem_of_config
         from recurx.plan import count
 
         problems, sizes = {}, {}

@@ -43,7 +43,7 @@ def scaling(name: str, device: str, batch: int) -> list[Scaling]:
 
 
 def _problem(name: str) -> Problem:
-    from recurx.models import problem_of_config
+    from recurx.bench.problems import problem_of_config
 
     return problem_of_config(case(name).make(forward_dtype="bfloat16"))
 

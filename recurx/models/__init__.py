@@ -12,7 +12,7 @@ from recurx.models.config import (
 from recurx.models.exploration import Exploration
 from recurx.models.inner import Inner
 from recurx.models.losses import ACTLossHead, softmax_cross_entropy, stablemax_cross_entropy
-from recurx.models.problem import problem_of_config, problem_of_model
+from recurx.models.problem import problem_of_model
 from recurx.models.puzzle_embedding import PuzzleEmbedding
 from recurx.models.stablemax import fused_stablemax_cross_entropy
 
@@ -33,7 +33,6 @@ __all__ = [
     "build_model",
     "config_class",
     "fused_stablemax_cross_entropy",
-    "problem_of_config",
     "problem_of_model",
     "softmax_cross_entropy",
     "stablemax_cross_entropy",

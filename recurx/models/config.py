@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -121,8 +121,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         self._check_types()
-        self._check_ranges()
-        self._check_fit()
+        for name, fits, expected in self._bounds():
+            if not fits:
+                raise self._bad(name, expected, getattr(self, name))
+        _ = self.schedule  # its own checks: L_cycles of hier6, grad_window
 
     # ---- derived ---------------------------------------------------------------------------
 
@@ -201,44 +203,28 @@ class ModelConfig:
             if field.type == "bool" and not isinstance(value, bool):
                 raise self._bad(field.name, "True or False", value)
 
-    def _check_ranges(self) -> None:
+    def _bounds(self) -> Iterator[tuple[str, bool, str]]:
+        """(field, whether it fits, what is expected); each may rely on those before it."""
         for name, choices in (
             ("variant", self.ALLOWED_VARIANTS),
             ("pos_encodings", POS_ENCODINGS),
             ("forward_dtype", DTYPES),
         ):
-            if getattr(self, name) not in choices:
-                raise self._bad(name, f"one of {', '.join(choices)}", getattr(self, name))
+            yield name, getattr(self, name) in choices, f"one of {', '.join(choices)}"
         for name, least in _LEAST.items():
-            if getattr(self, name) < least:
-                raise self._bad(name, f"at least {least}", getattr(self, name))
+            yield name, getattr(self, name) >= least, f"at least {least}"
         for name in ("expansion", "rms_norm_eps", "rope_theta"):
-            if not getattr(self, name) > 0:
-                raise self._bad(name, "a positive number", getattr(self, name))
-        if not 0 <= self.halt_exploration_prob <= 1:
-            raise self._bad("halt_exploration_prob", "within 0..1", self.halt_exploration_prob)
-
-    def _check_fit(self) -> None:
-        if not self.mlp_t and self.hidden_size % self.num_heads:
-            raise self._bad(
-                "num_heads", f"a divisor of hidden_size={self.hidden_size}", self.num_heads
-            )
-        if (
-            self.pos_encodings == "rope"
-            and not self.mlp_t
-            and self.hidden_size // self.num_heads % 2
-        ):
-            head_dim = self.hidden_size // self.num_heads
-            raise self._bad("num_heads", "an even head_dim for rope", f"head_dim={head_dim}")
-        if self.variant == "hrm" and self.H_layers < 1:
-            raise self._bad("H_layers", "at least 1 for HRM", self.H_layers)
-        if self.prefix_len * self.hidden_size < self.puzzle_emb_ndim:
-            room = f"{self.prefix_len} x {self.hidden_size}"
-            raise self._bad(
-                "puzzle_emb_ndim", f"at most puzzle_emb_len x hidden_size = {room}",
-                self.puzzle_emb_ndim,
-            )  # fmt: skip
-        _ = self.schedule  # its own checks: L_cycles of hier6, grad_window
+            yield name, getattr(self, name) > 0, "a positive number"
+        share = self.halt_exploration_prob
+        yield "halt_exploration_prob", 0 <= share <= 1, "within 0..1"
+        width, heads = self.hidden_size, self.num_heads
+        yield "num_heads", self.mlp_t or width % heads == 0, f"a divisor of hidden_size={width}"
+        turns = self.pos_encodings == "rope" and not self.mlp_t
+        even = f"an even head_dim for rope, not {width // heads}"
+        yield "num_heads", not turns or width // heads % 2 == 0, even
+        yield "H_layers", self.variant != "hrm" or self.H_layers >= 1, "at least 1 for HRM"
+        room = f"at most puzzle_emb_len x hidden_size = {self.prefix_len} x {width}"
+        yield "puzzle_emb_ndim", self.puzzle_emb_ndim <= self.prefix_len * width, room
 
     def _bad(self, name: str, expected: str, got: object) -> Exception:
         return bad_argument(type(self).__name__, name, expected, repr(got))

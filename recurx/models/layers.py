@@ -16,6 +16,11 @@ from recurx import reference
 from recurx.models.config import ModelConfig
 from recurx.nets import as_net, rope_tables
 
+# A standard normal that is cut at +-CUT: the probability of what is left, and its deviation.
+CUT = 2.0
+MASS = math.erf(CUT / math.sqrt(2))
+LEFT = math.sqrt(1 - 2 * CUT * math.exp(-0.5 * CUT**2) / math.sqrt(2 * math.pi) / MASS)
+
 
 @torch.no_grad()
 def truncated_normal_(tensor: Tensor, std: float) -> Tensor:
@@ -26,12 +31,9 @@ def truncated_normal_(tensor: Tensor, std: float) -> Tensor:
     """
     if std == 0:
         return tensor.zero_()
-    cut = 2.0
-    mass = math.erf(cut / math.sqrt(2))  # probability of |z| < cut
-    density = math.exp(-0.5 * cut**2) / math.sqrt(2 * math.pi)
-    sigma = std / math.sqrt(1 - 2 * cut * density / mass)
-    tensor.uniform_(-mass, mass).erfinv_().mul_(math.sqrt(2) * sigma)
-    return tensor.clamp_(-cut * sigma, cut * sigma)
+    sigma = std / LEFT
+    tensor.uniform_(-MASS, MASS).erfinv_().mul_(math.sqrt(2) * sigma)
+    return tensor.clamp_(-CUT * sigma, CUT * sigma)
 
 
 class CastLinear(nn.Module):

@@ -165,7 +165,7 @@ def _rows_of(value: Any, keep: Tensor) -> Any:
     return type(value)(**fields)
 
 
-def _named(states: Any) -> dict[str, Tensor]:
+def named(states: Any) -> dict[str, Tensor]:
     """The states of a carry by name: ours are a dict, official ones a dataclass."""
     return states if isinstance(states, dict) else vars(states)
 
@@ -175,7 +175,7 @@ def _add_noise(states: Any, numbers: Tensor, step: int, rules: Rules) -> None:
 
     The noise follows from (seed, number, step) alone, so it does not depend on a row's neighbours.
     """
-    values = _named(states)
+    values = named(states)
     name = "z_H" if "z_H" in values else next(iter(values))
     state = values[name]
     drawn = noise.normals(rules.entries(numbers), step, tuple(state.shape[1:]), rules.seed)
@@ -185,7 +185,7 @@ def _add_noise(states: Any, numbers: Tensor, step: int, rules: Rules) -> None:
 def _randomise(states: Any, numbers: Tensor, rules: Rules) -> None:
     """Give every rollout but the first of its sample a start of its own, in all states."""
     keeps = (numbers % rules.rollouts == 0).view(-1, 1, 1)
-    values = _named(states)
+    values = named(states)
     for which, name in enumerate(sorted(values)):
         state = values[name]
         shape = tuple(state.shape[1:])

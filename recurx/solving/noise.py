@@ -11,14 +11,12 @@ import math
 import torch
 from torch import Tensor
 
+from recurx.models.layers import CUT, LEFT, MASS
 from recurx.models.philox import philox
 
 _STEPS, _STARTS = 0, 1  # last word of the counter: what the numbers are for
 
-# A normal cut at two of its own deviations, scaled to deviation 1: how H_init and L_init are drawn.
-_CUT = 2.0
-_MASS = math.erf(_CUT / math.sqrt(2))
-_SIGMA = 1 / math.sqrt(1 - 2 * _CUT * math.exp(-(_CUT**2) / 2) / math.sqrt(2 * math.pi) / _MASS)
+_SIGMA = 1 / LEFT  # a cut normal of deviation 1: how H_init and L_init are drawn
 
 
 def _box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,8 +53,8 @@ def truncated_normals(entries: Tensor, state: int, shape: tuple[int, ...], seed:
     """
     words = torch.stack(_words(entries, state, _STARTS, shape, seed), dim=-1)
     u = ((words >> 8).float() + 0.5) * 2.0**-24
-    found = torch.erfinv((2 * u - 1) * _MASS) * (math.sqrt(2) * _SIGMA)
-    return _shaped(found.clamp(-_CUT * _SIGMA, _CUT * _SIGMA), entries, shape)
+    found = torch.erfinv((2 * u - 1) * MASS) * (math.sqrt(2) * _SIGMA)
+    return _shaped(found.clamp(-CUT * _SIGMA, CUT * _SIGMA), entries, shape)
 
 
 def _words(

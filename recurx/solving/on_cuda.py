@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recurx import backends
 from recurx.backends import cuda_abi
 from recurx.backends.cuda import Cuda
 from recurx.errors import BackendUnavailable
@@ -23,6 +24,8 @@ from recurx.operands import Operands, Span
 from recurx.plan import cuda as plans
 from recurx.problem import Problem
 from recurx.schedule import Schedule
+from recurx.solving.halting_loop import Answers, fresh_carry, named
+from recurx.solving.options import Rules
 
 HALTS = {None: 0, "q": 1, "q_continue": 2}
 
@@ -61,19 +64,6 @@ class Reasoner:
             self.schedule, specs, entries, *state.shape, state.dtype, device_type,
             rope=self.cos_sin is not None,
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Found:
-    """What the queue's entries came to, all on the device: predictions [E, T'] int32, steps [E],
-    halted [E] int32, q [E] fp32, logits [E, T', vocab] bf16 and trace [steps, E, T'] if wanted."""
-
-    predictions: Tensor
-    steps: Tensor
-    halted: Tensor
-    q: Tensor
-    logits: Tensor | None
-    trace: Tensor | None
 
 
 def reasoner(model: Any, fresh: Mapping[str, Tensor]) -> Reasoner | str:
@@ -118,31 +108,24 @@ def reasoner(model: Any, fresh: Mapping[str, Tensor]) -> Reasoner | str:
     )  # fmt: skip
 
 
-def refine(
-    backend: Cuda,
-    who: Reasoner,
-    batch: Mapping[str, Tensor],
-    *,
-    max_steps: int,
-    halt: str | None,
-    halt_above: float = 0.0,
-    rollouts: int = 1,
-    sigma: float = 0.0,
-    seed: int = 0,
-    keep_logits: bool = False,
-    keep_trace: bool = False,
-) -> Found:
-    """Refine every rollout of every puzzle of `batch` in one launch.
+def refine(model: Any, batch: Mapping[str, Tensor], rules: Rules) -> Answers:
+    """What `halting_loop.refine` does with every rollout of every puzzle of `batch`, in one launch.
 
     Args:
+        model: as in `reasoner`.
         batch: "inputs" [N, seq_len] and "puzzle_identifiers" [N], N >= 1.
-        halt, halt_above, sigma, seed: as in `recurx.solve`.
 
     Raises:
-        BackendUnavailable: the kernel cannot run this model here; the message says why.
+        BackendUnavailable: the kernel cannot run this model or these rules here; the message says
+            why.
     """
-    device = batch["inputs"].device
-    entries = len(batch["inputs"]) * rollouts
+    fresh = fresh_carry(model, {key: value[:1] for key, value in batch.items()}).inner_carry
+    start = {name: state[0] for name, state in named(fresh).items()}
+    who = _beyond_the_kernel(rules) or reasoner(model, start)
+    if isinstance(who, str):
+        raise BackendUnavailable(f"recurx.solve: backend 'cuda' {who}")
+    backend, device = backends.get("cuda"), batch["inputs"].device
+    entries, vocab = len(batch["inputs"]) * rules.rollouts, len(who.lm_head)
     problem = who.problem(entries, device.type)
     plan = owner_plan(backend, problem, device)
     library = backend.library()
@@ -150,8 +133,7 @@ def refine(
     owner = cuda_abi.RxOwnerPlan(*(plan[name] for name in ("owners", "samples", "tiles")))
     slots = owner.owners * owner.samples
     tokens, hidden, answers = problem.tokens, problem.hidden, problem.tokens - who.prefix
-    vocab = len(who.lm_head)
-    halting = "q_continue" if halt == "q" and who.q_learning else halt
+    halting = "q_continue" if rules.halt == "q" and who.q_learning else rules.halt
 
     def new(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return backend.new(shape, dtype, device)
@@ -160,14 +142,13 @@ def refine(
         x = who.embed(batch).detach().contiguous()
         slot_x = torch.zeros(slots, tokens, hidden, dtype=x.dtype, device=device)
         states = tuple(torch.zeros_like(slot_x) for _ in who.schedule.states)
-        start = [who.start[name].detach().contiguous() for name in who.schedule.states]
+        starts = [who.start[name].detach().contiguous() for name in who.schedule.states]
         heads = [w.detach().to(x.dtype).contiguous() for w in (who.lm_head, who.q_head, who.q_bias)]
         next_entry = torch.zeros(1, dtype=torch.int32, device=device)
-        found = Found(
-            new(entries, answers), new(entries), new(entries), new(entries, dtype=torch.float32),
-            new(entries, answers, vocab, dtype=x.dtype) if keep_logits else None,
-            new(max_steps, entries, answers) if keep_trace else None,
-        )  # fmt: skip
+        predictions, steps, halted = new(entries, answers), new(entries), new(entries)
+        q = new(entries, dtype=torch.float32)
+        logits = new(entries, answers, vocab, dtype=x.dtype) if rules.logits else None
+        trace = new(rules.max_steps, entries, answers) if rules.trace else None
         running = dataclasses.replace(problem, batch=slots)
         weights = tuple(w for name in who.schedule.nets for w in who.nets[name].weights)
         p, kept = backend.describe(
@@ -178,19 +159,40 @@ def refine(
         scratch = new(size, dtype=torch.uint8)
         p.scratch, p.scratch_bytes = scratch.data_ptr(), size
         s = cuda_abi.RxSolve(
-            entries, rollouts, max_steps, HALTS[halting],
-            who.schedule.states.index(who.output), who.prefix, vocab, halt_above, sigma, seed,
+            entries, rules.rollouts, rules.max_steps, HALTS[halting],
+            who.schedule.states.index(who.output), who.prefix, vocab, rules.halt_above,
+            rules.sigma, rules.seed,
             x=x.data_ptr(), slot_x=slot_x.data_ptr(), lm_head=heads[0].data_ptr(),
             q_head=heads[1].data_ptr(), q_bias=heads[2].data_ptr(), next=next_entry.data_ptr(),
-            predictions=found.predictions.data_ptr(), steps=found.steps.data_ptr(),
-            halted=found.halted.data_ptr(), q=found.q.data_ptr(),
-            logits=None if found.logits is None else found.logits.data_ptr(),
-            trace=None if found.trace is None else found.trace.data_ptr(),
+            predictions=predictions.data_ptr(), steps=steps.data_ptr(), halted=halted.data_ptr(),
+            q=q.data_ptr(), logits=None if logits is None else logits.data_ptr(),
+            trace=None if trace is None else trace.data_ptr(),
         )  # fmt: skip
-        s.start[: len(start)] = [state.data_ptr() for state in start]
+        s.start[: len(starts)] = [state.data_ptr() for state in starts]
         library.call("rx_owner_sm80_solve", p, owner, s, stream)
         del kept
-    return found
+    if trace is not None:  # an entry that halted keeps its answer
+        after = torch.arange(rules.max_steps, device=device)[:, None] >= steps
+        trace = torch.where(after[..., None], predictions, trace).long()
+    steps = steps.long()
+    return Answers(predictions.long(), steps, q, halted.bool(), steps[:, None], logits, trace)
+
+
+def _beyond_the_kernel(rules: Rules) -> str:
+    """What the kernel lacks that `rules` ask for ("" if nothing), and what to do."""
+    asked = {
+        f"halt={rules.halt!r}": rules.halt not in ("q", None),
+        f"init={rules.init!r}": rules.init != "learned",
+        f"first_sample={rules.first_sample}": bool(rules.first_sample and rules.sigma),
+        "fill": rules.fill is not None,
+    }
+    lacks = [name for name, beyond in asked.items() if beyond]
+    if not lacks:
+        return ""
+    return (
+        f"solves in its kernel without {' and '.join(lacks)}: leave `backend` out and set "
+        "model.backend = 'cuda' (the loop on the host over the same kernels)."
+    )
 
 
 def owner_plan(backend: Cuda, problem: Problem, device: torch.device) -> Any:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recurx.errors import BackendUnavailable, bad_argument
+from recurx.errors import bad_argument
 from recurx.solving import rollouts as tries
-from recurx.solving.halting_loop import Answers, fresh_carry, refine
+from recurx.solving.halting_loop import Answers, refine
 from recurx.solving.options import HALTS, INITS, SELECTIONS, Accepts, Fill, Rules
 
 __all__ = ["Answers", "Fill", "solve"]
@@ -100,7 +100,9 @@ def solve(
     data = _complete(batch)
     with _evaluating(model):
         if backend == "cuda" and len(data["inputs"]):
-            found = _refine_in_kernel(model, data, rules)
+            from recurx.solving import on_cuda
+
+            found = on_cuda.refine(model, data, rules)
             return tries.pick(found, data["inputs"], rollouts, select)
         run = functools.partial(refine, model, rules=rules)
         with _running_on(model, backend):
@@ -132,50 +134,6 @@ def _running_on(model: Any, backend: str | None) -> Iterator[None]:
     else:
         with patch(model, backend=backend):
             yield
-
-
-def _refine_in_kernel(model: Any, data: dict[str, Tensor], rules: Rules) -> Answers:
-    """What `refine` does with every rollout of `data`, in one launch of the CUDA engine."""
-    from recurx import backends
-    from recurx.solving import on_cuda
-
-    first = {key: value[:1] for key, value in data.items()}
-    carry = fresh_carry(model, first).inner_carry
-    fresh = carry if isinstance(carry, dict) else vars(carry)
-    who = _beyond_the_kernel(rules)
-    who = who or on_cuda.reasoner(model, {name: state[0] for name, state in fresh.items()})
-    if isinstance(who, str):
-        raise BackendUnavailable(f"recurx.solve: backend 'cuda' {who}")
-    found = on_cuda.refine(
-        backends.get("cuda"), who, data, max_steps=rules.max_steps, halt=rules.halt,
-        halt_above=rules.halt_above, rollouts=rules.rollouts, sigma=rules.sigma, seed=rules.seed,
-        keep_logits=rules.logits, keep_trace=rules.trace,
-    )  # fmt: skip
-    trace, predictions = found.trace, found.predictions
-    if trace is not None:  # an entry that halted keeps its answer
-        after = torch.arange(rules.max_steps, device=trace.device)[:, None] >= found.steps
-        trace = torch.where(after[..., None], predictions, trace).long()
-    steps = found.steps.long()
-    return Answers(
-        predictions.long(), steps, found.q, found.halted.bool(), steps[:, None], found.logits, trace
-    )
-
-
-def _beyond_the_kernel(rules: Rules) -> str:
-    """What the kernel lacks that `rules` ask for ("" if nothing), and what to do."""
-    asked = {
-        f"halt={rules.halt!r}": rules.halt not in ("q", None),
-        f"init={rules.init!r}": rules.init != "learned",
-        f"first_sample={rules.first_sample}": bool(rules.first_sample and rules.sigma),
-        "fill": rules.fill is not None,
-    }
-    lacks = [name for name, beyond in asked.items() if beyond]
-    if not lacks:
-        return ""
-    return (
-        f"solves in its kernel without {' and '.join(lacks)}: leave `backend` out and set "
-        "model.backend = 'cuda' (the loop on the host over the same kernels)."
-    )
 
 
 # ---- the model's side --------------------------------------------------------------------------

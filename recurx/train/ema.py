@@ -59,9 +59,6 @@ class Average:
         for name, p in model.named_parameters():
             p.copy_(self.weights[name])
 
-    def tensors(self) -> dict[str, Tensor]:
-        return self.weights
-
 
 def move_(
     averages: Sequence[Tensor], values: Sequence[Tensor], share: float | Tensor, tables: Any = None

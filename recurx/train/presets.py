@@ -9,25 +9,23 @@ from recurx import tasks
 from recurx.errors import InvalidArgument, bad_argument
 from recurx.train.config import TrainConfig
 
-# Model fields by preset. The first five are the published sizes; "tiny" ones train in minutes on
-# two cores. One low call and one cycle a supervision step leave the refining to the outer loop.
+# "tiny" models train in minutes on two cores. One low call and one cycle a supervision step leave
+# the refining to the outer loop.
+_TINY_NET = {
+    "hidden_size": 64, "num_heads": 4, "expansion": 2.0, "inner_multiple": 16, "L_layers": 1,
+    "H_cycles": 1, "L_cycles": 2, "pos_encodings": "learned", "forward_dtype": "float32",
+    "halt_max_steps": 8,
+}  # fmt: skip
+# Model fields by preset. The first five are the published sizes.
 PRESETS: dict[str, dict[str, Any]] = {
     "trm-att": {"puzzle_emb_ndim": 512},
     "trm-mlp": {"puzzle_emb_ndim": 512, "mlp_t": True, "pos_encodings": "none"},
     "single-z": {"puzzle_emb_ndim": 512, "variant": "single_z"},
     "hier6": {"puzzle_emb_ndim": 512, "variant": "hier6"},
     "hrm": {"puzzle_emb_ndim": 512, "variant": "hrm"},
-    "tiny-att": {
-        "hidden_size": 64, "num_heads": 4, "expansion": 2.0, "inner_multiple": 16, "L_layers": 1,
-        "H_cycles": 1, "L_cycles": 2, "pos_encodings": "learned", "forward_dtype": "float32",
-        "halt_max_steps": 8,
-    },
-    "tiny-mlp": {
-        "hidden_size": 64, "num_heads": 4, "expansion": 2.0, "inner_multiple": 16, "L_layers": 1,
-        "H_cycles": 1, "L_cycles": 2, "pos_encodings": "learned", "forward_dtype": "float32",
-        "halt_max_steps": 8, "mlp_t": True,
-    },
-}  # fmt: skip
+    "tiny-att": _TINY_NET,
+    "tiny-mlp": {**_TINY_NET, "mlp_t": True},
+}
 # Published training values (TRM, arXiv 2510.04871, section 5) and what suits the tiny nets.
 _FULL = {
     "batch_size": 768, "lr": 1e-4, "weight_decay": 1.0, "warmup": 2000, "ema": 0.999,

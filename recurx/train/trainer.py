@@ -119,29 +119,21 @@ class Trainer:
         cls,
         folder: str | Path,
         data: Data | None = None,
-        *,
-        device: torch.device | str = "cpu",
-        backend: str = "auto",
-        captured: bool | None = None,
-        ranks: Ranks | None = None,
-        **more: Any,
+        **how: Any,
     ) -> Trainer:
         """The run whose files lie in `folder`, exactly where it was saved.
 
         Args:
             data: the run's, if it is not where its config says (see `recurx.train.open_data`, and
                 `recurx.train.saved_config` for the config).
-            more: what the trainer of a subclass takes besides.
+            how: device, backend, captured, ranks, and what the trainer of a subclass takes besides.
 
         Raises:
             InvalidArgument: there is no run in `folder`, or its data are others now.
             CheckpointError: its state file is damaged, or of another version.
         """
         values, tensors = RunFolder(Path(folder)).read()
-        trainer = cls(
-            TrainConfig.from_json(values["config"]), folder, data,
-            device=device, backend=backend, captured=captured, ranks=ranks, **more,
-        )  # fmt: skip
+        trainer = cls(TrainConfig.from_json(values["config"]), folder, data, **how)
         trainer._load(values, tensors)
         return trainer
 

@@ -12,10 +12,9 @@ from nvcc_library import KERNELS, call, library
 from aot import toolchain
 from emulator.grid import FILES, GridKernel, Plan
 from recurx import Schedule, reference
-from recurx.fp8 import quantize_net
 from recurx.nets import KINDS, Net
 from recurx.plan import Device, cuda_grid
-from tests.factories import make_inputs, make_net, problem_for, rope
+from tests.factories import make_inputs, make_net, problem_for, quantize_net, rope
 from tests.kernels.compare import assert_as_exact
 from tests.test_numerics import teacher_forced
 

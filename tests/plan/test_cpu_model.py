@@ -10,9 +10,10 @@ import pytest
 import recurx
 from recurx.bench import predict, results, step_cost
 from recurx.bench.cases import CASES, DTYPES
+from recurx.bench.problems import problem_of_config
 from recurx.bench.provenance import ROOT
 from recurx.bench.variants import Variant
-from recurx.models import problem_of_config, problem_of_model
+from recurx.models import problem_of_model
 from recurx.plan import Device, cpu, device, eager
 
 WITHIN = 0.25

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from recurx import trials, verdicts
-from recurx.models import TRMConfig, problem_of_config
+from recurx.bench.problems import problem_of_config
+from recurx.models import TRMConfig
 from recurx.plan import Device
 from recurx.plan.device import cpu_device
 from recurx.profiler import advice

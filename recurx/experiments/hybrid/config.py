@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,12 +45,10 @@ class HybridConfig(ModelConfig):
         )  # fmt: skip
         return base.replace(**changes)
 
-    def _check_ranges(self) -> None:
-        super()._check_ranges()
+    def _bounds(self) -> Iterator[tuple[str, bool, str]]:
+        yield from super()._bounds()
         for name in ("passages", "passage_tokens", "encoder_width"):
-            if getattr(self, name) < 1:
-                raise self._bad(name, "at least 1", getattr(self, name))
-        if self.puzzle_emb_ndim:
-            raise self._bad("puzzle_emb_ndim", "0: its tokens are the text's", self.puzzle_emb_ndim)
-        if self.answer_per_passage and self.seq_len != self.passages:
-            raise self._bad("seq_len", f"passages={self.passages}, one answer each", self.seq_len)
+            yield name, getattr(self, name) >= 1, "at least 1"
+        yield "puzzle_emb_ndim", not self.puzzle_emb_ndim, "0: its tokens are the text's"
+        fits = not self.answer_per_passage or self.seq_len == self.passages
+        yield "seq_len", fits, f"passages={self.passages}, one answer each"

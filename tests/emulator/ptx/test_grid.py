@@ -7,9 +7,8 @@ import torch
 
 from aot import toolchain
 from recurx import Schedule
-from recurx.fp8 import quantize_net
 from recurx.nets import KINDS, Net, NetSpec
-from tests.factories import make_inputs, make_net, rope
+from tests.factories import make_inputs, make_net, quantize_net, rope
 
 from ..build import KERNELS, load_kernels, unavailable
 from .run import load_ptx
