@@ -15,8 +15,8 @@ from recurx.options import file, option
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from recurx.bench.questions import Questions
     from recurx.tasks import Task
-    from recurx.tasks.questions import Questions
     from recurx.train import Report
 
 MISLED = 0.01  # accuracy that halting costs before it is called too early
@@ -100,7 +100,8 @@ def run(asked: Options) -> int:
 
 
 def _given(console: Console, asked: Options, task: Task) -> Questions:
-    from recurx.tasks import Sampler, questions
+    from recurx.bench import questions
+    from recurx.tasks import Sampler
 
     if asked.puzzles is not None:
         return questions.read(asked.puzzles, task, asked.count, console.print)

@@ -55,8 +55,10 @@ def run(asked: Options) -> int:
     device = asked.prepare(options.THREADS_OF_TINY_NETS if tiny else None)
     ranks = join_torchrun(device)
     console = output.make_console(quiet=not ranks.first)
+    how = {"device": device, "backend": asked.backend}
+    how["captured"] = False if asked.no_capture else None
     with output.counting(console, "solved", "puzzles of the file") as on_progress:
-        trainer = (_resumed if asked.resume else _started)(asked, device, on_progress)
+        trainer = (_resumed if asked.resume else _started)(asked, on_progress, how)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     console.print(f"{trainer.task.name}: {parameters:,} parameters, training in {trainer.folder}")
     console.print(f"held-out examples: {trainer.data.held_out_rule}")
@@ -103,7 +105,7 @@ _ENDINGS = {
 }  # fmt: skip
 
 
-def _started(asked: Options, device: Any, on_progress: Any) -> Any:
+def _started(asked: Options, on_progress: Any, how: dict[str, Any]) -> Any:
     from recurx.train import Trainer, open_data, preset
     from recurx.train.run_folder import STATE_FILE
 
@@ -124,24 +126,19 @@ def _started(asked: Options, device: Any, on_progress: Any) -> Any:
         raise InvalidArgument(
             f"{folder} already holds a run: go on with --resume {folder}, or choose another --out."
         )
-    captured = False if asked.no_capture else None
-    data = open_data(config, on_progress=on_progress)
-    trainer = Trainer(config, folder, data, device=device, backend=asked.backend, captured=captured)
+    trainer = Trainer(config, folder, open_data(config, on_progress=on_progress), **how)
     if asked.start_from is not None:
         trainer.start_from(asked.start_from)
     return trainer
 
 
-def _resumed(asked: Options, device: Any, on_progress: Any) -> Any:
+def _resumed(asked: Options, on_progress: Any, how: dict[str, Any]) -> Any:
     from recurx.train import Trainer, open_data, saved_config
 
     data = open_data(
         saved_config(asked.resume), puzzles=asked.config.get("puzzles"), on_progress=on_progress
     )
-    trainer = Trainer.resume(
-        asked.resume, data, device=device, backend=asked.backend,
-        captured=False if asked.no_capture else None,
-    )  # fmt: skip
+    trainer = Trainer.resume(asked.resume, data, **how)
     if asked.task not in (None, trainer.config.task):
         raise InvalidArgument(
             f"{asked.resume} is a run of {trainer.config.task}, not of {asked.task}."

@@ -254,11 +254,9 @@ def _placed(
 
 
 def _examples(rows: list[Row]) -> Examples:
-    if not rows:
-        none = np.zeros((0, SIDE * SIDE), dtype=np.int64)
-        return Examples(none, none, np.zeros(0, dtype=np.int64))
-    puzzles, inputs, answers = zip(*rows, strict=True)
-    return Examples(np.stack(inputs), np.stack(answers), np.array(puzzles, dtype=np.int64))
+    puzzles, *grids = zip(*rows, strict=True) if rows else ((), (), ())
+    inputs, answers = np.array(grids, dtype=np.int64).reshape(2, len(rows), SIDE * SIDE)
+    return Examples(inputs, answers, np.array(puzzles, dtype=np.int64))
 
 
 def _pairs_of(examples: Examples) -> Iterator[tuple[int, Grid, Grid]]:
