@@ -1,8 +1,8 @@
 """The C interface of the GPU kernels (csrc/cuda/api.h) as Python sees it: structs and entries.
 
 The entries come from the compiled module, which gives their addresses, or from any shared library
-that exports them (tests run emulated builds). Field for field the structs mirror those of the same names in api.h; `Library`
-refuses a build whose structs have other sizes.
+that exports them (tests run emulated builds). Field for field the structs mirror those of the same
+names in api.h; `Library` refuses a build whose structs have other sizes.
 """
 
 from __future__ import annotations
