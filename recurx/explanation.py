@@ -8,8 +8,7 @@ from typing import Any
 from torch import nn
 
 from recurx.errors import BackendUnavailable, bad_argument
-from recurx.models.inner import Inner
-from recurx.models.problem import problem_of_model
+from recurx.models.inner import Inner, problem_of_model
 from recurx.patching.handle import PatchHandle, installed
 from recurx.patching.install import find
 from recurx.problem import Problem

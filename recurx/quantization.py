@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recurx import fp8
 from recurx.errors import QuantizationRefused, bad_argument
@@ -138,18 +138,14 @@ def compare(
 def _quantized_copy(model: RecursiveModel) -> RecursiveModel:
     small = copy.deepcopy(model).eval().requires_grad_(False)
     for name, module in small.inner.nets().items():
-        for weight in _bound(module, name).weights:
+        net = as_net(module, name)
+        assert isinstance(net, Net), "the nets of a RecursiveModel are block stacks"
+        for weight in net.weights:
             codes = fp8.quantize_weight(weight)
             with torch.no_grad():
                 weight.copy_(codes.dequantized())
             fp8.register(weight, codes)
     return small
-
-
-def _bound(module: nn.Module, name: str) -> Net:
-    net = as_net(module, name)
-    assert isinstance(net, Net), "the nets of a RecursiveModel are block stacks"
-    return net
 
 
 @torch.no_grad()

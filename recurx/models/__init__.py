@@ -10,9 +10,8 @@ from recurx.models.config import (
     config_class,
 )
 from recurx.models.exploration import Exploration
-from recurx.models.inner import Inner
+from recurx.models.inner import Inner, problem_of_model
 from recurx.models.losses import ACTLossHead, softmax_cross_entropy, stablemax_cross_entropy
-from recurx.models.problem import problem_of_model
 from recurx.models.puzzle_embedding import PuzzleEmbedding
 from recurx.models.stablemax import fused_stablemax_cross_entropy
 

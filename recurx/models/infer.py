@@ -20,6 +20,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 TABLE = "inner.puzzle_emb.weights"
 _EMBED = "inner.embed_tokens.embedding_weight"
+_BLOCK = "inner.L_level.layers.0"
 # vocabulary of a published task -> (task, seq_len, TRM's L_cycles there)
 _TASKS = {11: ("Sudoku", 81, 6), 12: ("ARC-AGI", 900, 4), 6: ("Maze", 900, 4)}
 _HEAD_DIM = 64  # of every published model
@@ -95,32 +96,33 @@ def _assumptions(
     shapes: Shapes, fields: dict[str, Any], known: Mapping[str, Any], variant: str
 ) -> dict[str, tuple[Any, str]]:
     """{field: (value, why)} for what the shapes leave open."""
-    hidden, vocab = fields["hidden_size"], fields["vocab_size"]
-    task, seq_len, l_cycles = _TASKS.get(vocab, ("?", None, 6))
+    hidden, vocab, published = fields["hidden_size"], fields["vocab_size"], config_class(variant)
+    task, seq_len, l_cycles = _TASKS.get(vocab, ("?", None, published.L_cycles))
     by_vocab = f"vocab_size={vocab}: that of {task}"
-    out: dict[str, tuple[Any, str]] = {}
+    out: dict[str, tuple[Any, str]] = {"H_cycles": (published.H_cycles, "as published")}
+    if variant == "hrm":
+        out["L_cycles"] = published.L_cycles, "as published"
+    else:
+        low = published.L_cycles if variant == "hier6" else l_cycles
+        out["L_cycles"] = low, by_vocab if task != "?" else "as published for Sudoku"
     if not fields["mlp_t"]:
         out["num_heads"] = max(1, hidden // _HEAD_DIM), "head_dim 64, as published"
     if "pos_encodings" not in fields:
         value, kind = ("none", "token-MLP") if fields["mlp_t"] else ("rope", "attention")
         out["pos_encodings"] = value, f"as published for {kind} blocks"
-    if variant == "hrm":
-        out["H_cycles"], out["L_cycles"] = (2, "as published"), (2, "as published")
-    else:
-        out["H_cycles"] = 3, "as published"
-        low = 6 if variant == "hier6" else l_cycles
-        out["L_cycles"] = low, by_vocab if task != "?" else "as published for Sudoku"
 
-    prefix_len = known.get("puzzle_emb_len", 0 if variant == "hrm" else 16)
-    if fields["puzzle_emb_ndim"] and "puzzle_emb_len" not in known:
-        out["puzzle_emb_len"] = prefix_len, "as published (0: just enough tokens)"
-    prefix = (
-        (prefix_len or -(-fields["puzzle_emb_ndim"] // hidden)) if fields["puzzle_emb_ndim"] else 0
-    )
-    tokens = _tokens(shapes)
-    if tokens is not None:
-        out["seq_len"] = tokens - prefix, f"{tokens} tokens less a prefix of {prefix}"
-    elif seq_len is not None:
+    prefix = 0
+    if fields["puzzle_emb_ndim"]:
+        length = known.get("puzzle_emb_len", published.puzzle_emb_len)
+        out["puzzle_emb_len"] = length, "as published (0: just enough tokens)"
+        prefix = length or -(-fields["puzzle_emb_ndim"] // hidden)
+    # T, where a weight has that length.
+    for name in (f"{_BLOCK}.mlp_t.down_proj.weight", "inner.embed_pos.embedding_weight"):
+        if name in shapes:
+            tokens = shapes[name][0]
+            out["seq_len"] = tokens - prefix, f"{tokens} tokens less a prefix of {prefix}"
+            return out
+    if seq_len is not None:
         out["seq_len"] = seq_len, by_vocab
     elif "seq_len" not in known:
         raise CheckpointError(
@@ -135,8 +137,8 @@ def _expansion(shapes: Shapes, hidden: int, known: Mapping[str, Any]) -> dict[st
 
     Many do; they make the same model. If none does, the comparison of shapes names the mismatch.
     """
-    inner = shapes.get("inner.L_level.layers.0.mlp.down_proj.weight", (hidden, 0))[1]
-    token = shapes.get("inner.L_level.layers.0.mlp_t.down_proj.weight")
+    inner = shapes.get(f"{_BLOCK}.mlp.down_proj.weight", (hidden, 0))[1]
+    token = shapes.get(f"{_BLOCK}.mlp_t.down_proj.weight")
     seen = [(hidden, inner), *([token] if token else [])]
     multiples = [known["inner_multiple"]] if "inner_multiple" in known else [256, 128, 64, 32, 16]
     for multiple in multiples:
@@ -146,23 +148,9 @@ def _expansion(shapes: Shapes, hidden: int, known: Mapping[str, Any]) -> dict[st
     return {}
 
 
-def _tokens(shapes: Shapes) -> int | None:
-    """T, where a weight has that length."""
-    for name in (
-        "inner.L_level.layers.0.mlp_t.down_proj.weight",
-        "inner.embed_pos.embedding_weight",
-    ):
-        if name in shapes:
-            return shapes[name][0]
-    return None
-
-
 def _layers(shapes: Shapes, level: str) -> int:
     prefix = f"inner.{level}.layers."
-    numbers = {
-        name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)
-    }
-    return max(1, len(numbers))
+    return max(1, len({n.split(".")[3] for n in shapes if n.startswith(prefix)}))
 
 
 def check_names_and_shapes(config: ModelConfig, state: Mapping[str, Tensor]) -> None:

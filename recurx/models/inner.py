@@ -20,6 +20,8 @@ from recurx.models.layers import (
     truncated_normal_,
 )
 from recurx.models.puzzle_embedding import PuzzleEmbedding
+from recurx.nets import Net, as_net
+from recurx.problem import Problem
 
 States = dict[str, Tensor]  # {state name: [B, T, D]}
 
@@ -149,3 +151,21 @@ class Inner(nn.Module):
         )  # fmt: skip
         logits, q_halt, q_continue = self.heads(states)
         return {name: z.detach() for name, z in states.items()}, logits, (q_halt, q_continue)
+
+
+def problem_of_model(model: nn.Module, batch_size: int = 1) -> Problem:
+    """The recursion of a `TRM`, an `HRM` or its `Inner` on `batch_size` samples, on its device."""
+    inner: Inner = model if isinstance(model, Inner) else model.inner
+    bound = {name: as_net(net, name) for name, net in inner.nets().items()}
+    specs = {name: net.spec for name, net in bound.items() if isinstance(net, Net)}
+    return Problem(
+        inner.schedule,
+        tuple((name, specs[name]) for name in inner.schedule.nets),
+        batch_size,
+        inner.config.tokens,
+        inner.config.hidden_size,
+        inner.config.dtype,
+        inner.lm_head.weight.device.type,
+        rope=inner.cos_sin() is not None,
+        needs_grad=inner.training,
+    )

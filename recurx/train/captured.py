@@ -106,11 +106,9 @@ class CapturedStep:
         self.head, self.optimizers, self.queue = head, list(optimizers), queue
         self.average, self.schedule, self.synchronize = average, schedule, synchronize
         device = queue.device
-        self.capturer = _capturer(capture, device)
+        self.capturer = self._capturer(capture)
         self.count = torch.zeros((), dtype=torch.float32, device=device)
         self._rates = [_rate_on_device(g, device) for g in self._groups()]
-        if self.capturer is not None:
-            self._check_capturable()
         queue.refill()
         with torch.device(device):  # official carries are made on the default device
             first = {key: values[queue.own] for key, values in queue.ring.items()}
@@ -227,28 +225,23 @@ class CapturedStep:
         unique = {id(t): t for t in leaves if t.requires_grad and t.is_leaf}
         return list(unique.values())
 
-    def _check_capturable(self) -> None:
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                if group.get("capturable") is False:
-                    raise bad_argument(
-                        "train.CapturedStep", "optimizers", "ones that never read the device",
-                        f"{type(optimizer).__name__} with capturable=False",
-                        "Build it with capturable=True.",
-                    )  # fmt: skip
-
-
-def _capturer(capture: Capturer | bool | None, device: torch.device) -> Capturer | None:
-    if capture is None:
-        capture = device.type == "cuda"
-    if capture is True:
-        if device.type != "cuda":
+    def _capturer(self, capture: Capturer | bool | None) -> Capturer | None:
+        device = self.queue.device.type
+        if capture is False or (capture is None and device != "cuda"):
+            return None
+        if capture is True and device != "cuda":
             raise bad_argument(
-                "train.CapturedStep", "capture", "a queue and a head on a CUDA device", device.type,
+                "train.CapturedStep", "capture", "a queue and a head on a CUDA device", device,
                 "Leave capture out: the same step then runs uncaptured here.",
             )  # fmt: skip
-        return CudaGraphs()
-    return None if capture is False else capture
+        for optimizer in self.optimizers:
+            if any(group.get("capturable") is False for group in optimizer.param_groups):
+                raise bad_argument(
+                    "train.CapturedStep", "optimizers", "ones that never read the device",
+                    f"{type(optimizer).__name__} with capturable=False",
+                    "Build it with capturable=True.",
+                )  # fmt: skip
+        return CudaGraphs() if capture is None or capture is True else capture
 
 
 def _rate_on_device(group: dict[str, Any], device: torch.device) -> Tensor:

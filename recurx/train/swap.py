@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import MethodType, ModuleType
 from typing import Any
 
@@ -36,6 +36,8 @@ from recurx.train.optim import (
 )
 
 _KNOWN = "a loss head with a stablemax `loss_fn`, AdamATan2, sparse sign SGD, an EMA helper"
+Change = tuple[Any, str, Any]  # owner, attribute, its new value
+Verdict = tuple[str, tuple[str, Any] | None]  # what is swapped or why not; attribute and new value
 _ADAM, _SIGN_SGD = {"lr", "betas", "weight_decay"}, {"lr", "weight_decay", "world_size"}
 
 
@@ -54,15 +56,13 @@ def swap(*things: Any) -> PatchHandle:
         UnsupportedModel: one of them holds nothing that recurx knows; nothing was changed.
     """
     handle = PatchHandle()
-    ready: list[tuple[Any, str, Any]] = []
+    ready: list[Change] = []
     for thing in things:
         before = len(ready)
-        if isinstance(thing, nn.Module):
-            ready += _losses(handle, thing)
-        elif isinstance(thing, torch.optim.Optimizer):
-            ready += _optimizer(handle, thing)
-        else:
-            ready += _average(handle, thing)
+        for where, part, (why, change) in _parts(thing):
+            handle.note(Entry(where, type(part).__name__, change is not None, (why,)))
+            if change is not None:
+                ready.append((part, *change))
         if len(ready) == before:
             lines = [f"recurx.train.swap: nothing to swap in {type(thing).__name__}."]
             lines += [str(entry) for entry in handle.report.refused]
@@ -88,20 +88,25 @@ def provide_adam_atan2() -> None:
 # ---- losses -------------------------------------------------------------------------------------
 
 
-def _losses(handle: PatchHandle, model: nn.Module) -> list[tuple[Any, str, Any]]:
-    ready = []
-    for where, module in model.named_modules():
-        # torch.compile's wrapper shows the attributes of what it wraps, which is found too
-        if not callable(getattr(module, "loss_fn", None)) or "_orig_mod" in module._modules:
-            continue
-        difference = _not_stablemax(module.loss_fn)
-        kind = type(module).__name__
-        if difference is None:
-            ready.append((module, "loss_fn", fused_stablemax_cross_entropy))
-            handle.note(Entry(where, kind, True, ("loss_fn: stablemax cross-entropy, no fp64",)))
-        else:
-            handle.note(Entry(where, kind, False, (f"loss_fn {difference}",)))
-    return ready
+def _parts(thing: Any) -> Iterator[tuple[str, Any, Verdict]]:
+    """(where, part, verdict) of each part of `thing` that may be swapped."""
+    if isinstance(thing, torch.optim.Optimizer):
+        yield "", thing, _optimizer(thing)
+    elif not isinstance(thing, nn.Module):
+        yield "", thing, _average(thing)
+    else:
+        for where, module in thing.named_modules():
+            # torch.compile's wrapper shows the attributes of what it wraps, which is found too
+            if callable(getattr(module, "loss_fn", None)) and "_orig_mod" not in module._modules:
+                yield where, module, _loss(module)
+
+
+def _loss(module: nn.Module) -> Verdict:
+    difference = _not_stablemax(module.loss_fn)
+    if difference is not None:
+        return f"loss_fn {difference}", None
+    change = ("loss_fn", fused_stablemax_cross_entropy)
+    return "loss_fn: stablemax cross-entropy, no fp64", change
 
 
 def _not_stablemax(loss: Callable[..., Tensor]) -> str | None:
@@ -125,23 +130,19 @@ def _not_stablemax(loss: Callable[..., Tensor]) -> str | None:
 # ---- optimisers ---------------------------------------------------------------------------------
 
 
-def _optimizer(handle: PatchHandle, optimizer: torch.optim.Optimizer) -> list[tuple[Any, str, Any]]:
-    kind = type(optimizer).__name__
+def _optimizer(optimizer: torch.optim.Optimizer) -> Verdict:
     if isinstance(optimizer, (AdamATan2, SparseSignSGD)):
-        handle.note(Entry("", kind, False, ("it is recurx's already",)))
-        return []
+        return "it is recurx's already", None
     settings = [set(group) - {"params", "initial_lr"} for group in optimizer.param_groups]
     if all(keys == _SIGN_SGD for keys in settings):
         difference, rule, what = _not_sign_sgd(optimizer), sparse_sign_sgd_, "sparse sign SGD"
     elif all(keys == _ADAM for keys in settings):
         difference, rule, what = _not_adam_atan2(optimizer), adam_atan2_, "AdamATan2, one launch"
     else:
-        difference = f"has the settings {sorted(set().union(*settings))}"
+        return f"has the settings {sorted(set().union(*settings))}", None
     if difference is not None:
-        handle.note(Entry("", kind, False, (difference,)))
-        return []
-    handle.note(Entry("", kind, True, (f"step: {what}",)))
-    return [(optimizer, "step", MethodType(stepping(rule), optimizer))]
+        return difference, None
+    return f"step: {what}", ("step", MethodType(stepping(rule), optimizer))
 
 
 def _not_sign_sgd(optimizer: torch.optim.Optimizer) -> str | None:
@@ -177,17 +178,14 @@ def _not_adam_atan2(optimizer: torch.optim.Optimizer) -> str | None:
 # ---- averages -----------------------------------------------------------------------------------
 
 
-def _average(handle: PatchHandle, helper: Any) -> list[tuple[Any, str, Any]]:
-    kind = type(helper).__name__
+def _average(helper: Any) -> Verdict:
     shadow, decay = getattr(helper, "shadow", None), getattr(helper, "mu", None)
     if not isinstance(shadow, dict) or not isinstance(decay, float):
-        handle.note(Entry("", kind, False, ("it has no `shadow` dict and decay `mu`",)))
-        return []
+        return "it has no `shadow` dict and decay `mu`", None
     if not callable(getattr(helper, "update", None)):
-        handle.note(Entry("", kind, False, ("it has no `update(module)`",)))
-        return []
-    handle.note(Entry("", kind, True, ("update: the average of all weights, one launch",)))
-    return [(helper, "update", MethodType(_updating(), helper))]
+        return "it has no `update(module)`", None
+    change = ("update", MethodType(_updating(), helper))
+    return "update: the average of all weights, one launch", change
 
 
 def _updating() -> Callable[[Any, nn.Module], None]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from recurx import backends, recurse, reference
 from recurx.measure import Turn, interleave, seconds_of
 from recurx.models import RecursiveModel
-from recurx.models.problem import problem_of_model
+from recurx.models.inner import problem_of_model
 from recurx.nets import as_net
 
 Step = Callable[[], Tensor]  # -> logits [B, T, vocab]
