@@ -60,10 +60,11 @@ def evaluate(
     import torch
 
     import recurx
+    from recurx.bench import vote
     from recurx.cli import output
-    from recurx.tasks.arc import vote
+    from recurx.tasks.arc import Ballot
 
-    ballots: list[vote.Ballot] = []
+    ballots: list[Ballot] = []
     right, formed, steps = [], [], []
     seconds = 0.0
     for examples, marks in task.test_batches(asked.batch_size, asked.votes, asked.count):

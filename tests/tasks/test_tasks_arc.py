@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from recurx import InvalidArgument, RecurxError, tasks
+from recurx.bench import vote
 from recurx.tasks import Arc
-from recurx.tasks.arc import canvas, data, vote
+from recurx.tasks.arc import Ballot, canvas, data
 from recurx.tasks.arc.augment import IDENTITY, SYMMETRIES, Augmentation, augmentations
-from recurx.tasks.arc.vote import Ballot
 
 ALL_COLOURS = np.ones(10, dtype=bool)
 RECORDED = [

@@ -21,12 +21,27 @@ from recurx.errors import InvalidArgument, bad_argument
 from recurx.tasks.arc import canvas, data
 from recurx.tasks.arc.augment import Augmentation, augmentations
 from recurx.tasks.arc.canvas import END, FIRST_COLOUR, SIDE, Grid, anywhere, decode, encode
-from recurx.tasks.arc.vote import Ballot, Question
 from recurx.tasks.base import PAD, Examples, Flags, Task, Tokens
 
+Question = tuple[str, int]  # id of the task, number of its test input
 Mark = tuple[Question, Augmentation]  # where a row of a batch of test inputs comes from
 Row = tuple[int, NDArray[np.int64], NDArray[np.int64]]  # puzzle identifier, input, output [900]
 CORNER = (0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """One prediction, back in the orientation and the colours of the task.
+
+    Args:
+        question: which test input it answers.
+        grid: the predicted output.
+        q: logit of being right.
+    """
+
+    question: Question
+    grid: Grid
+    q: float
 
 
 @dataclass(frozen=True)

@@ -8,28 +8,11 @@ its test inputs that one of the first K grids answers exactly.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
+from recurx.tasks.arc import Ballot, Question
 from recurx.tasks.arc.canvas import Grid
-
-Question = tuple[str, int]  # id of the task, number of its test input
-
-
-@dataclass(frozen=True)
-class Ballot:
-    """One prediction, back in the orientation and the colours of the task.
-
-    Args:
-        question: which test input it answers.
-        grid: the predicted output.
-        q: logit of being right.
-    """
-
-    question: Question
-    grid: Grid
-    q: float
 
 
 def ranked(ballots: Iterable[Ballot]) -> dict[Question, list[Grid]]:
