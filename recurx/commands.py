@@ -25,7 +25,7 @@ COMMANDS = {
     ),
     "train": ("recurx.cli.train", "train a model on a task, or resume"),
     "eval": ("recurx.bench.evaluate", "accuracy of a checkpoint, by steps of refinement"),
-    "profile": ("recurx.cli.profile", "where one step of a model spends its time, by domain"),
+    "profile": ("recurx.bench.profile", "where one step of a model spends its time, by domain"),
     "experiment": ("recurx.experiments.command", "test a claim about recursion: sort, ..."),
     "solve": ("recurx.cli.solve", "solve the Sudokus you type, or those of a file"),
     "bench": ("recurx.bench.command", "measure this machine, show and compare measurements"),

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from recurx.bench import maze_files
 from recurx.errors import InvalidArgument
 from recurx.tasks.base import Examples, Task
 from recurx.tasks.maze import Maze
-from recurx.tasks.maze import files as maze_files
 from recurx.tasks.sudoku import Sudoku, files, solver
 from recurx.tasks.sudoku.generate import FEWEST_CLUES
 from recurx.tasks.sudoku.layout import to_tokens

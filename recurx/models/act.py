@@ -72,10 +72,8 @@ class RecursiveModel(nn.Module):
     def _read_config(
         cls, config: ModelConfig | Mapping[str, Any] | None, fields: dict[str, Any]
     ) -> ModelConfig:
-        if config is None:
-            return cls.config_class.from_dict(fields)
-        if isinstance(config, Mapping):
-            return cls.config_class.from_dict({**config, **fields})
+        if config is None or isinstance(config, Mapping):
+            return cls.config_class.from_dict({**(config or {}), **fields})
         if not isinstance(config, cls.config_class):
             raise bad_argument(
                 cls.__name__, "config", f"a {cls.config_class.__name__} or a dict",

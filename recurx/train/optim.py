@@ -147,8 +147,10 @@ def _step_group(
             _adam_atan2(some, grads, *lists, **settings)
             continue
         from recurx.kernels.adam_atan2 import adam_atan2
+        from recurx.kernels.multi_tensor import Tables
 
-        tables = _tables_of(optimizer)
+        # Address tables are kept outside the state, so they are never saved.
+        tables = vars(optimizer).setdefault("_recurx_tables", Tables())
         adam_atan2(some, grads, *lists, **settings, tables=tables, name=(index, *kind))
         small_ops.wrote([*some, *lists[0], *lists[1]])
 
@@ -202,9 +204,7 @@ def _state_like(saved: dict[str, Any], param: Tensor) -> dict[str, Tensor]:
 class SparseSignSGD(torch.optim.Optimizer):
     """Sign SGD on the few rows of a puzzle-embedding table that a batch touched.
 
-    w <- w (1 - lr * weight_decay) - lr * sign(sum of the row's gradients), on touched rows only;
-    Adam does the same to a row that is seen rarely. No `unique`, no wait for the device; samples of
-    one puzzle are added in a fixed order.
+    The rule is that of `recurx.models.puzzle_embedding.sign_sgd_`.
 
     Args:
         params: the three buffers of the embedding, in any order (`embedding.buffers()`):
@@ -269,13 +269,3 @@ def check_rate(op: str, lr: float | Tensor, weight_decay: float) -> None:
         raise bad_argument(op, "lr", "a number >= 0", repr(lr))
     if not weight_decay >= 0:
         raise bad_argument(op, "weight_decay", "a number >= 0", repr(weight_decay))
-
-
-def _tables_of(optimizer: torch.optim.Optimizer) -> Any:
-    """The address tables of one optimizer; outside its state, so they are never saved."""
-    from recurx.kernels.multi_tensor import Tables
-
-    tables = vars(optimizer).get("_recurx_tables")
-    if tables is None:
-        tables = vars(optimizer)["_recurx_tables"] = Tables()
-    return tables

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from recurx import InvalidArgument, RecurxError, tasks
-from recurx.tasks.maze import GOAL, PATH, START, WALL, files, hard, paths
+from recurx.bench import maze_files as files
+from recurx.tasks.maze import GOAL, PATH, START, WALL, hard, paths
 
 HARD = "maze-hard:size=12,shortest=24"
 # Two shortest paths, of 4 steps.
