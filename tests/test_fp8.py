@@ -228,7 +228,7 @@ def test_recurse_reads_codes_only_of_quantised_nets():
             ]
 
     def tape_bytes():
-        return [entry[2].nbytes for entry in cuda.tapes._entries.values()]
+        return [entry.made.nbytes for entry in cuda.tapes._entries.values()]
 
     plain = run(net)
     (full,) = tape_bytes()
