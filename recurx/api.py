@@ -16,7 +16,7 @@ from torch.autograd import profiler as torch_profiler
 
 from recurx import backends, ops, recompute, reference, trials
 from recurx import route as routes
-from recurx.checks import PLAIN_TENSORS, SAVE, Call, check, checked_before, remember
+from recurx.checks import PLAIN_TENSORS, SAVE, Call, Given, checked
 from recurx.errors import RecurxError, bad_argument
 from recurx.operands import CosSin, Operands, Span
 from recurx.problem import encode
@@ -86,16 +86,7 @@ def recurse(
 
     Source: HRM (arXiv 2506.21734) section 2; TRM (arXiv 2510.04871) section 4.
     """
-    compiling = torch.compiler.is_compiling()
-    call = None
-    if not compiling:
-        call = checked_before(
-            schedule, nets, x, carry, backend, cos_sin, start_from, stop_after, save
-        )
-    if call is None:
-        call = check(schedule, nets, x, carry, backend, cos_sin, start_from, stop_after, save)
-        if not compiling:
-            call = remember(call, nets, start_from, stop_after)
+    call = checked(Given(schedule, nets, x, carry, backend, cos_sin, start_from, stop_after, save))
     if call.schedule.detach_carry:
         call = call._replace(states={name: s.detach() for name, s in call.states.items()})
     device = x.device.type
@@ -187,8 +178,8 @@ def _through_op(
 
 def _routed_way(call: Call, grad: bool, watched: bool) -> _Way:
     """By the route of these tensors, which may first be compared and timed."""
-    checked = call.checked
-    found = None if checked is None else checked.route(grad)
+    before = call.checked
+    found = None if before is None else before.route(grad)
     if found is None:
         problem = call.problem()
         request = Request(call.backend, call.save, grad, call.start, call.stop)
@@ -199,8 +190,8 @@ def _routed_way(call: Call, grad: bool, watched: bool) -> _Way:
         else:
             operands = Operands(call.x, tuple(call.states.values()), call.weights, call.rope)
             found = trials.settled(problem, request, operands)
-            if checked is not None and found.settled:
-                checked.keep(grad, found)
+            if before is not None and found.settled:
+                before.keep(grad, found)
     return _Way(found.split, found.backend, found.backward, found.forward)
 
 

@@ -82,9 +82,8 @@ def known(half: str, problem: Problem, device: Where) -> Verdict | None:
     if isinstance(device, Device) or (device.type == "cuda" and not torch.cuda.is_available()):
         return None
     subject = subject_of(half, problem)
-    if not autotune():
-        return VERDICTS.pinned(subject)
-    return VERDICTS.get(subject, machine_of(device, torch.get_num_threads()))
+    machine = machine_of(device, torch.get_num_threads()) if autotune() else None
+    return VERDICTS.get(subject, machine)
 
 
 def refusal(name: str, problem: Problem, device: Where) -> str | None:

@@ -13,6 +13,7 @@
     checks.py     whether a variant's results are right; a wrong one is not timed
     lanes.py      options of a run, and a variant on its way through a group
     runner.py     workers in interleaved rounds, one group a case, mode and batch
+    rounds.py     samples of several things in turn
     results.py    the JSON files: schema, provenance, atomic writing, reading
     compare.py    which of two files is faster, by how much, and whether that is noise
     report.py     tables of README.md and docs/benchmarks.md; plots.py draws them

@@ -16,9 +16,9 @@ import torch
 from recurx.bench import checks, quantities
 from recurx.bench.lanes import Lane, Options
 from recurx.bench.remote import Remote, WorkerFailed
+from recurx.bench.rounds import Turn, interleave
 from recurx.bench.suites import Group, variants_of
 from recurx.bench.variants import YARDSTICK
-from recurx.measure import Turn, interleave
 
 SAMPLE_SECONDS = 0.02  # short steps are repeated until a sample takes about this long
 MOST_ROUNDS, FEWEST_ROUNDS = 200, 3

@@ -328,8 +328,7 @@ def test_the_timeline_names_every_phase_in_order() -> None:
             assert before["start_ns"] < before["end_ns"] <= after["start_ns"]
         assert [e["call"] for e in own[: len(phases)]] == [0] * 11 + [1] * 12 + [2] * 12
         assert [e["block"] for e in own if e["call"] == 0 and e["phase"] == "o"][:2] == [0, 1]
-    table = timeline.table()
-    assert all(f"| {phase} |" in table for phase in (*halves, "input", "store"))
+    assert {e["phase"] for e in events} == {*halves, "input", "store"}
     # What is recorded is the same recursion.
     assert torch.equal(recorded["z_H"], recording(schedule, nets, x, carry, rope(17))["z_H"])
 

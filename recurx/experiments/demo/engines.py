@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from recurx import backends, recurse, reference
-from recurx.measure import Turn, interleave, seconds_of
+from recurx.bench.rounds import Turn, interleave
+from recurx.measure import seconds_of
 from recurx.models import RecursiveModel
 from recurx.models.problem import problem_of_model
 from recurx.nets import as_net
