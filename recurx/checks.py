@@ -16,7 +16,7 @@ from recurx import backends
 from recurx import route as routes
 from recurx.errors import bad_argument
 from recurx.nets import ATTENTION, TOKEN_MLP, Net, NetSpec, as_net
-from recurx.operands import CosSin
+from recurx.operands import CosSin, Operands
 from recurx.problem import Problem
 from recurx.readings import as_remembered_net, read
 from recurx.route import Route
@@ -75,6 +75,9 @@ class Call(NamedTuple):
     def bound(self) -> Mapping[str, AnyNet]:
         """The nets with their weights."""
         return self.problem().bind(self.weights) if self.nets is None else self.nets
+
+    def operands(self, states: Mapping[str, Tensor]) -> Operands:
+        return Operands(self.x, tuple(states.values()), self.weights, self.rope)
 
     def problem(self) -> Problem:
         if self.checked is not None:
@@ -204,14 +207,16 @@ def _check_nets(schedule: Schedule, nets: Mapping[str, Any]) -> dict[str, AnyNet
             "recurse", "schedule", "a recurx.Schedule", type(schedule).__name__,
             "Build one with Schedule.trm(h_cycles, l_cycles) or from Steps.",
         )  # fmt: skip
-    if not isinstance(nets, Mapping) or set(nets) != set(schedule.nets):
-        got = sorted(nets) if isinstance(nets, Mapping) else type(nets).__name__
-        raise bad_argument(
-            "recurse", "nets", f"a dict with the nets {sorted(schedule.nets)}", got,
-            "The schedule names them in its steps.",
-        )  # fmt: skip
+    _check_names("nets", "nets", nets, schedule.nets)
     reading = as_net if torch.compiler.is_compiling() else as_remembered_net
     return {name: reading(nets[name], name) for name in schedule.nets}
+
+
+def _check_names(arg: str, what: str, given: Any, names: Sequence[str]) -> None:
+    if not isinstance(given, Mapping) or set(given) != set(names):
+        got = sorted(given) if isinstance(given, Mapping) else type(given).__name__
+        expected = f"a dict with the {what} {sorted(names)}"
+        raise bad_argument("recurse", arg, expected, got, "The schedule names them in its steps.")
 
 
 def _check_range(schedule: Schedule, start_from: int, stop_after: int | None) -> tuple[int, int]:
@@ -229,12 +234,7 @@ def _check_states(schedule: Schedule, x: Tensor, carry: Mapping[str, Tensor]) ->
     if not isinstance(x, Tensor) or x.ndim != 3 or not x.is_floating_point():
         got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise bad_argument("recurse", "x", "a floating [B, T, D] tensor", got)
-    if not isinstance(carry, Mapping) or set(carry) != set(schedule.states):
-        got = sorted(carry) if isinstance(carry, Mapping) else type(carry).__name__
-        raise bad_argument(
-            "recurse", "carry", f"a dict with the states {sorted(schedule.states)}", got,
-            "The schedule names them in its steps.",
-        )  # fmt: skip
+    _check_names("carry", "states", carry, schedule.states)
     for name in schedule.states:
         state = carry[name]
         if not isinstance(state, Tensor):

@@ -1,7 +1,6 @@
 """Whether a backend gives right answers here: one net call, and the gradients of one, against fp64.
 
-Kernels are proven elsewhere (interpreter, emulator, tests), but a driver, a compiler or a chip can
-still be the first of its kind. The user's own tensors are compared: a few milliseconds, once.
+The user's own tensors are compared: a few milliseconds, once. recurx/trials.py says why.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ class Route:
         stop = len(self.problem.schedule) if self.request.stop is None else self.request.stop
         start = self.request.start
         if self.window is None:
-            return f"without gradient: {_calls(start, stop)} on {self.backend}"
+            return f"without gradient: calls {_range(start, stop)} on {self.backend}"
         if self.backward == self.forward == self.window.backend != EAGER:
             how = f'{self.forward}, forward and backward (save="all", "block" or "states")'
         elif self.backward == self.window.backend != EAGER:
@@ -156,7 +156,7 @@ class Route:
             how += f" [{self.window.why}]"
         if self.split == start:
             return f"in training: all calls are in the window; {how}"
-        before = f"{_calls(start, self.split)} on {self.backend} without gradient"
+        before = f"calls {_range(start, self.split)} on {self.backend} without gradient"
         return f"in training: {before}; {how}"
 
     def _line(self, entry: Considered) -> str:
@@ -326,10 +326,6 @@ window_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _time(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms"
-
-
-def _calls(start: int, stop: int) -> str:
-    return f"calls {_range(start, stop)}"
 
 
 def _range(start: int, stop: int) -> str:

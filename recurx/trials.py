@@ -25,10 +25,10 @@ import warnings
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
 
 from recurx import backends, recompute, reference, reference_backward
 from recurx import route as routes
+from recurx.backends.graphs import captured_outside
 from recurx.choices import (
     CALLS,
     COMPARED,
@@ -94,7 +94,7 @@ def settled(problem: Problem, request: Request, operands: Operands) -> Route:
         _tell_of_missing_engine(problem)
     if found.settled:
         return found
-    if not _capturing(operands.x):
+    if not captured_outside(device):
         with _trying(subject_of(request.save, problem)) as free:
             found = routes.route(problem, device, request)  # another thread may have been faster
             if free and not found.settled:
@@ -109,10 +109,6 @@ def forget() -> None:
     COMPARED.forget()
     VERDICTS.forget()
     routes.forget()
-
-
-def _capturing(x: Tensor) -> bool:
-    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _try(found: Route, operands: Operands) -> Route:

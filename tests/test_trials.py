@@ -53,11 +53,11 @@ def test_too_little_memory_is_no_verdict(monkeypatch, inputs):
 def test_nothing_is_compared_nor_relied_on_inside_a_capture(monkeypatch, inputs):
     double = Double()
     choose = use(monkeypatch, double)
-    monkeypatch.setattr(trials, "_capturing", lambda x: True)
+    monkeypatch.setattr(trials, "captured_outside", lambda device: True)
     assert choose(*inputs).name == "eager"
-    monkeypatch.setattr(trials, "_capturing", lambda x: False)
+    monkeypatch.setattr(trials, "captured_outside", lambda device: False)
     assert choose(*inputs) is double
-    monkeypatch.setattr(trials, "_capturing", lambda x: True)
+    monkeypatch.setattr(trials, "captured_outside", lambda device: True)
     assert choose(*inputs) is double  # known by now
 
 

@@ -27,7 +27,13 @@ import torch
 from torch import Tensor
 
 from recurx.backends import Backend, Window
-from recurx.backends.graphs import Capture, Recording, RecordingCache, cuda_capture
+from recurx.backends.graphs import (
+    Capture,
+    Recording,
+    RecordingCache,
+    captured_outside,
+    cuda_capture,
+)
 from recurx.backends.weight_cache import WeightCache
 from recurx.nets import ATTENTION
 from recurx.operands import Operands, Span
@@ -122,7 +128,7 @@ class Triton(Backend):
     def packed_nets(self, problem: Problem, weights: Sequence[Tensor]) -> PackedNets:
         """The weights of all nets rounded to the problem's dtype, in buffers that stay."""
         device = weights[0].device
-        if _captured_outside(device):
+        if captured_outside(device):
             return PackedNets(problem.nets, problem.dtype, device).fill(weights)
 
         def make(before: PackedNets | None) -> PackedNets:
@@ -135,7 +141,7 @@ class Triton(Backend):
     def _capture(self, device: torch.device) -> Capture | None:
         if device.type != "cuda":
             return self.simulation.capture if self.simulation is not None else None
-        return None if _captured_outside(device) else cuda_capture
+        return None if captured_outside(device) else cuda_capture
 
     # ---- the two ways ------------------------------------------------------------------------
 
@@ -163,7 +169,7 @@ class Triton(Backend):
             id(packed), cos_sin is None, _stream(device),
         )  # fmt: skip
         with self.recordings.lock:
-            inside = _captured_outside(device)
+            inside = captured_outside(device)
             recording = make() if inside else self.recordings.get(key, make)
             part: TiledSlice = recording.buffers
             part.set_tables(cos_sin)
@@ -216,11 +222,6 @@ def _why_no_triton() -> str | None:
         wanted = ".".join(map(str, OLDEST))
         return f"needs triton {wanted} or newer, this is {triton.__version__}"
     return None
-
-
-def _captured_outside(device: torch.device) -> bool:
-    """Whether somebody is capturing a CUDA graph of which this call becomes a part."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _stream(device: torch.device) -> int:
