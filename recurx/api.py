@@ -16,11 +16,11 @@ from torch.autograd import profiler as torch_profiler
 
 from recurx import backends, ops, recompute, reference, trials
 from recurx import route as routes
-from recurx.checks import PLAIN_TENSORS, SAVE, Call, check, checked_before, remember
+from recurx.checks import PLAIN_TENSORS, SAVE, Call, Given, checked
 from recurx.errors import RecurxError, bad_argument
-from recurx.operands import CosSin, Operands, Span
+from recurx.operands import CosSin, Span
 from recurx.problem import encode
-from recurx.route import EAGER, Request
+from recurx.route import EAGER, Request, Route
 from recurx.schedule import Schedule
 
 __all__ = ["SAVE", "recurse"]
@@ -86,16 +86,7 @@ def recurse(
 
     Source: HRM (arXiv 2506.21734) section 2; TRM (arXiv 2510.04871) section 4.
     """
-    compiling = torch.compiler.is_compiling()
-    call = None
-    if not compiling:
-        call = checked_before(
-            schedule, nets, x, carry, backend, cos_sin, start_from, stop_after, save
-        )
-    if call is None:
-        call = check(schedule, nets, x, carry, backend, cos_sin, start_from, stop_after, save)
-        if not compiling:
-            call = remember(call, nets, start_from, stop_after)
+    call = checked(Given(schedule, nets, x, carry, backend, cos_sin, start_from, stop_after, save))
     if call.schedule.detach_carry:
         call = call._replace(states={name: s.detach() for name, s in call.states.items()})
     device = x.device.type
@@ -110,11 +101,11 @@ def recurse(
 
 
 class _Way(NamedTuple):
-    """Which calls run where, as `Route` says it: all that is left to do."""
+    """What `Route` says of the same names."""
 
     split: int
-    backend: str  # of the calls before `split`
-    window: str  # whose backward the calls after it have, as `Route.backward`
+    backend: str
+    backward: str
     forward: str
 
 
@@ -146,31 +137,31 @@ def _run(call: Call) -> dict[str, Tensor]:
             states = _before_window(call, way, direct)
     if way.split == call.stop:
         return states
-    if way.window == "reference":
+    if way.backward == "reference":
         return _through_op(call, states, way.forward, way.split, call.stop)
     span = way.split, call.stop
-    if way.window == "recompute":
+    if way.backward == "recompute":
         net = call.bound()
         return _once(recompute.run(call.schedule, net, call.x, states, call.rope, *span))  # type: ignore[arg-type]
-    if way.window == "autograd":
+    if way.backward == "autograd":
         states = reference.run(call.schedule, call.bound(), call.x, states, call.rope, *span)
         return states if torch.compiler.is_compiling() else _once(states)
     cos, sin = call.rope or (None, None)
     out = ops.window_op(
         call.x, list(states.values()), list(call.weights), cos, sin,
-        encode(call.schedule, call.specs), way.window, way.forward, *span, call.save,
+        encode(call.schedule, call.specs), way.backward, way.forward, *span, call.save,
     )  # fmt: skip
     return dict(zip(states, out, strict=False))  # what follows the states is kept
 
 
-def _before_window(call: Call, way: _Way, direct: bool) -> dict[str, Tensor]:
+def _before_window(call: Call, way: _Way | Route, direct: bool) -> dict[str, Tensor]:
     states, span = call.states, Span(call.start, way.split)
     if way.backend == EAGER:
         return reference.run(call.schedule, call.bound(), call.x, states, call.rope, *span)
     if not direct:
         return _through_op(call, states, way.backend, *span)
-    operands = Operands(call.x, tuple(states.values()), call.weights, call.rope)
-    out = backends.get(way.backend).run(call.problem(), operands.contiguous(), span)
+    operands = call.operands(states).contiguous()
+    out = backends.get(way.backend).run(call.problem(), operands, span)
     return dict(zip(states, out, strict=True))
 
 
@@ -185,10 +176,10 @@ def _through_op(
     return dict(zip(states, out, strict=True))
 
 
-def _routed_way(call: Call, grad: bool, watched: bool) -> _Way:
+def _routed_way(call: Call, grad: bool, watched: bool) -> _Way | Route:
     """By the route of these tensors, which may first be compared and timed."""
-    checked = call.checked
-    found = None if checked is None else checked.route(grad)
+    before = call.checked
+    found = None if before is None else before.route(grad)
     if found is None:
         problem = call.problem()
         request = Request(call.backend, call.save, grad, call.start, call.stop)
@@ -197,11 +188,10 @@ def _routed_way(call: Call, grad: bool, watched: bool) -> _Way:
             if not found.settled and found.backend != EAGER:
                 return _Way(found.split, call.backend, found.backward, found.forward)
         else:
-            operands = Operands(call.x, tuple(call.states.values()), call.weights, call.rope)
-            found = trials.settled(problem, request, operands)
-            if checked is not None and found.settled:
-                checked.keep(grad, found)
-    return _Way(found.split, found.backend, found.backward, found.forward)
+            found = trials.settled(problem, request, call.operands(call.states))
+            if before is not None and found.settled:
+                before.keep(grad, found)
+    return found
 
 
 def _traced_way(call: Call, grad: bool) -> _Way:

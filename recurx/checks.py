@@ -16,7 +16,7 @@ from recurx import backends
 from recurx import route as routes
 from recurx.errors import bad_argument
 from recurx.nets import ATTENTION, TOKEN_MLP, Net, NetSpec, as_net
-from recurx.operands import CosSin
+from recurx.operands import CosSin, Operands
 from recurx.problem import Problem
 from recurx.readings import as_remembered_net, read
 from recurx.route import Route
@@ -26,6 +26,26 @@ SAVE = ("all", "block", "states")  # from most to least memory
 PLAIN_TENSORS = (Tensor, nn.Parameter)
 MAX_CHECKED = 4096
 AnyNet = Net | Callable[[Tensor], Tensor]
+
+
+class Given(NamedTuple):
+    """The arguments of `recurse` as they came."""
+
+    schedule: Schedule
+    nets: Mapping[str, Any]
+    x: Tensor
+    carry: Mapping[str, Tensor]
+    backend: str
+    cos_sin: CosSin | None
+    start_from: int
+    stop_after: int | None
+    save: str
+
+    def settings(self) -> tuple[Any, ...]:
+        """What is neither sizes nor nets."""
+        rope = self.cos_sin
+        tables = None if rope is None else tuple((t.shape, t.device) for t in rope)
+        return self.backend, tables, self.start_from, self.stop_after, self.save
 
 
 class Call(NamedTuple):
@@ -55,6 +75,9 @@ class Call(NamedTuple):
     def bound(self) -> Mapping[str, AnyNet]:
         """The nets with their weights."""
         return self.problem().bind(self.weights) if self.nets is None else self.nets
+
+    def operands(self, states: Mapping[str, Tensor]) -> Operands:
+        return Operands(self.x, tuple(states.values()), self.weights, self.rope)
 
     def problem(self) -> Problem:
         if self.checked is not None:
@@ -90,18 +113,20 @@ class Checked:
 _checked: dict[Any, Checked] = {}
 
 
-def checked_before(
-    schedule: Schedule,
-    nets: Any,
-    x: Any,
-    carry: Any,
-    backend: str,
-    cos_sin: CosSin | None,
-    start_from: int,
-    stop_after: int | None,
-    save: str,
-) -> Call | None:
+def checked(given: Given) -> Call:
+    """The call, checked in full unless one with these sizes and settings was; all before any work.
+
+    Raises:
+        InvalidArgument: an argument is wrong; the message says which, and what to do.
+    """
+    if torch.compiler.is_compiling():
+        return _check(given)
+    return _checked_before(given) or _remember(_check(given), given)
+
+
+def _checked_before(given: Given) -> Call | None:
     """The call, if one with these sizes and settings was checked; None: check it in full."""
+    schedule, nets, x, carry, backend, cos_sin, start_from, stop_after, save = given
     if type(schedule) is not Schedule or type(nets) is not dict or type(carry) is not dict:
         return None
     if type(x) not in PLAIN_TENSORS or type(start_from) is not int or isinstance(stop_after, bool):
@@ -115,8 +140,7 @@ def checked_before(
         specs.append((name, found[0]))
         weights_of[name] = found[1]
     shape, dtype, device = x.shape, x.dtype, x.device
-    settings = _settings(backend, cos_sin, start_from, stop_after, save)
-    checked = _checked.get((schedule, tuple(specs), shape, dtype, device, settings))
+    checked = _checked.get((schedule, tuple(specs), shape, dtype, device, given.settings()))
     if checked is None or len(carry) != len(checked.states):
         return None
     states = {}
@@ -137,52 +161,36 @@ def checked_before(
     )  # fmt: skip
 
 
-def remember(call: Call, nets: Mapping[str, Any], start_from: int, stop_after: int | None) -> Call:
+def _remember(call: Call, given: Given) -> Call:
     """Skip the checks of the next call of this kind, where they are about sizes alone."""
     x, specs = call.x, dict(call.specs)
     if call.opaque or type(x) not in PLAIN_TENSORS:
         return call
     if len(_checked) > MAX_CHECKED:
         _checked.clear()
-    settings = _settings(call.backend, call.rope, start_from, stop_after, call.save)
-    given = tuple((name, specs[name]) for name in nets)
-    key = call.schedule, given, x.shape, x.dtype, x.device, settings
+    named = tuple((name, specs[name]) for name in given.nets)
+    key = call.schedule, named, x.shape, x.dtype, x.device, given.settings()
     checked = _checked.get(key)  # made before where only the reading of a module was new
     if checked is None:
         checked = _checked[key] = Checked(call)
     return call._replace(checked=checked)
 
 
-def _settings(
-    backend: str, rope: CosSin | None, start_from: int, stop_after: int | None, save: str
-) -> tuple[Any, ...]:
-    tables = None if rope is None else tuple((t.shape, t.device) for t in rope)
-    return backend, tables, start_from, stop_after, save
-
-
 # ---- checks: all before any work, all with what to do ----------------------------------------
 
 
-def check(
-    schedule: Schedule,
-    nets: Mapping[str, Any],
-    x: Tensor,
-    carry: Mapping[str, Tensor],
-    backend: str,
-    cos_sin: CosSin | None,
-    start_from: int,
-    stop_after: int | None,
-    save: str,
-) -> Call:
+def _check(given: Given) -> Call:
+    schedule, nets, x, carry, backend, cos_sin, start_from, stop_after, save = given
     bound = _check_nets(schedule, nets)
     start, stop = _check_range(schedule, start_from, stop_after)
     _check_states(schedule, x, carry)
-    _check_fit(bound, x, cos_sin)
+    readable = {name: net for name, net in bound.items() if isinstance(net, Net)}
+    for name, net in readable.items():
+        _check_net_fits(name, net, x, cos_sin)
     if backend not in backends.NAMES:
         backends.get(backend)  # raises, with the known names
     if save not in SAVE:
         raise bad_argument("recurse", "save", f"one of {SAVE}", repr(save))
-    readable = {name: net for name, net in bound.items() if isinstance(net, Net)}
     return Call(
         schedule,
         tuple((name, net.spec) for name, net in readable.items()),
@@ -199,14 +207,16 @@ def _check_nets(schedule: Schedule, nets: Mapping[str, Any]) -> dict[str, AnyNet
             "recurse", "schedule", "a recurx.Schedule", type(schedule).__name__,
             "Build one with Schedule.trm(h_cycles, l_cycles) or from Steps.",
         )  # fmt: skip
-    if not isinstance(nets, Mapping) or set(nets) != set(schedule.nets):
-        got = sorted(nets) if isinstance(nets, Mapping) else type(nets).__name__
-        raise bad_argument(
-            "recurse", "nets", f"a dict with the nets {sorted(schedule.nets)}", got,
-            "The schedule names them in its steps.",
-        )  # fmt: skip
+    _check_names("nets", "nets", nets, schedule.nets)
     reading = as_net if torch.compiler.is_compiling() else as_remembered_net
     return {name: reading(nets[name], name) for name in schedule.nets}
+
+
+def _check_names(arg: str, what: str, given: Any, names: Sequence[str]) -> None:
+    if not isinstance(given, Mapping) or set(given) != set(names):
+        got = sorted(given) if isinstance(given, Mapping) else type(given).__name__
+        expected = f"a dict with the {what} {sorted(names)}"
+        raise bad_argument("recurse", arg, expected, got, "The schedule names them in its steps.")
 
 
 def _check_range(schedule: Schedule, start_from: int, stop_after: int | None) -> tuple[int, int]:
@@ -224,12 +234,7 @@ def _check_states(schedule: Schedule, x: Tensor, carry: Mapping[str, Tensor]) ->
     if not isinstance(x, Tensor) or x.ndim != 3 or not x.is_floating_point():
         got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise bad_argument("recurse", "x", "a floating [B, T, D] tensor", got)
-    if not isinstance(carry, Mapping) or set(carry) != set(schedule.states):
-        got = sorted(carry) if isinstance(carry, Mapping) else type(carry).__name__
-        raise bad_argument(
-            "recurse", "carry", f"a dict with the states {sorted(schedule.states)}", got,
-            "The schedule names them in its steps.",
-        )  # fmt: skip
+    _check_names("carry", "states", carry, schedule.states)
     for name in schedule.states:
         state = carry[name]
         if not isinstance(state, Tensor):
@@ -244,24 +249,8 @@ def _check_states(schedule: Schedule, x: Tensor, carry: Mapping[str, Tensor]) ->
             )
 
 
-def _check_fit(
-    nets: dict[str, AnyNet],
-    x: Tensor,
-    cos_sin: CosSin | None,
-) -> None:
-    for name, net in nets.items():
-        if isinstance(net, Net):
-            _check_net_fits(name, net.spec, x, cos_sin)
-            for index, weight in enumerate(net.weights):
-                if weight.device != x.device:
-                    raise bad_argument(
-                        "recurse", f"nets[{name!r}] weight {index}", f"device {x.device}, as x",
-                        str(weight.device), "Move the model with .to(device).",
-                    )  # fmt: skip
-
-
-def _check_net_fits(name: str, spec: NetSpec, x: Tensor, cos_sin: CosSin | None) -> None:
-    _, tokens, hidden = x.shape
+def _check_net_fits(name: str, net: Net, x: Tensor, cos_sin: CosSin | None) -> None:
+    spec, (_, tokens, hidden) = net.spec, x.shape
     if spec.hidden != hidden:
         raise bad_argument(
             "recurse", "x", f"width D={spec.hidden}, that of nets[{name!r}]", f"D={hidden}"
@@ -282,3 +271,9 @@ def _check_net_fits(name: str, spec: NetSpec, x: Tensor, cos_sin: CosSin | None)
                         f"{list(table.shape)} on {table.device}",
                         "Build it with recurx.rope_tables(T, head_dim).",
                     )  # fmt: skip
+    for index, weight in enumerate(net.weights):
+        if weight.device != x.device:
+            raise bad_argument(
+                "recurse", f"nets[{name!r}] weight {index}", f"device {x.device}, as x",
+                str(weight.device), "Move the model with .to(device).",
+            )  # fmt: skip

@@ -24,13 +24,13 @@ from recurx.verdicts import VERDICTS, Verdict, machine_of, subject_of
 
 MARGIN = 0.95  # PyTorch is taken below this share of a fused backend's time: no verdict may flip
 EAGER = "eager"
-CALLS, WINDOW = "calls", "window"  # the halves of a recursion
+CALLS = "calls"  # the half of a recursion that has no gradient; the other is `window_half`
 Where = torch.device | Device  # a device that is here, or the description of one
 
 
 def window_half(save: str) -> str:
     """The window as a half of which there are verdicts."""
-    return f"{WINDOW} save={save}"
+    return f"window save={save}"
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ class Compared:
 
     @staticmethod
     def _key(half: str, name: str, problem: Problem, device: torch.device) -> tuple[object, ...]:
-        """By kind of plan (another kernel) and shape of one sample."""
+        """By kind of plan (another kernel) and shape of one sample, whatever a window saves."""
         kind = ""
         if half == CALLS and name in PLANNED and device.type != "cpu":
             kind = plan_of(name, problem, device).kind
         sample = (problem.tokens, problem.hidden, problem.dtype, problem.nets, problem.rope)
-        return (half, name, kind, device, *sample)
+        return (half.split()[0], name, kind, device, *sample)
 
 
 COMPARED = Compared()
@@ -82,9 +82,8 @@ def known(half: str, problem: Problem, device: Where) -> Verdict | None:
     if isinstance(device, Device) or (device.type == "cuda" and not torch.cuda.is_available()):
         return None
     subject = subject_of(half, problem)
-    if not autotune():
-        return VERDICTS.pinned(subject)
-    return VERDICTS.get(subject, machine_of(device, torch.get_num_threads()))
+    machine = machine_of(device, torch.get_num_threads()) if autotune() else None
+    return VERDICTS.get(subject, machine)
 
 
 def refusal(name: str, problem: Problem, device: Where) -> str | None:
@@ -222,8 +221,7 @@ def _choose(
     """Among fused backends (best prediction first) and PyTorch, by all that is known."""
     right: dict[str, bool | None] = dict.fromkeys(fused)
     if not isinstance(device, Device):
-        what = WINDOW if half.startswith(WINDOW) else CALLS
-        right = {name: COMPARED.get(what, name, problem, device) for name in fused}
+        right = {name: COMPARED.get(half, name, problem, device) for name in fused}
     alive = [name for name in fused if (right[name] if proven else right[name] is not False)]
     if not alive:
         wrong = "gave a wrong answer or could not be compared"

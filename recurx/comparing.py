@@ -1,7 +1,6 @@
 """Whether a backend gives right answers here: one net call, and the gradients of one, against fp64.
 
-Kernels are proven elsewhere (interpreter, emulator, tests), but a driver, a compiler or a chip can
-still be the first of its kind. The user's own tensors are compared: a few milliseconds, once.
+The user's own tensors are compared: a few milliseconds, once. recurx/trials.py says why.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recurx import reference
+from recurx import backends, reference
 from recurx.backends import Backend
 from recurx.operands import Operands, Span
 from recurx.problem import Problem
@@ -42,65 +41,121 @@ class Error(NamedTuple):
         return excess if excess == excess else float("inf")
 
 
-def right(backend: Backend, problem: Problem, operands: Operands) -> bool | None:
-    """Whether the first call of the schedule comes out as PyTorch says; warns if not.
+def right(half: str, backend: Backend, problem: Problem, operands: Operands) -> bool | None:
+    """Whether one call, or the gradients of one, come out as PyTorch says; warns if not.
 
     None where nothing can be said: too little memory, or inputs that are not finite.
+
+    Args:
+        half: "calls" for the first call of the schedule, else the gradients of the window's first
+            call, of x, states and weights.
     """
+    compare, what = _compare_window, "the gradients of one call"
+    if half == "calls":
+        compare, what = _compare_call, "one call"
+    try:
+        errors = compare(backend, problem, operands)
+        if errors is None:
+            return None
+        worst = max(errors, key=lambda error: error.beyond(problem.dtype))
+        if worst.beyond(problem.dtype) <= 0:
+            return True
+        error = f"error {worst.ours:.3g} against {worst.theirs:.3g} of plain PyTorch"
+    except torch.OutOfMemoryError:
+        return None
+    except Exception as failure:  # a launch (RuntimeError), or Triton's compiler, which has its own
+        error = f"{type(failure).__name__}: {failure}"
+    warnings.warn(
+        f"recurx: backend {backend.name!r} gave no right answer for {what} of {problem} on "
+        f"{operands.x.device} ({error}); `auto` goes on without it. Please report this with the "
+        "output of `python -m recurx env`.",
+        UntrustedKernel,
+        stacklevel=2,
+    )
+    return False
 
-    def compare() -> list[Error] | None:
-        step = problem.schedule.steps[0]
-        out = backend.run(problem, operands, Span(0, 1))[problem.schedule.states.index(step.write)]
-        chosen = _samples(problem, out.device)
-        some = only(operands, chosen)
 
-        def reference_in(dtype: torch.dtype) -> Tensor:
-            carry = {n: s.to(dtype) for n, s in zip(problem.schedule.states, some.states)}  # noqa: B905
-            nets, x = problem.bind(some.weights), some.x.to(dtype)
-            done = reference.run(problem.schedule, nets, x, carry, some.rope, 0, 1)
-            return done[step.write]
-
-        with torch.no_grad():
-            return _errors(
-                [out[chosen]], [reference_in(torch.float64)], [reference_in(problem.dtype)]
-            )
-
-    return _judged(compare, backend, "one call", problem, operands)
+def _compare_call(backend: Backend, problem: Problem, operands: Operands) -> list[Error] | None:
+    written = problem.schedule.states.index(problem.schedule.steps[0].write)
+    out = backend.run(problem, operands, Span(0, 1))[written]
+    chosen = _samples(problem, out.device)
+    some, eager = only(operands, chosen), backends.get("eager")
+    exact, plain = (
+        eager.run(problem, _states_in(dtype, some), Span(0, 1))[written]
+        for dtype in (torch.float64, problem.dtype)
+    )
+    return _errors([out[chosen]], [exact], [plain])
 
 
-def right_window(backend: Backend, problem: Problem, operands: Operands) -> bool | None:
-    """The same of the gradients of the window's first call, of x, states and weights."""
+def _compare_window(backend: Backend, problem: Problem, operands: Operands) -> list[Error] | None:
+    some = only(operands, _samples(problem, operands.x.device))
+    part = dataclasses.replace(problem, batch=len(some.x), needs_grad=True)
+    first = part.schedule.grad_from
+    span, wrote = Span(first, first + 1), part.schedule.steps[first].write
+    # Another slope at every value, and the same in every process.
+    slope = torch.linspace(-1, 1, some.x.numel(), device=some.x.device)
+    slope = slope.view_as(some.x).to(part.dtype)
+    d_outs = [slope if name == wrote else None for name in part.schedule.states]
+    ours = gradients(backend, part, some, span, "all", d_outs)
+    plain = gradients_by_autograd(part, some, span, d_outs)
+    wide = _states_in(torch.float64, some)
+    wide = wide._replace(weights=tuple(weight.double() for weight in some.weights))
+    d_wide = [None if d is None else d.double() for d in d_outs]
+    return _errors(ours, gradients_by_autograd(part, wide, span, d_wide), plain)
 
-    def compare() -> list[Error] | None:
-        some = only(operands, _samples(problem, operands.x.device))
-        part = dataclasses.replace(problem, batch=len(some.x), needs_grad=True)
-        names, first = part.schedule.states, part.schedule.grad_from
-        span, wrote = Span(first, first + 1), part.schedule.steps[first].write
-        # Another slope at every value, and the same in every process.
-        slope = torch.linspace(-1, 1, some.x.numel(), device=some.x.device)
-        slope = slope.view_as(some.x).to(part.dtype)
-        window = backend.window(part)
-        assert window is not None, "route.windows_for names backends that have one"
-        with torch.no_grad():
-            outs, kept = window.forward(part, some, span, "all")
-            d_outs = [slope if name == wrote else None for name in names]
-            wants = [True] * (1 + len(names) + len(some.weights))
-            ours = window.backward(part, some, span, "all", outs, kept, d_outs, wants)
 
-        def gradients(dtype: torch.dtype, wide: bool) -> list[Tensor]:
-            tensors = [t.to(dtype) for t in (some.x, *some.states)]
-            tensors += [w.double() if wide else w for w in some.weights]
-            x, *leaves = leaf = [t.detach().clone().requires_grad_() for t in tensors]
-            carry = dict(zip(names, leaves[: len(names)], strict=True))
-            with torch.enable_grad():
-                nets = part.bind(leaves[len(names) :])
-                out = reference.run(part.schedule, nets, x, carry, some.rope, *span)[wrote]
-            return list(torch.autograd.grad(out, leaf, slope.to(dtype), materialize_grads=True))
+def gradients(
+    backend: Backend,
+    problem: Problem,
+    operands: Operands,
+    span: Span,
+    save: str,
+    d_outs: Sequence[Tensor | None],
+    forward: str = "",
+) -> list[Tensor]:
+    """Forward and backward on a backend's window: the gradients of x, each state and each weight.
 
-        ours_there = [grad for grad in ours if grad is not None]
-        return _errors(ours_there, gradients(torch.float64, True), gradients(part.dtype, False))
+    Args:
+        d_outs: gradients of the states that leave, None for zero.
+        forward: the backend that runs the calls with save="states".
+    """
+    window = backend.window(problem)
+    assert window is not None, "route.windows_for names backends that have one"
+    wants = [True] * (1 + len(operands.states) + len(operands.weights))
+    outs: list[Tensor] = []
+    kept: list[Tensor] = []
+    with torch.no_grad():
+        if save == "states":
+            backends.get(forward).run(problem, operands, span)
+        else:
+            outs, kept = window.forward(problem, operands, span, save)
+        given = problem, operands, span, save, outs, kept, d_outs, wants
+        return [grad for grad in window.backward(*given) if grad is not None]
 
-    return _judged(compare, backend, "the gradients of one call", problem, operands)
+
+def gradients_by_autograd(
+    problem: Problem,
+    operands: Operands,
+    span: Span,
+    d_outs: Sequence[Tensor | None],
+    run: Callable[..., dict[str, Tensor]] = reference.run,
+) -> list[Tensor]:
+    """The same on PyTorch; `run` is `reference.run`, or `recompute.run`."""
+    names = problem.schedule.states
+    tensors = (operands.x, *operands.states, *operands.weights)
+    x, *leaves = leaf = [tensor.detach().requires_grad_() for tensor in tensors]
+    carry = dict(zip(names, leaves[: len(names)], strict=True))
+    nets = problem.bind(leaves[len(names) :])
+    with torch.enable_grad():
+        out = run(problem.schedule, nets, x, carry, operands.rope, *span)
+    pairs = [(out[n], d) for n, d in zip(names, d_outs, strict=True) if d is not None]
+    ends, slopes = zip(*pairs, strict=True)
+    return list(torch.autograd.grad(ends, leaf, slopes, materialize_grads=True))
+
+
+def _states_in(dtype: torch.dtype, operands: Operands) -> Operands:
+    states = tuple(state.to(dtype) for state in operands.states)
+    return operands._replace(x=operands.x.to(dtype), states=states)
 
 
 def _samples(problem: Problem, device: torch.device) -> Tensor:
@@ -127,32 +182,3 @@ def _errors(
         both = ((t.double() - exact).norm() / norm for t in (got, rounded))
         found.append(Error(*(float(error) for error in both)))
     return found
-
-
-def _judged(
-    compare: Callable[[], list[Error] | None],
-    backend: Backend,
-    what: str,
-    problem: Problem,
-    operands: Operands,
-) -> bool | None:
-    try:
-        errors = compare()
-        if errors is None:
-            return None
-        worst = max(errors, key=lambda error: error.beyond(problem.dtype))
-        if worst.beyond(problem.dtype) <= 0:
-            return True
-        error = f"error {worst.ours:.3g} against {worst.theirs:.3g} of plain PyTorch"
-    except torch.OutOfMemoryError:
-        return None
-    except Exception as failure:  # a launch (RuntimeError), or Triton's compiler, which has its own
-        error = f"{type(failure).__name__}: {failure}"
-    warnings.warn(
-        f"recurx: backend {backend.name!r} gave no right answer for {what} of {problem} on "
-        f"{operands.x.device} ({error}); `auto` goes on without it. Please report this with the "
-        "output of `python -m recurx env`.",
-        UntrustedKernel,
-        stacklevel=2,
-    )
-    return False

@@ -57,28 +57,20 @@ def _explain_module(model: nn.Module, backend: str | None, batch_size: int) -> s
     for name, module, adapter in find(model):
         if isinstance(module, Inner):
             continue
-        function = installed(module, adapter.method)
-        if function is not None:
-            plan: Any = function.recurx_recipe  # type: ignore[attr-defined]
-            problem = dataclasses.replace(adapter.problem(module, plan), batch=batch_size)
-            text = _explain_problem(problem, backend or plan.backend, both=True)
-            stays = "\n".join(f"  {line}" for line in adapter.describe(module, plan))
-            parts.append(f"{_title(name, module)}: patched\n{stays}\n{text}")
-            continue
-        differences = adapter.differences(module)
-        if differences:
-            lines = "\n".join(f"  {line}" for line in differences)
-            parts.append(
-                f"{_title(name, module)}: runs on PyTorch; recurx.patch would refuse it:\n{lines}"
-            )
+        function: Any = installed(module, adapter.method)
+        said = "not patched, runs on PyTorch. After recurx.patch(model):"
+        lines = [] if function is not None else adapter.differences(module)
+        if lines:
+            said, text = "runs on PyTorch; recurx.patch would refuse it:", []
         else:
-            plan = adapter.recipe(module, backend or "auto")
-            problem = dataclasses.replace(adapter.problem(module, plan), batch=batch_size)
-            text = _explain_problem(problem, plan.backend, both=True)
-            parts.append(
-                f"{_title(name, module)}: not patched, runs on PyTorch. "
-                f"After recurx.patch(model):\n{text}"
-            )
+            recipe = function and function.recurx_recipe
+            recipe = recipe or adapter.recipe(module, backend or "auto")
+            if function is not None:
+                said, lines = "patched", adapter.describe(module, recipe)
+            problem = dataclasses.replace(adapter.problem(module, recipe), batch=batch_size)
+            text = [_explain_problem(problem, backend or recipe.backend, both=True)]
+        lines = [f"{_title(name, module)}: {said}", *(f"  {line}" for line in lines), *text]
+        parts.append("\n".join(lines))
     if not parts:
         return (
             f"{type(model).__name__}: no recursion that recurx knows in this module; "

@@ -21,7 +21,7 @@ ATTENTION = "attention"
 TOKEN_MLP = "token_mlp"
 KINDS = (ATTENTION, TOKEN_MLP)
 
-# Weights of one block, in the flat order of the op. All are [out, in], no biases.
+# The four weights of one block, in the flat order of the op. All are [out, in], no biases.
 WEIGHT_NAMES = {
     ATTENTION: ("qkv", "o", "gate_up", "down"),
     TOKEN_MLP: ("t_gate_up", "t_down", "gate_up", "down"),
@@ -90,7 +90,11 @@ class NetSpec:
 
     @property
     def num_weights(self) -> int:
-        return sum(len(WEIGHT_NAMES[block.kind]) for block in self.blocks)
+        return 4 * len(self.blocks)
+
+    def by_block(self, weights: Sequence[Any]) -> list[tuple[BlockSpec, Sequence[Any]]]:
+        """Each block with its part of the flat list of weights."""
+        return [(block, weights[4 * i : 4 * i + 4]) for i, block in enumerate(self.blocks)]
 
     @property
     def key(self) -> str:
@@ -116,18 +120,17 @@ class Net:
             raise bad_argument(
                 "Net", "weights", f"{spec.num_weights} tensors", f"{len(self.weights)}"
             )
-        index = 0
-        for number, block in enumerate(spec.blocks):
-            for name, shape in zip(WEIGHT_NAMES[block.kind], block.weight_shapes, strict=True):
-                weight = self.weights[index]
-                if tuple(weight.shape) != shape or not weight.is_floating_point():
-                    raise bad_argument(
-                        "Net",
-                        f"weights[{index}] (block {number}, {name})",
-                        f"a floating [out, in] = {list(shape)} tensor",
-                        f"{weight.dtype} {list(weight.shape)}",
-                    )
-                index += 1
+        for index, weight in enumerate(self.weights):
+            number, slot = divmod(index, 4)
+            block = spec.blocks[number]
+            shape = block.weight_shapes[slot]
+            if tuple(weight.shape) != shape or not weight.is_floating_point():
+                raise bad_argument(
+                    "Net",
+                    f"weights[{index}] (block {number}, {WEIGHT_NAMES[block.kind][slot]})",
+                    f"a floating [out, in] = {list(shape)} tensor",
+                    f"{weight.dtype} {list(weight.shape)}",
+                )
 
     def __repr__(self) -> str:
         kinds = ", ".join(block.kind for block in self.spec.blocks)

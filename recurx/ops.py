@@ -84,7 +84,11 @@ def _recurse(
 
 
 def _recurse_fake(x: Tensor, states: Sequence[Tensor], *_: Any) -> list[Tensor]:
-    return [torch.empty_like(state, memory_format=torch.contiguous_format) for state in states]
+    return [_fresh(state) for state in states]
+
+
+def _fresh(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def _recurse_backward(
@@ -108,10 +112,7 @@ def _recurse_backward(
 def _recurse_backward_fake(
     grads: Sequence[Tensor], x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], *_: Any
 ) -> list[Tensor]:
-    return [
-        torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        for tensor in (x, *states, *weights)
-    ]
+    return [_fresh(tensor) for tensor in (x, *states, *weights)]
 
 
 recurse_op = _register("recurx::recurse", _recurse, _recurse_fake)
@@ -170,19 +171,8 @@ def _window(
     return [*outs, *kept]
 
 
-def _window_fake(
-    x: Tensor,
-    states: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    cos: Tensor | None,
-    sin: Tensor | None,
-    key: str,
-    backend: str,
-    forward: str,
-    start: int,
-    stop: int,
-    save: str,
-) -> list[Tensor]:
+def _window_fake(x: Tensor, states: Sequence[Tensor], *rest: Any) -> list[Tensor]:
+    _, cos, _, key, backend, _, start, stop, save = rest
     # While torch.compile traces with dynamic shapes, sizes are symbols, which no cache takes, and
     # plain integers may come as symbols too.
     problem = _problem.__wrapped__(key, x.shape, x.dtype, x.device.type, cos is not None, True)
@@ -233,16 +223,12 @@ def _window_backward_fake(
     grads: Sequence[Tensor],
     x: Tensor,
     states: Sequence[Tensor],
-    outs: Sequence[Tensor],
-    weights: Sequence[Tensor],
+    outs: Any,
+    weights: Any,
     *rest: Any,
 ) -> list[Tensor]:
-    wants = rest[-1]
-    return [
-        torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        for tensor, wanted in zip((x, *states, *weights), wants, strict=True)
-        if wanted
-    ]
+    both = zip(_recurse_backward_fake(grads, x, states, weights), rest[-1], strict=True)
+    return [tensor for tensor, wanted in both if wanted]
 
 
 window_op = _register("recurx::window", _window, _window_fake)
@@ -270,7 +256,7 @@ def _differentiate_window(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ..
     grads = grads[: ctx.num_states]
     given = [grad is not None for grad in grads]
     x_wanted, states_wanted, weights_wanted, *_ = ctx.needs_input_grad
-    wants = [bool(x_wanted), *_each(states_wanted, states), *_each(weights_wanted, weights)]
+    wants = [bool(x_wanted), *_each(states_wanted), *_each(weights_wanted)]
     results = window_backward_op(
         [grad for grad in grads if grad is not None], x, states, outs, weights, cos, sin,
         rest[ends[-1] :], ctx.key, ctx.backend, ctx.start, ctx.stop, ctx.save, given, wants,
@@ -281,7 +267,7 @@ def _differentiate_window(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ..
     return d_x, d_states, d_weights, *[None] * 8
 
 
-def _each(needs: Any, tensors: Sequence[Tensor]) -> list[bool]:
+def _each(needs: Any) -> list[bool]:
     """needs_input_grad of a list argument: a list of flags, or one False for an empty list."""
     return [bool(flag) for flag in needs] if isinstance(needs, (list, tuple)) else []
 

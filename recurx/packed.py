@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from recurx.nets import ATTENTION, WEIGHT_NAMES, BlockSpec, NetSpec
+from recurx.nets import ATTENTION, BlockSpec, NetSpec
 
 ALIGN = 128  # elements: every matrix starts at a multiple of 256 bytes in bf16
 ROW_ALIGN = 16  # elements: rows start at multiples of 32 bytes, so that copies are 16 bytes wide
@@ -74,11 +74,7 @@ class PackedNets:
         self._views = [
             padded[:, :columns] for padded, (_, columns) in zip(self._padded, shapes, strict=True)
         ]
-        per_block = [len(WEIGHT_NAMES[block.kind]) for block in self.specs]
-        ends = [sum(per_block[: i + 1]) for i in range(len(per_block))]
-        self.blocks = [
-            tuple(self._padded[e - count : e]) for e, count in zip(ends, per_block, strict=True)
-        ]
+        self.blocks = [tuple(self._padded[4 * i : 4 * i + 4]) for i in range(len(self.specs))]
 
     @functools.cached_property
     def words(self) -> Tensor:

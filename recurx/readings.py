@@ -8,6 +8,7 @@ not plain (a property, a parametrised weight, a list of layers) is read in full 
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -62,20 +63,17 @@ def read(module: Any) -> tuple[NetSpec, Sequence[Tensor]] | None:
     return reading.spec, weights
 
 
-def remember(module: Any, net: Net) -> None:
-    """Keep what `as_net` made of a module, if it is plain enough to be read quickly."""
-    if not isinstance(module, nn.Module) or module in _readings:
-        return
-    try:
-        parts = _stack(module, net.spec)
-    except _NotPlain:
+def as_remembered_net(module: Any, where: str) -> Any:
+    """`as_net`, and keep what it made of a module, if that is plain enough to be read quickly."""
+    net = as_net(module, where)
+    if isinstance(net, Net) and isinstance(module, nn.Module) and module not in _readings:
         _readings[module] = None
-        return
-    shapes = tuple(torch.Size(s) for block in net.spec.blocks for s in block.weight_shapes)
-    found: list[Tensor] = []
-    same = _walk(module, parts, found) and len(found) == len(net.weights)
-    same = same and all(a is b for a, b in zip(found, net.weights, strict=True))
-    _readings[module] = _Reading(net.spec, shapes, parts) if same else None
+        with contextlib.suppress(_NotPlain):
+            parts, found = _stack(module, net.spec), list[Tensor]()
+            if _walk(module, parts, found) and list(map(id, found)) == list(map(id, net.weights)):
+                shapes = tuple(weight.shape for weight in net.weights)
+                _readings[module] = _Reading(net.spec, shapes, parts)
+    return net
 
 
 def _walk(module: Any, parts: tuple[_Part, ...], weights: list[Tensor]) -> bool:
@@ -154,11 +152,3 @@ def _settings(module: nn.Module, names: tuple[str, ...]) -> tuple[tuple[str, Any
     if any(hasattr(value, "__get__") for value in of_class.values()):
         raise _NotPlain  # a property: who knows what it says the next time
     return tuple((name, vars(module).get(name, of_class[name])) for name in names)
-
-
-def as_remembered_net(module: Any, where: str) -> Any:
-    """`as_net`, and remember it."""
-    net = as_net(module, where)
-    if isinstance(net, Net):
-        remember(module, net)
-    return net

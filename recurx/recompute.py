@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recurx import reference, reference_backward
 from recurx.errors import RecurxError
-from recurx.nets import WEIGHT_NAMES, BlockSpec, Net
+from recurx.nets import BlockSpec, Net
 from recurx.operands import CosSin, rope_of
 from recurx.schedule import INPUT, Schedule
 
@@ -65,10 +65,7 @@ def run(
     values = {INPUT: x, **carry}
     for step in schedule.steps[start:stop]:
         h, net = reference.call_input(step, values), nets[step.net]
-        index = 0
-        for spec in net.spec.blocks:
-            count = len(WEIGHT_NAMES[spec.kind])
-            h = _Block.apply(h, cos, sin, spec, *net.weights[index : index + count])
-            index += count
+        for spec, weights in net.spec.by_block(net.weights):
+            h = _Block.apply(h, cos, sin, spec, *weights)
         values[step.write] = h
     return {name: values[name] for name in carry}

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recurx.nets import ATTENTION, WEIGHT_NAMES, BlockSpec, Net
+from recurx.nets import ATTENTION, BlockSpec, Net
 from recurx.operands import CosSin
 from recurx.schedule import INPUT, Schedule, Step
 
@@ -82,11 +82,8 @@ def call(h: Tensor, net: AnyNet, cos_sin: CosSin | None) -> Tensor:
     """One net call on h [B, T, D]."""
     if not isinstance(net, Net):
         return net(h)
-    index = 0
-    for spec in net.spec.blocks:
-        count = len(WEIGHT_NAMES[spec.kind])
-        h = block(h, spec, net.weights[index : index + count], cos_sin)
-        index += count
+    for spec, weights in net.spec.by_block(net.weights):
+        h = block(h, spec, weights, cos_sin)
     return h
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recurx import reference
-from recurx.nets import ATTENTION, WEIGHT_NAMES, BlockSpec, Net
+from recurx.nets import ATTENTION, BlockSpec, Net
 from recurx.operands import CosSin, Operands, Span
 from recurx.problem import Problem
 from recurx.schedule import INPUT
@@ -121,19 +121,13 @@ def call_backward(
     h: Tensor, net: Net, cos_sin: CosSin | None, d_out: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
     """d_h and all weight gradients of one net call."""
-    inputs, weights = [], []  # input and weights of each block
-    index = 0
-    for spec in net.spec.blocks:
-        count = len(WEIGHT_NAMES[spec.kind])
-        weights.append(net.weights[index : index + count])
+    blocks, inputs = net.spec.by_block(net.weights), []
+    for spec, weights in blocks:
         inputs.append(h)
-        h = reference.block(h, spec, weights[-1], cos_sin)
-        index += count
+        h = reference.block(h, spec, weights, cos_sin)
     grads: list[Tensor] = []
-    for spec, block_h, block_weights in zip(
-        reversed(net.spec.blocks), reversed(inputs), reversed(weights), strict=True
-    ):
-        d_out, d_weights = block_backward(block_h, spec, block_weights, cos_sin, d_out)
+    for (spec, weights), entered in zip(reversed(blocks), reversed(inputs), strict=True):
+        d_out, d_weights = block_backward(entered, spec, weights, cos_sin, d_out)
         grads = d_weights + grads
     return d_out, grads
 

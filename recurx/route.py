@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,6 @@ from recurx.choices import (
     CALLS,
     COMPARED,
     EAGER,
-    PLANNED,
     Choice,
     Where,
     choose_calls,
@@ -40,7 +40,7 @@ from recurx.plan import Device, LaunchPlan
 from recurx.problem import Problem, decode
 from recurx.verdicts import VERDICTS, Verdict, subject_of
 
-MAX_ROUTES = 4096
+Stamp = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -126,12 +126,10 @@ class Route:
         return _considered(self.problem, self.device, stamp())
 
     def __str__(self) -> str:
-        lines = [str(self.problem)]
         later = "" if self.settled else "; compared and measured at its first use"
-        asked = self.request.backend
-        lines.append(f"  backend {asked!r} -> {self.backend}: {self.calls.why}{later}")
-        lines += [f"    {self._line(entry)}" for entry in self.considered]
-        return "\n".join([*lines, f"  {self.sentence}"])
+        why = f"  backend {self.request.backend!r} -> {self.backend}: {self.calls.why}{later}"
+        lines = [f"    {self._line(entry)}" for entry in self.considered]
+        return "\n".join([str(self.problem), why, *lines, f"  {self.sentence}"])
 
     @property
     def sentence(self) -> str:
@@ -139,7 +137,7 @@ class Route:
         stop = len(self.problem.schedule) if self.request.stop is None else self.request.stop
         start = self.request.start
         if self.window is None:
-            return f"without gradient: {_calls(start, stop)} on {self.backend}"
+            return f"without gradient: calls {_range(start, stop)} on {self.backend}"
         if self.backward == self.forward == self.window.backend != EAGER:
             how = f'{self.forward}, forward and backward (save="all", "block" or "states")'
         elif self.backward == self.window.backend != EAGER:
@@ -158,7 +156,7 @@ class Route:
             how += f" [{self.window.why}]"
         if self.split == start:
             return f"in training: all calls are in the window; {how}"
-        before = f"{_calls(start, self.split)} on {self.backend} without gradient"
+        before = f"calls {_range(start, self.split)} on {self.backend} without gradient"
         return f"in training: {before}; {how}"
 
     def _line(self, entry: Considered) -> str:
@@ -176,17 +174,14 @@ class Route:
 
 def refusals(problem: Problem) -> list[str]:
     """Which backends can run a problem here, one line each; of the others, why they cannot."""
-    device = torch.device(problem.device_type)
-    return [
-        f"    {entry.backend}: " + (f"refused: {entry.refused}" if entry.refused else "can run it")
-        for entry in _considered(problem, device, stamp())
-    ]
+    lines = []
+    for name in backends.ORDER:
+        reason = backends.why_not(name, problem)
+        lines.append(f"    {name}: " + (f"refused: {reason}" if reason else "can run it"))
+    return lines
 
 
 # ---- the question ------------------------------------------------------------------------------
-
-_routes: dict[Any, Route] = {}
-_routes_stamp: tuple[int, ...] = ()
 
 
 def route(problem: Problem, device: Where | None = None, request: Request = Request()) -> Route:
@@ -201,16 +196,12 @@ def route(problem: Problem, device: Where | None = None, request: Request = Requ
     Raises:
         BackendUnavailable: the backend asked for by name cannot run it; the message says why.
     """
-    global _routes_stamp
-    now = stamp()
-    if now != _routes_stamp or len(_routes) > MAX_ROUTES:
-        _routes.clear()
-        _routes_stamp = now
-    key = problem, device, request
-    found = _routes.get(key)
-    if found is None:
-        found = _routes[key] = decide(problem, device, request)
-    return found
+    return _route(problem, device, request, stamp())
+
+
+@functools.lru_cache(maxsize=4096)
+def _route(problem: Problem, device: Where | None, request: Request, now: Stamp) -> Route:
+    return decide(problem, device, request)
 
 
 def decide(
@@ -262,30 +253,30 @@ def stored(problem: Problem, device: torch.device, request: Request) -> dict[str
 
 def forget() -> None:
     """Decide everything anew."""
-    _routes.clear()
+    _route.cache_clear()
     _considered.cache_clear()
     predicted.cache_clear()
     plan_of.cache_clear()
 
 
-def stamp() -> tuple[int, ...]:
+def stamp() -> Stamp:
     """Changes whenever another route may come out: a backend, a comparison, a verdict, threads."""
     return backends.version(), VERDICTS.version, COMPARED.version, torch.get_num_threads()
 
 
 @functools.lru_cache(maxsize=256)
-def _considered(problem: Problem, device: Where, now: tuple[int, ...]) -> tuple[Considered, ...]:
+def _considered(problem: Problem, device: Where, now: Stamp) -> tuple[Considered, ...]:
     verdict = None if problem.opaque else known(CALLS, problem, device)
     measured = dict(verdict.seconds) if verdict else {}
+    here = isinstance(device, Device) or device.type == "cpu" or torch.cuda.is_available()
     found = []
     for name in backends.ORDER:
-        reason = refusal(name, problem, device)
-        seconds = None
-        here = isinstance(device, Device) or device.type == "cpu" or torch.cuda.is_available()
-        if reason is None and name in PLANNED and not problem.opaque and here:
+        reason, seconds = refusal(name, problem, device), math.inf
+        if reason is None and here and not problem.opaque:
             seconds = predicted(name, problem, device)
-        finite = seconds is not None and seconds != float("inf")
-        found.append(Considered(name, reason, seconds if finite else None, measured.get(name)))
+        found.append(
+            Considered(name, reason, seconds if seconds < math.inf else None, measured.get(name))
+        )
     return tuple(found)
 
 
@@ -335,10 +326,6 @@ window_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _time(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms"
-
-
-def _calls(start: int, stop: int) -> str:
-    return f"calls {_range(start, stop)}"
 
 
 def _range(start: int, stop: int) -> str:

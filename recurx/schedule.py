@@ -11,6 +11,7 @@ and a flat `(z_L + z_H) + x` drifts visibly from `z_L + (z_H + x)` within one re
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -243,20 +244,13 @@ def _count(op: str, arg: str, value: int) -> int:
     return value
 
 
-def _period(steps: Sequence[Step]) -> int:
+def _period(steps: tuple[Step, ...]) -> int:
     """Length of the shortest prefix that, repeated, gives all of `steps`."""
     total = len(steps)
-    for length in range(1, total + 1):
-        if total % length == 0 and tuple(steps[:length]) * (total // length) == tuple(steps):
-            return length
-    return total
+    lengths = (n for n in range(1, total + 1) if total % n == 0)
+    return next(n for n in lengths if steps[:n] * (total // n) == steps)
 
 
 def _run_lengths(steps: Sequence[Step]) -> list[str]:
-    runs: list[tuple[Step, int]] = []
-    for step in steps:
-        if runs and runs[-1][0] == step:
-            runs[-1] = (step, runs[-1][1] + 1)
-        else:
-            runs.append((step, 1))
+    runs = [(step, len(list(group))) for step, group in itertools.groupby(steps)]
     return [f"{count} x {step}" if count > 1 else str(step) for step, count in runs]

@@ -16,25 +16,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from recurx import backends, recompute, reference, reference_backward
 from recurx import route as routes
+from recurx.backends.graphs import captured_outside
 from recurx.choices import (
     CALLS,
     COMPARED,
     EAGER,
     MARGIN,
-    WINDOW,
     autotune,
     fused_for,
     known,
@@ -42,7 +41,7 @@ from recurx.choices import (
     window_half,
     windows_for,
 )
-from recurx.comparing import only, right, right_window
+from recurx.comparing import gradients, gradients_by_autograd, only, right
 from recurx.measure import seconds_of
 from recurx.operands import Operands, Span
 from recurx.plan import count
@@ -62,36 +61,25 @@ class MissingEngine(UserWarning):
     """`auto` runs PyTorch because the compiled module is not installed."""
 
 
-class _Locks:
-    """One lock a subject, so that two threads never try the same at the same time."""
-
-    def __init__(self) -> None:
-        self._renew()
-        os.register_at_fork(after_in_child=self._renew)
-
-    def _renew(self) -> None:
-        self._guard = threading.Lock()
-        self._locks: dict[Any, threading.Lock] = {}
-        self._local = threading.local()
-
-    @contextlib.contextmanager
-    def trying(self, subject: Any) -> Iterator[bool]:
-        """Holds the subject's lock; yields False, without it, inside a trial of this thread."""
-        if getattr(self._local, "inside", False):
-            yield False
-            return
-        with self._guard:
-            lock = self._locks.setdefault(subject, threading.Lock())
-        with lock:
-            self._local.inside = True
-            try:
-                yield True
-            finally:
-                self._local.inside = False
-
-
-_LOCKS = _Locks()
+_locks: dict[str, threading.Lock] = {}  # by subject
+_local = threading.local()
+os.register_at_fork(after_in_child=_locks.clear)
 _told_missing = False
+
+
+@contextlib.contextmanager
+def _trying(subject: str) -> Iterator[bool]:
+    """Holds a lock, so that two threads never try the same; yields False, without it, inside a
+    trial of this thread."""
+    if getattr(_local, "inside", False):
+        yield False
+        return
+    with _locks.setdefault(subject, threading.Lock()):
+        _local.inside = True
+        try:
+            yield True
+        finally:
+            _local.inside = False
 
 
 def settled(problem: Problem, request: Request, operands: Operands) -> Route:
@@ -106,8 +94,8 @@ def settled(problem: Problem, request: Request, operands: Operands) -> Route:
         _tell_of_missing_engine(problem)
     if found.settled:
         return found
-    if not _capturing(operands.x):
-        with _LOCKS.trying(subject_of(request.save, problem)) as free:
+    if not captured_outside(device):
+        with _trying(subject_of(request.save, problem)) as free:
             found = routes.route(problem, device, request)  # another thread may have been faster
             if free and not found.settled:
                 found = _try(found, operands.contiguous())
@@ -123,10 +111,6 @@ def forget() -> None:
     routes.forget()
 
 
-def _capturing(x: Tensor) -> bool:
-    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def _try(found: Route, operands: Operands) -> Route:
     """Compare and time until the route is settled or memory does not suffice."""
     problem, device, request = found.problem, operands.x.device, found.request
@@ -135,46 +119,45 @@ def _try(found: Route, operands: Operands) -> Route:
         fused = [n for n in fused if COMPARED.get(CALLS, n, problem, device) is not False]
         times = {name: predicted(name, problem, device) for name in fused}
         fused = [name for name in fused if times[name] <= PRUNE * min(times.values())]
-        _settle(
-            CALLS, CALLS, fused, problem, operands, lambda names: _runs(names, problem, operands)
-        )
+        _settle(CALLS, fused, problem, operands, _run_calls)
         found = routes.route(problem, device, request)
     if found.window is not None and not found.window.settled:
-        half, forward = window_half(request.save), found.backend
-
-        def runs(names: list[str]) -> tuple[dict[str, Run], int]:
-            return _window_runs(names, problem, operands, request.save, forward)
-
-        _settle(WINDOW, half, windows_for(problem, device, "auto"), problem, operands, runs)
+        fused = windows_for(problem, device, "auto")
+        run = functools.partial(_run_window, save=request.save, forward=found.backend)
+        training = dataclasses.replace(problem, needs_grad=True)
+        _settle(window_half(request.save), fused, training, operands, run)
     return routes.route(problem, device, request)
 
 
 def _settle(
-    kind: str,
-    half: str,
-    fused: list[str],
-    problem: Problem,
-    operands: Operands,
-    runs: Callable[[list[str]], tuple[dict[str, Run], int]],
+    half: str, fused: list[str], problem: Problem, operands: Operands, run: Callable[..., object]
 ) -> None:
-    """Compare the fused backends of one half, best first; then time those that are right."""
-    device, compare = operands.x.device, right if kind == CALLS else right_window
+    """Compare the fused backends of one half, best first; then time those that are right.
+
+    Args:
+        run: what is timed, of (backend, problem, operands, number of calls).
+    """
+    device = operands.x.device
     before = known(half, problem, device)
     timing = autotune() and (before is None or before.chosen not in (*fused, EAGER))
     trusted = []
     for name in fused:
-        verdict = COMPARED.get(kind, name, problem, device)
+        verdict = COMPARED.get(half, name, problem, device)
         if verdict is None:
-            verdict = compare(backends.get(name), problem, operands)
+            verdict = right(half, backends.get(name), problem, operands)
             if verdict is None:
                 return  # asked again the next time
-            COMPARED.keep(kind, name, problem, device, verdict)
+            COMPARED.keep(half, name, problem, device, verdict)
         if verdict:
             trusted.append(name)
             if not timing:
                 return
     if trusted:
-        found = _race(*runs(trusted), device)
+        part = _part(problem, operands)
+        most = len(problem.schedule)
+        most -= problem.schedule.grad_from if problem.needs_grad else 0
+        names = [*trusted, EAGER]
+        found = _race(names, lambda name, calls: run(name, *part, calls), most, device)
         if found is not None:
             machine = machine_of(device, torch.get_num_threads())
             VERDICTS.keep(subject_of(half, problem), machine, found)
@@ -182,26 +165,25 @@ def _settle(
 
 # ---- faster? -------------------------------------------------------------------------------------
 
-Run = Callable[[int], object]  # runs so many net calls
+Run = Callable[[str, int], object]  # runs so many net calls on a backend
 
 
-def _race(runs: dict[str, Run], most: int, device: torch.device) -> Verdict | None:
-    """Time the runs in turns; PyTorch's is last in `runs`. None: nothing could be timed.
+def _race(names: list[str], run: Run, most: int, device: torch.device) -> Verdict | None:
+    """Time the backends in turns; PyTorch is the last of them. None: nothing could be timed.
 
     Args:
-        runs: what each backend does.
         most: the largest number of calls there is.
     """
     one: dict[str, float] = {}
-    for name, run in runs.items():
+    for name in names:
         try:
-            first = _seconds(run, 1, device)  # packs weights, compiles, fills caches
+            first = _seconds(run, name, 1, device)  # packs weights, compiles, fills caches
             if name == EAGER and first > max(BUDGET, HOPELESS * min(one.values(), default=first)):
                 one[name] = first
                 continue
-            again = [_seconds(run, 1, device)]
+            again = [_seconds(run, name, 1, device)]
             while len(again) < 3 and sum(again) < BUDGET / 10:
-                again.append(_seconds(run, 1, device))
+                again.append(_seconds(run, name, 1, device))
             one[name] = min(again)
         except torch.OutOfMemoryError:
             continue  # what does not fit is not chosen
@@ -214,10 +196,10 @@ def _race(runs: dict[str, Run], most: int, device: torch.device) -> Verdict | No
     calls = max(1, min(most, int(BUDGET / (ROUNDS * turn))))
     best = one if calls == 1 else dict.fromkeys(one, float("inf"))
     for name in one if calls > 1 else ():
-        _seconds(runs[name], calls, device)  # a graph of so many calls is captured here
+        _seconds(run, name, calls, device)  # a graph of so many calls is captured here
     for _ in range(max(2, min(ROUNDS, int(BUDGET / (calls * turn))))):
         for name in one:  # in turns: a slow moment of the machine hits all alike
-            best[name] = min(best[name], _seconds(runs[name], calls, device))
+            best[name] = min(best[name], _seconds(run, name, calls, device))
     fused = {name: took for name, took in best.items() if name != EAGER}
     chosen = min(fused, key=lambda name: fused[name]) if fused else EAGER
     if EAGER in best and fused and best[EAGER] < MARGIN * fused[chosen]:
@@ -225,8 +207,8 @@ def _race(runs: dict[str, Run], most: int, device: torch.device) -> Verdict | No
     return Verdict(chosen, tuple(best.items()), calls)
 
 
-def _seconds(run: Run, calls: int, device: torch.device) -> float:
-    return max(seconds_of(lambda: run(calls), device), 1e-9)
+def _seconds(run: Run, name: str, calls: int, device: torch.device) -> float:
+    return max(seconds_of(lambda: run(name, calls), device), 1e-9)
 
 
 def _part(problem: Problem, operands: Operands) -> tuple[Problem, Operands]:
@@ -242,74 +224,29 @@ def _part(problem: Problem, operands: Operands) -> tuple[Problem, Operands]:
     return dataclasses.replace(problem, batch=size), part
 
 
-def _runs(names: list[str], problem: Problem, operands: Operands) -> tuple[dict[str, Run], int]:
+def _run_calls(name: str, problem: Problem, operands: Operands, calls: int) -> object:
     """The first calls of the schedule without gradient."""
-    problem, operands = _part(problem, operands)
-
-    def run_on(name: str) -> Run:
-        backend = backends.get(name)
-
-        def run(calls: int) -> object:
-            with torch.no_grad():
-                return backend.run(problem, operands, Span(0, calls))
-
-        return run
-
-    return {name: run_on(name) for name in (*names, EAGER)}, len(problem.schedule)
+    with torch.no_grad():
+        return backends.get(name).run(problem, operands, Span(0, calls))
 
 
-def _window_runs(
-    names: list[str], problem: Problem, operands: Operands, save: str, forward: str
-) -> tuple[dict[str, Run], int]:
-    """Forward and backward of the window's first calls, with PyTorch's as the caller would have
-    it: its graph, block by block, or call by call. `forward` runs a window that saves "states"."""
-    problem, operands = _part(dataclasses.replace(problem, needs_grad=True), operands)
-    schedule = problem.schedule
-    first, names_of = schedule.grad_from, schedule.states
-    slope = torch.ones_like(operands.x)
-    wants = [True] * (1 + len(names_of) + len(operands.weights))
-
-    def span_of(calls: int) -> tuple[Span, list[Tensor | None]]:
-        written = {step.write for step in schedule.steps[first : first + calls]}
-        return Span(first, first + calls), [slope if n in written else None for n in names_of]
-
-    def run_on(name: str) -> Run:
-        window = backends.get(name).window(problem)
-        assert window is not None, "route.windows_for names backends that have one"
-
-        def run(calls: int) -> object:
-            span, d_outs = span_of(calls)
-            with torch.no_grad():
-                if save == "states":
-                    outs = backends.get(forward).run(problem, operands, span)
-                    kept: list[Tensor] = []
-                else:
-                    outs, kept = window.forward(problem, operands, span, save)
-                return window.backward(
-                    problem, operands, span, save, outs if kept else [], kept, d_outs, wants
-                )
-
-        return run
-
-    def on_pytorch(calls: int) -> object:
-        span, d_outs = span_of(calls)
-        if save == "states":
-            with torch.no_grad():
-                backends.get(forward).run(problem, operands, span)
-                flat = [slope if d is None else d for d in d_outs]
-                return reference_backward.run(problem, operands, span, flat)
-        leaves = [t.detach().requires_grad_() for t in (operands.x, *operands.states)]
-        weights = [w.detach().requires_grad_() for w in operands.weights]
-        carry, nets = dict(zip(names_of, leaves[1:], strict=True)), problem.bind(weights)
-        how = recompute.run if save == "block" else reference.run
-        with torch.enable_grad():
-            out = how(schedule, nets, leaves[0], carry, operands.rope, *span)
-        pairs = [(out[n], d) for n, d in zip(names_of, d_outs, strict=True) if d is not None]
-        return torch.autograd.grad(
-            [o for o, _ in pairs], [*leaves, *weights], [d for _, d in pairs], allow_unused=True
-        )
-
-    return {**{n: run_on(n) for n in names}, EAGER: on_pytorch}, len(schedule) - first
+def _run_window(
+    name: str, problem: Problem, operands: Operands, calls: int, save: str, forward: str
+) -> object:
+    """Forward and backward of the window's first calls; PyTorch's as the caller would have it: its
+    graph, block by block, or call by call. `forward` runs a window that saves "states"."""
+    schedule, first = problem.schedule, problem.schedule.grad_from
+    span, slope = Span(first, first + calls), operands.x.detach()
+    written = {step.write for step in schedule.steps[first : span.stop]}
+    d_outs = [slope if state in written else None for state in schedule.states]
+    if name != EAGER:
+        return gradients(backends.get(name), problem, operands, span, save, d_outs, forward)
+    if save == "states":
+        with torch.no_grad():
+            backends.get(forward).run(problem, operands, span)
+            return reference_backward.run(problem, operands, span, [slope] * len(d_outs))
+    run = recompute.run if save == "block" else reference.run
+    return gradients_by_autograd(problem, operands, span, d_outs, run)
 
 
 # ---- what is missing -----------------------------------------------------------------------------

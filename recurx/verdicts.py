@@ -11,6 +11,7 @@ is a convenience: what cannot be read or written is passed over in silence.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -18,7 +19,6 @@ import json
 import math
 import os
 import sys
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,65 +60,48 @@ class Verdict:
             ValueError, TypeError, KeyError: it is no verdict.
         """
         seconds = {str(name): float(took) for name, took in dict(value["seconds"]).items()}
-        if not isinstance(value["chosen"], str) or not all(took > 0 for took in seconds.values()):
+        sound = all(0 < took < math.inf for took in seconds.values())
+        if not isinstance(value["chosen"], str) or not sound:
             raise ValueError(f"no verdict: {value}")
         return cls(value["chosen"], tuple(seconds.items()), int(value["calls"]))
 
 
 class Verdicts:
-    """Verdicts by the text of their keys; for several threads."""
+    """Verdicts by the text of their keys. For several threads: each step is one of a dictionary."""
 
     def __init__(self) -> None:
         self._known: dict[str, Verdict | None] = {}  # None: asked, and the disk has none
         self._pinned: dict[str, Verdict] = {}
-        self._lock = threading.Lock()
-        self.version = 0  # grows whenever an answer may have changed
-        os.register_at_fork(after_in_child=self._renew_lock)
+        self.version = 0  # grows after whatever may have changed an answer
 
-    def _renew_lock(self) -> None:
-        self._lock = threading.Lock()
-
-    def get(self, subject: str, machine: str) -> Verdict | None:
-        """The verdict on `subject` (see `subject_of`), pinned or made on `machine`."""
-        with self._lock:
-            if subject in self._pinned:
-                return self._pinned[subject]
-            key = _key(subject, machine)
-            if key not in self._known:
-                self._known[key] = _read(key)
-            return self._known[key]
-
-    def pinned(self, subject: str) -> Verdict | None:
-        """What `pin` was told of the subject."""
-        with self._lock:
-            return self._pinned.get(subject)
+    def get(self, subject: str, machine: str | None) -> Verdict | None:
+        """The verdict on `subject` (see `subject_of`): pinned, or else made on `machine`."""
+        pinned = self._pinned.get(subject)
+        if pinned is not None or machine is None:
+            return pinned
+        known, key = self._known, _key(subject, machine)
+        return known[key] if key in known else known.setdefault(key, _read(key))
 
     def keep(self, subject: str, machine: str, verdict: Verdict) -> None:
         """Keep a verdict for the process and, if the folder lets us, on disk."""
         key = _key(subject, machine)
-        with self._lock:
-            self._known[key] = verdict
-            self._pinned.pop(subject, None)  # it could not be followed here
-            self.version += 1
+        self._known[key] = verdict
+        self._pinned.pop(subject, None)  # it could not be followed here
+        self.version += 1
         _write(key, verdict)
 
     def pin(self, verdicts: Mapping[str, Any]) -> None:
         """Take these ({subject: `Verdict.json()`}) before all others, whatever machine made them;
         what is no verdict is left out."""
-        with self._lock:
-            for subject, value in verdicts.items():
-                try:
-                    self._pinned[subject] = Verdict.from_json(value)
-                except (ValueError, TypeError, KeyError):
-                    continue
-            self.version += 1
+        for subject, value in verdicts.items():
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                self._pinned[subject] = Verdict.from_json(value)
+        self.version += 1
 
     def forget(self) -> None:
         """Ask the disk anew, and drop what was pinned."""
-        with self._lock:
-            self._known.clear()
-            self._pinned.clear()
-            self.version += 1
+        self._known, self._pinned = {}, {}
+        self.version += 1
 
 
 VERDICTS = Verdicts()
@@ -193,10 +176,8 @@ def _key(subject: str, machine: str) -> str:
 
 
 def _path(key: str) -> Path | None:
-    where = folder()
-    return (
-        None if where is None else where / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
-    )
+    where, name = folder(), hashlib.sha256(key.encode()).hexdigest()[:32]
+    return None if where is None else where / f"{name}.json"
 
 
 def _read(key: str) -> Verdict | None:
@@ -211,18 +192,14 @@ def _read(key: str) -> Verdict | None:
         verdict = Verdict.from_json(value)
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
-    times = dict(verdict.seconds)
-    return verdict if verdict.chosen in times and all(map(math.isfinite, times.values())) else None
+    return verdict if verdict.chosen in dict(verdict.seconds) else None
 
 
 def _write(key: str, verdict: Verdict) -> None:
     path = _path(key)
-    if path is None or not all(map(math.isfinite, dict(verdict.seconds).values())):
-        return
-    try:
-        write_json(path, {"key": key, **verdict.json()})
-    except OSError:  # a full or read-only disk: measured again by the next process
-        return
+    if path is not None:
+        with contextlib.suppress(OSError):  # a full or read-only disk: measured by the next process
+            write_json(path, {"key": key, **verdict.json()})
 
 
 def _version(package: str) -> str:
@@ -253,10 +230,8 @@ def _cuda_driver() -> int:
 def _processor() -> str:
     import platform
 
-    try:
+    with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
     return platform.processor() or platform.machine()

@@ -19,7 +19,7 @@ FOLDER = str(Path(recurx.__file__).parent)
 # What may run once for a kind of call: whole files, and functions of others.
 FILES = ("plan/", "program.py", "choices.py", "comparing.py", "schedule.py", "nets.py")
 FUNCTIONS = {
-    "encode", "decode", "decide", "check", "remember", "lower", "call_words", "_prepare", "_pack",
+    "encode", "decode", "decide", "_check", "_remember", "lower", "call_words", "_prepare", "_pack",
     "__post_init__", "_pick", "_try", "subject_of", "why_unsupported", "why_unavailable",
 }  # fmt: skip
 CHEAP = {"engine_threads", "__getitem__"}  # arithmetic on sizes; a setting of a plan

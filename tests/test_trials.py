@@ -53,11 +53,11 @@ def test_too_little_memory_is_no_verdict(monkeypatch, inputs):
 def test_nothing_is_compared_nor_relied_on_inside_a_capture(monkeypatch, inputs):
     double = Double()
     choose = use(monkeypatch, double)
-    monkeypatch.setattr(trials, "_capturing", lambda x: True)
+    monkeypatch.setattr(trials, "captured_outside", lambda device: True)
     assert choose(*inputs).name == "eager"
-    monkeypatch.setattr(trials, "_capturing", lambda x: False)
+    monkeypatch.setattr(trials, "captured_outside", lambda device: False)
     assert choose(*inputs) is double
-    monkeypatch.setattr(trials, "_capturing", lambda x: True)
+    monkeypatch.setattr(trials, "captured_outside", lambda device: True)
     assert choose(*inputs) is double  # known by now
 
 
@@ -83,12 +83,14 @@ def settled(inputs, **request):
 def test_a_right_backward_is_compared_once(monkeypatch, inputs):
     use(monkeypatch, Windowed())
     compared = []
-    real = trials.right_window
-    monkeypatch.setattr(trials, "right_window", lambda *given: compared.append(1) or real(*given))
+    real = trials.right
+    monkeypatch.setattr(
+        trials, "right", lambda half, *given: compared.append(half) or real(half, *given)
+    )
     for _ in range(2):
         found = settled(inputs)
         assert (found.backend, found.forward, found.backward) == ("double", "double", "double")
-    assert len(compared) == 1
+    assert compared == ["calls", "window save=all"]
     assert "window 3..5 on double, forward and backward" in str(found)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from recurx.backends import Backend
 from recurx.backends.weight_cache import WeightCache
 from recurx.errors import no_compiled_module
-from recurx.nets import ATTENTION, BlockSpec, Net, NetSpec
+from recurx.nets import ATTENTION, Net, NetSpec
 from recurx.operands import Operands, Span
 from recurx.plan.cpu import engine_threads
 from recurx.problem import Problem
@@ -45,49 +45,25 @@ def _load() -> tuple[ModuleType | None, str]:
     return _C, ""
 
 
-class PackedWeights:
-    """Packed nets by their weight tensors."""
-
-    def __init__(self, module: ModuleType, limit: int = MAX_PACKED) -> None:
-        self._module = module
-        self._cache = WeightCache(limit, module.cpu_fingerprint)
-
-    def get(self, spec: NetSpec, weights: Sequence[Tensor], bf16: bool, isa: str) -> Any:
-        """The packed net; packs if it is new or if a weight changed since."""
-        return self._cache.get(
-            (spec, bf16, isa), weights, lambda _: self._pack(spec, weights, bf16, isa)
+def _pack(
+    module: ModuleType, spec: NetSpec, weights: Sequence[Tensor], bf16: bool, isa: str, _: Any
+) -> Any:
+    plain = [_plain(weight) for weight in Net(spec, weights).weights]  # checked here
+    blocks = [
+        (
+            b.kind != ATTENTION, b.hidden, b.inner, b.num_heads, b.head_dim, b.tokens,
+            b.token_inner, b.eps,
         )
-
-    def clear(self) -> None:
-        self._cache.clear()
-
-    def __len__(self) -> int:
-        return len(self._cache)
-
-    def _pack(self, spec: NetSpec, weights: Sequence[Tensor], bf16: bool, isa: str) -> Any:
-        plain = [_plain(weight) for weight in Net(spec, weights).weights]  # checked here
-        blocks = [_block_tuple(block) for block in spec.blocks]
-        pointers = [(w.data_ptr(), w.dtype == torch.bfloat16) for w in plain]
-        return self._module.cpu_pack(blocks, pointers, bf16, isa)
+        for b in spec.blocks
+    ]  # fmt: skip
+    pointers = [(w.data_ptr(), w.dtype == torch.bfloat16) for w in plain]
+    return module.cpu_pack(blocks, pointers, bf16, isa)
 
 
 def _plain(weight: Tensor) -> Tensor:
     """Contiguous fp32 or bf16."""
     weight = weight.detach()
     return (weight if weight.dtype in DTYPES else weight.float()).contiguous()
-
-
-def _block_tuple(block: BlockSpec) -> tuple[bool, int, int, int, int, int, int, float]:
-    return (
-        block.kind != ATTENTION,
-        block.hidden,
-        block.inner,
-        block.num_heads,
-        block.head_dim,
-        block.tokens,
-        block.token_inner,
-        block.eps,
-    )
 
 
 class _Ready(NamedTuple):
@@ -110,20 +86,20 @@ class Cpu(Backend):
         self._given = module
         self._module: ModuleType | None = None
         self._missing: str | None = None
-        self._packed: PackedWeights | None = None
+        self._packed: WeightCache | None = None
         self._lock = threading.Lock()
         self._ready = functools.lru_cache(maxsize=256)(self._prepare)
 
-    def _engine(self) -> tuple[ModuleType | None, PackedWeights | None]:
+    def _engine(self) -> tuple[ModuleType | None, WeightCache | None]:
         with self._lock:
             if self._missing is None:
                 self._module, self._missing = (self._given, "") if self._given else _load()
                 if self._module is not None:
-                    self._packed = PackedWeights(self._module)
+                    self._packed = WeightCache(MAX_PACKED, self._module.cpu_fingerprint)
             return self._module, self._packed
 
     @property
-    def packed(self) -> PackedWeights | None:
+    def packed(self) -> WeightCache | None:
         """The cache of packed weights; None without a compiled module."""
         return self._engine()[1]
 
@@ -161,7 +137,11 @@ class Cpu(Backend):
         assert module is not None and cache is not None, "checked by why_unavailable"
         ready = self._ready(problem, span, torch.get_num_threads())
         isa, bf16 = module.cpu_isa(), problem.dtype is torch.bfloat16
-        packed = [cache.get(spec, operands.weights[cut], bf16, isa) for spec, cut in ready.nets]
+        packed = []
+        for spec, cut in ready.nets:
+            weights = operands.weights[cut]
+            make = functools.partial(_pack, module, spec, weights, bf16, isa)
+            packed.append(cache.get((spec, bf16, isa), weights, make))
         inputs = [state.contiguous() for state in (operands.x, *operands.states)]
         outputs = [torch.empty_like(state) for state in inputs[1:]]
         rope = operands.float_rope()

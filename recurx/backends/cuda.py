@@ -31,6 +31,7 @@ from recurx.backends.cuda_launch import (
     describe,
 )
 from recurx.backends.cuda_timeline import KernelTimeline
+from recurx.backends.graphs import captured_outside
 from recurx.backends.weight_cache import WeightCache
 from recurx.errors import BackendUnavailable, CudaError, how_to_compile, no_compiled_module
 from recurx.fp8 import codes_of
@@ -72,7 +73,7 @@ class Cuda(Backend):
         self._timeline: KernelTimeline | None = None
         # What does not depend on the tensors is found out once, and looked up after that.
         remember = functools.lru_cache(maxsize=256)
-        self._why_not, self._pick = remember(self._find_why_not), remember(self._find_plan)
+        self._pick = remember(self._find_plan)
         self._described = remember(self._find_description)
         self._launch = remember(self._find_launch)
 
@@ -100,7 +101,8 @@ class Cuda(Backend):
         return None
 
     def why_unsupported(self, problem: Problem) -> str | None:
-        return self._why_not(problem, self._kinds())
+        found = self._pick(problem, problem.device_type, self._kinds(), False)
+        return found if isinstance(found, str) else None
 
     def plan(
         self, problem: Problem, device: torch.device | str | None = None, fp8: bool = False
@@ -113,7 +115,10 @@ class Cuda(Backend):
         Raises:
             BackendUnavailable: nothing fits; the message gives the reason of each kind.
         """
-        return self._pick(problem, device or problem.device_type, self._kinds(), fp8)
+        found = self._pick(problem, device or problem.device_type, self._kinds(), fp8)
+        if isinstance(found, str):
+            raise BackendUnavailable(f"recurx.recurse: backend 'cuda': {found}")
+        return found
 
     def _kinds(self) -> tuple[str, ...]:
         """Kinds of plan that the build holds; the owner kernels alone write a timeline."""
@@ -124,20 +129,14 @@ class Cuda(Backend):
     def plan_device(self, device: torch.device | str) -> Device:
         return Device.of(device) if self._device is None else self._device
 
-    def _find_why_not(self, problem: Problem, kinds: tuple[str, ...]) -> str | None:
-        device = self.plan_device(problem.device_type)
-        if candidates(problem, device, self.owner_plans, kinds):
-            return None
-        return "; ".join(refusals(problem, device, self.owner_plans, kinds))
-
     def _find_plan(
         self, problem: Problem, at: torch.device | str, kinds: tuple[str, ...], fp8: bool
-    ) -> LaunchPlan:
+    ) -> LaunchPlan | str:
+        """The best plan, or why there is none."""
         device = self.plan_device(at)
         plans = candidates(problem, device, self.owner_plans, kinds, fp8)
         if not plans:
-            reasons = "; ".join(refusals(problem, device, self.owner_plans, kinds))
-            raise BackendUnavailable(f"recurx.recurse: backend 'cuda': {reasons}")
+            return "; ".join(refusals(problem, device, self.owner_plans, kinds))
         return min(plans, key=lambda plan: (plan.seconds(device), plan.settings))
 
     # ---- run it ----------------------------------------------------------------------------
@@ -242,7 +241,7 @@ class Cuda(Backend):
         def make(_: Any) -> Tensor:
             return self._pack(kind, Net(spec, weights), tokens, stream, fp8)  # checks the weights
 
-        if _captured_outside(weights[0].device):
+        if captured_outside(weights[0].device):
             return make(None)
         # The token MLP's tape depends on T, which its spec holds; attention's does not.
         tape: Tensor = self.tapes.get((kind, fp8 and kind == "grid", spec), weights, make)
@@ -286,11 +285,6 @@ class Cuda(Backend):
             yield self._timeline
         finally:
             self._timeline = None
-
-
-def _captured_outside(device: torch.device) -> bool:
-    """Whether somebody is capturing a CUDA graph of which this call becomes a part."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _aligned(tensor: Tensor) -> Tensor:

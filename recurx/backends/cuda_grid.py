@@ -17,7 +17,7 @@ from torch import Tensor
 
 from recurx.backends.cuda_abi import RxGridPlan
 from recurx.fp8 import codes_of
-from recurx.nets import ATTENTION, WEIGHT_NAMES, BlockSpec, NetSpec
+from recurx.nets import ATTENTION, BlockSpec, NetSpec
 from recurx.plan.cuda_grid import SLOTS
 from recurx.plan.launch import LaunchPlan
 
@@ -39,13 +39,8 @@ def pack(spec: NetSpec, weights: Sequence[Tensor], fp8: bool = False) -> Tensor:
         weights: flat, in the order of `recurx.nets.WEIGHT_NAMES`, any floating dtype; with `fp8`
             such that `recurx.fp8.codes_of` knows each.
     """
-    pieces, index = [], 0
-    for block in spec.blocks:
-        count = len(WEIGHT_NAMES[block.kind])
-        for slot, weight in enumerate(weights[index : index + count]):
-            pieces.append(_pack(block, slot, weight, fp8))
-        index += count
-    return torch.cat(pieces)
+    blocks = spec.by_block(weights)
+    return torch.cat([_pack(b, k, w, fp8) for b, own in blocks for k, w in enumerate(own)])
 
 
 def _pack(block: BlockSpec, slot: int, weight: Tensor, fp8: bool) -> Tensor:

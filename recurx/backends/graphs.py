@@ -29,6 +29,11 @@ def cuda_capture(launch: Callable[[], None]) -> Replay:
     return replay
 
 
+def captured_outside(device: torch.device) -> bool:
+    """Whether somebody is capturing a CUDA graph of which this call becomes a part."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class Recording:
     """Buffers, the launches on them, and their replay once they were captured."""
 

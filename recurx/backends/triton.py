@@ -20,15 +20,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from recurx.backends import Backend, Window, changed
-from recurx.backends.graphs import Capture, Recording, RecordingCache, cuda_capture
+from recurx.backends import Backend, Window
+from recurx.backends.graphs import (
+    Capture,
+    Recording,
+    RecordingCache,
+    captured_outside,
+    cuda_capture,
+)
 from recurx.backends.weight_cache import WeightCache
 from recurx.nets import ATTENTION
 from recurx.operands import Operands, Span
@@ -48,12 +53,20 @@ MAX_TOKENS = 1024
 MAX_HIDDEN = 1024
 
 
-@dataclass(frozen=True)
-class _Simulation:
+class Simulation(NamedTuple):
+    """Something else than a GPU runs what is launched, on CPU tensors.
+
+    Args:
+        device: what plans are made for.
+        capture: stands for the capture of a CUDA graph; None launches plainly.
+        kinds: the kinds of plan to choose from.
+        slice: the number of samples a slice must have, one that is proposed; None for any.
+    """
+
     device: Device
-    capture: Capture | None
-    kinds: tuple[str, ...]
-    slice: int | None
+    capture: Capture | None = None
+    kinds: tuple[str, ...] = KINDS
+    slice: int | None = None
 
 
 class Triton(Backend):
@@ -63,42 +76,13 @@ class Triton(Backend):
     def __init__(self) -> None:
         self.tapes = WeightCache(MAX_TAPES)
         self.recordings = RecordingCache(MAX_RECORDINGS)
-        self._simulation: _Simulation | None = None
-
-    @contextlib.contextmanager
-    def simulated(
-        self,
-        device: Device,
-        *,
-        capture: Capture | None = None,
-        kinds: tuple[str, ...] = KINDS,
-        slice: int | None = None,
-    ) -> Iterator[None]:
-        """Inside, CPU tensors are accepted: something else than a GPU runs what is launched.
-
-        That is up to the caller (tests/kernels has an interpreter, tests/emulator runs PTX).
-        Triton's own interpreter is not enough: it computes bf16 wrongly. Not for several threads.
-
-        Args:
-            device: what plans are made for.
-            capture: stands for the capture of a CUDA graph; None launches plainly.
-            kinds: the kinds of plan to choose from.
-            slice: the number of samples a slice must have, one that is proposed; None for any.
-        """
-        before = self._simulation
-        self._simulation = _Simulation(device, capture, kinds, slice)
-        changed()
-        try:
-            yield
-        finally:
-            self._simulation = before
-            changed()
+        self.simulation: Simulation | None = None  # of `recurx.bench.host.simulated`
 
     def runs_on(self, device_type: str) -> bool:
-        return device_type == "cuda" or (device_type == "cpu" and self._simulation is not None)
+        return device_type == "cuda" or (device_type == "cpu" and self.simulation is not None)
 
     def why_unavailable(self) -> str | None:
-        if self._simulation is None and not torch.cuda.is_available():
+        if self.simulation is None and not torch.cuda.is_available():
             return "needs a GPU; torch sees none (no device, no driver, or a build without CUDA)"
         return _why_no_triton()
 
@@ -119,8 +103,8 @@ class Triton(Backend):
 
     def plan(self, problem: Problem, device: torch.device) -> LaunchPlan:
         """How `run` would run it on `device`."""
-        if self._simulation is not None and device.type == "cpu":
-            held = self._simulation
+        if self.simulation is not None and device.type == "cpu":
+            held = self.simulation
             return _pick(problem, held.device, held.kinds, held.slice)
         return _pick(problem, Device.of(device), KINDS)
 
@@ -144,7 +128,7 @@ class Triton(Backend):
     def packed_nets(self, problem: Problem, weights: Sequence[Tensor]) -> PackedNets:
         """The weights of all nets rounded to the problem's dtype, in buffers that stay."""
         device = weights[0].device
-        if _captured_outside(device):
+        if captured_outside(device):
             return PackedNets(problem.nets, problem.dtype, device).fill(weights)
 
         def make(before: PackedNets | None) -> PackedNets:
@@ -156,8 +140,8 @@ class Triton(Backend):
 
     def _capture(self, device: torch.device) -> Capture | None:
         if device.type != "cuda":
-            return self._simulation.capture if self._simulation is not None else None
-        return None if _captured_outside(device) else cuda_capture
+            return self.simulation.capture if self.simulation is not None else None
+        return None if captured_outside(device) else cuda_capture
 
     # ---- the two ways ------------------------------------------------------------------------
 
@@ -185,7 +169,7 @@ class Triton(Backend):
             id(packed), cos_sin is None, _stream(device),
         )  # fmt: skip
         with self.recordings.lock:
-            inside = _captured_outside(device)
+            inside = captured_outside(device)
             recording = make() if inside else self.recordings.get(key, make)
             part: TiledSlice = recording.buffers
             part.set_tables(cos_sin)
@@ -238,11 +222,6 @@ def _why_no_triton() -> str | None:
         wanted = ".".join(map(str, OLDEST))
         return f"needs triton {wanted} or newer, this is {triton.__version__}"
     return None
-
-
-def _captured_outside(device: torch.device) -> bool:
-    """Whether somebody is capturing a CUDA graph of which this call becomes a part."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _stream(device: torch.device) -> int:

@@ -55,12 +55,6 @@ class TritonWindow(Window):
     def forward(
         self, problem: Problem, operands: Operands, span: Span, save: str
     ) -> tuple[list[Tensor], list[Tensor]]:
-        with torch.cuda.device_of(operands.x):  # Triton launches on the current device
-            return self._forward(problem, operands, span, save)
-
-    def _forward(
-        self, problem: Problem, operands: Operands, span: Span, save: str
-    ) -> tuple[list[Tensor], list[Tensor]]:
         x = operands.x
         nets, cos_sin = self._nets(problem, operands.weights), operands.float_rope()
         kept = [
@@ -68,11 +62,12 @@ class TritonWindow(Window):
             for shape, dtype in kept_shapes(problem, span, save)
         ]
         inputs, values = CallInputs(), [x, *operands.states]
-        for k, call in enumerate(lower(problem.schedule, span).calls):
-            spec, own = nets[call.net]
-            saved = saved_in(kept, problem, span, k) if kept else _unsaved(x, spec)
-            inputs(call, values, saved[0].h)
-            values[call.write] = _run_net(saved, spec, own, cos_sin, save == "all")
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            for k, call in enumerate(lower(problem.schedule, span).calls):
+                spec, own = nets[call.net]
+                saved = saved_in(kept, problem, span, k) if kept else _unsaved(x, spec)
+                inputs(call, values, saved[0].h)
+                values[call.write] = _run_net(saved, spec, own, cos_sin, save == "all")
         return [
             value.clone() if value is state else value
             for value, state in zip(values[1:], operands.states, strict=True)

@@ -20,6 +20,7 @@ import torch
 from recurx import backends, recurse
 from recurx.bench.cases import build
 from recurx.errors import BackendUnavailable
+from recurx.plan.device import Device
 
 SCHEMA = "recurx-host-1"
 BUDGET_US, SMALL_BUDGET_US = 150, 60
@@ -52,6 +53,28 @@ class StubLibrary:
 
 
 @contextlib.contextmanager
+def simulated(device: Device, **settings: Any) -> Iterator[None]:
+    """Inside, backend "triton" takes CPU tensors: something else than a GPU runs what is launched.
+
+    That is up to the caller (tests/kernels has an interpreter, tests/emulator runs PTX). Triton's
+    own interpreter is not enough: it computes bf16 wrongly. Not for several threads.
+
+    Args:
+        device: what plans are made for.
+        settings: the other fields of `recurx.backends.triton.Simulation`.
+    """
+    module = importlib.import_module("recurx.backends.triton")
+    before = module.BACKEND.simulation
+    module.BACKEND.simulation = module.Simulation(device, **settings)
+    backends.changed()
+    try:
+        yield
+    finally:
+        module.BACKEND.simulation = before
+        backends.changed()
+
+
+@contextlib.contextmanager
 def stubbed(name: str, reached: Reached) -> Iterator[None]:
     """Inside, backend `name` takes CPU tensors and calls `reached` where its engine would start.
 
@@ -67,13 +90,12 @@ def stubbed(name: str, reached: Reached) -> Iterator[None]:
         elif name == "triton":
             from recurx.kernels.tiled import TiledSlice
 
-            triton: Any = backends.get("triton")
             stack.callback(importlib.import_module("recurx.backends.triton").forget)
             for copies in ("launch", "enter", "leave"):  # a GPU makes them beside the host
                 stack.enter_context(mock.patch.object(TiledSlice, copies, lambda *_: None))
             stack.enter_context(mock.patch("recurx.kernels.recursion.recursion", reached))
             capture = lambda launch: reached  # noqa: E731
-            stack.enter_context(triton.simulated(DEVICES["h100"], capture=capture))
+            stack.enter_context(simulated(DEVICES["h100"], capture=capture))
         else:
             module = importlib.import_module("recurx.backends.cuda")
             engine = module.Cuda(ModuleType("stub"), DEVICES["h100"])

@@ -16,6 +16,7 @@ import recurx
 from recurx import Schedule, ops
 from recurx.backends import cuda_abi
 from recurx.backends.cuda import Cuda
+from recurx.bench.host import simulated
 from recurx.operands import Operands, Span
 from recurx.plan import DEVICES
 from recurx.plan.cuda import KINDS
@@ -128,7 +129,7 @@ def test_triton(kind: str) -> None:
     problem, operands, span = recursion(6, torch.bfloat16)
     launches = []
     with (
-        triton.BACKEND.simulated(DEVICES["h100"], kinds=(kind,), capture=lambda _: lambda: None),
+        simulated(DEVICES["h100"], kinds=(kind,), capture=lambda _: lambda: None),
         mock.patch.object(jit.JITFunction, "run", lambda *_, **__: launches.append(1)),
     ):
         assert_decided_once(lambda given: triton.BACKEND.run(problem, given, span), operands)

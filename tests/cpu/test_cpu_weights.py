@@ -64,7 +64,7 @@ def test_unchanged_weights_are_packed_once(native: cpu.Cpu, monkeypatch) -> None
     def refuse(*_: object) -> None:
         raise AssertionError("packed again")
 
-    monkeypatch.setattr(cpu.PackedWeights, "_pack", refuse)
+    monkeypatch.setattr(cpu, "_pack", refuse)
     run(native, ONE, {"L": net}, x, carry, rope())
     fresh = Net(net.spec, net.weights)  # the cache knows tensors, not nets
     run(native, ONE, {"L": fresh}, x, carry, rope())

@@ -248,7 +248,7 @@ def test_a_capture_packs_for_itself_and_leaves_nothing(
     first = checked(ONE_CALL, nets, x, carry, rope())["z_L"]  # packs, and keeps the tape
     kept = len(checked.tapes)
     launched.clear()
-    monkeypatch.setattr(backend, "_captured_outside", lambda device: True)
+    monkeypatch.setattr(backend, "captured_outside", lambda device: True)
     assert torch.equal(checked(ONE_CALL, nets, x, carry, rope())["z_L"], first)
     # A replay must find the weights of its time, so packing is one of the captured launches.
     assert launched == ["rx_owner_sm80_pack", "rx_owner_sm80_run"]
@@ -328,8 +328,7 @@ def test_the_timeline_names_every_phase_in_order() -> None:
             assert before["start_ns"] < before["end_ns"] <= after["start_ns"]
         assert [e["call"] for e in own[: len(phases)]] == [0] * 11 + [1] * 12 + [2] * 12
         assert [e["block"] for e in own if e["call"] == 0 and e["phase"] == "o"][:2] == [0, 1]
-    table = timeline.table()
-    assert all(f"| {phase} |" in table for phase in (*halves, "input", "store"))
+    assert {e["phase"] for e in events} == {*halves, "input", "store"}
     # What is recorded is the same recursion.
     assert torch.equal(recorded["z_H"], recording(schedule, nets, x, carry, rope(17))["z_H"])
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from unittest import mock
 
 from recurx.backends import triton as backend
+from recurx.bench.host import simulated
 from recurx.plan import DEVICES
 
 KINDS = backend.KINDS
@@ -25,7 +26,7 @@ def triton_on_cpu(
 
     backend.forget()
     chosen = {"kinds": kinds or KINDS, "slice": slice, "capture": capture}
-    with interpreting(), backend.BACKEND.simulated(DEVICES["a100"], **chosen):
+    with interpreting(), simulated(DEVICES["a100"], **chosen):
         try:
             yield backend.BACKEND
         finally:
