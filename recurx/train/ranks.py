@@ -14,6 +14,7 @@ import gc
 import importlib
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -87,6 +88,10 @@ class Ranks:
             return number
         return self._most(number)
 
+    def first_says(self, value: Any) -> Any:
+        """What the first rank gives here, whatever can be pickled; all must call it."""
+        return value if self.world == 1 else self._from_first(value)
+
     # ---- what a test replaces to have ranks in one process ---------------------------------------
 
     def _all_reduce(self, tensor: Tensor) -> None:
@@ -99,6 +104,11 @@ class Ranks:
         said = torch.tensor(number)
         dist.all_reduce(said, dist.ReduceOp.MAX)
         return int(said)
+
+    def _from_first(self, value: Any) -> Any:
+        said = [value]
+        dist.broadcast_object_list(said, src=0)
+        return said[0]
 
 
 def all_gather(own: Tensor, world: int) -> Tensor:

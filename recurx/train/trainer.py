@@ -167,6 +167,10 @@ class Trainer:
         start = time.perf_counter()
         self.one_step()
         self.step += 1
+        if self.step == 1 and self.ranks.world > 1:
+            # Each rank measured for itself; from here on all take what the first one found, as the
+            # state says, and as a resumed run will.
+            VERDICTS.pin(self.ranks.first_says(self._routes()))
         self.seconds += time.perf_counter() - start
         step = self.one_step
         values = step.latest.clone()  # the next step writes there again

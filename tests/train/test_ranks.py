@@ -19,6 +19,7 @@ from recurx.errors import InvalidArgument
 from recurx.models.exploration import Exploration
 from recurx.train import TrainConfig, Trainer, optim, preset, state
 from recurx.train.ranks import Ranks
+from recurx.verdicts import VERDICTS
 
 ROOT = Path(__file__).resolve().parents[2]
 TASK = "sort:length=5,values=4"
@@ -83,6 +84,9 @@ class ThreadRanks(Ranks):
 
     def _most(self, number: int) -> int:
         return max(self.meeting.all(self.rank, number))
+
+    def _from_first(self, value):
+        return self.meeting.all(self.rank, value)[0]
 
 
 def in_threads(world: int, make: Callable[[Ranks], Trainer], work: Callable) -> list:
@@ -250,3 +254,15 @@ def test_the_command_under_torchrun_is_the_command_alone(tmp_path) -> None:
     assert_same_run(state._flatten(tensors), whole_state(alone))
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [5, 10]
+
+
+def test_all_ranks_take_what_the_first_one_measured(monkeypatch) -> None:
+    def routes(trainer: Trainer) -> dict:
+        name = ("cpu", "eager")[trainer.ranks.rank]
+        return {"calls of a test": {"chosen": name, "seconds": {}, "calls": 0}}
+
+    pinned = []
+    monkeypatch.setattr(Trainer, "_routes", routes)
+    monkeypatch.setattr(VERDICTS, "pin", pinned.append)
+    in_threads(2, lambda ranks: made(config(), ranks=ranks), lambda trainer: trainer.train_step())
+    assert [found["calls of a test"]["chosen"] for found in pinned] == ["cpu", "cpu"]
