@@ -146,11 +146,8 @@ def _run(call: Call) -> dict[str, Tensor]:
     if way.backward == "autograd":
         states = reference.run(call.schedule, call.bound(), call.x, states, call.rope, *span)
         return states if torch.compiler.is_compiling() else _once(states)
-    cos, sin = call.rope or (None, None)
-    out = ops.window_op(
-        call.x, list(states.values()), list(call.weights), cos, sin,
-        encode(call.schedule, call.specs), way.backward, way.forward, *span, call.save,
-    )  # fmt: skip
+    key, operands = encode(call.schedule, call.specs), call.operands(states)
+    out = ops.window_op(*operands.flat(), key, way.backward, way.forward, *span, call.save)
     return dict(zip(states, out, strict=False))  # what follows the states is kept
 
 
@@ -168,11 +165,8 @@ def _before_window(call: Call, way: _Way | Route, direct: bool) -> dict[str, Ten
 def _through_op(
     call: Call, states: dict[str, Tensor], backend: str, start: int, stop: int
 ) -> dict[str, Tensor]:
-    cos, sin = call.rope or (None, None)
-    out = ops.recurse_op(
-        call.x, list(states.values()), list(call.weights), cos, sin,
-        encode(call.schedule, call.specs), backend, start, stop,
-    )  # fmt: skip
+    key, operands = encode(call.schedule, call.specs), call.operands(states)
+    out = ops.recurse_op(*operands.flat(), key, backend, start, stop)
     return dict(zip(states, out, strict=True))
 
 

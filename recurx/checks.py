@@ -96,9 +96,7 @@ class Checked:
     """What is remembered of a checked call: its sizes as a problem, and its routes."""
 
     def __init__(self, call: Call) -> None:
-        self.problem = call.problem()
-        self.states = tuple(call.states)
-        self.start, self.stop = call.start, call.stop
+        self.problem, self.start, self.stop = call.problem(), call.start, call.stop
         self._routes: dict[bool, tuple[tuple[int, ...], Route]] = {}
 
     def route(self, grad: bool) -> Route | None:
@@ -141,10 +139,10 @@ def _checked_before(given: Given) -> Call | None:
         weights_of[name] = found[1]
     shape, dtype, device = x.shape, x.dtype, x.device
     checked = _checked.get((schedule, tuple(specs), shape, dtype, device, given.settings()))
-    if checked is None or len(carry) != len(checked.states):
+    if checked is None or len(carry) != len(schedule.states):
         return None
     states = {}
-    for name in checked.states:
+    for name in schedule.states:
         state = carry.get(name)
         if not isinstance(state, Tensor) or state.shape != shape or state.dtype != dtype:
             return None

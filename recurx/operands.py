@@ -7,7 +7,7 @@ has checked the tensors. Only recurx/ops.py takes them apart, because torch.libr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,11 +49,9 @@ class Operands(NamedTuple):
         """From the first arguments of an op of recurx/ops.py."""
         return cls(x, tuple(states), tuple(weights), rope_of(cos, sin))
 
-    def flat(
-        self,
-    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None, Tensor | None]:
+    def flat(self) -> tuple[Any, ...]:
         """x, states, weights, cos, sin: the first arguments of an op of recurx/ops.py."""
-        return self.x, self.states, self.weights, *(self.rope or (None, None))
+        return self.x, list(self.states), list(self.weights), *(self.rope or (None, None))
 
     def contiguous(self) -> Operands:
         """With x and states in contiguous memory."""

@@ -138,9 +138,9 @@ class Route:
         start = self.request.start
         if self.window is None:
             return f"without gradient: calls {_range(start, stop)} on {self.backend}"
-        if self.backward == self.forward == self.window.backend != EAGER:
+        if self.backward == self.forward:
             how = f'{self.forward}, forward and backward (save="all", "block" or "states")'
-        elif self.backward == self.window.backend != EAGER:
+        elif self.window.backend != EAGER:
             how = f"{self.forward}, backward on {self.backward}"
         elif self.backward == "reference":
             how = f"{self.forward}, backward recomputes call by call"

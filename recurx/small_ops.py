@@ -6,6 +6,7 @@ import functools
 import importlib.util
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 LEAST_CAPABILITY = (7, 0)  # what Triton compiles for
@@ -20,15 +21,11 @@ def on_triton(tensor: Tensor) -> bool:
     """Whether kernels of `recurx.kernels` run on the device of `tensor`; imports nothing."""
     if not tensor.is_cuda or not _has_triton():
         return False
-    import torch
-
     return torch.cuda.get_device_capability(tensor.device) >= LEAST_CAPABILITY
 
 
 def takes(*tensors: Tensor) -> bool:
     """Whether a kernel over address tables (`kernels.multi_tensor`) runs on these."""
-    import torch
-
     kinds = (torch.float32, torch.bfloat16)
     return all(on_triton(t) and t.dtype in kinds and t.is_contiguous() for t in tensors)
 

@@ -21,7 +21,7 @@ import contextlib
 import functools
 import importlib.util
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,34 +39,17 @@ from recurx.nets import ATTENTION
 from recurx.operands import Operands, Span
 from recurx.packed import PackedNets
 from recurx.plan.device import Device
-from recurx.plan.launch import LaunchPlan, all_candidates
+from recurx.plan.launch import LaunchPlan
 from recurx.problem import Problem
 from recurx.program import Program, lower
 
 MAX_TAPES = 16  # sets of nets kept rounded; a full-size TRM net is 14 MB in bf16
 MAX_RECORDINGS = 8  # each holds a slice's activations (tens of MB) and its graph
 OLDEST = (3, 6)  # of Triton: the first whose code these kernels are tested with
-KINDS = ("tiled", "persistent")  # of plan
 DTYPES = (torch.bfloat16, torch.float32)
 HEAD_DIMS = (32, 64, 128)
 MAX_TOKENS = 1024
 MAX_HIDDEN = 1024
-
-
-class Simulation(NamedTuple):
-    """Something else than a GPU runs what is launched, on CPU tensors.
-
-    Args:
-        device: what plans are made for.
-        capture: stands for the capture of a CUDA graph; None launches plainly.
-        kinds: the kinds of plan to choose from.
-        slice: the number of samples a slice must have, one that is proposed; None for any.
-    """
-
-    device: Device
-    capture: Capture | None = None
-    kinds: tuple[str, ...] = KINDS
-    slice: int | None = None
 
 
 class Triton(Backend):
@@ -76,15 +59,11 @@ class Triton(Backend):
     def __init__(self) -> None:
         self.tapes = WeightCache(MAX_TAPES)
         self.recordings = RecordingCache(MAX_RECORDINGS)
-        self.simulation: Simulation | None = None  # of `recurx.bench.host.simulated`
-
-    def runs_on(self, device_type: str) -> bool:
-        return device_type == "cuda" or (device_type == "cpu" and self.simulation is not None)
 
     def why_unavailable(self) -> str | None:
-        if self.simulation is None and not torch.cuda.is_available():
+        if not torch.cuda.is_available():
             return "needs a GPU; torch sees none (no device, no driver, or a build without CUDA)"
-        return _why_no_triton()
+        return why_no_triton()
 
     def why_unsupported(self, problem: Problem) -> str | None:
         if problem.opaque:
@@ -103,10 +82,7 @@ class Triton(Backend):
 
     def plan(self, problem: Problem, device: torch.device) -> LaunchPlan:
         """How `run` would run it on `device`."""
-        if self.simulation is not None and device.type == "cpu":
-            held = self.simulation
-            return _pick(problem, held.device, held.kinds, held.slice)
-        return _pick(problem, Device.of(device), KINDS)
+        return _pick(problem, Device.of(device))
 
     def run(self, problem: Problem, operands: Operands, span: Span) -> list[Tensor]:
         x, states = operands.x.detach(), tuple(state.detach() for state in operands.states)
@@ -139,8 +115,6 @@ class Triton(Backend):
         return self.tapes.get(key, weights, make)
 
     def _capture(self, device: torch.device) -> Capture | None:
-        if device.type != "cuda":
-            return self.simulation.capture if self.simulation is not None else None
         return None if captured_outside(device) else cuda_capture
 
     # ---- the two ways ------------------------------------------------------------------------
@@ -200,19 +174,13 @@ class Triton(Backend):
 
 
 @functools.lru_cache(maxsize=256)
-def _pick(
-    problem: Problem, device: Device, kinds: tuple[str, ...], slice: int | None = None
-) -> LaunchPlan:
-    """`LaunchPlan.pick`, remembered (it costs more than a launch) and held to some plans."""
-    if kinds == KINDS and slice is None:
-        return LaunchPlan.pick(problem, device, Triton.name)
-    plans = [p for p in all_candidates(problem, device, Triton.name) if p.kind in kinds]
-    plans = [p for p in plans if slice is None or dict(p.settings).get("slice") == slice]
-    return min(plans, key=lambda plan: plan.seconds(device))
+def _pick(problem: Problem, device: Device) -> LaunchPlan:
+    """`LaunchPlan.pick`, remembered: it costs more than a launch."""
+    return LaunchPlan.pick(problem, device, Triton.name)
 
 
 @functools.cache
-def _why_no_triton() -> str | None:
+def why_no_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "needs the package triton, which is not installed; CUDA builds of torch bring it"
     import triton

@@ -8,9 +8,10 @@ call costs on the host: checks, the route, packed weights and tables looked up.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -18,9 +19,13 @@ from unittest import mock
 import torch
 
 from recurx import backends, recurse
+from recurx.backends import triton
+from recurx.backends.graphs import Capture
 from recurx.bench.cases import build
 from recurx.errors import BackendUnavailable
 from recurx.plan.device import Device
+from recurx.plan.launch import LaunchPlan, all_candidates
+from recurx.problem import Problem
 
 SCHEMA = "recurx-host-1"
 BUDGET_US, SMALL_BUDGET_US = 150, 60
@@ -32,6 +37,7 @@ ROWS = (
       for batch in (1, 8, 64)),
     ("small-64", 1, "bf16", "triton", BUDGET_US),
 )  # fmt: skip
+TRITON_KINDS = ("tiled", "persistent")  # of plan
 WARM = 20  # calls that plan, lower and pack
 Reached = Callable[..., Any]
 
@@ -52,8 +58,43 @@ class StubLibrary:
         return 256
 
 
+class _Simulated(triton.Triton):
+    """Takes CPU tensors."""
+
+    def __init__(
+        self, device: Device, capture: Capture | None, kinds: Sequence[str], slice: int | None
+    ) -> None:
+        super().__init__()
+        self._device, self._given, self._kinds, self._slice = device, capture, kinds, slice
+        self._pick = functools.lru_cache(maxsize=256)(self._find_plan)
+
+    def runs_on(self, device_type: str) -> bool:
+        return device_type in ("cuda", "cpu")
+
+    def why_unavailable(self) -> str | None:
+        return triton.why_no_triton()
+
+    def plan(self, problem: Problem, device: torch.device) -> LaunchPlan:
+        return self._pick(problem) if device.type == "cpu" else super().plan(problem, device)
+
+    def _find_plan(self, problem: Problem) -> LaunchPlan:
+        plans = [p for p in all_candidates(problem, self._device, "triton")
+                 if p.kind in self._kinds
+                 and self._slice in (None, dict(p.settings).get("slice"))]  # fmt: skip
+        return min(plans, key=lambda plan: plan.seconds(self._device))
+
+    def _capture(self, device: torch.device) -> Capture | None:
+        return self._given if device.type == "cpu" else super()._capture(device)
+
+
 @contextlib.contextmanager
-def simulated(device: Device, **settings: Any) -> Iterator[None]:
+def simulated(
+    device: Device,
+    *,
+    capture: Capture | None = None,
+    kinds: Sequence[str] = TRITON_KINDS,
+    slice: int | None = None,
+) -> Iterator[None]:
     """Inside, backend "triton" takes CPU tensors: something else than a GPU runs what is launched.
 
     That is up to the caller (tests/kernels has an interpreter, tests/emulator runs PTX). Triton's
@@ -61,17 +102,16 @@ def simulated(device: Device, **settings: Any) -> Iterator[None]:
 
     Args:
         device: what plans are made for.
-        settings: the other fields of `recurx.backends.triton.Simulation`.
+        capture: stands for the capture of a CUDA graph; None launches plainly.
+        kinds: the kinds of plan to choose from.
+        slice: the number of samples a slice must have, one that is proposed; None for any.
     """
-    module = importlib.import_module("recurx.backends.triton")
-    before = module.BACKEND.simulation
-    module.BACKEND.simulation = module.Simulation(device, **settings)
-    backends.changed()
-    try:
-        yield
-    finally:
-        module.BACKEND.simulation = before
+    with contextlib.ExitStack() as stack:
+        stack.callback(backends.changed)  # after the real one is back
+        engine = _Simulated(device, capture, kinds, slice)
+        stack.enter_context(mock.patch.object(triton, "BACKEND", engine))
         backends.changed()
+        yield
 
 
 @contextlib.contextmanager
@@ -90,7 +130,6 @@ def stubbed(name: str, reached: Reached) -> Iterator[None]:
         elif name == "triton":
             from recurx.kernels.tiled import TiledSlice
 
-            stack.callback(importlib.import_module("recurx.backends.triton").forget)
             for copies in ("launch", "enter", "leave"):  # a GPU makes them beside the host
                 stack.enter_context(mock.patch.object(TiledSlice, copies, lambda *_: None))
             stack.enter_context(mock.patch("recurx.kernels.recursion.recursion", reached))

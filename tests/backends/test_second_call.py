@@ -142,8 +142,7 @@ def test_the_op_makes_one_problem(native) -> None:
     key = encode(problem.schedule, problem.nets)
 
     def run(given: Operands) -> object:
-        x, states, weights, cos, sin = given.flat()
-        return ops.recurse_op(x, list(states), list(weights), cos, sin, key, "cpu", *span)
+        return ops.recurse_op(*given.flat(), key, "cpu", *span)
 
     assert {"decode", "from_key"} <= decisions(lambda: run(operands))
     assert not decisions(lambda: run(operands)) & {"decode", "from_key", "__init__", "lower"}

@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator
 from unittest import mock
 
 from recurx.backends import triton as backend
+from recurx.bench.host import TRITON_KINDS as KINDS
 from recurx.bench.host import simulated
 from recurx.plan import DEVICES
-
-KINDS = backend.KINDS
 
 
 @contextlib.contextmanager
