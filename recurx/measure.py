@@ -181,17 +181,17 @@ def barrier_us() -> float:
     calls, tokens, width = 4, 97, 512
     spec = BlockSpec(ATTENTION, width, width, num_heads=8)
     weights = [_random(*shape) / width for shape in spec.weight_shapes]
-    block = (False, width, width, spec.num_heads, spec.head_dim, spec.tokens, spec.token_inner,
-             spec.eps)  # fmt: skip
-    net = _C.cpu_pack([block], [(weight.data_ptr(), False) for weight in weights], False, isa)
+    pointers = [(weight.data_ptr(), False) for weight in weights]
+    net = _C.cpu_pack([spec.numbers], pointers, False, isa)
     state = torch.ones(1, tokens, width)
     out = torch.empty_like(state)
 
+    # Every call writes state 1 from itself and from x, which is state 0; no sum is shared.
+    program = _C.Program([(0, 1, [1], [0], 0)] * calls)
+
     def run() -> None:
-        # Every call writes state 1 from itself and from x, which is state 0.
-        _C.cpu_run([net], [(0, 1, [1], [0])] * calls, (1, tokens, width),
-                   [state.data_ptr()] * 2, [0, out.data_ptr()], 0, 0,
-                   torch.get_num_threads())  # fmt: skip
+        _C.cpu_run([net], program, (1, tokens, width), [state.data_ptr()] * 2,
+                   [0, out.data_ptr()], 0, 0, torch.get_num_threads())  # fmt: skip
 
     return 1e6 * _lost(run) / (calls * BARRIERS)
 

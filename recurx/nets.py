@@ -70,6 +70,12 @@ class BlockSpec:
             mixer = ((2 * self.token_inner, self.tokens), (self.tokens, self.token_inner))
         return (*mixer, (2 * f, d), (d, f))
 
+    @property
+    def numbers(self) -> tuple[Any, ...]:
+        """As the compiled CPU engine takes a block."""
+        sizes = self.hidden, self.inner, self.num_heads, self.head_dim, self.tokens
+        return self.kind != ATTENTION, *sizes, self.token_inner, self.eps
+
     @classmethod
     def from_key(cls, key: str) -> BlockSpec:
         """The block whose `key` is given."""
@@ -201,10 +207,7 @@ def as_net(module: Any, where: str = "?") -> Net | Callable[[Tensor], Tensor]:
 
 
 def rope_tables(
-    tokens: int,
-    head_dim: int,
-    base: float = 10000.0,
-    device: torch.device | str | None = None,
+    tokens: int, head_dim: int, base: float = 10000.0, device: torch.device | str | None = None
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of rotary position embeddings, both fp32 [T, head_dim], rotate-half pairing.
 

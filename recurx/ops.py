@@ -10,6 +10,7 @@ states, what its backward will read. `recurx.recurse` composes both with a detac
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,12 +33,7 @@ def problem_of(key: str, x: Tensor, cos: Tensor | None, needs_grad: bool = False
 
 @functools.lru_cache(maxsize=1024)
 def _problem(
-    key: str,
-    shape: torch.Size,
-    dtype: torch.dtype,
-    device_type: str,
-    rope: bool,
-    needs_grad: bool,
+    key: str, shape: torch.Size, dtype: torch.dtype, device_type: str, rope: bool, needs_grad: bool
 ) -> Problem:
     return Problem(*decode(key), *shape, dtype, device_type, rope, needs_grad)
 
@@ -179,10 +175,7 @@ def _window_fake(x: Tensor, states: Sequence[Tensor], *rest: Any) -> list[Tensor
     window = backends.get(backend).window(problem)
     assert window is not None, "the route names backends that have one"
     kept = window.kept(problem, Span(int(start), int(stop)), save)
-    return [
-        *_recurse_fake(x, states),
-        *(x.new_empty(shape, dtype=dtype) for shape, dtype in kept),
-    ]
+    return [*_recurse_fake(x, states), *(x.new_empty(shape, dtype=dtype) for shape, dtype in kept)]
 
 
 def _window_backward(
@@ -248,18 +241,18 @@ def _save_window(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> Non
 
 
 def _differentiate_window(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    x, *rest = ctx.saved_tensors
-    cos, sin = (rest.pop(0), rest.pop(0)) if ctx.rope else (None, None)
-    cut = [ctx.num_states, ctx.num_outs, ctx.num_weights]
-    ends = [sum(cut[: i + 1]) for i in range(3)]
-    states, outs, weights = (rest[end - n : end] for n, end in zip(cut, ends, strict=True))
+    rest = iter(ctx.saved_tensors)
+    x, *tables = itertools.islice(rest, 3 if ctx.rope else 1)
+    cos, sin = tables or (None, None)
+    sizes = ctx.num_states, ctx.num_outs, ctx.num_weights
+    states, outs, weights = (list(itertools.islice(rest, size)) for size in sizes)
     grads = grads[: ctx.num_states]
     given = [grad is not None for grad in grads]
     x_wanted, states_wanted, weights_wanted, *_ = ctx.needs_input_grad
     wants = [bool(x_wanted), *_each(states_wanted), *_each(weights_wanted)]
     results = window_backward_op(
         [grad for grad in grads if grad is not None], x, states, outs, weights, cos, sin,
-        rest[ends[-1] :], ctx.key, ctx.backend, ctx.start, ctx.stop, ctx.save, given, wants,
+        list(rest), ctx.key, ctx.backend, ctx.start, ctx.stop, ctx.save, given, wants,
     )  # fmt: skip
     flow = iter(results)
     d_x, *flat = [next(flow) if wanted else None for wanted in wants]

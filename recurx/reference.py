@@ -14,6 +14,7 @@ same order. Shapes: h, x and states [B, T, D]; cos and sin [T, head_dim].
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -89,15 +90,10 @@ def call(h: Tensor, net: AnyNet, cos_sin: CosSin | None) -> Tensor:
 
 def call_input(step: Step, values: Mapping[str, Tensor]) -> Tensor:
     """sum(state) + (sum(inject)), each sum left to right, in the dtype of the states."""
-    h = values[step.state[0]]
-    for name in step.state[1:]:
-        h = h + values[name]
-    if step.inject:
-        inject = values[step.inject[0]]
-        for name in step.inject[1:]:
-            inject = inject + values[name]
-        h = h + inject
-    return h
+    h = functools.reduce(torch.add, [values[name] for name in step.state])
+    if not step.inject:
+        return h
+    return h + functools.reduce(torch.add, [values[name] for name in step.inject])
 
 
 def run(

@@ -204,12 +204,7 @@ def _route(problem: Problem, device: Where | None, request: Request, now: Stamp)
     return decide(problem, device, request)
 
 
-def decide(
-    problem: Problem,
-    device: Where | None,
-    request: Request,
-    proven: bool = False,
-) -> Route:
+def decide(problem: Problem, device: Where | None, request: Request, proven: bool = False) -> Route:
     """`route` without its memory.
 
     Args:
@@ -228,14 +223,9 @@ def decide(
     if split == stop:
         return Route(problem, where, request, calls, None, split)
     window = choose_window(problem, where, request.backend, request.save, proven)
-    forward, backward = EAGER, "autograd"
-    if window.backend != EAGER:
-        backward = window.backend
-        forward = calls.backend if request.save == "states" else backward
-    elif request.save == "states":
-        forward, backward = calls.backend, "reference"
-    elif request.save == "block":
-        backward = "recompute"
+    pytorch = {"all": "autograd", "block": "recompute", "states": "reference"}
+    backward = pytorch[request.save] if window.backend == EAGER else window.backend
+    forward = calls.backend if request.save == "states" else window.backend
     return Route(problem, where, request, calls, window, split, forward, backward)
 
 
@@ -288,11 +278,8 @@ def has_fused(device_type: str) -> bool:
 
     A constant of the process, so torch.compile does not trace the look-up.
     """
-    return any(
-        backends.auto_may_take(name, device_type) and backends.get(name).why_unavailable() is None
-        for name in backends.ORDER
-        if name != EAGER
-    )
+    fused = (n for n in backends.ORDER if n != EAGER and backends.auto_may_take(n, device_type))
+    return any(backends.get(name).why_unavailable() is None for name in fused)
 
 
 def window_backend(

@@ -178,11 +178,7 @@ class Schedule:
 
     @classmethod
     def hier(
-        cls,
-        n: int,
-        h_cycles: int = 3,
-        l_cycles: int | None = None,
-        window: int | str | None = None,
+        cls, n: int, h_cycles: int = 3, l_cycles: int | None = None, window: int | str | None = None
     ) -> Schedule:
         """TRM with n low-level states: call k writes z_Lk from the sum of all n (TRM, ablations).
 

@@ -107,12 +107,7 @@ class Window(abc.ABC):
 
 
 # The order in which backends are considered where nothing else tells one from another.
-ORDER = (
-    "cuda",
-    "cpu",
-    "triton",
-    "eager",
-)
+ORDER = ("cuda", "cpu", "triton", "eager")
 NAMES = ("auto", *ORDER)
 
 

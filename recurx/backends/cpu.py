@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import os
-import threading
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -49,13 +48,7 @@ def _pack(
     module: ModuleType, spec: NetSpec, weights: Sequence[Tensor], bf16: bool, isa: str, _: Any
 ) -> Any:
     plain = [_plain(weight) for weight in Net(spec, weights).weights]  # checked here
-    blocks = [
-        (
-            b.kind != ATTENTION, b.hidden, b.inner, b.num_heads, b.head_dim, b.tokens,
-            b.token_inner, b.eps,
-        )
-        for b in spec.blocks
-    ]  # fmt: skip
+    blocks = [block.numbers for block in spec.blocks]
     pointers = [(w.data_ptr(), w.dtype == torch.bfloat16) for w in plain]
     return module.cpu_pack(blocks, pointers, bf16, isa)
 
@@ -84,29 +77,23 @@ class Cpu(Backend):
     def __init__(self, module: ModuleType | None = None) -> None:
         """`module`: a build of the engine other than recurx._C (tests run emulated engines)."""
         self._given = module
-        self._module: ModuleType | None = None
-        self._missing: str | None = None
-        self._packed: WeightCache | None = None
-        self._lock = threading.Lock()
+        self.packed = WeightCache(MAX_PACKED, lambda memory: self._engine().cpu_fingerprint(memory))
         self._ready = functools.lru_cache(maxsize=256)(self._prepare)
 
-    def _engine(self) -> tuple[ModuleType | None, WeightCache | None]:
-        with self._lock:
-            if self._missing is None:
-                self._module, self._missing = (self._given, "") if self._given else _load()
-                if self._module is not None:
-                    self._packed = WeightCache(MAX_PACKED, self._module.cpu_fingerprint)
-            return self._module, self._packed
+    @functools.cached_property
+    def _found(self) -> tuple[ModuleType | None, str]:
+        """The compiled module, or why there is none."""
+        return _load() if self._given is None else (self._given, "")
 
-    @property
-    def packed(self) -> WeightCache | None:
-        """The cache of packed weights; None without a compiled module."""
-        return self._engine()[1]
+    def _engine(self) -> ModuleType:
+        module, _ = self._found
+        assert module is not None, "checked by why_unavailable"
+        return module
 
     def why_unavailable(self) -> str | None:
-        module, _ = self._engine()
+        module, missing = self._found
         if module is None:
-            return self._missing
+            return missing
         try:
             module.cpu_isa()
         except RuntimeError as error:
@@ -133,15 +120,14 @@ class Cpu(Backend):
         return None
 
     def run(self, problem: Problem, operands: Operands, span: Span) -> list[Tensor]:
-        module, cache = self._engine()
-        assert module is not None and cache is not None, "checked by why_unavailable"
+        module = self._engine()
         ready = self._ready(problem, span, torch.get_num_threads())
         isa, bf16 = module.cpu_isa(), problem.dtype is torch.bfloat16
         packed = []
         for spec, cut in ready.nets:
             weights = operands.weights[cut]
             make = functools.partial(_pack, module, spec, weights, bf16, isa)
-            packed.append(cache.get((spec, bf16, isa), weights, make))
+            packed.append(self.packed.get((spec, bf16, isa), weights, make))
         inputs = [state.contiguous() for state in (operands.x, *operands.states)]
         outputs = [torch.empty_like(state) for state in inputs[1:]]
         rope = operands.float_rope()
@@ -158,8 +144,6 @@ class Cpu(Backend):
         return outputs
 
     def _prepare(self, problem: Problem, span: Span, threads: int) -> _Ready:
-        module, _ = self._engine()
-        assert module is not None, "checked by why_unavailable"
         calls = lower(problem.schedule, span).calls
         order = [name for name, _ in problem.nets]
         steps = [
@@ -174,7 +158,7 @@ class Cpu(Backend):
             for name, spec in problem.nets
         }
         return _Ready(
-            module.Program(steps),
+            self._engine().Program(steps),
             tuple((spec, cut) for (_, spec), cut in zip(problem.nets, problem.cuts, strict=True)),
             (problem.batch, problem.tokens, problem.hidden),
             problem.batch * problem.tokens,
@@ -188,5 +172,4 @@ BACKEND = Cpu()
 
 def forget() -> None:
     """Drop all packed weights, so that the next call packs anew."""
-    if BACKEND.packed is not None:
-        BACKEND.packed.clear()
+    BACKEND.packed.clear()

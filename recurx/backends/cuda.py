@@ -23,13 +23,7 @@ import torch
 from torch import Tensor
 
 from recurx.backends import Backend, cuda_abi, cuda_grid
-from recurx.backends.cuda_launch import (
-    Launch,
-    blocks,
-    call_words,
-    check_inputs,
-    describe,
-)
+from recurx.backends.cuda_launch import Launch, blocks, call_words, check_inputs, describe
 from recurx.backends.cuda_timeline import KernelTimeline
 from recurx.backends.graphs import captured_outside
 from recurx.backends.weight_cache import WeightCache

@@ -64,17 +64,13 @@ def check_inputs(problem: Problem, operands: Operands) -> None:
         raise bad_argument(
             "recurse", "carry", f"{len(problem.schedule.states)} states", len(operands.states)
         )
-    for number, tensor in enumerate(tensors):
+    for name, tensor in zip((INPUT, *problem.schedule.states), tensors, strict=True):
         if tensor.shape != shape or tensor.dtype is not torch.bfloat16:
-            raise bad_argument(
-                "recurse", (INPUT, *problem.schedule.states)[number], f"bfloat16 {list(shape)}",
-                f"{tensor.dtype} {list(tensor.shape)}",
-            )  # fmt: skip
+            got = f"{tensor.dtype} {list(tensor.shape)}"
+            raise bad_argument("recurse", name, f"bfloat16 {list(shape)}", got)
         if tensor.device != device:
-            raise bad_argument(
-                "recurse", (INPUT, *problem.schedule.states)[number], f"a tensor on {device}",
-                f"one on {tensor.device}",
-            )  # fmt: skip
+            got = f"one on {tensor.device}"
+            raise bad_argument("recurse", name, f"a tensor on {device}", got)
 
 
 def describe(problem: Problem, span: Span) -> RxRecursion:
@@ -112,9 +108,7 @@ def call_words(problem: Problem, span: Span) -> tuple[int, ...]:
             order.index(call.net), write, len(call.state), len(call.inject),
             SUM_OWN if call.shared is None else shared, call.stays,
         )  # fmt: skip
-        c.state[: c.num_state], c.inject[: c.num_inject] = (
-            reads[: c.num_state],
-            reads[c.num_state :],
-        )
+        c.state[: c.num_state] = reads[: c.num_state]
+        c.inject[: c.num_inject] = reads[c.num_state :]
         words += (ctypes.c_int32 * (ctypes.sizeof(c) // 4)).from_buffer(c)
     return tuple(words)

@@ -53,10 +53,6 @@ class Recording:
             self._replay = capture(self._launch)
         self._replay()
 
-    @property
-    def captured(self) -> bool:
-        return self._replay is not None
-
 
 class RecordingCache:
     """Recordings by key, the least recently used dropped first (with its buffers and graph).

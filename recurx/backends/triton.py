@@ -17,11 +17,9 @@ As always with CUDA graphs, the same call must have run once before.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,9 +90,10 @@ class Triton(Backend):
         plan = self.plan(problem, x.device)
         program = lower(problem.schedule, span)
         packed = self.packed_nets(problem, operands.weights)
-        way = {"tiled": self._run_tiled, "persistent": self._run_persistent}[plan.kind]
-        with _device_of(x):
-            return way(plan, problem, program, packed, operands)
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            if plan.kind == "tiled":
+                return self._run_tiled(int(plan["slice"]), problem, program, packed, operands)
+            return self._run_persistent(plan, program, packed, operands)
 
     def window(self, problem: Problem) -> Window:
         from recurx.backends.triton_window import TritonWindow
@@ -121,7 +120,7 @@ class Triton(Backend):
 
     def _run_tiled(
         self,
-        plan: LaunchPlan,
+        size: int,
         problem: Problem,
         program: Program,
         packed: PackedNets,
@@ -129,7 +128,7 @@ class Triton(Backend):
     ) -> list[Tensor]:
         from recurx.kernels.tiled import TiledSlice
 
-        size, device, cos_sin = int(plan["slice"]), operands.x.device, operands.rope
+        device, cos_sin = operands.x.device, operands.rope
         inputs = (operands.x, *operands.states)
         outputs = [torch.empty_like(state) for state in operands.states]
         capture = self._capture(device)
@@ -155,12 +154,7 @@ class Triton(Backend):
         return outputs
 
     def _run_persistent(
-        self,
-        plan: LaunchPlan,
-        problem: Problem,
-        program: Program,
-        packed: PackedNets,
-        operands: Operands,
+        self, plan: LaunchPlan, program: Program, packed: PackedNets, operands: Operands
     ) -> list[Tensor]:
         from recurx.kernels.recursion import recursion
 
@@ -194,11 +188,6 @@ def why_no_triton() -> str | None:
 
 def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-def _device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device: make it the tensors' own."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
 BACKEND = Triton()

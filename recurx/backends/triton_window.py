@@ -17,6 +17,7 @@ there; weight gradients cost one launch a weight and call, and one more a window
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -224,25 +225,20 @@ class CallInputs:
 
     def __call__(self, call: Call, values: Sequence[Tensor], out: Tensor) -> None:
         """Into `out`: left to right, rounded after each addition; `values` by slot."""
-        total = _sum([values[slot] for slot in call.state])
+        total = functools.reduce(torch.add, [values[slot] for slot in call.state])
         if call.inject:
             torch.add(total, self._inject(call, values), out=out)
         else:
             out.copy_(total)
 
     def _inject(self, call: Call, values: Sequence[Tensor]) -> Tensor:
-        if call.shared is None:
-            return _sum([values[slot] for slot in call.inject])
-        if call.shared != self._shared or self._sum is None:
-            self._shared, self._sum = call.shared, _sum([values[slot] for slot in call.inject])
+        if call.shared is None or call.shared != self._shared:
+            total = functools.reduce(torch.add, [values[slot] for slot in call.inject])
+            if call.shared is None:
+                return total
+            self._shared, self._sum = call.shared, total
+        assert self._sum is not None, "held with its number"
         return self._sum
-
-
-def _sum(terms: Sequence[Tensor]) -> Tensor:
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
 
 
 def _unsaved(x: Tensor, spec: NetSpec) -> list[Saved]:

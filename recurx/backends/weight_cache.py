@@ -45,12 +45,7 @@ class WeightCache:
         self._lock = threading.Lock()
         self._entries: OrderedDict[Any, _Entry] = OrderedDict()
 
-    def get(
-        self,
-        key: Hashable,
-        weights: Sequence[Tensor],
-        make: Callable[[Any], Any],
-    ) -> Any:
+    def get(self, key: Hashable, weights: Sequence[Tensor], make: Callable[[Any], Any]) -> Any:
         """What `make` made of these weights; made again if a weight changed since.
 
         Args:

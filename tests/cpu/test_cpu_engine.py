@@ -235,7 +235,7 @@ def test_small_work_stays_on_one_thread(
 ) -> None:
     """Where the limit lies: 2 * B * T times the weights that the calls read."""
     used: list[int] = []
-    module = types.SimpleNamespace(**vars(native._engine()[0]))
+    module = types.SimpleNamespace(**vars(native._engine()))
     real = module.cpu_run
     module.cpu_run = lambda *arguments: [used.append(arguments[-1]), real(*arguments)][1]
     backend, schedule = cpu.Cpu(module), Schedule.trm(1, 2)
