@@ -114,7 +114,8 @@ def _run(call: Call) -> dict[str, Tensor]:
     tensors = (call.x, *call.states.values(), *call.weights)
     grad = torch.is_grad_enabled()
     grad = grad and (bool(call.opaque) or any(t.requires_grad for t in tensors))
-    if forward_ad._current_level >= 0 and _dual(tensors):
+    forward_mode = forward_ad._current_level >= 0
+    if forward_mode and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         if call.backend not in ("auto", EAGER):
             raise RecurxError(
                 f"recurx.recurse: backend {call.backend!r} has no forward-mode derivative; use "
@@ -231,11 +232,6 @@ def _watched() -> bool:
         or torch._C._len_torch_function_stack()
         or torch_profiler._is_profiler_enabled
     )
-
-
-def _dual(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether one carries the tangent of forward-mode differentiation."""
-    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def _transformed(call: Call, tensors: tuple[Tensor, ...]) -> bool:

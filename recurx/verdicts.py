@@ -79,12 +79,12 @@ class Verdicts:
         pinned = self._pinned.get(subject)
         if pinned is not None or machine is None:
             return pinned
-        known, key = self._known, _key(subject, machine)
+        known, key = self._known, f"{subject}\n{machine}"
         return known[key] if key in known else known.setdefault(key, _read(key))
 
     def keep(self, subject: str, machine: str, verdict: Verdict) -> None:
         """Keep a verdict for the process and, if the folder lets us, on disk."""
-        key = _key(subject, machine)
+        key = f"{subject}\n{machine}"
         self._known[key] = verdict
         self._pinned.pop(subject, None)  # it could not be followed here
         self.version += 1
@@ -169,10 +169,6 @@ def count() -> int:
 
 
 # ---- keys and files --------------------------------------------------------------------------
-
-
-def _key(subject: str, machine: str) -> str:
-    return f"{subject}\n{machine}"
 
 
 def _path(key: str) -> Path | None:

@@ -41,7 +41,9 @@ def _read_safetensors(path: Path, rows: Tensor | None) -> tuple[dict[str, Tensor
             state = {}
             for official, stored in names.items():
                 if official == TABLE and rows is not None:
-                    state[official] = _slices(path, file.get_slice(stored), rows)
+                    table = file.get_slice(stored)
+                    _check_rows(path, rows, table.get_shape())
+                    state[official] = torch.cat([table[row : row + 1] for row in rows.tolist()])
                 else:
                     state[official] = file.get_tensor(stored)
     except SafetensorError as error:
@@ -130,11 +132,6 @@ def _check_rows(path: Path, rows: Tensor, shape: Iterable[int]) -> None:
         raise CheckpointError(
             f"{path}: {TABLE!r} is {shape}: it has no row {int(bad[0])} (of puzzle_rows)."
         )
-
-
-def _slices(path: Path, table: Any, rows: Tensor) -> Tensor:
-    _check_rows(path, rows, table.get_shape())
-    return torch.cat([table[row : row + 1] for row in rows.tolist()])
 
 
 def _first_line(error: BaseException) -> str:

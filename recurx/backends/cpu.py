@@ -47,16 +47,11 @@ def _load() -> tuple[ModuleType | None, str]:
 def _pack(
     module: ModuleType, spec: NetSpec, weights: Sequence[Tensor], bf16: bool, isa: str, _: Any
 ) -> Any:
-    plain = [_plain(weight) for weight in Net(spec, weights).weights]  # checked here
+    own = [weight.detach() for weight in Net(spec, weights).weights]  # checked here
+    plain = [(w if w.dtype in DTYPES else w.float()).contiguous() for w in own]
     blocks = [block.numbers for block in spec.blocks]
     pointers = [(w.data_ptr(), w.dtype == torch.bfloat16) for w in plain]
     return module.cpu_pack(blocks, pointers, bf16, isa)
-
-
-def _plain(weight: Tensor) -> Tensor:
-    """Contiguous fp32 or bf16."""
-    weight = weight.detach()
-    return (weight if weight.dtype in DTYPES else weight.float()).contiguous()
 
 
 class _Ready(NamedTuple):

@@ -137,9 +137,10 @@ class Triton(Backend):
             buffers = TiledSlice(problem, program, packed, size, cos_sin)
             return Recording(buffers, buffers.launch)
 
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         key = (
             problem.nets, program, size, problem.tokens, problem.dtype, device,
-            id(packed), cos_sin is None, _stream(device),
+            id(packed), cos_sin is None, stream,
         )  # fmt: skip
         with self.recordings.lock:
             inside = captured_outside(device)
@@ -184,10 +185,6 @@ def why_no_triton() -> str | None:
         wanted = ".".join(map(str, OLDEST))
         return f"needs triton {wanted} or newer, this is {triton.__version__}"
     return None
-
-
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 BACKEND = Triton()

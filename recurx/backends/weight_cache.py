@@ -26,10 +26,6 @@ class _Entry(NamedTuple):
     refs: tuple[weakref.ref[Tensor], ...]
     made: Any
 
-    def is_of(self, weights: Sequence[Tensor]) -> bool:
-        """Whether it was made of these very tensors: an id may belong to a new one by now."""
-        return all(map(operator.is_, [ref() for ref in self.refs], weights))
-
 
 class WeightCache:
     """Made things by (key, weight tensors): weak, bounded, safe to use from several threads.
@@ -57,7 +53,8 @@ class WeightCache:
         with self._lock:
             marks = _marks(weights)
             entry = self._entries.get(slot)
-            if entry is not None and not entry.is_of(weights):
+            # Of these very tensors? An id may belong to a new one by now.
+            if entry and not all(map(operator.is_, [ref() for ref in entry.refs], weights)):
                 entry = None
             unmoved = entry is not None and entry.marks == marks  # then its memory still stands
             if unmoved and self._fingerprint(entry.memory) == entry.fingerprint:
