@@ -329,6 +329,8 @@ def test_the_timeline_names_every_phase_in_order() -> None:
         assert [e["call"] for e in own[: len(phases)]] == [0] * 11 + [1] * 12 + [2] * 12
         assert [e["block"] for e in own if e["call"] == 0 and e["phase"] == "o"][:2] == [0, 1]
     assert {e["phase"] for e in events} == {*halves, "input", "store"}
+    table = timeline.table()
+    assert all(f"| {phase} |" in table for phase in (*halves, "input", "store"))
     # What is recorded is the same recursion.
     assert torch.equal(recorded["z_H"], recording(schedule, nets, x, carry, rope(17))["z_H"])
 
