@@ -59,8 +59,8 @@ struct Program {
       const int* at = reads.data() + reads.size();
       reads.insert(reads.end(), state.begin(), state.end());
       reads.insert(reads.end(), inject.begin(), inject.end());
-      steps.push_back({net, write, (int)state.size(), (int)inject.size(), at, at + state.size(),
-                       (Sum)sum});
+      steps.push_back(
+          {net, write, (int)state.size(), (int)inject.size(), at, at + state.size(), (Sum)sum});
     }
   }
   Program(const Program&) = delete;
@@ -117,9 +117,10 @@ PYBIND11_MODULE(RX_MODULE_NAME, m) {
       .def_property_readonly("nbytes", &Packed::bytes);
 
   py::class_<Program>(m, "Program", py::module_local(), "The steps of a recursion.")
-      .def(py::init<const std::vector<StepTuple>&>(), py::arg("steps"),
-           "Steps (net, write, state, inject, sum); sum 0: over inject for this step alone, 1: also "
-           "kept, 2: the one that was kept.");
+      .def(
+          py::init<const std::vector<StepTuple>&>(), py::arg("steps"),
+          "Steps (net, write, state, inject, sum); sum 0: over inject for this step alone, 1: also "
+          "kept, 2: the one that was kept.");
 
   m.def("cpu_isas", &usable_isas, "Instruction sets usable here, slowest first.");
   m.def("cpu_isa", &chosen_isa, "The one in use: the best, or what RECURX_CPU_ISA names.");

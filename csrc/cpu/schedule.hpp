@@ -56,9 +56,8 @@ struct Group {
       for (int col = 0; col < rec.hidden; col += W) {
         V h = sum(step.state, step.num_state, row, col);
         if (step.num_inject) {
-          const V extra = step.sum == Sum::kept
-                              ? load(kept + col)
-                              : sum(step.inject, step.num_inject, row, col);
+          const V extra = step.sum == Sum::kept ? load(kept + col)
+                                                : sum(step.inject, step.num_inject, row, col);
           if (step.sum == Sum::formed) store(kept + col, extra);
           h = round_as(type, h + extra);
         }
