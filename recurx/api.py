@@ -111,7 +111,7 @@ class _Way(NamedTuple):
 
 def _run(call: Call) -> dict[str, Tensor]:
     """Calls before the window without gradient, the window differentiably."""
-    tensors = (call.x, *call.states.values(), *call.weights)
+    tensors = (call.x, *call.states.values(), *call.weights, *(call.rope or ()))
     grad = torch.is_grad_enabled()
     grad = grad and (bool(call.opaque) or any(t.requires_grad for t in tensors))
     forward_mode = forward_ad._current_level >= 0
@@ -123,7 +123,7 @@ def _run(call: Call) -> dict[str, Tensor]:
             )
         call = call._replace(backend=EAGER, checked=None)
     direct = False
-    if torch.compiler.is_compiling() or call.opaque or _transformed(call, tensors):
+    if torch.compiler.is_compiling() or call.opaque or _transformed(tensors):
         way = _traced_way(call, grad)
     else:
         watched = _watched()
@@ -234,13 +234,12 @@ def _watched() -> bool:
     )
 
 
-def _transformed(call: Call, tensors: tuple[Tensor, ...]) -> bool:
+def _transformed(tensors: tuple[Tensor, ...]) -> bool:
     """Whether a tensor is more than its memory (a subclass, fake, batched, sparse, negated), or is
     being traced: only operators say what happens to such."""
-    for tensor in tensors:  # plain loops: they run at every call
+    for tensor in tensors:  # a plain loop: it runs at every call
         if type(tensor) not in PLAIN_TENSORS:
             return True
-    for tensor in (call.x, *call.states.values()):
         if tensor.layout is not torch.strided or tensor.is_neg() or tensor._is_zerotensor():
             return True
     return (

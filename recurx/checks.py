@@ -127,7 +127,9 @@ def _checked_before(given: Given) -> Call | None:
     schedule, nets, x, carry, backend, cos_sin, start_from, stop_after, save = given
     if type(schedule) is not Schedule or type(nets) is not dict or type(carry) is not dict:
         return None
-    if type(x) not in PLAIN_TENSORS or type(start_from) is not int or isinstance(stop_after, bool):
+    if type(x) not in PLAIN_TENSORS or type(backend) is not str or type(save) is not str:
+        return None
+    if type(start_from) is not int or (stop_after is not None and type(stop_after) is not int):
         return None
     specs: list[tuple[str, NetSpec]] = []
     weights_of: dict[str, Sequence[Tensor]] = {}
@@ -182,12 +184,13 @@ def _check(given: Given) -> Call:
     bound = _check_nets(schedule, nets)
     start, stop = _check_range(schedule, start_from, stop_after)
     _check_states(schedule, x, carry)
+    _check_tables(cos_sin)
     readable = {name: net for name, net in bound.items() if isinstance(net, Net)}
     for name, net in readable.items():
         _check_net_fits(name, net, x, cos_sin)
-    if backend not in backends.NAMES:
-        backends.get(backend)  # raises, with the known names
-    if save not in SAVE:
+    if not isinstance(backend, str) or backend not in backends.NAMES:
+        backends.get(str(backend))  # raises, with the known names
+    if not isinstance(save, str) or save not in SAVE:
         raise bad_argument("recurse", "save", f"one of {SAVE}", repr(save))
     return Call(
         schedule,
@@ -245,6 +248,17 @@ def _check_states(schedule: Schedule, x: Tensor, carry: Mapping[str, Tensor]) ->
                 f"{list(state.shape)} {state.dtype} on {state.device}",
                 "Nothing is cast or moved silently; use .to(x) yourself.",
             )
+
+
+def _check_tables(cos_sin: Any) -> None:
+    if cos_sin is None:
+        return
+    if not isinstance(cos_sin, (tuple, list)) or len(cos_sin) != 2:
+        got = f"{len(cos_sin)} of them" if isinstance(cos_sin, (tuple, list)) else type(cos_sin)
+        raise bad_argument("recurse", "cos_sin", "two tables, (cos, sin), or None", got)
+    for table, arg in zip(cos_sin, ("cos", "sin"), strict=True):
+        if not isinstance(table, Tensor):
+            raise bad_argument("recurse", f"cos_sin ({arg})", "a tensor", type(table).__name__)
 
 
 def _check_net_fits(name: str, net: Net, x: Tensor, cos_sin: CosSin | None) -> None:

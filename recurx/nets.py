@@ -7,6 +7,7 @@ masters as a rule); every backend casts or packs them as it needs, and never mod
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +41,9 @@ class BlockSpec:
         tokens: T that a token-MLP block is built for; 0 for attention (any T).
         token_inner: inner width of the SwiGLU over T; 0 for attention.
         eps: added to the mean square inside the rms norm.
+
+    Raises:
+        InvalidArgument: a size is no whole number from 1 on, or the heads do not divide D.
     """
 
     kind: str
@@ -52,6 +56,17 @@ class BlockSpec:
     key: str = field(init=False, repr=False, compare=False)  # all fields as one string
 
     def __post_init__(self) -> None:
+        attends = self.kind == ATTENTION
+        names = ("num_heads",) if attends else ("tokens", "token_inner")
+        for name in ("hidden", "inner", *names):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+                raise bad_argument("BlockSpec", name, "a whole number from 1 on", repr(value))
+            if type(value) is not int and not isinstance(value, torch.SymInt):
+                object.__setattr__(self, name, operator.index(value))  # NumPy's, say
+        if attends and self.hidden % self.num_heads:
+            expected = f"a divisor of hidden={self.hidden}"
+            raise bad_argument("BlockSpec", "num_heads", expected, self.num_heads)
         # Formed once, here: torch.compile may not format a size that it has made symbolic.
         sizes = f"{self.hidden},{self.inner},{self.num_heads},{self.tokens},{self.token_inner}"
         object.__setattr__(self, "key", f"{self.kind},{sizes},{self.eps}")

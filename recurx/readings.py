@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from recurx.nets import ATTENTION, Net, NetSpec, as_net
 
 _MISSING = object()
+_PLAIN = (int, float, bool, type(None))  # of a setting: compared by identity, none can change
 _FLOATING = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 
 
@@ -50,7 +51,9 @@ def read(module: Any) -> tuple[NetSpec, Sequence[Tensor]] | None:
     """Spec and weights of a `Net` or of a module read before; None: `as_net` has to read it."""
     if type(module) is Net:
         return module.spec, module.weights
-    reading = _readings.get(module) if isinstance(module, nn.Module) else None
+    if not isinstance(module, nn.Module) or type(module).__hash__ is None:
+        return None
+    reading = _readings.get(module)
     if reading is None:
         return None
     weights: list[Tensor] = []
@@ -59,6 +62,7 @@ def read(module: Any) -> tuple[NetSpec, Sequence[Tensor]] | None:
         return None
     for weight, shape in zip(weights, reading.shapes, strict=True):
         if weight.shape != shape or weight.dtype not in _FLOATING:
+            _readings.pop(module, None)
             return None
     return reading.spec, weights
 
@@ -66,7 +70,9 @@ def read(module: Any) -> tuple[NetSpec, Sequence[Tensor]] | None:
 def as_remembered_net(module: Any, where: str) -> Any:
     """`as_net`, and keep what it made of a module, if that is plain enough to be read quickly."""
     net = as_net(module, where)
-    if isinstance(net, Net) and isinstance(module, nn.Module) and module not in _readings:
+    if not isinstance(net, Net) or not isinstance(module, nn.Module):
+        return net
+    if type(module).__hash__ is not None and module not in _readings:
         _readings[module] = None
         with contextlib.suppress(_NotPlain):
             parts, found = _stack(module, net.spec), list[Tensor]()
@@ -82,6 +88,8 @@ def _walk(module: Any, parts: tuple[_Part, ...], weights: list[Tensor]) -> bool:
     for parent, name, kind, weight, settings, children in parts:
         if parent >= 0:
             module = inside[parent]["_modules"].get(name)
+            if name in inside[parent]:  # an attribute of the instance hides the module
+                return False
         if type(module) is not kind:
             return False
         own = module.__dict__
@@ -95,6 +103,8 @@ def _walk(module: Any, parts: tuple[_Part, ...], weights: list[Tensor]) -> bool:
         for setting, value in settings:
             found = own.get(setting, _MISSING)
             if found is _MISSING:
+                if setting in own["_buffers"] or setting in own["_parameters"]:
+                    return False
                 found = getattr(kind, setting, _MISSING)
             if found is not value:
                 return False
@@ -113,6 +123,8 @@ def _stack(module: nn.Module, spec: NetSpec) -> tuple[_Part, ...]:
         """A child that attribute access finds among the modules and nowhere else."""
         found = getattr(within, name)
         if not isinstance(within, nn.Module) or within._modules.get(name) is not found:
+            raise _NotPlain
+        if type(within).__getattr__ is not nn.Module.__getattr__:
             raise _NotPlain
         parts.append(_Part(parent, name, type(found), False, _settings(found, settings)))
         return found
@@ -151,4 +163,10 @@ def _settings(module: nn.Module, names: tuple[str, ...]) -> tuple[tuple[str, Any
     of_class = {name: getattr(type(module), name, _MISSING) for name in names}
     if any(hasattr(value, "__get__") for value in of_class.values()):
         raise _NotPlain  # a property: who knows what it says the next time
-    return tuple((name, vars(module).get(name, of_class[name])) for name in names)
+    found = {name: vars(module).get(name, of_class[name]) for name in names}
+    for name, value in found.items():
+        # A tensor may change in place; what only `__getattr__` finds is not looked for again.
+        plain = not hasattr(module, name) if value is _MISSING else type(value) in _PLAIN
+        if not plain:
+            raise _NotPlain
+    return tuple(found.items())

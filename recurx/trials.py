@@ -41,7 +41,7 @@ from recurx.choices import (
     window_half,
     windows_for,
 )
-from recurx.comparing import gradients, gradients_by_autograd, only, right
+from recurx.comparing import UntrustedKernel, gradients, gradients_by_autograd, only, right
 from recurx.measure import seconds_of
 from recurx.operands import Operands, Span
 from recurx.plan import count
@@ -160,7 +160,8 @@ def _settle(
         found = _race(names, lambda name, calls: run(name, *part, calls), most, device)
         if found is not None:
             machine = machine_of(device, torch.get_num_threads())
-            VERDICTS.keep(subject_of(half, problem), machine, found)
+            whole = len(found.seconds) == len(names)  # else memory was short, or an engine failed
+            VERDICTS.keep(subject_of(half, problem), machine, found, lasting=whole)
 
 
 # ---- faster? -------------------------------------------------------------------------------------
@@ -187,6 +188,15 @@ def _race(names: list[str], run: Run, most: int, device: torch.device) -> Verdic
             one[name] = min(again)
         except torch.OutOfMemoryError:
             continue  # what does not fit is not chosen
+        except Exception as failure:  # a launch, or Triton's compiler
+            if name == EAGER:
+                raise
+            warnings.warn(
+                f"recurx: backend {name!r} failed while it was timed on {device} "
+                f"({type(failure).__name__}: {failure}); `auto` goes on without it.",
+                UntrustedKernel,
+                stacklevel=2,
+            )
     if not one:
         return None
     fastest, *others = sorted(one, key=lambda name: one[name])

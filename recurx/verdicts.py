@@ -33,6 +33,9 @@ from recurx.problem import Problem, encode
 FORMAT = "verdicts-v1"  # another meaning of the files takes another folder
 LARGEST_FILE = 1 << 16  # bytes; ours have about two thousand
 
+# What reading something that is no verdict may raise; the last one: a number without end.
+_NO_VERDICT = (ValueError, TypeError, KeyError, AttributeError, OverflowError)
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -82,19 +85,20 @@ class Verdicts:
         known, key = self._known, f"{subject}\n{machine}"
         return known[key] if key in known else known.setdefault(key, _read(key))
 
-    def keep(self, subject: str, machine: str, verdict: Verdict) -> None:
-        """Keep a verdict for the process and, if the folder lets us, on disk."""
+    def keep(self, subject: str, machine: str, verdict: Verdict, lasting: bool = True) -> None:
+        """Keep a verdict for the process and, if it is lasting and the folder lets us, on disk."""
         key = f"{subject}\n{machine}"
         self._known[key] = verdict
         self._pinned.pop(subject, None)  # it could not be followed here
         self.version += 1
-        _write(key, verdict)
+        if lasting:
+            _write(key, verdict)
 
     def pin(self, verdicts: Mapping[str, Any]) -> None:
         """Take these ({subject: `Verdict.json()`}) before all others, whatever machine made them;
         what is no verdict is left out."""
         for subject, value in verdicts.items():
-            with contextlib.suppress(ValueError, TypeError, KeyError):
+            with contextlib.suppress(*_NO_VERDICT):
                 self._pinned[subject] = Verdict.from_json(value)
         self.version += 1
 
@@ -186,7 +190,7 @@ def _read(key: str) -> Verdict | None:
         if value["key"] != key:
             return None
         verdict = Verdict.from_json(value)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, RecursionError, *_NO_VERDICT):
         return None
     return verdict if verdict.chosen in dict(verdict.seconds) else None
 

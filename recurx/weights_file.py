@@ -64,7 +64,7 @@ def _read_torch(path: Path, rows: Tensor | None) -> dict[str, Tensor]:
             f"{path}: not a plain state_dict: it holds pickled code or objects, which recurx does "
             f"not run. Save `model.state_dict()` instead. ({_first_line(error)})"
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
+    except (RuntimeError, EOFError, ValueError, OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{path}: damaged, truncated, or no checkpoint of torch.save: {_first_line(error)}."
         ) from error

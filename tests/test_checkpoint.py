@@ -292,3 +292,11 @@ def test_an_interrupted_save_leaves_the_old_file(
         recurx.save_checkpoint(path, random_model("mlp"))
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["m.safetensors"]
+
+
+def test_a_file_named_safetensors_that_is_none_is_refused_in_one_line(tmp_path) -> None:
+    for head in (bytes(range(1, 200)), (10).to_bytes(8, "little") + b"[1, 2, 3] "):
+        path = tmp_path / "net.safetensors"
+        path.write_bytes(head)
+        with pytest.raises(CheckpointError, match=r"net\.safetensors"):
+            recurx.load_checkpoint(path)

@@ -139,6 +139,8 @@ def why_not(name: str, problem: Problem) -> str | None:
     """None if backend `name` runs `problem` on this machine, else the reason in one sentence."""
     backend = get(name)
     device = problem.device_type
+    if problem.tokens == 0 and name != "eager":
+        return "needs at least one token, got T=0"
     if not backend.runs_on(device):
         return f"runs on {', '.join(backend.device_types)} tensors, these are on {device}"
     return backend.why_unavailable() or backend.why_unsupported(problem)

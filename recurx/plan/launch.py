@@ -134,12 +134,16 @@ BACKENDS = ("cuda", "cpu", "triton", "eager")
 def all_candidates(
     problem: Problem, device: Device, backend: str | None = None
 ) -> list[LaunchPlan]:
-    """The plans that fit `device`, of one backend or of all."""
+    """The plans that fit `device`, of one backend or of all; none for no tokens at all."""
+    if problem.tokens == 0:
+        return []
     return [plan for file in _files(backend) for plan in file.candidates(problem, device)]
 
 
 def all_refusals(problem: Problem, device: Device, backend: str | None = None) -> list[str]:
     """One sentence for each kind of plan that does not fit."""
+    if problem.tokens == 0:
+        return ["no plan is made for T=0 tokens"]
     return [reason for file in _files(backend) for reason in file.refusals(problem, device)]
 
 
