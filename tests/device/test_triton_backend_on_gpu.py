@@ -8,6 +8,7 @@ import torch
 import recurx
 from recurx import Schedule, Step
 from recurx.backends import triton as backend
+from recurx.bench.host import TRITON_KINDS
 from recurx.nets import ATTENTION, KINDS, Net
 from recurx.plan.launch import all_candidates
 from tests.factories import make_inputs, make_net, rope
@@ -20,7 +21,7 @@ SMALL = dict(tokens=33, hidden=64, inner=256, heads=2, token_inner=128)
 ONE_CALL = Schedule((Step("L", "z_L", ("z_L",), ("z_H", "x")),))
 
 
-@pytest.fixture(params=backend.KINDS)
+@pytest.fixture(params=TRITON_KINDS)
 def plan(request, monkeypatch):
     """Hold the backend to one kind of plan."""
 
