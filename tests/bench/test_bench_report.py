@@ -167,7 +167,9 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path, result, monkeypatc
 def test_the_files_of_the_repository_can_be_read():
     folder = ROOT / "bench" / "results"
     found = results.load_folder(folder)
-    assert len(found) == len([p for p in folder.glob("*.json") if not p.stem.startswith(("install", "host"))])
+    assert len(found) == len(
+        [p for p in folder.glob("*.json") if not p.stem.startswith(("install", "host"))]
+    )
     text = report.markdown(found)
     assert "| trm-att | 1 |" in text
 
