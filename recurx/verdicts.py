@@ -60,10 +60,11 @@ class Verdict:
         """The inverse of `json`.
 
         Raises:
-            ValueError, TypeError, KeyError: it is no verdict.
+            ValueError, TypeError, KeyError, AttributeError, OverflowError: it is no verdict.
         """
         seconds = {str(name): float(took) for name, took in dict(value["seconds"]).items()}
         sound = all(0 < took < math.inf for took in seconds.values())
+        sound = sound and (not seconds or value["chosen"] in seconds)
         if not isinstance(value["chosen"], str) or not sound:
             raise ValueError(f"no verdict: {value}")
         return cls(value["chosen"], tuple(seconds.items()), int(value["calls"]))
@@ -192,7 +193,7 @@ def _read(key: str) -> Verdict | None:
         verdict = Verdict.from_json(value)
     except (OSError, RecursionError, *_NO_VERDICT):
         return None
-    return verdict if verdict.chosen in dict(verdict.seconds) else None
+    return verdict if verdict.seconds else None  # on disk lies nothing that was not measured
 
 
 def _write(key: str, verdict: Verdict) -> None:

@@ -151,9 +151,23 @@ def test_no_tokens_at_all(native) -> None:
     assert "T=0" in str(recurx.cost(none))
 
 
-@pytest.mark.parametrize("calls", [float("inf"), float("nan"), 10**400, None, "many"])
-def test_a_stored_verdict_that_is_none_is_left_out(calls) -> None:
-    value = {"chosen": "cpu", "seconds": {"cpu": 10**400 if calls == 10**400 else 1.0}}
-    VERDICTS.pin({"calls of a test": {**value, "calls": calls}})
-    found = VERDICTS._pinned.pop("calls of a test", None)
-    assert found is None or isinstance(found.calls, int)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"calls": float("inf")},
+        {"calls": float("nan")},
+        {"calls": None},
+        {"calls": "many"},
+        {"seconds": {"cpu": 10**400}},
+        {"seconds": {"cpu": -1.0}},
+        {"seconds": {"eager": 1.0}},  # none of the one that was chosen
+        {"seconds": 3},
+        {"chosen": 3},
+    ],
+    ids=str,
+)
+def test_a_stored_verdict_that_is_none_is_left_out(monkeypatch, damage) -> None:
+    monkeypatch.setattr(VERDICTS, "_pinned", {})
+    sound = {"chosen": "cpu", "seconds": {"cpu": 1.0}, "calls": 3}
+    VERDICTS.pin({"sound": sound, "damaged": {**sound, **damage}})
+    assert set(VERDICTS._pinned) == {"sound"}
