@@ -66,31 +66,91 @@ struct Program {
   Program(const Program&) = delete;
 };
 
-void run_recursion(const std::vector<const Packed*>& nets, const Program& program,
-                   const std::tuple<int, int, int>& shape, const std::vector<uintptr_t>& in,
-                   const std::vector<uintptr_t>& out, uintptr_t cos, uintptr_t sin, int threads) {
-  if (nets.empty() || in.size() != out.size() || threads < 1)
-    throw std::invalid_argument("cpu_run: expected nets, one output a state, one thread or more");
+std::vector<PackedNet> views_of(const std::vector<const Packed*>& nets, size_t in, size_t out,
+                                int threads) {
+  if (nets.empty() || in != out || threads < 1)
+    throw std::invalid_argument("recurx._C: expected nets, an output a state, a thread or more");
   for (const Packed* net : nets)
     if (&net->engine() != &nets[0]->engine())
-      throw std::invalid_argument("cpu_run: the nets were packed for different engines");
+      throw std::invalid_argument("recurx._C: the nets were packed for different engines");
   std::vector<PackedNet> views;
   for (const Packed* net : nets) views.push_back(net->view());
+  return views;
+}
+
+using Shape = std::tuple<int, int, int>;
+using Addresses = std::vector<uintptr_t>;
+
+Recursion recursion_of(const std::vector<PackedNet>& views, const Program& program,
+                       const Shape& shape, const Addresses& in, const Addresses& out,
+                       uintptr_t cos, uintptr_t sin) {
   const auto [batch, tokens, hidden] = shape;
-  const Recursion recursion{batch,
-                            tokens,
-                            hidden,
-                            (int)in.size(),
-                            (const void* const*)in.data(),
-                            (void* const*)out.data(),
-                            (int)program.steps.size(),
-                            program.steps.data(),
-                            (int)views.size(),
-                            views.data(),
-                            (const float*)cos,
-                            (const float*)sin};
+  return {batch,
+          tokens,
+          hidden,
+          (int)in.size(),
+          (const void* const*)in.data(),
+          (void* const*)out.data(),
+          (int)program.steps.size(),
+          program.steps.data(),
+          (int)views.size(),
+          views.data(),
+          (const float*)cos,
+          (const float*)sin};
+}
+
+void run_recursion(const std::vector<const Packed*>& nets, const Program& program,
+                   const Shape& shape, const Addresses& in, const Addresses& out, uintptr_t cos,
+                   uintptr_t sin, int threads) {
+  const std::vector<PackedNet> views = views_of(nets, in.size(), out.size(), threads);
+  const Recursion recursion = recursion_of(views, program, shape, in, out, cos, sin);
   py::gil_scoped_release release;
   rx::cpu::run(nets[0]->engine(), recursion, threads);
+}
+
+using KeptTuple = std::tuple<uintptr_t, size_t, uintptr_t, size_t>;  // values, floats: where, how many
+
+Window window_of(const Engine& engine, const Recursion& recursion, int save,
+                 const KeptTuple& kept) {
+  const auto [values, num_values, floats, num_floats] = kept;
+  const KeptSize size = engine.window.kept_size(recursion, (Save)save);
+  const size_t batch = (size_t)recursion.batch;
+  if (num_values != size.values * batch || num_floats != size.floats * batch)
+    throw std::invalid_argument("recurx._C: what a window keeps has another size");
+  return {recursion, (Save)save, (void*)values, (float*)floats, {}, {}, {}, {}};
+}
+
+void window_forward(const std::vector<const Packed*>& nets, const Program& program,
+                    const Shape& shape, const Addresses& in, const Addresses& out, uintptr_t cos,
+                    uintptr_t sin, int save, const KeptTuple& kept, int threads) {
+  const std::vector<PackedNet> views = views_of(nets, in.size(), out.size(), threads);
+  const Recursion recursion = recursion_of(views, program, shape, in, out, cos, sin);
+  const Window window = window_of(nets[0]->engine(), recursion, save, kept);
+  py::gil_scoped_release release;
+  rx::cpu::run_window(nets[0]->engine(), window, false, threads);
+}
+
+void window_backward(const std::vector<const Packed*>& nets, const Program& program,
+                     const Shape& shape, const Addresses& in, uintptr_t cos, uintptr_t sin,
+                     int save, const KeptTuple& kept, const std::vector<WeightTuple>& weights,
+                     const Addresses& d_out, const Addresses& d_in, const Addresses& d_weights,
+                     int threads) {
+  const std::vector<PackedNet> views = views_of(nets, in.size(), d_in.size(), threads);
+  const Recursion recursion = recursion_of(views, program, shape, in, in, cos, sin);
+  Window window = window_of(nets[0]->engine(), recursion, save, kept);
+  size_t expected = 0;
+  for (const PackedNet& net : views) expected += net.num_blocks * weights_per_block;
+  if (weights.size() != expected || d_weights.size() != expected || d_out.size() != in.size())
+    throw std::invalid_argument("cpu_window_backward: expected four weights a block");
+  std::vector<RawWeight> raw;
+  for (const auto& [pointer, is_bf16] : weights)
+    raw.push_back({(const void*)pointer, dtype_of(is_bf16)});
+  window.weights = raw.data();
+  window.d_out = (const void* const*)d_out.data();
+  window.d_in = (void* const*)d_in.data();
+  window.d_weights = (float* const*)d_weights.data();
+  py::gil_scoped_release release;
+  rx::cpu::run_window(nets[0]->engine(), window, true, threads);
 }
 
 uint64_t fingerprint_of(const std::vector<std::tuple<uintptr_t, size_t>>& tensors) {
@@ -129,6 +189,15 @@ PYBIND11_MODULE(RX_MODULE_NAME, m) {
   m.def("cpu_run", &run_recursion, py::arg("nets"), py::arg("program"), py::arg("shape"),
         py::arg("in_"), py::arg("out"), py::arg("cos"), py::arg("sin"), py::arg("threads"),
         "Run a Program; index 0 of in_ is x, out holds the new states.");
+  m.def("cpu_window_forward", &window_forward, py::arg("nets"), py::arg("program"),
+        py::arg("shape"), py::arg("in_"), py::arg("out"), py::arg("cos"), py::arg("sin"),
+        py::arg("save"), py::arg("kept"), py::arg("threads"),
+        "Run a Program as a window; kept is (values, how many, floats, how many).");
+  m.def("cpu_window_backward", &window_backward, py::arg("nets"), py::arg("program"),
+        py::arg("shape"), py::arg("in_"), py::arg("cos"), py::arg("sin"), py::arg("save"),
+        py::arg("kept"), py::arg("weights"), py::arg("d_out"), py::arg("d_in"),
+        py::arg("d_weights"), py::arg("threads"),
+        "Gradients of what entered and of the weights (fp32); address 0: none given or wanted.");
   m.def("cpu_fingerprint", &fingerprint_of, py::arg("tensors"),
         "Hash of a sample of each (pointer, bytes), to notice weights changed in place.");
   m.def("cpu_profile", &set_profiling, py::arg("on"), "Switch the phase clock; resets it.");

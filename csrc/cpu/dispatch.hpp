@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -38,6 +39,13 @@ class Packed {
 
 // Runs the whole recursion on `threads` threads. Bit-equal for any number of threads.
 void run(const Engine& engine, const Recursion& recursion, int threads);
+
+// Runs a window forward or backward, all threads as one team. Bit-equal for any number of them.
+void run_window(const Engine& engine, const Window& window, bool backward, int threads);
+
+// Has the machine to itself: calls work(scratch, clocks), whose times count.
+void with_machine(size_t bytes, int threads,
+                  const std::function<void(void*, std::vector<Clock>&)>& work);
 
 void* allocate(size_t bytes);  // zeroed, aligned; release with std::free
 

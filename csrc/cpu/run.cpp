@@ -47,6 +47,7 @@ struct Scratch {
 struct Machine {
   std::mutex lock;
   std::vector<Scratch> scratch;
+  Scratch window;
   bool profiling = false;
   int64_t phase_ns[(int)Phase::count] = {};
 };
@@ -111,6 +112,11 @@ struct Deal {
   }
 };
 
+void add_up(const std::vector<Clock>& clocks) {
+  for (const Clock& clock : clocks)
+    for (int i = 0; i < (int)Phase::count; ++i) machine->phase_ns[i] += clock.nanoseconds[i];
+}
+
 }  // namespace
 
 void run(const Engine& engine, const Recursion& recursion, int threads) {
@@ -119,8 +125,16 @@ void run(const Engine& engine, const Recursion& recursion, int threads) {
   Deal deal(engine, recursion, threads);
   deal.reserve();
   parallel(threads, [](void* self, int tid) { ((Deal*)self)->work(tid); }, &deal);
-  for (const Clock& clock : deal.clocks)
-    for (int i = 0; i < (int)Phase::count; ++i) machine->phase_ns[i] += clock.nanoseconds[i];
+  add_up(deal.clocks);
+}
+
+void with_machine(size_t bytes, int threads,
+                  const std::function<void(void*, std::vector<Clock>&)>& work) {
+  std::lock_guard<std::mutex> lock(machine->lock);
+  std::vector<Clock> clocks(threads);
+  for (Clock& clock : clocks) clock.on = machine->profiling;
+  work(machine->window.at_least(bytes), clocks);
+  add_up(clocks);
 }
 
 void set_profiling(bool on) {
@@ -138,7 +152,7 @@ std::vector<double> phase_seconds() {
 
 size_t scratch_held() {
   std::lock_guard<std::mutex> lock(machine->lock);
-  size_t total = 0;
+  size_t total = machine->window.bytes;
   for (const Scratch& scratch : machine->scratch) total += scratch.bytes;
   return total;
 }

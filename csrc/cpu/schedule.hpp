@@ -5,6 +5,7 @@
 // A thread owns the same rows in every such pass, so no barrier stands between two steps.
 #pragma once
 
+#include "backward/window.hpp"
 #include "block.hpp"
 
 namespace rx::cpu::RX_ISA {
@@ -131,7 +132,8 @@ void pack(const BlockShape& shape, const RawWeight* weights, void* out, PackedBl
 
 template <class Core>
 constexpr Engine engine_of() {
-  return {RX_GROUP_ROWS, packed_bytes<Core>, pack<Core>, scratch_bytes<Core>, run_group<Core>};
+  return {RX_GROUP_ROWS,       packed_bytes<Core>, pack<Core>,
+          scratch_bytes<Core>, run_group<Core>,    window_of<Core>()};
 }
 
 }  // namespace rx::cpu::RX_ISA

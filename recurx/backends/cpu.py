@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from recurx.backends import Backend
+from recurx.backends.cpu_window import CpuWindow, plain_weight
 from recurx.backends.weight_cache import WeightCache
 from recurx.errors import no_compiled_module
 from recurx.nets import ATTENTION, Net, NetSpec
@@ -48,7 +49,7 @@ def _pack(
     module: ModuleType, spec: NetSpec, weights: Sequence[Tensor], bf16: bool, isa: str, _: Any
 ) -> Any:
     own = [weight.detach() for weight in Net(spec, weights).weights]  # checked here
-    plain = [(w if w.dtype in DTYPES else w.float()).contiguous() for w in own]
+    plain = [plain_weight(w) for w in own]
     blocks = [block.numbers for block in spec.blocks]
     pointers = [(w.data_ptr(), w.dtype == torch.bfloat16) for w in plain]
     return module.cpu_pack(blocks, pointers, bf16, isa)
@@ -73,6 +74,7 @@ class Cpu(Backend):
         """`module`: a build of the engine other than recurx._C (tests run emulated engines)."""
         self._given = module
         self.packed = WeightCache(MAX_PACKED, lambda memory: self._engine().cpu_fingerprint(memory))
+        self._window = CpuWindow(self._begin)
         self._ready = functools.lru_cache(maxsize=256)(self._prepare)
 
     @functools.cached_property
@@ -115,6 +117,27 @@ class Cpu(Backend):
         return None
 
     def run(self, problem: Problem, operands: Operands, span: Span) -> list[Tensor]:
+        module, head, threads = self._begin(problem, operands, span)
+        inputs = [state.contiguous() for state in (operands.x, *operands.states)]
+        outputs = [torch.empty_like(state) for state in inputs[1:]]
+        rope = operands.float_rope()
+        module.cpu_run(
+            *head,
+            [state.data_ptr() for state in inputs],
+            [0, *(state.data_ptr() for state in outputs)],
+            rope[0].data_ptr() if rope else 0,
+            rope[1].data_ptr() if rope else 0,
+            threads,
+        )
+        return outputs
+
+    def window(self, problem: Problem) -> CpuWindow:
+        return self._window
+
+    def _begin(
+        self, problem: Problem, operands: Operands, span: Span
+    ) -> tuple[ModuleType, tuple[Any, ...], int]:
+        """The module, the first arguments of its calls, and how many threads they take."""
         module = self._engine()
         ready = self._ready(problem, span, torch.get_num_threads())
         isa, bf16 = module.cpu_isa(), problem.dtype is torch.bfloat16
@@ -123,20 +146,8 @@ class Cpu(Backend):
             weights = operands.weights[cut]
             make = functools.partial(_pack, module, spec, weights, bf16, isa)
             packed.append(self.packed.get((spec, bf16, isa), weights, make))
-        inputs = [state.contiguous() for state in (operands.x, *operands.states)]
-        outputs = [torch.empty_like(state) for state in inputs[1:]]
-        rope = operands.float_rope()
-        module.cpu_run(
-            packed,
-            ready.program,
-            ready.shape,
-            [state.data_ptr() for state in inputs],
-            [0, *(state.data_ptr() for state in outputs)],
-            rope[0].data_ptr() if rope else 0,
-            rope[1].data_ptr() if rope else 0,
-            engine_threads(ready.rows, ready.weights, ready.threads),
-        )
-        return outputs
+        threads = engine_threads(ready.rows, ready.weights, ready.threads)
+        return module, (packed, ready.program, ready.shape), threads
 
     def _prepare(self, problem: Problem, span: Span, threads: int) -> _Ready:
         calls = lower(problem.schedule, span).calls
