@@ -198,6 +198,10 @@ PYBIND11_MODULE(RX_MODULE_NAME, m) {
         py::arg("kept"), py::arg("weights"), py::arg("d_out"), py::arg("d_in"),
         py::arg("d_weights"), py::arg("threads"),
         "Gradients of what entered and of the weights (fp32); address 0: none given or wanted.");
+  m.def(
+      "cpu_on_huge_pages",
+      [](uintptr_t data, size_t bytes) { on_huge_pages((void*)data, bytes); }, py::arg("data"),
+      py::arg("bytes"), "Ask for huge pages inside fresh memory.");
   m.def("cpu_fingerprint", &fingerprint_of, py::arg("tensors"),
         "Hash of a sample of each (pointer, bytes), to notice weights changed in place.");
   m.def("cpu_profile", &set_profiling, py::arg("on"), "Switch the phase clock; resets it.");

@@ -5,7 +5,6 @@
 #define RX_L2_CHUNK_BYTES (384 << 10)
 #define RX_GROUP_ROWS 390
 
-#include "backward/pack_rows_amx.hpp"
 #include "engines.hpp"
 #include "gemm_amx.hpp"
 #include "schedule.hpp"

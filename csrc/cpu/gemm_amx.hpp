@@ -141,23 +141,6 @@ struct AmxCore {
     return (const char*)weight + panel * panel_bytes(l);
   }
 
-  // panel: [step][side][pair of k][column][k of the pair]
-  static void pack(const Linear& l, const RawWeight& raw, void* out) {
-    for (int panel = 0; panel < l.panels(); ++panel) {
-      bf16* dst = (bf16*)((char*)out + panel * panel_bytes(l));
-      for (int side = 0; side < 2; ++side)
-        for (int lane = 0; lane < W; ++lane) {
-          const int row = l.source(panel, side, lane);
-          for (int k = 0; k < steps(l) * kTileDepth; ++k) {
-            const bool real = row >= 0 && k < l.in;
-            const int pair = k % kTileDepth / 2;
-            dst[((k / kTileDepth * 2 + side) * 16 + pair) * 32 + lane * 2 + k % 2] =
-                to_bf16(real ? raw_at(raw, (long)row * l.in + k) : 0.f);
-          }
-        }
-    }
-  }
-
   // epilogue(panel) gives finish(row, v0, v1), called for every row of `rows`.
   template <class Epilogue>
   static __attribute__((noinline)) void gemm(const Scratch& scratch, Mat<bf16> a, Range rows,

@@ -27,6 +27,14 @@ void* allocate(size_t bytes) {
   return p;
 }
 
+void on_huge_pages(void* data, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  const uintptr_t begin = ((uintptr_t)data + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = ((uintptr_t)data + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 namespace {
 
 struct Scratch {

@@ -124,7 +124,7 @@ void pack(const BlockShape& shape, const RawWeight* weights, void* out, PackedBl
   packed->shape = shape;
   for (int i = 0; i < weights_per_block; ++i) {
     const Linear l = linear_of(shape, i);
-    Core::pack(l, weights[i], p);
+    pack_linear<Core>(l, weights[i], p);
     packed->weight[i] = p;
     p += (Core::linear_bytes(l) + 63) / 64 * 64;
   }

@@ -34,6 +34,10 @@ Begin = Callable[[Problem, Operands, Span], tuple[Any, tuple[Any, ...], int]]
 
 
 class CpuWindow(Window):
+    """`begin` packs the weights of the forward; the backward reads the masters themselves."""
+
+    own_forward = True
+
     def __init__(self, begin: Begin) -> None:
         self._begin = begin
 
@@ -58,7 +62,7 @@ class CpuWindow(Window):
         self, problem: Problem, operands: Operands, span: Span, save: str
     ) -> tuple[list[Tensor], list[Tensor]]:
         module, head, threads = self._begin(problem, operands, span)
-        kept = [torch.empty(shape, dtype=dtype) for shape, dtype in self.kept(problem, span, save)]
+        kept = [_fresh(module, *each) for each in self.kept(problem, span, save)]
         outs = [torch.empty_like(state) for state in operands.states]
         inputs, rope = [operands.x, *operands.states], operands.float_rope()
         module.cpu_window_forward(
@@ -84,7 +88,7 @@ class CpuWindow(Window):
         d_outs = [None if d is None else d.contiguous() for d in d_outs]
         masters = operands.weights
         d_weights = [
-            torch.empty(w.shape, dtype=torch.float32) if want else None
+            _fresh(module, w.shape, torch.float32) if want else None
             for w, want in zip(masters, wants[len(entered) :], strict=True)
         ]
         plain = [plain_weight(w) for w in masters]
@@ -101,6 +105,12 @@ def plain_weight(weight: Tensor) -> Tensor:
     weight = weight.detach()
     known = weight.dtype in (torch.float32, torch.bfloat16)
     return (weight if known else weight.float()).contiguous()
+
+
+def _fresh(module: Any, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    made = torch.empty(shape, dtype=dtype)
+    module.cpu_on_huge_pages(made.data_ptr(), made.nbytes)
+    return made
 
 
 def _at(tensors: Sequence[Tensor | None]) -> list[int]:

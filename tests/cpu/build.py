@@ -50,7 +50,7 @@ def build() -> tuple[Path, Path]:
     flags += [*DEFINES, f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}"]
     flags += [f"-I{sysconfig.get_path('include')}"]
 
-    files = [*sources(), *sorted((ROOT / "csrc" / "cpu").glob("*.hpp"))]
+    files = [*sources(), *sorted((ROOT / "csrc" / "cpu").rglob("*.hpp"))]
     digest = hashlib.sha256(repr((compiler, flags)).encode())
     for file in files:
         digest.update(file.read_bytes())
@@ -61,11 +61,6 @@ def build() -> tuple[Path, Path]:
         return module, driver
 
     folder.mkdir(parents=True, exist_ok=True)
-
-    def run(*command: str) -> None:
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
 
     def compile_one(source: Path) -> str:
         target = str(folder / f"{source.stem}.o")
@@ -85,9 +80,15 @@ def build() -> tuple[Path, Path]:
     return module, driver
 
 
-def load(path: Path) -> ModuleType:
-    """Import the module at `path` under the name MODULE."""
-    spec = importlib.util.spec_from_file_location(MODULE, path)
+def run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+
+
+def load(path: Path, name: str = MODULE) -> ModuleType:
+    """Import the module at `path` under the name that it was built with."""
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -27,7 +27,7 @@ struct BlockBackward {
   // ws.sum <- gradient of k.h (untouched by the mixer's input if `enters` is false).
   void run(const Kept<State>& k, bool enters) {
     const int inner = round_up(shape.inner, kAlign);
-    norm_rows_backward(ws.sum, D, D, own, RowsOf<State>{k.out, D, D}, k.scale_out, ws.narrow);
+    norm_rows_backward(ws.sum, D, D, shape.eps, own, RowsOf<State>{k.out, D, D}, k.scale_out, ws.narrow);
     team.sync();
     multiply(ws.narrow, rows, down, [&](const Linear&, int end) {
       return through_gate<Core>(k.gate_up, inner, ws.wide, ws.middle, end);
@@ -44,7 +44,7 @@ struct BlockBackward {
 
  private:
   void attend(const Kept<State>& k, bool enters) {
-    norm_rows_backward(ws.sum, D, D, own, RowsOf<State>{k.mid, D, D}, k.scale_mid, ws.narrow);
+    norm_rows_backward(ws.sum, D, D, shape.eps, own, RowsOf<State>{k.mid, D, D}, k.scale_mid, ws.narrow);
     team.sync();
     sum_rows(mixer_out, ws.narrow, RowsOf<State>{k.mixed, D, D});
     multiply(ws.narrow, rows, mixer_out,
@@ -79,7 +79,7 @@ struct BlockBackward {
               [&](int row, int t, V v) { store(ws.token_rows.at(row, t), v); });
       turn_in(k.h + at, T, D, mine,
               [&](int row, int t, V v) { store(ws.token_h.at(row, t), v); });
-      norm_rows_backward(ws.token_sum, padded, T, mine, RowsOfMat<Act>{ws.token_rows},
+      norm_rows_backward(ws.token_sum, padded, T, shape.eps, mine, RowsOfMat<Act>{ws.token_rows},
                          k.scale_mid + (long)first * D, ws.token_rows);
       team.sync();
       multiply(ws.token_rows, columns, mixer_out, [&](const Linear&, int end) {

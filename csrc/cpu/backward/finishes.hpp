@@ -6,8 +6,9 @@
 
 namespace rx::cpu::RX_ISA {
 
+// The two rare stores are not inlined: every tile of every product would have a copy for each row.
 template <class T>
-RX_INLINE void store_lanes_at(const Linear& l, int panel, int side, T* row, V v) {
+static __attribute__((noinline)) void store_lanes_at(const Linear& l, int panel, int side, T* row, V v) {
   float lane[W];
   store(lane, v);
   for (int i = 0; i < W; ++i) {
@@ -94,7 +95,7 @@ RX_INLINE auto through_gate(const T* gate_up, int width, Mat<Act> d_gate_up, Mat
 }
 
 // gradient[row, col] (+)= product; rows [first, first + real) of the product are its rows 0...
-RX_INLINE void add_lanes(float* p, V v, int count, bool fresh) {
+static __attribute__((noinline)) void add_lanes(float* p, V v, int count, bool fresh) {
   float lane[W];
   store(lane, v);
   for (int i = 0; i < count; ++i) p[i] = fresh ? lane[i] : p[i] + lane[i];

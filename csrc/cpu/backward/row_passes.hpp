@@ -40,15 +40,21 @@ RX_INLINE void norm_rows(const float* x, int width, float eps, Range rows, T* ou
 }
 
 // d <- scale (d - y mean(d y)): from the gradient of y = rms(x) to that of x; also as an operand.
-// `padded` columns, zero from `width` on.
+// `padded` columns, zero from `width` on. The y that was kept is rounded, so that its mean square
+// is not quite 1 - eps scale^2: corrected, or what is left of a d along y would be rounding errors.
 template <class Y, class Act>
-RX_INLINE void norm_rows_backward(float* d, int padded, int width, Range rows, Y y,
+RX_INLINE void norm_rows_backward(float* d, int padded, int width, float eps, Range rows, Y y,
                                   const float* scale, Mat<Act> also) {
   for (int row = rows.begin; row < rows.end; ++row) {
     float* const p = d + (long)row * padded;
-    V products = {};
-    for (int col = 0; col < padded; col += W) products = fma(load(p + col), y(row, col), products);
-    const float mean = reduce_add(products) / width;
+    V products = {}, squares = {};
+    for (int col = 0; col < padded; col += W) {
+      products = fma(load(p + col), y(row, col), products);
+      squares = fma(y(row, col), y(row, col), squares);
+    }
+    const float square = reduce_add(squares) / width;
+    const float exact = 1.f - eps * scale[row] * scale[row];
+    const float mean = square == 0.f ? 0.f : reduce_add(products) / width * (exact / square);
     for (int col = 0; col < padded; col += W) {
       const V v = (load(p + col) - y(row, col) * mean) * scale[row];
       store(p + col, v);

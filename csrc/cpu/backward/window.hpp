@@ -32,16 +32,19 @@ struct WindowRun {
   void forward() {
     for (int i = 0; i < slices.count; ++i) {
       slice = slices.of(i);
-      take_kept(job.save, (State*)job.kept, job.kept_floats, slice.begin);
+      take_kept();
       run_calls(true);
     }
   }
 
-  void take_kept(Save how, State* values, float* floats, int sample) {
-    const KeptSize size = kept_size<State>(rec, how);
-    save = how;
-    kept = values + size.values * sample;
-    kept_floats = floats + size.floats * sample;
+  // Save::states keeps in scratch, for one slice at a time, what Save::block does.
+  void take_kept() {
+    const bool scratch = job.save == Save::states;
+    save = scratch ? Save::block : job.save;
+    const KeptSize size = kept_size<State>(rec, save);
+    const size_t sample = scratch ? 0 : slice.begin;
+    kept = (scratch ? ws.window : (State*)job.kept) + size.values * sample;
+    kept_floats = (scratch ? ws.window_floats : job.kept_floats) + size.floats * sample;
   }
 
   // The places of a call's blocks; what is not kept lies in scratch, one block at a time.
@@ -113,12 +116,8 @@ struct WindowRun {
     for (int i = 0; i < weights(); ++i) ws.fresh[i] = true;
     for (int i = 0; i < slices.count; ++i) {
       slice = slices.of(i);
-      if (job.save == Save::states) {
-        take_kept(Save::block, ws.window, ws.window_floats, 0);
-        run_calls(false);
-      } else {
-        take_kept(job.save, (State*)job.kept, job.kept_floats, slice.begin);
-      }
+      take_kept();
+      if (job.save == Save::states) run_calls(false);
       through_calls();
     }
     for (int i = 0; i < weights(); ++i)
@@ -166,7 +165,8 @@ struct WindowRun {
         const int at = part * p.padded_half(), real = p.half();
         const RowsOf<T> rows{data + (long)part * real * p.in, p.in, p.in};
         RowPacker<Core>::run(l, to, panel, at, real, rows);
-        if (p.gate_up) RowPacker<Core>::clear(l, to, panel, at + real, p.padded_half() - real);
+        RowPacker<Core>::run(l, to, panel, at + real, p.gate_up ? p.padded_half() - real : 0,
+                             [](long, int) { return V{}; });
       }
       RowPacker<Core>::finish(l, to, panel);
     }

@@ -75,13 +75,13 @@ struct WindowSpace {
   Mat<Act> middle, wide;         // silu(gate) * up; gradients of gate and up, or of q, k, v
   State* again;                  // what of a block's kept values is computed again
   float* again_floats;
+  State* window;                 // save="states": what "block" keeps
+  float* window_floats;
   Mat<Act> token_rows, token_h, token_middle, token_wide;  // the same, turned over
   float* token_sum;
   // of the team, for the backward
   float* d_mixed;                // [rows, D]
   float** d_values;              // [x and states]: [rows, D]
-  State* window;                 // save="states": what "block" keeps
-  float* window_floats;
   char** backward;               // [all blocks x 4]: weights that dy is multiplied by
   WeightSum<Core>* sums;         // [all blocks x 4]
   // of a thread
@@ -116,6 +116,11 @@ struct WindowSpace {
         }
       w.again = c.take<State>(most.used.values);
       w.again_floats = c.take<float>(most.used.floats);
+    }
+    if (job.save == Save::states) {
+      const KeptSize size = kept_size<State>(job.rec, Save::block);
+      w.window = c.take<State>(size.values * z.samples);
+      w.window_floats = c.take<float>(size.floats * z.samples);
     }
     if (z.token_mlp) {
       const int columns = token_samples(z) * z.hidden, wide = round_up(job.rec.tokens, kAlign);
@@ -155,11 +160,6 @@ struct WindowSpace {
     for (int s = 0; s < rec.num_states; ++s) {
       float* const p = c.take<float>((size_t)z.rows * z.hidden);
       if (fill) w.d_values[s] = p;
-    }
-    if (job.save == Save::states) {
-      const KeptSize size = kept_size<State>(rec, Save::block);
-      w.window = c.take<State>(size.values * z.samples);
-      w.window_floats = c.take<float>(size.floats * z.samples);
     }
     w.backward = c.take<char*>(z.all_blocks * weights_per_block);
     w.sums = c.take<WeightSum<Core>>(z.all_blocks * weights_per_block);
