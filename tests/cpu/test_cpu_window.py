@@ -383,4 +383,4 @@ def test_widths_that_no_vector_divides(native) -> None:
     weights = [torch.randn(s, generator=generator) for s in spec.blocks[0].weight_shapes]
     x, carry = make_inputs(ONE, tokens=3, hidden=32)
     given = ONE, {"L": Net(spec, weights)}, x, carry, None
-    assert_right(on_engine(cpu.BACKEND, given), given)
+    assert_right(on_engine(cpu.BACKEND, given), given, ratio=4)  # norms over three numbers: luck

@@ -105,6 +105,7 @@ struct WindowHead {
         sum += g * to_float(mixed[(long)row * hidden + d]);
       }
       s.delta[row] = sum;
+      clear_padding(s.d_out + row * wide());
     }
     to_panels(s.k, s.k_panels);
     to_panels(s.v, s.v_panels);
@@ -139,7 +140,12 @@ struct WindowHead {
       } else {
         for (int j = 0; j < dim; ++j) y[j] = to_float(x[j]) * by;
       }
+      clear_padding(y);
     }
+  }
+  // Scratch may hold what another shape left there.
+  void clear_padding(float* row) const {
+    for (int j = dim; j < wide(); ++j) row[j] = 0.f;
   }
 
   // d_qkv <- by * the rotation's transpose of d
