@@ -82,8 +82,8 @@ using Shape = std::tuple<int, int, int>;
 using Addresses = std::vector<uintptr_t>;
 
 Recursion recursion_of(const std::vector<PackedNet>& views, const Program& program,
-                       const Shape& shape, const Addresses& in, const Addresses& out,
-                       uintptr_t cos, uintptr_t sin) {
+                       const Shape& shape, const Addresses& in, const Addresses& out, uintptr_t cos,
+                       uintptr_t sin) {
   const auto [batch, tokens, hidden] = shape;
   return {batch,
           tokens,
@@ -108,7 +108,8 @@ void run_recursion(const std::vector<const Packed*>& nets, const Program& progra
   rx::cpu::run(nets[0]->engine(), recursion, threads);
 }
 
-using KeptTuple = std::tuple<uintptr_t, size_t, uintptr_t, size_t>;  // values, floats: where, how many
+using KeptTuple =
+    std::tuple<uintptr_t, size_t, uintptr_t, size_t>;  // values, floats: where, how many
 
 Window window_of(const Engine& engine, const Recursion& recursion, int save,
                  const KeptTuple& kept) {
@@ -199,9 +200,8 @@ PYBIND11_MODULE(RX_MODULE_NAME, m) {
         py::arg("d_weights"), py::arg("threads"),
         "Gradients of what entered and of the weights (fp32); address 0: none given or wanted.");
   m.def(
-      "cpu_on_huge_pages",
-      [](uintptr_t data, size_t bytes) { on_huge_pages((void*)data, bytes); }, py::arg("data"),
-      py::arg("bytes"), "Ask for huge pages inside fresh memory.");
+      "cpu_on_huge_pages", [](uintptr_t data, size_t bytes) { on_huge_pages((void*)data, bytes); },
+      py::arg("data"), py::arg("bytes"), "Ask for huge pages inside fresh memory.");
   m.def("cpu_fingerprint", &fingerprint_of, py::arg("tensors"),
         "Hash of a sample of each (pointer, bytes), to notice weights changed in place.");
   m.def("cpu_profile", &set_profiling, py::arg("on"), "Switch the phase clock; resets it.");

@@ -73,7 +73,7 @@ enum class Save : int { all, block, states };
 struct Window {
   Recursion rec;  // `in` is what entered; `out` what leaves, of the forward only
   Save save;
-  void* kept;         // values of the states' type
+  void* kept;  // values of the states' type
   float* kept_floats;
   // of the backward
   const RawWeight* weights;

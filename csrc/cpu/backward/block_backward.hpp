@@ -18,8 +18,8 @@ struct BlockBackward {
   WindowSpace<Core>& ws;
   const BlockShape& shape;
   int samples;
-  int number;       // of this block among all
-  Range gathered;   // where this call's rows lie in the sums: [begin, begin + rows) of [0, end)
+  int number;      // of this block among all
+  Range gathered;  // where this call's rows lie in the sums: [begin, begin + rows) of [0, end)
   const Recursion& rec = job.rec;
   const int rows = samples * rec.tokens, D = rec.hidden;
   const Range own = share(rows, team.tid, team.size);
@@ -27,7 +27,8 @@ struct BlockBackward {
   // ws.sum <- gradient of k.h (untouched by the mixer's input if `enters` is false).
   void run(const Kept<State>& k, bool enters) {
     const int inner = round_up(shape.inner, kAlign);
-    norm_rows_backward(ws.sum, D, D, shape.eps, own, RowsOf<State>{k.out, D, D}, k.scale_out, ws.narrow);
+    norm_rows_backward(ws.sum, D, D, shape.eps, own, RowsOf<State>{k.out, D, D}, k.scale_out,
+                       ws.narrow);
     team.sync();
     multiply(ws.narrow, rows, down, [&](const Linear&, int end) {
       return through_gate<Core>(k.gate_up, inner, ws.wide, ws.middle, end);
@@ -44,7 +45,8 @@ struct BlockBackward {
 
  private:
   void attend(const Kept<State>& k, bool enters) {
-    norm_rows_backward(ws.sum, D, D, shape.eps, own, RowsOf<State>{k.mid, D, D}, k.scale_mid, ws.narrow);
+    norm_rows_backward(ws.sum, D, D, shape.eps, own, RowsOf<State>{k.mid, D, D}, k.scale_mid,
+                       ws.narrow);
     team.sync();
     sum_rows(mixer_out, ws.narrow, RowsOf<State>{k.mixed, D, D});
     multiply(ws.narrow, rows, mixer_out,
@@ -72,13 +74,11 @@ struct BlockBackward {
       const int columns = imin(most, samples - first) * D;
       const Range mine = share(columns, team.tid, team.size, W);
       const long at = (long)first * T * D;
-      turn_in(ws.sum + at, T, D, mine, [&](int row, int t, V v) {
-        store(ws.token_sum + (long)row * padded + t, v);
-      });
+      turn_in(ws.sum + at, T, D, mine,
+              [&](int row, int t, V v) { store(ws.token_sum + (long)row * padded + t, v); });
       turn_in(k.mid + at, T, D, mine,
               [&](int row, int t, V v) { store(ws.token_rows.at(row, t), v); });
-      turn_in(k.h + at, T, D, mine,
-              [&](int row, int t, V v) { store(ws.token_h.at(row, t), v); });
+      turn_in(k.h + at, T, D, mine, [&](int row, int t, V v) { store(ws.token_h.at(row, t), v); });
       norm_rows_backward(ws.token_sum, padded, T, shape.eps, mine, RowsOfMat<Act>{ws.token_rows},
                          k.scale_mid + (long)first * D, ws.token_rows);
       team.sync();
@@ -89,9 +89,8 @@ struct BlockBackward {
       sum_rows(mixer_out, ws.token_rows, RowsOfMat<Act>{ws.token_middle}, columns);
       sum_rows(mixer_in, ws.token_wide, RowsOfMat<Act>{ws.token_h}, columns);
       multiply(ws.token_wide, columns, mixer_in, onto(ws.token_sum, padded));
-      turn_out(ws.sum + at, T, D, mine, [&](int row, int t) {
-        return load(ws.token_sum + (long)row * padded + t);
-      });
+      turn_out(ws.sum + at, T, D, mine,
+               [&](int row, int t) { return load(ws.token_sum + (long)row * padded + t); });
       team.clock->lap(Phase::token_mlp);
       team.sync();
     }

@@ -43,16 +43,15 @@ struct WindowBlock {
   void attend(const Kept<State>& k) {
     to_operand(k.h, D, own, ws.narrow);
     done(Phase::qkv);
-    multiply(ws.narrow, mixer_in, [&](const Linear& l, int end) {
-      return file_columns(l, k.qkv, 3 * D, end);
-    });
+    multiply(ws.narrow, mixer_in,
+             [&](const Linear& l, int end) { return file_columns(l, k.qkv, 3 * D, end); });
     const Range items = share(samples * shape.heads, team.tid, team.size);
     for (int item = items.begin; item < items.end; ++item) {
       const int head = item % shape.heads, row = item / shape.heads * rec.tokens;
       const int col = head * shape.head_dim;
       WindowHead<State> one{ws.head, rec.tokens, shape.head_dim, rec.cos, rec.sin};
-      one.forward(k.qkv + (long)row * 3 * D + col, D, k.mixed + (long)row * D + col, ws.narrow,
-                  row, col, k.lse + (long)row * shape.heads + head, shape.heads);
+      one.forward(k.qkv + (long)row * 3 * D + col, D, k.mixed + (long)row * D + col, ws.narrow, row,
+                  col, k.lse + (long)row * shape.heads + head, shape.heads);
     }
     done(Phase::attention);
     multiply(ws.narrow, mixer_out, [&](const Linear&, int end) {

@@ -8,7 +8,8 @@ namespace rx::cpu::RX_ISA {
 
 // The two rare stores are not inlined: every tile of every product would have a copy for each row.
 template <class T>
-static __attribute__((noinline)) void store_lanes_at(const Linear& l, int panel, int side, T* row, V v) {
+static __attribute__((noinline)) void store_lanes_at(const Linear& l, int panel, int side, T* row,
+                                                     V v) {
   float lane[W];
   store(lane, v);
   for (int i = 0; i < W; ++i) {
@@ -100,8 +101,7 @@ static __attribute__((noinline)) void add_lanes(float* p, V v, int count, bool f
   store(lane, v);
   for (int i = 0; i < count; ++i) p[i] = fresh ? lane[i] : p[i] + lane[i];
 }
-RX_INLINE auto into_gradient(float* gradient, int cols, int padded, int real, bool fresh,
-                             int end) {
+RX_INLINE auto into_gradient(float* gradient, int cols, int padded, int real, bool fresh, int end) {
   return [=](int panel) __attribute__((always_inline)) {
     const int col = panel * kPanel;
     return [=](int row, V v0, V v1) __attribute__((always_inline)) {

@@ -28,11 +28,11 @@ RX_INLINE void accumulate_columns(const float* a, long lda, B b, int depth, V (&
 }
 
 struct HeadScratch {
-  float *q, *k, *v, *d_out;             // [padded][wide]
-  float *k_panels, *v_panels;           // [padded / kPanel][wide][kPanel]
-  float *d_q, *d_k, *d_v;               // [padded][wide]
-  float *p, *d_s;                       // [kQueries + kRows][padded]
-  float* delta;                         // [padded]: sum of d_out * out of each row
+  float *q, *k, *v, *d_out;    // [padded][wide]
+  float *k_panels, *v_panels;  // [padded / kPanel][wide][kPanel]
+  float *d_q, *d_k, *d_v;      // [padded][wide]
+  float *p, *d_s;              // [kQueries + kRows][padded]
+  float* delta;                // [padded]: sum of d_out * out of each row
 
   template <class Carver>
   static HeadScratch carve(Carver& c, int tokens, int head_dim) {

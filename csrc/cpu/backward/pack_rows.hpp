@@ -37,7 +37,8 @@ struct RowsOfMat {
 // The product of depth `depth` with plain columns.
 RX_INLINE Linear over_rows(int depth, int cols) { return {Columns::plain, depth, cols, {}}; }
 
-// ---- panels of VectorCore: [depth][columns], fp32 as they are, bf16 with both sides in a lane ----
+// ---- panels of VectorCore: [depth][columns], fp32 as they are, bf16 with both sides in a lane
+// ----
 
 RX_INLINE void store_pair(float* p, V v0, V v1) {
   store(p, v0);
@@ -64,7 +65,8 @@ struct FlatPanels {
   static void finish(const Linear&, void*, int) {}
 };
 
-// ---- panels of cores of bf16 instructions: [32 k][side][pair of k][column][k of the pair] --------
+// ---- panels of cores of bf16 instructions: [32 k][side][pair of k][column][k of the pair]
+// --------
 
 struct PairedPanels {
   static constexpr int kStep = 32;

@@ -42,8 +42,7 @@ struct WeightSum {
       RowPacker<Core>::run(l, x, panel, first, count, rows_of_x);
     if (first + count < depth) return;
     for (int n = own.begin; n < own.end; ++n)
-      for (int i = depth; i < round_up(depth, kAlign); ++i)
-        store_one(a + (long)n * ld + i, 0.f);
+      for (int i = depth; i < round_up(depth, kAlign); ++i) store_one(a + (long)n * ld + i, 0.f);
     for (int panel = panels.begin; panel < panels.end; ++panel)
       RowPacker<Core>::finish(l, x, panel);
   }

@@ -51,8 +51,7 @@ struct WindowRun {
   void find(int call) {
     team.sync();  // with the call before
     const PackedNet& net = rec.nets[rec.steps[call].net];
-    if (team.tid == 0)
-      kept_of_call(rec, save, samples(), kept, kept_floats, call, ws.blocks);
+    if (team.tid == 0) kept_of_call(rec, save, samples(), kept, kept_floats, call, ws.blocks);
     if (team.tid == 0 && save != Save::all) {
       for (int i = 0; i < net.num_blocks; ++i) {
         KeptCarver<State> again{ws.again, ws.again_floats};
@@ -72,8 +71,7 @@ struct WindowRun {
       find(call);
       form_input(step, now, ws.blocks[0].h);
       team.sync();
-      for (int i = 0; i < net.num_blocks; ++i)
-        block(net.blocks[i], ws.sum).forward(ws.blocks[i]);
+      for (int i = 0; i < net.num_blocks; ++i) block(net.blocks[i], ws.sum).forward(ws.blocks[i]);
       now[step.write] = ws.blocks[net.num_blocks - 1].out;
     }
     if (!leave) return;
@@ -231,11 +229,9 @@ struct WindowRun {
     const Range place = gather(net_number, call);
     const int before = blocks_before(net_number);
     for (int i = net.num_blocks - 1; i >= 0; --i) {
-      if (save != Save::all)
-        block(net.blocks[i], ws.d_mixed).forward(ws.blocks[i], true);
-      BlockBackward<Core>{job,       team,       ws,   net.blocks[i].shape,
-                          samples(), before + i, place}
-          .run(ws.blocks[i], enters || i > 0);
+      if (save != Save::all) block(net.blocks[i], ws.d_mixed).forward(ws.blocks[i], true);
+      BlockBackward<Core>{job, team, ws, net.blocks[i].shape, samples(), before + i, place}.run(
+          ws.blocks[i], enters || i > 0);
     }
     team.sync();
   }

@@ -69,26 +69,26 @@ struct WindowSpace {
   using Act = typename Core::Act;
 
   // of the team
-  Kept<State>* blocks;           // of the call that is run
-  float* sum;                    // [rows, D]: before a norm; the gradient of h in the backward
-  Mat<Act> narrow;               // [rows, D], an operand: h, mixed, mid, or a gradient of those
-  Mat<Act> middle, wide;         // silu(gate) * up; gradients of gate and up, or of q, k, v
-  State* again;                  // what of a block's kept values is computed again
+  Kept<State>* blocks;    // of the call that is run
+  float* sum;             // [rows, D]: before a norm; the gradient of h in the backward
+  Mat<Act> narrow;        // [rows, D], an operand: h, mixed, mid, or a gradient of those
+  Mat<Act> middle, wide;  // silu(gate) * up; gradients of gate and up, or of q, k, v
+  State* again;           // what of a block's kept values is computed again
   float* again_floats;
-  State* window;                 // save="states": what "block" keeps
+  State* window;  // save="states": what "block" keeps
   float* window_floats;
   Mat<Act> token_rows, token_h, token_middle, token_wide;  // the same, turned over
   float* token_sum;
   // of the team, for the backward
-  float* d_mixed;                // [rows, D]
-  float** d_values;              // [x and states]: [rows, D]
-  char** backward;               // [all blocks x 4]: weights that dy is multiplied by
-  WeightSum<Core>* sums;         // [all blocks x 4]
+  float* d_mixed;         // [rows, D]
+  float** d_values;       // [x and states]: [rows, D]
+  char** backward;        // [all blocks x 4]: weights that dy is multiplied by
+  WeightSum<Core>* sums;  // [all blocks x 4]
   // of a thread
   typename Core::Scratch gemm;
   HeadScratch head;
-  bool* fresh;  // [all blocks x 4]: whether nothing was added to the gradient yet
-  int *filled, *group;  // [nets]: calls gathered in its sums so far, and in the end
+  bool* fresh;           // [all blocks x 4]: whether nothing was added to the gradient yet
+  int *filled, *group;   // [nets]: calls gathered in its sums so far, and in the end
   bool *active, *given;  // [calls]: whether a gradient reaches it; [states]: whether it has one
   const State** now;     // [states]: where their values are
 
