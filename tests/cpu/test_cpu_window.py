@@ -224,7 +224,7 @@ def test_hundreds_of_reruns_are_bit_equal(native, kind, dtype) -> None:
             assert all(torch.equal(a, b) for a, b in zip(first[save], got, strict=True)), save
 
 
-# ---- the contract of a window ---------------------------------------------------------------------
+# ---- the contract of a window --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
