@@ -81,7 +81,7 @@ class Gated(nn.Module):
         super().__init__()
         self.twist = twist
         self.gate_up_proj = Dense(width, 2 * inner)
-        self.down_proj = Dense(inner, width, "bias of down" == twist)
+        self.down_proj = Dense(inner, width, twist == "bias of down")
         if twist == "convolution":
             self.dwconv = nn.Conv1d(inner, inner, 2, padding=1, groups=inner, bias=False)
 
@@ -101,7 +101,7 @@ class Mixer(nn.Module):
         self.twist, self.causal = twist, False
         self.num_heads = self.num_key_value_heads = heads
         self.head_dim = width // heads
-        self.qkv_proj = Dense(width, 3 * width, "bias of qkv" == twist)
+        self.qkv_proj = Dense(width, 3 * width, twist == "bias of qkv")
         self.o_proj = Dense(width, width)
 
     def forward(self, cos_sin: Any, hidden_states: Tensor) -> Tensor:
