@@ -2,6 +2,7 @@
 // link it statically and run it wherever the instructions are, on an emulated processor too.
 //
 //   engines_check [isa...]     prints one line a case, "ok" at the end, exit status 1 on failure
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "cpu/dispatch.hpp"
+#include "cpu/hash.hpp"
 
 using namespace rx::cpu;
 using Matrix = std::vector<double>;  // row-major
@@ -230,6 +232,16 @@ int main(int argc, char** argv) {
                     ok ? "" : "  FAILED");
         std::fflush(stdout);
       }
+#if defined(RX_HAVE_AVX512)
+  if (std::find(isas.begin(), isas.end(), "avx512") != isas.end())
+    for (size_t bytes : {0, 1, 511, 512, 513, 100003}) {
+      std::string text(bytes, 0);
+      for (char& c : text) c = (char)rng();
+      const bool ok = digest_portable(&text[0], bytes) == digest_avx512(&text[0], bytes);
+      failures += !ok;
+      std::printf("digest of %zu bytes%s\n", bytes, ok ? "" : "  FAILED");
+    }
+#endif
   std::printf("%s\n", failures ? "failed" : "ok");
   return failures != 0;
 }
