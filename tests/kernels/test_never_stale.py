@@ -205,6 +205,10 @@ def answer(stack: Stack, backend: str, mode: str) -> list[Tensor]:
     return [state.clone() for state in out.values()]
 
 
+def contiguous(weight: Tensor) -> Tensor:
+    return weight.detach().clone(memory_format=torch.contiguous_format)
+
+
 def of_copies(stack: Stack, backend: str, mode: str) -> list[Tensor]:
     fresh = Stack()
     for linear, old in zip(fresh.linears(), stack.linears(), strict=True):
@@ -220,7 +224,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 def edited(weight: Tensor, picks: random.Random) -> Tensor:
     """Other values for a weight, in most cases but a few elements of it."""
-    values = weight.detach().clone(memory_format=torch.contiguous_format)
+    values = contiguous(weight)
     rows, columns = values.shape
     what = picks.randrange(4)
     if what == 0:  # one element, such that bf16 states show it
@@ -298,6 +302,7 @@ def test_a_version_counter_misses_edits_on_a_gpu(monkeypatch) -> None:
 
 WRITER = """
 import sys
+import numpy as np
 values = np.memmap(sys.argv[1], np.float32, "r+")
 for line in sys.stdin:
     at, value = line.split()
