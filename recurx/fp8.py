@@ -2,7 +2,7 @@
 
 A weight [out, in] becomes codes [out, in] of one byte and scales [out]: w = code * scale, with the
 largest code of a channel at 448. The weight that a net holds is exactly that product, so any
-backend runs it; one that knows the format asks `codes_of` and reads the codes themselves.
+backend runs it; one that knows the format asks `are_quantized` and reads the codes themselves.
 """
 
 from __future__ import annotations
@@ -56,18 +56,9 @@ def registered(weight: Tensor) -> Codes | None:
 
 
 def are_quantized(weights: Sequence[Tensor]) -> bool:
-    """Whether each weight is the product of its codes now: every element is compared, and the host
-    waits for the device once, if all have codes at all."""
-    with torch.no_grad():
-        same = []
-        for weight in weights:
-            codes = registered(weight)
-            if codes is None or codes.codes.shape != weight.shape:
-                return False
-            same.append((codes.dequantized() == weight).all())
-        return bool(torch.stack(same).all())
-
-
-def codes_of(weight: Tensor) -> Codes | None:
-    """The codes of a quantised weight; None for any other, and after a change."""
-    return registered(weight) if are_quantized([weight]) else None
+    """Whether each weight is the product of its codes now. Every element is compared, and the host
+    waits for the device once, if all have codes."""
+    both = [(weight.detach(), registered(weight)) for weight in weights]
+    if any(codes is None or codes.codes.shape != weight.shape for weight, codes in both):
+        return False
+    return bool(torch.stack([(codes.dequantized() == w).all() for w, codes in both if codes]).all())

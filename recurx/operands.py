@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from recurx.errors import bad_argument
-from recurx.nets import WEIGHT_NAMES, NetSpec
+from recurx.nets import NetSpec
 
 CosSin = tuple[Tensor, Tensor]
 
@@ -64,9 +64,6 @@ class Operands(NamedTuple):
     def check_memory(self, states: Sequence[str], nets: Sequence[tuple[str, NetSpec]]) -> None:
         """Every tensor lies inside its storage, which FSDP frees between uses.
 
-        Args:
-            states, nets: what the states are called, and the nets.
-
         Raises:
             InvalidArgument: naming the first tensor whose memory is gone.
         """
@@ -74,9 +71,7 @@ class Operands(NamedTuple):
         for index, tensor in enumerate(everything):
             if not _in_storage(tensor):
                 names = ["x", *(f"carry[{name!r}]" for name in states)]
-                for net, spec in nets:
-                    for i, block in enumerate(spec.blocks):
-                        names += [f"nets[{net!r}] block {i} {n}" for n in WEIGHT_NAMES[block.kind]]
+                names += [f"nets[{n!r}] weight {i}" for n, s in nets for i in range(s.num_weights)]
                 raise bad_argument(
                     "recurse", [*names, "cos_sin (cos)", "cos_sin (sin)"][index],
                     f"a tensor with its memory, {tensor.nbytes} bytes",

@@ -180,8 +180,3 @@ class Cpu(Backend):
 
 
 BACKEND = Cpu()
-
-
-def forget() -> None:
-    """Free the memory of all packed weights; the next call packs anew."""
-    BACKEND.packed.clear()

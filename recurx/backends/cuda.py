@@ -4,8 +4,8 @@
 training it runs the calls before the gradient window and hands the carry to backend triton, or to
 PyTorch where there is no Triton.
 
-Weights are packed into tapes on the device (recurx/backends/cuda_tapes.py) at every call, because
-nothing tells whether somebody wrote to them; `recurx.solve` packs them once.
+Weights are packed into a tape on the device at every call, by two launches, because nothing tells
+whether somebody wrote to them; `recurx.solve` packs them once.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recurx.backends import Backend, cuda_abi, cuda_tapes
-from recurx.backends.cuda_launch import Launch, call_words, check_inputs, describe
+from recurx.backends import Backend, cuda_abi, cuda_grid
+from recurx.backends.cuda_launch import Launch, blocks, call_words, check_inputs, describe
 from recurx.backends.cuda_timeline import KernelTimeline
 from recurx.backends.graphs import captured_outside
 from recurx.backends.weight_cache import WeightCache
@@ -30,7 +30,7 @@ from recurx.errors import BackendUnavailable, CudaError, how_to_compile, no_comp
 from recurx.fp8 import are_quantized, registered
 from recurx.nets import Net, NetSpec
 from recurx.operands import Operands, Span
-from recurx.packed import device_words
+from recurx.packed import device_words, round_into
 from recurx.plan.cuda import KINDS, OWNER_PLANS, Shapes, candidates, refusals
 from recurx.plan.device import Device
 from recurx.plan.launch import LaunchPlan
@@ -230,33 +230,45 @@ class Cuda(Backend):
 
         Inside somebody's CUDA graph packing becomes part of it, and so does a tape of its own.
         """
-        fp8 = fp8 and kind == "grid"
-        device = weights[0].device
+        fp8, device = fp8 and kind == "grid", weights[0].device
+        captured = captured_outside(device)
 
         def make(before: Any) -> Any:
-            if before is None:
-                Net(spec, weights)  # checks the weights
-                before = self._new_tape(kind, spec, tokens, device, fp8)
-            return before.fill(weights, stream)
+            """(what fills a tape, the tape)"""
+            if before is not None:
+                fill = before[0]
+            elif kind == "grid":
+                pack = functools.partial(cuda_grid.pack, spec, fp8=fp8)
+                fill = pack if fp8 or captured else cuda_grid.packer(spec, device)
+            else:
+                fill = self._packer(kind, Net(spec, weights), tokens, stream)
+            return fill, fill(weights)
 
-        if captured_outside(device):
-            tape: Tensor = make(None).packed
-            return tape
+        if captured:
+            return make(None)[1]  # type: ignore[no-any-return]
         # The token MLP's tape depends on T, which its spec holds; attention's does not.
         key = kind, fp8, spec, getattr(stream, "value", None)
-        tape = self.tapes.get(key, weights, make).packed
-        return tape
+        return self.tapes.get(key, weights, make)[1]  # type: ignore[no-any-return]
 
-    def _new_tape(
-        self, kind: str, spec: NetSpec, tokens: int, device: torch.device, fp8: bool
-    ) -> Any:
-        if kind == "grid":
-            if fp8 or captured_outside(device):
-                return cuda_tapes.PermutedTape(spec, fp8)
-            return cuda_tapes.GridTape(spec, device)
+    def _packer(self, kind: str, net: Net, tokens: int, stream: ctypes.c_void_p | None) -> Any:
+        """Rounds weights to bf16 by one launch, and packs them by a kernel of the family."""
         library = self.library()
         assert library is not None, "checked by why_unavailable"
-        return cuda_tapes.KernelTape(library, kind, spec, tokens, device)
+        rounded = [w.new_empty(w.shape, dtype=torch.bfloat16) for w in net.weights]
+        p = cuda_abi.RxPack(net.spec.hidden, tokens, len(net.spec.blocks))
+        p.blocks[: p.num_blocks] = blocks(net.spec)
+        p.weights[: len(rounded)] = [weight.data_ptr() for weight in rounded]
+        family = cuda_abi.FAMILIES[kind]
+        size = library.bytes_of(f"rx_{family}_tape_bytes", p)
+        tape = torch.empty(size, dtype=torch.uint8, device=rounded[0].device)
+        p.tape = tape.data_ptr()
+
+        def fill(weights: Sequence[Tensor]) -> Tensor:
+            round_into(rounded, weights)
+            library.call(f"rx_{family}_pack", p, stream)
+            return tape
+
+        return fill
 
     def _quantized(self, weights: Sequence[Tensor]) -> bool:
         """Whether the kernel may read codes. Not inside somebody's CUDA graph: there the host
@@ -307,8 +319,3 @@ def _compiled_module() -> ModuleType:
 
 
 BACKEND = Cuda()
-
-
-def forget() -> None:
-    """Free the memory of all packed weights."""
-    BACKEND.tapes.clear()

@@ -9,7 +9,8 @@ the other families, because with FP8 it starts from the codes that `recurx.fp8` 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor
 from recurx.backends.cuda_abi import RxGridPlan
 from recurx.fp8 import registered
 from recurx.nets import ATTENTION, BlockSpec, NetSpec
+from recurx.packed import round_into
 from recurx.plan.cuda_grid import SLOTS
 from recurx.plan.launch import LaunchPlan
 
@@ -42,6 +44,26 @@ def pack(spec: NetSpec, weights: Sequence[Tensor], fp8: bool = False) -> Tensor:
     if not fp8:
         return in_order(spec, [weight.detach().bfloat16() for weight in weights])
     return torch.cat([_codes(*each) for each in _slots(spec, weights)])
+
+
+def packer(spec: NetSpec, device: torch.device) -> Callable[[Sequence[Tensor]], Tensor]:
+    """What `pack` does without FP8 in two launches, whatever the net, and into memory that stays:
+    all weights are rounded, then gathered; element 0 is the zero of the padding."""
+    shapes = [shape for block in spec.blocks for shape in block.weight_shapes]
+    sizes = [math.prod(shape) for shape in shapes]
+
+    def cut(flat: Tensor) -> list[Tensor]:
+        return [part.view(s) for part, s in zip(flat[1:].split(sizes), shapes, strict=True)]
+
+    numbers = torch.arange(1 + sum(sizes), dtype=torch.int32, device=device)
+    flat, order = torch.zeros_like(numbers, dtype=torch.bfloat16), in_order(spec, cut(numbers))
+    rounded, tape = cut(flat), flat.new_empty(len(order))
+
+    def fill(weights: Sequence[Tensor]) -> Tensor:
+        round_into(rounded, weights)
+        return torch.index_select(flat, 0, order, out=tape)
+
+    return fill
 
 
 def in_order(spec: NetSpec, values: Sequence[Tensor]) -> Tensor:

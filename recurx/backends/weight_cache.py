@@ -17,7 +17,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,12 +39,11 @@ def frozen_weights() -> Iterator[None]:
             _freeze.reset(token)
 
 
-class _Entry:
-    """A made thing, the digest of what it was made of, and the memory where that lies."""
-
-    def __init__(self, made: Any, digest: Hashable, refs: tuple[weakref.ref[Any], ...]) -> None:
-        self.made, self.digest, self.refs = made, digest, refs
-        self.freeze: object | None = None  # under which it was last found to be right
+class _Entry(NamedTuple):
+    made: Any
+    digest: Hashable  # of the contents that it was made of; None: unknown
+    refs: tuple[weakref.ref[Any], ...]  # to the storages where they lie
+    freeze: object | None  # under which it was last found to be right
 
     def is_of(self, storages: Sequence[Any]) -> bool:
         return all(map(operator.is_, [ref() for ref in self.refs], storages))
@@ -81,30 +80,27 @@ class WeightCache:
         storages = [weight.untyped_storage() for weight in weights]
         freeze = _freeze.get()
         entry = self._entries.get(slot)
-        frozen = freeze is not None and entry is not None and entry.freeze is freeze
-        if frozen and entry.is_of(storages):
+        # The address may belong to other weights by now.
+        if entry and entry.freeze is freeze is not None and entry.is_of(storages):
             return entry.made
         digest = self._digest(weights)  # before packing: what is written later shows next time
         with self._lock:
             entry = self._entries.pop(slot, None)
-            # The address may belong to other weights by now.
-            entry = entry if entry is not None and entry.is_of(storages) else None
-            if entry is None or digest is None or entry.digest != digest:
-                if entry is None:  # of ordinary tensors: the next call may not be in inference mode
-                    with torch.inference_mode(False):
-                        made = make(None)
-                else:
-                    made = make(entry.made)
+            if entry and not entry.is_of(storages):
+                entry = None
+            if entry and digest is not None and entry.digest == digest:
+                made = entry.made
+            else:
+                with torch.inference_mode(False):  # the next call may not be in inference mode
+                    made = make(entry and entry.made)
                 if self._digest(weights) != digest:  # somebody writes at this moment
                     digest = freeze = None
-                drop = functools.partial(self._drop, slot)
-                refs = entry.refs if entry else tuple(weakref.ref(s, drop) for s in storages)
-                entry = _Entry(made, digest, refs)
-            entry.freeze = freeze
-            self._entries[slot] = entry
+            drop = functools.partial(self._drop, slot)
+            refs = entry.refs if entry else tuple(weakref.ref(s, drop) for s in storages)
+            self._entries[slot] = _Entry(made, digest, refs, freeze)
             while len(self._entries) > self._limit:
                 self._entries.popitem(last=False)
-            return entry.made
+            return made
 
     def clear(self) -> None:
         with self._lock:
