@@ -91,7 +91,7 @@ def recurse(
     if call.schedule.detach_carry:
         call = call._replace(states={name: s.detach() for name, s in call.states.items()})
     tensors = (call.x, *call.states.values(), *call.weights, *(call.rope or ()))
-    traced = torch.compiler.is_compiling() or _transformed(tensors)
+    traced = torch.compiler.is_compiling() or _transformed(tensors)  # only operators see inside
     if not traced:
         call.operands(call.states).check_memory(call.schedule.states, call.specs)
     device = x.device.type
@@ -115,10 +115,7 @@ class _Way(NamedTuple):
 
 
 def _run(call: Call, traced: bool) -> dict[str, Tensor]:
-    """Calls before the window without gradient, the window differentiably.
-
-    `traced`: sizes may be symbolic, and only operators say what a tensor holds.
-    """
+    """Calls before the window without gradient, the window differentiably."""
     tensors = (call.x, *call.states.values(), *call.weights, *(call.rope or ()))
     grad = torch.is_grad_enabled()
     grad = grad and (bool(call.opaque) or any(t.requires_grad for t in tensors))

@@ -31,12 +31,11 @@ def frozen_weights() -> Iterator[None]:
 
     Within another one it changes nothing.
     """
-    token = None if _freeze.get() is not None else _freeze.set(object())
+    token = _freeze.set(_freeze.get() or object())
     try:
         yield
     finally:
-        if token is not None:
-            _freeze.reset(token)
+        _freeze.reset(token)
 
 
 class _Entry(NamedTuple):
