@@ -239,7 +239,7 @@ int main(int argc, char** argv) {
       for (char& c : text) c = (char)rng();
       const bool ok = digest_portable(&text[0], bytes) == digest_avx512(&text[0], bytes);
       failures += !ok;
-      std::printf("digest of %zu bytes%s\n", bytes, ok ? "" : "  FAILED");
+      std::printf("avx512   digest of %zu bytes%s\n", bytes, ok ? "" : "  FAILED");
     }
 #endif
   std::printf("%s\n", failures ? "failed" : "ok");

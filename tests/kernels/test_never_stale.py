@@ -465,3 +465,27 @@ def test_quantised_weights_can_be_swapped() -> None:
     other = nn.Parameter(torch.randn(8, 8))
     torch.utils.swap_tensors(weight, other)
     assert not fp8.are_quantized([weight]) and fp8.are_quantized([other])
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpu", "auto"])
+def test_a_patched_model_is_right_after_conversions_that_swap(native, backend: str) -> None:
+    from tests import lookalike
+
+    patched, plain = lookalike.build(), lookalike.build()
+    recurx.patch(patched, backend=backend)
+
+    def logits(model: nn.Module) -> Tensor:
+        carry, batch = lookalike.inputs(model)
+        inner = next(m for m in model.modules() if isinstance(m, lookalike.Inner))
+        with torch.no_grad():
+            return inner(carry, batch)[1]
+
+    torch.testing.assert_close(logits(patched), logits(plain), rtol=1e-4, atol=1e-4)
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        for model in (patched, plain):
+            model.double().to(torch.bfloat16).float()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+    torch.testing.assert_close(logits(patched), logits(plain), rtol=1e-4, atol=1e-4)
