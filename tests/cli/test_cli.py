@@ -315,7 +315,7 @@ def test_demo_in_small(tmp_path, monkeypatch, capsys) -> None:
 
 def test_the_puzzles_of_the_demo_have_one_solution() -> None:
     layout = Layout.of(9)
-    boards = files.parse_lines(full_size.PUZZLES, layout).puzzles
+    boards = files.parse_boards(full_size.PUZZLES, layout)
     assert (solver.solve(layout, boards).count == 1).all()
 
 
