@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recurx import small_ops
 from recurx.errors import bad_argument
-from recurx.models.layers import truncated_normal_
+from recurx.models.layers import check_ids, truncated_normal_
 
 
 class PuzzleEmbedding(nn.Module):
@@ -47,10 +48,14 @@ class PuzzleEmbedding(nn.Module):
         """Rows [B, width] in the forward dtype; `ids` [B] of any integer dtype.
 
         Raises:
-            InvalidArgument: in training, a batch larger than `batch_size`.
+            InvalidArgument: ids that are no integers [B] or not within the table (looked for on the
+                CPU alone: a GPU would wait, and asserts by itself); in training, a batch larger
+                than `batch_size`.
         """
+        check_ids("puzzle_identifiers", ids, len(self.weights), 1)
+        rows = F.embedding(ids.to(torch.int64), self.weights)  # indexing counts -1 from the end
         if not self.training:
-            return self.weights[ids].to(self.cast_to)
+            return rows.to(self.cast_to)
         batch, room = ids.shape[0], self.local_weights.shape[0]
         if batch > room:
             raise bad_argument(
@@ -58,7 +63,7 @@ class PuzzleEmbedding(nn.Module):
                 f"Build the model with batch_size={batch} in its configuration.",
             )  # fmt: skip
         with torch.no_grad():
-            self.local_weights[:batch].copy_(self.weights[ids])
+            self.local_weights[:batch].copy_(rows)
             # Rows beyond the batch have zero gradient: give them an id that is updated anyway.
             self.local_ids.copy_(self.local_ids.new_zeros(room) if batch == 0 else ids[0])
             self.local_ids[:batch].copy_(ids)

@@ -159,6 +159,12 @@ def _complete(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     identifiers = batch.get("puzzle_identifiers")
     if identifiers is None:
         identifiers = torch.zeros(len(inputs), dtype=torch.int32, device=inputs.device)
+    elif identifiers.is_floating_point() or identifiers.dtype is torch.bool:
+        raise bad_argument(
+            "solve", "batch['puzzle_identifiers']", "integer ids [B]", identifiers.dtype
+        )
+    elif identifiers.dtype is torch.uint8:  # which indexing takes for a mask
+        identifiers = identifiers.to(torch.int32)
     return {**batch, "puzzle_identifiers": identifiers}
 
 
