@@ -149,6 +149,9 @@ def load_checkpoint(
         check_names_and_shapes(certain, state)
     with reading(path, f"unreadable {_EXTRA} in its metadata"):
         extra = _json_object(metadata.get(_EXTRA, "{}"))
+        how, named = extra.get("solve") or {}, extra.get("task", "")
+        if not isinstance(how, dict) or not isinstance(named, str):
+            raise TypeError("expected a name under `task`, and arguments of solve under `solve`")
     return Checkpoint(path, state, certain, assumed, rows, extra)
 
 

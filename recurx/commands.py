@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -32,7 +34,7 @@ COMMANDS = {
 }
 TASKS = "recurx.experiments.tasks"  # registers its tasks, for a checkout that is not installed
 USAGE_ERROR = 2
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+SIGNALLED = 128  # + the number of the signal, as shells report it
 
 
 def build_parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -61,12 +63,16 @@ def build_parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     line = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):  # an ASCII locale is no reason to fail
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     arguments = build_parser(line).parse_args(line)
     try:
-        return int(arguments.execute(arguments))
+        with options.json_alone(getattr(arguments, "json", False) is True):
+            return int(arguments.execute(arguments))
     except (RecurxError, OSError) as error:
         print(f"recurx {arguments.command}: {error}", file=sys.stderr)
         return USAGE_ERROR
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print(f"recurx {arguments.command}: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return SIGNALLED + (error.args[0] if error.args else signal.SIGINT)

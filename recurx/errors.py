@@ -46,10 +46,6 @@ class QuantizationRefused(RecurxError, ValueError):
         self.gate = gate
 
 
-class SaveFailed(RecurxError, OSError):
-    """A file could not be written; what had its name before is untouched."""
-
-
 @contextmanager
 def reading(path: object, what: str, hint: str = "") -> Iterator[None]:
     """Whatever fails inside becomes a CheckpointError that names the file: parsers of damaged or

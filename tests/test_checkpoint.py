@@ -373,18 +373,18 @@ def test_the_encoding_of_comments_does_not_matter(tmp_path: Path) -> None:
 
 def test_pointers_folders_and_expanded_tensors_are_named(tmp_path: Path) -> None:
     (tmp_path / "net.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    with pytest.raises(CheckpointError, match="git-lfs pointer.*run git lfs pull"):
+    with pytest.raises(CheckpointError, match=r"git-lfs pointer.*run git lfs pull"):
         recurx.load_checkpoint(tmp_path / "net.pt")
     with pytest.raises(CheckpointError, match=r"a folder: expected one file of it; it has net\.pt"):
         recurx.load_checkpoint(tmp_path)
     state = {name: value.clone() for name, value in random_model("trm").state_dict().items()}
     state["inner.lm_head.weight"] = torch.zeros(1).expand(1 << 17, 1 << 17)  # 64 GB
     torch.save(state, tmp_path / "net.pt")
-    with pytest.raises(CheckpointError, match="68,7.* bytes, the file has .*repeat memory"):
+    with pytest.raises(CheckpointError, match=r"68,7.* bytes, the file has .*repeat memory"):
         recurx.load_checkpoint(tmp_path / "net.pt", **HINTS)
     for value in (torch.zeros(2, 2).to_sparse(), torch.zeros(2, 2, device="meta")):
         torch.save({"inner.q": value}, tmp_path / "net.pt")
-        with pytest.raises(CheckpointError, match="'inner.q' holds Tensor, expected a tensor"):
+        with pytest.raises(CheckpointError, match=r"'inner.q' holds Tensor, expected a tensor"):
             recurx.load_checkpoint(tmp_path / "net.pt")
 
 

@@ -90,7 +90,7 @@ def test_eval_needs_no_checkpoint_and_takes_untidy_files(net: Path, tmp_path, ca
         f"{'0' * 81}\r\n55{'0' * 79}\n{twice}"
     )
     assert main(["eval", "sudoku", "--puzzles", puzzle_file(tmp_path, untidy), "--json"]) == 0
-    printed = capsys.readouterr().out
+    printed = "".join(capsys.readouterr()[::-1])  # JSON is all of stdout
     result = last_json(printed)
     assert result["count"] == 5 and result["exact"] == 0 and 0 <= result["cells"] <= 1
     assert result["steps_mean"] <= 3 and result["seconds"] > 0 and result["answers_seconds"] > 0
@@ -174,7 +174,7 @@ def test_eval_draws_a_curve_and_compares_exits(net, tmp_path, capsys) -> None:
     arguments = ["eval", "--puzzles", file, "--curve", str(picture), "--compare-exit"]
     more = ["--max-steps", "4", "--rollouts", "2", "--init", "random", "--json"]
     assert main([*arguments, *more]) == 0
-    printed = capsys.readouterr().out
+    printed = "".join(capsys.readouterr()[::-1])  # JSON is all of stdout
     result = last_json(printed)
     assert picture.read_bytes()[:4] == b"\x89PNG" and "Early exit, 2 puzzles" in printed
     assert [(p["rollouts"], p["max_steps"]) for p in result["points"]] == [

@@ -105,7 +105,10 @@ def run(asked: Run) -> int:
     if asked.cold and device == "cpu":
         raise InvalidArgument("--cold: overwrites a GPU's L2; on a CPU rounds are interleaved.")
     for module in asked.imports:
-        importlib.import_module(module)
+        try:
+            importlib.import_module(module)
+        except (ImportError, ValueError) as error:
+            raise InvalidArgument(f"--import {module}: {error}.") from error
     threads = asked.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     groups = _groups(asked, "gpu" if device == "cuda" else "cpu")
@@ -127,6 +130,7 @@ def run(asked: Run) -> int:
         "schema": results.SCHEMA, "status": "partial", "provenance": facts, "groups": []
     }  # fmt: skip
     skipped = 0
+    write_json(path, document)  # a path that nobody can write ends it now and not after minutes
     with _terminable():
         for group in groups:
             if how.left() <= 0:
@@ -179,7 +183,7 @@ def _terminable() -> Iterator[None]:
     """SIGTERM ends the run as Ctrl-C does: with what was measured in the file."""
 
     def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(number)
 
     try:
         before = signal.signal(signal.SIGTERM, interrupt)
@@ -220,6 +224,7 @@ def host(asked: Host) -> int:
     from recurx.bench import host as hosts
     from recurx.cli import output
 
+    options.check_writable(asked.out)
     document = hosts.run()
     heads = ("case", "batch", "dtype", "backend", "budget us", "p20 us", "p50 us", "p80 us", "")
     title = "from recurx.recurse to the engine, forward without gradient"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from recurx.bench.questions import Questions
+    from recurx.models import RecursiveModel
     from recurx.tasks import Task
     from recurx.train import Report
 
@@ -48,6 +50,7 @@ def run(asked: Options) -> int:
 
     device = asked.prepare()
     picture = shown.check_path(asked.curve) if asked.curve else None
+    options.check_writable(asked.submission)
     model, task, loaded = open_checkpoint(asked.checkpoint, asked.task, device, asked.backend)
     recommended = loaded.extra.get("solve") or {}
     how = arguments_of_solve(asked.how, recommended, task)
@@ -66,11 +69,13 @@ def run(asked: Options) -> int:
     console.print(f"{len(given.examples)} puzzles {given.source}", soft_wrap=True)
     where: dict[str, Any] = {"batch_size": asked.batch_size, "device": device}
     total = len(given.examples)
-    with output.counting(console, "solved") as show:
+    with (
+        output.counting(console, "solved") as show,
+        advancing(model, asked.batch_size, how, lambda done: show(done, total)) as on_batch,
+    ):
         report = evaluate(
-            model, task, given.examples, known=given.known,
-            on_batch=lambda done: show(done, total), **where, **how,
-        )  # fmt: skip
+            model, task, given.examples, known=given.known, on_batch=on_batch, **where, **how
+        )
     _print_report(console, report, how)
     result = {"task": task.name, "checkpoint": str(loaded.path)} | report.to_dict()
     result |= {"answers_seconds": given.seconds, "halt": how["halt"]}
@@ -97,6 +102,36 @@ def run(asked: Options) -> int:
     if asked.json:
         output.json_line(result)
     return 0
+
+
+@contextmanager
+def advancing(
+    model: RecursiveModel, size: int, how: Mapping[str, Any], show: Callable[[int], object]
+) -> Iterator[Callable[[int], None]]:
+    """An `on_batch` of `train.evaluate` whose `show` moves within a batch, too: with each step, by
+    the rows that ended or by the share of the steps, whichever is more. A batch may take minutes.
+    """
+    finished, step, first = 0, 0, 0  # puzzles, step of the batch, its rows at the start
+
+    def on_step(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        nonlocal step, first
+        rows = len((kwargs.get("carry") or args[0]).halted)
+        first = first if step else rows
+        share = max(1 - rows / max(first, 1), min(step / how["max_steps"], 1))
+        step += 1
+        show(finished + int(share * min(size, first // tries)))
+
+    def on_batch(done: int) -> None:
+        nonlocal finished, step
+        finished, step = done, 0
+        show(done)
+
+    tries = 1 if callable(how.get("select")) else how["rollouts"]  # rows of a puzzle at once
+    hook = model.register_forward_pre_hook(on_step, with_kwargs=True)
+    try:
+        yield on_batch
+    finally:
+        hook.remove()
 
 
 def _given(console: Console, asked: Options, task: Task) -> Questions:

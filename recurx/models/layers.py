@@ -37,9 +37,9 @@ def truncated_normal_(tensor: Tensor, std: float) -> Tensor:
     return tensor.clamp_(-CUT * sigma, CUT * sigma)
 
 
-def check_ids(arg: str, ids: Tensor, count: int, ndim: int) -> None:
-    """Refuse what is no integer ids within 0..count-1. Values of a GPU's are not looked at, nor
-    those of a trace.
+def check_ids(arg: str, ids: Tensor, count: int, ndim: int) -> Tensor:
+    """The ids as int64, for indexing; refuses what is no integer ids within 0..count-1. Values of a
+    trace are not looked at, nor of a GPU, which asserts that indices are in range.
 
     Raises:
         InvalidArgument: naming `arg`, what was expected and what came.
@@ -56,6 +56,8 @@ def check_ids(arg: str, ids: Tensor, count: int, ndim: int) -> None:
                 "models", arg, f"ids within 0..{count - 1}", low if low < 0 else high,
                 "The data are of another task or vocabulary than the model.",
             )  # fmt: skip
+    ids = ids.to(torch.int64)  # indexing takes uint8 for a mask, and counts -1 from the end
+    return ids if ids.device.type == "cpu" else torch.where(ids < 0, count, ids)
 
 
 class CastLinear(nn.Module):

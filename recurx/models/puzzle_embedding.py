@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recurx import small_ops
@@ -52,10 +51,9 @@ class PuzzleEmbedding(nn.Module):
                 CPU alone: a GPU would wait, and asserts by itself); in training, a batch larger
                 than `batch_size`.
         """
-        check_ids("puzzle_identifiers", ids, len(self.weights), 1)
-        rows = F.embedding(ids.to(torch.int64), self.weights)  # indexing counts -1 from the end
+        ids = check_ids("puzzle_identifiers", ids, len(self.weights), 1)
         if not self.training:
-            return rows.to(self.cast_to)
+            return self.weights[ids].to(self.cast_to)
         batch, room = ids.shape[0], self.local_weights.shape[0]
         if batch > room:
             raise bad_argument(
@@ -63,7 +61,7 @@ class PuzzleEmbedding(nn.Module):
                 f"Build the model with batch_size={batch} in its configuration.",
             )  # fmt: skip
         with torch.no_grad():
-            self.local_weights[:batch].copy_(rows)
+            self.local_weights[:batch].copy_(self.weights[ids])
             # Rows beyond the batch have zero gradient: give them an id that is updated anyway.
             self.local_ids.copy_(self.local_ids.new_zeros(room) if batch == 0 else ids[0])
             self.local_ids[:batch].copy_(ids)

@@ -206,8 +206,9 @@ def _check(rules: Rules) -> None:
         if getattr(rules, arg) not in known:
             raise bad_argument("solve", arg, f"one of {known}", repr(getattr(rules, arg)))
     for arg in ("sigma", "init_scale"):
-        if not 0 <= getattr(rules, arg) < float("inf"):
-            raise bad_argument("solve", arg, "a finite number >= 0", repr(getattr(rules, arg)))
+        value = getattr(rules, arg)
+        if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+            raise bad_argument("solve", arg, "a finite number >= 0", repr(value))
     above = rules.halt_above
     if not isinstance(above, (int, float)) or above != above:
         raise bad_argument("solve", "halt_above", "a number", repr(above))

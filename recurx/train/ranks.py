@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from recurx.errors import bad_argument
+from recurx.errors import InvalidArgument, bad_argument
 
 
 class Ranks:
@@ -130,10 +130,20 @@ def join_torchrun(device: torch.device) -> Ranks:
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    said = os.environ.get("WORLD_SIZE", "1")
+    if not said.isdecimal():
+        raise InvalidArgument(
+            f"WORLD_SIZE: expected a number of processes, got {said!r}: unset it."
+        )
+    if int(said) > 1 and not dist.is_initialized():
         # Its defaults keep for ever the group that there is at its import, which optimisers cause.
         importlib.import_module("torch.distributed.nn")
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        except ValueError as error:  # a variable of torchrun's that is missing, or no number
+            raise InvalidArgument(
+                f"WORLD_SIZE={said} without torchrun's others: {error}"
+            ) from error
         atexit.register(_leave)
     return Ranks.of_this_process()
 
