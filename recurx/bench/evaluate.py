@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recurx.bench import arc
+from recurx.bench import arc, arc_files
 from recurx.cli import options
 from recurx.cli.refinement import Refining, arguments_of_solve
 from recurx.options import file, option
@@ -27,8 +27,8 @@ MISLED = 0.01  # accuracy that halting costs before it is called too early
 @dataclass(frozen=True)
 class Options(options.Json, options.Machine, Refining, arc.Options, options.Weights):
     task: str | None = option(None, "default: that of the checkpoint", flag="", nargs="?")
-    puzzles: str | None = file("Sudokus: lines of digits (0 or . is a blank), or a CSV with the "
-                               "columns of Sudoku-Extreme or Maze-Hard")  # fmt: skip
+    puzzles: str | None = file("Sudokus or mazes in lines, grids or a CSV; ARC: a file or folder "
+                               "of tasks")  # fmt: skip
     count: int | None = option(
         None, "at most N puzzles (default: 512 held-out ones, or the whole file)", least=1
     )
@@ -51,7 +51,9 @@ def run(asked: Options) -> int:
     device = asked.prepare()
     picture = shown.check_path(asked.curve) if asked.curve else None
     options.check_writable(asked.submission)
-    model, task, loaded = open_checkpoint(asked.checkpoint, asked.task, device, asked.backend)
+    names = arc.names_of_rows(asked)
+    rows = None if names is None else len(arc_files.read_names(names))
+    model, task, loaded = open_checkpoint(asked.checkpoint, asked.task, device, asked.backend, rows)
     recommended = loaded.extra.get("solve") or {}
     how = arguments_of_solve(asked.how, recommended, task)
     console = output.make_console()
@@ -64,6 +66,8 @@ def run(asked: Options) -> int:
     as_trained = _as_trained(asked.how, recommended, how, loaded.config.halt_max_steps)
     console.print(_rule(how, as_trained), soft_wrap=True)
     if arc.applies(asked, task):
+        if asked.puzzles is not None:
+            task = arc_files.task(asked.puzzles, names, task)
         return arc.evaluate(asked, model, task, str(loaded.path), how, console, device)
     given = _given(console, asked, task)
     console.print(f"{len(given.examples)} puzzles {given.source}", soft_wrap=True)
