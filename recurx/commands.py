@@ -73,6 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RecurxError, OSError) as error:
         print(f"recurx {arguments.command}: {error}", file=sys.stderr)
         return USAGE_ERROR
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        text = str(error).splitlines()[0] if str(error) else "ask for less at once"
+        print(f"recurx {arguments.command}: not enough memory: {text}", file=sys.stderr)
+        return USAGE_ERROR
     except KeyboardInterrupt as error:
         print(f"recurx {arguments.command}: interrupted", file=sys.stderr)
         return SIGNALLED + (error.args[0] if error.args else signal.SIGINT)

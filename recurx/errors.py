@@ -48,17 +48,14 @@ class QuantizationRefused(RecurxError, ValueError):
 
 @contextmanager
 def reading(path: object, what: str, hint: str = "") -> Iterator[None]:
-    """Whatever fails inside becomes a CheckpointError that names the file: parsers of damaged or
-    hostile bytes raise anything, so no list of types would do.
-
-    Args:
-        what: what the file was to be, for the message.
-    """
+    """Whatever fails inside becomes a CheckpointError that names the file and `what` was read: the
+    parsers of damaged bytes raise anything, so no list of types would do."""
     try:
         yield
     except CheckpointError as error:
-        named = str(path) in str(error)
-        raise error if named else CheckpointError(f"{path}: {error}") from error
+        if str(path) in str(error):
+            raise
+        raise CheckpointError(f"{path}: {error}") from error
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")[:300]
         text = f"{path}: {what}: {type(error).__name__}: {reason}. {hint}"

@@ -15,6 +15,7 @@ from typing import Any
 
 from recurx.bench import lanes
 from recurx.bench.cases import CASES, DTYPES, MODES
+from recurx.bench.paths import check_writable
 from recurx.bench.suites import SUITES
 from recurx.cli import options
 from recurx.errors import InvalidArgument
@@ -107,7 +108,7 @@ def run(asked: Run) -> int:
     for module in asked.imports:
         try:
             importlib.import_module(module)
-        except (ImportError, ValueError) as error:
+        except (ImportError, ValueError, TypeError) as error:
             raise InvalidArgument(f"--import {module}: {error}.") from error
     threads = asked.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -224,7 +225,7 @@ def host(asked: Host) -> int:
     from recurx.bench import host as hosts
     from recurx.cli import output
 
-    options.check_writable(asked.out)
+    check_writable(asked.out)
     document = hosts.run()
     heads = ("case", "batch", "dtype", "backend", "budget us", "p20 us", "p50 us", "p80 us", "")
     title = "from recurx.recurse to the engine, forward without gradient"
@@ -246,9 +247,16 @@ def report(asked: Report) -> int:
 
     found = [results.load(path) for path in asked.files]
     found = sorted(found, key=lambda r: r.date) or results.load_folder(results_folder())
+    found = [result for result in found if result.groups]  # a run may end before its first group
+    if not found:
+        raise InvalidArgument("bench report: no measurements in these files.")
     for path in asked.write:
         page = path.resolve()  # a link stays one
-        edited = tables.fill_in(page.read_text(encoding="utf-8"), found, str(path))
+        try:
+            text = page.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InvalidArgument(f"--write {path}: not a page of text: {error}.") from error
+        edited = tables.fill_in(text, found, str(path))
         with atomic.replacing(page) as new:
             new.write_text(edited, encoding="utf-8")
         print(f"written to {path}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recurx.bench import arc, arc_files
+from recurx.bench.paths import check_writable
 from recurx.cli import options
 from recurx.cli.refinement import Refining, arguments_of_solve
 from recurx.options import file, option
@@ -30,7 +31,10 @@ class Options(options.Json, options.Machine, Refining, arc.Options, options.Weig
     puzzles: str | None = file("Sudokus or mazes in lines, grids or a CSV; ARC: a file or folder "
                                "of tasks")  # fmt: skip
     count: int | None = option(
-        None, "at most N puzzles (default: 512 held-out ones, or the whole file)", least=1
+        None,
+        "at most N puzzles (default: 512 held-out ones, or the whole file)",
+        least=1,
+        most=10**7,
     )
     batch_size: int = option(256, "puzzles that are solved at once", least=1)
     curve: str | None = file("draw exact accuracy against supervision steps and wall time, with "
@@ -50,7 +54,7 @@ def run(asked: Options) -> int:
 
     device = asked.prepare()
     picture = shown.check_path(asked.curve) if asked.curve else None
-    options.check_writable(asked.submission)
+    check_writable(asked.submission)
     names = arc.names_of_rows(asked)
     rows = None if names is None else len(arc_files.read_names(names))
     model, task, loaded = open_checkpoint(asked.checkpoint, asked.task, device, asked.backend, rows)

@@ -7,6 +7,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+from recurx.bench.paths import check_writable
 from recurx.cli import options
 from recurx.errors import InvalidArgument
 from recurx.options import file, option
@@ -35,7 +36,7 @@ def run(asked: Options) -> int:
     if asked.checkpoint and asked.preset:
         raise InvalidArgument("--preset: not with --checkpoint, which is a model of its own.")
     device = asked.prepare()
-    options.check_writable(asked.html, asked.trace, asked.json)
+    check_writable(asked.html, asked.trace, asked.json)
     model = _model(asked).to(device)
     if asked.nvtx:
         return _run_under_nvtx(model, asked)

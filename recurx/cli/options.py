@@ -14,7 +14,6 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TextIO
 
 from recurx.errors import InvalidArgument
@@ -35,15 +34,11 @@ answers: TextIO | None = None  # stdout, while a command runs that prints JSON a
 
 @contextlib.contextmanager
 def json_alone(wanted: bool) -> Iterator[None]:
-    """Inside, what is printed goes to stderr, whoever prints it, and `output.json_line` to stdout,
-    if it is `wanted`."""
+    """If `wanted`, all that is printed inside goes to stderr, but for `output.json_line`."""
     global answers
-    if not wanted:
-        yield
-        return
     before, answers = answers, sys.stdout
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr if wanted else sys.stdout):
             yield
     finally:
         answers = before
@@ -135,7 +130,11 @@ def _values(arguments: argparse.Namespace, kind: type) -> dict[str, Any]:
             value = getattr(arguments, name)
             if value == "none" and None in about.get("choices", ()):
                 value = None
-            found[name] = tuple(value) if isinstance(default, tuple) else value
+            several = isinstance(default, tuple)
+            empty = [] in value if several and value else isinstance(value, list) and default != ()
+            if empty:  # what argparse makes of "--lr=--"
+                raise InvalidArgument(f"{flags([name])}: expected a value, got '--'.")
+            found[name] = tuple(value) if several else value
     return found
 
 
@@ -188,18 +187,6 @@ def number(text: str) -> float:
     if math.isnan(value):
         raise argparse.ArgumentTypeError(f"expected a number, got {text[:80]!r}")
     return value
-
-
-def check_writable(*paths: str | Path | None) -> None:
-    """Refuse what no file could be written to, before minutes are spent for it.
-
-    Raises:
-        InvalidArgument: a path is a folder, in no folder, or in one without permission.
-    """
-    for path in (Path(path) for path in paths if path):
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            why = "is a folder" if path.is_dir() else f"no folder {path.parent} that can be written"
-            raise InvalidArgument(f"{path}: expected a file to write, got: {why}.")
 
 
 def setting(text: str) -> tuple[str, Any]:

@@ -39,13 +39,8 @@ def truncated_normal_(tensor: Tensor, std: float) -> Tensor:
 
 def check_ids(arg: str, ids: Tensor, count: int, ndim: int) -> Tensor:
     """The ids as int64, for indexing; refuses what is no integer ids within 0..count-1. Values of a
-    trace are not looked at, nor of a GPU, which asserts that indices are in range.
-
-    Raises:
-        InvalidArgument: naming `arg`, what was expected and what came.
-    """
-    whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype is torch.bool)
-    if not whole or ids.ndim != ndim:
+    trace are not looked at, nor of a GPU, which asserts that indices are in range."""
+    if ids.is_floating_point() or ids.dtype is torch.bool or ids.ndim != ndim:
         shape = "[B, seq_len]" if ndim == 2 else "[B]"
         raise bad_argument("models", arg, f"integer ids {shape}", f"{ids.dtype} {[*ids.shape]}")
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()

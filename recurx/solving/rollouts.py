@@ -83,11 +83,8 @@ def rank(q: Tensor) -> Tensor:
 
 def _say_if_nan(found: Answers) -> None:
     if found.q.isnan().any():
-        warnings.warn(
-            "recurx.solve: q is NaN: the weights, or the states they lead to, hold NaN or inf. "
-            "Such answers mean nothing: look at the training run, take an earlier checkpoint.",
-            RuntimeWarning, stacklevel=2,
-        )  # fmt: skip
+        text = "recurx.solve: q is NaN: the weights, or the states they lead to, hold NaN or inf"
+        warnings.warn(f"{text}. Take an earlier checkpoint.", RuntimeWarning, stacklevel=2)
 
 
 def checked(accepts: Accepts, inputs: Tensor, answers: Tensor) -> Tensor:

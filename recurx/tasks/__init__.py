@@ -69,8 +69,7 @@ def get(name: str) -> Task:
             raise InvalidArgument(
                 f"tasks: {base} has the options {', '.join(known)}, got {key!r} in {name!r}."
             )
-        digits = value.removeprefix("-")
-        if not digits.isdecimal() or len(digits) > MOST_DIGITS:
+        if not value.removeprefix("-").isdecimal() or len(value) > MOST_DIGITS:
             raise InvalidArgument(
                 f"tasks: option {key!r} of {base}: expected {base}:{key}=NUMBER of at most "
                 f"{MOST_DIGITS} digits, got {value[:80]!r}."

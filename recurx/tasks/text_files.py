@@ -1,22 +1,22 @@
-"""Boards in text files, as people have them: CSV with a header or without, lines, grids.
+"""Boards in text files, as people have them: CSV with a header or without, lines, grids; gzipped.
 
-A CSV may use commas, semicolons or tabs, quote its cells, and name its columns in any order and
-case (`COLUMNS`); without a header, the first cell of the length of a board is the question, a
-second one the answer. Else a line is a whole board, or one row of it, and then as many lines are a
-board. A file may begin with a byte order mark, end its lines as on any system, and be gzipped.
+A CSV has commas, semicolons or tabs, and names its columns in any order and case (`COLUMNS`). With
+no header, the first cell of the length of a board is the question, a second one the answer. Else a
+line is a board, or a row of it, and then as many lines are one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import gzip
 import math
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -32,13 +32,14 @@ LONGEST_LINE = 1 << 20  # characters; a line without end would take all memory
 _NO_ANSWER = ("", "-", "nan", "none", "null", "na", "n/a")  # what writers of CSV put for nothing
 _LINE_ENDS = str.maketrans("", "", "\r\n")
 _DECORATION = str.maketrans("", "", " \t\r\n|[],")
+Records = Iterator[tuple[str, list[str]]]  # (file and line, cells)
 _HEADING = re.compile(r"[A-Za-z]+ *\d+:?")  # "Grid 01"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A board of a file: question, answer ("" if there is none) and rating as they are written, and
-    where the first two are: file, line and column."""
+    """Question, answer ("" if there is none) and rating as they are written, and where: file, line
+    and column."""
 
     question: str
     where: str
@@ -84,58 +85,68 @@ def read(
     Args:
         what: "puzzles" or "mazes", for errors.
         sides: rows that a board may have.
-        spaces: spaces are cells. Else they, bars and rules decorate a board, and `#` starts a
-            comment.
+        spaces: spaces are cells. Else they, bars and rules decorate, and `#` starts a comment.
 
     Raises:
         InvalidArgument: it cannot be read, has no board, or is not a CSV of boards (line named).
     """
-    found: list[Row] = []
     with opened(path, what) as file:
-        for row in _rows(file, what, str(path), sides, spaces):
-            if limit is not None and len(found) >= limit:
-                break
-            found.append(row)
+        found = list(islice(_rows(file, what, str(path), sides, spaces), limit))
     if not found:
         raise InvalidArgument(f"{what}: {path} has no {what[:-1]} (no line that holds a board).")
     return found
 
 
 def bare(text: str, spaces: bool = False) -> str:
-    """A board without the spaces, bars, brackets and commas that people put between its cells;
-    without line ends only, where spaces are cells."""
+    """A board without what people put between its cells; line ends alone, where spaces are some."""
     return text.translate(_LINE_ENDS if spaces else _DECORATION)
 
 
 def _rows(
     file: TextIO, what: str, source: str, sides: Sequence[int], spaces: bool
 ) -> Iterator[Row]:
-    lines, before = _lines(file, what, source), 0
     content = (lambda line: line.strip("\r\n")) if spaces else _content
+    lines = iter(functools.partial(_line, file, what, source), "")
+    before, head = 0, ""
     for head in lines:
         if content(head):
             break
         before += 1
-    else:
-        return
-    form = {"delimiter": max(",;\t", key=head.count), "skipinitialspace": not spaces}
-    header = next(csv.reader([head], **form), [])  # type: ignore[arg-type]
-    columns = _columns(header)
-    rest = chain([head], lines) if columns else map(content, chain([head], lines))
-    reader = csv.reader(rest, strict=True, **form)  # type: ignore[arg-type]
-    records = _records(reader, what, source, before)
-    if columns:
-        next(records)
-        yield from _named(records, columns, len(header), what, spaces)
-    else:
-        yield from _unnamed(records, sides, what, spaces)
+    form: Any = {"delimiter": max(",;\t", key=head.count), "skipinitialspace": not spaces}
+    header = next(csv.reader([head], **form), [])
+    columns = {
+        kind: (number, cell.strip())
+        for kind, names in COLUMNS.items()
+        for number, cell in reversed([*enumerate(header)])
+        if cell.strip().casefold() in names
+    }
+    named = "question" in columns
+    rest = chain([head], lines)
+    reader = csv.reader(rest if named else map(content, rest), strict=True, **form)
+
+    def records() -> Iterator[tuple[str, list[str]]]:
+        for cells in reader:
+            if any(cells):
+                yield f"{source}:{before + reader.line_num}", cells
+
+    try:
+        if named:
+            next(reader)
+            yield from _named(records(), columns, len(header), what, spaces)
+        else:
+            yield from _unnamed(records(), sides, what, spaces)
+    except csv.Error as error:
+        raise InvalidArgument(
+            f"{what}: {source}:{before + reader.line_num}: not a row of a CSV ({error}): expected "
+            f'quotes around whole cells or none, look for a stray ".'
+        ) from error
 
 
-def _lines(file: TextIO, what: str, source: str) -> Iterator[str]:
-    while line := file.readline(LONGEST_LINE):
-        if len(line) == LONGEST_LINE:
-            raise InvalidArgument(f"{what}: {source} has a line of {LONGEST_LINE:,} characters.")
-        yield line
+def _line(file: TextIO, what: str, source: str) -> str:
+    line = file.readline(LONGEST_LINE)
+    if len(line) == LONGEST_LINE:
+        raise InvalidArgument(f"{what}: {source} has a line of {LONGEST_LINE:,} characters.")
+    return line
 
 
 def _content(line: str) -> str:
@@ -144,40 +155,8 @@ def _content(line: str) -> str:
     return text if text.strip("-+=| ") else ""
 
 
-def _records(reader: Any, what: str, source: str, before: int) -> Iterator[tuple[str, list[str]]]:
-    """(file and line, cells) of each row that is not empty."""
-    while True:
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            raise InvalidArgument(
-                f"{what}: {source}:{before + reader.line_num}: not a row of a CSV ({error}): "
-                f'expected quotes around whole cells or none, look for a stray ".'
-            ) from error
-        if cells is None:
-            return
-        if any(cells):
-            yield f"{source}:{before + reader.line_num}", cells
-
-
-def _columns(header: Sequence[str]) -> dict[str, tuple[int, str]] | None:
-    """{what a column is: (its number, its name here)}; None if no cell names a question."""
-    at = {cell.strip().casefold(): i for i, cell in reversed([*enumerate(header)])}
-    found = {
-        kind: (at[name], header[at[name]].strip())
-        for kind, names in COLUMNS.items()
-        for name in reversed(names)
-        if name in at
-    }
-    return found if "question" in found else None
-
-
 def _named(
-    records: Iterator[tuple[str, list[str]]],
-    columns: Mapping[str, tuple[int, str]],
-    width: int,
-    what: str,
-    spaces: bool,
+    records: Records, columns: dict[str, tuple[int, str]], width: int, what: str, spaces: bool
 ) -> Iterator[Row]:
     for where, cells in records:
         if any(map(str.strip, cells[width:])):
@@ -189,39 +168,32 @@ def _named(
         got = {kind: cells[number] for kind, (number, _) in columns.items()}
         at = {kind: f"{where}, column {name}" for kind, (_, name) in columns.items()}
         answer = got.get("answer", "")
-        told = answer.strip().casefold() not in _NO_ANSWER
-        yield Row(
-            bare(got["question"], spaces), at["question"], bare(answer, spaces) if told else "",
-            at.get("answer", ""), got.get("rating", "").strip(),
-        )  # fmt: skip
+        answer = "" if answer.strip().casefold() in _NO_ANSWER else bare(answer, spaces)
+        question, rating = bare(got["question"], spaces), got.get("rating", "").strip()
+        yield Row(question, at["question"], answer, at.get("answer", ""), rating)
 
 
-def _unnamed(
-    records: Iterator[tuple[str, list[str]]], sides: Sequence[int], what: str, spaces: bool
-) -> Iterator[Row]:
-    squares, first = [side * side for side in sides], True
+def _unnamed(records: Records, sides: Sequence[int], what: str, spaces: bool) -> Iterator[Row]:
+    squares = [side * side for side in sides]
     grid, start, width = "", "", 0  # of a board that goes on: its text, place and columns
-    for where, cells in records:
+    for number, (where, cells) in enumerate(records):
         if _HEADING.fullmatch(cells[0].strip()) and not spaces:
             continue
         boards = [text for text in (bare(cell, spaces) for cell in cells) if len(text) in squares]
         if len(cells) in (*sides, *squares) and not spaces:  # a cell of the board each
             cells = [cell or "." for cell in cells]
         whole = bare("".join(cells), spaces)
-        if first and not boards and re.search("[A-Za-z]{4}", whole):
+        if not number and not boards and re.search("[A-Za-z]{4}", whole):
             raise InvalidArgument(
                 f"{what}: {where}: expected boards, or a header that has the column question (or "
                 f"{', '.join(COLUMNS['question'][2:])}; and perhaps answer, rating), got "
                 f"{','.join(cells)[:80]!r}. Rename the column."
             )
-        first = False
-        if not boards and len(whole) in sides and (not grid or len(whole) == width):
-            width = len(whole)
-            start = start if grid else where
-            grid += whole
+        if not boards and len(whole) in sides and len(whole) == (width if grid else len(whole)):
+            start, width = (start, width) if grid else (where, len(whole))
+            grid, whole = grid + whole, ""
             if len(grid) < width * width:
                 continue
-            whole = ""
         if grid:  # complete, or ended too early, which its length tells
             yield Row(grid, start)
             grid = ""
@@ -236,15 +208,10 @@ def _unnamed(
 def numbers(
     text: str, size: int, known: Mapping[str, int], expected: str, what: str, where: str
 ) -> list[int]:
-    """What each character of a `size` x `size` board stands for, by `known`.
-
-    Args:
-        expected: `known` in words.
-        what: "puzzles" or "mazes".
-        where: file, line and column, for errors.
+    """What each character of a `size` x `size` board stands for, by `known` (`expected` in words).
 
     Raises:
-        InvalidArgument: another number of characters, or one that is not known.
+        InvalidArgument: another number of characters, or one that is not known; it says `where`.
     """
     if len(text) != size * size:
         side = math.isqrt(len(text))

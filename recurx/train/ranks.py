@@ -131,20 +131,15 @@ def join_torchrun(device: torch.device) -> Ranks:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     said = os.environ.get("WORLD_SIZE", "1")
-    if not said.isdecimal():
-        raise InvalidArgument(
-            f"WORLD_SIZE: expected a number of processes, got {said!r}: unset it."
-        )
-    if int(said) > 1 and not dist.is_initialized():
-        # Its defaults keep for ever the group that there is at its import, which optimisers cause.
-        importlib.import_module("torch.distributed.nn")
-        try:
+    try:
+        if int(said) > 1 and not dist.is_initialized():
+            # Its defaults keep for ever the group that there is at its import, which optimisers
+            # cause.
+            importlib.import_module("torch.distributed.nn")
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        except ValueError as error:  # a variable of torchrun's that is missing, or no number
-            raise InvalidArgument(
-                f"WORLD_SIZE={said} without torchrun's others: {error}"
-            ) from error
-        atexit.register(_leave)
+            atexit.register(_leave)
+    except ValueError as error:  # no number, or another variable of torchrun's is missing
+        raise InvalidArgument(f"WORLD_SIZE={said}, without torchrun? {error}. Unset it.") from error
     return Ranks.of_this_process()
 
 
