@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import io
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ COMMANDS = {
 }
 TASKS = "recurx.experiments.tasks"  # registers its tasks, for a checkout that is not installed
 USAGE_ERROR = 2
+NO_MEMORY = "out of memory|not enough memory|t allocate memory"  # torch's words for it
 SIGNALLED = 128  # + the number of the signal, as shells report it
 
 
@@ -74,9 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"recurx {arguments.command}: {error}", file=sys.stderr)
         return USAGE_ERROR
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        text = (str(error).splitlines() or ["ask for less at once"])[0]
+        if not isinstance(error, MemoryError) and not re.search(NO_MEMORY, text):
             raise
-        text = str(error).splitlines()[0] if str(error) else "ask for less at once"
         print(f"recurx {arguments.command}: not enough memory: {text}", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt as error:

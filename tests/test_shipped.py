@@ -152,7 +152,7 @@ def test_solve_chooses_the_net_by_the_length_of_the_puzzle(net, tmp_path, capsys
     assert "puzzle 1: expected 81 characters" in capsys.readouterr().err
     assert main(["solve", "--puzzles", puzzle_file(tmp_path, f"#\n{'.' * 36}\n")]) == 2
     assert "this installation has no net for sudoku-6x6" in capsys.readouterr().err
-    table = puzzle_file(tmp_path, f"source,question,answer\nbook, {EASY} ,{EASY}\n")
+    table = puzzle_file(tmp_path, f"source,question,answer\nbook, {EASY} ,\n")
     assert main(["solve", "--puzzles", table]) in (0, 1)
 
 

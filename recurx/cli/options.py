@@ -168,14 +168,11 @@ def seconds(text: str) -> float:
 
 def whole(text: str, least: int, most: int = MOST) -> int:
     """A whole number from `least` to `most`."""
-    digits = text.removeprefix("-")
-    value = int(text) if digits.isdecimal() and len(digits) < 20 else None
-    if value is None or not least <= value <= most:
-        limits = (
-            "" if least == -MOST else f" from {least} on" if most == MOST else f" {least}..{most}"
-        )
+    known = text.removeprefix("-").isdecimal() and len(text) <= 20
+    if not known or not least <= int(text) <= most:
+        limits = f" from {least} on" if most == MOST else f" {least}..{most}"
         raise argparse.ArgumentTypeError(f"expected a whole number{limits}, got {text[:80]!r}")
-    return value
+    return int(text)
 
 
 def number(text: str) -> float:

@@ -131,6 +131,27 @@ def test_signals_end_processes_with_their_number(words: list[str], number, tmp_p
     assert process.returncode in died and "Traceback" not in printed
 
 
+def test_only_a_lack_of_memory_is_called_one(monkeypatch, capsys) -> None:
+    from recurx.cli import env
+
+    for error, wanted in (
+        (MemoryError(), 2), (RuntimeError("[enforce fail] not enough memory: you tried 9"), 2),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried 3 GiB"), 2),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), None),
+    ):  # fmt: skip
+
+        def fails(asked: object, error: Exception = error) -> int:
+            raise error
+
+        monkeypatch.setattr(env, "run", fails)
+        if wanted is None:
+            with pytest.raises(RuntimeError, match="illegal"):
+                main(["env"])
+        else:
+            assert main(["env"]) == wanted
+            assert "env: not enough memory: " in capsys.readouterr().err
+
+
 def test_an_ascii_stdout_is_no_reason_to_fail(monkeypatch, tmp_path) -> None:
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
     monkeypatch.setattr(sys, "stdout", out)

@@ -43,19 +43,12 @@ def read(path: str | Path, layout: Layout, limit: int | None = None) -> PuzzleFi
         InvalidArgument: no such file, no puzzle in it, or a bad line (named with its number).
     """
     rows = text_files.read(path, "puzzles", (layout.size,), limit)
-    nothing = [0] * layout.cells
-    return PuzzleFile(
-        np.array([_board(row.question, layout, row.where) for row in rows]),
-        np.array(
-            [
-                _board(row.answer, layout, row.where_answer, blanks={})
-                if set(row.answer) - set(BLANKS)
-                else nothing
-                for row in rows
-            ]
-        ),
-        tuple(row.rating for row in rows),
-    )
+    answers = np.zeros((len(rows), layout.cells), dtype=np.int64)
+    for number, row in enumerate(rows):
+        if set(row.answer) - set(BLANKS):
+            answers[number] = _board(row.answer, layout, row.where_answer, blanks={})
+    puzzles = np.array([_board(row.question, layout, row.where) for row in rows])
+    return PuzzleFile(puzzles, answers, tuple(row.rating for row in rows))
 
 
 def first_puzzle(path: str | Path) -> str:
