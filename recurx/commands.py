@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
+import re
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -33,7 +36,8 @@ COMMANDS = {
 }
 TASKS = "recurx.experiments.tasks"  # registers its tasks, for a checkout that is not installed
 USAGE_ERROR = 2
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+NO_MEMORY = "out of memory|not enough memory|t allocate memory"  # torch's words for it
+SIGNALLED = 128  # + the number of the signal, as shells report it
 
 
 def build_parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -62,12 +66,22 @@ def build_parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     line = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):  # an ASCII locale is no reason to fail
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     arguments = build_parser(line).parse_args(line)
     try:
-        return int(arguments.execute(arguments))
+        with options.json_alone(getattr(arguments, "json", False) is True):
+            return int(arguments.execute(arguments))
     except (RecurxError, OSError) as error:
         print(f"recurx {arguments.command}: {error}", file=sys.stderr)
         return USAGE_ERROR
-    except KeyboardInterrupt:
+    except (MemoryError, RuntimeError) as error:
+        text = (str(error).splitlines() or ["ask for less at once"])[0]
+        if not isinstance(error, MemoryError) and not re.search(NO_MEMORY, text):
+            raise
+        print(f"recurx {arguments.command}: not enough memory: {text}", file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt as error:
         print(f"recurx {arguments.command}: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return SIGNALLED + (error.args[0] if error.args else signal.SIGINT)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 REINSTALL = "pip install --no-cache-dir --force-reinstall --no-deps"
@@ -42,6 +44,22 @@ class QuantizationRefused(RecurxError, ValueError):
     def __init__(self, message: str, gate: object) -> None:
         super().__init__(message)
         self.gate = gate
+
+
+@contextmanager
+def reading(path: object, what: str, hint: str = "") -> Iterator[None]:
+    """Whatever fails inside becomes a CheckpointError that names the file and `what` was read: the
+    parsers of damaged bytes raise anything, so no list of types would do."""
+    try:
+        yield
+    except CheckpointError as error:
+        if str(path) in str(error):
+            raise
+        raise CheckpointError(f"{path}: {error}") from error
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")[:300]
+        text = f"{path}: {what}: {type(error).__name__}: {reason}. {hint}"
+        raise CheckpointError(text.rstrip()) from error
 
 
 def bad_argument(op: str, arg: str, expected: str, got: object, hint: str = "") -> InvalidArgument:

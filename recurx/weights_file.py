@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from recurx.errors import CheckpointError, bad_argument
+from recurx.errors import CheckpointError, bad_argument, reading
 from recurx.models.infer import TABLE
 
 _WRAPPERS = {"_orig_mod", "module", "model"}  # torch.compile, DDP, the loss head
@@ -24,30 +24,34 @@ _NESTED = ("state_dict", "model_state_dict", "model")  # where larger files keep
 
 def read(path: Path, rows: Tensor | None) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors under official names, and the metadata of a safetensors file."""
+    if path.is_dir():
+        inside = sorted(file.name for file in path.iterdir() if file.is_file())
+        names = ", ".join(inside[:8]) or "no files"
+        raise CheckpointError(f"{path}: a folder: expected one file of it; it has {names}.")
     with open(path, "rb") as file:
-        head = file.read(9)
+        head = file.read(24)
     if len(head) < 9:
         raise CheckpointError(f"{path}: the file has {len(head)} bytes: empty or truncated.")
-    if head[8:9] == b"{":  # safetensors: the length of a JSON header, and the header
-        return _read_safetensors(path, rows)
-    return _read_torch(path, rows), {}
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path}: a git-lfs pointer, not the file itself: run git lfs pull.")
+    with reading(path, "damaged, truncated, or not a file of weights"):
+        if head[8:9] == b"{":  # safetensors: the length of a JSON header, and the header
+            return _read_safetensors(path, rows)
+        return _read_torch(path, rows), {}
 
 
 def _read_safetensors(path: Path, rows: Tensor | None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            names = _official_names(path, file.keys())
-            state = {}
-            for official, stored in names.items():
-                if official == TABLE and rows is not None:
-                    table = file.get_slice(stored)
-                    _check_rows(path, rows, table.get_shape())
-                    state[official] = torch.cat([table[row : row + 1] for row in rows.tolist()])
-                else:
-                    state[official] = file.get_tensor(stored)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: damaged or truncated safetensors file: {error}.") from error
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        names = _official_names(path, file.keys())
+        state = {}
+        for official, stored in names.items():
+            if official == TABLE and rows is not None:
+                table = file.get_slice(stored)
+                _check_rows(path, rows, table.get_shape())
+                state[official] = torch.cat([table[row : row + 1] for row in rows.tolist()])
+            else:
+                state[official] = file.get_tensor(stored)
     return state, metadata
 
 
@@ -64,11 +68,14 @@ def _read_torch(path: Path, rows: Tensor | None) -> dict[str, Tensor]:
             f"{path}: not a plain state_dict: it holds pickled code or objects, which recurx does "
             f"not run. Save `model.state_dict()` instead. ({_first_line(error)})"
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path}: damaged, truncated, or no checkpoint of torch.save: {_first_line(error)}."
-        ) from error
     flat = _state_dict_in(path, loaded)
+    size = path.stat().st_size
+    wanted = sum(tensor.numel() * tensor.element_size() for tensor in flat.values())
+    if wanted > 2 * size:  # tied tensors count twice; expanded ones would take all memory
+        raise CheckpointError(
+            f"{path}: its tensors are {wanted:,} bytes, the file has {size:,}: they repeat memory. "
+            f"Save them with `.clone()`."
+        )
     state: dict[str, Tensor] = {}
     for official, stored in _official_names(path, flat).items():
         tensor = flat[stored]
@@ -89,10 +96,10 @@ def _state_dict_in(path: Path, loaded: Any) -> dict[str, Tensor]:
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path}: expected a state_dict, got {type(loaded).__name__}.")
     for key, value in loaded.items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(
-                f"{path}: key {key!r} holds {type(value).__name__}, expected a tensor."
-            )
+        dense = isinstance(value, Tensor) and value.layout is torch.strided
+        if not isinstance(key, str) or not dense or value.is_quantized or value.is_meta:
+            got = type(value).__name__
+            raise CheckpointError(f"{path}: key {key!r} holds {got}, expected a tensor.")
     return dict(loaded)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -108,7 +109,9 @@ class Cpu(Backend):
             return missing
         try:
             module.cpu_isa()
-        except RuntimeError as error:
+        except RuntimeError as error:  # once: the same line says it each time
+            if "RECURX_CPU_ISA" in str(error):
+                warnings.warn(f"recurx: backend cpu is out: {error}", RuntimeWarning, stacklevel=1)
             return f"cannot run: {error}"
         return None
 

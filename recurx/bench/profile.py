@@ -7,6 +7,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+from recurx.bench.paths import check_writable
 from recurx.cli import options
 from recurx.errors import InvalidArgument
 from recurx.options import file, option
@@ -22,7 +23,7 @@ class Options(options.Machine):
     )
     batch: int = option(1, "samples", least=1)
     train: bool = option(False, "a training step: forward, loss, backward, optimiser, EMA")
-    seconds: float = option(12.0, "for the untraced steps")
+    seconds: float = options.time(12.0, "for the untraced steps")
     html: str | None = file("one-file report, readable without network")
     trace: str | None = file("for ui.perfetto.dev, chrome://tracing")
     json: str | None = file("all numbers")
@@ -35,6 +36,7 @@ def run(asked: Options) -> int:
     if asked.checkpoint and asked.preset:
         raise InvalidArgument("--preset: not with --checkpoint, which is a model of its own.")
     device = asked.prepare()
+    check_writable(asked.html, asked.trace, asked.json)
     model = _model(asked).to(device)
     if asked.nvtx:
         return _run_under_nvtx(model, asked)

@@ -31,7 +31,8 @@ class Options(options.Json, options.Machine):
     until: float | None = option(None, "stop at this exact accuracy on held-out examples",
                                  type=float, metavar="SHARE")  # fmt: skip
     eval_every: int = option(200, "steps between evaluations", least=1)
-    eval_count: int = option(256, "held-out examples of each evaluation", least=1)
+    eval_count: int = option(256, "held-out examples of each evaluation", least=1,
+                             most=10**7)  # fmt: skip
     save_every: int = option(500, "steps between checkpoints", least=1)
     write_held_out: str | None = file("write the puzzles of --hold-out as lines of digits")
     set: tuple[tuple[str, Any], ...] = options.settings("a field of the model")

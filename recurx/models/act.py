@@ -162,9 +162,10 @@ def _take_fresh(carry: Carry, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     data = {}
     for key, present in carry.current_data.items():
         fresh = batch[key]
-        if fresh.shape != present.shape:
+        if fresh.shape != present.shape or fresh.shape[:1] != carry.halted.shape:
+            wanted = [len(carry.halted), *present.shape[1:]]
             raise bad_argument(
-                "models", f"batch[{key!r}]", f"shape {list(present.shape)}, as in the carry",
+                "models", f"batch[{key!r}]", f"shape {wanted}, as in the carry",
                 list(fresh.shape), "The number of slots is fixed by initial_carry(batch).",
             )  # fmt: skip
         halted = carry.halted.view(-1, *[1] * (fresh.ndim - 1))

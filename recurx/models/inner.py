@@ -17,6 +17,7 @@ from recurx.models.layers import (
     CastLinear,
     ReasoningNet,
     RotaryEmbedding,
+    check_ids,
     truncated_normal_,
 )
 from recurx.models.puzzle_embedding import PuzzleEmbedding
@@ -111,10 +112,13 @@ class Inner(nn.Module):
             raise bad_argument(
                 "models", "inputs", f"token ids [B, seq_len={config.seq_len}]", list(inputs.shape)
             )
+        check_ids("inputs", inputs, config.vocab_size, 2)
         x = self.embed_tokens(inputs.to(torch.int32))
         if config.puzzle_emb_ndim > 0:
-            if puzzle_identifiers is None:
-                raise bad_argument("models", "puzzle_identifiers", "puzzle ids [B]", None)
+            got = None if puzzle_identifiers is None else [*puzzle_identifiers.shape]
+            if puzzle_identifiers is None or got != [len(inputs)]:
+                wanted = f"puzzle ids [B={len(inputs)}]"
+                raise bad_argument("models", "puzzle_identifiers", wanted, got)
             prefix = self.puzzle_emb(puzzle_identifiers)
             room = config.prefix_len * config.hidden_size
             prefix = F.pad(prefix, (0, room - config.puzzle_emb_ndim))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from recurx import small_ops
 from recurx.errors import bad_argument
-from recurx.models.layers import truncated_normal_
+from recurx.models.layers import check_ids, truncated_normal_
 
 
 class PuzzleEmbedding(nn.Module):
@@ -47,8 +47,11 @@ class PuzzleEmbedding(nn.Module):
         """Rows [B, width] in the forward dtype; `ids` [B] of any integer dtype.
 
         Raises:
-            InvalidArgument: in training, a batch larger than `batch_size`.
+            InvalidArgument: ids that are no integers [B] or not within the table (looked for on the
+                CPU alone: a GPU would wait, and asserts by itself); in training, a batch larger
+                than `batch_size`.
         """
+        ids = check_ids("puzzle_identifiers", ids, len(self.weights), 1)
         if not self.training:
             return self.weights[ids].to(self.cast_to)
         batch, room = ids.shape[0], self.local_weights.shape[0]

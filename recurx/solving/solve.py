@@ -161,6 +161,12 @@ def _complete(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     identifiers = batch.get("puzzle_identifiers")
     if identifiers is None:
         identifiers = torch.zeros(len(inputs), dtype=torch.int32, device=inputs.device)
+    elif identifiers.is_floating_point() or identifiers.dtype is torch.bool:
+        raise bad_argument(
+            "solve", "batch['puzzle_identifiers']", "integer ids [B]", identifiers.dtype
+        )
+    elif identifiers.dtype is torch.uint8:  # which indexing takes for a mask
+        identifiers = identifiers.to(torch.int32)
     return {**batch, "puzzle_identifiers": identifiers}
 
 
@@ -202,8 +208,9 @@ def _check(rules: Rules) -> None:
         if getattr(rules, arg) not in known:
             raise bad_argument("solve", arg, f"one of {known}", repr(getattr(rules, arg)))
     for arg in ("sigma", "init_scale"):
-        if not 0 <= getattr(rules, arg) < float("inf"):
-            raise bad_argument("solve", arg, "a finite number >= 0", repr(getattr(rules, arg)))
+        value = getattr(rules, arg)
+        if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+            raise bad_argument("solve", arg, "a finite number >= 0", repr(value))
     above = rules.halt_above
     if not isinstance(above, (int, float)) or above != above:
         raise bad_argument("solve", "halt_above", "a number", repr(above))

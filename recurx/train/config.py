@@ -55,7 +55,7 @@ class TrainConfig:
 
     task: str
     model: dict[str, Any] = field(default_factory=dict)
-    seed: int = option(0, "of weights, data, and exploration")
+    seed: int = option(0, "of weights, data, and exploration", least=0)
     batch_size: int = option(64, "samples trained at once (default: the preset's)", least=1)
     lr: float = option(1e-3, "learning rate (default: the preset's)")
     weight_decay: float = option(0.01, "of the optimiser (default: the preset's)", metavar="SHARE")

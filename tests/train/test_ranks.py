@@ -232,7 +232,7 @@ def torchrun(*arguments: str) -> str:
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return done.stderr + done.stdout  # which has JSON alone
 
 
 @pytest.mark.slow

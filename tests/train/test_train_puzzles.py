@@ -186,7 +186,7 @@ def test_the_command_trains_evaluates_and_writes_the_held_out_lines(
                  "--write-held-out", str(held), "--grid-positions", "--lr-decay", "cosine",
                  "--steps", "60", "--batch-size", "4", "--out", str(out), *small]  # fmt: skip
     assert main([*arguments, "--json"]) == 0
-    printed = capsys.readouterr().out
+    printed = "".join(capsys.readouterr()[::-1])  # JSON is all of stdout
     assert f"solved {COUNT} of {COUNT} puzzles" in printed and "6 puzzles of the file" in printed
     assert json.loads(printed.splitlines()[-1])["count"] == 6
     assert len(held.read_text().splitlines()) == 6
