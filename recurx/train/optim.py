@@ -8,7 +8,7 @@ be one, so a step can be captured in a CUDA graph and still follow a schedule.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,13 +19,18 @@ from recurx.errors import bad_argument
 from recurx.models import RecursiveModel
 from recurx.models.puzzle_embedding import sign_sgd_
 from recurx.train.config import TrainConfig
+from recurx.train.muon import Muon
 from recurx.train.ranks import all_gather
+from recurx.train.stepping import stepping
 
 
 def make_optimizers(
     config: TrainConfig, model: RecursiveModel, world: int = 1
 ) -> list[torch.optim.Optimizer]:
     """The optimizer of the weights of a model, and that of its puzzle embedding if it has one.
+
+    "muon" is two: Muon for the matrices of the blocks, and AdamW for embeddings, heads and biases.
+    Its steps are scaled to the size of AdamW's, so that one learning rate and decay serve both.
 
     Args:
         world: ranks that train on it.
@@ -40,28 +45,18 @@ def make_optimizers(
     if config.optimizer == "adam-atan2":
         made = [AdamATan2(model.parameters(), **settings)]
     else:
-        on_gpu = device.type == "cuda"
-        made = [torch.optim.AdamW(model.parameters(), **settings, capturable=on_gpu)]
+        named, matrices = dict(model.named_parameters()), []
+        if config.optimizer == "muon":
+            inside = [n for n, p in named.items() if p.ndim == 2 and "_level.layers." in n]
+            matrices = [named.pop(name) for name in inside]
+        made = [torch.optim.AdamW(named.values(), **settings, capturable=device.type == "cuda")]
+        if config.optimizer == "muon":
+            del settings["betas"]
+            made.append(Muon(matrices, **settings, adjust_lr_fn="match_rms_adamw"))
     if model.config.puzzle_emb_ndim:
         rows = model.puzzle_emb.buffers()
         made.append(SparseSignSGD(rows, config.puzzle_emb_lr, config.weight_decay, world))
     return made
-
-
-def stepping(rule: Callable[[torch.optim.Optimizer], None]) -> Callable[..., Any]:
-    """A method `step` by a rule that changes the weights of an optimizer; runs without gradient."""
-
-    @torch.no_grad()
-    def step(self: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-        """One step on every parameter that has a gradient; what `closure` returned, if given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        rule(self)
-        return loss
-
-    return step
 
 
 class AdamATan2(torch.optim.Optimizer):

@@ -26,14 +26,15 @@ from recurx.models.losses import stablemax_cross_entropy
 from recurx.models.stablemax import fused_stablemax_cross_entropy
 from recurx.patching.handle import Entry, PatchHandle
 from recurx.train.ema import move_
+from recurx.train.muon import Muon, muon_, reads_the_rate
 from recurx.train.optim import (
     AdamATan2,
     SparseSignSGD,
     adam_atan2_,
     embedding_buffers,
     sparse_sign_sgd_,
-    stepping,
 )
+from recurx.train.stepping import stepping
 
 _KNOWN = "a loss head with a stablemax `loss_fn`, AdamATan2, sparse sign SGD, an EMA helper"
 Change = tuple[Any, str, Any]  # owner, attribute, its new value
@@ -131,8 +132,11 @@ def _not_stablemax(loss: Callable[..., Tensor]) -> str | None:
 
 
 def _optimizer(optimizer: torch.optim.Optimizer) -> Verdict:
-    if isinstance(optimizer, (AdamATan2, SparseSignSGD)):
+    if isinstance(optimizer, (AdamATan2, SparseSignSGD, Muon)):
         return "it is recurx's already", None
+    if reads_the_rate(optimizer):
+        rule = MethodType(stepping(muon_), optimizer)
+        return "step: Muon, which never reads the device", ("step", rule)
     settings = [set(group) - {"params", "initial_lr"} for group in optimizer.param_groups]
     if all(keys == _SIGN_SGD for keys in settings):
         difference, rule, what = _not_sign_sgd(optimizer), sparse_sign_sgd_, "sparse sign SGD"
