@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from recurx.errors import RunFailed, SaveFailed
 
@@ -115,42 +115,30 @@ def locked(path: Path) -> Iterator[None]:
         SaveFailed: the file cannot be made.
     """
     with explained(path):
-        descriptor = _lock(path)
-    try:
-        yield
-    finally:
-        if descriptor is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+b", buffering=0)
+    with file:
+        _lock(file, path.parent)
+        try:
+            yield
+        finally:
             path.unlink(missing_ok=True)
-            os.close(descriptor)
 
 
-def _lock(path: Path) -> int | None:
+def _lock(file: IO[bytes], folder: Path) -> None:
     try:
         import fcntl
-    except ImportError:  # Windows
-        return None
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-                break
-        except BlockingIOError:
-            holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
-            os.close(descriptor)
-            raise RunFailed(
-                f"{path.parent} is in use by {holder or 'another process'}. Wait for it or stop "
-                "it, or choose another folder."
-            ) from None
-        except OSError as error:
-            os.close(descriptor)
-            warnings.warn(
-                f"{path.parent}: its file system has no locks ({error.strerror}; NFS?): nothing "
-                "keeps a second run out of this folder.", stacklevel=2,
-            )  # fmt: skip
-            return None
-        os.close(descriptor)  # its last holder has removed it meanwhile
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read(1000).decode(errors="replace").strip() or "another process"
+        raise RunFailed(
+            f"{folder} is in use by {holder}. Wait for it or stop it, or choose another folder."
+        ) from None
+    except (ImportError, OSError) as error:  # Windows, NFS
+        why = f"{folder}: its file system has no locks ({error}; NFS?)"
+        warnings.warn(f"{why}: nothing keeps a second run out of it.", stacklevel=2)
     with contextlib.suppress(OSError):  # on a full disk it is locked, and has no name
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-    return descriptor
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())

@@ -19,9 +19,9 @@ from recurx import small_ops
 from recurx.errors import RecurxError, bad_argument
 from recurx.models.puzzle_embedding import PuzzleEmbedding
 from recurx.train.ema import Average
-from recurx.train.muon import reads_the_rate
 from recurx.train.nested import mapped, put_, tensors_of
-from recurx.train.queue import SampleQueue, news
+from recurx.train.optim import reads_the_rate
+from recurx.train.queue import SampleQueue
 
 Schedule = Callable[[Tensor], Tensor]  # steps done so far (0-d) -> factor of each learning rate
 
@@ -132,7 +132,6 @@ class CapturedStep:
         self.latest = self.totals = torch.zeros(0, device=device)
         # The first step whose loss or gradient was not finite (0: none), the last loss before it.
         self.health = torch.tensor([0.0, math.nan], dtype=torch.float64, device=device)
-        self._news: tuple[Tensor, Any] | None = None
         self._grads: list[Tensor] | None = None
         self._warmed = 0
         self._replay: Callable[[], None] | None = None
@@ -164,20 +163,10 @@ class CapturedStep:
             self._replay()
             small_ops.wrote(self.static_tensors())
         self.queue.stepped()
-        if self._news is None and self.health.is_cuda:
-            self._news = news(self.health)
 
-    def diverged(self, wait: bool = False) -> tuple[int, float] | None:
-        """(the first step whose loss or gradients were not finite, the mean loss before), or None.
-
-        Without `wait`, what the host has heard by now: on a GPU some steps late.
-        """
-        said = self.health
-        if said.is_cuda and not wait:
-            if self._news is None or not self._news[1].query():
-                return None
-            said, self._news = self._news[0], None
-        step, loss = said.tolist()
+    def diverged(self) -> tuple[int, float] | None:
+        """(the first step whose loss or gradients were not finite, the loss before); waits."""
+        step, loss = self.health.tolist()
         return (int(step), loss) if step else None
 
     @property
@@ -291,19 +280,14 @@ class CapturedStep:
         return (group for optimizer in self.optimizers for group in optimizer.param_groups)
 
     def _check_parts(self) -> None:
-        slots = self.queue.own.stop - self.queue.own.start
-        if self.accumulate < 1 or slots % self.accumulate:
-            raise bad_argument(
-                "train.CapturedStep", "accumulate", f"a divisor of the {slots} slots of a rank",
-                self.accumulate, "So many parts has a batch, which `batch_size` counts whole.",
-            )  # fmt: skip
-        for name, module in self.head.named_modules() if self.accumulate > 1 else ():
+        slots, parts = self.queue.own.stop - self.queue.own.start, self.accumulate
+        expected = f"a divisor of the {slots} slots of a rank"
+        fits = parts >= 1 and slots % parts == 0
+        for module in self.head.modules() if fits and parts > 1 else ():
             if hasattr(module, "local_ids") and not isinstance(module, PuzzleEmbedding):
-                raise bad_argument(
-                    "train.CapturedStep", "accumulate",
-                    f"1 with {name} ({type(module).__name__})", self.accumulate,
-                    "It remembers the rows of one part only. Use recurx.models' PuzzleEmbedding.",
-                )  # fmt: skip
+                fits, expected = False, f"1 with {type(module).__name__}, which knows of no parts"
+        if not fits:
+            raise bad_argument("train.CapturedStep", "accumulate", expected, parts)
 
     def _leaves(self) -> list[Tensor]:
         """What gets gradients: weights, and the rows of a sparse embedding (a buffer)."""

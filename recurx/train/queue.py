@@ -24,17 +24,6 @@ CHUNKS = {"cpu": 2}  # chunks in the ring; a device runs ahead of what the host 
 MORE_CHUNKS = 8
 
 
-def news(tensor: Tensor) -> tuple[Tensor, Any]:
-    """A copy for the host, and the event after which it is there (None: now); nobody waits."""
-    if tensor.device.type != "cuda":
-        return tensor.clone(), None
-    said = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    said.copy_(tensor, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
-    return said, event
-
-
 class SampleQueue:
     """A ring of samples on `device`, filled by `draw` in chunks of `slots`.
 
@@ -100,7 +89,14 @@ class SampleQueue:
 
     def stepped(self) -> None:
         """Call after every step: asks the device how many samples it has taken by now."""
-        self._news.append(news(self.cursor))
+        if self.device.type != "cuda":
+            self._news.append((self.cursor.clone(), None))
+            return
+        said = torch.empty((), dtype=torch.int64, pin_memory=True)
+        said.copy_(self.cursor, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._news.append((said, event))
 
     def _most_taken(self) -> int:
         """The most that may be taken by now, steps in flight included."""

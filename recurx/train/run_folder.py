@@ -17,7 +17,6 @@ from recurx.train.config import TrainConfig
 
 MODEL_FILE, STATE_FILE, METRICS_FILE = "model.safetensors", "state.safetensors", "metrics.jsonl"
 LOCK_FILE = "run.lock"  # there while a process writes to the folder
-NEEDED = ("model", "average", "carry", "exploration")  # of a state
 
 
 class RunFolder:
@@ -43,8 +42,6 @@ class RunFolder:
         if self.path is None or self._holds:
             yield
             return
-        with atomic.explained(self.path / LOCK_FILE):
-            self.path.mkdir(parents=True, exist_ok=True)
         with atomic.locked(self.path / LOCK_FILE):
             self._refuse_strange_state()
             self._holds = True
@@ -55,10 +52,9 @@ class RunFolder:
 
     def _state_there(self) -> tuple[int, ...] | None:
         """What tells the present state file from any other, None without one."""
-        path = None if self.path is None else self.path / STATE_FILE
-        if path is None or not path.exists():
+        if self.path is None or not (self.path / STATE_FILE).exists():
             return None
-        about = path.stat()
+        about = (self.path / STATE_FILE).stat()
         return about.st_ino, about.st_size, about.st_mtime_ns
 
     def _refuse_strange_state(self) -> None:
@@ -82,11 +78,7 @@ class RunFolder:
             )
         self.known = self._state_there()
         with self.explaining():
-            values, tensors = state.read(path)
-            missing = sorted(set(NEEDED) - tensors.keys())
-            if missing:
-                raise CheckpointError(f"{path}: no {', '.join(missing)} in it.")
-        return values, tensors
+            return state.read(path)
 
     @contextlib.contextmanager
     def explaining(self) -> Iterator[None]:
@@ -96,24 +88,17 @@ class RunFolder:
         """
         try:
             yield
-        except CheckpointError as error:
-            raise CheckpointError(f"{error} {self._what_is_left()}".rstrip()) from error
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            if isinstance(error, RecurxError):
+            if isinstance(error, RecurxError) and not isinstance(error, CheckpointError):
                 raise
-            raise CheckpointError(
-                f"{self.path}/{STATE_FILE}: of another version of recurx "
-                f"({type(error).__name__}: {error}). {self._what_is_left()}".rstrip()
-            ) from error
-
-    def _what_is_left(self) -> str:
-        """The averaged weights beside the state, if they load."""
-        model = Path(self.path or "") / MODEL_FILE
-        try:
-            step = load_checkpoint(model).extra.get("step")
-        except Exception:  # then there is nothing to offer
-            return ""
-        return f"{model} beside it loads (step {step}): a new run can --start-from it."
+            why, model = str(error), Path(self.path or "") / MODEL_FILE
+            if not isinstance(error, CheckpointError):
+                why = f"of another version of recurx ({type(error).__name__}: {error})."
+                why = f"{self.path}/{STATE_FILE}: {why}"
+            with contextlib.suppress(Exception):  # if the averaged weights load, they are offered
+                step = load_checkpoint(model).extra.get("step")
+                why += f" {model} beside it loads (step {step}): a new run can --start-from it."
+            raise CheckpointError(why) from error
 
     def write(
         self,

@@ -26,15 +26,17 @@ from recurx.models.losses import stablemax_cross_entropy
 from recurx.models.stablemax import fused_stablemax_cross_entropy
 from recurx.patching.handle import Entry, PatchHandle
 from recurx.train.ema import move_
-from recurx.train.muon import Muon, muon_, reads_the_rate
 from recurx.train.optim import (
     AdamATan2,
+    Muon,
     SparseSignSGD,
     adam_atan2_,
     embedding_buffers,
+    muon_,
+    reads_the_rate,
     sparse_sign_sgd_,
+    stepping,
 )
-from recurx.train.stepping import stepping
 
 _KNOWN = "a loss head with a stablemax `loss_fn`, AdamATan2, sparse sign SGD, an EMA helper"
 Change = tuple[Any, str, Any]  # owner, attribute, its new value

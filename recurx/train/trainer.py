@@ -47,6 +47,7 @@ from recurx.train.task_data import open_data
 from recurx.verdicts import VERDICTS
 
 REASONS = ("", "time", "steps", "interrupted", "stopped", "diverged")  # a later one tells more
+LOOK_EVERY = 100  # steps on a GPU between looks at whether the numbers are finite
 
 
 class Trainer:
@@ -96,7 +97,7 @@ class Trainer:
         self.model.exploration = self.exploration
         self.average = Average(self.model, config.ema)
         optimizers = make_optimizers(config, self.model, self.ranks.world)
-        self.optimizer = optimizers[0]  # of most weights
+        self.optimizer = optimizers[0]
         self.queue = SampleQueue(self.data.draw, config.batch_size, self.device, ranks=self.ranks)
         self.one_step = CapturedStep(
             ACTLossHead(self.model, config.loss, config.halt_weight),
@@ -237,12 +238,14 @@ class Trainer:
                 if self.step % save_every == 0:
                     self.save()
 
-    def _diverged(self, wait: bool = False) -> bool:
-        return not self.keep_going and self.one_step.diverged(wait) is not None
+    def _diverged(self, now: bool = False) -> bool:
+        """Looks at each step where that is free; elsewhere now and then, since it waits."""
+        looks = now or self.device.type == "cpu" or self.step % LOOK_EVERY == 0
+        return looks and not self.keep_going and self.one_step.diverged() is not None
 
     def _divergence(self) -> RunFailed:
         """What to say of a run that is not finite any more."""
-        step, loss = self.one_step.diverged(wait=True) or (self.step, float("nan"))
+        step, loss = self.one_step.diverged() or (self.step, float("nan"))
         kept, again = "nothing was saved before", ""
         if self._kept > 0 and self.folder:
             kept = f"{self.folder / STATE_FILE} keeps step {self._kept}"
@@ -284,7 +287,7 @@ class Trainer:
         """
         tensors = self._tensors_to_save()  # all ranks give their part
         numbers = [tensors[part] for part in ("model", "average", "optimizer", "carry")]
-        bad = self._diverged(wait=True) or not (self.keep_going or finite(numbers))
+        bad = self._diverged(now=True) or not (self.keep_going or finite(numbers))
         if self.ranks.agree(int(bad)):
             raise self._divergence()
         failed: SaveFailed | RunFailed | None = None

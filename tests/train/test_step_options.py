@@ -8,12 +8,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import recurx.train.muon as muon_module
 from recurx.errors import InvalidArgument
 from recurx.models import ACTLossHead
 from recurx.models.exploration import Exploration
 from recurx.models.puzzle_embedding import PuzzleEmbedding
-from recurx.train import AdamATan2, CapturedStep, Muon, SampleQueue, Trainer, open_data, swap
+from recurx.train import (
+    AdamATan2,
+    CapturedStep,
+    Muon,
+    SampleQueue,
+    Trainer,
+    open_data,
+    optim,
+    swap,
+)  # fmt: skip
 from recurx.train.captured import tensors_of
 from recurx.train.ranks import Ranks
 from tests.train.guards import HostSync, Tape, no_host_sync
@@ -214,7 +222,6 @@ def test_muon_is_that_of_pytorch() -> None:
     ({"adjust_lr_fn": "original", "ns_steps": 3, "weight_decay": 0.0}, torch.float32),
 ], ids=str)  # fmt: skip
 def test_every_setting_of_muon_means_the_same(settings: dict, dtype: torch.dtype) -> None:
-    """NOTE: PyTorch's, in bf16 without nesterov, normalises the momentum itself; not copied."""
     torch.manual_seed(0)
     start = [torch.randn(shape).to(dtype) for shape in ((5, 9), (9, 5), (7, 7), (1, 6), (64, 16))]
     kinds = [(Muon, 0.1), (torch.optim.Muon, 0.1), (torch.optim.Muon, 0.11)]
@@ -236,7 +243,7 @@ def test_every_setting_of_muon_means_the_same(settings: dict, dtype: torch.dtype
 
 
 def test_an_older_pytorch_says_that_it_has_no_muon(monkeypatch) -> None:
-    monkeypatch.setattr(muon_module, "TORCH_MUON", None)
+    monkeypatch.setattr(optim, "TORCH_MUON", None)
     with pytest.raises(InvalidArgument, match=r"2\.9 or newer.*torch\.optim\.Muon"):
         Trainer(tiny(optimizer="muon"))
 
@@ -345,6 +352,6 @@ def test_a_foreign_embedding_that_knows_of_no_parts_is_refused() -> None:
     head = ACTLossHead(Trainer(tiny()).model)
     head.puzzle_emb = Foreign()
     queue = SampleQueue(Trainer(tiny()).data.draw, 6)
-    with pytest.raises(InvalidArgument, match=r"1 with puzzle_emb \(Foreign\)"):
+    with pytest.raises(InvalidArgument, match="1 with Foreign"):
         CapturedStep(head, [], queue, accumulate=2)
     assert len(tensors_of(CapturedStep(head, [], queue).carry)) == 7
