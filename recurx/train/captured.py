@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,18 +24,6 @@ from recurx.train.optim import reads_the_rate
 from recurx.train.queue import SampleQueue
 
 Schedule = Callable[[Tensor], Tensor]  # steps done so far (0-d) -> factor of each learning rate
-
-
-class Capturer(Protocol):
-    """How a step is recorded; `CudaGraphs`, or a stand-in in tests."""
-
-    warm_steps: int
-
-    def warm(self, run: Callable[[], None]) -> None:
-        """Run a step for real before the recording."""
-
-    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Record `run` without effect; the result replays it."""
 
 
 class CudaGraphs:
@@ -52,6 +40,7 @@ class CudaGraphs:
         self._stream: torch.cuda.Stream | None = None
 
     def warm(self, run: Callable[[], None]) -> None:
+        """Run a step for real before the recording."""
         # Off the default stream, so that what autograd remembers of it is not captured.
         self._stream = self._stream or torch.cuda.Stream()
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -60,6 +49,7 @@ class CudaGraphs:
         torch.cuda.current_stream().wait_stream(self._stream)
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Record `run` without effect; the result replays it."""
         graph = torch.cuda.CUDAGraph()
         for generator in self.generators:
             graph.register_generator_state(generator)
@@ -90,7 +80,8 @@ class CapturedStep:
             the device): pure PyTorch.
         synchronize: called with all gradients after the backward, to do something else with them
             (NCCL's collectives can be captured).
-        capture: None captures where the head is on a GPU; False never does; or a `Capturer`.
+        capture: None captures where the head is on a GPU; False never does; or a
+            `CudaGraphs`, or what stands in for it.
 
     Attributes:
         carry: the carry between steps; its tensors stay where they are.
@@ -111,7 +102,7 @@ class CapturedStep:
         average: Average | None = None,
         schedule: Schedule | None = None,
         synchronize: Callable[[list[Tensor]], None] | None = None,
-        capture: Capturer | bool | None = None,
+        capture: CudaGraphs | bool | None = None,
     ) -> None:
         self.head, self.optimizers, self.queue = head, list(optimizers), queue
         self.average, self.schedule, self.synchronize = average, schedule, synchronize
@@ -296,7 +287,7 @@ class CapturedStep:
         unique = {id(t): t for t in leaves if t.requires_grad and t.is_leaf}
         return list(unique.values())
 
-    def _capturer(self, capture: Capturer | bool | None) -> Capturer | None:
+    def _capturer(self, capture: CudaGraphs | bool | None) -> CudaGraphs | None:
         device = self.queue.device.type
         if capture is False or (capture is None and device != "cuda"):
             return None

@@ -88,15 +88,11 @@ class TrainConfig:
     started_from: str | None = None
 
     def __post_init__(self) -> None:
-        filed = self.puzzles is not None
+        filed, parts, batch = self.puzzles is not None, self.accumulate, self.batch_size
         for name, fits, expected in (
             ("optimizer", self.optimizer in OPTIMIZERS, f"one of {OPTIMIZERS}"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
-            (
-                "accumulate",
-                self.accumulate >= 1 and self.batch_size % self.accumulate == 0,
-                f"a divisor of the batch of {self.batch_size}",
-            ),
+            ("accumulate", parts >= 1 and batch % parts == 0, f"a divisor of the batch of {batch}"),
             ("clip_grad_norm", 0 <= self.clip_grad_norm < math.inf, "a norm, or 0 for none"),
             ("warmup", self.warmup >= 0, "steps >= 0"),
             ("ema", 0 <= self.ema < 1, "a decay in [0, 1)"),

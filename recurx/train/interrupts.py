@@ -8,25 +8,19 @@ import threading
 from collections.abc import Iterator
 
 
-class Interrupt:
-    """The number of the signal that came, 0 before; a command ends with 128 more as exit code."""
-
-    signal = 0
-
-
 @contextlib.contextmanager
-def interrupts() -> Iterator[Interrupt]:
-    """What Ctrl-C or SIGTERM set instead of raising; a second one raises KeyboardInterrupt."""
-    came = Interrupt()
+def interrupts() -> Iterator[list[int]]:
+    """The number of the signal once Ctrl-C or SIGTERM came, instead of raising; a second raises."""
+    came: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield came  # only the main thread may handle signals
         return
     previous = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(number: int, frame: object) -> None:
-        if came.signal:
+        if came:
             raise KeyboardInterrupt
-        came.signal = number
+        came.append(number)
 
     for number in previous:
         signal.signal(number, handle)

@@ -9,6 +9,7 @@ itself is a `CapturedStep`: one CUDA graph on a GPU.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -42,7 +43,7 @@ from recurx.train.optim import make_optimizers
 from recurx.train.progress import Progress
 from recurx.train.queue import SampleQueue
 from recurx.train.ranks import Ranks
-from recurx.train.run_folder import MODEL_FILE, STATE_FILE, RunFolder
+from recurx.train.run_folder import RunFolder
 from recurx.train.task_data import open_data
 from recurx.verdicts import VERDICTS
 
@@ -147,7 +148,8 @@ class Trainer:
         trainer.files.known = files.known
         with files.explaining():
             trainer._load(values, tensors)
-        trainer.files.tidy(trainer.step)
+        with contextlib.suppress(SaveFailed):  # a folder that nobody can write to can be looked at
+            trainer.files.tidy(trainer.step)
         return trainer
 
     def start_from(self, path: str | Path) -> None:
@@ -219,7 +221,7 @@ class Trainer:
                 wants = {
                     "diverged": self._diverged(),
                     "stopped": stopped,
-                    "interrupted": came.signal > 0,
+                    "interrupted": bool(came),
                     "steps": steps is not None and self.step >= steps,
                     "time": time.perf_counter() >= deadline,
                 }
@@ -230,11 +232,10 @@ class Trainer:
                 if reason:
                     if self._saved_at != self.step:
                         self.save()
-                    self.signal = self.ranks.agree(came.signal)
+                    self.signal = self.ranks.agree(max(came, default=0))
                     return REASONS[reason]
                 progress = self.train_step()
-                if not self._diverged():
-                    stopped = bool(on_step(progress))
+                stopped = not self._diverged() and bool(on_step(progress))
                 if self.step % save_every == 0:
                     self.save()
 
@@ -244,16 +245,14 @@ class Trainer:
         return looks and not self.keep_going and self.one_step.diverged() is not None
 
     def _divergence(self) -> RunFailed:
-        """What to say of a run that is not finite any more."""
         step, loss = self.one_step.diverged() or (self.step, float("nan"))
-        kept, again = "nothing was saved before", ""
+        kept = "nothing was saved before"
         if self._kept > 0 and self.folder:
-            kept = f"{self.folder / STATE_FILE} keeps step {self._kept}"
-            again = f" with --start-from {self.folder / MODEL_FILE}"
+            kept = f"{self.folder} keeps step {self._kept} (a new run can --start-from its weights)"
         return RunFailed(
             f"the loss, a gradient or a weight is not finite at step {step} (last finite loss "
-            f"{loss:.4g}); {kept}. Start a new run{again}, with a lower --lr, a longer --warmup or "
-            "--clip-grad-norm 1; --keep-going trains on and saves what comes."
+            f"{loss:.4g}); {kept}. Try a lower --lr, a longer --warmup, or --clip-grad-norm 1; "
+            "--keep-going trains on and saves what comes."
         )
 
     @property
@@ -286,8 +285,7 @@ class Trainer:
             RunFailed, SaveFailed: as `run` does; nothing is replaced.
         """
         tensors = self._tensors_to_save()  # all ranks give their part
-        numbers = [tensors[part] for part in ("model", "average", "optimizer", "carry")]
-        bad = self._diverged(now=True) or not (self.keep_going or finite(numbers))
+        bad = self._diverged(now=True) or not (self.keep_going or finite(tensors))
         if self.ranks.agree(int(bad)):
             raise self._divergence()
         failed: SaveFailed | RunFailed | None = None
@@ -340,8 +338,7 @@ class Trainer:
         self.average.updates = values["average_updates"]
         self.one_step.count.fill_(self.step)
         self.model.load_state_dict(tensors["model"])
-        averages = {name: tensors["average"][name] for name in self.average.weights}
-        put_(self.average.weights, averages)
+        put_(self.average.weights, {n: tensors["average"][n] for n in self.average.weights})
         of_optimizers = tensors.get("optimizer", {})
         for n, optimizer in enumerate(self.one_step.optimizers):
             saved = {int(index): slots for index, slots in of_optimizers.get(str(n), {}).items()}

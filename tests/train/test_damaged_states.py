@@ -124,7 +124,6 @@ OTHERS = {  # whole files that say something else: those of other versions, or m
     "no such weight": lambda v, t: t["model"].clear() or t["model"].update(x=torch.zeros(1)),
     "an optimiser of words": lambda v, t: t.update(optimizer={"0": {"first": torch.zeros(1)}}),
     "a tensor for a dict": lambda v, t: t.update(average=torch.zeros(2)),
-    "carry of a tensor": lambda v, t: t.update(carry=torch.zeros(2)),
     "a queue of odd rows": lambda v, t: t["queue"].update(inputs=torch.zeros(1, 99)),
     "values of a list": None,
 }
