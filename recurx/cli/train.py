@@ -69,11 +69,12 @@ def run(asked: Options) -> int:
         raise InvalidArgument("--write-held-out: only with --puzzles.")
     if not ranks.first:  # works, and leaves showing and evaluating to the first
         trainer.run(asked.steps, asked.time_budget, save_every=asked.save_every)
-        return _exit_code(trainer)
+        return trainer.signal and 128 + trainer.signal
     if asked.write_held_out:
         trainer.data.split.write_held_out(asked.write_held_out)
     refined = trainer.model.config.halt_max_steps
     with contextlib.ExitStack() as ends:
+        ends.enter_context(trainer.files.held())  # before event files are written there
         events = EventFiles(trainer) if asked.tensorboard else None
         if events is not None:
             ends.callback(events.close)
@@ -97,12 +98,7 @@ def run(asked: Options) -> int:
     if asked.json:
         ended = {"step": trainer.step, "ended": reason, "folder": str(trainer.folder)}
         output.json_line(ended | report.to_dict())
-    return _exit_code(trainer)
-
-
-def _exit_code(trainer: Any) -> int:
-    """As shells report an end by a signal, though all was saved; 0 without one."""
-    return 128 + trainer.signal if trainer.signal else 0
+    return trainer.signal and 128 + trainer.signal  # as shells report it, though all was saved
 
 
 _ENDINGS = {

@@ -38,7 +38,7 @@ from recurx.train.optim import (
     stepping,
 )
 
-_KNOWN = "a loss head with a stablemax `loss_fn`, AdamATan2, sparse sign SGD, an EMA helper"
+_KNOWN = "a loss head with a stablemax `loss_fn`, AdamATan2, Muon, sparse sign SGD, an EMA helper"
 Change = tuple[Any, str, Any]  # owner, attribute, its new value
 Verdict = tuple[str, tuple[str, Any] | None]  # what is swapped or why not; attribute and new value
 _ADAM, _SIGN_SGD = {"lr", "betas", "weight_decay"}, {"lr", "weight_decay", "world_size"}

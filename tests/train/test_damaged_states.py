@@ -144,6 +144,38 @@ def test_a_whole_state_of_another_kind_is_refused_too(run: Trainer, name: str) -
         path_of(run).write_bytes(whole)
 
 
+def crafted(header: str, length: int | None = None) -> bytes:
+    return struct.pack("<Q", len(header) if length is None else length) + header.encode()
+
+
+GIANT = json.dumps({"a": {"dtype": "F32", "shape": [2**44], "data_offsets": [0, 2**46]}})
+HOSTILE = {
+    "nothing": b"",
+    "seven bytes": b"1234567",
+    "a header of 2^63 bytes": crafted("{}", 2**63),
+    "a header of 90 MB that is not there": crafted("{}", 90 * 10**6),
+    "a tensor of 64 TB": crafted(GIANT),
+    "a tensor of 64 TB without room": crafted(GIANT.replace(f"{2**46}", "0")),
+    "2^62 times 2^62 numbers": crafted(GIANT.replace(f"[{2**44}]", f"[{2**62},{2**62}]")),
+    "deep JSON": crafted("[" * 100_000),
+    "no text": crafted("{}")[:8] + b"\xff\xfe",
+    "metadata of numbers": crafted('{"__metadata__":{"values":3}}'),
+    "no tensors": crafted('{"__metadata__":{"values":"{}"}}'),
+    "a pickle": b"\x80\x02cposix\nsystem\nX\x04\x00\x00\x00true\x85R.",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_are_refused_in_little_memory(run: Trainer, name: str) -> None:
+    whole = path_of(run).read_bytes()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        assert outcome(run, HOSTILE[name]) != ""
+    finally:
+        path_of(run).write_bytes(whole)
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MOST_MEMORY
+
+
 def test_without_good_weights_beside_it_nothing_is_offered(run: Trainer) -> None:
     whole, model = path_of(run).read_bytes(), run.folder / run_folder.MODEL_FILE
     weights = model.read_bytes()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from recurx.commands import main
 from recurx.errors import InvalidArgument
 from recurx.models import ACTLossHead
 from recurx.models.exploration import Exploration
@@ -32,7 +33,7 @@ from tests.train.test_ranks import (
     made,
     steps_and_state,
 )  # fmt: skip
-from tests.train.test_train import differing, tiny
+from tests.train.test_train import TASK, differing, tiny
 
 needs_muon = pytest.mark.skipif(
     not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9"
@@ -318,6 +319,26 @@ def test_interrupted_and_resumed_is_the_undisturbed_run_to_the_bit(tmp_path, nam
         again.train_step()
         whole.train_step()
         assert differing(again, whole)
+
+
+@needs_muon
+def test_the_command_has_the_options_and_keeps_them(tmp_path, capsys) -> None:
+    folder, small = str(tmp_path / "run"), ["--set=hidden_size=16", "--set=num_heads=2"]
+    fresh = ["train", TASK, *small, "--batch-size", "4", "--eval-count", "8", "--out", folder]
+    asked = ["--accumulate", "2", "--clip-grad-norm", "0.5", "--optimizer", "muon"]
+    assert main([*fresh, *asked, "--steps", "2"]) == 0
+    assert main(["train", "--resume", folder, "--steps", "3"]) == 0
+    kept = Trainer.resume(folder).config
+    assert (kept.accumulate, kept.clip_grad_norm, kept.optimizer) == (2, 0.5, "muon")
+    capsys.readouterr()
+    fresh[-1] = str(tmp_path / "other")
+    for wrong, says in (
+        (["--accumulate", "3"], "a divisor of the batch of 4"),
+        (["--clip-grad-norm", "nan"], "clip_grad_norm"),
+        (["--resume", folder, "--accumulate", "4"], "leave out --accumulate"),
+    ):
+        assert main((fresh if "--resume" not in wrong else fresh[:1]) + wrong) == 2
+        assert says in capsys.readouterr().err
 
 
 # ---- what is refused -----------------------------------------------------------------------------
