@@ -243,6 +243,7 @@ class CapturedStep:
         norm = torch.nn.utils.get_total_norm(grads)
         if self.clip_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(weights, self.clip_grad_norm, norm)
+        norm = getattr(norm, "full_tensor", lambda: norm)()  # where weights are sharded (FSDP2)
         loss = self.latest[self.names.index("loss")] / self.queue.slots
         fine = torch.isfinite(loss) & torch.isfinite(norm)
         own = {id(grad) for grad in grads}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -27,6 +30,7 @@ from recurx.train.captured import tensors_of
 from recurx.train.ranks import Ranks
 from tests.train.guards import HostSync, Tape, no_host_sync
 from tests.train.test_ranks import (
+    ROOT,
     assert_same_run,
     config,
     in_threads,
@@ -247,6 +251,38 @@ def test_an_older_pytorch_says_that_it_has_no_muon(monkeypatch) -> None:
     monkeypatch.setattr(optim, "TORCH_MUON", None)
     with pytest.raises(InvalidArgument, match=r"2\.9 or newer.*torch\.optim\.Muon"):
         Trainer(tiny(optimizer="muon"))
+
+
+SHARDED = """
+import torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from recurx.train import CapturedStep, SampleQueue, Trainer
+from tests.train.test_train import tiny
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+for shards in (False, True):
+    run = Trainer(tiny(), backend="eager")
+    head = run.one_step.head
+    if shards:
+        fully_shard(head, mesh=init_device_mesh("cpu", (1,)))
+    adamw = torch.optim.AdamW(head.parameters(), lr=1e-3)
+    step = CapturedStep(head, [adamw], SampleQueue(run.data.draw, 6), clip_grad_norm=0.05)
+    for _ in range(4):
+        step()
+    print(type(next(head.parameters())).__name__, step.diverged(), step.metrics()["loss"])
+dist.destroy_process_group()
+"""
+
+
+def test_sharded_weights_are_clipped_and_looked_at_too() -> None:
+    """FSDP2 on one rank, in a process of its own: norms are DTensors there."""
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED], cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    plain, sharded = (line.split() for line in done.stdout.splitlines())
+    assert (plain[0], sharded[0]) == ("Parameter", "DTensor") and plain[1:] == sharded[1:]
 
 
 # ---- fixed addresses, no host, resumable ---------------------------------------------------------
