@@ -1,6 +1,7 @@
 """The command line: `python -m recurx env | demo | train | eval | experiment | ...`.
 
-A mistake of the user ends in one line on stderr and exit code 2, never in a traceback. Commands
+A mistake of the user ends in one line on stderr and exit code 2, never in a traceback; a run that
+cannot go on (full disk, diverged training) ends so with code 1, a signal with 128 + n. Commands
 import torch when they run, so that `--help` answers at once; but `train --help` imports it, since
 its options are those of `recurx.train.TrainConfig`.
 """
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return int(arguments.execute(arguments))
     except (RecurxError, OSError) as error:
         print(f"recurx {arguments.command}: {error}", file=sys.stderr)
-        return USAGE_ERROR
+        return getattr(error, "exit_code", USAGE_ERROR)
     except (MemoryError, RuntimeError) as error:
         text = (str(error).splitlines() or ["ask for less at once"])[0]
         if not isinstance(error, MemoryError) and not re.search(NO_MEMORY, text):

@@ -17,6 +17,8 @@ REINSTALL = "pip install --no-cache-dir --force-reinstall --no-deps"
 class RecurxError(Exception):
     """Base class of every error that recurx raises on purpose."""
 
+    exit_code = 2  # of a command that it ends: the user's mistake
+
 
 class InvalidArgument(RecurxError, ValueError):
     """An argument has the wrong shape, dtype, device, name or value."""
@@ -32,6 +34,18 @@ class CudaError(RecurxError, RuntimeError):
 
 class CheckpointError(RecurxError, ValueError):
     """A checkpoint is damaged, or does not fit the model; the message names key and shape."""
+
+
+class RunFailed(RecurxError, RuntimeError):
+    """A training run cannot go on: it diverged, or another one has its folder."""
+
+    exit_code = 1
+
+
+class SaveFailed(RecurxError, OSError):
+    """A file could not be written; the message says what is lacking. An older one is unchanged."""
+
+    exit_code = 1
 
 
 class UnsupportedModel(RecurxError, TypeError):

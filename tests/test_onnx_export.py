@@ -64,7 +64,9 @@ def test_another_engine_gives_the_same_step(kind, tmp_path):
 
 def test_what_is_missing_is_named(tmp_path, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnx" else find(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "onnx" else find(name)
+    )
     with pytest.raises(recurx.InvalidArgument, match=r"needs onnx;.*recurx\[onnx\]"):
         recurx.export_onnx(MODELS["hrm"](), tmp_path / "step.onnx")
     with pytest.raises(recurx.InvalidArgument, match=r"a recurx\.models\.TRM or HRM"):

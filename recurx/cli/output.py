@@ -19,9 +19,13 @@ from recurx.cli import options
 WIDTH_WITHOUT_TERMINAL = 100
 
 
-def make_console(quiet: bool = False) -> Console:
-    """A console that prints text as it is: a path with "[/b]" in it is no markup."""
-    console = Console(highlight=False, markup=False, quiet=quiet)
+def make_console(quiet: bool = False, stderr: bool = False) -> Console:
+    """A console that prints text as it is: a path with "[/b]" in it is no markup.
+
+    Args:
+        stderr: where to, so that stdout has the line of --json alone.
+    """
+    console = Console(highlight=False, markup=False, quiet=quiet, stderr=stderr)
     if not console.is_terminal:
         console.width = WIDTH_WITHOUT_TERMINAL
     return console

@@ -31,11 +31,13 @@ def nvtx_ranges(
     """Inside the block, every known module of `model` pushes an NVTX range around its forward.
 
     Args:
-        push, pop: what opens and closes a range; None for torch.cuda.nvtx.
+        push, pop: what opens and closes a range; None for torch.cuda.nvtx. The block is then also
+            what `nsys -c cudaProfilerApi` records: it waits for the device before it ends.
 
     Raises:
         InvalidArgument: without `push` and `pop`, this PyTorch has no CUDA.
     """
+    recorded: Any = contextlib.nullcontext()
     if push is None or pop is None:
         if not torch.cuda.is_available():
             raise bad_argument(
@@ -43,6 +45,7 @@ def nvtx_ranges(
                 "NVTX ranges are for Nsight on a GPU.",
             )  # fmt: skip
         push, pop = torch.cuda.nvtx.range_push, torch.cuda.nvtx.range_pop
+        recorded = _recorded()
     roles, calls = roles_of(model), [0]
     open_range, close_range = push, pop
 
@@ -64,10 +67,21 @@ def nvtx_ranges(
         register_module_forward_hook(leave, always_call=True),
     ]
     try:
-        yield
+        with recorded:
+            yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def _recorded() -> Iterator[None]:
+    torch.cuda.synchronize()
+    with torch.cuda.profiler.profile():  # cudaProfilerStart and Stop
+        try:
+            yield
+        finally:
+            torch.cuda.synchronize()
 
 
 def _label(role: Where, call: int) -> str:

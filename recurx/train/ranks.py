@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from recurx.errors import InvalidArgument, bad_argument
+from recurx.errors import InvalidArgument, RunFailed, bad_argument
 
 
 class Ranks:
@@ -102,7 +102,10 @@ class Ranks:
 
     def _most(self, number: int) -> int:
         said = torch.tensor(number)
-        dist.all_reduce(said, dist.ReduceOp.MAX)
+        try:
+            dist.all_reduce(said, dist.ReduceOp.MAX)
+        except RuntimeError as error:
+            raise RunFailed("another rank has ended, and says why by itself.") from error
         return int(said)
 
     def _from_first(self, value: Any) -> Any:

@@ -28,14 +28,17 @@ from recurx.patching.handle import Entry, PatchHandle
 from recurx.train.ema import move_
 from recurx.train.optim import (
     AdamATan2,
+    Muon,
     SparseSignSGD,
     adam_atan2_,
     embedding_buffers,
+    muon_,
+    reads_the_rate,
     sparse_sign_sgd_,
     stepping,
 )
 
-_KNOWN = "a loss head with a stablemax `loss_fn`, AdamATan2, sparse sign SGD, an EMA helper"
+_KNOWN = "a loss head with a stablemax `loss_fn`, AdamATan2, Muon, sparse sign SGD, an EMA helper"
 Change = tuple[Any, str, Any]  # owner, attribute, its new value
 Verdict = tuple[str, tuple[str, Any] | None]  # what is swapped or why not; attribute and new value
 _ADAM, _SIGN_SGD = {"lr", "betas", "weight_decay"}, {"lr", "weight_decay", "world_size"}
@@ -131,8 +134,11 @@ def _not_stablemax(loss: Callable[..., Tensor]) -> str | None:
 
 
 def _optimizer(optimizer: torch.optim.Optimizer) -> Verdict:
-    if isinstance(optimizer, (AdamATan2, SparseSignSGD)):
+    if isinstance(optimizer, (AdamATan2, SparseSignSGD, Muon)):
         return "it is recurx's already", None
+    if reads_the_rate(optimizer):
+        rule = MethodType(stepping(muon_), optimizer)
+        return "step: Muon, which never reads the device", ("step", rule)
     settings = [set(group) - {"params", "initial_lr"} for group in optimizer.param_groups]
     if all(keys == _SIGN_SGD for keys in settings):
         difference, rule, what = _not_sign_sgd(optimizer), sparse_sign_sgd_, "sparse sign SGD"

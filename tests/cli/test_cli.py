@@ -264,7 +264,7 @@ def test_ctrl_c_leaves_a_usable_checkpoint_and_resume_goes_on(tmp_path) -> None:
         assert line, process.stderr.read()
     process.send_signal(signal.SIGINT)
     printed, errors = process.communicate(timeout=120)
-    assert process.returncode == 0 and "Interrupted" in printed and "Traceback" not in errors
+    assert process.returncode == 130 and "Interrupted" in printed and "Traceback" not in errors
     resumed = recurx.train.Trainer.resume(folder)
     assert resumed.step >= 2
     resumed.train_step()

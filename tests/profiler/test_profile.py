@@ -412,6 +412,23 @@ def test_nsight_lines() -> None:
     assert any("rx_" in line for line in commands("python x.py", []))
 
 
+def test_nvtx_ranges_are_what_nsys_records(monkeypatch) -> None:
+    """The calls that a GPU would get: -c cudaProfilerApi records the block, to its last kernel."""
+    said: list[str] = []
+    for name in ("start", "stop"):
+        monkeypatch.setattr(torch.cuda.profiler, name, lambda name=name: said.append(name))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: said.append("waits"))
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", lambda text: said.append("push"))
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: said.append("pop"))
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(KeyError), nvtx_ranges(model):
+        said.append("step")
+        raise KeyError
+    assert said == ["waits", "start", "step", "waits", "stop"]
+    assert any("nvtx_ranges(model)" in line for line in commands("python x.py", []))
+
+
 def test_nvtx_ranges_nest_by_module() -> None:
     model, depth, seen = build("trm"), [0], []
 
