@@ -2,6 +2,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdint>
 #include <memory>
 #include <stdexcept>
@@ -66,11 +71,21 @@ struct Program {
   Program(const Program&) = delete;
 };
 
+// Runs Python's handlers of pending signals; true if one raised, as that of Ctrl-C does. Python
+// calls them on the main thread alone, so no other takes its lock for that.
+bool interrupted() {
+#if defined(__linux__)
+  if (syscall(SYS_gettid) != getpid()) return false;
+#endif
+  py::gil_scoped_acquire gil;
+  return PyErr_CheckSignals() != 0;
+}
+
 void run_recursion(const std::vector<const Packed*>& nets, const Program& program,
                    const std::tuple<int, int, int>& shape, const std::vector<uintptr_t>& in,
                    const std::vector<uintptr_t>& out, uintptr_t cos, uintptr_t sin, int threads) {
-  if (nets.empty() || in.size() != out.size() || threads < 1)
-    throw std::invalid_argument("cpu_run: expected nets, one output a state, one thread or more");
+  if (nets.empty() || in.empty() || in.size() != out.size())
+    throw std::invalid_argument("cpu_run: expected nets, x, and one output a state");
   for (const Packed* net : nets)
     if (&net->engine() != &nets[0]->engine())
       throw std::invalid_argument("cpu_run: the nets were packed for different engines");
@@ -89,8 +104,12 @@ void run_recursion(const std::vector<const Packed*>& nets, const Program& progra
                             views.data(),
                             (const float*)cos,
                             (const float*)sin};
-  py::gil_scoped_release release;
-  rx::cpu::run(nets[0]->engine(), recursion, threads);
+  bool done;
+  {
+    py::gil_scoped_release release;
+    done = rx::cpu::run(nets[0]->engine(), recursion, threads, interrupted);
+  }
+  if (!done) throw py::error_already_set();  // what the signal's handler raised
 }
 
 uint64_t fingerprint_of(const std::vector<std::tuple<uintptr_t, size_t>>& tensors) {
@@ -100,9 +119,18 @@ uint64_t fingerprint_of(const std::vector<std::tuple<uintptr_t, size_t>>& tensor
   return fingerprint(spans);
 }
 
+// Without Python's lock: whoever has the engine's may be waiting for it.
+template <class Result, class... Given>
+auto unlocked(Result (*call)(Given...)) {
+  return [call](Given... given) {
+    py::gil_scoped_release release;
+    return call(given...);
+  };
+}
+
 py::dict phase_times() {
   py::dict times;
-  const std::vector<double> seconds = phase_seconds();
+  const std::vector<double> seconds = unlocked(phase_seconds)();
   for (size_t i = 0; i < seconds.size(); ++i) times[kPhaseNames[i]] = seconds[i];
   return times;
 }
@@ -131,10 +159,12 @@ PYBIND11_MODULE(RX_MODULE_NAME, m) {
         "Run a Program; index 0 of in_ is x, out holds the new states.");
   m.def("cpu_fingerprint", &fingerprint_of, py::arg("tensors"),
         "Hash of a sample of each (pointer, bytes), to notice weights changed in place.");
-  m.def("cpu_profile", &set_profiling, py::arg("on"), "Switch the phase clock; resets it.");
+  m.def("cpu_profile", unlocked(set_profiling), py::arg("on"),
+        "Switch the phase clock; resets it.");
   m.def("cpu_phase_times", &phase_times,
         "Seconds in each phase since cpu_profile, summed over threads.");
-  m.def("cpu_scratch_bytes", &scratch_held, "Scratch that the engine keeps between calls.");
+  m.def("cpu_scratch_bytes", unlocked(scratch_held),
+        "Scratch that the engine keeps between calls.");
 
 #ifdef RX_CUDA
   rx::cuda::bind(m);

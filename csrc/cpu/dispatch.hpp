@@ -36,8 +36,17 @@ class Packed {
   std::vector<PackedBlock> blocks_;
 };
 
-// Runs the whole recursion on `threads` threads. Bit-equal for any number of threads.
-void run(const Engine& engine, const Recursion& recursion, int threads);
+constexpr int kMostThreads = 1024;
+
+// Throw std::invalid_argument for what no engine runs: sizes of zero, or too large, or that do not
+// belong together, and steps that name what is not there.
+void check(const BlockShape& shape);
+void check(const Engine& engine, const Recursion& recursion, int threads);
+
+// Runs the whole recursion on `threads` threads. Bit-equal for any number of threads. The calling
+// thread asks `wanted` every 50 ms whether to stop; if so all leave within a block and it returns
+// false, with nothing of use in the outputs. `wanted` may itself run recursions.
+bool run(const Engine& engine, const Recursion& recursion, int threads, bool (*wanted)() = nullptr);
 
 void* allocate(size_t bytes);  // zeroed, aligned; release with std::free
 

@@ -25,7 +25,7 @@ struct Group {
     for (int row = 0; row < ws.rows_pad; ++row) ws.position[row] = row % rec.tokens;
     for (int s = 1; s < rec.num_states; ++s)
       memcpy(state(s, own.begin), input(s, own.begin), size_of(own));
-    for (int i = 0; i < rec.num_steps; ++i) {
+    for (int i = 0; i < rec.num_steps && !team.stopped(); ++i) {
       begin(rec.steps[i]);
       end(rec.steps[i], call(rec.nets[rec.steps[i].net]));
     }
@@ -72,7 +72,7 @@ struct Group {
   // net(x), un-normalised with its scale; in ws.x or ws.z.
   typename Block<Core>::Hidden call(const PackedNet& net) {
     typename Block<Core>::Hidden in{ws.x, ws.scale_a}, out{ws.z, ws.scale_a};
-    for (int i = 0; i < net.num_blocks; ++i) {
+    for (int i = 0; i < net.num_blocks && !team.stopped(); ++i) {
       const PackedBlock& next = net.blocks[(i + 1) % net.num_blocks];
       Block<Core>{rec, team, ws, net.blocks[i], next}.run(in, {ws.y, ws.scale_b}, out);
       const auto swap = in;
