@@ -21,6 +21,7 @@ from torch import Tensor
 from recurx.backends import Backend
 from recurx.backends.weight_cache import WeightCache
 from recurx.errors import no_compiled_module
+from recurx.forking import lazy
 from recurx.nets import ATTENTION, Net, NetSpec
 from recurx.operands import Operands, Span
 from recurx.plan.cpu import engine_threads
@@ -75,7 +76,7 @@ class Cpu(Backend):
         self.packed = WeightCache(MAX_PACKED, lambda memory: self._engine().cpu_fingerprint(memory))
         self._ready = functools.lru_cache(maxsize=256)(self._prepare)
 
-    @functools.cached_property
+    @lazy
     def _found(self) -> tuple[ModuleType | None, str]:
         """The compiled module, or why there is none."""
         return _load() if self._given is None else (self._given, "")

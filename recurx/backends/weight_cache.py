@@ -7,13 +7,14 @@ backend's fingerprint of its contents, if it has one.
 from __future__ import annotations
 
 import operator
-import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
+
+from recurx.forking import fork_lock
 
 Memory = list[tuple[int, int]]  # (address, bytes) of each contiguous weight
 Marks = list[tuple[Any, ...]]  # of each weight: what differs after a change that PyTorch sees
@@ -38,7 +39,7 @@ class WeightCache:
     def __init__(self, limit: int, fingerprint: Callable[[Memory], Hashable] | None = None) -> None:
         self._limit = limit
         self._fingerprint = fingerprint or (lambda _: None)
-        self._lock = threading.Lock()
+        self._lock = fork_lock()
         self._entries: OrderedDict[Any, _Entry] = OrderedDict()
 
     def get(self, key: Hashable, weights: Sequence[Tensor], make: Callable[[Any], Any]) -> Any:
