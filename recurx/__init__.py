@@ -35,6 +35,7 @@ _EXPORTS = {
     "Fill": "recurx.solving.solve",
     "shipped": "recurx.shipped_nets",
     "quantize": "recurx.quantization",
+    "export_onnx": "recurx.onnx_export",
     "LaunchPlan": "recurx.plan",
     "cost": "recurx.plan",
     "RecurxError": "recurx.errors",

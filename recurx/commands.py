@@ -28,6 +28,7 @@ COMMANDS = {
     "profile": ("recurx.bench.profile", "where one step of a model spends its time, by domain"),
     "experiment": ("recurx.experiments.command", "test a claim about recursion: sort, ..."),
     "solve": ("recurx.cli.solve", "solve the Sudokus you type, or those of a file"),
+    "export": ("recurx.cli.export", "a checkpoint as an ONNX file, for other engines"),
     "bench": ("recurx.bench.command", "measure this machine, show and compare measurements"),
 }
 TASKS = "recurx.experiments.tasks"  # registers its tasks, for a checkout that is not installed

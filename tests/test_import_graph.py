@@ -48,7 +48,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("shipped_nets",),
     ("patching",),
     ("solving",),
-    ("quantization",),
+    ("quantization", "onnx_export"),
     ("explanation",),
     ("train",),
     ("profiler",),
