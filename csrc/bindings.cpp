@@ -7,6 +7,7 @@
 #include <unistd.h>
 #endif
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <stdexcept>
@@ -81,35 +82,127 @@ bool interrupted() {
   return PyErr_CheckSignals() != 0;
 }
 
-void run_recursion(const std::vector<const Packed*>& nets, const Program& program,
-                   const std::tuple<int, int, int>& shape, const std::vector<uintptr_t>& in,
-                   const std::vector<uintptr_t>& out, uintptr_t cos, uintptr_t sin, int threads) {
-  if (nets.empty() || in.empty() || in.size() != out.size())
-    throw std::invalid_argument("cpu_run: expected nets, x, and one output a state");
-  for (const Packed* net : nets)
-    if (&net->engine() != &nets[0]->engine())
-      throw std::invalid_argument("cpu_run: the nets were packed for different engines");
+// A recursion as Python gives it; holds what `Recursion` points to.
+struct Given {
   std::vector<PackedNet> views;
-  for (const Packed* net : nets) views.push_back(net->view());
-  const auto [batch, tokens, hidden] = shape;
-  const Recursion recursion{batch,
-                            tokens,
-                            hidden,
-                            (int)in.size(),
-                            (const void* const*)in.data(),
-                            (void* const*)out.data(),
-                            (int)program.steps.size(),
-                            program.steps.data(),
-                            (int)views.size(),
-                            views.data(),
-                            (const float*)cos,
-                            (const float*)sin};
+  Recursion recursion;
+
+  Given(const char* op, const std::vector<const Packed*>& nets, const Program& program,
+        const std::tuple<int, int, int>& shape, const void* const* in, void* const* out,
+        int num_states, uintptr_t cos, uintptr_t sin) {
+    if (nets.empty() || num_states < 1)
+      throw std::invalid_argument(std::string(op) + ": expected nets, x, and one output a state");
+    for (const Packed* net : nets) {
+      if (&net->engine() != &nets[0]->engine())
+        throw std::invalid_argument(std::string(op) + ": nets packed for different engines");
+      views.push_back(net->view());
+    }
+    const auto [batch, tokens, hidden] = shape;
+    recursion = {batch,
+                 tokens,
+                 hidden,
+                 num_states,
+                 in,
+                 out,
+                 (int)program.steps.size(),
+                 program.steps.data(),
+                 (int)views.size(),
+                 views.data(),
+                 (const float*)cos,
+                 (const float*)sin};
+  }
+};
+
+// Without Python's lock; what a signal's handler raised goes on as the error that it is.
+template <class Work>
+void interruptible(Work work) {
   bool done;
   {
     py::gil_scoped_release release;
-    done = rx::cpu::run(nets[0]->engine(), recursion, threads, interrupted);
+    done = work();
   }
-  if (!done) throw py::error_already_set();  // what the signal's handler raised
+  if (!done) throw py::error_already_set();
+}
+
+void run_recursion(const std::vector<const Packed*>& nets, const Program& program,
+                   const std::tuple<int, int, int>& shape, const std::vector<uintptr_t>& in,
+                   const std::vector<uintptr_t>& out, uintptr_t cos, uintptr_t sin, int threads) {
+  if (in.size() != out.size())
+    throw std::invalid_argument("cpu_run: expected nets, x, and one output a state");
+  const Given given("cpu_run", nets, program, shape, (const void* const*)in.data(),
+                    (void* const*)out.data(), (int)in.size(), cos, sin);
+  interruptible(
+      [&] { return rx::cpu::run(nets[0]->engine(), given.recursion, threads, interrupted); });
+}
+
+// The solve that this thread is in: rows that ended, and who is told.
+thread_local const std::atomic<int>* rows_done = nullptr;
+thread_local const py::object* rows_told = nullptr;
+
+bool told_or_interrupted() {
+  if (interrupted()) return true;
+  py::gil_scoped_acquire gil;
+  try {
+    (*rows_told)(rows_done->load());
+  } catch (py::error_already_set& error) {
+    error.restore();
+    return true;
+  }
+  return false;
+}
+
+template <class T>
+T* pointer(const py::dict& how, const char* name) {
+  return (T*)how[name].cast<uintptr_t>();
+}
+
+void solve_queue(const std::vector<const Packed*>& nets, const Program& program,
+                 const std::tuple<int, int, int>& shape, const std::vector<uintptr_t>& start,
+                 uintptr_t cos, uintptr_t sin, int threads, const py::dict& how,
+                 const py::object& progress) {
+  const Given given("cpu_solve", nets, program, shape, nullptr, nullptr, (int)start.size(), cos,
+                    sin);
+  std::atomic<int> done{0};
+  Solving asked{};
+  asked.rows = std::get<0>(shape);
+  asked.max_steps = how["max_steps"].cast<int>();
+  asked.by_q = how["by_q"].cast<bool>();
+  asked.against_continue = how["against_continue"].cast<bool>();
+  asked.by_answer = how["by_answer"].cast<bool>();
+  asked.above = how["above"].cast<float>();
+  asked.patience = how["patience"].cast<int>();
+  asked.sigma = how["sigma"].cast<float>();
+  asked.seed = how["seed"].cast<uint64_t>();
+  asked.numbers = pointer<const int64_t>(how, "numbers");
+  asked.x = (const void*)start[0];
+  asked.start = (const void* const*)start.data();
+  asked.start_each = how["start_each"].cast<bool>();
+  asked.output = how["output"].cast<int>();
+  asked.prefix = how["prefix"].cast<int>();
+  asked.vocab = how["vocab"].cast<int>();
+  asked.lm_head = pointer<const void>(how, "lm_head");
+  asked.q_head = pointer<const void>(how, "q_head");
+  const auto bias = how["q_bias"].cast<std::tuple<float, float>>();
+  asked.q_bias[0] = std::get<0>(bias);
+  asked.q_bias[1] = std::get<1>(bias);
+  asked.predictions = pointer<int64_t>(how, "predictions");
+  asked.steps = pointer<int64_t>(how, "steps");
+  asked.halted = pointer<bool>(how, "halted");
+  asked.q = pointer<float>(how, "q");
+  asked.logits = pointer<void>(how, "logits");
+  asked.trace = pointer<int64_t>(how, "trace");
+  asked.done = &done;
+  const bool tells = !progress.is_none();
+  const auto* outer_done = rows_done;
+  const auto* outer_told = rows_told;
+  if (tells) rows_done = &done, rows_told = &progress;
+  interruptible([&] {
+    const bool finished = rx::cpu::solve(nets[0]->engine(), given.recursion, asked, threads,
+                                         tells ? told_or_interrupted : interrupted);
+    rows_done = outer_done;
+    rows_told = outer_told;
+    return finished;
+  });
 }
 
 uint64_t fingerprint_of(const std::vector<std::tuple<uintptr_t, size_t>>& tensors) {
@@ -157,6 +250,12 @@ PYBIND11_MODULE(RX_MODULE_NAME, m) {
   m.def("cpu_run", &run_recursion, py::arg("nets"), py::arg("program"), py::arg("shape"),
         py::arg("in_"), py::arg("out"), py::arg("cos"), py::arg("sin"), py::arg("threads"),
         "Run a Program; index 0 of in_ is x, out holds the new states.");
+  m.def("cpu_solve", &solve_queue, py::arg("nets"), py::arg("program"), py::arg("shape"),
+        py::arg("start"), py::arg("cos"), py::arg("sin"), py::arg("threads"), py::arg("how"),
+        py::arg("progress"),
+        "Refine a queue of rows, a Program a supervision step, until each halts. `start` holds x "
+        "[rows, T, D] and the start of each state; `how` the fields of Solving in "
+        "csrc/cpu/dispatch.hpp; `progress` is called with the rows that ended, or is None.");
   m.def("cpu_fingerprint", &fingerprint_of, py::arg("tensors"),
         "Hash of a sample of each (pointer, bytes), to notice weights changed in place.");
   m.def("cpu_profile", unlocked(set_profiling), py::arg("on"),

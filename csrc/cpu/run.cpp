@@ -10,7 +10,7 @@
 #include <mutex>
 #include <new>
 
-#include "dispatch.hpp"
+#include "machine.hpp"
 
 namespace rx::cpu {
 
@@ -30,33 +30,6 @@ void* allocate(size_t bytes) {
 }
 
 namespace {
-
-struct Scratch {
-  void* data = nullptr;
-  size_t bytes = 0;
-  void* at_least(size_t wanted) {
-    if (wanted > bytes) {
-      std::free(data);
-      data = nullptr;
-      data = allocate(wanted);
-      bytes = wanted;
-    }
-    return data;
-  }
-};
-
-// One recursion at a time has the machine; its scratch stays for the next one.
-struct Machine {
-  std::timed_mutex lock;
-  std::vector<Scratch> scratch;
-  bool profiling = false;
-  int64_t phase_ns[(int)Phase::count] = {};
-  Machine() = default;
-  Machine(const Machine&) = delete;
-  ~Machine() {
-    for (Scratch& one : scratch) std::free(one.data);
-  }
-};
 
 // A forked child starts anew: the lock it inherits may be held for ever.
 Machine* machine = new Machine;
@@ -117,11 +90,7 @@ struct Deal {
     take_groups(tid);
     if (teams > 0) join_team(tid);
     finished.fetch_add(1, std::memory_order_relaxed);
-    if (tid > 0) return;
-    while (finished.load(std::memory_order_relaxed) < threads) {
-      stop.look();
-      sched_yield();
-    }
+    if (tid == 0) look_until(finished, threads, stop);
   }
 
   void take_groups(int tid) {
@@ -142,6 +111,16 @@ struct Deal {
   }
 };
 
+thread_local bool running = false;
+
+}  // namespace
+
+Running::Running() { running = true; }
+Running::~Running() { running = false; }
+bool Running::now() { return running; }
+
+Machine& the_machine() { return *machine; }
+
 // The lock of the machine; without it if the caller wants to stop before another one is done.
 std::unique_lock<std::timed_mutex> locked(Machine& owner, Stop& stop) {
   std::unique_lock<std::timed_mutex> lock(owner.lock, std::try_to_lock);
@@ -154,37 +133,27 @@ std::unique_lock<std::timed_mutex> locked(Machine& owner, Stop& stop) {
   return lock;
 }
 
-bool run_on(Machine& owner, Stop& stop, const Engine& engine, const Recursion& recursion,
-            int threads) {
-  const auto lock = locked(owner, stop);
-  if (!lock) return false;
-  Deal deal(owner, stop, engine, recursion, threads);
-  deal.reserve();
-  parallel(threads, [](void* self, int tid) { ((Deal*)self)->work(tid); }, &deal);
-  for (const Clock& clock : deal.clocks)
+void add_clocks(Machine& owner, const std::vector<Clock>& clocks) {
+  for (const Clock& clock : clocks)
     for (int i = 0; i < (int)Phase::count; ++i) owner.phase_ns[i] += clock.nanoseconds[i];
-  return !stop.raised();
 }
 
-thread_local bool running = false;
-
-struct Running {
-  Running() { running = true; }
-  ~Running() { running = false; }
-};
-
-}  // namespace
+void look_until(const std::atomic<int>& finished, int threads, Stop& stop) {
+  while (finished.load(std::memory_order_relaxed) < threads) {
+    stop.look();
+    sched_yield();
+  }
+}
 
 bool run(const Engine& engine, const Recursion& recursion, int threads, bool (*wanted)()) {
   check(engine, recursion, threads);
   if (recursion.batch == 0) return true;
-  Stop stop(wanted);
-  if (running) {  // in `wanted` of this thread: a signal handler that calls the engine
-    Machine alone;
-    return run_on(alone, stop, engine, recursion, 1);
-  }
-  const Running here;
-  return run_on(*machine, stop, engine, recursion, threads);
+  return on_machine(wanted, threads, [&](Machine& owner, Stop& stop, int count) {
+    Deal deal(owner, stop, engine, recursion, count);
+    deal.reserve();
+    parallel(count, [](void* self, int tid) { ((Deal*)self)->work(tid); }, &deal);
+    add_clocks(owner, deal.clocks);
+  });
 }
 
 void set_profiling(bool on) {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "block.hpp"
+#include "heads.hpp"
 
 namespace rx::cpu::RX_ISA {
 
@@ -24,7 +25,7 @@ struct Group {
     own = share(ws.rows, team.tid, team.size);
     for (int row = 0; row < ws.rows_pad; ++row) ws.position[row] = row % rec.tokens;
     for (int s = 1; s < rec.num_states; ++s)
-      memcpy(state(s, own.begin), input(s, own.begin), size_of(own));
+      if (rec.in[s] != rec.out[s]) memcpy(state(s, own.begin), input(s, own.begin), size_of(own));
     for (int i = 0; i < rec.num_steps && !team.stopped(); ++i) {
       begin(rec.steps[i]);
       end(rec.steps[i], call(rec.nets[rec.steps[i].net]));
@@ -131,7 +132,9 @@ void pack(const BlockShape& shape, const RawWeight* weights, void* out, PackedBl
 
 template <class Core>
 constexpr Engine engine_of() {
-  return {RX_GROUP_ROWS, packed_bytes<Core>, pack<Core>, scratch_bytes<Core>, run_group<Core>};
+  using State = typename Core::State;
+  return {RX_GROUP_ROWS,       sizeof(State),   packed_bytes<Core>, pack<Core>,
+          scratch_bytes<Core>, run_group<Core>, head<State>,        add_noise<State>};
 }
 
 }  // namespace rx::cpu::RX_ISA
