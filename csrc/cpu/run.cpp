@@ -123,6 +123,12 @@ void run(const Engine& engine, const Recursion& recursion, int threads) {
     for (int i = 0; i < (int)Phase::count; ++i) machine->phase_ns[i] += clock.nanoseconds[i];
 }
 
+void alone(int threads, Work work, void* context) {
+  if (threads == 1) return work(context, 0);
+  std::lock_guard<std::mutex> lock(machine->lock);
+  parallel(threads, work, context);
+}
+
 void set_profiling(bool on) {
   std::lock_guard<std::mutex> lock(machine->lock);
   machine->profiling = on;
