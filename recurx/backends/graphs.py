@@ -75,7 +75,7 @@ class RecordingCache:
         """The recording of this key, made if it is new."""
         with self.lock:
             if key not in self._entries:
-                with torch.inference_mode(False), torch.no_grad():  # as `WeightCache` makes things
+                with torch.inference_mode(False):  # the next call may be outside
                     self._entries[key] = make()
             self._entries.move_to_end(key)
             while len(self._entries) > self._limit:

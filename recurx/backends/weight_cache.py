@@ -90,9 +90,11 @@ class WeightCache:
             # The address may belong to other weights by now.
             entry = entry if entry is not None and entry.is_of(storages) else None
             if entry is None or digest is None or entry.digest != digest:
-                # As ordinary tensors, for the next call may not be in inference mode.
-                with torch.inference_mode(False), torch.no_grad():
-                    made = make(None if entry is None else entry.made)
+                if entry is None:  # of ordinary tensors: the next call may not be in inference mode
+                    with torch.inference_mode(False):
+                        made = make(None)
+                else:
+                    made = make(entry.made)
                 if self._digest(weights) != digest:  # somebody writes at this moment
                     digest = freeze = None
                 drop = functools.partial(self._drop, slot)
