@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "cpu/dispatch.hpp"
+#include "cpu/hash.hpp"
 #ifdef RX_CUDA
 #include "cuda/bindings.hpp"
 #endif
@@ -32,6 +33,7 @@ namespace {
 // (token_mlp, hidden, inner, heads, head_dim, tokens, token_inner, eps)
 using BlockTuple = std::tuple<bool, int, int, int, int, int, int, float>;
 using WeightTuple = std::tuple<uintptr_t, bool>;  // pointer, is bf16
+using RowsTuple = std::tuple<uintptr_t, size_t, size_t, size_t>;
 using StepTuple = std::tuple<int, int, std::vector<int>, std::vector<int>, int>;
 
 Dtype dtype_of(bool is_bf16) { return is_bf16 ? Dtype::bf16 : Dtype::f32; }
@@ -205,11 +207,12 @@ void solve_queue(const std::vector<const Packed*>& nets, const Program& program,
   });
 }
 
-uint64_t fingerprint_of(const std::vector<std::tuple<uintptr_t, size_t>>& tensors) {
-  std::vector<Span> spans;
-  for (const auto& [pointer, bytes] : tensors) spans.push_back({(const void*)pointer, bytes});
+uint64_t digest_of(const std::vector<RowsTuple>& tensors, int threads) {
+  std::vector<Rows> all;
+  for (const auto& [data, rows, bytes, stride] : tensors)
+    all.push_back({(const void*)data, rows, bytes, stride});
   py::gil_scoped_release release;
-  return fingerprint(spans);
+  return digest(all, threads);
 }
 
 // Without Python's lock: whoever has the engine's may be waiting for it.
@@ -256,8 +259,8 @@ PYBIND11_MODULE(RX_MODULE_NAME, m) {
         "Refine a queue of rows, a Program a supervision step, until each halts. `start` holds x "
         "[rows, T, D] and the start of each state; `how` the fields of Solving in "
         "csrc/cpu/dispatch.hpp; `progress` is called with the rows that ended, or is None.");
-  m.def("cpu_fingerprint", &fingerprint_of, py::arg("tensors"),
-        "Hash of a sample of each (pointer, bytes), to notice weights changed in place.");
+  m.def("cpu_digest", &digest_of, py::arg("tensors"), py::arg("threads"),
+        "Hash of every byte of tensors (pointer, rows, bytes of a row, bytes from row to row).");
   m.def("cpu_profile", unlocked(set_profiling), py::arg("on"),
         "Switch the phase clock; resets it.");
   m.def("cpu_phase_times", &phase_times,

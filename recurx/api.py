@@ -80,7 +80,8 @@ def recurse(
         and the states come back in the dtype they came in.
 
     Raises:
-        InvalidArgument: wrong or mixed shapes, dtypes, devices; unknown or missing names.
+        InvalidArgument: wrong or mixed shapes, dtypes, devices; unknown or missing names; a tensor
+            whose memory was freed.
         BackendUnavailable: an explicit backend cannot run here, or cannot run this problem.
         RecurxError: in the backward, under create_graph=True.
 
@@ -89,14 +90,18 @@ def recurse(
     call = checked(Given(schedule, nets, x, carry, backend, cos_sin, start_from, stop_after, save))
     if call.schedule.detach_carry:
         call = call._replace(states={name: s.detach() for name, s in call.states.items()})
+    tensors = (call.x, *call.states.values(), *call.weights, *(call.rope or ()))
+    traced = torch.compiler.is_compiling() or _transformed(tensors)
+    if not traced:
+        call.operands(call.states).check_memory(call.schedule.states, call.specs)
     device = x.device.type
     # A plain callable is somebody's own PyTorch: autocast stays as they set it.
     if call.opaque or not torch.is_autocast_enabled(device):
-        return _run(call)
+        return _run(call, traced)
     dtype = torch.get_autocast_dtype(device)
     cast = {name: state.to(dtype) for name, state in call.states.items()}
     with torch.autocast(device, enabled=False):
-        out = _run(call._replace(x=x.to(dtype), states=cast, checked=None))
+        out = _run(call._replace(x=x.to(dtype), states=cast, checked=None), traced)
     return {name: state.to(x.dtype) for name, state in out.items()}
 
 
@@ -109,8 +114,11 @@ class _Way(NamedTuple):
     forward: str
 
 
-def _run(call: Call) -> dict[str, Tensor]:
-    """Calls before the window without gradient, the window differentiably."""
+def _run(call: Call, traced: bool) -> dict[str, Tensor]:
+    """Calls before the window without gradient, the window differentiably.
+
+    `traced`: sizes may be symbolic, and only operators say what a tensor holds.
+    """
     tensors = (call.x, *call.states.values(), *call.weights, *(call.rope or ()))
     grad = torch.is_grad_enabled()
     grad = grad and (bool(call.opaque) or any(t.requires_grad for t in tensors))
@@ -123,7 +131,7 @@ def _run(call: Call) -> dict[str, Tensor]:
             )
         call = call._replace(backend=EAGER, checked=None)
     direct = False
-    if torch.compiler.is_compiling() or call.opaque or _transformed(tensors):
+    if traced or call.opaque:
         way = _traced_way(call, grad)
     else:
         watched = _watched()

@@ -1,7 +1,6 @@
 #include "dispatch.hpp"
 
 #include <cstdlib>
-#include <cstring>
 #include <stdexcept>
 
 #include "engines.hpp"
@@ -142,22 +141,6 @@ Packed::Packed(const std::vector<BlockShape>& shapes, const std::vector<RawWeigh
     engine_->pack(shapes[i], &weights[i * weights_per_block], out, &blocks_[i]);
     out += engine_->packed_bytes(shapes[i]);
   }
-}
-
-uint64_t fingerprint(const std::vector<Span>& tensors) {
-  constexpr size_t kSamples = 256;  // a tensor; 4 bytes each
-  uint64_t hash = 0x9e3779b97f4a7c15ull;
-  for (const Span& span : tensors) {
-    const char* data = (const char*)span.data;
-    const size_t words = span.bytes / 4, stride = words / kSamples + 1;
-    for (size_t word = 0; word < words; word += stride) {
-      uint32_t value;
-      std::memcpy(&value, data + word * 4, 4);
-      hash = (hash ^ value) * 0x9fb21c651e98df25ull;
-      hash ^= hash >> 29;
-    }
-  }
-  return hash;
 }
 
 }  // namespace rx::cpu

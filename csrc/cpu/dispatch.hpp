@@ -90,11 +90,7 @@ std::vector<double> phase_seconds();
 // Bytes of scratch that the engine holds on to between calls.
 size_t scratch_held();
 
-// A hash of a few hundred elements of each tensor, to notice weights that changed unannounced.
-struct Span {
-  const void* data;
-  size_t bytes;
-};
-uint64_t fingerprint(const std::vector<Span>& tensors);
+// `parallel`, when no recursion and no other caller has the threads; at once for a single one.
+void alone(int threads, Work work, void* context);
 
 }  // namespace rx::cpu

@@ -156,6 +156,15 @@ bool run(const Engine& engine, const Recursion& recursion, int threads, bool (*w
   });
 }
 
+void alone(int threads, Work work, void* context) {
+  if (threads == 1 || running) {  // (inside a call's `wanted` this thread has the machine already)
+    for (int tid = 0; tid < threads; ++tid) work(context, tid);
+    return;
+  }
+  std::lock_guard<std::timed_mutex> lock(machine->lock);
+  parallel(threads, work, context);
+}
+
 void set_profiling(bool on) {
   std::lock_guard<std::timed_mutex> lock(machine->lock);
   machine->profiling = on;

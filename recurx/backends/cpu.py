@@ -1,10 +1,8 @@
 """backend="cpu": the compiled engine (csrc/cpu/). The whole recursion is one call into C++.
 
-Weights are packed once into the engine's panels, in the states' dtype, and kept until a parameter
-changes. A change shows in a tensor's address or `_version` (optimiser steps, `copy_`), or else in
-a fingerprint of a few hundred of its elements (`.data` edits, raw-pointer optimisers). NOTE: an
-edit through `.data` that changes only elements outside the sample goes unseen; call
-`recurx.backends.cpu.forget()` after such surgery.
+Weights are packed into the engine's panels, in the states' dtype, and kept. At every call a hash of
+all their bytes (csrc/cpu/hash.hpp) tells whether they are still the same; packing anew would take
+sixteen times as long. `recurx.solve` takes the hash once.
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ def _load() -> tuple[ModuleType | None, str]:
         from recurx import _C
     except ImportError as error:
         return None, no_compiled_module(error)
-    if not hasattr(_C, "Program"):
+    if not hasattr(_C, "cpu_digest"):
         return None, "needs a recurx._C with the CPU engine; rebuild it"
     return _C, ""
 
@@ -53,6 +51,18 @@ def _pack(
     blocks = [block.numbers for block in spec.blocks]
     pointers = [(w.data_ptr(), w.dtype == torch.bfloat16) for w in plain]
     return module.cpu_pack(blocks, pointers, bf16, isa)
+
+
+def _rows(weight: Tensor, copies: list[Tensor]) -> tuple[int, int, int, int]:
+    """A matrix as (address, rows, bytes of a row, bytes from row to row), in any order of axes."""
+    if not weight.is_contiguous():
+        for matrix in (weight, weight.mT):
+            if matrix.stride(1) == 1:
+                size, (rows, columns) = matrix.itemsize, matrix.shape
+                return matrix.data_ptr(), rows, columns * size, matrix.stride(0) * size
+        weight = weight.detach().contiguous()
+        copies.append(weight)
+    return weight.data_ptr(), 1, weight.nbytes, 0
 
 
 class _Ready(NamedTuple):
@@ -73,7 +83,7 @@ class Cpu(Backend):
     def __init__(self, module: ModuleType | None = None) -> None:
         """`module`: a build of the engine other than recurx._C (tests run emulated engines)."""
         self._given = module
-        self.packed = WeightCache(MAX_PACKED, lambda memory: self._engine().cpu_fingerprint(memory))
+        self.packed = WeightCache(MAX_PACKED, self._digest)
         self._ready = functools.lru_cache(maxsize=256)(self._prepare)
 
     @lazy
@@ -85,6 +95,13 @@ class Cpu(Backend):
         module, _ = self._found
         assert module is not None, "checked by why_unavailable"
         return module
+
+    def _digest(self, weights: Sequence[Tensor]) -> int:
+        """A hash of every element, whoever wrote it."""
+        copies: list[Tensor] = []  # alive until they are read
+        rows = [_rows(weight, copies) for weight in weights]
+        digest: int = self._engine().cpu_digest(rows, torch.get_num_threads())
+        return digest
 
     def why_unavailable(self) -> str | None:
         module, missing = self._found
@@ -167,5 +184,5 @@ BACKEND = Cpu()
 
 
 def forget() -> None:
-    """Drop all packed weights, so that the next call packs anew."""
+    """Free the memory of all packed weights; the next call packs anew."""
     BACKEND.packed.clear()

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recurx.backends.cuda_abi import RxGridPlan
-from recurx.fp8 import codes_of
+from recurx.fp8 import registered
 from recurx.nets import ATTENTION, BlockSpec, NetSpec
 from recurx.plan.cuda_grid import SLOTS
 from recurx.plan.launch import LaunchPlan
@@ -37,17 +37,26 @@ def pack(spec: NetSpec, weights: Sequence[Tensor], fp8: bool = False) -> Tensor:
     Args:
         spec: the net.
         weights: flat, in the order of `recurx.nets.WEIGHT_NAMES`, any floating dtype; with `fp8`
-            such that `recurx.fp8.codes_of` knows each.
+            such that `recurx.fp8.are_quantized` of them.
     """
-    blocks = spec.by_block(weights)
-    return torch.cat([_pack(b, k, w, fp8) for b, own in blocks for k, w in enumerate(own)])
-
-
-def _pack(block: BlockSpec, slot: int, weight: Tensor, fp8: bool) -> Tensor:
-    """One weight in the order of the tape, flat."""
     if not fp8:
-        return _units(block, slot, weight.detach().bfloat16()).reshape(-1)
-    codes = codes_of(weight)
+        return in_order(spec, [weight.detach().bfloat16() for weight in weights])
+    return torch.cat([_codes(*each) for each in _slots(spec, weights)])
+
+
+def in_order(spec: NetSpec, values: Sequence[Tensor]) -> Tensor:
+    """Values of any dtype in the shapes of the weights, in the order of the tape, flat."""
+    return torch.cat([_units(*each).reshape(-1) for each in _slots(spec, values)])
+
+
+def _slots(spec: NetSpec, values: Sequence[Tensor]) -> list[tuple[BlockSpec, int, Tensor]]:
+    blocks = spec.by_block(values)
+    return [(block, slot, value) for block, own in blocks for slot, value in enumerate(own)]
+
+
+def _codes(block: BlockSpec, slot: int, weight: Tensor) -> Tensor:
+    """The codes of a weight and behind those of each unit their scales, as bytes."""
+    codes = registered(weight)
     assert codes is not None, "the caller asks for FP8 of quantised weights only"
     values = _units(block, slot, codes.codes.view(torch.uint8))
     scales = _padded(_rows(block, slot, codes.scales[:, None]), 16 if slot % 2 == 0 else 8, 1)

@@ -151,10 +151,10 @@ def refine(model: Any, batch: Mapping[str, Tensor], rules: Rules) -> Answers:
         trace = new(rules.max_steps, entries, answers) if rules.trace else None
         running = dataclasses.replace(problem, batch=slots)
         weights = tuple(w for name in who.schedule.nets for w in who.nets[name].weights)
-        p, kept = backend.describe(
-            plan.kind, running, Operands(slot_x, states, weights, who.cos_sin), states,
-            Span(0, len(who.schedule)), stream,
-        )  # fmt: skip
+        operands = Operands(slot_x, states, weights, who.cos_sin)
+        operands.check_memory(who.schedule.states, running.nets)
+        span = Span(0, len(who.schedule))
+        p, kept = backend.describe(plan.kind, running, operands, states, span, stream)
         size = library.bytes_of("rx_owner_sm80_scratch_bytes", p, owner)
         scratch = new(size, dtype=torch.uint8)
         p.scratch, p.scratch_bytes = scratch.data_ptr(), size

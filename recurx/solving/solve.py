@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recurx.backends.weight_cache import frozen_weights
 from recurx.errors import bad_argument
 from recurx.solving import rollouts as tries
 from recurx.solving.halting_loop import Answers, refine
@@ -49,7 +50,8 @@ def solve(
 
     Args:
         model: a recurx TRM or HRM, or an official one (patched or not), with or without its loss
-            head. Runs in evaluation mode; its mode is restored.
+            head. Runs in evaluation mode; its mode is restored. Its weights are packed for the
+            kernels once: nobody may write to them meanwhile.
         batch: "inputs" [B, T] integers, and "puzzle_identifiers" [B] (zeros if absent).
         max_steps: budget a sample; it may exceed the steps the model was trained with.
         halt: "q" ends a row as training does (q_halt > 0, or q_halt > q_continue with Q-learning);
@@ -98,7 +100,7 @@ def solve(
     _check(rules)
     model = _act_model(model)
     data = _complete(batch)
-    with _evaluating(model):
+    with _evaluating(model), frozen_weights():
         if backend == "cuda" and len(data["inputs"]):
             from recurx.solving import on_cuda
 
