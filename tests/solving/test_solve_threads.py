@@ -113,7 +113,7 @@ def test_the_backend_is_the_one_that_was_named(monkeypatch: pytest.MonkeyPatch) 
     assert asked == ["eager", "auto"]
 
 
-# ---- models of other code --------------------------------------------------------------------------
+# ---- models of other code ------------------------------------------------------------------------
 
 
 class Noisy(nn.Module):
