@@ -66,13 +66,8 @@ class WeightCache:
         self, limit: int, digest: Callable[[Sequence[Tensor]], Hashable] | None = None
     ) -> None:
         self._limit = limit
-<<<<<<< HEAD
-        self._fingerprint = fingerprint or (lambda _: None)
-        self._lock = fork_lock()
-=======
         self._digest = digest or (lambda _: None)
         self._lock = fork_lock()
->>>>>>> B
         self._entries: OrderedDict[Any, _Entry] = OrderedDict()
 
     def get(self, key: Hashable, weights: Sequence[Tensor], make: Callable[[Any], Any]) -> Any:

@@ -43,13 +43,13 @@ class PuzzleEmbedding(nn.Module):
             self.local_weights = self.local_weights.detach().requires_grad_()
         return self
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, training: bool | None = None) -> Tensor:
         """Rows [B, width] in the forward dtype; `ids` [B] of any integer dtype.
 
         Raises:
             InvalidArgument: in training, a batch larger than `batch_size`.
         """
-        if not self.training:
+        if not (self.training if training is None else training):
             return self.weights[ids].to(self.cast_to)
         batch, room = ids.shape[0], self.local_weights.shape[0]
         if batch > room:

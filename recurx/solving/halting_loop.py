@@ -53,12 +53,15 @@ class Answers:
         return dict(zip(steps.tolist(), counts.tolist(), strict=True))
 
 
-def refine(model: Any, data: Mapping[str, Tensor], numbers: Tensor, rules: Rules) -> Answers:
+def refine(
+    model: Any, data: Mapping[str, Tensor], numbers: Tensor, rules: Rules, **how: Any
+) -> Answers:
     """Run all rows of `data`; rollouts are rows like any other here.
 
     Args:
         numbers: [N] int64, sample * rollouts + rollout of each row, which its noise and its random
             start follow from.
+        how: further keywords of the model's calls.
     """
     inputs = data["inputs"]
     rows, device = torch.arange(len(inputs), device=inputs.device), inputs.device
@@ -76,7 +79,7 @@ def refine(model: Any, data: Mapping[str, Tensor], numbers: Tensor, rules: Rules
             break
         if rules.sigma:
             _add_noise(carry.inner_carry, numbers[rows], step, rules)
-        carry, outputs = model(carry=carry, batch=carry.current_data)
+        carry, outputs = model(carry=carry, batch=carry.current_data, **how)
         # The wrapper flags rows at its own budget, and would restart them; here `max_steps` rules.
         carry.halted = torch.zeros_like(carry.halted)
         step_logits, q_halt = outputs["logits"], outputs["q_halt_logits"].float()

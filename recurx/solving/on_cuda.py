@@ -86,7 +86,7 @@ def reasoner(model: Any, fresh: Mapping[str, Tensor]) -> Reasoner | str:
         return Reasoner(
             inner.schedule, nets, inner.cos_sin(), inner.variant.output,  # type: ignore[arg-type]
             {name: fresh[name] for name in inner.schedule.states},
-            lambda batch: inner.embed(batch["inputs"], batch["puzzle_identifiers"]),
+            lambda batch: inner.embed(batch["inputs"], batch["puzzle_identifiers"], training=False),
             *heads, inner.config.prefix_len, q_learning,
         )  # fmt: skip
     adapter = Official()

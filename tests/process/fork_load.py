@@ -20,13 +20,13 @@ from typing import Any
 # Verdicts are measured as in a user's process; nothing of it is left on the disk.
 os.environ.update(RECURX_AUTOTUNE="1", RECURX_CACHE="0")
 
-import torch  # noqa: E402 (after its environment)
-from torch import Tensor  # noqa: E402
+import torch
+from torch import Tensor
 
-import recurx  # noqa: E402
-from recurx import Schedule, reference  # noqa: E402
-from recurx.plan import cpu as plan  # noqa: E402
-from tests.factories import make_inputs, make_net, rope  # noqa: E402
+import recurx
+from recurx import Schedule, reference
+from recurx.plan import cpu as plan
+from tests.factories import make_inputs, make_net, rope
 
 SCHEDULE = Schedule.trm(1, 2)
 WAYS = ("cpu", "auto", "eager")

@@ -1,4 +1,4 @@
-"""Forked children answer: whatever other threads do at that moment, and whoever loads what first."""
+"""Forked children answer, whatever other threads do at that moment and whoever loads what first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -96,7 +96,7 @@ assert os.waitpid(child, 0)[1] == 0
 
 class _Answers(Dataset[Tensor]):
     schedule = Schedule.trm(1, 1)
-    nets = {"L": make_net()}
+    nets: ClassVar[dict[str, Any]] = {"L": make_net()}
 
     def __len__(self) -> int:
         return 8
