@@ -187,11 +187,10 @@ void solve_queue(const std::vector<const Packed*>& nets, const Program& program,
   const auto bias = how["q_bias"].cast<std::tuple<float, float>>();
   asked.q_bias[0] = std::get<0>(bias);
   asked.q_bias[1] = std::get<1>(bias);
-  asked.predictions = pointer<int64_t>(how, "predictions");
+  asked.answers = pointer<int64_t>(how, "answers");
   asked.steps = pointer<int64_t>(how, "steps");
   asked.halted = pointer<bool>(how, "halted");
-  asked.q = pointer<float>(how, "q");
-  asked.logits = pointer<void>(how, "logits");
+  asked.final = pointer<void>(how, "final");
   asked.trace = pointer<int64_t>(how, "trace");
   asked.done = &done;
   const bool tells = !progress.is_none();

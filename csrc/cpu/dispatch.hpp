@@ -66,12 +66,11 @@ struct Solving {
   const void *lm_head, *q_head;  // [vocab, D]; [2, D]: q_halt, q_continue
   float q_bias[2];
   // Out; A = T - prefix.
-  int64_t* predictions;  // [rows, A]
-  int64_t* steps;        // [rows]
-  bool* halted;          // [rows]
-  float* q;              // [rows]: q_halt at the last step
-  void* logits;          // [rows, A, vocab] of the state's type, or null
-  int64_t* trace;  // [max_steps, rows, A] or null; a step after the row's last is left as it is
+  int64_t* steps;    // [rows]
+  bool* halted;      // [rows]
+  void* final;       // [rows, T, D]: state `output` after a row's last step
+  int64_t* answers;  // [rows, A]: of the last step; read if `by_answer` or `trace`
+  int64_t* trace;    // [max_steps, rows, A] or null; a step after the row's last is left as it is
   std::atomic<int>* done;  // rows that ended so far
 };
 

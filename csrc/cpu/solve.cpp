@@ -164,7 +164,7 @@ struct Queue {
       const float bar = how.against_continue ? head(z, how.q_head, 1, how.q_bias[1]) : 0.f;
       bool halts = how.by_q && q > bar + how.above;
       const bool last = slot.steps + 1 == how.max_steps;
-      if (how.by_answer || how.trace || halts || last) {
+      if (how.by_answer || how.trace) {
         const bool same = read_answer(slot, z) && slot.steps > 0;
         slot.unchanged = same ? slot.unchanged + 1 : 0;
         halts = halts || (how.by_answer && slot.unchanged >= how.patience);
@@ -173,7 +173,7 @@ struct Queue {
       if (!halts && !last) return false;
       how.steps[slot.row] = slot.steps;
       how.halted[slot.row] = halts;
-      how.q[slot.row] = q;
+      memcpy((char*)how.final + slot.row * queue.row_bytes(), z, queue.row_bytes());
       how.done->fetch_add(1, std::memory_order_relaxed);
       return true;
     }
@@ -182,17 +182,13 @@ struct Queue {
     // all are what they were.
     bool read_answer(const Slot& slot, const char* z) {
       const int count = (int)answer.size();
-      int64_t* kept = how.predictions + (long)slot.row * count;
-      char* logits = nullptr;
-      if (how.logits)
-        logits = (char*)how.logits + (size_t)slot.row * count * how.vocab * queue.value_bytes;
+      int64_t* kept = how.answers + (long)slot.row * count;
       for (int t = 0; t < count; ++t) {
         const char* row = z + (size_t)(how.prefix + t) * step.hidden * queue.value_bytes;
         float best = 0.f;
         int chosen = -1;
         for (int v = 0; v < how.vocab; ++v) {
           const float logit = head(row, how.lm_head, v, 0.f);
-          if (logits) queue.put(logits + ((size_t)t * how.vocab + v) * queue.value_bytes, logit);
           if (chosen < 0 || logit > best || (logit != logit && best == best)) {
             best = logit;
             chosen = v;
@@ -217,17 +213,6 @@ struct Queue {
       slots.pop_back();
     }
   };
-
-  // A value that is of the state's type already.
-  void put(char* to, float value) const {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    const uint16_t high = (uint16_t)(bits >> 16);
-    if (value_bytes == 2)
-      memcpy(to, &high, 2);
-    else
-      memcpy(to, &value, 4);
-  }
 };
 
 }  // namespace

@@ -9,7 +9,7 @@ kernels may round differently at another batch size; low bits can differ, as bet
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from recurx.backends.weight_cache import frozen_weights
 from recurx.errors import bad_argument
+from recurx.solving import on_cpu
 from recurx.solving import rollouts as tries
 from recurx.solving.asking import evaluating
 from recurx.solving.halting_loop import Answers, refine
@@ -45,6 +46,7 @@ def solve(
     logits: bool = False,
     trace: bool = False,
     fill: Fill | Mapping[str, Any] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Answers:
     """Answer a batch with at most `max_steps` supervision steps a sample, without gradient.
 
@@ -89,6 +91,7 @@ def solve(
             (`recurx.Fill`, or its fields as a mapping). For hard questions, at many more steps.
             Fill every so many `steps` as the net was trained with, or more, and let `halt="q"` end
             it, unless the net was trained on questions with few blanks too.
+        progress: called now and then with how many rows (rollouts of samples) have ended so far.
 
     Raises:
         InvalidArgument: a bad argument, or a model without the ACT interface.
@@ -108,7 +111,8 @@ def solve(
 
             found = on_cuda.refine(model, data, rules)
             return tries.pick(found, data["inputs"], rollouts, select)
-        run = functools.partial(refine, model, rules=rules, **how)
+        loop = functools.partial(refine, model, rules=rules, progress=progress, **how)
+        run = on_cpu.refiner(model, data, rules, how, loop, progress)
         if callable(select):
             return tries.in_turn(run, data, rollouts, select)
         return tries.at_once(run, data, rollouts, select)
