@@ -8,9 +8,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from recurx import _checkout
+from recurx import _checkout, forking
 
 _checkout.install()
+forking.install()
 
 __version__ = "0.1.0"
 

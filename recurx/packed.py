@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from recurx.forking import lazy
 from recurx.nets import ATTENTION, BlockSpec, NetSpec
 
 ALIGN = 128  # elements: every matrix starts at a multiple of 256 bytes in bf16
@@ -83,7 +84,7 @@ class PackedNets:
         ]
         self.blocks = [tuple(self._padded[4 * i : 4 * i + 4]) for i in range(len(self.specs))]
 
-    @functools.cached_property
+    @lazy
     def words(self) -> Tensor:
         """int32 on the device, a row of 8 a block for kernels/recursion.py.
 

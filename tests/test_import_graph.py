@@ -26,7 +26,7 @@ EXTENSION = "recurx._C"  # compiled: it has no file of Python
 # `recurx/__init__.py`, which finds each public name when it is asked for, and `_checkout` tells
 # Python where the packages of a checkout lie.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "hashing", "_build_info", "_C"),
+    ("errors", "forking", "hashing", "_build_info", "_C"),
     ("atomic", "options", "schedule", "small_ops", "tasks"),
     ("nets",),
     ("operands", "fp8"),

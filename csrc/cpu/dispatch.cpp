@@ -101,6 +101,8 @@ const std::vector<const Isa*>& usable() {
   }();
   return found;
 }
+// At load: a fork while another thread asks would leave the answer half made in the child.
+[[maybe_unused]] const bool asked = !usable().empty();
 
 const Engine* engine_for(const std::string& name, Dtype state) {
   for (const Isa* isa : usable())
@@ -131,6 +133,7 @@ std::string chosen_isa() {
 Packed::Packed(const std::vector<BlockShape>& shapes, const std::vector<RawWeight>& weights,
                Dtype state, const std::string& isa)
     : engine_(engine_for(isa, state)), memory_(nullptr, std::free), blocks_(shapes.size()) {
+  for (const BlockShape& shape : shapes) check(shape);
   for (const BlockShape& shape : shapes) bytes_ += engine_->packed_bytes(shape);
   memory_.reset(allocate(bytes_));
   char* out = (char*)memory_.get();

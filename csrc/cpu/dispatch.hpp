@@ -1,6 +1,7 @@
 // Chooses the engine for this machine, and deals samples out to threads.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -36,8 +37,48 @@ class Packed {
   std::vector<PackedBlock> blocks_;
 };
 
-// Runs the whole recursion on `threads` threads. Bit-equal for any number of threads.
-void run(const Engine& engine, const Recursion& recursion, int threads);
+constexpr int kMostThreads = 1024;
+
+// Throw std::invalid_argument for what no engine runs: sizes of zero, or too large, or that do not
+// belong together, and steps that name what is not there.
+void check(const BlockShape& shape);
+void check(const Engine& engine, const Recursion& recursion, int threads);
+
+// Runs the whole recursion on `threads` threads. Bit-equal for any number of threads. The calling
+// thread asks `wanted` every 50 ms whether to stop; if so all leave within a block and it returns
+// false, with nothing of use in the outputs. `wanted` may itself run recursions.
+bool run(const Engine& engine, const Recursion& recursion, int threads, bool (*wanted)() = nullptr);
+
+// Rows of a queue, each refined until it halts; see solve.cpp.
+struct Solving {
+  int rows, max_steps;
+  // Halting: by q_halt > (q_continue or 0) + above, by an answer that stays the same, or neither.
+  bool by_q, against_continue, by_answer;
+  float above;
+  int patience;
+  float sigma;  // of the noise on state `output` before each step
+  uint64_t seed;
+  const int64_t* numbers;    // [rows]: each one's place in the stream of noise
+  const void* x;             // [rows, T, D]
+  const void* const* start;  // [num_states], [0] unused: of [T, D], or [rows, T, D] if `start_each`
+  bool start_each;
+  int output, prefix, vocab;     // the state that the heads read, tokens before the answer
+  const void *lm_head, *q_head;  // [vocab, D]; [2, D]: q_halt, q_continue
+  float q_bias[2];
+  // Out; A = T - prefix.
+  int64_t* steps;    // [rows]
+  bool* halted;      // [rows]
+  void* final;       // [rows, T, D]: state `output` after a row's last step
+  int64_t* answers;  // [rows, A]: of the last step; read if `by_answer` or `trace`
+  int64_t* trace;    // [max_steps, rows, A] or null; a step after the row's last is left as it is
+  std::atomic<int>* done;  // rows that ended so far
+};
+
+// Every thread keeps a group of rows and takes the next one of the queue when a row ends. `step` is
+// one supervision step; its batch and its states are not read. Each row's answer is that of `run`
+// called once a step, whoever had it, bit for bit. False if `wanted` said to stop.
+bool solve(const Engine& engine, const Recursion& step, const Solving& how, int threads,
+           bool (*wanted)() = nullptr);
 
 void* allocate(size_t bytes);  // zeroed, aligned; release with std::free
 

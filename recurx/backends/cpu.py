@@ -20,6 +20,7 @@ from torch import Tensor
 from recurx.backends import Backend
 from recurx.backends.weight_cache import WeightCache
 from recurx.errors import no_compiled_module
+from recurx.forking import lazy
 from recurx.nets import ATTENTION, Net, NetSpec
 from recurx.operands import Operands, Span
 from recurx.plan.cpu import engine_threads
@@ -38,7 +39,7 @@ def _load() -> tuple[ModuleType | None, str]:
         from recurx import _C
     except ImportError as error:
         return None, no_compiled_module(error)
-    if not hasattr(_C, "cpu_digest"):
+    if not hasattr(_C, "cpu_solve"):
         return None, "needs a recurx._C with the CPU engine; rebuild it"
     return _C, ""
 
@@ -86,7 +87,7 @@ class Cpu(Backend):
         self.packed = WeightCache(MAX_PACKED, self._digest)
         self._ready = functools.lru_cache(maxsize=256)(self._prepare)
 
-    @functools.cached_property
+    @lazy
     def _found(self) -> tuple[ModuleType | None, str]:
         """The compiled module, or why there is none."""
         return _load() if self._given is None else (self._given, "")
@@ -137,17 +138,11 @@ class Cpu(Backend):
     def run(self, problem: Problem, operands: Operands, span: Span) -> list[Tensor]:
         module = self._engine()
         ready = self._ready(problem, span, torch.get_num_threads())
-        isa, bf16 = module.cpu_isa(), problem.dtype is torch.bfloat16
-        packed = []
-        for spec, cut in ready.nets:
-            weights = operands.weights[cut]
-            make = functools.partial(_pack, module, spec, weights, bf16, isa)
-            packed.append(self.packed.get((spec, bf16, isa), weights, make))
         inputs = [state.contiguous() for state in (operands.x, *operands.states)]
         outputs = [torch.empty_like(state) for state in inputs[1:]]
         rope = operands.float_rope()
         module.cpu_run(
-            packed,
+            self._nets(problem, operands, ready),
             ready.program,
             ready.shape,
             [state.data_ptr() for state in inputs],
@@ -157,6 +152,42 @@ class Cpu(Backend):
             engine_threads(ready.rows, ready.weights, ready.threads),
         )
         return outputs
+
+    def solve(
+        self, problem: Problem, operands: Operands, how: dict[str, Any], progress: Any = None
+    ) -> None:
+        """Refine a queue of rows inside the engine (csrc/cpu/solve.cpp): every row of x.
+
+        Args:
+            problem: of all rows; the recursion is one supervision step.
+            operands: x [N, T, D]; as states, their starts: [T, D], or [N, T, D] each.
+            how: the fields of `Solving` in csrc/cpu/dispatch.hpp; tensors as their addresses.
+            progress: called now and then with the number of rows that ended, or None.
+        """
+        ready = self._ready(problem, Span(0, len(problem.schedule)), torch.get_num_threads())
+        rope = operands.float_rope()
+        self._engine().cpu_solve(
+            self._nets(problem, operands, ready),
+            ready.program,
+            ready.shape,
+            [tensor.data_ptr() for tensor in (operands.x, *operands.states)],
+            rope[0].data_ptr() if rope else 0,
+            rope[1].data_ptr() if rope else 0,
+            min(ready.threads, problem.batch),
+            how,
+            progress,
+        )
+
+    def _nets(self, problem: Problem, operands: Operands, ready: _Ready) -> list[Any]:
+        """The packed nets."""
+        module = self._engine()
+        isa, bf16 = module.cpu_isa(), problem.dtype is torch.bfloat16
+        packed = []
+        for spec, cut in ready.nets:
+            weights = operands.weights[cut]
+            make = functools.partial(_pack, module, spec, weights, bf16, isa)
+            packed.append(self.packed.get((spec, bf16, isa), weights, make))
+        return packed
 
     def _prepare(self, problem: Problem, span: Span, threads: int) -> _Ready:
         calls = lower(problem.schedule, span).calls

@@ -13,7 +13,6 @@ import contextlib
 import contextvars
 import functools
 import operator
-import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -21,6 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from recurx.forking import fork_lock
 
 _freeze: contextvars.ContextVar[object | None] = contextvars.ContextVar("freeze", default=None)
 
@@ -64,7 +65,7 @@ class WeightCache:
     ) -> None:
         self._limit = limit
         self._digest = digest or (lambda _: None)
-        self._lock = threading.Lock()
+        self._lock = fork_lock()
         self._entries: OrderedDict[Any, _Entry] = OrderedDict()
 
     def get(self, key: Hashable, weights: Sequence[Tensor], make: Callable[[Any], Any]) -> Any:

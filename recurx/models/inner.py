@@ -105,7 +105,9 @@ class Inner(nn.Module):
         """The rotary tables, or None."""
         return self.rotary_emb() if hasattr(self, "rotary_emb") else None
 
-    def embed(self, inputs: Tensor, puzzle_identifiers: Tensor | None = None) -> Tensor:
+    def embed(
+        self, inputs: Tensor, puzzle_identifiers: Tensor | None = None, **how: bool
+    ) -> Tensor:
         """Token ids [B, seq_len] and puzzle ids [B] to the embedded input x [B, T, D]."""
         config = self.config
         if inputs.ndim != 2 or inputs.shape[1] != config.seq_len:
@@ -119,7 +121,7 @@ class Inner(nn.Module):
             if puzzle_identifiers is None or got != [len(inputs)]:
                 wanted = f"puzzle ids [B={len(inputs)}]"
                 raise bad_argument("models", "puzzle_identifiers", wanted, got)
-            prefix = self.puzzle_emb(puzzle_identifiers)
+            prefix = self.puzzle_emb(puzzle_identifiers, **how)
             room = config.prefix_len * config.hidden_size
             prefix = F.pad(prefix, (0, room - config.puzzle_emb_ndim))
             x = torch.cat((prefix.view(-1, config.prefix_len, config.hidden_size), x), dim=-2)
@@ -136,22 +138,27 @@ class Inner(nn.Module):
         return logits, q[..., 0], q[..., 1]
 
     def forward(
-        self, carry: Mapping[str, Tensor], batch: Mapping[str, Tensor]
+        self,
+        carry: Mapping[str, Tensor],
+        batch: Mapping[str, Tensor],
+        backend: str | None = None,
+        **how: bool,
     ) -> tuple[States, Tensor, tuple[Tensor, Tensor]]:
         """One supervision step.
 
         Args:
             carry: {state: [B, T, D]}; never modified.
             batch: "inputs" [B, seq_len], and "puzzle_identifiers" [B] with a puzzle embedding.
+            backend, how: that and `training` of this call alone, whatever the attributes say.
 
         Returns:
             The new carry (detached), logits [B, seq_len, vocab] in the forward dtype, and
             (q_halt, q_continue), each [B] fp32.
         """
-        x = self.embed(batch["inputs"], batch.get("puzzle_identifiers"))
+        x = self.embed(batch["inputs"], batch.get("puzzle_identifiers"), **how)
         states = recurse(
             self.schedule, self.nets(), x, carry,
-            backend=self.backend, cos_sin=self.cos_sin(), save=self.save,
+            backend=backend or self.backend, cos_sin=self.cos_sin(), save=self.save,
         )  # fmt: skip
         logits, q_halt, q_continue = self.heads(states)
         return {name: z.detach() for name, z in states.items()}, logits, (q_halt, q_continue)

@@ -44,7 +44,7 @@ class PuzzleEmbedding(nn.Module):
             self.local_weights = self.local_weights.detach().requires_grad_()
         return self
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, training: bool | None = None) -> Tensor:
         """Rows [B, width] in the forward dtype; `ids` [B] of any integer dtype.
 
         Raises:
@@ -53,7 +53,7 @@ class PuzzleEmbedding(nn.Module):
                 than `batch_size`.
         """
         ids = check_ids("puzzle_identifiers", ids, len(self.weights), 1)
-        if not self.training:
+        if not (self.training if training is None else training):
             return self.weights[ids].to(self.cast_to)
         batch, room = ids.shape[0], self.local_weights.shape[0] - self.first_row
         rows = slice(self.first_row, self.first_row + batch)

@@ -112,11 +112,11 @@ def _updated(found: Answers, tried: Answers, left: Tensor, better: Tensor) -> An
     if found.trace is None or tried.trace is None:
         return found
     longest = max(len(found.trace), len(tried.trace))
-    trace, later = _as_long(found.trace, longest), _as_long(tried.trace, longest)
+    trace, later = as_long(found.trace, longest), as_long(tried.trace, longest)
     trace[:, rows] = later[:, better]
     return replace(found, trace=trace)
 
 
-def _as_long(trace: Tensor, steps: int) -> Tensor:
+def as_long(trace: Tensor, steps: int) -> Tensor:
     """A trace that goes on with its last answers: rows that ended keep theirs."""
     return torch.cat([trace, trace[-1:].expand(steps - len(trace), -1, -1)])
