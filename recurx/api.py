@@ -119,14 +119,8 @@ def _run(call: Call, traced: bool) -> dict[str, Tensor]:
     tensors = (call.x, *call.states.values(), *call.weights, *(call.rope or ()))
     grad = torch.is_grad_enabled()
     grad = grad and (bool(call.opaque) or any(t.requires_grad for t in tensors))
-    forward_mode = forward_ad._current_level >= 0
-    if forward_mode and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        if call.backend not in ("auto", EAGER):
-            raise RecurxError(
-                f"recurx.recurse: backend {call.backend!r} has no forward-mode derivative; use "
-                'backend="eager", which is plain PyTorch.'
-            )
-        call = call._replace(backend=EAGER, checked=None)
+    if not torch.compiler.is_compiling() and _under_transform(tensors):
+        return _by_operators(call)
     direct = False
     if traced or call.opaque:
         way = _traced_way(call, grad)
@@ -155,6 +149,25 @@ def _run(call: Call, traced: bool) -> dict[str, Tensor]:
     key, operands = encode(call.schedule, call.specs), call.operands(states)
     out = ops.window_op(*operands.flat(), key, way.backward, way.forward, *span, call.save)
     return dict(zip(states, out, strict=False))  # what follows the states is kept
+
+
+def _by_operators(call: Call) -> dict[str, Tensor]:
+    """For torch.func (vmap, grad, jvp, hessian, ...) and dual tensors: operators of PyTorch alone,
+    which it batches and differentiates, as often as one likes."""
+    if call.backend not in ("auto", EAGER):
+        raise RecurxError(
+            f"recurx.recurse: backend {call.backend!r} knows no torch.func transform (vmap, grad, "
+            'jvp, ...) and no forward-mode derivative; use backend="eager", which is plain PyTorch.'
+        )
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    states, first = call.states, min(max(call.start, call.schedule.grad_from), call.stop)
+    fixed = call.schedule, call.bound(), call.x
+    with sdpa_kernel(SDPBackend.MATH):  # the fused ones are differentiated but once
+        if first > call.start:
+            states = reference.run(*fixed, states, call.rope, call.start, first)
+            states = {name: state.detach() for name, state in states.items()}
+        return reference.run(*fixed, states, call.rope, first, call.stop)
 
 
 def _before_window(call: Call, way: _Way | Route, direct: bool) -> dict[str, Tensor]:
@@ -247,10 +260,15 @@ def _transformed(tensors: tuple[Tensor, ...]) -> bool:
             return True
         if tensor.layout is not torch.strided or tensor.is_neg() or tensor._is_zerotensor():
             return True
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-    )
+    return torch._C._get_tracing_state() is not None
+
+
+def _under_transform(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether a transform of torch.func is going on, or one of the tensors is dual (jvp)."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    dual = forward_ad._current_level >= 0
+    return dual and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def _once(states: dict[str, Tensor]) -> dict[str, Tensor]:
