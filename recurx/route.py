@@ -28,6 +28,7 @@ from recurx.choices import (
     EAGER,
     Choice,
     Where,
+    autotune,
     choose_calls,
     choose_window,
     known,
@@ -250,8 +251,10 @@ def forget() -> None:
 
 
 def stamp() -> Stamp:
-    """Changes whenever another route may come out: a backend, a comparison, a verdict, threads."""
-    return backends.version(), VERDICTS.version, COMPARED.version, torch.get_num_threads()
+    """Changes whenever another route may come out: a backend, a comparison, a verdict, threads,
+    RECURX_AUTOTUNE."""
+    versions = backends.version(), VERDICTS.version, COMPARED.version
+    return *versions, torch.get_num_threads(), autotune()
 
 
 @functools.lru_cache(maxsize=256)

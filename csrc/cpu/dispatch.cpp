@@ -120,6 +120,10 @@ std::vector<std::string> usable_isas() {
 }
 
 std::string chosen_isa() {
+  const char* threads = std::getenv("RECURX_CPU_THREADS");
+  if (threads && *threads && std::strcmp(threads, "own") && std::strcmp(threads, "openmp"))
+    throw std::runtime_error(std::string("RECURX_CPU_THREADS: expected own or openmp, got '") +
+                             threads + "'. Unset it to use PyTorch's threads where there are any.");
   const std::vector<std::string> names = usable_isas();
   const char* wanted = std::getenv("RECURX_CPU_ISA");
   if (!wanted || !*wanted) return names.back();
