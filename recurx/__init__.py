@@ -6,12 +6,13 @@ Names load on first use, so that `import recurx` costs little more than `import 
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
 
 from recurx import _checkout, forking
 
 _checkout.install()
-forking.install()
+os.register_at_fork(before=forking.wait_for_imports)
 
 __version__ = "0.1.0"
 

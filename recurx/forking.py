@@ -1,7 +1,6 @@
 """What a fork must not copy half done: locks that other threads hold, and their imports.
 
-Only the thread that forks goes on in the child. A lock that another one held would never be
-released there, and a module that it was importing never be ready.
+Only the thread that forks goes on in the child: nobody there would release or end them.
 """
 
 from __future__ import annotations
@@ -35,22 +34,12 @@ class lazy(functools.cached_property[T]):
         self.lock: Any = contextlib.nullcontext()
 
 
-def _importing() -> bool:
-    """Whether another thread is importing a module of recurx, by the locks of Python's importer."""
-    locks = [ref() for name, ref in _locks().items() if name.split(".")[0] == __package__]
-    return any(getattr(lock, "owner", None) not in (None, threading.get_ident()) for lock in locks)
-
-
-def _locks() -> dict[str, Any]:
-    return dict(getattr(_bootstrap, "_module_locks", {}))
-
-
-def _wait_for_imports() -> None:
-    end = time.monotonic() + PATIENCE
-    while _importing() and time.monotonic() < end:
+def wait_for_imports() -> None:
+    """Until no other thread imports a module of recurx, by the locks of Python's importer."""
+    here, end = (None, threading.get_ident()), time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        locks = dict(getattr(_bootstrap, "_module_locks", {})).items()
+        ours = [ref() for name, ref in locks if name.split(".")[0] == __package__]
+        if all(getattr(lock, "owner", None) in here for lock in ours):
+            break
         time.sleep(0.001)
-
-
-def install() -> None:
-    """From now on a fork waits until no other thread imports a module of recurx."""
-    os.register_at_fork(before=_wait_for_imports)

@@ -1,8 +1,7 @@
 """A model that is asked in another mode, or on another backend, than its attributes say.
 
-Other threads may be calling it, so nothing of it is changed where that can be helped: recurx's own
-models take both as arguments. A model of other code is changed and restored, by one `solve` at a
-time; another thread that trains it meanwhile would train in evaluation mode.
+Other threads may be calling it, so recurx's own models take both as arguments. One of other code is
+changed and restored, by one `solve` at a time; who trains it meanwhile, trains in evaluation mode.
 """
 
 from __future__ import annotations
@@ -51,20 +50,15 @@ os.register_at_fork(after_in_child=lambda: _restore(_changed[:]))
 
 
 def _takes_arguments(model: Any) -> bool:
-    from recurx.models.act import RecursiveModel
-    from recurx.models.inner import Inner
-
-    inner, packages = model.inner, ("recurx.", "torch.nn.modules.container")
-    known = (type(model).forward, type(inner).forward) == (RecursiveModel.forward, Inner.forward)
-    takers = (model, inner, getattr(inner, "puzzle_emb", inner))
-    return (
-        known
-        and all(
-            "forward" not in vars(module)
-            and (type(module).__module__.startswith(packages) or not module.training)
-            for module in model.modules()
+    """Whether what acts by its mode or backend is recurx's own code."""
+    takers = (model, model.inner, getattr(model.inner, "puzzle_emb", None))
+    return all(
+        "forward" not in vars(module)
+        and (
+            type(module).__module__.startswith(("recurx.", "torch.nn.modules.container"))
+            or not (module.training or module in takers)
         )
-        and all(type(module).__module__.startswith("recurx.") for module in takers)
+        for module in model.modules()
     )
 
 
