@@ -119,7 +119,11 @@ def _run(call: Call, traced: bool) -> dict[str, Tensor]:
     tensors = (call.x, *call.states.values(), *call.weights, *(call.rope or ()))
     grad = torch.is_grad_enabled()
     grad = grad and (bool(call.opaque) or any(t.requires_grad for t in tensors))
-    if not torch.compiler.is_compiling() and _under_transform(tensors):
+    if not torch.compiler.is_compiling() and (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    ):
         return _by_operators(call)
     direct = False
     if traced or call.opaque:
@@ -261,14 +265,6 @@ def _transformed(tensors: tuple[Tensor, ...]) -> bool:
         if tensor.layout is not torch.strided or tensor.is_neg() or tensor._is_zerotensor():
             return True
     return torch._C._get_tracing_state() is not None
-
-
-def _under_transform(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether a transform of torch.func is going on, or one of the tensors is dual (jvp)."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
-    dual = forward_ad._current_level >= 0
-    return dual and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def _once(states: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from recurx import solve
 from recurx.backends import cpu
 from recurx.models import HRM, TRM
 from recurx.solving import asking
+from tests import official
 
 BACKENDS = ("eager", "cpu") if cpu.BACKEND.why_unavailable() is None else ("eager",)
 
@@ -200,3 +201,31 @@ def test_a_forked_child_gets_the_mode_back(foreign: Any) -> None:
     end.set()
     worker.join()
     assert os.waitpid(pid, 0)[1] == 0 and foreign.training
+
+
+def test_official_models_on_several_backends() -> None:
+    """Each call patches and restores them; none sees the patch of another."""
+    loaded = official.load("trm")
+    torch.manual_seed(3)
+    model = loaded["model"](official.config("trm", halt_max_steps=16)).train()
+    with torch.no_grad():  # its answers shall differ, and its puzzle rows too
+        model.inner.puzzle_emb.weights.normal_()
+    batch = official.batch()
+    expected = solve(model, batch, 2, None, logits=True).logits.float()
+    results: list[Tensor] = []
+
+    def work(number: int) -> None:
+        for turn in range(2):
+            backend = (None, "eager", "auto")[(number + turn) % 3]
+            found = solve(model, batch, 2, None, backend=backend, logits=True)
+            results.append(found.logits.float())
+
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(results) == 8 and "forward" not in vars(model.inner)
+    assert all(module.training for module in model.modules())
+    for got in results:
+        assert (got - expected).norm() < 0.05 * expected.norm()
