@@ -121,8 +121,10 @@ def _run(call: Call, traced: bool) -> dict[str, Tensor]:
     grad = grad and (bool(call.opaque) or any(t.requires_grad for t in tensors))
     if not torch.compiler.is_compiling() and (
         torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+        or (
+            forward_ad._current_level >= 0
+            and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+        )
     ):
         return _by_operators(call)
     direct = False
