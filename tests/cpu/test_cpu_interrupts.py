@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+import recurx
 from recurx import Schedule
 from recurx.backends import cpu
 from recurx.plan import cpu as plan
@@ -56,12 +58,13 @@ def call(schedule: Schedule, batch: int) -> Callable[[], dict[str, Tensor]]:
 
 @pytest.fixture
 def handled() -> Iterator[list[Any]]:
-    """A timer of signals whose handler calls what is put into the list."""
+    """A timer of signals whose handler calls what is put into the list, in the engine's calls."""
     todo: list[Any] = []
 
-    def handler(*_: object) -> None:
-        for action in todo:
-            action()
+    def handler(_: int, frame: Any) -> None:
+        if frame.f_code is cpu.Cpu.run.__code__:
+            for action in todo:
+                action()
 
     before = signal.signal(signal.SIGALRM, handler)
     signal.setitimer(signal.ITIMER_REAL, 0.2, 0.2)
@@ -128,17 +131,31 @@ def test_a_call_on_another_thread_is_left_alone(handled: list[Any]) -> None:
     assert all(torch.equal(results[0][name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("setting", ["own", "openmp"])
-def test_a_real_sigint(setting: str) -> None:
+def test_through_an_op_of_pytorch(handled: list[Any]) -> None:
+    """Where operators are watched, the call goes through PyTorch's dispatcher and back."""
+    schedule, nets = LONG, {"L": make_net(**SHAPE, heads=8)}
+    x, carry = make_inputs(schedule, batch=2, **SHAPE)
+    tables = rope(**SHAPE, heads=8)
+    handled.append(interrupt)
+    with pytest.raises(KeyboardInterrupt), FlopCounterMode(display=False):
+        recurx.recurse(schedule, nets, x, carry, backend="cpu", cos_sin=tables)
+    handled.clear()
+    assert call(SHORT, 2)().keys() == carry.keys()
+
+
+@pytest.mark.parametrize(
+    ("setting", "backend"), [("own", "cpu"), ("openmp", "cpu"), ("openmp", "eager")]
+)
+def test_a_real_sigint(setting: str, backend: str) -> None:
     """As a shell sends it, on both kinds of threads; the process ends as Python's do."""
     code = """
-import os, torch
+import os, sys, torch
 torch.set_num_threads(2)
 os.cpu_count = lambda: 2
 from recurx import solve
 from recurx.models import TRM
 model = TRM(hidden_size=256, num_heads=8, H_cycles=1000, L_cycles=6, L_layers=2, seq_len=33,
-            vocab_size=11, batch_size=4, num_puzzle_identifiers=1, backend="cpu").eval()
+            vocab_size=11, batch_size=4, num_puzzle_identifiers=1, backend=sys.argv[1]).eval()
 batch = {"inputs": torch.randint(11, (4, 33))}
 print("begun", flush=True)
 try:
@@ -149,7 +166,7 @@ except KeyboardInterrupt:
     raise
 """
     child = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=build.ROOT, text=True,
+        [sys.executable, "-c", code, backend], cwd=build.ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**os.environ, "RECURX_CPU_THREADS": setting},
     )  # fmt: skip
