@@ -1,6 +1,7 @@
 #include "dispatch.hpp"
 
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 
 #include "engines.hpp"

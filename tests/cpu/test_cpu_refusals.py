@@ -14,7 +14,6 @@ import torch
 import recurx
 from recurx import Schedule, reference
 from recurx.backends import cpu
-from recurx.errors import InvalidArgument
 from recurx.nets import KINDS, Net, NetSpec
 from tests.factories import make_inputs, make_net, rope
 
