@@ -13,6 +13,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -391,6 +392,9 @@ def test_a_freeze_holds_for_its_memory_alone(engine: str) -> None:
         before = answer(stack, backend, "eval")
         stack.linears()[0].weight.data.mul_(2)  # against the promise, and so not seen
         assert same(answer(stack, backend, "eval"), before)
+        with ThreadPoolExecutor(1) as pool:
+            elsewhere = pool.submit(answer, stack, backend, "eval").result()
+        assert same(elsewhere, of_copies(stack, backend, "eval"))
         for seed in range(1, 4):
             values = [linear.weight.detach() for linear in Stack(seed).linears()]
             for linear, new in zip(stack.linears(), values, strict=True):
