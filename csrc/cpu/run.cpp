@@ -165,12 +165,6 @@ void alone(int threads, Work work, void* context) {
   parallel(threads, work, context);
 }
 
-void alone(int threads, Work work, void* context) {
-  if (threads == 1) return work(context, 0);
-  std::lock_guard<std::mutex> lock(machine->lock);
-  parallel(threads, work, context);
-}
-
 void set_profiling(bool on) {
   std::lock_guard<std::timed_mutex> lock(machine->lock);
   machine->profiling = on;

@@ -37,13 +37,14 @@ def truncated_normal_(tensor: Tensor, std: float) -> Tensor:
     return tensor.clamp_(-CUT * sigma, CUT * sigma)
 
 
-def check_ids(arg: str, ids: Tensor, count: int, ndim: int) -> Tensor:
-    """The ids as int64, for indexing; refuses what is no integer ids within 0..count-1. Values of a
-    trace are not looked at, nor of a GPU, which asserts that indices are in range."""
+def check_ids(arg: str, ids: Tensor, count: int, ndim: int) -> None:
+    """Refuse what is no integer ids within 0..count-1. Values of a trace are not looked at, nor of a
+    GPU, which asserts that indices are in range."""
     if ids.is_floating_point() or ids.dtype is torch.bool or ids.ndim != ndim:
         shape = "[B, seq_len]" if ndim == 2 else "[B]"
         raise bad_argument("models", arg, f"integer ids {shape}", f"{ids.dtype} {[*ids.shape]}")
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    traced |= torch._C._len_torch_dispatch_stack() > 0  # fake tensors, recorders
     if ids.numel() and ids.device.type == "cpu" and not traced:
         low, high = (int(end) for end in ids.aminmax())
         if low < 0 or high >= count:
@@ -51,8 +52,6 @@ def check_ids(arg: str, ids: Tensor, count: int, ndim: int) -> Tensor:
                 "models", arg, f"ids within 0..{count - 1}", low if low < 0 else high,
                 "The data are of another task or vocabulary than the model.",
             )  # fmt: skip
-    ids = ids.to(torch.int64)  # indexing takes uint8 for a mask, and counts -1 from the end
-    return ids if ids.device.type == "cpu" else torch.where(ids < 0, count, ids)
 
 
 class CastLinear(nn.Module):

@@ -52,7 +52,10 @@ class PuzzleEmbedding(nn.Module):
                 CPU alone: a GPU would wait, and asserts by itself); in training, a batch larger
                 than `batch_size`.
         """
-        ids = check_ids("puzzle_identifiers", ids, len(self.weights), 1)
+        check_ids("puzzle_identifiers", ids, len(self.weights), 1)
+        ids = ids.to(torch.int64)  # indexing takes uint8 for a mask
+        if ids.device.type != "cpu":  # and would count -1 from the end; now it asserts
+            ids = torch.where(ids < 0, len(self.weights), ids)
         if not (self.training if training is None else training):
             return self.weights[ids].to(self.cast_to)
         batch, room = ids.shape[0], self.local_weights.shape[0] - self.first_row
