@@ -50,14 +50,10 @@ os.register_at_fork(after_in_child=lambda: _restore(_changed[:]))
 
 
 def _takes_arguments(model: Any) -> bool:
-    """Whether what acts by its mode or backend is recurx's own code."""
-    takers = (model, model.inner, getattr(model.inner, "puzzle_emb", None))
+    """Whether all of it is recurx's own code, whatever its mode: that may be another thread's."""
     return all(
         "forward" not in vars(module)
-        and (
-            type(module).__module__.startswith(("recurx.", "torch.nn.modules.container"))
-            or not (module.training or module in takers)
-        )
+        and type(module).__module__.startswith(("recurx.", "torch.nn.modules.container"))
         for module in model.modules()
     )
 
