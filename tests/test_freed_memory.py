@@ -87,3 +87,15 @@ def test_views_of_more_and_of_nothing_are_there(native) -> None:
     assert torch.equal(call(x, carry), copied)
     none = {name: state[3:] for name, state in carry.items()}
     assert call(x[3:], none).shape == (0, 13, 64)
+
+
+def test_solve_inside_the_engine_looks_too(native) -> None:
+    from recurx.models import TRM, TRMConfig
+
+    sizes = dict(hidden_size=64, num_heads=2, inner_multiple=32)
+    model = TRM(TRMConfig.tiny(7, 13, **sizes), "cpu").eval()
+    batch = {"inputs": torch.randint(0, 7, (2, 13))}
+    recurx.solve(model, batch, max_steps=1)
+    free(model.inner.L_level.layers[0].mlp.down_proj.weight)
+    with pytest.raises(InvalidArgument, match="weight 3"):
+        recurx.solve(model, batch, max_steps=1)

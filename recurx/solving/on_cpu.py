@@ -145,6 +145,7 @@ def _refine_part(
     weights = tuple(w for name in who.schedule.nets for w in who.nets[name].weights)
     states = tuple(starts[name] for name in who.schedule.states)
     operands = Operands(x, states, weights, who.cos_sin)
+    operands.check_memory(who.schedule.states, problem.nets)
     engine: Any = backends.get("cpu")
     engine.solve(problem, operands, how, progress)
     if progress is not None:
