@@ -310,7 +310,7 @@ def test_a_command_that_a_signal_ends_saves_and_says_so(tmp_path, number: signal
     process.send_signal(number)
     printed, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + number, errors
-    assert "Interrupted at step" in printed and errors == ""
+    assert "Interrupted at step" in printed and "Traceback" not in errors
     resumed = Trainer.resume(folder)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     assert resumed.step >= 2 and len(lines) == resumed.step // 2

@@ -370,7 +370,7 @@ def test_the_command_has_the_options_and_keeps_them(tmp_path, capsys) -> None:
     fresh[-1] = str(tmp_path / "other")
     for wrong, says in (
         (["--accumulate", "3"], "a divisor of the batch of 4"),
-        (["--clip-grad-norm", "nan"], "clip_grad_norm"),
+        (["--clip-grad-norm", "-1"], "clip_grad_norm"),
         (["--resume", folder, "--accumulate", "4"], "leave out --accumulate"),
     ):
         assert main((fresh if "--resume" not in wrong else fresh[:1]) + wrong) == 2
