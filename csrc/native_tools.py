@@ -22,12 +22,14 @@ from pathlib import Path
 CXX_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread")
 
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
-_AMX = (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8")
+_DOT = (*_AVX512, "-mavx512bf16")
+_AMX = (*_DOT, "-mamx-tile", "-mamx-bf16", "-mamx-int8")
 # File suffix -> flags, and macros of which one proves that the compiler really targets it: some
 # compilers for other processors merely warn about an unknown -m flag. Lowest level first.
 ISA_FLAGS = {
     "avx2": (("-mavx2", "-mfma"), ("__AVX2__",)),
     "avx512": (_AVX512, ("__AVX512DQ__",)),
+    "avx512_bf16": (_DOT, ("__AVX512BF16__",)),
     "amx": (_AMX, ("__AMX_BF16__", "__AMXBF16__")),  # the second: clang before 16
 }
 

@@ -20,6 +20,7 @@ bool always() { return true; }
 #if defined(RX_PRETEND_ISA)  // tests: every engine runs, compiled without its instructions
 bool has_avx2() { return true; }
 bool has_avx512() { return true; }
+bool has_avx512_bf16() { return true; }
 bool has_amx() { return true; }
 #elif defined(__x86_64__)
 struct Cpuid {
@@ -44,13 +45,17 @@ bool has_avx512() {
   return has_avx2() && (saved_state() & 0xe6) == 0xe6 && (Cpuid(7).b & wanted) == wanted;
 }
 
+bool has_avx512_bf16() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  __get_cpuid_count(7, 1, &a, &b, &c, &d);
+  return has_avx512() && (a >> 5 & 1);
+}
+
 bool has_amx() {
 #if defined(__linux__)
   const unsigned wanted = 1u << 22 | 1u << 24;  // AMX-BF16, AMX-TILE
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  __get_cpuid_count(7, 1, &a, &b, &c, &d);
-  const bool bf16 = a >> 5 & 1;  // AVX512_BF16, for the conversions
-  if (!has_avx512() || !bf16 || (Cpuid(7).d & wanted) != wanted) return false;
+  // AVX512_BF16 for the conversions.
+  if (!has_avx512_bf16() || (Cpuid(7).d & wanted) != wanted) return false;
   if ((saved_state() & 0x60000) != 0x60000) return false;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -61,6 +66,7 @@ bool has_amx() {
 #else
 bool has_avx2() { return false; }
 bool has_avx512() { return false; }
+bool has_avx512_bf16() { return false; }
 bool has_amx() { return false; }
 #endif
 
@@ -84,6 +90,9 @@ const std::vector<Isa>& all_isas() {
 #endif
 #if defined(RX_HAVE_AVX512)
       {"avx512", has_avx512, &avx512_f32, &avx512_bf16},
+#endif
+#if defined(RX_HAVE_AVX512_BF16)
+      {"avx512_bf16", has_avx512_bf16, &avx512_f32, &dot_bf16},
 #endif
 #if defined(RX_HAVE_AMX)
       {"amx", has_amx, &avx512_f32, &amx_bf16},

@@ -12,7 +12,7 @@
 namespace rx::cpu {
 
 // What this processor, its operating system and this build have, slowest first:
-// portable, avx2, avx512, amx.
+// portable, avx2, avx512, avx512_bf16, amx.
 std::vector<std::string> usable_isas();
 
 // The best usable one, or the one that RECURX_CPU_ISA names; throws std::runtime_error if that is

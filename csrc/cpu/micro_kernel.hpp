@@ -76,19 +76,20 @@ RX_INLINE void accumulate(const float* a, long lda, B b, int depth, V (&acc)[kM]
   accumulate(a, lda, b, depth, acc, nothing);
 }
 
-template <int kM>
-RX_INLINE void clear(V (&acc)[kM][2]) {
+template <int kM, int kN>
+RX_INLINE void clear(V (&acc)[kM][kN]) {
 #pragma GCC unroll 16
-  for (int r = 0; r < kM; ++r) acc[r][0] = acc[r][1] = V{};
+  for (int r = 0; r < kM; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < kN; ++v) acc[r][v] = V{};
 }
 
-template <int kM>
-RX_INLINE void store_tile(float* out, const V (&acc)[kM][2], long ld) {
+template <int kM, int kN>
+RX_INLINE void store_tile(float* out, const V (&acc)[kM][kN], long ld) {
 #pragma GCC unroll 16
-  for (int r = 0; r < kM; ++r) {
-    store(out + r * ld, acc[r][0]);
-    store(out + r * ld + W, acc[r][1]);
-  }
+  for (int r = 0; r < kM; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < kN; ++v) store(out + r * ld + v * W, acc[r][v]);
 }
 
 template <int kM>

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "csrc"))
 
 import native_tools  # noqa: E402 (beside setup.py, no package)
 
-ISAS = ("portable", "avx2", "avx512", "amx")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 MODULE = "_cpu_emulated"
 DEFINES = (
     *(f"-DRX_HAVE_{isa.upper()}=1" for isa in ISAS[1:]),
