@@ -1,7 +1,10 @@
 #include "dispatch.hpp"
 
+#include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 
 #include "engines.hpp"
@@ -14,6 +17,8 @@
 
 namespace rx::cpu {
 namespace {
+
+constexpr char kDot[] = "avx512_bf16";
 
 bool always() { return true; }
 
@@ -127,10 +132,39 @@ std::vector<std::string> usable_isas() {
   return names;
 }
 
+std::string best_isa(const std::vector<std::string>& names, double gain) {
+  return names.back() == kDot && gain < kLeastDotGain ? names[names.size() - 2] : names.back();
+}
+
+double dot_gain() {
+  static const double gain = [] {
+    const Engine *fma = nullptr, *dot = nullptr;
+    for (const Isa* isa : usable()) {
+      if (std::string("avx512") == isa->name) fma = isa->bf16;
+      if (std::string(kDot) == isa->name) dot = isa->bf16;
+    }
+    if (!fma || !dot) return 0.0;
+    const std::unique_ptr<void, void (*)(void*)> scratch(allocate(kSampleBytes), std::free);
+    const auto seconds = [&](const Engine* engine) {
+      engine->sample_product(scratch.get());  // warms the clock, the caches and the branches
+      const auto start = std::chrono::steady_clock::now();
+      engine->sample_product(scratch.get());
+      return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    };
+    double best[2] = {1, 1};
+    for (int round = 0; round < 12; ++round) {
+      best[0] = std::min(best[0], seconds(fma));
+      best[1] = std::min(best[1], seconds(dot));
+    }
+    return best[0] / best[1];
+  }();
+  return gain;
+}
+
 std::string chosen_isa() {
   const std::vector<std::string> names = usable_isas();
   const char* wanted = std::getenv("RECURX_CPU_ISA");
-  if (!wanted || !*wanted) return names.back();
+  if (!wanted || !*wanted) return best_isa(names, names.back() == kDot ? dot_gain() : 0);
   for (const std::string& name : names)
     if (name == wanted) return name;
   throw std::runtime_error("RECURX_CPU_ISA: expected one of " + joined(names) +

@@ -19,6 +19,16 @@ std::vector<std::string> usable_isas();
 // unknown or cannot run here.
 std::string chosen_isa();
 
+// The best of `names` where a product of AVX512_BF16 runs `gain` times as fast as one by FMA. It
+// does twice the work of an instruction: processors that start as many of them are at 2, those with
+// half as many ports for it at 1. The limit is half way, beyond the reach of a noisy measurement,
+// since the same machine must always answer the same.
+constexpr double kLeastDotGain = 1.4;
+std::string best_isa(const std::vector<std::string>& names, double gain);
+
+// That gain, measured once in a process (half a millisecond); 0 where not both are usable.
+double dot_gain();
+
 // A net packed for one instruction set and one state type.
 class Packed {
  public:

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "block.hpp"
+#include "sample_product.hpp"
 
 namespace rx::cpu::RX_ISA {
 
@@ -131,7 +132,8 @@ void pack(const BlockShape& shape, const RawWeight* weights, void* out, PackedBl
 
 template <class Core>
 constexpr Engine engine_of() {
-  return {RX_GROUP_ROWS, packed_bytes<Core>, pack<Core>, scratch_bytes<Core>, run_group<Core>};
+  return {RX_GROUP_ROWS,       packed_bytes<Core>, pack<Core>,
+          scratch_bytes<Core>, run_group<Core>,    sample_product<Core>};
 }
 
 }  // namespace rx::cpu::RX_ISA

@@ -75,6 +75,9 @@ struct Engine {
   size_t (*scratch_bytes)(const Recursion&, int samples, int team_size);
   // Called by every thread of a team. `scratch` is 64-byte aligned and was zero when allocated.
   void (*run_group)(const Recursion&, const Team&, int first_sample, int samples, void* scratch);
+  // A small product, to compare engines by; `scratch` of kSampleBytes, aligned and zero.
+  void (*sample_product)(void* scratch);
 };
+constexpr size_t kSampleBytes = 1 << 20;
 
 }  // namespace rx::cpu
