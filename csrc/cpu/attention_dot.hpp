@@ -1,4 +1,5 @@
-// Attention of one head of one sample with AVX512_BF16, and the inner loop of all its products.
+// Attention of one head of one sample with AVX512_BF16 or BFDOT, and the inner loop of all its
+// products.
 #pragma once
 
 #include "dot.hpp"
@@ -16,7 +17,7 @@ RX_INLINE void accumulate_pairs(const bf16* a, long lda, const char* b, long sid
   const auto pair = [&](int k) __attribute__((always_inline)) {
     V column[kN];
 #pragma GCC unroll 2
-    for (int v = 0; v < kN; ++v) column[v] = load((const float*)(b + v * side + k * 64));
+    for (int v = 0; v < kN; ++v) column[v] = load((const float*)(b + v * side) + k * W);
 #pragma GCC unroll 16
     for (int r = 0; r < kM; ++r) {
       const V x = splat_pair(a + r * lda + 2 * k);

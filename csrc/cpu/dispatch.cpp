@@ -13,12 +13,12 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace rx::cpu {
 namespace {
-
-constexpr char kDot[] = "avx512_bf16";
 
 bool always() { return true; }
 
@@ -68,11 +68,11 @@ bool has_amx() {
   return false;
 #endif
 }
-#else
-bool has_avx2() { return false; }
-bool has_avx512() { return false; }
-bool has_avx512_bf16() { return false; }
-bool has_amx() { return false; }
+#elif defined(__aarch64__) && defined(__linux__)
+bool has_neon_bf16() {
+  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16
+  return getauxval(AT_HWCAP2) & kBf16;
+}
 #endif
 
 std::string joined(const std::vector<std::string>& names) {
@@ -102,6 +102,12 @@ const std::vector<Isa>& all_isas() {
 #if defined(RX_HAVE_AMX)
       {"amx", has_amx, &avx512_f32, &amx_bf16},
 #endif
+#if defined(RX_HAVE_NEON)
+      {"neon", always, &neon_f32, &neon_bf16},
+#endif
+#if defined(RX_HAVE_NEON_BF16) && defined(__linux__)
+      {"neon_bf16", has_neon_bf16, &neon_f32, &bfdot_bf16},
+#endif
   };
   return isas;
 }
@@ -116,6 +122,9 @@ const std::vector<const Isa*>& usable() {
   }();
   return found;
 }
+
+// Whether it only adds products of pairs of bf16 to the one before.
+bool is_dot(const std::string& name) { return name == "avx512_bf16" || name == "neon_bf16"; }
 
 const Engine* engine_for(const std::string& name, Dtype state) {
   for (const Isa* isa : usable())
@@ -133,17 +142,14 @@ std::vector<std::string> usable_isas() {
 }
 
 std::string best_isa(const std::vector<std::string>& names, double gain) {
-  return names.back() == kDot && gain < kLeastDotGain ? names[names.size() - 2] : names.back();
+  return is_dot(names.back()) && gain < kLeastDotGain ? names[names.size() - 2] : names.back();
 }
 
 double dot_gain() {
   static const double gain = [] {
-    const Engine *fma = nullptr, *dot = nullptr;
-    for (const Isa* isa : usable()) {
-      if (std::string("avx512") == isa->name) fma = isa->bf16;
-      if (std::string(kDot) == isa->name) dot = isa->bf16;
-    }
-    if (!fma || !dot) return 0.0;
+    const std::vector<const Isa*>& isas = usable();
+    if (!is_dot(isas.back()->name)) return 0.0;
+    const Engine *fma = isas[isas.size() - 2]->bf16, *dot = isas.back()->bf16;
     const std::unique_ptr<void, void (*)(void*)> scratch(allocate(kSampleBytes), std::free);
     const auto seconds = [&](const Engine* engine) {
       engine->sample_product(scratch.get());  // warms the clock, the caches and the branches
@@ -164,7 +170,7 @@ double dot_gain() {
 std::string chosen_isa() {
   const std::vector<std::string> names = usable_isas();
   const char* wanted = std::getenv("RECURX_CPU_ISA");
-  if (!wanted || !*wanted) return best_isa(names, names.back() == kDot ? dot_gain() : 0);
+  if (!wanted || !*wanted) return best_isa(names, dot_gain());
   for (const std::string& name : names)
     if (name == wanted) return name;
   throw std::runtime_error("RECURX_CPU_ISA: expected one of " + joined(names) +

@@ -1,5 +1,5 @@
-// Products with AVX512_BF16's vdpbf16ps: bf16 activations and weights, fp32 accumulators, in AMX's
-// packed layout.
+// Products with AVX512_BF16's vdpbf16ps or aarch64's BFDOT: bf16 activations and weights, fp32
+// accumulators, in AMX's packed layout.
 //
 //   C[row, column] += A[row, 2k] * B[2k, column] + A[row, 2k + 1] * B[2k + 1, column]
 //

@@ -34,7 +34,8 @@ DOT = "avx512_bf16"
 GROUP_ROWS = dict.fromkeys(WIDE, 390)  # RX_GROUP_ROWS of csrc/cpu/engine_*.cpp; else 200
 ALIGN, PANEL = 32, 16  # columns of a product are padded to the first, scores to the second
 PANEL_WIDE = 32  # with AVX-512 and AMX
-ROW_TILE = {"avx2": 6, **dict.fromkeys(WIDE, 14)}  # RX_ROW_TILE; else 4
+# RX_ROW_TILE; else 4.
+ROW_TILE = {"avx2": 6, "neon": 12, "neon_bf16": 12, **dict.fromkeys(WIDE, 14)}
 # Depth of one sum: fp32 is cut at 128 (csrc/cpu/gemm.hpp, kSum), bf16 at 512.
 SUM_DEPTH = {2: 512, 4: 128}
 # A tile's start and end (clear, branch, first loads: about 50 cycles) as steps of its depth.
