@@ -102,14 +102,21 @@ RX_INLINE void add_tile(V (&acc)[kM][2], const float* in) {
 }
 
 // Calls tile(row, rows as a compile-time constant) over rows [begin, end), by tiles of kRows and
-// kRows - 1 rows so that few rows are padding. NOTE: the last tile may run up to kRows - 1 rows
+// kRows - 1 rows so that few rows are padding, or by one or two of kFewRows (17 are 9 + 8, not
+// 13 + 4). NOTE: the last tile may run up to kRows - 1 rows
 // over; every activation buffer has that many rows to spare.
 template <int kM>
 struct Rows {
   static constexpr int value = kM;
 };
+constexpr int kFewRows = 5 * kRows / 8 + 1;
 template <class Tile>
 RX_INLINE void for_row_tiles(int begin, int end, Tile tile) {
+  const int rows = end - begin;
+  if (rows <= kFewRows || (rows > kRows && rows <= 2 * kFewRows)) {
+    for (int row = begin; row < end; row += kFewRows) tile(row, Rows<kFewRows>());
+    return;
+  }
   int tiles = ceil_div(end - begin, kRows);
   int shorter = imin(tiles, tiles * kRows - (end - begin));
   for (int i = 0, row = begin; i < tiles; ++i) {

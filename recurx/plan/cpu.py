@@ -64,8 +64,8 @@ SOFTMAX_AMX = 80  # a score: 0.54 ns with its products in rows of 916
 # A row of scores, one dependent step after another (two reductions, a division, a masked vector):
 # 59 ns, 160 cycles of 2 x 32 FLOPs, by rows of 97 against rows of 916.
 ROW_WIDE = 10000
-# AVX512_BF16, on a Zen 5: exponentials and reciprocals to bf16's accuracy, rows of scores that
-# overlap.
+# AVX512_BF16, on a Zen 5: exponentials and reciprocals to bf16's accuracy; in either type rows of
+# scores that overlap.
 SWIGLU_DOT, SOFTMAX_DOT, ROW_DOT = 30, 28, 5000
 # Share of the last cache's bandwidth at which prefetches bring weights: 12 GB/s of 28, as 16 fill
 # buffers and their latency allow. What does not come while products run is waited for: with AMX at
@@ -157,8 +157,9 @@ def _block(block: BlockSpec, problem: Problem, itemsize: int, isa: str) -> tuple
     rows = batch * _tiled(samples * tokens, tile) / samples
     panel, row = (PANEL_WIDE, ROW_WIDE) if isa in WIDE else (PANEL, ROW)
     softmax, silu = SOFTMAX_AMX if amx else SOFTMAX, SWIGLU
-    if dot:
-        softmax, silu, row = SOFTMAX_DOT, SWIGLU_DOT, ROW_DOT
+    if isa == DOT:
+        row = ROW_DOT
+        softmax, silu = (SOFTMAX_DOT, SWIGLU_DOT) if dot else (softmax, silu)
 
     def product(m: float, k: int, n: int, align: int = ALIGN) -> float:
         start = 0 if amx else 2 * TILE_DEPTH if dot else TILE_DEPTH * math.ceil(k / depth)
@@ -195,6 +196,9 @@ def _group_samples(isa: str, tokens: int) -> int:
 
 
 def _tiled(rows: int, tile: int) -> int:
-    """Rows that tiles of `tile` rows or one less compute."""
+    """Rows that tiles of `tile` rows or one less compute, or one or two smaller ones."""
+    few = 5 * tile // 8 + 1
+    if tile > 1 and (rows <= few or tile < rows <= 2 * few):
+        return few * math.ceil(rows / few)
     tiles = math.ceil(rows / tile)
     return tiles * tile - min(tiles, tiles * tile - rows)

@@ -55,7 +55,9 @@ PLANTED = {
     ),
     "the odd tile of keys left out": ("attention_dot.hpp", "tile < head.key_tiles)", "T < 0)"),
     "the odd tile of columns left out": ("attention_dot.hpp", "if (d < dim)", "if (d < 0)"),
-    "one row's softmax for all": ("attention_dot.hpp", "acc[r][1] * inverse[r]", "acc[r][1] * inverse[0]"),
+    "one row's softmax for all": (
+        "attention_dot.hpp", "acc[r][1] * inverse[r]", "acc[r][1] * inverse[0]",
+    ),
 }  # fmt: skip
 
 
