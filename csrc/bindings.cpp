@@ -247,6 +247,9 @@ PYBIND11_MODULE(RX_MODULE_NAME, m) {
 
   m.def("cpu_isas", &usable_isas, "Instruction sets usable here, slowest first.");
   m.def("cpu_isa", &chosen_isa, "The one in use: the best, or what RECURX_CPU_ISA names.");
+  m.def(
+      "cpu_dot_gain", &dot_gain,
+      "Times that products of bf16 pairs are faster than by FMA here; 0 where that is no choice.");
   m.def("cpu_pack", &pack, py::arg("blocks"), py::arg("weights"), py::arg("bf16_states"),
         py::arg("isa"), "Pack the weights of a net; weights are (pointer, is_bf16), [out, in].");
   m.def("cpu_run", &run_recursion, py::arg("nets"), py::arg("program"), py::arg("shape"),

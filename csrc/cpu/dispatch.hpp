@@ -13,12 +13,22 @@
 namespace rx::cpu {
 
 // What this processor, its operating system and this build have, slowest first:
-// portable, avx2, avx512, amx.
+// portable, avx2, avx512, avx512_bf16, amx; on aarch64 portable, neon, neon_bf16.
 std::vector<std::string> usable_isas();
 
 // The best usable one, or the one that RECURX_CPU_ISA names; throws std::runtime_error if that is
 // unknown or cannot run here.
 std::string chosen_isa();
+
+// The best of `names` where products of pairs of bf16 (AVX512_BF16, BFDOT) run `gain` times as fast
+// as those by FMA. An instruction does twice the work: processors that start as many of them are at
+// 2, those with half as many ports for them at 1. The limit is half way, beyond the reach of a
+// noisy measurement, since the same machine must always answer the same.
+constexpr double kLeastDotGain = 1.4;
+std::string best_isa(const std::vector<std::string>& names, double gain);
+
+// That gain, measured once in a process (a millisecond); 0 where the best one is no such core.
+double dot_gain();
 
 // A net packed for one instruction set and one state type.
 class Packed {

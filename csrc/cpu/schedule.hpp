@@ -7,6 +7,7 @@
 
 #include "block.hpp"
 #include "heads.hpp"
+#include "sample_product.hpp"
 
 namespace rx::cpu::RX_ISA {
 
@@ -134,7 +135,8 @@ template <class Core>
 constexpr Engine engine_of() {
   using State = typename Core::State;
   return {RX_GROUP_ROWS,       sizeof(State),   packed_bytes<Core>, pack<Core>,
-          scratch_bytes<Core>, run_group<Core>, head<State>,        add_noise<State>};
+          scratch_bytes<Core>, run_group<Core>, head<State>,        add_noise<State>,
+          sample_product<Core>};
 }
 
 }  // namespace rx::cpu::RX_ISA

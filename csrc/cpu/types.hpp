@@ -80,6 +80,9 @@ struct Engine {
   float (*head)(const void* row, const void* weight, int width, float bias);
   // state <- state + (sigma * noise), both rounded to the state's type.
   void (*add_noise)(void* state, const float* noise, float sigma, long count);
+  // A small product, to compare engines by; `scratch` of kSampleBytes, aligned and zero.
+  void (*sample_product)(void* scratch);
 };
+constexpr size_t kSampleBytes = 1 << 20;
 
 }  // namespace rx::cpu

@@ -143,7 +143,8 @@ def _products_on_a_cpu(problem: Problem) -> list[str]:
     if device.kind != "cpu":
         return []
     slow = device.bf16_tflops < device.fp32_tflops / 2
-    if problem.dtype == torch.bfloat16 and slow and device.isa not in ("", "amx"):
+    widened = device.isa in ("portable", "avx2", "avx512", "neon")
+    if problem.dtype == torch.bfloat16 and slow and widened:
         return [
             f"  Products gain most: bf16 ones of PyTorch reach {device.bf16_tflops:.2g} TFLOP/s "
             f"on this processor and fp32 ones {device.fp32_tflops:.2g}; recurx stores bf16 and "
