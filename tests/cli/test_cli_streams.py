@@ -104,7 +104,8 @@ def test_a_signal_ends_every_command_with_its_number(name: str, number, monkeypa
         return made
 
     monkeypatch.setattr(commands, "build_parser", parser)
-    words = {"experiment": ["experiment", "sort"]}.get(name, [name])
+    more = {"experiment": ["sort"], "export": ["net", "net.onnx"]}
+    words = [name, *more.get(name, [])]
     assert main(words) == 128 + number
     assert "interrupted" in capsys.readouterr().err
 
@@ -190,13 +191,13 @@ def test_a_wrong_cpu_isa_is_said_once(monkeypatch) -> None:
         (["profile", "--seconds", "nan"], "a time like"),
         (["eval", "--seed", "9" * 30], "expected a whole number"),
         (["eval", "--sigma", "nan"], "expected a number, got 'nan'"),
-        (["eval", "--count", "9" * 5000], "from 1 on"),
+        (["eval", "--batch-size", "9" * 5000], "from 1 on"),
         (["train", "sort:length=" + "9" * 20], "at most 9 digits"),
         (["train", "sort:length=99999999"], "99,999,999 tokens: expected at most 65,536"),
         (["train", "sudoku-4x4", "--set", "expansion=0.0001"], "`expansion`: expected inner width"),
         (["train", "sudoku-4x4", "--set", "H_cycles=" + "9" * 9], "`H_cycles`: expected at most"),
-        (["bench", "host", "--out", "/nope/x.json"], "no folder /nope"),
-        (["profile", "--html", "/nope/x.html"], "no folder /nope"),
+        (["bench", "host", "--out", "/proc/nope/x.json"], "no folder /proc/nope"),
+        (["profile", "--html", "/proc/nope/x.html"], "no folder /proc/nope"),
         (["profile", "--trace", "."], "is a folder"),
         (["bench", "run", "--import", "no.such.module"], "--import no.such.module: No module"),
     ],
