@@ -70,8 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # an ASCII locale is no reason to fail
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    arguments = build_parser(line).parse_args(line)
+    arguments = argparse.Namespace(command=" ".join(line[:1]))  # while modules are imported
     try:
+        arguments = build_parser(line).parse_args(line)
         with options.json_alone(getattr(arguments, "json", False) is True):
             return int(arguments.execute(arguments))
     except (RecurxError, OSError) as error:

@@ -21,8 +21,7 @@ from recurx.schedule import Schedule
 POS_ENCODINGS = ("rope", "learned", "none")
 DTYPES = ("bfloat16", "float32", "float16", "float64")
 
-# Least and most of each whole number. The most is what a file may ask for before anything is made
-# of it: far above any model, and little enough for memory and time.
+# Least and most of each whole number: far above any model, little enough for memory and time.
 _RANGES = {
     "vocab_size": (1, 2**24), "seq_len": (1, 2**16), "H_cycles": (1, 4096), "L_cycles": (1, 4096),
     "H_layers": (0, 1024), "L_layers": (1, 1024), "hidden_size": (1, 2**16),

@@ -38,13 +38,14 @@ def truncated_normal_(tensor: Tensor, std: float) -> Tensor:
 
 
 def check_ids(arg: str, ids: Tensor, count: int, ndim: int) -> None:
-    """Refuse what is no integer ids within 0..count-1. Values of a trace are not looked at, nor of a
+    """Refuse what is no integer ids within 0..count-1. Values are not looked at in a trace, or on a
     GPU, which asserts that indices are in range."""
     if ids.is_floating_point() or ids.dtype is torch.bool or ids.ndim != ndim:
         shape = "[B, seq_len]" if ndim == 2 else "[B]"
         raise bad_argument("models", arg, f"integer ids {shape}", f"{ids.dtype} {[*ids.shape]}")
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    traced |= torch._C._len_torch_dispatch_stack() > 0  # fake tensors, recorders
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    traced = torch._C._len_torch_dispatch_stack() > 0  # fake tensors, recorders
     if ids.numel() and ids.device.type == "cpu" and not traced:
         low, high = (int(end) for end in ids.aminmax())
         if low < 0 or high >= count:
