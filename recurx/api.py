@@ -17,7 +17,7 @@ from torch.autograd import profiler as torch_profiler
 from recurx import backends, ops, recompute, reference, trials
 from recurx import route as routes
 from recurx.checks import PLAIN_TENSORS, SAVE, Call, Given, checked
-from recurx.errors import RecurxError, bad_argument
+from recurx.errors import BackendUnavailable, RecurxError, bad_argument
 from recurx.operands import CosSin, Span
 from recurx.problem import encode
 from recurx.route import EAGER, Request, Route
@@ -62,7 +62,9 @@ def recurse(
         schedule: which net is called on which states; see `Schedule.trm` and its siblings.
         nets: {name: net} with each name of `schedule.nets`: a `recurx.Net`, a module of TRM/HRM
             blocks under the official attribute names, or (eager backend only) any callable
-            [B, T, D] -> [B, T, D]. Weights are masters of any floating dtype; they are used
+            [B, T, D] -> [B, T, D]. Blocks are fused only if they are proved to be what their
+            weights tell (`recurx.proof`); else "auto" and "eager" run their own code. Weights are
+            masters of any floating dtype; they are used
             rounded to the dtype of the states.
         x: [B, T, D] embedded input, of the states' dtype; any strides; B may be 0.
         carry: {name: [B, T, D]} with each name of `schedule.states`; never modified.
@@ -83,6 +85,7 @@ def recurse(
         InvalidArgument: wrong or mixed shapes, dtypes, devices; unknown or missing names; a tensor
             whose memory was freed.
         BackendUnavailable: an explicit backend cannot run here, or cannot run this problem.
+        UnsupportedModel: a module is not what its weights tell and has no code that could run.
         RecurxError: in the backward, under create_graph=True.
 
     Source: HRM (arXiv 2506.21734) section 2; TRM (arXiv 2510.04871) section 4.
@@ -219,6 +222,14 @@ def _traced_way(call: Call, grad: bool) -> _Way:
     The window must be decided here. A wrong guess is refused when the op runs.
     """
     if call.opaque and (call.backend not in ("auto", EAGER) or call.save != "all"):
+        difference = getattr(call.bound()[call.opaque[0]], "difference", None)
+        if difference is not None:
+            raise BackendUnavailable(
+                f"recurx.recurse: backend {call.backend!r} with save={call.save!r} cannot run "
+                f"nets[{call.opaque[0]!r}], which is not the net that its weights tell: "
+                f'{difference}. backend="eager" or "auto" with save="all" run its own code on '
+                "PyTorch, as they run any callable."
+            )
         raise bad_argument(
             "recurse",
             f"nets[{call.opaque[0]!r}]",

@@ -60,6 +60,10 @@ class QuantizationRefused(RecurxError, ValueError):
         self.gate = gate
 
 
+class RecurxWarning(UserWarning):
+    """Something runs otherwise than was asked for; the message says why, and what to do."""
+
+
 @contextmanager
 def reading(path: object, what: str, hint: str = "") -> Iterator[None]:
     """Whatever fails inside becomes a CheckpointError that names the file and `what` was read: the

@@ -25,7 +25,8 @@ from torch import Tensor
 from recurx import fp8
 from recurx.errors import QuantizationRefused, bad_argument
 from recurx.models.act import RecursiveModel
-from recurx.nets import Net, as_net
+from recurx.nets import Net
+from recurx.proof import as_net
 from recurx.solving.solve import solve
 
 # A tiny trained net (tests/test_fp8.py) keeps 0.997 and 99 %; with scales wrong by 5 %, 0.989 and

@@ -90,7 +90,7 @@ def test_a_trained_net_passes_and_answers_as_before(trained):
     assert (answers[0] == answers[1]).float().mean() == pytest.approx(gate.agreement)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     for module in small.inner.nets().values():
-        for weight in recurx.nets.as_net(module).weights:
+        for weight in recurx.proof.as_net(module).weights:
             assert fp8.are_quantized([weight])
     # The net is quantised, no more: another comparison would be empty.
     assert any(not torch.equal(before[k], v) for k, v in small.state_dict().items())

@@ -40,6 +40,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("recompute", "choices", "comparing"),
     ("route",),
     ("trials", "readings"),
+    ("probing",),
+    ("proof",),
     ("ops", "checks"),
     ("api",),
     ("models",),

@@ -21,8 +21,9 @@ from recurx.models.layers import (
     truncated_normal_,
 )
 from recurx.models.puzzle_embedding import PuzzleEmbedding
-from recurx.nets import Net, as_net
+from recurx.nets import Net
 from recurx.problem import Problem
+from recurx.proof import as_net
 
 States = dict[str, Tensor]  # {state name: [B, T, D]}
 

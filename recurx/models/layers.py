@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from recurx import reference
 from recurx.errors import bad_argument
 from recurx.models.config import ModelConfig
-from recurx.nets import as_net, rope_tables
+from recurx.nets import computes_the_reference, plain_linears, read_stack, rope_tables
 
 # A standard normal that is cut at +-CUT: the probability of what is left, and its deviation.
 CUT = 2.0
@@ -130,6 +130,10 @@ class Block(nn.Module):
         self.norm_eps = config.rms_norm_eps
 
 
+plain_linears.add(CastLinear.forward)
+
+
+@computes_the_reference
 class ReasoningNet(nn.Module):
     """A stack of blocks; `recurx.recurse` takes it as a net. Calling it runs the reference."""
 
@@ -138,4 +142,4 @@ class ReasoningNet(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(num_layers))
 
     def forward(self, h: Tensor, cos_sin: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        return reference.call(h, as_net(self), cos_sin)
+        return reference.call(h, read_stack(self), cos_sin)

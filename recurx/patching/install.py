@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable
-from types import MethodType, ModuleType
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -52,8 +52,8 @@ def patch(
             here raises at once.
         save: what the gradient window keeps for its backward: "all", "block" or "states" trades
             memory for work, see `recurx.recurse`. A net of foreign code takes "all".
-        probe: compare with the original on a small random batch before the swap; costs about one
-            supervision step. False trusts the structure alone.
+        probe: compare with the original on a small random batch before the swap, in training and
+            evaluation; costs about two supervision steps. False trusts the nets' own proofs.
 
     Returns:
         A handle: `.report` prints what was swapped and what not and why, `.remove()` restores;
@@ -72,6 +72,8 @@ def patch(
     handle = PatchHandle()
     if isinstance(model, nn.Module):
         _patch_instance(handle, model, how)
+        if not handle.report.patched:
+            raise UnsupportedModel(_refusal(handle, type(model).__name__))
     elif isinstance(model, type) and issubclass(model, nn.Module):
         _patch_class(handle, model, how)
     elif isinstance(model, ModuleType):
@@ -97,6 +99,7 @@ def find(model: nn.Module) -> list[tuple[str, nn.Module, Adapter]]:
 
 def _patch_instance(handle: PatchHandle, model: nn.Module, how: _How) -> None:
     ready: list[tuple[nn.Module, str, Callable[..., object]]] = []
+    handle.looked_at(model, functools.partial(_patch_instance, handle, how=how))
     for where, module, adapter in find(model):
         differences = adapter.differences(module)
         details: list[str] = []
@@ -113,10 +116,8 @@ def _patch_instance(handle: PatchHandle, model: nn.Module, how: _How) -> None:
                 differences = [str(error)]
         entry = Entry(where, type(module).__name__, not differences, tuple(differences or details))
         handle.note(entry)
-    if not ready:
-        raise UnsupportedModel(_refusal(handle, type(model).__name__))
     for module, method, function in ready:  # all or nothing: no error comes after this line
-        handle.put(module, method, MethodType(function, module))
+        handle.put_method(module, method, function)
 
 
 def _resolve(adapter: Adapter, module: nn.Module, recipe: Any) -> str:
@@ -147,7 +148,10 @@ def _patch_class(handle: PatchHandle, cls: type[nn.Module], how: _How) -> None:
     def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         if type(self) is cls:  # a subclass is not complete yet, and may do anything
+            before = len(handle.report.patched)
             _patch_instance(handle, self, how)
+            if len(handle.report.patched) == before:
+                raise UnsupportedModel(_refusal(handle, cls.__qualname__))
 
     handle.put(cls, "__init__", __init__)
     details = ("instances built from now on are patched; those that exist are not",)

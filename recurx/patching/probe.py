@@ -16,8 +16,11 @@ from torch import Tensor, nn
 
 from recurx.errors import UnsupportedModel
 from recurx.patching.adapter import Adapter
+from recurx.patching.handle import original
 from recurx.plan import count
+from recurx.probing import random_state
 from recurx.problem import Problem
+from recurx.proof import without_compile
 
 # Above this (original and replacement together) the probe takes one sample and 2 x 2 cycles: about
 # as much work as one supervision step of the model.
@@ -59,14 +62,19 @@ def probe_forward(module: nn.Module, adapter: Adapter) -> str:
         counts = (min(2, counts[0]), min(2, counts[1]))
     dtype = torch.float32 if problem.device_type == "cpu" else problem.dtype
     with (
-        undisturbed(module, False), torch.inference_mode(False), torch.enable_grad(),
-        _cycles(config, *counts),
+        undisturbed(module, None), torch.inference_mode(False), torch.enable_grad(),
+        _cycles(config, *counts), _uncompiled(module),
     ):  # fmt: skip
+        module.eval()
         replacement = adapter.replacement(adapter.recipe(module, "eager"))
         batch, carry = _random_input(module, 2 if small else 1, dtype)
-        original = MethodType(type(module).forward, module)
-        want = _run("the original", module, original, carry, batch)
-        got = _run("recurx", module, MethodType(replacement, module), carry, batch)
+        given = MethodType(replacement, module)
+        before = MethodType(original(type(module), "forward"), module)
+        want, got = _both(module, before, given, carry, batch)
+        with _training(module, batch) as mode:
+            want_too, got_too = _both(module, before, given, carry, batch)
+        want |= {f"{name}{mode}": tensor for name, tensor in want_too.items()}
+        got |= {f"{name}{mode}": tensor for name, tensor in got_too.items()}
     how = f"{counts[0]} x {counts[1]} cycles, B={2 if small else 1}, {str(dtype)[6:]}"
     return f"probed against the original ({how}): {_compare(got, want, dtype, how)}"
 
@@ -141,6 +149,50 @@ def random_batch(
         name: torch.randint(limit, size, generator=generator, dtype=torch.int32).to(device)
         for name, (limit, size) in limits.items()
     }
+
+
+def _both(
+    module: nn.Module, before: Any, given: Any, carry: Any, batch: dict[str, Tensor]
+) -> tuple[Result, Result]:
+    """What original and replacement give; both must draw the same random numbers."""
+    device = next(module.parameters()).device
+    states, results = [], []
+    for who, forward in (("the original", before), ("recurx", given)):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            results.append(_run(who, module, forward, carry, batch))
+            states.append(random_state(device))
+    if states[0] != states[1]:
+        mode = "training" if module.training else "evaluation"
+        raise UnsupportedModel(
+            f"it draws random numbers around its nets (dropout, noise) in {mode} mode"
+        )
+    return results[0], results[1]
+
+
+@contextlib.contextmanager
+def _training(module: Any, batch: dict[str, Tensor]) -> Iterator[str]:
+    """Training mode with the embedded input of evaluation: a sparse embedding keeps what it is
+    asked for in training, and for its own batch size only."""
+    x = module._input_embeddings(batch["inputs"], batch["puzzle_identifiers"]).detach()
+    kept = dict(vars(module))
+    module.train()
+    vars(module)["_input_embeddings"] = lambda *_, **__: x
+    try:
+        yield " in training"
+    finally:
+        vars(module).pop("_input_embeddings")
+        vars(module).update({n: v for n, v in kept.items() if n == "_input_embeddings"})
+
+
+@contextlib.contextmanager
+def _uncompiled(module: nn.Module) -> Iterator[None]:
+    """Nets that were compiled alone run plainly, for a moment: nothing is worth compiling here."""
+    children = dict(module._modules)
+    module._modules.update({name: without_compile(child) for name, child in children.items()})
+    try:
+        yield
+    finally:
+        module._modules.update(children)
 
 
 def _run(

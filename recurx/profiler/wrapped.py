@@ -125,4 +125,5 @@ def _ranged(at: Position, opaque: Callable[..., Any], name: str, function: Any) 
         where = at.where._replace(part="attention")
         return opaque(name, where, lambda: function(*args, **kwargs))
 
+    ranged.__wrapped__ = function  # type: ignore[attr-defined]
     return ranged

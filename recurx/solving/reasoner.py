@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from recurx.nets import Net, as_net
+from recurx.nets import Net
 from recurx.problem import Problem
+from recurx.proof import as_net
 from recurx.schedule import Schedule
 
 
@@ -80,7 +81,7 @@ def reasoner(model: Any, fresh: Mapping[str, Tensor]) -> Reasoner | str:
     start = {name: fresh[attribute] for name, attribute in plan.states}
     return Reasoner(
         plan.schedule,
-        {name: as_net(getattr(inner, attribute), name) for name, attribute in plan.nets},  # type: ignore[misc]
+        {name: as_net(getattr(inner, attribute), name, plan.rope) for name, attribute in plan.nets},  # type: ignore[misc]
         inner.rotary_emb() if plan.rope else None,
         plan.output,
         start,
