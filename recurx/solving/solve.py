@@ -51,10 +51,11 @@ def solve(
     """Answer a batch with at most `max_steps` supervision steps a sample, without gradient.
 
     Args:
-        model: a recurx TRM or HRM, or an official one (patched or not), inside a loss head, DDP
-            or `torch.compile` or not. Runs in evaluation mode, whatever its own; of recurx's models nothing is changed
-            for that, so that several threads may ask one model (recurx/solving/asking.py). Its
-            weights are packed for the kernels once: nobody may write to them meanwhile.
+        model: a recurx TRM or HRM, or an official one (patched or not), inside a loss head, DDP or
+            `torch.compile` or not. Runs in evaluation mode, whatever its own; of recurx's models
+            nothing is changed for that, so that several threads may ask one model
+            (recurx/solving/asking.py). Its weights are packed for the kernels once: nobody may
+            write to them meanwhile.
         batch: "inputs" [B, T] integers, and "puzzle_identifiers" [B] (zeros if absent).
         max_steps: budget a sample; it may exceed the steps the model was trained with.
         halt: "q" ends a row as training does (q_halt > 0, or q_halt > q_continue with Q-learning);
