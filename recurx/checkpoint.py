@@ -1,7 +1,7 @@
 """Reading official checkpoints and our own, and writing ours.
 
 An official checkpoint is `torch.save` of a state_dict whose names carry the wrappers of the moment
-(`_orig_mod.`, `module.`, `model.`). Ours is one safetensors file with the configuration in its
+(recurx/state_names.py). Ours is one safetensors file with the configuration in its
 metadata. Neither is ever unpickled beyond tensors, and of a large puzzle embedding only the rows
 that are asked for leave the disk.
 """
@@ -23,6 +23,7 @@ from recurx.errors import CheckpointError, bad_argument, reading
 from recurx.models.act import RecursiveModel
 from recurx.models.config import ModelConfig, TRMConfig, check_values, config_class
 from recurx.models.infer import TABLE, check_names_and_shapes, infer_config, untrained
+from recurx.state_names import official_name
 
 _CONFIG, _EXTRA = "recurx.config", "recurx.extra"  # metadata keys of our files
 _OFFICIAL_CONFIG = "all_config.yaml"  # what the official training leaves beside its checkpoints
@@ -114,6 +115,7 @@ def load_checkpoint(
     path: str | os.PathLike[str],
     puzzle_rows: Iterable[int] | Tensor | None = None,
     *,
+    ema: bool | None = None,
     config: ModelConfig | Mapping[str, Any] | None = None,
     **fields: Any,
 ) -> Checkpoint:
@@ -123,6 +125,8 @@ def load_checkpoint(
         path: a file of `torch.save` (official: `step_N`, no suffix) or of safetensors.
         puzzle_rows: numbers of the rows of the puzzle embedding to read, in the order wanted;
             None for all. The table then has just these rows, so puzzle ids count in them.
+        ema: of a file that holds the weights and their average: True takes the average, False the
+            weights as trained; None refuses such a file.
         config: configuration, or part of one; what it does not say is read from the file's
             metadata, from the shapes, from `all_config.yaml` beside the file, or taken as
             published (and listed in `.assumed`).
@@ -137,7 +141,7 @@ def load_checkpoint(
     given = config.to_dict() if isinstance(config, ModelConfig) else dict(config or {})
     given |= fields
     rows = None if puzzle_rows is None else weights_file.row_numbers(puzzle_rows)
-    state, metadata = weights_file.read(path, rows)
+    state, metadata = weights_file.read(path, rows, ema)
     if rows is not None and TABLE not in state:
         raise CheckpointError(f"{path}: puzzle_rows was given, but there is no {TABLE!r} in it.")
     check_values("load_checkpoint", given)
@@ -176,7 +180,7 @@ def save_checkpoint(
     for name, tensor in inner.state_dict().items():
         whole = tensor.detach().contiguous()
         place = whole.untyped_storage().data_ptr()
-        state[weights_file.official_name(name)] = whole.clone() if place in seen else whole
+        state[official_name(name)] = whole.clone() if place in seen else whole
         seen.add(place)
     metadata = {
         "format": "pt",

@@ -10,6 +10,7 @@ from torch import nn
 from recurx.errors import BackendUnavailable, UnsupportedModel, bad_argument
 from recurx.models.inner import Inner, problem_of_model
 from recurx.nets import is_block_stack
+from recurx.patching import sharded
 from recurx.patching.handle import PatchHandle, installed
 from recurx.patching.install import find
 from recurx.problem import Problem
@@ -63,6 +64,7 @@ def _explain_module(model: nn.Module, backend: str | None, batch_size: int) -> s
         if isinstance(module, Inner):
             continue
         function: Any = installed(module, adapter.method)
+        module = sharded.stand_in(module) if sharded.is_sharded(module) else module
         said = "not patched, runs on PyTorch. After recurx.patch(model):"
         lines = adapter.differences(module)
         if lines:

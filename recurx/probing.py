@@ -150,9 +150,11 @@ def _random(net: Net, scales: tuple[float, ...], tokens: int) -> list[Tensor]:
     if net.spec.blocks[0].tokens:  # T is what it is bound to: fewer samples do
         scales = scales[2::2]
     generator = torch.Generator().manual_seed(len(scales))
-    like, scale = net.weights[0].detach(), torch.tensor(scales).view(-1, 1, 1)
+    like, scale = net.weights[0].detach(), torch.tensor(scales, device="cpu").view(-1, 1, 1)
     shape = len(scales), tokens, net.spec.hidden
-    return [(torch.randn(shape, generator=generator) * scale).to(like) for _ in range(3)]
+    # The device is said: inside `with torch.device("cuda")` a CPU generator would be refused.
+    how: Any = {"generator": generator, "device": "cpu"}
+    return [(torch.randn(shape, **how) * scale).to(like) for _ in range(3)]
 
 
 def _tokens_and_tables(
@@ -172,8 +174,9 @@ def _fresh_copy(
     """A copy with random weights: rows of several sizes, so that every activation is seen."""
     memo: dict[int, Any] = {}
     for old in read_stack(module).weights:
-        weight = torch.empty(old.shape).uniform_(-1.7, 1.7, generator=generator)
-        weight *= 4 ** torch.linspace(-1, 1, len(weight)).view(-1, 1) / old.shape[1] ** 0.5
+        weight = torch.empty(old.shape, device="cpu").uniform_(-1.7, 1.7, generator=generator)
+        rows = torch.linspace(-1, 1, len(weight), device="cpu").view(-1, 1)
+        weight *= 4**rows / old.shape[1] ** 0.5
         memo[id(old)] = nn.Parameter(weight.to(device, dtype))
     own = copy.deepcopy(module, memo)
     return own, read_stack(own)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from recurx.errors import InvalidArgument, UnsupportedModel, bad_argument
+from recurx.lowrank import merged
 from recurx.nets import Net, by_attributes, is_block_stack, read_stack
 from recurx.operands import CosSin
 from recurx.probing import OwnForward, probed, style_of
@@ -80,6 +81,8 @@ def proved(module: Any, where: str = "?", cos_sin: CosSin | bool | None = None) 
     if not torch.compiler.is_compiling():
         proof = examine(module, where, rope)
         return proof.difference if proof.net is None else proof.net
+    if isinstance(why := merged(module, where), str):
+        return why
     difference = known_difference(module, where, rope)
     watch_traced(module, attribute_names(module))
     return read_stack(module, where) if difference is None else difference
@@ -95,6 +98,9 @@ def examine(module: Any, where: str = "?", rope: bool = True) -> Proof:
     Raises:
         InvalidArgument: code of ours with weights of impossible shapes.
     """
+    module = merged(module, where)
+    if isinstance(module, str):
+        return Proof(None, module)
     reading, code_is_ours = Reading(module, where), by_attributes(module)
     if reading.differences:
         return Proof(None, "; ".join(reading.differences))

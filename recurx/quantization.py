@@ -117,8 +117,8 @@ def compare(
 ) -> Gate:
     """The gate alone: run both models free from the same start and judge the difference."""
     max_steps = model.config.halt_max_steps if max_steps is None else max_steps
-    states = [_trajectory(m, batch, max_steps) for m in (model, small)]
     answers = [solve(m, batch, max_steps, halt).predictions for m in (model, small)]
+    states = [_trajectory(m, batch, max_steps) for m in (model, small)]
     same = answers[0] == answers[1]
     cosines = []
     for a, b in zip(*states, strict=True):

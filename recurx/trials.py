@@ -240,7 +240,7 @@ def _part(problem: Problem, operands: Operands) -> tuple[Problem, Operands]:
     size = max(2 * torch.get_num_threads(), math.ceil(CPU_FLOPS / max(sample, 1.0)))
     if size >= problem.batch:
         return problem, operands
-    part = only(operands, torch.arange(size))
+    part = only(operands, torch.arange(size, device=operands.x.device))
     return dataclasses.replace(problem, batch=size), part
 
 

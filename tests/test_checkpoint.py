@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -18,6 +20,7 @@ import recurx
 from recurx import CheckpointError, InvalidArgument
 from recurx.models import HRM, TRM, ACTLossHead, HRMConfig, TRMConfig
 from recurx.models.act import RecursiveModel
+from recurx.state_names import official_names
 
 TABLE = "inner.puzzle_emb.weights"
 SMALL = dict(puzzle_emb_ndim=64, puzzle_emb_len=2, num_puzzle_identifiers=9)
@@ -407,3 +410,55 @@ def test_tied_weights_are_written_twice(tmp_path: Path) -> None:
     model.inner.lm_head.weight = model.inner.embed_tokens.embedding_weight
     recurx.save_checkpoint(tmp_path / "m.safetensors", model)
     same_answers(recurx.load_checkpoint(tmp_path / "m.safetensors").build(), model)
+
+
+# ---- wrappers and averages -------------------------------------------------------------------
+
+PARTS = ["_orig_mod", "module", "model", "net", "_fsdp_wrapped_module", "_forward_module"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from([*PARTS, "ema_model"]), max_size=4), st.integers(0, 3))
+def test_any_nesting_of_wrappers_is_taken_off(parts: list[str], at: int) -> None:
+    names = [n.split(".") for n in ("inner.lm_head.weight", "inner.L_level.layers.0.mlp.w.weight")]
+    stored = [
+        ".".join([*name[: at % len(name)], *parts, *name[at % len(name) :]]) for name in names
+    ]
+    assert list(official_names("f", stored, None)) == [".".join(name) for name in names]
+
+
+def _both(tmp_path: Path, how: str) -> tuple[Path, RecursiveModel, RecursiveModel]:
+    trained, average = random_model("trm"), random_model("trm")
+    with torch.no_grad():
+        for parameter in average.parameters():
+            parameter.mul_(0.5)
+    state, path = trained.state_dict(), tmp_path / "net.pt"
+    shadow = {name: p.detach() for name, p in average.named_parameters()}  # of parameters alone
+    if how == "flat":
+        counters = {"initted": torch.tensor(True), "step": torch.tensor(4)}
+        full = {f"ema_model.{name}": t for name, t in average.state_dict().items()}
+        torch.save({f"online_model.{n}": t for n, t in state.items()} | full | counters, path)
+    else:
+        torch.save({"model": state, how: shadow, "epoch": 3}, path)
+    return path, trained, average
+
+
+@pytest.mark.parametrize("how", ["flat", "ema", "ema_state_dict"])
+def test_of_weights_and_their_average_one_is_chosen(how: str, tmp_path: Path) -> None:
+    path, trained, average = _both(tmp_path, how)
+    with pytest.raises(recurx.CheckpointError, match="Pass ema=True for the average"):
+        recurx.load_checkpoint(path, **HINTS)
+    same_answers(trained, recurx.load_checkpoint(path, ema=False, **HINTS).build())
+    same_answers(average, recurx.load_checkpoint(path, ema=True, **HINTS).build())
+
+
+def test_what_is_asked_for_must_be_there(tmp_path: Path) -> None:
+    model = random_model("trm")
+    torch.save(model.state_dict(), tmp_path / "plain.pt")
+    averaged = torch.optim.swa_utils.AveragedModel(model)  # "module.", and n_averaged
+    torch.save({f"ema.{n}": t for n, t in averaged.state_dict().items()}, tmp_path / "ema.pt")
+    same_answers(model, recurx.load_checkpoint(tmp_path / "ema.pt", **HINTS).build())
+    with pytest.raises(recurx.CheckpointError, match="ema=True was asked for, and it holds no av"):
+        recurx.load_checkpoint(tmp_path / "plain.pt", ema=True, **HINTS)
+    with pytest.raises(recurx.CheckpointError, match=r"ema=False .* holds only an average"):
+        recurx.load_checkpoint(tmp_path / "ema.pt", ema=False, **HINTS)

@@ -64,10 +64,6 @@ def backward_pre_hook(net: Any) -> None:
     net.layers[0].mlp.register_full_backward_pre_hook(lambda *_: None)
 
 
-def parametrized(net: Any) -> None:
-    nn.utils.parametrizations.weight_norm(net.layers[0].mlp.down_proj)
-
-
 def old_weight_norm(net: Any) -> None:
     nn.utils.weight_norm(net.layers[0].mlp.down_proj)
 
@@ -124,7 +120,6 @@ STRUCTURES = {
     pre_hook: "layers.0.mlp` has hooks",
     backward_hook: "layers.0.mlp` has hooks",
     backward_pre_hook: "layers.0.mlp` has hooks",
-    parametrized: "layers.0.mlp.down_proj` has a child `parametrizations`",
     old_weight_norm: "layers.0.mlp.down_proj` has a parameter `weight_g`",
     pruned: "layers.0.mlp.down_proj` has a parameter `weight_orig`",
     child: "layers.0` has a child `dropout` (Dropout)",

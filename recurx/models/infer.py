@@ -195,8 +195,8 @@ def _parameters(config: ModelConfig) -> int:
 
 
 def untrained(config: ModelConfig, backend: str = "auto") -> RecursiveModel:
-    """A fresh model with a puzzle table of one row only; leaves the random state as it was."""
-    with torch.random.fork_rng(devices=[]):
+    """A fresh model on the CPU, its puzzle table one row; leaves the random state as it was."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         model = build_model(config.replace(num_puzzle_identifiers=1), backend)
     model.config = model.inner.config = config
     return model

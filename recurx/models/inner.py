@@ -166,8 +166,19 @@ class Inner(nn.Module):
 
 
 def problem_of_model(model: nn.Module, batch_size: int = 1) -> Problem:
-    """The recursion of a `TRM`, an `HRM` or its `Inner` on `batch_size` samples, on its device."""
-    inner: Inner = model if isinstance(model, Inner) else model.inner
+    """The recursion of a `TRM`, an `HRM` or its `Inner`, however wrapped, on its device, for
+    `batch_size` samples.
+
+    Raises:
+        InvalidArgument: there is none in it.
+    """
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    inner = next((module for module in modules if isinstance(module, Inner)), None)
+    if inner is None:
+        raise bad_argument(
+            "models.problem_of_model", "model", "a recurx TRM or HRM", type(model).__name__,
+            "recurx.explain(model) says the same of official code.",
+        )  # fmt: skip
     bound = {name: as_net(net, name) for name, net in inner.nets().items()}
     specs = {name: net.spec for name, net in bound.items() if isinstance(net, Net)}
     return Problem(

@@ -1,4 +1,4 @@
-"""`recurx.patch`: run the recursion of official TRM / HRM code, or lucidrains', on recurx.
+"""`recurx.patch`: run the recursion of official TRM / HRM code, nano-trm's or lucidrains'.
 
     handle = recurx.patch(model)      # a module, however wrapped, a class, or an imported module
     print(handle.report)              # what was swapped, what was not, and why

@@ -35,6 +35,7 @@ class Entry:
 
     def __str__(self) -> str:
         state = "patched" if self.patched else "NOT patched"
+        state = "watched" if self.patched and self.kind == "class" else state
         head = f"  {self.where or '(the module itself)'} ({self.kind}): {state}"
         return "\n".join([head, *(f"    {line}" for line in self.details)])
 
@@ -56,7 +57,10 @@ class Report:
         return tuple(entry for entry in self.entries if not entry.patched)
 
     def __str__(self) -> str:
-        head = f"recurx.patch: {len(self.patched)} patched, {len(self.refused)} refused"
+        classes = sum(entry.kind == "class" for entry in self.patched)
+        counts = [f"{len(self.patched) - classes} patched", f"{len(self.refused)} refused"]
+        counts += [f"{classes} classes watched"] if classes else []
+        head = f"recurx.patch: {', '.join(counts)}"
         return "\n".join([head, *(str(entry) for entry in self.entries)])
 
 

@@ -109,8 +109,9 @@ class Lucidrains:
         function = self.replacement(dataclasses.replace(recipe, backend="eager"))
         width, device = module.output_init_embed.shape[-1], module.output_init_embed.device
         generator = torch.Generator().manual_seed(0)
-        inputs = torch.randn(2, 3, width, generator=generator).to(device).requires_grad_()
-        starts = [torch.randn(width, generator=generator).to(device) for _ in range(2)]
+        how: Any = {"generator": generator, "device": "cpu"}  # said, as in `probe.random_tokens`
+        inputs = torch.randn(2, 3, width, **how).to(device).requires_grad_()
+        starts = [torch.randn(width, **how).to(device) for _ in range(2)]
         network = module._modules["network"]
         module._modules["network"] = _StandIn()
         try:

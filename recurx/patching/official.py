@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recurx.api import recurse
 from recurx.models.inner import Inner
 from recurx.nets import Net, NetSpec, is_block_stack
 from recurx.patching.adapter import Recipe, signature_difference
 from recurx.patching.handle import fall_back, replaced_below
-from recurx.patching.probe import probe_forward
+from recurx.patching.probe import empty_carry, probe_forward
+from recurx.patching.sharded import nets_of, run_recursion
 from recurx.problem import Problem
-from recurx.proof import as_net, examine, proved, without_compile
+from recurx.proof import as_net, examine, without_compile
 from recurx.readings import attends
 from recurx.schedule import Schedule
 
@@ -46,13 +46,32 @@ class OfficialRecipe(Recipe):
 
 
 class Official:
-    """Adapter of the official code (see `Adapter`)."""
+    """Adapter of the official code (see `Adapter`), and of code that differs from it in names."""
 
     method = "forward"
+    inputs, labels, rotary = "inputs", "labels", "rotary_emb"
+    needed: tuple[str, ...] = (
+        "embed_tokens", "lm_head", "q_head", "L_level", "config", "puzzle_emb_len",
+    )  # fmt: skip
+    carry_takes = ("batch_size",)
+    one_q = False  # whether the q head has one output, and no second one to learn when to go on
+
+    def settings(self, module: Any) -> Any:
+        """Whose attributes are the sizes, H_cycles and L_cycles."""
+        return module.config
 
     def resembles(self, module: nn.Module) -> bool:
         names = module._modules.keys()
-        return {"lm_head", "q_head"} <= names or ("L_level" in names and "lm_head" in names)
+        heads = "q_head" in names and "lenet" not in names  # that is nano-trm's
+        return "lm_head" in names and ("L_level" in names or heads)
+
+    def variant(self, module: nn.Module) -> str | None:
+        """Which published recursion it is, by its start states; None if none."""
+        return _variant(module)
+
+    def nets(self, module: Any) -> dict[str, str]:
+        """{net of the schedule: attribute}."""
+        return {"L": "L_level", **({"H": "H_level"} if self.variant(module) == "hrm" else {})}
 
     def resembles_class(self, cls: type) -> bool:
         return all(hasattr(cls, name) for name in ("_input_embeddings", "reset_carry"))
@@ -60,35 +79,34 @@ class Official:
     def differences(self, module: nn.Module) -> list[str]:
         if isinstance(module, Inner):
             return ["it is recurx's own model and runs on recurx already; set `.backend`"]
-        needed = ("embed_tokens", "lm_head", "q_head", "L_level", "config", "puzzle_emb_len")
-        found = [f"it has no `{name}`" for name in needed if not hasattr(module, name)]
+        found = [f"it has no `{name}`" for name in self.needed if not hasattr(module, name)]
         if found:
             return found
-        found += signature_difference(module, "forward", ["carry", "batch"])
+        found += signature_difference(module, self.method, ["carry", "batch"])
         found += signature_difference(module, "_input_embeddings", ["input", "puzzle_identifiers"])
-        found += signature_difference(module, "empty_carry", ["batch_size"])
-        found += _unless_original(module)
+        found += signature_difference(module, "empty_carry", list(self.carry_takes))
+        found += _unless_original(module, self.method)
         for name in ("H_cycles", "L_cycles"):
-            if not isinstance(getattr(module.config, name, None), int):
-                found.append(f"`config.{name}` is no int")
-        variant = _variant(module)
+            if not isinstance(getattr(self.settings(module), name, None), int):
+                found.append(f"its setting `{name}` is no int")
+        variant = self.variant(module)
         if variant is None:
             found.append(f"its start states are {_starts(module)}, of no published variant")
-        for attribute in ("L_level", "H_level") if variant == "hrm" else ("L_level",):
-            rope = hasattr(module, "rotary_emb")
+        for attribute in self.nets(module).values():
+            rope = hasattr(module, self.rotary)
             found += _net_differences(attribute, getattr(module, attribute), rope)
         if variant != "hrm" and "H_level" in module._modules:
             found.append("it has an `H_level`, which this variant does not call")
         return found
 
     def recipe(self, module: Any, backend: str) -> OfficialRecipe:
-        cycles = module.config.H_cycles, module.config.L_cycles
-        variant, count = str(_variant(module)), len(_starts(module))
+        cycles = self.settings(module).H_cycles, self.settings(module).L_cycles
+        variant, count = str(self.variant(module)), len(_starts(module))
         schedule = schedule_of(variant, count, *cycles)
         states = [(name, "z_L" if name == "z" else name) for name in schedule.states]
-        nets = [(name, f"{name}_level") for name in schedule.nets]
+        nets = [(name, self.nets(module)[name]) for name in schedule.nets]
         output = "z" if variant == "single_z" else "z_H"
-        rope = hasattr(module, "rotary_emb")
+        rope = hasattr(module, self.rotary)
         rope = rope and any(attends(spec) for _, spec in _specs(module, nets, rope))
         return OfficialRecipe(
             schedule, cycles, backend, variant=variant,
@@ -97,50 +115,44 @@ class Official:
 
     def problem(self, module: Any, recipe: OfficialRecipe) -> Problem:
         specs = tuple(_specs(module, recipe.nets, recipe.rope))
-        start = module.L_init if hasattr(module, "L_init") else module.L1_init
-        tokens = module.config.seq_len + module.puzzle_emb_len
+        start = getattr(module, _starts(module)[-1])
+        tokens = self.settings(module).seq_len + module.puzzle_emb_len
+        # `.half()` casts the starts; the carry that they are put into keeps the forward's dtype.
+        carry = next(iter(vars(empty_carry(module, 0, start.device)).values()))
+        dtype = torch.promote_types(start.dtype, carry.dtype)
         return Problem(
-            recipe.schedule, specs, 1, tokens, start.shape[0], start.dtype, start.device.type,
+            recipe.schedule, specs, 1, tokens, start.shape[0], dtype, start.device.type,
             rope=recipe.rope, needs_grad=module.training,
         )  # fmt: skip
 
     def replacement(self, recipe: OfficialRecipe) -> Callable[..., object]:
-        # NOTE: it is named `forward` because a bound method is pickled as (module, its name): the
-        # copy that is unpickled then finds the original method of its class.
-        def forward(
-            self: Any, carry: Any, batch: Mapping[str, Tensor]
-        ) -> tuple[Any, Tensor, tuple[Tensor, Tensor]]:
-            tables = self.rotary_emb() if recipe.rope else None
-            nets: dict[str, Any] = {}
-            for name, attribute in recipe.nets:
-                nets[name] = found = proved(getattr(self, attribute), attribute, tables)
-                if not isinstance(found, Net):
-                    found = found if isinstance(found, str) else f"`{attribute}` is no stack now"
-                    return fall_back(self, recipe, "forward", found)(carry, batch)
-            if replaced_below(self, "forward"):
-                why = "the `forward` of its class was replaced"
-                return fall_back(self, recipe, "forward", why)(carry, batch)
-            cycles = self.config.H_cycles, self.config.L_cycles
+        method, inputs, rotary, one_q = self.method, self.inputs, self.rotary, self.one_q
+        settings = self.settings
+
+        def forward(self: Any, carry: Any, batch: Mapping[str, Tensor]) -> Any:
+            tables = getattr(self, rotary)() if recipe.rope else None
+            modules = {name: getattr(self, attribute) for name, attribute in recipe.nets}
+            nets = nets_of(recipe, modules, tables)
+            if not isinstance(nets, str) and replaced_below(self, method):
+                nets = f"the `{method}` of its class was replaced"
+            if isinstance(nets, str):
+                return fall_back(self, recipe, method, nets)(carry, batch)
+            cycles = settings(self).H_cycles, settings(self).L_cycles
             schedule = recipe.schedule
             if cycles != recipe.cycles:  # a curriculum of depth, say
                 schedule = schedule_of(recipe.variant, len(recipe.states), *cycles)
-            x = self._input_embeddings(batch["inputs"], batch["puzzle_identifiers"])
+            x = self._input_embeddings(batch[inputs], batch["puzzle_identifiers"])
             carried = {name: getattr(carry, attribute) for name, attribute in recipe.states}
-            states = recurse(
-                schedule,
-                nets,
-                x.to(carried[recipe.output].dtype),  # wider states promote x in the sums
-                carried,
-                backend=recipe.backend,
-                cos_sin=tables,
-                save=recipe.save,
-            )
+            states = run_recursion(recipe, schedule, nets, x, carried, tables)
+            if isinstance(states, str):
+                return fall_back(self, recipe, method, states)(carry, batch)
             answer = states[recipe.output]
             new = {attribute: states[name].detach() for name, attribute in recipe.states}
             logits = self.lm_head(answer)[:, self.puzzle_emb_len :]
             q = self.q_head(answer[:, 0]).to(torch.float32)
-            return type(carry)(**new), logits, (q[..., 0], q[..., 1])
+            return type(carry)(**new), logits, q[..., 0] if one_q else (q[..., 0], q[..., 1])
 
+        forward.__name__ = method
         forward.recurx_recipe = recipe  # type: ignore[attr-defined]
         return forward
 
@@ -148,7 +160,7 @@ class Official:
         calls, window = len(recipe.schedule), recipe.schedule.window
         return [
             f"on recurx: {recipe.schedule.name}, all {calls} net calls, gradient window {window}",
-            "stays PyTorch: input embedding, lm_head, q_head, and all around this module "
+            f"stays PyTorch: input embedding, lm_head, q_head, and all around its `{self.method}` "
             "(halting, loss, optimiser)",
         ]
 
@@ -156,16 +168,19 @@ class Official:
         return probe_forward(module, self)
 
 
-def _unless_original(module: nn.Module) -> list[str]:
-    """Refuse an instance whose `forward` somebody else replaced."""
-    own = vars(module).get("forward")
-    if own is None or getattr(own, "__func__", None) is type(module).forward:
+def _unless_original(module: nn.Module, method: str) -> list[str]:
+    """Refuse an instance whose method somebody else replaced."""
+    own = vars(module).get(method)
+    if own is None or getattr(own, "__func__", None) is getattr(type(module), method):
         return []
-    return ["its `forward` was replaced in the instance by other code"]
+    return [
+        f"its `{method}` was replaced in the instance by other code (torch.compile, say): patch "
+        f"first, then let that code wrap the patched method"
+    ]
 
 
 def _starts(module: nn.Module) -> list[str]:
-    return sorted(name for name in module._buffers if re.fullmatch(r"[HL]\d*_init", name))
+    return sorted(name for name in module._buffers if re.fullmatch(r"(z_)?[HL]\d*_init", name))
 
 
 def _variant(module: nn.Module) -> str | None:

@@ -213,7 +213,12 @@ def _torch_has(name: str) -> bool:
 
 @functools.cache
 def _cpu(threads: int) -> Device:
-    """This CPU, measured."""
+    """This CPU, measured; inside a caller's `with torch.device("cuda")` too."""
+    with torch.device("cpu"):
+        return _measured_cpu(threads)
+
+
+def _measured_cpu(threads: int) -> Device:
     isa, side = measure.engine_isa(), measure.LARGE["cpu"]
     square = (side, side, side)
     fp32, bf16 = (

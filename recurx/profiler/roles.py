@@ -32,6 +32,7 @@ BLOCK_PARTS = {
 }
 HEADS = ("lm_head", "q_head")
 _NETS = re.compile(r"([LH])_level")
+_OTHER_NETS = {"network": "net", "lenet": "L"}  # lucidrains' and nano-trm's
 _TABLES = re.compile(r"(^|[._])(cos|sin)")
 
 
@@ -70,8 +71,8 @@ def _name_inner(roles: Roles, inner: nn.Module) -> None:
     roles.of[id(inner)] = Where("inner")
     for attribute, child in inner.named_children():
         net = _NETS.fullmatch(attribute)
-        if net or attribute == "network":
-            _name_net(roles, child, net[1] if net else "net")
+        if net or attribute in _OTHER_NETS:
+            _name_net(roles, child, net[1] if net else _OTHER_NETS[attribute])
         elif attribute in HEADS:
             roles.of[id(child)] = Where(attribute)
         else:
@@ -98,7 +99,8 @@ def _name_net(roles: Roles, net: Any, name: str) -> None:
 
 def _calls_of_a_cycle(inner: Any) -> int:
     """Net calls of one cycle, by the configuration; 0 where it does not say."""
-    inside = getattr(getattr(inner, "config", None), "L_cycles", None)
+    settings = getattr(inner, "config", getattr(inner, "hparams", None))
+    inside = getattr(settings, "L_cycles", None)
     if inside is None:
         inside = getattr(inner, "num_latent_refinements", None)
     return inside + 1 if isinstance(inside, int) else 0

@@ -154,7 +154,7 @@ def _traced(todo: step.Step, device: torch.device) -> tuple[Trace, list[Any]]:
     """A traced step, and with CUDA its kernels."""
     roles = roles_of(todo.model)
     # The first dispatch mode of a process imports much of torch: not inside a traced step.
-    Tracer(roles).record(nn.Identity(), lambda: torch.zeros(1).add_(1))
+    Tracer(roles).record(nn.Identity(), lambda: torch.zeros(1, device="cpu").add_(1))
     if device.type != "cuda":
         until, traces = time.perf_counter() + TRACE_SECONDS, []
         while len(traces) < TRACES and (not traces or time.perf_counter() < until):

@@ -16,6 +16,7 @@ from recurx.errors import bad_argument
 from recurx.models.losses import ACTLossHead
 from recurx.patching import probe
 from recurx.patching.install import find
+from recurx.patching.nano import Nano
 from recurx.profiler.roles import roles_of
 from recurx.profiler.tracer import stage
 
@@ -65,16 +66,18 @@ def _halting_logits(result: Any, model: nn.Module) -> tuple[Tensor, Any] | None:
     q_learning = not getattr(model_config(model), "no_ACT_continue", False)
     for item in result if isinstance(result, tuple) else ():
         if isinstance(item, Mapping) and "q_halt_logits" in item:
-            return item["q_halt_logits"].detach(), item["q_continue_logits"] if q_learning else 0
+            bar = item.get("q_continue_logits", 0) if q_learning else 0
+            return item["q_halt_logits"].detach(), bar
     return None
 
 
 def model_config(model: nn.Module) -> Any:
     """The configuration of the ACT wrapper or inner module in `model`; None if there is none."""
     for module in model.modules():
-        config = getattr(module, "config", None)
-        if hasattr(config, "seq_len") and hasattr(config, "vocab_size"):
-            return config
+        for name in ("config", "hparams"):  # official code's, and Lightning's
+            config = getattr(module, name, None)
+            if hasattr(config, "seq_len") and hasattr(config, "vocab_size"):
+                return config
     return None
 
 
@@ -89,14 +92,19 @@ def random_batch(model: nn.Module, batch_size: int, seed: int = 0) -> dict[str, 
     Raises:
         InvalidArgument: the model has no `config` with seq_len and vocab_size.
     """
+    generator = torch.Generator().manual_seed(seed)
     config = model_config(model)
     if config is None:
         raise bad_argument(
             "profile", "batch", "a batch", None,
             "This model has no config with seq_len and vocab_size to draw one from; or give run=.",
         )  # fmt: skip
-    generator = torch.Generator().manual_seed(seed)
-    return probe.random_batch(config, batch_size, generator, device_of(model))
+    names = ("input", "output") if _is_nano(model) else ("inputs", "labels")
+    return probe.random_batch(config, batch_size, generator, device_of(model), names)
+
+
+def _is_nano(model: nn.Module) -> bool:
+    return any(isinstance(adapter, Nano) for _, _, adapter in find(model))
 
 
 def initial_carry(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
@@ -137,6 +145,11 @@ def training_step(
     ema: Any,
 ) -> Step:
     """Forward, loss, backward, every optimiser, EMA: what the official training loop does."""
+    if _is_nano(model):
+        raise bad_argument(
+            "profile", "train", "False for nano-trm, whose loss and optimisers are its own", True,
+            "Give the step itself: run=lambda: model.training_step(batch, 0).",
+        )  # fmt: skip
     head = model if _returns_loss(model) else ACTLossHead(model)
     call = _caller(head, batch, carry)
     size = next(iter(batch.values())).shape[0]

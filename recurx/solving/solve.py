@@ -51,10 +51,11 @@ def solve(
     """Answer a batch with at most `max_steps` supervision steps a sample, without gradient.
 
     Args:
-        model: a recurx TRM or HRM, or an official one (patched or not), with or without its loss
-            head. Runs in evaluation mode, whatever its own; of recurx's models nothing is changed
-            for that, so that several threads may ask one model (recurx/solving/asking.py). Its
-            weights are packed for the kernels once: nobody may write to them meanwhile.
+        model: a recurx TRM or HRM, or an official one (patched or not), inside a loss head, DDP or
+            `torch.compile` or not. Runs in evaluation mode, whatever its own; of recurx's models
+            nothing is changed for that, so that several threads may ask one model
+            (recurx/solving/asking.py). Its weights are packed for the kernels once: nobody may
+            write to them meanwhile.
         batch: "inputs" [B, T] integers, and "puzzle_identifiers" [B] (zeros if absent).
         max_steps: budget a sample; it may exceed the steps the model was trained with.
         halt: "q" ends a row as training does (q_halt > 0, or q_halt > q_continue with Q-learning);
@@ -122,19 +123,28 @@ def solve(
 
 
 def _act_model(model: nn.Module) -> Any:
-    """The ACT wrapper itself: official loss heads hold it as `.model`."""
-    wrapper = model if hasattr(model, "inner") else getattr(model, "model", model)
-    inner = getattr(wrapper, "inner", None)
-    if not hasattr(wrapper, "initial_carry") or not hasattr(inner, "reset_carry"):
-        raise bad_argument(
-            "solve", "model", "a TRM or HRM with initial_carry() and inner.reset_carry()",
-            type(model).__name__, "Use recurx.models.TRM, or an official model.",
-        )  # fmt: skip
-    return wrapper
+    """The ACT wrapper itself, inside loss heads, DDP and whatever else wraps it."""
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        inner = getattr(module, "inner", None)
+        if hasattr(module, "initial_carry") and hasattr(inner, "reset_carry"):
+            return module
+    hint = "Use recurx.models.TRM, or an official model."
+    if hasattr(model, "lenet"):
+        hint = "This is nano-trm's: recurx.patch it and run its own validation."
+    raise bad_argument(
+        "solve", "model", "a TRM or HRM with initial_carry() and inner.reset_carry()",
+        type(model).__name__, hint,
+    )  # fmt: skip
 
 
 def _complete(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    inputs = batch.get("inputs") if isinstance(batch, Mapping) else None
+    if not isinstance(batch, Mapping):
+        raise bad_argument(
+            "solve", "batch", 'a mapping with "inputs", token ids [B, T]', type(batch).__name__,
+            'Of Examples: {"inputs": torch.from_numpy(examples.inputs), "puzzle_identifiers": '
+            "torch.from_numpy(examples.identifiers)}, some dozens at once.",
+        )  # fmt: skip
+    inputs = batch.get("inputs")
     if not isinstance(inputs, Tensor) or inputs.ndim != 2 or inputs.is_floating_point():
         got = f"{inputs.dtype} {list(inputs.shape)}" if isinstance(inputs, Tensor) else repr(inputs)
         raise bad_argument("solve", "batch['inputs']", "integer token ids [B, T]", got)

@@ -29,7 +29,7 @@ def told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("backend", ["auto", "eager"])
-@pytest.mark.parametrize("edit", ["lora_around", "biased", "backward_pre_hook", "net_replaced"])
+@pytest.mark.parametrize("edit", ["forward_hook", "biased", "backward_pre_hook", "net_replaced"])
 def test_changed_code_runs_as_it_is_and_says_so_once(
     edit: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
