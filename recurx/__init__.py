@@ -28,7 +28,7 @@ _EXPORTS = {
     "recurse": "recurx.api",
     "explain": "recurx.explanation",
     "patch": "recurx.patching",
-    "profile": "recurx.profiler",
+    "profile": "recurx.bench.profiler",
     "load_checkpoint": "recurx.checkpoint",
     "save_checkpoint": "recurx.checkpoint",
     "solve": "recurx.solving.solve",

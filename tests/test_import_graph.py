@@ -53,7 +53,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("quantization", "onnx_export"),
     ("explanation",),
     ("train",),
-    ("profiler",),
+    ("bench.profiler",),
     ("experiments.tasks",),
     ("experiments.hybrid", "_checkout"),
     ("hybrid",),

@@ -86,8 +86,13 @@ def _training(model: Any) -> dict[str, Any]:
 def _run_under_nvtx(model: Any, asked: Options) -> int:
     import torch
 
-    from recurx.profiler import nvtx_ranges
-    from recurx.profiler.step import initial_carry, random_batch, supervision_step, training_step
+    from recurx.bench.profiler import nvtx_ranges
+    from recurx.bench.profiler.step import (
+        initial_carry,
+        random_batch,
+        supervision_step,
+        training_step,
+    )
 
     if not torch.cuda.is_available():
         raise InvalidArgument("--nvtx: needs a CUDA device; run without it for a profile here.")

@@ -15,10 +15,10 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from recurx.profiler.attribute import KINDS, NET_STAGES, STAGES, kind_of
-from recurx.profiler.result import Result, short
-from recurx.profiler.roofline import roofline
-from recurx.profiler.trace import chrome_trace, ranges
+from recurx.bench.profiler.attribute import KINDS, NET_STAGES, STAGES, kind_of
+from recurx.bench.profiler.result import Result, short
+from recurx.bench.profiler.roofline import roofline
+from recurx.bench.profiler.trace import chrome_trace, ranges
 
 GROUPS = {
     "net": "recursion, by stage of a block (all net calls together)",

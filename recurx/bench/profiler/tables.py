@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from recurx.bench.profiler.attribute import STAGES
+from recurx.bench.profiler.records import BACKWARD, Op, Trace
+from recurx.bench.profiler.result import Call, Engine, Row, Sync, empty_row
 from recurx.measure import Ceilings
-from recurx.profiler.attribute import STAGES
-from recurx.profiler.records import BACKWARD, Op, Trace
-from recurx.profiler.result import Call, Engine, Row, Sync, empty_row
 
 
 def operator_ms(trace: Trace, step_ms: float) -> tuple[list[float], float]:

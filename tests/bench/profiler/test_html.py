@@ -17,13 +17,13 @@ import pytest
 import torch
 
 import recurx
+from recurx.bench.profiler.report import html
+from recurx.bench.profiler.result import Call, Engine, Row, Sync
+from recurx.bench.profiler.roofline import roofline
 from recurx.measure import Ceilings
 from recurx.models import TRM, TRMConfig
-from recurx.profiler.report import html
-from recurx.profiler.result import Call, Engine, Row, Sync
-from recurx.profiler.roofline import roofline
 from recurx.train import AdamATan2
-from tests.profiler.profile_cases import build, profile
+from tests.bench.profiler.profile_cases import build, profile
 
 VOID = {"meta", "link", "br"}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")

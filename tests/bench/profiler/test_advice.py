@@ -7,10 +7,10 @@ import torch
 
 from recurx import trials, verdicts
 from recurx.bench.problems import problem_of_config
+from recurx.bench.profiler import advice
 from recurx.models import TRMConfig
 from recurx.plan import Device
 from recurx.plan.device import cpu_device
-from recurx.profiler import advice
 
 
 @pytest.mark.parametrize(

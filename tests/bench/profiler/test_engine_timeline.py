@@ -12,8 +12,8 @@ import recurx
 from emulator.build import unavailable
 from emulator.owner import emulate, installed
 from recurx.backends.cuda_abi import PHASES
+from recurx.bench.profiler.trace import chrome_trace
 from recurx.models import TRM, TRMConfig
-from recurx.profiler.trace import chrome_trace
 
 pytestmark = [
     pytest.mark.slow,

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 import recurx
+from recurx.bench.profiler import attribute, roles, stage
+from recurx.bench.profiler.fused import OPS
+from recurx.bench.profiler.step import initial_carry, random_batch, training_step
+from recurx.bench.profiler.tables import make_engines
+from recurx.bench.profiler.tracer import Tracer
 from recurx.models import HRM, TRM, HRMConfig, TRMConfig
-from recurx.profiler import attribute, roles, stage
-from recurx.profiler.fused import OPS
-from recurx.profiler.step import initial_carry, random_batch, training_step
-from recurx.profiler.tables import make_engines
-from recurx.profiler.tracer import Tracer
 from recurx.train import AdamATan2, Average
 from tests import lookalike
-from tests.profiler.profile_cases import (
+from tests.bench.profiler.profile_cases import (
     ATTENTION_STAGES,
     BLOCK_STAGES,
     CASES,

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
-from recurx.profiler.records import BACKWARD, Op, Trace
+from recurx.bench.profiler.records import BACKWARD, Op, Trace
 
 # Stage -> (group, label), in the order of the report. Stages of a block are those of
 # `recurx.plan.count`; a name not listed is a range of the user, or a module of foreign code.

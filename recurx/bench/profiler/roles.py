@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
+from recurx.bench.profiler.records import Where
 from recurx.nets import is_block_stack
 from recurx.patching.install import find
-from recurx.profiler.records import Where
 
 # Attribute path below a block -> part. `self_attn` and the MLPs themselves hold what lies between
 # their products: rotary embedding and attention, or the gate's activation.

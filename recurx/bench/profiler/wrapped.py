@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 
 from recurx import reference
+from recurx.bench.profiler.records import Position, Where
 from recurx.nets import WEIGHT_NAMES, Net
 from recurx.patching.handle import PatchHandle
-from recurx.profiler.records import Position, Where
 
 # Functions that official code imports by name into the file of its attention.
 ATTENTION_FUNCTIONS = ("flash_attn_func", "scaled_dot_product_attention")

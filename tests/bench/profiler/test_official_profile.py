@@ -10,10 +10,15 @@ import pytest
 import torch
 
 import recurx
-from recurx.profiler.attribute import STAGES
+from recurx.bench.profiler.attribute import STAGES
 from recurx.train import AdamATan2
 from tests import official
-from tests.profiler.profile_cases import ATTENTION_STAGES, BLOCK_STAGES, TOKEN_STAGES, kernels_of
+from tests.bench.profiler.profile_cases import (
+    ATTENTION_STAGES,
+    BLOCK_STAGES,
+    TOKEN_STAGES,
+    kernels_of,
+)
 
 # system, changes, net calls, blocks of all calls
 CASES = [

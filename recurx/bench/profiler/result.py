@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from recurx.bench.profiler.attribute import STAGES
+from recurx.bench.profiler.records import Op
 from recurx.errors import bad_argument
 from recurx.measure import Ceilings
-from recurx.profiler.attribute import STAGES
-from recurx.profiler.records import Op
 
 
 @dataclass

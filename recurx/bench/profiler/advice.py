@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from recurx.bench.profiler.attribute import NET_STAGES, PRODUCTS
+from recurx.bench.profiler.result import Row, short
+from recurx.bench.profiler.step import device_of
 from recurx.errors import RecurxError, UnsupportedModel
 from recurx.explanation import explain
 from recurx.measure import seconds_of
@@ -23,9 +26,6 @@ from recurx.patching.handle import PatchHandle, installed
 from recurx.patching.install import find
 from recurx.plan import Device, LaunchPlan
 from recurx.problem import Problem
-from recurx.profiler.attribute import NET_STAGES, PRODUCTS
-from recurx.profiler.result import Row, short
-from recurx.profiler.step import device_of
 from recurx.route import EAGER, Request, route
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from recurx.profiler.counts import Place
-from recurx.profiler.fused import Split
+from recurx.bench.profiler.counts import Place
+from recurx.bench.profiler.fused import Split
 
 FORWARD, BACKWARD = "forward", "backward"
 

@@ -12,9 +12,9 @@ bytes, syncs), `attribute.py` (operator -> stage), `kernels.py` (CUDA), `result.
 templates; `run.py` puts it together.
 """
 
-from recurx.profiler.nvtx import nvtx_ranges
-from recurx.profiler.report import Profile
-from recurx.profiler.run import profile
-from recurx.profiler.tracer import stage
+from recurx.bench.profiler.nvtx import nvtx_ranges
+from recurx.bench.profiler.report import Profile
+from recurx.bench.profiler.run import profile
+from recurx.bench.profiler.tracer import stage
 
 __all__ = ["Profile", "nvtx_ranges", "profile", "stage"]

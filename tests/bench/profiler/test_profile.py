@@ -16,21 +16,21 @@ from torch.nn.modules import module as module_hooks
 
 import recurx
 from recurx import backends, reference
+from recurx.bench.profiler import counts, fused, nvtx_ranges
+from recurx.bench.profiler.attribute import resolve
+from recurx.bench.profiler.kernels import attach, commands
+from recurx.bench.profiler.records import Op, Trace
+from recurx.bench.profiler.result import Timeline
+from recurx.bench.profiler.roles import roles_of
+from recurx.bench.profiler.step import initial_carry, random_batch, supervision_step
+from recurx.bench.profiler.tables import make_rows, operator_ms
+from recurx.bench.profiler.trace import chrome_trace
+from recurx.bench.profiler.tracer import Tracer
 from recurx.errors import InvalidArgument
 from recurx.models import TRM, TRMConfig
-from recurx.profiler import counts, fused, nvtx_ranges
-from recurx.profiler.attribute import resolve
-from recurx.profiler.kernels import attach, commands
-from recurx.profiler.records import Op, Trace
-from recurx.profiler.result import Timeline
-from recurx.profiler.roles import roles_of
-from recurx.profiler.step import initial_carry, random_batch, supervision_step
-from recurx.profiler.tables import make_rows, operator_ms
-from recurx.profiler.trace import chrome_trace
-from recurx.profiler.tracer import Tracer
 from recurx.train import AdamATan2, Average
 from tests import lookalike
-from tests.profiler.profile_cases import build, profile
+from tests.bench.profiler.profile_cases import build, profile
 
 EVENTS = [
     {"owner": 1, "call": 0, "block": 0, "phase": "qkv", "start_ns": 1000, "end_ns": 3000},

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from recurx.bench.profiler.attribute import STAGES
+from recurx.bench.profiler.records import Where
+from recurx.bench.profiler.roles import roles_of
 from recurx.errors import bad_argument
-from recurx.profiler.attribute import STAGES
-from recurx.profiler.records import Where
-from recurx.profiler.roles import roles_of
 
 _NAMES = {"inner": "supervision step", "self_attn": "RoPE, attention", "act": "ACT wrapper"}
 

@@ -10,9 +10,9 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from recurx.profiler.attribute import NET_STAGES
-from recurx.profiler.records import BACKWARD, Op
-from recurx.profiler.result import Result, empty_row
+from recurx.bench.profiler.attribute import NET_STAGES
+from recurx.bench.profiler.records import BACKWARD, Op
+from recurx.bench.profiler.result import Result, empty_row
 
 HOST, GPU, ENGINE = 1, 2, 3  # process ids in the trace
 

@@ -9,9 +9,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from recurx.bench.profiler.attribute import kind_of
+from recurx.bench.profiler.result import Row
 from recurx.measure import Ceilings
-from recurx.profiler.attribute import kind_of
-from recurx.profiler.result import Row
 
 WIDTH, HEIGHT = 720, 430
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 46

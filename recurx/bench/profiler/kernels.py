@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from recurx.profiler.records import Op
-from recurx.profiler.tracer import MARK
+from recurx.bench.profiler.records import Op
+from recurx.bench.profiler.tracer import MARK
 
 STEP = "recurx::step"
 # Names of recurx's own kernels start so; without a CUDA profile they are what one looks for.
@@ -86,7 +86,7 @@ def commands(
     for name, _, us in kernels:
         total[name] += us
     lines = [
-        "# the steps inside `with recurx.profiler.nvtx_ranges(model):`, by net call, block, stage:",
+        "# the steps inside `with recurx.bench.profiler.nvtx_ranges(model):`, by call, block, stage:",
         f"nsys profile -t cuda,nvtx -c cudaProfilerApi -o recurx {script}",
         "nsys stats -r cuda_gpu_kern_sum,nvtx_gpu_proj_sum recurx.nsys-rep",
     ]

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recurx.bench.profiler.roles import roles_of
+from recurx.bench.profiler.tracer import stage
 from recurx.errors import bad_argument
 from recurx.models.losses import ACTLossHead
 from recurx.patching import probe
 from recurx.patching.install import find
 from recurx.patching.nano import Nano
-from recurx.profiler.roles import roles_of
-from recurx.profiler.tracer import stage
 
 
 class Step:

@@ -27,11 +27,11 @@ from torch.optim.optimizer import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recurx.profiler import counts
-from recurx.profiler.fused import Split
-from recurx.profiler.records import BACKWARD, Op, Position, Trace, Where
-from recurx.profiler.roles import Roles
-from recurx.profiler.wrapped import wrapped_attention, wrapped_reference
+from recurx.bench.profiler import counts
+from recurx.bench.profiler.fused import Split
+from recurx.bench.profiler.records import BACKWARD, Op, Position, Trace, Where
+from recurx.bench.profiler.roles import Roles
+from recurx.bench.profiler.wrapped import wrapped_attention, wrapped_reference
 
 MARK = "recurx#"  # record_function names, by which CUDA kernels find their operator
 

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recurx.bench.profiler import advice, kernels, result, step, tables
+from recurx.bench.profiler.attribute import NET_STAGES, PRODUCTS, resolve
+from recurx.bench.profiler.records import Trace, best_of
+from recurx.bench.profiler.report import Profile
+from recurx.bench.profiler.roles import roles_of
+from recurx.bench.profiler.tracer import Tracer, stage
 from recurx.errors import bad_argument
 from recurx.measure import Ceilings, seconds_of, synchronize
 from recurx.patching.handle import PatchHandle
-from recurx.profiler import advice, kernels, result, step, tables
-from recurx.profiler.attribute import NET_STAGES, PRODUCTS, resolve
-from recurx.profiler.records import Trace, best_of
-from recurx.profiler.report import Profile
-from recurx.profiler.roles import roles_of
-from recurx.profiler.tracer import Tracer, stage
 
 ROUNDS = 5  # untraced steps whose median is the step's time
 TRACES, TRACE_SECONDS = 3, 3.0  # traced steps, of which each operator's shortest time counts
@@ -61,7 +61,7 @@ def profile(
             one that it calls.
         run: your own step, called without arguments and run as it is (some ten times); it may
             train, and what it changes stays changed. Ranges of your own:
-            `from recurx.profiler import stage`.
+            `from recurx.bench.profiler import stage`.
         halting_steps: steps of deep supervision for the histogram of halting; fewer if `seconds`
             are over.
         compare: patch the model for a moment and time the same step on recurx.
@@ -237,7 +237,7 @@ def _notes(made: Profile, device: torch.device) -> list[str]:
     if other > 0.05:
         notes.append(
             f"{other:.0%} of the step is in no known stage; name your own ranges with "
-            "`from recurx.profiler import stage`."
+            "`from recurx.bench.profiler import stage`."
         )
     if device.type == "cuda" and not made.kernel_events:
         notes.append("torch.profiler recorded no kernel (no CUPTI?): stage times are the host's.")
