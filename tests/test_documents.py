@@ -41,7 +41,7 @@ from recurx.commands import COMMANDS, build_parser, main
 RUN = [name for name in PAGES if name == "README.md" or name.startswith("docs/")]
 SLOW = ("sudoku", "tasks", "training", "mazes", "language", "budgets")  # seconds to half a minute
 
-GPU, PACKAGES, OFFICIAL = "needs a GPU", "installs packages", "needs the official code"
+GPU, PACKAGES, OFFICIAL = "needs a GPU", "installs packages", "needs the official code", "needs an official checkpoint"
 REASONS = (GPU, PACKAGES, OFFICIAL)
 LANGUAGES = ("python", "bash", "text")  # text: what a command prints, or a formula
 
