@@ -41,8 +41,8 @@ from recurx.commands import COMMANDS, build_parser, main
 RUN = [name for name in PAGES if name == "README.md" or name.startswith("docs/")]
 SLOW = ("sudoku", "tasks", "training", "mazes", "language", "budgets")  # seconds to half a minute
 
-GPU, PACKAGES, OFFICIAL = "needs a GPU", "installs packages", "needs the official code", "needs an official checkpoint"
-REASONS = (GPU, PACKAGES, OFFICIAL)
+GPU, PACKAGES, OFFICIAL = "needs a GPU", "installs packages", "needs the official code"
+REASONS = (GPU, PACKAGES, OFFICIAL, "needs an official checkpoint")
 LANGUAGES = ("python", "bash", "text")  # text: what a command prints, or a formula
 
 # Options appended to a command, of which the last one counts: the same code in seconds.
