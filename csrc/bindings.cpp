@@ -2,6 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <stdexcept>
@@ -10,6 +16,7 @@
 #include <vector>
 
 #include "cpu/dispatch.hpp"
+#include "cpu/hash.hpp"
 #ifdef RX_CUDA
 #include "cuda/bindings.hpp"
 #endif
@@ -26,6 +33,7 @@ namespace {
 // (token_mlp, hidden, inner, heads, head_dim, tokens, token_inner, eps)
 using BlockTuple = std::tuple<bool, int, int, int, int, int, int, float>;
 using WeightTuple = std::tuple<uintptr_t, bool>;  // pointer, is bf16
+using RowsTuple = std::tuple<uintptr_t, size_t, size_t, size_t>;
 using StepTuple = std::tuple<int, int, std::vector<int>, std::vector<int>, int>;
 
 Dtype dtype_of(bool is_bf16) { return is_bf16 ? Dtype::bf16 : Dtype::f32; }
@@ -66,50 +74,71 @@ struct Program {
   Program(const Program&) = delete;
 };
 
-std::vector<PackedNet> views_of(const std::vector<const Packed*>& nets, size_t in, size_t out,
-                                int threads) {
-  if (nets.empty() || in != out || threads < 1)
-    throw std::invalid_argument("recurx._C: expected nets, an output a state, a thread or more");
-  for (const Packed* net : nets)
-    if (&net->engine() != &nets[0]->engine())
-      throw std::invalid_argument("recurx._C: the nets were packed for different engines");
-  std::vector<PackedNet> views;
-  for (const Packed* net : nets) views.push_back(net->view());
-  return views;
+// Runs Python's handlers of pending signals; true if one raised, as that of Ctrl-C does. Python
+// calls them on the main thread alone, so no other takes its lock for that.
+bool interrupted() {
+#if defined(__linux__)
+  if (syscall(SYS_gettid) != getpid()) return false;
+#endif
+  py::gil_scoped_acquire gil;
+  return PyErr_CheckSignals() != 0;
 }
 
-using Shape = std::tuple<int, int, int>;
-using Addresses = std::vector<uintptr_t>;
+// A recursion as Python gives it; holds what `Recursion` points to.
+struct Given {
+  std::vector<PackedNet> views;
+  Recursion recursion;
 
-Recursion recursion_of(const std::vector<PackedNet>& views, const Program& program,
-                       const Shape& shape, const Addresses& in, const Addresses& out, uintptr_t cos,
-                       uintptr_t sin) {
-  const auto [batch, tokens, hidden] = shape;
-  return {batch,
-          tokens,
-          hidden,
-          (int)in.size(),
-          (const void* const*)in.data(),
-          (void* const*)out.data(),
-          (int)program.steps.size(),
-          program.steps.data(),
-          (int)views.size(),
-          views.data(),
-          (const float*)cos,
-          (const float*)sin};
+  Given(const char* op, const std::vector<const Packed*>& nets, const Program& program,
+        const std::tuple<int, int, int>& shape, const void* const* in, void* const* out,
+        int num_states, uintptr_t cos, uintptr_t sin) {
+    if (nets.empty() || num_states < 1)
+      throw std::invalid_argument(std::string(op) + ": expected nets, x, and one output a state");
+    for (const Packed* net : nets) {
+      if (&net->engine() != &nets[0]->engine())
+        throw std::invalid_argument(std::string(op) + ": nets packed for different engines");
+      views.push_back(net->view());
+    }
+    const auto [batch, tokens, hidden] = shape;
+    recursion = {batch,
+                 tokens,
+                 hidden,
+                 num_states,
+                 in,
+                 out,
+                 (int)program.steps.size(),
+                 program.steps.data(),
+                 (int)views.size(),
+                 views.data(),
+                 (const float*)cos,
+                 (const float*)sin};
+  }
+};
+
+// Without Python's lock; what a signal's handler raised goes on as the error that it is.
+template <class Work>
+void interruptible(Work work) {
+  bool done;
+  {
+    py::gil_scoped_release release;
+    done = work();
+  }
+  if (!done) throw py::error_already_set();
 }
 
 void run_recursion(const std::vector<const Packed*>& nets, const Program& program,
-                   const Shape& shape, const Addresses& in, const Addresses& out, uintptr_t cos,
-                   uintptr_t sin, int threads) {
-  const std::vector<PackedNet> views = views_of(nets, in.size(), out.size(), threads);
-  const Recursion recursion = recursion_of(views, program, shape, in, out, cos, sin);
-  py::gil_scoped_release release;
-  rx::cpu::run(nets[0]->engine(), recursion, threads);
+                   const std::tuple<int, int, int>& shape, const std::vector<uintptr_t>& in,
+                   const std::vector<uintptr_t>& out, uintptr_t cos, uintptr_t sin, int threads) {
+  if (in.size() != out.size())
+    throw std::invalid_argument("cpu_run: expected nets, x, and one output a state");
+  const Given given("cpu_run", nets, program, shape, (const void* const*)in.data(),
+                    (void* const*)out.data(), (int)in.size(), cos, sin);
+  interruptible(
+      [&] { return rx::cpu::run(nets[0]->engine(), given.recursion, threads, interrupted); });
 }
 
-using KeptTuple =
-    std::tuple<uintptr_t, size_t, uintptr_t, size_t>;  // values, floats: where, how many
+using Addresses = std::vector<uintptr_t>;
+using KeptTuple = std::tuple<uintptr_t, size_t, uintptr_t, size_t>;  // values and floats: how many
 
 Window window_of(const Engine& engine, const Recursion& recursion, int save,
                  const KeptTuple& kept) {
@@ -117,32 +146,39 @@ Window window_of(const Engine& engine, const Recursion& recursion, int save,
   const KeptSize size = engine.window.kept_size(recursion, (Save)save);
   const size_t batch = (size_t)recursion.batch;
   if (num_values != size.values * batch || num_floats != size.floats * batch)
-    throw std::invalid_argument("recurx._C: what a window keeps has another size");
+    throw std::invalid_argument("cpu_window: what a window keeps has another size");
   return {recursion, (Save)save, (void*)values, (float*)floats, {}, {}, {}, {}};
 }
 
 void window_forward(const std::vector<const Packed*>& nets, const Program& program,
-                    const Shape& shape, const Addresses& in, const Addresses& out, uintptr_t cos,
-                    uintptr_t sin, int save, const KeptTuple& kept, int threads) {
-  const std::vector<PackedNet> views = views_of(nets, in.size(), out.size(), threads);
-  const Recursion recursion = recursion_of(views, program, shape, in, out, cos, sin);
-  const Window window = window_of(nets[0]->engine(), recursion, save, kept);
-  py::gil_scoped_release release;
-  rx::cpu::run_window(nets[0]->engine(), window, false, threads);
+                    const std::tuple<int, int, int>& shape, const Addresses& in,
+                    const Addresses& out, uintptr_t cos, uintptr_t sin, int save,
+                    const KeptTuple& kept, int threads) {
+  if (in.size() != out.size())
+    throw std::invalid_argument("cpu_window_forward: expected nets, x, and one output a state");
+  const Given given("cpu_window_forward", nets, program, shape, (const void* const*)in.data(),
+                    (void* const*)out.data(), (int)in.size(), cos, sin);
+  const Engine& engine = nets[0]->engine();
+  const Window window = window_of(engine, given.recursion, save, kept);
+  interruptible([&] { return rx::cpu::run_window(engine, window, false, threads, interrupted); });
 }
 
 void window_backward(const std::vector<const Packed*>& nets, const Program& program,
-                     const Shape& shape, const Addresses& in, uintptr_t cos, uintptr_t sin,
-                     int save, const KeptTuple& kept, const std::vector<WeightTuple>& weights,
-                     const Addresses& d_out, const Addresses& d_in, const Addresses& d_weights,
-                     int threads) {
-  const std::vector<PackedNet> views = views_of(nets, in.size(), d_in.size(), threads);
-  const Recursion recursion = recursion_of(views, program, shape, in, in, cos, sin);
-  Window window = window_of(nets[0]->engine(), recursion, save, kept);
+                     const std::tuple<int, int, int>& shape, const Addresses& in, uintptr_t cos,
+                     uintptr_t sin, int save, const KeptTuple& kept,
+                     const std::vector<WeightTuple>& weights, const Addresses& d_out,
+                     const Addresses& d_in, const Addresses& d_weights, int threads) {
+  const Given given("cpu_window_backward", nets, program, shape, (const void* const*)in.data(),
+                    (void* const*)in.data(), (int)in.size(), cos, sin);
+  const Engine& engine = nets[0]->engine();
+  Window window = window_of(engine, given.recursion, save, kept);
   size_t expected = 0;
-  for (const PackedNet& net : views) expected += net.num_blocks * weights_per_block;
-  if (weights.size() != expected || d_weights.size() != expected || d_out.size() != in.size())
-    throw std::invalid_argument("cpu_window_backward: expected four weights a block");
+  for (const PackedNet& net : given.views) expected += net.num_blocks * weights_per_block;
+  if (weights.size() != expected || d_weights.size() != expected || d_out.size() != in.size() ||
+      d_in.size() != in.size())
+    throw std::invalid_argument(
+        "cpu_window_backward: expected four weights a block, and a "
+        "gradient of x and each state");
   std::vector<RawWeight> raw;
   for (const auto& [pointer, is_bf16] : weights)
     raw.push_back({(const void*)pointer, dtype_of(is_bf16)});
@@ -150,20 +186,98 @@ void window_backward(const std::vector<const Packed*>& nets, const Program& prog
   window.d_out = (const void* const*)d_out.data();
   window.d_in = (void* const*)d_in.data();
   window.d_weights = (float* const*)d_weights.data();
-  py::gil_scoped_release release;
-  rx::cpu::run_window(nets[0]->engine(), window, true, threads);
+  interruptible([&] { return rx::cpu::run_window(engine, window, true, threads, interrupted); });
 }
 
-uint64_t fingerprint_of(const std::vector<std::tuple<uintptr_t, size_t>>& tensors) {
-  std::vector<Span> spans;
-  for (const auto& [pointer, bytes] : tensors) spans.push_back({(const void*)pointer, bytes});
+// The solve that this thread is in: rows that ended, and who is told.
+thread_local const std::atomic<int>* rows_done = nullptr;
+thread_local const py::object* rows_told = nullptr;
+
+bool told_or_interrupted() {
+  if (interrupted()) return true;
+  py::gil_scoped_acquire gil;
+  try {
+    (*rows_told)(rows_done->load());
+  } catch (py::error_already_set& error) {
+    error.restore();
+    return true;
+  }
+  return false;
+}
+
+template <class T>
+T* pointer(const py::dict& how, const char* name) {
+  return (T*)how[name].cast<uintptr_t>();
+}
+
+void solve_queue(const std::vector<const Packed*>& nets, const Program& program,
+                 const std::tuple<int, int, int>& shape, const std::vector<uintptr_t>& start,
+                 uintptr_t cos, uintptr_t sin, int threads, const py::dict& how,
+                 const py::object& progress) {
+  const Given given("cpu_solve", nets, program, shape, nullptr, nullptr, (int)start.size(), cos,
+                    sin);
+  std::atomic<int> done{0};
+  Solving asked{};
+  asked.rows = std::get<0>(shape);
+  asked.max_steps = how["max_steps"].cast<int>();
+  asked.by_q = how["by_q"].cast<bool>();
+  asked.against_continue = how["against_continue"].cast<bool>();
+  asked.by_answer = how["by_answer"].cast<bool>();
+  asked.above = how["above"].cast<float>();
+  asked.patience = how["patience"].cast<int>();
+  asked.sigma = how["sigma"].cast<float>();
+  asked.seed = how["seed"].cast<uint64_t>();
+  asked.numbers = pointer<const int64_t>(how, "numbers");
+  asked.x = (const void*)start[0];
+  asked.start = (const void* const*)start.data();
+  asked.start_each = how["start_each"].cast<bool>();
+  asked.output = how["output"].cast<int>();
+  asked.prefix = how["prefix"].cast<int>();
+  asked.vocab = how["vocab"].cast<int>();
+  asked.lm_head = pointer<const void>(how, "lm_head");
+  asked.q_head = pointer<const void>(how, "q_head");
+  const auto bias = how["q_bias"].cast<std::tuple<float, float>>();
+  asked.q_bias[0] = std::get<0>(bias);
+  asked.q_bias[1] = std::get<1>(bias);
+  asked.answers = pointer<int64_t>(how, "answers");
+  asked.steps = pointer<int64_t>(how, "steps");
+  asked.halted = pointer<bool>(how, "halted");
+  asked.final = pointer<void>(how, "final");
+  asked.trace = pointer<int64_t>(how, "trace");
+  asked.done = &done;
+  const bool tells = !progress.is_none();
+  const auto* outer_done = rows_done;
+  const auto* outer_told = rows_told;
+  if (tells) rows_done = &done, rows_told = &progress;
+  interruptible([&] {
+    const bool finished = rx::cpu::solve(nets[0]->engine(), given.recursion, asked, threads,
+                                         tells ? told_or_interrupted : interrupted);
+    rows_done = outer_done;
+    rows_told = outer_told;
+    return finished;
+  });
+}
+
+uint64_t digest_of(const std::vector<RowsTuple>& tensors, int threads) {
+  std::vector<Rows> all;
+  for (const auto& [data, rows, bytes, stride] : tensors)
+    all.push_back({(const void*)data, rows, bytes, stride});
   py::gil_scoped_release release;
-  return fingerprint(spans);
+  return digest(all, threads);
+}
+
+// Without Python's lock: whoever has the engine's may be waiting for it.
+template <class Result, class... Given>
+auto unlocked(Result (*call)(Given...)) {
+  return [call](Given... given) {
+    py::gil_scoped_release release;
+    return call(given...);
+  };
 }
 
 py::dict phase_times() {
   py::dict times;
-  const std::vector<double> seconds = phase_seconds();
+  const std::vector<double> seconds = unlocked(phase_seconds)();
   for (size_t i = 0; i < seconds.size(); ++i) times[kPhaseNames[i]] = seconds[i];
   return times;
 }
@@ -185,6 +299,9 @@ PYBIND11_MODULE(RX_MODULE_NAME, m) {
 
   m.def("cpu_isas", &usable_isas, "Instruction sets usable here, slowest first.");
   m.def("cpu_isa", &chosen_isa, "The one in use: the best, or what RECURX_CPU_ISA names.");
+  m.def(
+      "cpu_dot_gain", &dot_gain,
+      "Times that products of bf16 pairs are faster than by FMA here; 0 where that is no choice.");
   m.def("cpu_pack", &pack, py::arg("blocks"), py::arg("weights"), py::arg("bf16_states"),
         py::arg("isa"), "Pack the weights of a net; weights are (pointer, is_bf16), [out, in].");
   m.def("cpu_run", &run_recursion, py::arg("nets"), py::arg("program"), py::arg("shape"),
@@ -202,12 +319,20 @@ PYBIND11_MODULE(RX_MODULE_NAME, m) {
   m.def(
       "cpu_on_huge_pages", [](uintptr_t data, size_t bytes) { on_huge_pages((void*)data, bytes); },
       py::arg("data"), py::arg("bytes"), "Ask for huge pages inside fresh memory.");
-  m.def("cpu_fingerprint", &fingerprint_of, py::arg("tensors"),
-        "Hash of a sample of each (pointer, bytes), to notice weights changed in place.");
-  m.def("cpu_profile", &set_profiling, py::arg("on"), "Switch the phase clock; resets it.");
+  m.def("cpu_solve", &solve_queue, py::arg("nets"), py::arg("program"), py::arg("shape"),
+        py::arg("start"), py::arg("cos"), py::arg("sin"), py::arg("threads"), py::arg("how"),
+        py::arg("progress"),
+        "Refine a queue of rows, a Program a supervision step, until each halts. `start` holds x "
+        "[rows, T, D] and the start of each state; `how` the fields of Solving in "
+        "csrc/cpu/dispatch.hpp; `progress` is called with the rows that ended, or is None.");
+  m.def("cpu_digest", &digest_of, py::arg("tensors"), py::arg("threads"),
+        "Hash of every byte of tensors (pointer, rows, bytes of a row, bytes from row to row).");
+  m.def("cpu_profile", unlocked(set_profiling), py::arg("on"),
+        "Switch the phase clock; resets it.");
   m.def("cpu_phase_times", &phase_times,
         "Seconds in each phase since cpu_profile, summed over threads.");
-  m.def("cpu_scratch_bytes", &scratch_held, "Scratch that the engine keeps between calls.");
+  m.def("cpu_scratch_bytes", unlocked(scratch_held),
+        "Scratch that the engine keeps between calls.");
 
 #ifdef RX_CUDA
   rx::cuda::bind(m);

@@ -86,8 +86,7 @@ def _sources(pattern: str) -> list[str]:
 
 def _isa(path: str) -> str:
     """The instruction set in a file's name: csrc/cpu/gemm_avx512.cpp -> avx512, others -> ""."""
-    suffix = Path(path).stem.rpartition("_")[2]
-    return suffix if suffix in tools.ISA_FLAGS else ""
+    return next((isa for isa in tools.ISA_FLAGS if Path(path).stem.endswith(f"_{isa}")), "")
 
 
 # ---------------------------------------------------------------- the ninja file

@@ -22,13 +22,18 @@ from pathlib import Path
 CXX_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread")
 
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
-_AMX = (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8")
+_DOT = (*_AVX512, "-mavx512bf16")
+_AMX = (*_DOT, "-mamx-tile", "-mamx-bf16", "-mamx-int8")
+_BFDOT = ("-march=armv8.2-a+bf16",)
 # File suffix -> flags, and macros of which one proves that the compiler really targets it: some
 # compilers for other processors merely warn about an unknown -m flag. Lowest level first.
 ISA_FLAGS = {
     "avx2": (("-mavx2", "-mfma"), ("__AVX2__",)),
     "avx512": (_AVX512, ("__AVX512DQ__",)),
+    "avx512_bf16": (_DOT, ("__AVX512BF16__",)),
     "amx": (_AMX, ("__AMX_BF16__", "__AMXBF16__")),  # the second: clang before 16
+    "neon": ((), ("__aarch64__",)),
+    "neon_bf16": (_BFDOT, ("__ARM_FEATURE_BF16_VECTOR_ARITHMETIC",)),
 }
 
 # Words that may stand before the compiler in CXX: they run it, or answer from a cache.

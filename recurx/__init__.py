@@ -6,11 +6,13 @@ Names load on first use, so that `import recurx` costs little more than `import 
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
 
-from recurx import _checkout
+from recurx import _checkout, forking
 
 _checkout.install()
+os.register_at_fork(before=forking.wait_for_imports)
 
 __version__ = "0.1.0"
 
@@ -26,7 +28,7 @@ _EXPORTS = {
     "recurse": "recurx.api",
     "explain": "recurx.explanation",
     "patch": "recurx.patching",
-    "profile": "recurx.profiler",
+    "profile": "recurx.bench.profiler",
     "load_checkpoint": "recurx.checkpoint",
     "save_checkpoint": "recurx.checkpoint",
     "solve": "recurx.solving.solve",
@@ -34,6 +36,7 @@ _EXPORTS = {
     "Fill": "recurx.solving.solve",
     "shipped": "recurx.shipped_nets",
     "quantize": "recurx.quantization",
+    "export_onnx": "recurx.onnx_export",
     "LaunchPlan": "recurx.plan",
     "cost": "recurx.plan",
     "RecurxError": "recurx.errors",

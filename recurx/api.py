@@ -17,7 +17,7 @@ from torch.autograd import profiler as torch_profiler
 from recurx import backends, ops, recompute, reference, trials
 from recurx import route as routes
 from recurx.checks import PLAIN_TENSORS, SAVE, Call, Given, checked
-from recurx.errors import RecurxError, bad_argument
+from recurx.errors import BackendUnavailable, RecurxError, bad_argument
 from recurx.operands import CosSin, Span
 from recurx.problem import encode
 from recurx.route import EAGER, Request, Route
@@ -62,7 +62,9 @@ def recurse(
         schedule: which net is called on which states; see `Schedule.trm` and its siblings.
         nets: {name: net} with each name of `schedule.nets`: a `recurx.Net`, a module of TRM/HRM
             blocks under the official attribute names, or (eager backend only) any callable
-            [B, T, D] -> [B, T, D]. Weights are masters of any floating dtype; they are used
+            [B, T, D] -> [B, T, D]. Blocks are fused only if they are proved to be what their
+            weights tell (`recurx.proof`); else "auto" and "eager" run their own code. Weights are
+            masters of any floating dtype; they are used
             rounded to the dtype of the states.
         x: [B, T, D] embedded input, of the states' dtype; any strides; B may be 0.
         carry: {name: [B, T, D]} with each name of `schedule.states`; never modified.
@@ -80,8 +82,10 @@ def recurse(
         and the states come back in the dtype they came in.
 
     Raises:
-        InvalidArgument: wrong or mixed shapes, dtypes, devices; unknown or missing names.
+        InvalidArgument: wrong or mixed shapes, dtypes, devices; unknown or missing names; a tensor
+            whose memory was freed.
         BackendUnavailable: an explicit backend cannot run here, or cannot run this problem.
+        UnsupportedModel: a module is not what its weights tell and has no code that could run.
         RecurxError: in the backward, under create_graph=True.
 
     Source: HRM (arXiv 2506.21734) section 2; TRM (arXiv 2510.04871) section 4.
@@ -89,14 +93,18 @@ def recurse(
     call = checked(Given(schedule, nets, x, carry, backend, cos_sin, start_from, stop_after, save))
     if call.schedule.detach_carry:
         call = call._replace(states={name: s.detach() for name, s in call.states.items()})
+    tensors = (call.x, *call.states.values(), *call.weights, *(call.rope or ()))
+    traced = torch.compiler.is_compiling() or _transformed(tensors)  # only operators see inside
+    if not traced:
+        call.operands(call.states).check_memory(call.schedule.states, call.specs)
     device = x.device.type
     # A plain callable is somebody's own PyTorch: autocast stays as they set it.
     if call.opaque or not torch.is_autocast_enabled(device):
-        return _run(call)
+        return _run(call, traced)
     dtype = torch.get_autocast_dtype(device)
     cast = {name: state.to(dtype) for name, state in call.states.items()}
     with torch.autocast(device, enabled=False):
-        out = _run(call._replace(x=x.to(dtype), states=cast, checked=None))
+        out = _run(call._replace(x=x.to(dtype), states=cast, checked=None), traced)
     return {name: state.to(x.dtype) for name, state in out.items()}
 
 
@@ -109,21 +117,21 @@ class _Way(NamedTuple):
     forward: str
 
 
-def _run(call: Call) -> dict[str, Tensor]:
+def _run(call: Call, traced: bool) -> dict[str, Tensor]:
     """Calls before the window without gradient, the window differentiably."""
     tensors = (call.x, *call.states.values(), *call.weights, *(call.rope or ()))
     grad = torch.is_grad_enabled()
     grad = grad and (bool(call.opaque) or any(t.requires_grad for t in tensors))
-    forward_mode = forward_ad._current_level >= 0
-    if forward_mode and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        if call.backend not in ("auto", EAGER):
-            raise RecurxError(
-                f"recurx.recurse: backend {call.backend!r} has no forward-mode derivative; use "
-                'backend="eager", which is plain PyTorch.'
-            )
-        call = call._replace(backend=EAGER, checked=None)
+    if not torch.compiler.is_compiling() and (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or (
+            forward_ad._current_level >= 0
+            and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+        )
+    ):
+        return _by_operators(call)
     direct = False
-    if torch.compiler.is_compiling() or call.opaque or _transformed(tensors):
+    if traced or call.opaque:
         way = _traced_way(call, grad)
     else:
         watched = _watched()
@@ -150,6 +158,25 @@ def _run(call: Call) -> dict[str, Tensor]:
     key, operands = encode(call.schedule, call.specs), call.operands(states)
     out = ops.window_op(*operands.flat(), key, way.backward, way.forward, *span, call.save)
     return dict(zip(states, out, strict=False))  # what follows the states is kept
+
+
+def _by_operators(call: Call) -> dict[str, Tensor]:
+    """For torch.func (vmap, grad, jvp, hessian, ...) and dual tensors: operators of PyTorch alone,
+    which it batches and differentiates, as often as one likes."""
+    if call.backend not in ("auto", EAGER):
+        raise RecurxError(
+            f"recurx.recurse: backend {call.backend!r} knows no torch.func transform (vmap, grad, "
+            'jvp, ...) and no forward-mode derivative; use backend="eager", which is plain PyTorch.'
+        )
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    states, first = call.states, min(max(call.start, call.schedule.grad_from), call.stop)
+    fixed = call.schedule, call.bound(), call.x
+    with sdpa_kernel(SDPBackend.MATH):  # the fused ones are differentiated but once
+        if first > call.start:
+            states = reference.run(*fixed, states, call.rope, call.start, first)
+            states = {name: state.detach() for name, state in states.items()}
+        return reference.run(*fixed, states, call.rope, first, call.stop)
 
 
 def _before_window(call: Call, way: _Way | Route, direct: bool) -> dict[str, Tensor]:
@@ -195,6 +222,14 @@ def _traced_way(call: Call, grad: bool) -> _Way:
     The window must be decided here. A wrong guess is refused when the op runs.
     """
     if call.opaque and (call.backend not in ("auto", EAGER) or call.save != "all"):
+        difference = getattr(call.bound()[call.opaque[0]], "difference", None)
+        if difference is not None:
+            raise BackendUnavailable(
+                f"recurx.recurse: backend {call.backend!r} with save={call.save!r} cannot run "
+                f"nets[{call.opaque[0]!r}], which is not the net that its weights tell: "
+                f'{difference}. backend="eager" or "auto" with save="all" run its own code on '
+                "PyTorch, as they run any callable."
+            )
         raise bad_argument(
             "recurse",
             f"nets[{call.opaque[0]!r}]",
@@ -242,10 +277,7 @@ def _transformed(tensors: tuple[Tensor, ...]) -> bool:
             return True
         if tensor.layout is not torch.strided or tensor.is_neg() or tensor._is_zerotensor():
             return True
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-    )
+    return torch._C._get_tracing_state() is not None
 
 
 def _once(states: dict[str, Tensor]) -> dict[str, Tensor]:

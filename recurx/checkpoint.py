@@ -1,7 +1,7 @@
 """Reading official checkpoints and our own, and writing ours.
 
 An official checkpoint is `torch.save` of a state_dict whose names carry the wrappers of the moment
-(`_orig_mod.`, `module.`, `model.`). Ours is one safetensors file with the configuration in its
+(recurx/state_names.py). Ours is one safetensors file with the configuration in its
 metadata. Neither is ever unpickled beyond tensors, and of a large puzzle embedding only the rows
 that are asked for leave the disk.
 """
@@ -19,13 +19,16 @@ from torch import Tensor, nn
 
 from recurx import weights_file
 from recurx.atomic import save_tensors
-from recurx.errors import CheckpointError, bad_argument
+from recurx.errors import CheckpointError, bad_argument, reading
 from recurx.models.act import RecursiveModel
-from recurx.models.config import ModelConfig, TRMConfig, config_class
+from recurx.models.config import ModelConfig, TRMConfig, check_values, config_class
 from recurx.models.infer import TABLE, check_names_and_shapes, infer_config, untrained
+from recurx.state_names import official_name
 
 _CONFIG, _EXTRA = "recurx.config", "recurx.extra"  # metadata keys of our files
 _OFFICIAL_CONFIG = "all_config.yaml"  # what the official training leaves beside its checkpoints
+LARGEST_YAML = 1 << 18  # bytes; theirs have 2,000, and the parser reads 100,000 a second
+_FIELDS = frozenset(TRMConfig.__dataclass_fields__)
 
 
 @dataclass(eq=False)
@@ -72,7 +75,8 @@ class Checkpoint(Mapping[str, Tensor]):
             CheckpointError: the weights do not fit the changed configuration.
         """
         config = self.config.replace(**changes)
-        _explain_where(self.path, lambda: check_names_and_shapes(config, self.state_dict))
+        with reading(self.path, "its configuration"):
+            check_names_and_shapes(config, self.state_dict)
         model = untrained(config, backend)
         rest = dict(self.state_dict)
         if TABLE in rest:  # no second table of gigabytes, not even for a moment
@@ -111,6 +115,7 @@ def load_checkpoint(
     path: str | os.PathLike[str],
     puzzle_rows: Iterable[int] | Tensor | None = None,
     *,
+    ema: bool | None = None,
     config: ModelConfig | Mapping[str, Any] | None = None,
     **fields: Any,
 ) -> Checkpoint:
@@ -120,6 +125,8 @@ def load_checkpoint(
         path: a file of `torch.save` (official: `step_N`, no suffix) or of safetensors.
         puzzle_rows: numbers of the rows of the puzzle embedding to read, in the order wanted;
             None for all. The table then has just these rows, so puzzle ids count in them.
+        ema: of a file that holds the weights and their average: True takes the average, False the
+            weights as trained; None refuses such a file.
         config: configuration, or part of one; what it does not say is read from the file's
             metadata, from the shapes, from `all_config.yaml` beside the file, or taken as
             published (and listed in `.assumed`).
@@ -134,15 +141,21 @@ def load_checkpoint(
     given = config.to_dict() if isinstance(config, ModelConfig) else dict(config or {})
     given |= fields
     rows = None if puzzle_rows is None else weights_file.row_numbers(puzzle_rows)
-    state, metadata = weights_file.read(path, rows)
+    state, metadata = weights_file.read(path, rows, ema)
     if rows is not None and TABLE not in state:
         raise CheckpointError(f"{path}: puzzle_rows was given, but there is no {TABLE!r} in it.")
+    check_values("load_checkpoint", given)
     known = {**_official_config(path), **_stored_config(path, metadata), **given}
     if rows is not None:
         known["num_puzzle_identifiers"] = len(rows)
-    certain, assumed = _explain_where(path, lambda: infer_config(state, known))
-    _explain_where(path, lambda: check_names_and_shapes(certain, state))
-    extra = json.loads(metadata.get(_EXTRA, "{}"))
+    with reading(path, "its configuration"):
+        certain, assumed = infer_config(state, known)
+        check_names_and_shapes(certain, state)
+    with reading(path, f"unreadable {_EXTRA} in its metadata"):
+        extra = _json_object(metadata.get(_EXTRA, "{}"))
+        how, named = extra.get("solve") or {}, extra.get("task", "")
+        if not isinstance(how, dict) or not isinstance(named, str):
+            raise TypeError("expected a name under `task`, and arguments of solve under `solve`")
     return Checkpoint(path, state, certain, assumed, rows, extra)
 
 
@@ -162,8 +175,13 @@ def save_checkpoint(
     inner = next((m for m in model.modules() if isinstance(m, RecursiveModel)), None)
     if inner is None:
         raise bad_argument("save_checkpoint", "model", "a TRM or HRM", type(model).__name__)
-    state = {name: tensor.detach().contiguous() for name, tensor in inner.state_dict().items()}
-    state = {weights_file.official_name(name): tensor for name, tensor in state.items()}
+    state: dict[str, Tensor] = {}
+    seen: set[int] = set()  # tied weights are written twice: the format refuses shared memory
+    for name, tensor in inner.state_dict().items():
+        whole = tensor.detach().contiguous()
+        place = whole.untyped_storage().data_ptr()
+        state[official_name(name)] = whole.clone() if place in seen else whole
+        seen.add(place)
     metadata = {
         "format": "pt",
         _CONFIG: inner.config.to_json(),
@@ -197,12 +215,17 @@ def _stored_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _own_values(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    try:
-        values: dict[str, Any] = json.loads(metadata[_CONFIG])
+    with reading(path, f"unreadable {_CONFIG} in its metadata"):
+        values = _json_object(metadata[_CONFIG])
         if "encoder_width" not in values:  # a hybrid checks its own
             values = config_class(values.get("variant")).from_dict(values).to_dict()
-    except ValueError as error:
-        raise CheckpointError(f"{path}: unreadable {_CONFIG} in its metadata: {error}") from error
+    return values
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    values = json.loads(text)
+    if not isinstance(values, dict):
+        raise TypeError(f"expected a JSON object, got {text[:80]!r}")
     return values
 
 
@@ -215,14 +238,15 @@ def _official_config(path: Path) -> dict[str, Any]:
         import yaml
     except ImportError:  # optional: without it the published values are assumed, and said so
         return {}
-    arch = (yaml.safe_load(file.read_text()) or {}).get("arch", {})
-    fields = {name for name in TRMConfig.__dataclass_fields__}
-    return {name: value for name, value in arch.items() if name in fields}
-
-
-def _explain_where(path: Path, check: Any) -> Any:
-    """Run `check` with the path put before the message of a CheckpointError."""
-    try:
-        return check()
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    hint = "Mend it, or move it away and pass what the shapes do not tell (config=...)."
+    with reading(file, "unreadable", hint):
+        if file.stat().st_size > LARGEST_YAML:
+            raise ValueError(f"{file.stat().st_size:,} bytes are no configuration")
+        # Comments and paths may be in any encoding; the names and numbers of `arch` are ASCII.
+        read = yaml.safe_load(file.read_text(encoding="utf-8", errors="replace"))
+        arch = read.get("arch", {}) if isinstance(read, dict) else read
+        if not isinstance(arch, dict):
+            raise ValueError(f"expected fields under `arch:`, got {repr(arch)[:80]}")
+        fields = {name: value for name, value in arch.items() if name in _FIELDS}
+        check_values("arch", fields)
+    return fields

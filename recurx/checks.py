@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from recurx import backends
 from recurx import route as routes
 from recurx.errors import bad_argument
-from recurx.nets import ATTENTION, TOKEN_MLP, Net, NetSpec, as_net
+from recurx.nets import ATTENTION, TOKEN_MLP, Net, NetSpec
 from recurx.operands import CosSin, Operands
 from recurx.problem import Problem
-from recurx.readings import as_remembered_net, read
+from recurx.proof import as_net
+from recurx.readings import read
 from recurx.route import Route
 from recurx.schedule import Schedule
 
@@ -134,7 +135,7 @@ def _checked_before(given: Given) -> Call | None:
     specs: list[tuple[str, NetSpec]] = []
     weights_of: dict[str, Sequence[Tensor]] = {}
     for name, module in nets.items():
-        found = read(module)
+        found = read(module, cos_sin is not None)
         if found is None:
             return None
         specs.append((name, found[0]))
@@ -181,7 +182,7 @@ def _remember(call: Call, given: Given) -> Call:
 
 def _check(given: Given) -> Call:
     schedule, nets, x, carry, backend, cos_sin, start_from, stop_after, save = given
-    bound = _check_nets(schedule, nets)
+    bound = _check_nets(schedule, nets, cos_sin)
     start, stop = _check_range(schedule, start_from, stop_after)
     _check_states(schedule, x, carry)
     _check_tables(cos_sin)
@@ -202,15 +203,16 @@ def _check(given: Given) -> Call:
     )  # fmt: skip
 
 
-def _check_nets(schedule: Schedule, nets: Mapping[str, Any]) -> dict[str, AnyNet]:
+def _check_nets(
+    schedule: Schedule, nets: Mapping[str, Any], cos_sin: CosSin | None
+) -> dict[str, AnyNet]:
     if not isinstance(schedule, Schedule):
         raise bad_argument(
             "recurse", "schedule", "a recurx.Schedule", type(schedule).__name__,
             "Build one with Schedule.trm(h_cycles, l_cycles) or from Steps.",
         )  # fmt: skip
     _check_names("nets", "nets", nets, schedule.nets)
-    reading = as_net if torch.compiler.is_compiling() else as_remembered_net
-    return {name: reading(nets[name], name) for name in schedule.nets}
+    return {name: as_net(nets[name], name, cos_sin) for name in schedule.nets}
 
 
 def _check_names(arg: str, what: str, given: Any, names: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """The command line: `python -m recurx env | demo | train | eval | experiment | ...`.
 
-A mistake of the user ends in one line on stderr and exit code 2, never in a traceback. Commands
+A mistake of the user ends in one line on stderr and exit code 2, never in a traceback; a run that
+cannot go on (full disk, diverged training) ends so with code 1, a signal with 128 + n. Commands
 import torch when they run, so that `--help` answers at once; but `train --help` imports it, since
 its options are those of `recurx.train.TrainConfig`.
 """
@@ -9,6 +10,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
+import re
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -28,11 +32,13 @@ COMMANDS = {
     "profile": ("recurx.bench.profile", "where one step of a model spends its time, by domain"),
     "experiment": ("recurx.experiments.command", "test a claim about recursion: sort, ..."),
     "solve": ("recurx.cli.solve", "solve the Sudokus you type, or those of a file"),
+    "export": ("recurx.cli.export", "a checkpoint as an ONNX file, for other engines"),
     "bench": ("recurx.bench.command", "measure this machine, show and compare measurements"),
 }
 TASKS = "recurx.experiments.tasks"  # registers its tasks, for a checkout that is not installed
 USAGE_ERROR = 2
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+NO_MEMORY = "out of memory|not enough memory|t allocate memory"  # torch's words for it
+SIGNALLED = 128  # + the number of the signal, as shells report it
 
 
 def build_parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -61,12 +67,23 @@ def build_parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     line = sys.argv[1:] if argv is None else argv
-    arguments = build_parser(line).parse_args(line)
+    for stream in (sys.stdout, sys.stderr):  # an ASCII locale is no reason to fail
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    arguments = argparse.Namespace(command=" ".join(line[:1]))  # while modules are imported
     try:
-        return int(arguments.execute(arguments))
+        arguments = build_parser(line).parse_args(line)
+        with options.json_alone(getattr(arguments, "json", False) is True):
+            return int(arguments.execute(arguments))
     except (RecurxError, OSError) as error:
         print(f"recurx {arguments.command}: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", USAGE_ERROR)
+    except (MemoryError, RuntimeError) as error:
+        text = (str(error).splitlines() or ["ask for less at once"])[0]
+        if not isinstance(error, MemoryError) and not re.search(NO_MEMORY, text):
+            raise
+        print(f"recurx {arguments.command}: not enough memory: {text}", file=sys.stderr)
         return USAGE_ERROR
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print(f"recurx {arguments.command}: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return SIGNALLED + (error.args[0] if error.args else signal.SIGINT)

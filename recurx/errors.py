@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 REINSTALL = "pip install --no-cache-dir --force-reinstall --no-deps"
@@ -14,6 +16,8 @@ REINSTALL = "pip install --no-cache-dir --force-reinstall --no-deps"
 
 class RecurxError(Exception):
     """Base class of every error that recurx raises on purpose."""
+
+    exit_code = 2  # of a command that it ends: the user's mistake
 
 
 class InvalidArgument(RecurxError, ValueError):
@@ -32,6 +36,18 @@ class CheckpointError(RecurxError, ValueError):
     """A checkpoint is damaged, or does not fit the model; the message names key and shape."""
 
 
+class RunFailed(RecurxError, RuntimeError):
+    """A training run cannot go on: it diverged, or another one has its folder."""
+
+    exit_code = 1
+
+
+class SaveFailed(RecurxError, OSError):
+    """A file could not be written; the message says what is lacking. An older one is unchanged."""
+
+    exit_code = 1
+
+
 class UnsupportedModel(RecurxError, TypeError):
     """`recurx.patch` does not recognise the model; the message says what differs."""
 
@@ -42,6 +58,26 @@ class QuantizationRefused(RecurxError, ValueError):
     def __init__(self, message: str, gate: object) -> None:
         super().__init__(message)
         self.gate = gate
+
+
+class RecurxWarning(UserWarning):
+    """Something runs otherwise than was asked for; the message says why, and what to do."""
+
+
+@contextmanager
+def reading(path: object, what: str, hint: str = "") -> Iterator[None]:
+    """Whatever fails inside becomes a CheckpointError that names the file and `what` was read: the
+    parsers of damaged bytes raise anything, so no list of types would do."""
+    try:
+        yield
+    except CheckpointError as error:
+        if str(path) in str(error):
+            raise
+        raise CheckpointError(f"{path}: {error}") from error
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")[:300]
+        text = f"{path}: {what}: {type(error).__name__}: {reason}. {hint}"
+        raise CheckpointError(text.rstrip()) from error
 
 
 def bad_argument(op: str, arg: str, expected: str, got: object, hint: str = "") -> InvalidArgument:

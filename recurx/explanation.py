@@ -7,11 +7,14 @@ from typing import Any
 
 from torch import nn
 
-from recurx.errors import BackendUnavailable, bad_argument
+from recurx.errors import BackendUnavailable, UnsupportedModel, bad_argument
 from recurx.models.inner import Inner, problem_of_model
+from recurx.nets import is_block_stack
+from recurx.patching import sharded
 from recurx.patching.handle import PatchHandle, installed
 from recurx.patching.install import find
 from recurx.problem import Problem
+from recurx.proof import examine
 from recurx.route import Request, refusals, route
 
 
@@ -49,19 +52,26 @@ def explain(model_or_problem: Any, *, backend: str | None = None, batch_size: in
 
 def _explain_module(model: nn.Module, backend: str | None, batch_size: int) -> str:
     own = [(name, m) for name, m in model.named_modules() if isinstance(m, Inner)]
-    parts = [
-        f"{_title(name, inner)}: recurx's own model\n"
-        + _explain_problem(problem_of_model(inner, batch_size), backend or inner.backend, both=True)
-        for name, inner in own
-    ]
+    parts = []
+    for name, inner in own:
+        try:
+            problem, asked = problem_of_model(inner, batch_size), backend or inner.backend
+            text = _explain_problem(problem, asked, both=True)
+        except UnsupportedModel as error:  # no longer what its weights tell
+            text = f"  {error}"
+        parts.append(f"{_title(name, inner)}: recurx's own model\n{text}")
     for name, module, adapter in find(model):
         if isinstance(module, Inner):
             continue
         function: Any = installed(module, adapter.method)
+        module = sharded.stand_in(module) if sharded.is_sharded(module) else module
         said = "not patched, runs on PyTorch. After recurx.patch(model):"
-        lines = [] if function is not None else adapter.differences(module)
+        lines = adapter.differences(module)
         if lines:
             said, text = "runs on PyTorch; recurx.patch would refuse it:", []
+            if function is not None:
+                said = "patched, but its code changed; it runs on PyTorch as it is:"
+                lines.append("call handle.refresh() after a change of the model's code")
         else:
             recipe = function and function.recurx_recipe
             recipe = recipe or adapter.recipe(module, backend or "auto")
@@ -71,6 +81,9 @@ def _explain_module(model: nn.Module, backend: str | None, batch_size: int) -> s
             text = [_explain_problem(problem, backend or recipe.backend, both=True)]
         lines = [f"{_title(name, module)}: {said}", *(f"  {line}" for line in lines), *text]
         parts.append("\n".join(lines))
+    if not parts and is_block_stack(model):
+        why = examine(model, "").difference or "it may run fused, as a net of recurx.recurse"
+        return f"{type(model).__name__}, a stack of blocks: {why}."
     if not parts:
         return (
             f"{type(model).__name__}: no recursion that recurx knows in this module; "

@@ -2,12 +2,12 @@
 
 A weight [out, in] becomes codes [out, in] of one byte and scales [out]: w = code * scale, with the
 largest code of a channel at 448. The weight that a net holds is exactly that product, so any
-backend runs it; one that knows the format asks `codes_of` and reads the codes themselves.
+backend runs it; one that knows the format asks `are_quantized` and reads the codes themselves.
 """
 
 from __future__ import annotations
 
-import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,11 +33,6 @@ class Codes:
         return self.codes.float() * self.scales[:, None]
 
 
-# Codes of the parameters that `quantize` made. A tensor counts as quantised as long as nobody
-# writes to it; an id may be used again, hence the weak reference.
-_known: dict[int, tuple[weakref.ref[Tensor], int, Codes]] = {}
-
-
 def quantize_weight(weight: Tensor) -> Codes:
     """[out, in] floating to e4m3, rounded to nearest even, a scale for each output channel."""
     wide = weight.detach().float()
@@ -47,15 +42,23 @@ def quantize_weight(weight: Tensor) -> Codes:
 
 
 def register(weight: Tensor, codes: Codes) -> None:
-    """Remember that `weight` is codes * scales, until it is written to or dies."""
-    key = id(weight)
-    ref = weakref.ref(weight, lambda _: _known.pop(key, None))
-    _known[key] = (ref, weight._version, codes)
+    """Remember that `weight` is codes * scales; a copy of it is an ordinary weight."""
+    weight._recurx_codes = codes  # type: ignore[attr-defined]
 
 
-def codes_of(weight: Tensor) -> Codes | None:
-    """The codes of a quantised weight; None for any other, and after a change."""
-    found = _known.get(id(weight))
-    if found is None or found[0]() is not weight or found[1] != weight._version:
-        return None
-    return found[2]
+def registered(weight: Tensor) -> Codes | None:
+    """What was registered; whether `weight` is still that product, `are_quantized` says."""
+    codes: Codes | None = getattr(weight, "_recurx_codes", None)
+    if codes is not None and codes.scales.device != weight.device:
+        codes = Codes(codes.codes.to(weight.device), codes.scales.to(weight.device))
+        register(weight, codes)
+    return codes
+
+
+def are_quantized(weights: Sequence[Tensor]) -> bool:
+    """Whether each weight is the product of its codes now. Every element is compared, and the host
+    waits for the device once, if all have codes."""
+    both = [(weight.detach(), registered(weight)) for weight in weights]
+    if any(codes is None or codes.codes.shape != weight.shape for weight, codes in both):
+        return False
+    return bool(torch.stack([(codes.dequantized() == w).all() for w, codes in both if codes]).all())

@@ -87,7 +87,7 @@ def product_tflops(m: int, k: int, n: int, dtype: torch.dtype, device: torch.dev
 
 def _random(*shape: int) -> Tensor:
     """The same values at every call, and the caller's random state left alone."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), device="cpu")
 
 
 @dataclass(frozen=True)

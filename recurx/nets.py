@@ -8,7 +8,7 @@ masters as a rule); every backend casts or packs them as it needs, and never mod
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -153,6 +153,13 @@ class Net:
                     f"{weight.dtype} {list(weight.shape)}",
                 )
 
+    @classmethod
+    def trusted(cls, spec: NetSpec, weights: Sequence[Tensor]) -> Net:
+        """Without the checks, where they were made before."""
+        net = cls.__new__(cls)
+        net.spec, net.weights = spec, list(weights)
+        return net
+
     def __repr__(self) -> str:
         kinds = ", ".join(block.kind for block in self.spec.blocks)
         return f"Net(D={self.spec.hidden}, [{kinds}])"
@@ -196,29 +203,41 @@ def is_block_stack(module: Any) -> bool:
     )
 
 
-def as_net(module: Any, where: str = "?") -> Net | Callable[[Tensor], Tensor]:
-    """A `Net` from a `Net` or a module of official layout; any other callable comes back as it is.
+# Forwards that are `recurx.reference` of the attributes, whatever code the layers hold.
+_by_attributes: set[Any] = set()
+plain_linears: set[Any] = {nn.Linear.forward}
+_no_forward = nn.Module.forward
 
-    A plain callable `h -> h` ([B, T, D] to [B, T, D]) runs on the eager backend only.
+
+def computes_the_reference(cls: type[nn.Module]) -> type[nn.Module]:
+    """Decorate a stack whose `forward` is `recurx.reference` on the weights of its attributes."""
+    _by_attributes.add(cls.forward)
+    return cls
+
+
+def by_attributes(module: Any) -> bool:
+    """Whether a stack has no code but ours, or none at all: its weights say what it computes."""
+    forward = getattr(type(module), "forward", _no_forward)
+    if forward is not _no_forward:
+        return forward in _by_attributes
+    return all(getattr(type(layer), "forward", None) is _no_forward for layer in module.layers)
+
+
+def read_stack(module: Any, where: str = "?") -> Net:
+    """The weights and sizes of a stack of blocks, by its attribute names alone.
+
+    What its code computes is another matter: `recurx.proof.as_net` proves it first.
+
+    Raises:
+        InvalidArgument: a weight has another shape than its block, or attention is not ours.
     """
-    if isinstance(module, Net):
-        return module
-    if is_block_stack(module):
-        specs: list[BlockSpec] = []
-        weights: list[Tensor] = []
-        for number, layer in enumerate(module.layers):
-            spec, block_weights = _block_of(layer, f"{where!r}].layers[{number}")
-            specs.append(spec)
-            weights.extend(block_weights)
-        return Net(NetSpec(tuple(specs)), weights)
-    if callable(module):
-        return module
-    raise bad_argument(
-        "recurse",
-        f"nets[{where!r}]",
-        "a recurx.Net, a stack of TRM/HRM blocks, or a callable [B, T, D] -> [B, T, D]",
-        type(module).__name__,
-    )
+    specs: list[BlockSpec] = []
+    weights: list[Tensor] = []
+    for number, layer in enumerate(module.layers):
+        spec, block_weights = _block_of(layer, f"{where!r}].layers[{number}")
+        specs.append(spec)
+        weights.extend(block_weights)
+    return Net(NetSpec(tuple(specs)), weights)
 
 
 def rope_tables(

@@ -61,6 +61,14 @@ def _register(name: str, kernel: Callable[..., list[Tensor]], fake: Callable[...
     return getattr(getattr(torch.ops, namespace), base).default
 
 
+def _operands(problem: Problem, x: Tensor, *flat: Any) -> Operands:
+    """The tensors of an op. They may have lost their memory since `recurx.recurse` looked: FSDP
+    frees weights between forward and backward."""
+    operands = Operands.from_flat(x, *flat)
+    operands.check_memory(problem.schedule.states, problem.nets)
+    return operands
+
+
 def _recurse(
     x: Tensor,
     states: Sequence[Tensor],
@@ -74,7 +82,7 @@ def _recurse(
 ) -> list[Tensor]:
     """Run calls start..stop-1 on `backend`, which may be "auto"."""
     problem = problem_of(key, x, cos)
-    operands = Operands.from_flat(x, states, weights, cos, sin).contiguous()
+    operands = _operands(problem, x, states, weights, cos, sin).contiguous()
     found = trials.settled(problem, Request(backend), operands)
     return backends.get(found.backend).run(problem, operands, Span(start, stop))
 
@@ -100,7 +108,7 @@ def _recurse_backward(
 ) -> list[Tensor]:
     """Gradients of x, of each state and of each weight, flat in this order."""
     problem = problem_of(key, x, cos, needs_grad=True)
-    operands = Operands.from_flat(x, states, weights, cos, sin)
+    operands = _operands(problem, x, states, weights, cos, sin)
     with torch.no_grad():
         return reference_backward.run(problem, operands, Span(start, stop), grads)
 
@@ -162,7 +170,7 @@ def _window(
     assert window is not None, "the route names backends that have one"
     if save == "states" and not window.own_forward:
         return _recurse(x, states, weights, cos, sin, key, forward, start, stop)
-    operands = Operands.from_flat(x, states, weights, cos, sin).contiguous()
+    operands = _operands(problem, x, states, weights, cos, sin).contiguous()
     outs, kept = window.forward(problem, operands, Span(start, stop), save)
     return [*outs, *kept]
 
@@ -204,7 +212,7 @@ def _window_backward(
     assert window is not None, "the route names backends that have one"
     rest = iter(grads)
     d_outs = [next(rest).contiguous() if there else None for there in given]
-    operands = Operands.from_flat(x, states, weights, cos, sin).contiguous()
+    operands = _operands(problem, x, states, weights, cos, sin).contiguous()
     with torch.no_grad():
         results = window.backward(
             problem, operands, Span(start, stop), save, outs, kept, d_outs, wants

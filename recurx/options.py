@@ -24,9 +24,9 @@ def option(default: Any, help: str, **form: Any) -> Any:
         default: its value if nobody says one; a tuple takes several.
         help: what it means, in a sentence without its default, unless that needs words.
         form: of the command line, where the name and the default's type do not say it: "least", the
-            smallest of whole numbers N; "flag", a name that is not the field's ("" for an argument
-            without one); and what argparse calls "type", "choices" (None is said as "none"),
-            "metavar", "nargs", "const" and "action".
+            smallest of whole numbers N, and "most"; "flag", a name that is not the field's ("" for
+            an argument without one); and what argparse calls "type", "choices" (None is said as
+            "none"), "metavar", "nargs", "const" and "action".
     """
     return dataclasses.field(default=default, metadata={"help": help, **form})
 

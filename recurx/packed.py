@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from recurx.forking import lazy
 from recurx.nets import ATTENTION, BlockSpec, NetSpec
 
 ALIGN = 128  # elements: every matrix starts at a multiple of 256 bytes in bf16
@@ -20,7 +21,14 @@ def device_words(words: tuple[int, ...], device: torch.device) -> Tensor:
 
     A copy from the host is no part of a graph: what runs inside one must have run before it.
     """
-    return torch.tensor(words, dtype=torch.int32, device=device)
+    with torch.inference_mode(False):
+        return torch.tensor(words, dtype=torch.int32, device=device)
+
+
+def round_into(buffers: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+    """Round weights into buffers of the same shapes, on a GPU by one launch."""
+    with torch.no_grad():
+        torch._foreach_copy_(list(buffers), [weight.detach() for weight in weights])
 
 
 def _up(n: int, to: int) -> int:
@@ -76,7 +84,7 @@ class PackedNets:
         ]
         self.blocks = [tuple(self._padded[4 * i : 4 * i + 4]) for i in range(len(self.specs))]
 
-    @functools.cached_property
+    @lazy
     def words(self) -> Tensor:
         """int32 on the device, a row of 8 a block for kernels/recursion.py.
 
@@ -90,6 +98,5 @@ class PackedNets:
 
     def fill(self, weights: Sequence[Tensor]) -> PackedNets:
         """Round the weights (flat, net after net) into the buffer."""
-        with torch.no_grad():
-            torch._foreach_copy_(self._views, [weight.detach() for weight in weights])
+        round_into(self._views, weights)
         return self

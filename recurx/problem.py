@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from recurx.forking import lazy
 from recurx.hashing import hash_once
 from recurx.nets import Net, NetSpec
 from recurx.schedule import Schedule
@@ -41,7 +42,7 @@ class Problem:
     needs_grad: bool = False
     opaque: tuple[str, ...] = ()
 
-    @functools.cached_property
+    @lazy
     def cuts(self) -> tuple[slice, ...]:
         """Where in the flat list of weights those of each net lie."""
         cuts, first = [], 0

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from recurx.forking import lazy
 from recurx.hashing import hash_once
 from recurx.operands import Span
 from recurx.schedule import INPUT, Schedule, Step
@@ -62,12 +63,12 @@ class Program:
     calls: tuple[Call, ...]
     states: int
 
-    @functools.cached_property
+    @lazy
     def slots(self) -> int:
         """x, the states, and the shared sum if there is one."""
         return self.states + 1 + any(call.forms for call in self.calls)
 
-    @functools.cached_property
+    @lazy
     def rows(self) -> tuple[Row, ...]:
         """The calls over an arena: a shared sum is a row of its own, and lies in the last slot."""
         rows, kept = [], self.states + 1

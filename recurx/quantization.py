@@ -25,7 +25,8 @@ from torch import Tensor
 from recurx import fp8
 from recurx.errors import QuantizationRefused, bad_argument
 from recurx.models.act import RecursiveModel
-from recurx.nets import Net, as_net
+from recurx.nets import Net
+from recurx.proof import as_net
 from recurx.solving.solve import solve
 
 # A tiny trained net (tests/test_fp8.py) keeps 0.997 and 99 %; with scales wrong by 5 %, 0.989 and
@@ -116,8 +117,8 @@ def compare(
 ) -> Gate:
     """The gate alone: run both models free from the same start and judge the difference."""
     max_steps = model.config.halt_max_steps if max_steps is None else max_steps
-    states = [_trajectory(m, batch, max_steps) for m in (model, small)]
     answers = [solve(m, batch, max_steps, halt).predictions for m in (model, small)]
+    states = [_trajectory(m, batch, max_steps) for m in (model, small)]
     same = answers[0] == answers[1]
     cosines = []
     for a, b in zip(*states, strict=True):

@@ -1,172 +1,350 @@
-"""Nets read from modules, remembered: reading one anew at every call takes longer than a kernel.
+"""What a module is made of, and whether it still is: the guard at each call, like a compiler's.
 
-What is remembered of a module is its structure: the types on the way to each weight and the
-settings (heads, eps), but no module and no tensor. A walk over plain dictionaries then collects the
-weights that are there now, so that replaced modules, parameters and settings are seen. Whatever is
-not plain (a property, a parametrised weight, a list of layers) is read in full at every call.
+A stack of blocks computes what `recurx.reference` says only if nothing else is in it. `Reading`
+looks at everything that its code can see: children, parameters, buffers, hooks, plain attributes,
+classes, and the functions that their code names. What it saw is kept as live views of the very
+dictionaries that hold it, so that looking again is one pass in C.
 """
 
 from __future__ import annotations
 
-import contextlib
+import types
 import weakref
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from operator import is_, itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
-from recurx.nets import ATTENTION, Net, NetSpec, as_net
+from recurx.nets import ATTENTION, Net, NetSpec, by_attributes, plain_linears
 
-_MISSING = object()
-_PLAIN = (int, float, bool, type(None))  # of a setting: compared by identity, none can change
 _FLOATING = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
+HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
+_GLOBAL_HOOKS = tuple(getattr(torch_module, f"_global{name}") for name in HOOKS)
+_HARMLESS = ("recurx.", "torch.utils.module_tracker", "torch.utils.flop_counter")  # note-takers
+INTERNAL = {*vars(nn.Module()), "_compiled_call_impl"}  # every module has these
+_SCALARS = (int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device)
+_CODE = (types.FunctionType, types.BuiltinFunctionType, type, types.ModuleType)
+_LINEARS = {
+    "self_attn": ("qkv_proj", "o_proj"),
+    "mlp_t": ("gate_up_proj", "down_proj"),
+    "mlp": ("gate_up_proj", "down_proj"),
+}
+_OURS = ("torch.", "recurx.")  # whose functions are what they are
+_DEEPEST = 4  # of containers and configurations in attributes
 
 
-class _Part(NamedTuple):
-    """What one module on the way to a weight must be like."""
+class Reading:
+    """What the survey saw of a module, and the guard that tells whether it is still there."""
 
-    parent: int  # its place in the list of parts
-    name: str  # under the parent
-    kind: type
-    weight: bool  # whether its parameter `weight` is the next weight of the net
-    settings: tuple[tuple[str, Any], ...] = ()
-    children: int = -1  # how many it must have; -1: any number
+    def __init__(self, module: Any, where: str = "") -> None:
+        self.differences: list[str] = []  # a clause each, with the path of the layer
+        self.plain = isinstance(module, nn.Module)  # whether the guard sees every change
+        self.spec: NetSpec | None = None  # from `bind` on, as the shapes
+        self.shapes: tuple[torch.Size, ...] = ()
+        self.proved: set[bool] = set()  # with and without rotary tables, what a probe showed
+        self._modules: list[nn.Module] = []
+        self._live: list[Iterable[Any]] = []  # whose contents must stay the same objects
+        self._counted: list[Any] = []  # whose lengths must stay
+        self._hooks: list[Any] = []
+        self._weights: list[dict[str, Any]] = []
+        self._absent: list[tuple[dict[str, Any], str]] = []  # parameters that are None
+        self._flat: dict[Any, tuple[Any, ...]] = {}
+        survey = _Survey(self, where)
+        survey.stack(module)
+        # Equal ones compute alike with equal weights, while `kept` lives, whose ids are in it.
+        self.signature, self.kept = tuple(survey.signature), survey.kept
+        self._globals = []
+        for scope, names in (found for found in survey.scopes.values() if found[1]):
+            values = itemgetter(*names, *names)  # twice: of a single name it would give no tuple
+            self._globals.append((scope, values, values(scope)))
+        self._types = [type(m) for m in self._modules]
+        self._lengths = list(map(len, self._counted))
 
+    def bind(self, net: Net) -> None:
+        """Remember the net that was read, if its weights lie where the guard looks."""
+        self.spec, self.shapes = net.spec, tuple(weight.shape for weight in net.weights)
+        found = [own.get("weight") for own in self._weights]
+        self.plain = self.plain and list(map(id, found)) == list(map(id, net.weights))
 
-class _Reading(NamedTuple):
-    spec: NetSpec
-    shapes: tuple[torch.Size, ...]
-    parts: tuple[_Part, ...]  # parents before children; the first is the module itself
-
-
-class _NotPlain(Exception):
-    """The module is not made of plain attributes."""
-
-
-_readings: weakref.WeakKeyDictionary[nn.Module, _Reading | None] = weakref.WeakKeyDictionary()
-
-
-def read(module: Any) -> tuple[NetSpec, Sequence[Tensor]] | None:
-    """Spec and weights of a `Net` or of a module read before; None: `as_net` has to read it."""
-    if type(module) is Net:
-        return module.spec, module.weights
-    if not isinstance(module, nn.Module) or type(module).__hash__ is None:
-        return None
-    reading = _readings.get(module)
-    if reading is None:
-        return None
-    weights: list[Tensor] = []
-    if not _walk(module, reading.parts, weights):
-        _readings.pop(module, None)
-        return None
-    for weight, shape in zip(weights, reading.shapes, strict=True):
-        if weight.shape != shape or weight.dtype not in _FLOATING:
-            _readings.pop(module, None)
+    def weights(self, module: Any) -> list[Tensor] | None:
+        """The weights in the net's order if nothing changed but them; else None."""
+        flat = self._flat.get(module.__dict__.get("training"))
+        if flat is None or any(self._hooks) or foreign_hooks():
             return None
-    return reading.spec, weights
+        try:
+            if list(map(len, self._counted)) != self._lengths:
+                return None
+            if not all(map(is_, chain.from_iterable(self._live), flat)):
+                return None
+            if list(map(type, self._modules)) != self._types:
+                return None
+            for scope, values, before in self._globals:
+                if not all(map(is_, values(scope), before)):
+                    return None
+            for held, name in self._absent:
+                if held[name] is not None:
+                    return None
+            weights: list[Tensor] = [held["weight"] for held in self._weights]
+        except (KeyError, RuntimeError):  # something is gone; another thread changes it just now
+            return None
+        for weight, shape in zip(weights, self.shapes, strict=True):
+            if weight is None or weight.shape != shape or weight.dtype not in _FLOATING:
+                return None
+        return weights
+
+    def take(self, module: Any, before: Reading | None) -> None:
+        """Take what is there now as what has to stay, for the present mode (training or not)."""
+        if before is not None and before.signature == self.signature:
+            self._flat.update(before._flat)
+        self._flat[module.__dict__.get("training")] = tuple(chain.from_iterable(self._live))
 
 
-def as_remembered_net(module: Any, where: str) -> Any:
-    """`as_net`, and keep what it made of a module, if that is plain enough to be read quickly."""
-    net = as_net(module, where)
-    if not isinstance(net, Net) or not isinstance(module, nn.Module):
-        return net
-    if type(module).__hash__ is not None and module not in _readings:
-        _readings[module] = None
-        with contextlib.suppress(_NotPlain):
-            parts, found = _stack(module, net.spec), list[Tensor]()
-            if _walk(module, parts, found) and list(map(id, found)) == list(map(id, net.weights)):
-                shapes = tuple(weight.shape for weight in net.weights)
-                _readings[module] = _Reading(net.spec, shapes, parts)
-    return net
+def foreign_hooks() -> bool:
+    """Whether somebody registered hooks for all modules, which would no longer run."""
+    if not any(_GLOBAL_HOOKS):
+        return False
+    hooks = chain.from_iterable(hooks.values() for hooks in _GLOBAL_HOOKS)
+    return not all(str(getattr(h, "__module__", "")).startswith(_HARMLESS) for h in hooks)
 
 
-def _walk(module: Any, parts: tuple[_Part, ...], weights: list[Tensor]) -> bool:
-    """Collect the weights in the net's order; False where a module is not like its part."""
-    inside: list[dict[str, Any]] = []  # the attributes of each part so far
-    for parent, name, kind, weight, settings, children in parts:
-        if parent >= 0:
-            module = inside[parent]["_modules"].get(name)
-            if name in inside[parent]:  # an attribute of the instance hides the module
-                return False
-        if type(module) is not kind:
-            return False
-        own = module.__dict__
-        inside.append(own)
-        if weight:
-            found = own["_parameters"].get("weight")
-            if found is None:
-                return False
-            weights.append(found)
-            continue
-        for setting, value in settings:
-            found = own.get(setting, _MISSING)
-            if found is _MISSING:
-                if setting in own["_buffers"] or setting in own["_parameters"]:
-                    return False
-                found = getattr(kind, setting, _MISSING)
-            if found is not value:
-                return False
-        if children >= 0 and len(own["_modules"]) != children:
-            return False
-    return True
+class _Survey:
+    """The walk that fills a `Reading`."""
 
+    def __init__(self, reading: Reading, where: str) -> None:
+        self.reading, self.where = reading, where
+        self.signature: list[Any] = []
+        self.kept: list[Any] = []
+        self.scopes: dict[int, tuple[dict[str, Any], list[str]]] = {}  # names in files
+        self._classes: dict[type, Any] = {}
+        self._bases: dict[type, Any] = {}
+        self._values: dict[int, Any] = {}
 
-# ---- the parts of a stack of blocks, as recurx.nets reads it -------------------------------------
+    def id(self, value: Any) -> int:
+        value = _unwrapped(value)
+        self.kept.append(value)
+        return id(value)
 
+    def differs(self, path: str, what: str) -> None:
+        path = f"{self.where}.{path}".strip(".")
+        self.reading.differences.append(f"`{path}` {what}")
 
-def _stack(module: nn.Module, spec: NetSpec) -> tuple[_Part, ...]:
-    parts = [_Part(-1, "", type(module), False)]
+    def stack(self, module: Any) -> None:
+        known, layers = by_attributes(module), module.layers
+        self.signature.append(known)
+        if isinstance(module, nn.Module):
+            self.module("", module, ("layers",))
+            if module._modules.get("layers") is not layers:
+                self.reading.plain = False
+        if foreign_hooks():
+            self.differs("", "is called under global module hooks, which would no longer run")
+        if isinstance(layers, nn.Module):
+            if type(layers) not in (nn.ModuleList, nn.Sequential):
+                self.differs("layers", f"is a {type(layers).__name__}, no plain list of layers")
+            self.module("layers", layers, tuple(layers._modules))
+        for number, layer in enumerate(layers):
+            self.layer(f"layers.{number}", layer, known)
 
-    def add(parent: int, within: Any, name: str, settings: tuple[str, ...] = ()) -> Any:
-        """A child that attribute access finds among the modules and nowhere else."""
-        found = getattr(within, name)
-        if not isinstance(within, nn.Module) or within._modules.get(name) is not found:
-            raise _NotPlain
-        if type(within).__getattr__ is not nn.Module.__getattr__:
-            raise _NotPlain
-        parts.append(_Part(parent, name, type(found), False, _settings(found, settings)))
+    def layer(self, path: str, layer: Any, known: bool) -> None:
+        mixer = "mlp_t" if getattr(layer, "self_attn", None) is None else "self_attn"
+        if not self.module(path, layer, (mixer, "mlp"), buffers=("norm_eps",)):
+            return
+        if isinstance(getattr(layer, "norm_eps", None), Tensor):
+            self.reading.plain = False  # it may change in place
+        for name in (mixer, "mlp"):
+            part, names = self.child(layer, name), _LINEARS[name]
+            if name == "self_attn" and not known:
+                self.attention(f"{path}.{name}", part)
+            if not self.module(f"{path}.{name}", part, names):
+                continue
+            for linear_name in names:
+                where, linear = f"{path}.{name}.{linear_name}", self.child(part, linear_name)
+                if not isinstance(linear, nn.Module):
+                    self.differs(where, "is no torch module")
+                    continue
+                parametrized = known and "parametrizations" in linear._modules
+                children = ("parametrizations",) if parametrized else ()
+                self.module(where, linear, children, parameters=("weight",))
+                if known and type(linear).forward not in plain_linears:
+                    self.differs(where, f"is a {type(linear).__name__}, no plain linear layer")
+                if linear._parameters.get("weight") is not None:
+                    self.reading._weights.append(linear._parameters)
+                elif not parametrized:
+                    self.differs(where, "has no plain parameter `weight`")
+                else:
+                    self.reading.plain = False
+
+    def attention(self, path: str, module: Any) -> None:
+        heads, kv_heads = (getattr(module, n, 0) for n in ("num_heads", "num_key_value_heads"))
+        if getattr(module, "causal", False):
+            self.differs(path, "is causal")
+        if heads != kv_heads:
+            self.differs(path, f"has {kv_heads} K/V heads for {heads} heads")
+
+    def child(self, module: Any, name: str) -> Any:
+        """What attribute access finds; the guard sees only registered children."""
+        found = getattr(module, name, None)
+        if module._modules.get(name) is not found:
+            self.reading.plain = False
+        if type(module).__getattr__ is not nn.Module.__getattr__:
+            self.reading.plain = False
         return found
 
-    def add_linears(within: nn.Module, *names: str) -> None:
-        parent = len(parts) - 1
-        for name in names:
-            linear = add(parent, within, name)
-            if linear._parameters.get("weight") is not getattr(linear, "weight", None):
-                raise _NotPlain
-            parts[-1] = parts[-1]._replace(weight=True)
+    def module(
+        self,
+        path: str,
+        module: Any,
+        children: tuple[str, ...],
+        parameters: tuple[str, ...] = (),
+        buffers: tuple[str, ...] = (),
+    ) -> bool:
+        """One module: it may hold what is named, and plain attributes. False: it is none."""
+        if not isinstance(module, nn.Module):
+            self.differs(path, "is no torch module")
+            return False
+        reading, own = self.reading, vars(module)
+        for kind, held, read in (
+            ("child", module._modules, children),
+            ("parameter", module._parameters, parameters),
+            ("buffer", module._buffers, buffers),
+        ):
+            for name, value in held.items():
+                if name not in read and value is not None:
+                    self.differs(path, f"has a {kind} `{name}` ({type(value).__name__})")
+                elif kind == "parameter" and value is None:
+                    reading._absent.append((held, name))
+            reading._counted.append(held)
+            if kind != "parameter":
+                reading._live.append(held.values())
+        if module._buffers:
+            reading.plain = False
+        if any(own[name] for name in HOOKS):
+            self.differs(path, "has hooks, which would no longer run")
+        if "forward" in own:
+            self.differs(path, "has a `forward` of its own in the instance")
+        reading._hooks += [own[name] for name in HOOKS]
+        reading._live.append(own.values())
+        reading._counted.append(own)
+        if path:
+            reading._modules.append(module)
+        settings = []
+        for name, value in own.items():
+            if name in INTERNAL or name in children or name == "norm_eps":
+                continue
+            if isinstance(value, (Tensor, nn.Module)):
+                self.differs(path, f"holds a {type(value).__name__} `{name}` beside its parameters")
+            settings.append((name, self.value(value)))
+        self.signature.append((path, self.code(type(module)), tuple(settings)))
+        return True
 
-    layers = add(0, module, "layers")
-    if type(layers) not in (nn.ModuleList, nn.Sequential):
-        raise _NotPlain
-    parts[-1] = parts[-1]._replace(children=len(layers))
-    for name, block in zip(layers._modules, spec.blocks, strict=True):
-        of_layer = ("norm_eps",) if block.kind == ATTENTION else ("norm_eps", "self_attn")
-        parts.append(_Part(1, name, type(layers._modules[name]), False))
-        layer, place = layers._modules[name], len(parts) - 1
-        parts[-1] = parts[-1]._replace(settings=_settings(layer, of_layer))
-        if block.kind == ATTENTION:
-            names = ("num_heads", "num_key_value_heads", "causal")
-            add_linears(add(place, layer, "self_attn", names), "qkv_proj", "o_proj")
-        else:
-            if layer._modules.get("self_attn") is not None:
-                raise _NotPlain
-            add_linears(add(place, layer, "mlp_t"), "gate_up_proj", "down_proj")
-            parts[place] = parts[place]._replace(children=len(layer._modules))
-        add_linears(add(place, layer, "mlp"), "gate_up_proj", "down_proj")
-    return tuple(parts)
+    def value(self, value: Any, depth: int = 0) -> Any:
+        """The signature of an attribute; what can change in place is watched."""
+        kind = type(value)
+        if kind in _SCALARS:
+            return kind, repr(value)
+        if isinstance(value, (*_CODE, Tensor, nn.Module)):
+            return self.id(value)
+        inside: Any = None
+        if isinstance(value, dict):
+            inside = value
+        elif not isinstance(value, (tuple, list, set, frozenset)):
+            inside = getattr(value, "__dict__", None)
+            if inside is None:
+                return self.id(value)
+        if id(value) in self._values:  # a configuration that all layers share, or a cycle
+            return self._values[id(value)]
+        self._values[id(value)] = kind, self.id(value)
+        if depth < _DEEPEST:
+            items = value if inside is None else inside.values()
+            self.reading._live.append(items)
+            self.reading._counted.append(items)
+            names = () if inside is None else tuple(map(repr, inside))
+            contents = [self.value(item, depth + 1) for item in items]
+            self._values[id(value)] = kind, names, tuple(contents)
+        return self._values[id(value)]
+
+    def code(self, cls: type) -> Any:
+        """A class's functions and settings, and what they name in their files."""
+        if cls not in self._classes:
+            bases = [base for base in cls.__mro__ if base not in (nn.Module, object)]
+            self._classes[cls] = tuple(self.own_code(base) for base in bases)
+        return self._classes[cls]
+
+    def own_code(self, cls: type) -> Any:
+        if cls in self._bases:
+            return self._bases[cls]
+        values = vars(cls).values()
+        self.reading._live.append(values)
+        self.reading._counted.append(values)
+        found: list[Any] = [self.id(cls), *map(self.id, values)]
+        if not cls.__module__.startswith(_OURS):
+            found += [self.names(value) for value in values]
+        self._bases[cls] = tuple(found)
+        return self._bases[cls]
+
+    def names(self, function: Any) -> Any:
+        """What a function names in its file, and what the functions there name."""
+        if not isinstance(function, types.FunctionType):
+            return None
+        scope, found = function.__globals__, [self.id(function.__code__)]
+        if str(scope.get("__name__")).startswith(_OURS):
+            return None
+        known = self.scopes.setdefault(id(scope), (scope, []))[1]
+        for name in function.__code__.co_names:
+            if name in scope and name not in known:
+                known.append(name)
+                found += [name, self.id(scope[name]), self.names(scope[name])]
+        return tuple(found)
 
 
-def _settings(module: nn.Module, names: tuple[str, ...]) -> tuple[tuple[str, Any], ...]:
-    """Plain attributes of the instance or its class, or their absence."""
-    of_class = {name: getattr(type(module), name, _MISSING) for name in names}
-    if any(hasattr(value, "__get__") for value in of_class.values()):
-        raise _NotPlain  # a property: who knows what it says the next time
-    found = {name: vars(module).get(name, of_class[name]) for name in names}
-    for name, value in found.items():
-        # A tensor may change in place; what only `__getattr__` finds is not looked for again.
-        plain = not hasattr(module, name) if value is _MISSING else type(value) in _PLAIN
-        if not plain:
-            raise _NotPlain
-    return tuple(found.items())
+def _unwrapped(value: Any) -> Any:
+    """Without the range that our profiler puts around a function."""
+    if str(getattr(value, "__module__", "")).startswith(_OURS[1]):
+        return getattr(value, "__wrapped__", value)
+    return value
+
+
+# ---- remembered ----------------------------------------------------------------------------------
+
+_readings: dict[int, tuple[weakref.ref[Any], Reading]] = {}
+
+
+def remember(module: Any, reading: Reading) -> None:
+    """Keep the reading for as long as the module lives, if the guard can watch it."""
+    if not reading.plain:
+        return
+    key = id(module)
+    reading.take(module, remembered(module))
+    forget: Callable[[Any], object] = lambda _: _readings.pop(key, None)  # noqa: E731
+    _readings[key] = weakref.ref(module, forget), reading
+
+
+def read(module: Any, rope: bool) -> tuple[NetSpec, Sequence[Tensor]] | None:
+    """Spec and weights of a `Net`, or of a module that was proved and is as it was; else None."""
+    if type(module) is Net:
+        return module.spec, module.weights
+    found = _readings.get(id(module))
+    if found is None or found[0]() is not module or rope not in found[1].proved:
+        return None
+    weights = found[1].weights(module)
+    if weights is None:
+        return None
+    spec = found[1].spec
+    assert spec is not None, "bound before it is remembered"
+    return spec, weights
+
+
+def remembered(module: Any) -> Reading | None:
+    """The last reading of a module."""
+    found = _readings.get(id(module))
+    return found[1] if found is not None and found[0]() is module else None
+
+
+def attends(spec: NetSpec) -> bool:
+    """Whether rotary tables matter to a net."""
+    return any(block.kind == ATTENTION for block in spec.blocks)

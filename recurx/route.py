@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -258,8 +259,10 @@ def forget() -> None:
 
 
 def stamp() -> Stamp:
-    """Changes whenever another route may come out: a backend, a comparison, a verdict, threads."""
-    return backends.version(), VERDICTS.version, COMPARED.version, torch.get_num_threads()
+    """Changes whenever another route may come out: a backend, a comparison, a verdict, threads,
+    RECURX_AUTOTUNE."""
+    versions = backends.version(), VERDICTS.version, COMPARED.version
+    return *versions, torch.get_num_threads(), os.environ.get("RECURX_AUTOTUNE") != "0"
 
 
 @functools.lru_cache(maxsize=256)

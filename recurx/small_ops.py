@@ -33,8 +33,7 @@ def takes(*tensors: Tensor) -> bool:
 def wrote(tensors: Iterable[Tensor]) -> None:
     """Tell PyTorch that a kernel, or a replayed graph, changed these in place.
 
-    Autograd's checks, and every cache of rounded weights, go by the version of a tensor, which only
-    PyTorch's own operations count up.
+    Autograd's checks go by the version of a tensor, which only PyTorch's own operations count up.
     """
     from torch.autograd.graph import increment_version
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import math
 import os
 import threading
@@ -58,7 +57,7 @@ CPU_FLOPS = 4e9
 
 
 class MissingEngine(UserWarning):
-    """`auto` runs PyTorch because the compiled module is not installed."""
+    """`auto` runs PyTorch because the compiled module is not installed or cannot run."""
 
 
 _locks: dict[str, threading.Lock] = {}  # by subject
@@ -177,7 +176,7 @@ def _race(names: list[str], run: Run, most: int, device: torch.device) -> Verdic
     """
     one: dict[str, float] = {}
     for name in names:
-        try:
+        with _out_if_it_fails(name, one, device):
             first = _seconds(run, name, 1, device)  # packs weights, compiles, fills caches
             if name == EAGER and first > max(BUDGET, HOPELESS * min(one.values(), default=first)):
                 one[name] = first
@@ -186,17 +185,6 @@ def _race(names: list[str], run: Run, most: int, device: torch.device) -> Verdic
             while len(again) < 3 and sum(again) < BUDGET / 10:
                 again.append(_seconds(run, name, 1, device))
             one[name] = min(again)
-        except torch.OutOfMemoryError:
-            continue  # what does not fit is not chosen
-        except Exception as failure:  # a launch, or Triton's compiler
-            if name == EAGER:
-                raise
-            warnings.warn(
-                f"recurx: backend {name!r} failed while it was timed on {device} "
-                f"({type(failure).__name__}: {failure}); `auto` goes on without it.",
-                UntrustedKernel,
-                stacklevel=2,
-            )
     if not one:
         return None
     fastest, *others = sorted(one, key=lambda name: one[name])
@@ -205,16 +193,38 @@ def _race(names: list[str], run: Run, most: int, device: torch.device) -> Verdic
     turn = sum(one.values())
     calls = max(1, min(most, int(BUDGET / (ROUNDS * turn))))
     best = one if calls == 1 else dict.fromkeys(one, float("inf"))
-    for name in one if calls > 1 else ():
-        _seconds(run, name, calls, device)  # a graph of so many calls is captured here
+    for name in list(best) if calls > 1 else ():
+        with _out_if_it_fails(name, best, device):
+            _seconds(run, name, calls, device)  # a graph of so many calls is captured here
     for _ in range(max(2, min(ROUNDS, int(BUDGET / (calls * turn))))):
-        for name in one:  # in turns: a slow moment of the machine hits all alike
-            best[name] = min(best[name], _seconds(run, name, calls, device))
+        for name in list(best):  # in turns: a slow moment of the machine hits all alike
+            with _out_if_it_fails(name, best, device):
+                best[name] = min(best[name], _seconds(run, name, calls, device))
+    if not best:
+        return None
     fused = {name: took for name, took in best.items() if name != EAGER}
     chosen = min(fused, key=lambda name: fused[name]) if fused else EAGER
     if EAGER in best and fused and best[EAGER] < MARGIN * fused[chosen]:
         chosen = EAGER
     return Verdict(chosen, tuple(best.items()), calls)
+
+
+@contextlib.contextmanager
+def _out_if_it_fails(name: str, times: dict[str, float], device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        times.pop(name, None)  # what does not fit is not chosen
+    except Exception as failure:  # a launch, or Triton's compiler
+        if name == EAGER:
+            raise
+        times.pop(name, None)
+        warnings.warn(
+            f"recurx: backend {name!r} failed while it was timed on {device} "
+            f"({type(failure).__name__}: {failure}); `auto` goes on without it.",
+            UntrustedKernel,
+            stacklevel=4,
+        )
 
 
 def _seconds(run: Run, name: str, calls: int, device: torch.device) -> float:
@@ -230,7 +240,7 @@ def _part(problem: Problem, operands: Operands) -> tuple[Problem, Operands]:
     size = max(2 * torch.get_num_threads(), math.ceil(CPU_FLOPS / max(sample, 1.0)))
     if size >= problem.batch:
         return problem, operands
-    part = only(operands, torch.arange(size))
+    part = only(operands, torch.arange(size, device=operands.x.device))
     return dataclasses.replace(problem, batch=size), part
 
 
@@ -263,14 +273,15 @@ def _run_window(
 
 
 def _tell_of_missing_engine(problem: Problem) -> None:
-    """Warn once where the CPU engine would run this, but was never compiled or does not load."""
+    """Warn once where the CPU engine would run this, but was never compiled, does not load or was
+    given a setting that is none."""
     global _told_missing
-    if _told_missing or problem.device_type != "cpu":
+    if _told_missing or problem.device_type != "cpu" or "cpu" not in backends.ORDER:
         return
     _told_missing = True
-    if importlib.util.find_spec("recurx._C") is not None:
-        return
     reason = backends.get("cpu").why_unavailable()
+    if reason is None:
+        return
     warnings.warn(
         f"recurx: `auto` runs plain PyTorch, because the CPU engine {reason}",
         MissingEngine,

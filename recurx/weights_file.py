@@ -12,46 +12,57 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from recurx.errors import CheckpointError, bad_argument
+from recurx.errors import CheckpointError, bad_argument, reading
 from recurx.models.infer import TABLE
+from recurx.state_names import AVERAGE, official_names
 
-_WRAPPERS = {"_orig_mod", "module", "model"}  # torch.compile, DDP, the loss head
-_NESTED = ("state_dict", "model_state_dict", "model")  # where larger files keep a state_dict
+# Where larger files keep a state_dict, and an average of it.
+_NESTED = ("state_dict", "model_state_dict", "model", "module")
+_NESTED_AVERAGES = ("ema_state_dict", "ema_model", "ema")
 
 
-def read(path: Path, rows: Tensor | None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors under official names, and the metadata of a safetensors file."""
+def read(
+    path: Path, rows: Tensor | None, ema: bool | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors under official names (`ema`: see `official_names`), and the metadata of a safetensors
+    file."""
+    if path.is_dir():
+        inside = sorted(file.name for file in path.iterdir() if file.is_file())
+        names = ", ".join(inside[:8]) or "no files"
+        raise CheckpointError(f"{path}: a folder: expected one file of it; it has {names}.")
     with open(path, "rb") as file:
-        head = file.read(9)
+        head = file.read(24)
     if len(head) < 9:
         raise CheckpointError(f"{path}: the file has {len(head)} bytes: empty or truncated.")
-    if head[8:9] == b"{":  # safetensors: the length of a JSON header, and the header
-        return _read_safetensors(path, rows)
-    return _read_torch(path, rows), {}
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path}: a git-lfs pointer, not the file itself: run git lfs pull.")
+    with reading(path, "damaged, truncated, or not a file of weights"):
+        if head[8:9] == b"{":  # safetensors: the length of a JSON header, and the header
+            return _read_safetensors(path, rows, ema)
+        return _read_torch(path, rows, ema), {}
 
 
-def _read_safetensors(path: Path, rows: Tensor | None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            names = _official_names(path, file.keys())
-            state = {}
-            for official, stored in names.items():
-                if official == TABLE and rows is not None:
-                    table = file.get_slice(stored)
-                    _check_rows(path, rows, table.get_shape())
-                    state[official] = torch.cat([table[row : row + 1] for row in rows.tolist()])
-                else:
-                    state[official] = file.get_tensor(stored)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: damaged or truncated safetensors file: {error}.") from error
+def _read_safetensors(
+    path: Path, rows: Tensor | None, ema: bool | None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        names = official_names(path, file.keys(), ema)
+        state = {}
+        for official, stored in names.items():
+            if official == TABLE and rows is not None:
+                table = file.get_slice(stored)
+                _check_rows(path, rows, table.get_shape())
+                state[official] = torch.cat([table[row : row + 1] for row in rows.tolist()])
+            else:
+                state[official] = file.get_tensor(stored)
     return state, metadata
 
 
-def _read_torch(path: Path, rows: Tensor | None) -> dict[str, Tensor]:
+def _read_torch(path: Path, rows: Tensor | None, ema: bool | None) -> dict[str, Tensor]:
     try:
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -64,13 +75,16 @@ def _read_torch(path: Path, rows: Tensor | None) -> dict[str, Tensor]:
             f"{path}: not a plain state_dict: it holds pickled code or objects, which recurx does "
             f"not run. Save `model.state_dict()` instead. ({_first_line(error)})"
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path}: damaged, truncated, or no checkpoint of torch.save: {_first_line(error)}."
-        ) from error
     flat = _state_dict_in(path, loaded)
+    size = path.stat().st_size
+    wanted = sum(tensor.numel() * tensor.element_size() for tensor in flat.values())
+    if wanted > 2 * size:  # tied tensors count twice; expanded ones would take all memory
+        raise CheckpointError(
+            f"{path}: its tensors are {wanted:,} bytes, the file has {size:,}: they repeat memory. "
+            f"Save them with `.clone()`."
+        )
     state: dict[str, Tensor] = {}
-    for official, stored in _official_names(path, flat).items():
+    for official, stored in official_names(path, flat, ema).items():
         tensor = flat[stored]
         if official != TABLE:
             state[official] = tensor.clone()  # off the file, which its owner may overwrite
@@ -83,36 +97,23 @@ def _read_torch(path: Path, rows: Tensor | None) -> dict[str, Tensor]:
 
 
 def _state_dict_in(path: Path, loaded: Any) -> dict[str, Tensor]:
-    for key in _NESTED:
+    average: Mapping[Any, Any] = {}
+    for key in (*_NESTED_AVERAGES, *_NESTED):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
+            if key in _NESTED_AVERAGES:
+                average = average or {f"{AVERAGE}.{name}": t for name, t in loaded[key].items()}
+            else:
+                loaded = loaded[key]
+    if average and isinstance(loaded, Mapping):
+        loaded = {k: v for k, v in loaded.items() if isinstance(v, Tensor)} | average
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path}: expected a state_dict, got {type(loaded).__name__}.")
     for key, value in loaded.items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(
-                f"{path}: key {key!r} holds {type(value).__name__}, expected a tensor."
-            )
+        dense = isinstance(value, Tensor) and value.layout is torch.strided
+        if not isinstance(key, str) or not dense or value.is_quantized or value.is_meta:
+            got = type(value).__name__
+            raise CheckpointError(f"{path}: key {key!r} holds {got}, expected a tensor.")
     return dict(loaded)
-
-
-def _official_names(path: Path, stored: Iterable[str]) -> dict[str, str]:
-    """{official name: name in the file}."""
-    names: dict[str, str] = {}
-    stored = list(stored)
-    bare = any(official_name(name) == "embed_tokens.embedding_weight" for name in stored)
-    for name in stored:
-        official = f"inner.{official_name(name)}" if bare else official_name(name)
-        if official in names:
-            raise CheckpointError(
-                f"{path}: keys {names[official]!r} and {name!r} both mean {official!r}."
-            )
-        names[official] = name
-    return names
-
-
-def official_name(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def row_numbers(rows: Iterable[int] | Tensor) -> Tensor:

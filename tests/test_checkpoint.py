@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -18,6 +20,7 @@ import recurx
 from recurx import CheckpointError, InvalidArgument
 from recurx.models import HRM, TRM, ACTLossHead, HRMConfig, TRMConfig
 from recurx.models.act import RecursiveModel
+from recurx.state_names import official_names
 
 TABLE = "inner.puzzle_emb.weights"
 SMALL = dict(puzzle_emb_ndim=64, puzzle_emb_len=2, num_puzzle_identifiers=9)
@@ -300,3 +303,162 @@ def test_a_file_named_safetensors_that_is_none_is_refused_in_one_line(tmp_path) 
         path.write_bytes(head)
         with pytest.raises(CheckpointError, match=r"net\.safetensors"):
             recurx.load_checkpoint(path)
+
+
+# ---- files that are not what they seem, and arguments that contradict them -----------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"hidden_size": 32}, "hidden_size=64, and hidden_size=32"),
+        ({"L_layers": 7}, "L_layers=2, and L_layers=7"),
+        ({"variant": "single_z"}, "variant='trm', and variant='single_z'"),
+        ({"vocab_size": 12}, "vocab_size=11, and vocab_size=12"),
+        ({"mlp_t": True}, "mlp_t=False, and mlp_t=True"),
+        ({"puzzle_emb_ndim": 0}, "puzzle_emb_ndim=64, and puzzle_emb_ndim=0"),
+        ({"num_puzzle_identifiers": 3}, "num_puzzle_identifiers=9, and num_puzzle_identifiers=3"),
+        ({"seq_len": "x"}, "`seq_len`: expected an int"),
+        ({"H_cycles": 10**9}, "`H_cycles`: expected at most 4096"),
+        ({"H_cycles": 4096, "L_cycles": 4096}, "`L_cycles`: expected H_cycles x"),
+        ({"seq_len": 10**9}, "`seq_len`: expected at most 65536"),
+        ({"expansion": 1e-9}, "`expansion`: expected inner widths within"),
+        ({"expansion": float("inf")}, "`expansion`: expected a positive finite"),
+        ({"expansion": 9000.0}, "has .* parameters, the file at most"),
+    ],
+)
+def test_a_contradictory_or_impossible_argument_is_refused(fields: dict, says: str, tmp_path):
+    for name, save in (("m.pt", torch.save), ("m.safetensors", save_file)):
+        save(dict(random_model("trm").state_dict()), tmp_path / name)
+        with pytest.raises((CheckpointError, InvalidArgument), match=says):
+            recurx.load_checkpoint(tmp_path / name, **{**HINTS, **fields})
+
+
+def test_what_agrees_may_be_said(tmp_path: Path) -> None:
+    model = random_model("trm")
+    torch.save(model.state_dict(), tmp_path / "m.pt")
+    assert recurx.load_checkpoint(tmp_path / "m.pt", config=model.config).config == model.config
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("arch:\n", "expected fields under `arch:`, got None"),
+        ("arch: trm\n", "got 'trm'"),
+        ("arch: [1, 2]\n", "got .1, 2."),
+        ("", "got None"),
+        ("arch: {H_cycles: x}\n", "`H_cycles`: expected an int, got 'x'"),
+        ("arch: {H_cycles: 99999999}\n", "`H_cycles`: expected at most"),
+        ("arch: {mlp_t: 3}\n", "True or False"),
+        ("arch: {hidden_size: 512}\n", "hidden_size=64, and hidden_size=512"),
+        ("arch: {a: [}\n", "unreadable: ParserError"),
+        ("arch: {a: 2024-99-99}\n", "unreadable"),
+        ("\x07", "unreadable: ReaderError"),
+        ("[" * 5000, "unreadable"),
+        ("a: b\n" * 200_000, "bytes are no configuration"),
+    ],
+)
+def test_a_bad_configuration_beside_the_file_is_refused(text: str, says: str, tmp_path) -> None:
+    pytest.importorskip("yaml")
+    torch.save(random_model("trm").state_dict(), tmp_path / "step_1")
+    (tmp_path / "all_config.yaml").write_text(text)
+    with pytest.raises(CheckpointError, match=says):
+        recurx.load_checkpoint(tmp_path / "step_1", **HINTS)
+
+
+def test_the_encoding_of_comments_does_not_matter(tmp_path: Path) -> None:
+    pytest.importorskip("yaml")
+    torch.save(random_model("trm").state_dict(), tmp_path / "step_1")
+    text = "# modèle\narch: {H_cycles: 2, num_heads: 2, puzzle_emb_len: 2}\npath: /données\n"
+    (tmp_path / "all_config.yaml").write_bytes(text.encode("cp1252"))
+    assert recurx.load_checkpoint(tmp_path / "step_1", seq_len=16).config.H_cycles == 2
+
+
+def test_pointers_folders_and_expanded_tensors_are_named(tmp_path: Path) -> None:
+    (tmp_path / "net.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(CheckpointError, match=r"git-lfs pointer.*run git lfs pull"):
+        recurx.load_checkpoint(tmp_path / "net.pt")
+    with pytest.raises(CheckpointError, match=r"a folder: expected one file of it; it has net\.pt"):
+        recurx.load_checkpoint(tmp_path)
+    state = {name: value.clone() for name, value in random_model("trm").state_dict().items()}
+    state["inner.lm_head.weight"] = torch.zeros(1).expand(1 << 17, 1 << 17)  # 64 GB
+    torch.save(state, tmp_path / "net.pt")
+    with pytest.raises(CheckpointError, match=r"68,7.* bytes, the file has .*repeat memory"):
+        recurx.load_checkpoint(tmp_path / "net.pt", **HINTS)
+    for value in (torch.zeros(2, 2).to_sparse(), torch.zeros(2, 2, device="meta")):
+        torch.save({"inner.q": value}, tmp_path / "net.pt")
+        with pytest.raises(CheckpointError, match=r"'inner.q' holds Tensor, expected a tensor"):
+            recurx.load_checkpoint(tmp_path / "net.pt")
+
+
+@pytest.mark.parametrize("key", ["recurx.config", "recurx.extra"])
+@pytest.mark.parametrize("text", ["[1]", "3", "{", "", "[" * 9999, '{"vocab_size": {}}', "null"])
+def test_damaged_metadata_is_named(key: str, text: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    model = random_model("trm")
+    metadata = {"recurx.config": model.config.to_json(), "recurx.extra": "{}", key: text}
+    save_file(dict(model.state_dict()), path, metadata)
+    if key == "recurx.extra" and text.startswith('{"'):  # extra is the writer's
+        assert recurx.load_checkpoint(path).extra == {"vocab_size": {}}
+        return
+    with pytest.raises(CheckpointError, match=f"m.safetensors: unreadable {key}"):
+        recurx.load_checkpoint(path)
+
+
+def test_tied_weights_are_written_twice(tmp_path: Path) -> None:
+    model = random_model("single_z")
+    model.inner.lm_head.weight = model.inner.embed_tokens.embedding_weight
+    recurx.save_checkpoint(tmp_path / "m.safetensors", model)
+    same_answers(recurx.load_checkpoint(tmp_path / "m.safetensors").build(), model)
+
+
+# ---- wrappers and averages -------------------------------------------------------------------
+
+PARTS = ["_orig_mod", "module", "model", "net", "_fsdp_wrapped_module", "_forward_module"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from([*PARTS, "ema_model"]), max_size=4), st.integers(0, 3))
+def test_any_nesting_of_wrappers_is_taken_off(parts: list[str], at: int) -> None:
+    names = [n.split(".") for n in ("inner.lm_head.weight", "inner.L_level.layers.0.mlp.w.weight")]
+    stored = [
+        ".".join([*name[: at % len(name)], *parts, *name[at % len(name) :]]) for name in names
+    ]
+    assert list(official_names("f", stored, None)) == [".".join(name) for name in names]
+
+
+def _both(tmp_path: Path, how: str) -> tuple[Path, RecursiveModel, RecursiveModel]:
+    trained, average = random_model("trm"), random_model("trm")
+    with torch.no_grad():
+        for parameter in average.parameters():
+            parameter.mul_(0.5)
+    state, path = trained.state_dict(), tmp_path / "net.pt"
+    shadow = {name: p.detach() for name, p in average.named_parameters()}  # of parameters alone
+    if how == "flat":
+        counters = {"initted": torch.tensor(True), "step": torch.tensor(4)}
+        full = {f"ema_model.{name}": t for name, t in average.state_dict().items()}
+        torch.save({f"online_model.{n}": t for n, t in state.items()} | full | counters, path)
+    else:
+        torch.save({"model": state, how: shadow, "epoch": 3}, path)
+    return path, trained, average
+
+
+@pytest.mark.parametrize("how", ["flat", "ema", "ema_state_dict"])
+def test_of_weights_and_their_average_one_is_chosen(how: str, tmp_path: Path) -> None:
+    path, trained, average = _both(tmp_path, how)
+    with pytest.raises(recurx.CheckpointError, match="Pass ema=True for the average"):
+        recurx.load_checkpoint(path, **HINTS)
+    same_answers(trained, recurx.load_checkpoint(path, ema=False, **HINTS).build())
+    same_answers(average, recurx.load_checkpoint(path, ema=True, **HINTS).build())
+
+
+def test_what_is_asked_for_must_be_there(tmp_path: Path) -> None:
+    model = random_model("trm")
+    torch.save(model.state_dict(), tmp_path / "plain.pt")
+    averaged = torch.optim.swa_utils.AveragedModel(model)  # "module.", and n_averaged
+    torch.save({f"ema.{n}": t for n, t in averaged.state_dict().items()}, tmp_path / "ema.pt")
+    same_answers(model, recurx.load_checkpoint(tmp_path / "ema.pt", **HINTS).build())
+    with pytest.raises(recurx.CheckpointError, match="ema=True was asked for, and it holds no av"):
+        recurx.load_checkpoint(tmp_path / "plain.pt", ema=True, **HINTS)
+    with pytest.raises(recurx.CheckpointError, match=r"ema=False .* holds only an average"):
+        recurx.load_checkpoint(tmp_path / "ema.pt", ema=False, **HINTS)

@@ -42,7 +42,8 @@ RUN = [name for name in PAGES if name == "README.md" or name.startswith("docs/")
 SLOW = ("sudoku", "tasks", "training", "mazes", "language", "budgets")  # seconds to half a minute
 
 GPU, PACKAGES, OFFICIAL = "needs a GPU", "installs packages", "needs the official code"
-REASONS = (GPU, PACKAGES, OFFICIAL)
+CHECKPOINT = "needs an official checkpoint"
+REASONS = (GPU, PACKAGES, OFFICIAL, CHECKPOINT)
 LANGUAGES = ("python", "bash", "text")  # text: what a command prints, or a formula
 
 # Options appended to a command, of which the last one counts: the same code in seconds.
@@ -100,7 +101,7 @@ def test_every_block_runs_as_it_stands(name, folder, monkeypatch):
     bring_files(folder, PAGES[name].read_text(encoding="utf-8"))
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for block in pages.blocks(PAGES[name]):
-        if block.reason in (GPU, PACKAGES):
+        if block.reason in (GPU, PACKAGES, CHECKPOINT):
             continue
         if block.language == "python":
             source = "\n" * (block.line - 1) + block.text  # a traceback tells the page's line

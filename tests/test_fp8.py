@@ -43,17 +43,17 @@ def test_codes_are_within_half_a_step_and_the_largest_is_448():
     assert (error <= allowed * (1 + 1e-6)).all()
 
 
-def test_codes_are_known_until_the_weight_changes_or_dies():
+def test_codes_hold_while_the_weight_is_their_product():
     net = quantize_net(make_net())
     weight = net.weights[0]
-    assert torch.equal(fp8.codes_of(weight).dequantized(), weight)
-    assert fp8.codes_of(weight.clone()) is None and fp8.codes_of(make_net().weights[0]) is None
-    with torch.no_grad():
-        weight.mul_(1.0)
-    assert fp8.codes_of(weight) is None
-    before = len(fp8._known)
-    del net, weight
-    assert len(fp8._known) < before
+    assert fp8.are_quantized(net.weights)
+    assert not fp8.are_quantized([weight.clone()]) and not fp8.are_quantized(make_net().weights)
+    before = weight.clone()
+    for edit in (lambda: weight.data[-1:, -1:].add_(1), lambda: weight.numpy().__setitem__(0, 3)):
+        edit()  # no version counter shows these
+        assert not fp8.are_quantized(net.weights) and fp8.are_quantized(net.weights[1:])
+        weight.copy_(before)
+        assert fp8.are_quantized(net.weights)
 
 
 # ---- the gate ------------------------------------------------------------------------------
@@ -90,8 +90,8 @@ def test_a_trained_net_passes_and_answers_as_before(trained):
     assert (answers[0] == answers[1]).float().mean() == pytest.approx(gate.agreement)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     for module in small.inner.nets().values():
-        for weight in recurx.nets.as_net(module).weights:
-            assert torch.equal(fp8.codes_of(weight).dequantized(), weight)
+        for weight in recurx.proof.as_net(module).weights:
+            assert fp8.are_quantized([weight])
     # The net is quantised, no more: another comparison would be empty.
     assert any(not torch.equal(before[k], v) for k, v in small.state_dict().items())
     assert torch.equal(before["inner.lm_head.weight"], small.inner.lm_head.weight)
@@ -198,12 +198,12 @@ def test_wrong_scales_in_the_tape_are_noticed(monkeypatch):
     """The check above bites: the scales of two neighbouring channels exchanged."""
     from recurx.backends import cuda_grid as packing
 
-    def exchanged(weight, right=fp8.codes_of):
+    def exchanged(weight, right=fp8.registered):
         codes = right(weight)
         pairs = codes.scales.unflatten(0, (-1, 2)).flip(1).flatten()
         return dataclasses.replace(codes, scales=pairs)
 
-    monkeypatch.setattr(packing, "codes_of", exchanged)
+    monkeypatch.setattr(packing, "registered", exchanged)
     with pytest.raises(AssertionError, match="relative error"):
         test_numerics_are_those_of_the_dequantised_weights(KINDS[0])
 
@@ -228,7 +228,7 @@ def test_recurse_reads_codes_only_of_quantised_nets():
             ]
 
     def tape_bytes():
-        return [entry.made.nbytes for entry in cuda.tapes._entries.values()]
+        return [entry.made[1].nbytes for entry in cuda.tapes._entries.values()]
 
     plain = run(net)
     (full,) = tape_bytes()

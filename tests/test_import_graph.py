@@ -26,8 +26,8 @@ EXTENSION = "recurx._C"  # compiled: it has no file of Python
 # `recurx/__init__.py`, which finds each public name when it is asked for, and `_checkout` tells
 # Python where the packages of a checkout lie.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "hashing", "_build_info", "_C"),
-    ("atomic", "options", "schedule", "small_ops", "tasks"),
+    ("errors", "forking", "hashing", "_build_info", "_C"),
+    ("atomic", "state_names", "lowrank", "options", "schedule", "small_ops", "tasks"),
     ("nets",),
     ("operands", "fp8"),
     ("problem", "reference"),
@@ -40,6 +40,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("recompute", "choices", "comparing"),
     ("route",),
     ("trials", "readings"),
+    ("probing",),
+    ("proof",),
     ("ops", "checks"),
     ("api",),
     ("models",),
@@ -48,10 +50,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("shipped_nets",),
     ("patching",),
     ("solving",),
-    ("quantization",),
+    ("quantization", "onnx_export"),
     ("explanation",),
     ("train",),
-    ("profiler",),
+    ("bench.profiler",),
     ("experiments.tasks",),
     ("experiments.hybrid", "_checkout"),
     ("hybrid",),

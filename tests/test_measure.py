@@ -13,7 +13,7 @@ from recurx import measure
 from recurx.bench import ceilings
 from recurx.plan import Device, device
 
-ABOVE = ("recurx.api", "recurx.backends", "recurx.plan", "recurx.profiler", "recurx.bench")
+ABOVE = ("recurx.api", "recurx.backends", "recurx.plan", "recurx.bench.profiler", "recurx.bench")
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import threading
@@ -15,6 +16,7 @@ import torch
 from recurx import backends, choices, trials, verdicts
 from recurx import route as routes
 from recurx.bench.problems import problem_of_config
+from recurx.comparing import UntrustedKernel
 from recurx.errors import BackendUnavailable, no_compiled_module
 from recurx.models import TRMConfig
 from recurx.plan import DEVICES
@@ -45,9 +47,33 @@ def test_a_fused_backend_that_is_slower_is_not_taken(monkeypatch, inputs, measur
     times = {entry.backend: entry.measured for entry in found.considered}
     assert times["double"] > times["eager"] > 0
     assert "backend 'auto' -> eager" in str(found)
-    monkeypatch.setenv("RECURX_AUTOTUNE", "0")
-    routes.forget()
+    monkeypatch.setenv("RECURX_AUTOTUNE", "0")  # noticed at the next call
     assert choose(*inputs).name == "double"  # by the model alone, which has no plan for it
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("launch failed"), torch.OutOfMemoryError("CUDA")])
+@pytest.mark.parametrize("run", range(9))
+def test_an_engine_that_fails_in_any_round_is_left(monkeypatch, inputs, measuring, run, fault):
+    """The first runs, the longer one before the rounds, or a round: `auto` goes on without it."""
+    use(monkeypatch, Double())
+    asked = []
+
+    def seconds(run_calls, name, calls, device):
+        asked.append(name)
+        if name == "double" and asked.count(name) == run + 1:
+            raise fault
+        run_calls(name, 1)
+        return calls * {"double": 1e-3, "eager": 1.5e-3}[name]
+
+    monkeypatch.setattr(trials, "_seconds", seconds)
+    monkeypatch.setattr(trials, "BUDGET", 0.03)
+    told = isinstance(fault, torch.OutOfMemoryError)
+    with contextlib.nullcontext() if told else pytest.warns(UntrustedKernel, match="launch failed"):
+        found = trials.settled(inputs[0], Request(), inputs[1])
+        if asked.count("double") <= run:  # there are fewer rounds than that
+            pytest.fail("the fault never came")
+    assert found.backend == "eager" and found.settled and "double" not in asked[-2:]
+    assert not list(measuring.glob("*"))  # the next process tries again
 
 
 def test_within_the_margin_the_fused_backend_stays(monkeypatch, inputs, measuring):
@@ -183,7 +209,6 @@ def test_a_device_that_is_not_here_is_taken_by_the_model():
 
 def test_whoever_lacks_the_engine_is_told_once(monkeypatch, inputs):
     monkeypatch.setattr(trials, "_told_missing", False)
-    monkeypatch.setattr(trials.importlib.util, "find_spec", lambda name: None)
     reason = no_compiled_module(ImportError("no such module"))
     monkeypatch.setattr(type(backends.get("cpu")), "why_unavailable", lambda self: reason)
     with pytest.warns(trials.MissingEngine, match=r"with a C\+\+ compiler on PATH run: \S+ "):
@@ -191,3 +216,21 @@ def test_whoever_lacks_the_engine_is_told_once(monkeypatch, inputs):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trials.settled(inputs[0], Request(), inputs[1])
+
+
+@pytest.mark.parametrize("setting", ["RECURX_CPU_ISA", "RECURX_CPU_THREADS"])
+def test_a_setting_that_is_none_is_told_once(monkeypatch, inputs, setting):
+    if backends.get("cpu").why_unavailable() is not None:
+        pytest.skip("backend cpu is not built")
+    monkeypatch.setattr(trials, "_told_missing", False)
+    monkeypatch.setenv(setting, "foo")
+    backends.changed()
+    what = f"{setting}: expected .*, got 'foo'"
+    try:
+        with pytest.warns(trials.MissingEngine, match=f"PyTorch.*{what}"):
+            assert trials.settled(inputs[0], Request(), inputs[1]).backend == "eager"
+        with pytest.raises(BackendUnavailable, match=what):
+            trials.settled(inputs[0], Request("cpu"), inputs[1])
+    finally:
+        monkeypatch.undo()
+        backends.changed()

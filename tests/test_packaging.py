@@ -175,7 +175,13 @@ def test_a_later_pure_build_removes_the_module(tmp_path):
 def test_instruction_sets_come_from_the_file_name(tmp_path):
     """Each file sees its own flags, all see which were compiled, the lowest is linked first."""
     checkout = copy_checkout(tmp_path / "checkout")
-    for isa, macro in {"amx": "__AMX_BF16__", "avx512": "__AVX512BW__", "avx2": "__FMA__"}.items():
+    macros = {
+        "amx": "__AMX_BF16__",
+        "avx512_bf16": "__AVX512BF16__",
+        "avx512": "__AVX512BW__",
+        "avx2": "__FMA__",
+    }
+    for isa, macro in macros.items():
         guard = f"#if !defined({macro}) || !defined(RX_HAVE_AVX2)\n#error flags\n#endif\n"
         (checkout / "csrc" / "cpu" / f"gemm_{isa}.cpp").write_text(guard)
     (checkout / "csrc" / "cpu" / "plain.cpp").write_text(
@@ -189,6 +195,7 @@ def test_instruction_sets_come_from_the_file_name(tmp_path):
         "plain.cpp",
         "gemm_avx2.cpp",
         "gemm_avx512.cpp",
+        "gemm_avx512_bf16.cpp",
         "gemm_amx.cpp",
     ]
 
@@ -230,7 +237,7 @@ def test_import_is_lazy_and_quick():
         print(json.dumps([seconds, sorted(imported), sorted(set(sys.modules) - before)]))
     """
     seconds, imported, used = json.loads(python(source, cwd=ROOT))
-    assert imported == ["recurx", "recurx._checkout"]
+    assert imported == ["recurx", "recurx._checkout", "recurx.forking"]
     assert seconds < 0.3
     assert "recurx.api" in used
     assert not {"torch._dynamo", "torch._inductor", "triton", "rich", "safetensors"} & set(used)

@@ -72,7 +72,12 @@ def test_the_second_call_plans_encodes_and_lowers_nothing(backend: str, hrm: boo
 
     if backend == "auto":
         call()  # compared with the real engine
-    with host.stubbed(engine, lambda *_: arrived.append(1)):
+
+    def reached(*given: object) -> None:
+        if not given or not str(given[0]).endswith("_pack"):  # weights are packed at every call
+            arrived.append(1)
+
+    with host.stubbed(engine, reached):
         first = expensive(call)
         for _ in range(3):  # Triton captures at the second
             call()

@@ -1,7 +1,10 @@
 #include "dispatch.hpp"
 
+#include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 
 #include "engines.hpp"
@@ -10,6 +13,8 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace rx::cpu {
@@ -20,6 +25,7 @@ bool always() { return true; }
 #if defined(RX_PRETEND_ISA)  // tests: every engine runs, compiled without its instructions
 bool has_avx2() { return true; }
 bool has_avx512() { return true; }
+bool has_avx512_bf16() { return true; }
 bool has_amx() { return true; }
 #elif defined(__x86_64__)
 struct Cpuid {
@@ -44,13 +50,17 @@ bool has_avx512() {
   return has_avx2() && (saved_state() & 0xe6) == 0xe6 && (Cpuid(7).b & wanted) == wanted;
 }
 
+bool has_avx512_bf16() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  __get_cpuid_count(7, 1, &a, &b, &c, &d);
+  return has_avx512() && (a >> 5 & 1);
+}
+
 bool has_amx() {
 #if defined(__linux__)
   const unsigned wanted = 1u << 22 | 1u << 24;  // AMX-BF16, AMX-TILE
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  __get_cpuid_count(7, 1, &a, &b, &c, &d);
-  const bool bf16 = a >> 5 & 1;  // AVX512_BF16, for the conversions
-  if (!has_avx512() || !bf16 || (Cpuid(7).d & wanted) != wanted) return false;
+  // AVX512_BF16 for the conversions.
+  if (!has_avx512_bf16() || (Cpuid(7).d & wanted) != wanted) return false;
   if ((saved_state() & 0x60000) != 0x60000) return false;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -58,10 +68,11 @@ bool has_amx() {
   return false;
 #endif
 }
-#else
-bool has_avx2() { return false; }
-bool has_avx512() { return false; }
-bool has_amx() { return false; }
+#elif defined(__aarch64__) && defined(__linux__)
+bool has_neon_bf16() {
+  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16
+  return getauxval(AT_HWCAP2) & kBf16;
+}
 #endif
 
 std::string joined(const std::vector<std::string>& names) {
@@ -85,8 +96,17 @@ const std::vector<Isa>& all_isas() {
 #if defined(RX_HAVE_AVX512)
       {"avx512", has_avx512, &avx512_f32, &avx512_bf16},
 #endif
+#if defined(RX_HAVE_AVX512_BF16)
+      {"avx512_bf16", has_avx512_bf16, &avx512_f32, &dot_bf16},
+#endif
 #if defined(RX_HAVE_AMX)
       {"amx", has_amx, &avx512_f32, &amx_bf16},
+#endif
+#if defined(RX_HAVE_NEON)
+      {"neon", always, &neon_f32, &neon_bf16},
+#endif
+#if defined(RX_HAVE_NEON_BF16) && defined(__linux__)
+      {"neon_bf16", has_neon_bf16, &neon_f32, &bfdot_bf16},
 #endif
   };
   return isas;
@@ -102,6 +122,11 @@ const std::vector<const Isa*>& usable() {
   }();
   return found;
 }
+// At load: a fork while another thread asks would leave the answer half made in the child.
+[[maybe_unused]] const bool asked = !usable().empty();
+
+// Whether it only adds products of pairs of bf16 to the one before.
+bool is_dot(const std::string& name) { return name == "avx512_bf16" || name == "neon_bf16"; }
 
 const Engine* engine_for(const std::string& name, Dtype state) {
   for (const Isa* isa : usable())
@@ -118,10 +143,40 @@ std::vector<std::string> usable_isas() {
   return names;
 }
 
+std::string best_isa(const std::vector<std::string>& names, double gain) {
+  return is_dot(names.back()) && gain < kLeastDotGain ? names[names.size() - 2] : names.back();
+}
+
+double dot_gain() {
+  static const double gain = [] {
+    const std::vector<const Isa*>& isas = usable();
+    if (!is_dot(isas.back()->name)) return 0.0;
+    const Engine *fma = isas[isas.size() - 2]->bf16, *dot = isas.back()->bf16;
+    const std::unique_ptr<void, void (*)(void*)> scratch(allocate(kSampleBytes), std::free);
+    const auto seconds = [&](const Engine* engine) {
+      engine->sample_product(scratch.get());  // warms the clock, the caches and the branches
+      const auto start = std::chrono::steady_clock::now();
+      engine->sample_product(scratch.get());
+      return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    };
+    double best[2] = {1, 1};
+    for (int round = 0; round < 12; ++round) {
+      best[0] = std::min(best[0], seconds(fma));
+      best[1] = std::min(best[1], seconds(dot));
+    }
+    return best[0] / best[1];
+  }();
+  return gain;
+}
+
 std::string chosen_isa() {
+  const char* threads = std::getenv("RECURX_CPU_THREADS");
+  if (threads && *threads && std::strcmp(threads, "own") && std::strcmp(threads, "openmp"))
+    throw std::runtime_error(std::string("RECURX_CPU_THREADS: expected own or openmp, got '") +
+                             threads + "'. Unset it to use PyTorch's threads where there are any.");
   const std::vector<std::string> names = usable_isas();
   const char* wanted = std::getenv("RECURX_CPU_ISA");
-  if (!wanted || !*wanted) return names.back();
+  if (!wanted || !*wanted) return best_isa(names, dot_gain());
   for (const std::string& name : names)
     if (name == wanted) return name;
   throw std::runtime_error("RECURX_CPU_ISA: expected one of " + joined(names) +
@@ -132,6 +187,7 @@ std::string chosen_isa() {
 Packed::Packed(const std::vector<BlockShape>& shapes, const std::vector<RawWeight>& weights,
                Dtype state, const std::string& isa)
     : engine_(engine_for(isa, state)), memory_(nullptr, std::free), blocks_(shapes.size()) {
+  for (const BlockShape& shape : shapes) check(shape);
   for (const BlockShape& shape : shapes) bytes_ += engine_->packed_bytes(shape);
   memory_.reset(allocate(bytes_));
   char* out = (char*)memory_.get();
@@ -139,22 +195,6 @@ Packed::Packed(const std::vector<BlockShape>& shapes, const std::vector<RawWeigh
     engine_->pack(shapes[i], &weights[i * weights_per_block], out, &blocks_[i]);
     out += engine_->packed_bytes(shapes[i]);
   }
-}
-
-uint64_t fingerprint(const std::vector<Span>& tensors) {
-  constexpr size_t kSamples = 256;  // a tensor; 4 bytes each
-  uint64_t hash = 0x9e3779b97f4a7c15ull;
-  for (const Span& span : tensors) {
-    const char* data = (const char*)span.data;
-    const size_t words = span.bytes / 4, stride = words / kSamples + 1;
-    for (size_t word = 0; word < words; word += stride) {
-      uint32_t value;
-      std::memcpy(&value, data + word * 4, 4);
-      hash = (hash ^ value) * 0x9fb21c651e98df25ull;
-      hash ^= hash >> 29;
-    }
-  }
-  return hash;
 }
 
 }  // namespace rx::cpu

@@ -1,8 +1,8 @@
 // Chooses the engine for this machine, and deals samples out to threads.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -13,12 +13,22 @@
 namespace rx::cpu {
 
 // What this processor, its operating system and this build have, slowest first:
-// portable, avx2, avx512, amx.
+// portable, avx2, avx512, avx512_bf16, amx; on aarch64 portable, neon, neon_bf16.
 std::vector<std::string> usable_isas();
 
 // The best usable one, or the one that RECURX_CPU_ISA names; throws std::runtime_error if that is
 // unknown or cannot run here.
 std::string chosen_isa();
+
+// The best of `names` where products of pairs of bf16 (AVX512_BF16, BFDOT) run `gain` times as fast
+// as those by FMA. An instruction does twice the work: processors that start as many of them are at
+// 2, those with half as many ports for them at 1. The limit is half way, beyond the reach of a
+// noisy measurement, since the same machine must always answer the same.
+constexpr double kLeastDotGain = 1.4;
+std::string best_isa(const std::vector<std::string>& names, double gain);
+
+// That gain, measured once in a process (a millisecond); 0 where the best one is no such core.
+double dot_gain();
 
 // A net packed for one instruction set and one state type.
 class Packed {
@@ -37,15 +47,53 @@ class Packed {
   std::vector<PackedBlock> blocks_;
 };
 
-// Runs the whole recursion on `threads` threads. Bit-equal for any number of threads.
-void run(const Engine& engine, const Recursion& recursion, int threads);
+constexpr int kMostThreads = 1024;
 
-// Runs a window forward or backward, all threads as one team. Bit-equal for any number of them.
-void run_window(const Engine& engine, const Window& window, bool backward, int threads);
+// Throw std::invalid_argument for what no engine runs: sizes of zero, or too large, or that do not
+// belong together, and steps that name what is not there.
+void check(const BlockShape& shape);
+void check(const Engine& engine, const Recursion& recursion, int threads);
 
-// Has the machine to itself: calls work(scratch, clocks), whose times count.
-void with_machine(size_t bytes, int threads,
-                  const std::function<void(void*, std::vector<Clock>&)>& work);
+// Runs the whole recursion on `threads` threads. Bit-equal for any number of threads. The calling
+// thread asks `wanted` every 50 ms whether to stop; if so all leave within a block and it returns
+// false, with nothing of use in the outputs. `wanted` may itself run recursions.
+bool run(const Engine& engine, const Recursion& recursion, int threads, bool (*wanted)() = nullptr);
+
+// Rows of a queue, each refined until it halts; see solve.cpp.
+struct Solving {
+  int rows, max_steps;
+  // Halting: by q_halt > (q_continue or 0) + above, by an answer that stays the same, or neither.
+  bool by_q, against_continue, by_answer;
+  float above;
+  int patience;
+  float sigma;  // of the noise on state `output` before each step
+  uint64_t seed;
+  const int64_t* numbers;    // [rows]: each one's place in the stream of noise
+  const void* x;             // [rows, T, D]
+  const void* const* start;  // [num_states], [0] unused: of [T, D], or [rows, T, D] if `start_each`
+  bool start_each;
+  int output, prefix, vocab;     // the state that the heads read, tokens before the answer
+  const void *lm_head, *q_head;  // [vocab, D]; [2, D]: q_halt, q_continue
+  float q_bias[2];
+  // Out; A = T - prefix.
+  int64_t* steps;    // [rows]
+  bool* halted;      // [rows]
+  void* final;       // [rows, T, D]: state `output` after a row's last step
+  int64_t* answers;  // [rows, A]: of the last step; read if `by_answer` or `trace`
+  int64_t* trace;    // [max_steps, rows, A] or null; a step after the row's last is left as it is
+  std::atomic<int>* done;  // rows that ended so far
+};
+
+// Every thread keeps a group of rows and takes the next one of the queue when a row ends. `step` is
+// one supervision step; its batch and its states are not read. Each row's answer is that of `run`
+// called once a step, whoever had it, bit for bit. False if `wanted` said to stop.
+bool solve(const Engine& engine, const Recursion& step, const Solving& how, int threads,
+           bool (*wanted)() = nullptr);
+
+// Runs a window forward or backward, all threads as one team. Bit-equal for any number of them;
+// false as `run`.
+bool run_window(const Engine& engine, const Window& window, bool backward, int threads,
+                bool (*wanted)() = nullptr);
 
 // Asks for huge pages inside memory that somebody else allocated and nobody touched yet: the first
 // touch of small ones took a quarter of a window's forward.
@@ -60,11 +108,7 @@ std::vector<double> phase_seconds();
 // Bytes of scratch that the engine holds on to between calls.
 size_t scratch_held();
 
-// A hash of a few hundred elements of each tensor, to notice weights that changed unannounced.
-struct Span {
-  const void* data;
-  size_t bytes;
-};
-uint64_t fingerprint(const std::vector<Span>& tensors);
+// `parallel`, when no recursion and no other caller has the threads; at once for a single one.
+void alone(int threads, Work work, void* context);
 
 }  // namespace rx::cpu

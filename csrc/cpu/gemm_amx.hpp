@@ -14,7 +14,6 @@
 
 namespace rx::cpu::RX_ISA {
 
-constexpr int kPanelStep = 2 * kTileBytes;   // bytes of a panel for one tile depth
 constexpr int kBlockBytes = 4 * kTileBytes;  // accumulators of a block
 
 // A block whose accumulators are still in tiles 0-3.
@@ -31,15 +30,6 @@ struct Block2x2 {
   int steps;
   const char* partial;  // accumulators of the K chunks before, or null
   int rows;             // of a tile
-};
-
-struct Prefetcher {
-  const char* p;
-  int lines;  // for each step
-  void step() {
-    for (int i = 0; i < lines; ++i) prefetch_l2(p + i * 64);
-    p += lines * 64;
-  }
 };
 
 template <bool kTwo>
@@ -102,7 +92,7 @@ RX_INLINE void multiply_block(const Block2x2& block, const Pending& pending, Pre
     for (; row < block.rows; ++row) finish_row(pending, block.rows, row, finish);
 }
 
-struct AmxCore {
+struct AmxCore : PairPanels {
   using State = bf16;
   using Act = bf16;
   static constexpr bool kCoarse = true;  // errors well below a bf16 rounding are free
@@ -132,13 +122,6 @@ struct AmxCore {
     if (*s.tile_rows_set == rows) return;
     tile_configure(rows);
     *s.tile_rows_set = rows;
-  }
-
-  static int steps(const Linear& l) { return ceil_div(l.in, kTileDepth); }
-  static long panel_bytes(const Linear& l) { return (long)steps(l) * kPanelStep; }
-  static size_t linear_bytes(const Linear& l) { return (size_t)l.panels() * panel_bytes(l); }
-  static const void* panel_at(const Linear& l, const void* weight, int panel) {
-    return (const char*)weight + panel * panel_bytes(l);
   }
 
   // epilogue(panel) gives finish(row, v0, v1), called for every row of `rows`.

@@ -76,19 +76,20 @@ RX_INLINE void accumulate(const float* a, long lda, B b, int depth, V (&acc)[kM]
   accumulate(a, lda, b, depth, acc, nothing);
 }
 
-template <int kM>
-RX_INLINE void clear(V (&acc)[kM][2]) {
+template <int kM, int kN>
+RX_INLINE void clear(V (&acc)[kM][kN]) {
 #pragma GCC unroll 16
-  for (int r = 0; r < kM; ++r) acc[r][0] = acc[r][1] = V{};
+  for (int r = 0; r < kM; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < kN; ++v) acc[r][v] = V{};
 }
 
-template <int kM>
-RX_INLINE void store_tile(float* out, const V (&acc)[kM][2], long ld) {
+template <int kM, int kN>
+RX_INLINE void store_tile(float* out, const V (&acc)[kM][kN], long ld) {
 #pragma GCC unroll 16
-  for (int r = 0; r < kM; ++r) {
-    store(out + r * ld, acc[r][0]);
-    store(out + r * ld + W, acc[r][1]);
-  }
+  for (int r = 0; r < kM; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < kN; ++v) store(out + r * ld + v * W, acc[r][v]);
 }
 
 template <int kM>
@@ -101,14 +102,21 @@ RX_INLINE void add_tile(V (&acc)[kM][2], const float* in) {
 }
 
 // Calls tile(row, rows as a compile-time constant) over rows [begin, end), by tiles of kRows and
-// kRows - 1 rows so that few rows are padding. NOTE: the last tile may run up to kRows - 1 rows
+// kRows - 1 rows so that few rows are padding, or by one or two of kFewRows (17 are 9 + 8, not
+// 13 + 4). NOTE: the last tile may run up to kRows - 1 rows
 // over; every activation buffer has that many rows to spare.
 template <int kM>
 struct Rows {
   static constexpr int value = kM;
 };
+constexpr int kFewRows = 5 * kRows / 8 + 1;
 template <class Tile>
 RX_INLINE void for_row_tiles(int begin, int end, Tile tile) {
+  const int rows = end - begin;
+  if (rows <= kFewRows || (rows > kRows && rows <= 2 * kFewRows)) {
+    for (int row = begin; row < end; row += kFewRows) tile(row, Rows<kFewRows>());
+    return;
+  }
   int tiles = ceil_div(end - begin, kRows);
   int shorter = imin(tiles, tiles * kRows - (end - begin));
   for (int i = 0, row = begin; i < tiles; ++i) {

@@ -5,6 +5,7 @@
 
 #include <chrono>
 #include <condition_variable>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -25,7 +26,8 @@ __attribute__((weak)) int omp_get_thread_num();
 namespace rx::cpu {
 namespace {
 
-constexpr int kSpins = 4000;  // about 50 us; longer waits sleep or yield
+constexpr int kSpins = 4000;           // about 50 us; longer waits sleep or yield
+constexpr int64_t kLook = 50'000'000;  // ns; a look takes Python's lock
 
 void relax() {
 #if defined(__x86_64__)
@@ -33,6 +35,15 @@ void relax() {
 #elif defined(__aarch64__)
   asm volatile("yield");
 #endif
+}
+
+// Spins at first, then lets others have the core.
+void pause(int spin) {
+  if (spin < kSpins) {
+    relax();
+  } else {
+    sched_yield();
+  }
 }
 
 int64_t now() {
@@ -49,28 +60,25 @@ struct Worker {
 class Pool {
  public:
   void run(int threads, Work work, void* context) {
+    while ((int)workers_.size() < threads - 1) hire();  // may throw: no work has begun
     work_ = work;
     context_ = context;
     pending_.store(threads - 1, std::memory_order_relaxed);
-    for (int tid = 1; tid < threads; ++tid) start(tid);
+    for (int tid = 1; tid < threads; ++tid) start(*workers_[tid - 1]);
     work(context, 0);
-    for (int spin = 0; pending_.load(std::memory_order_acquire) > 0; ++spin) {
-      if (spin < kSpins) {
-        relax();
-      } else {
-        sched_yield();
-      }
-    }
+    for (int spin = 0; pending_.load(std::memory_order_acquire) > 0; ++spin) pause(spin);
   }
 
  private:
-  void start(int tid) {
-    if (tid > (int)workers_.size()) {
-      workers_.push_back(std::make_unique<Worker>());
-      // Detached, never joined: it sleeps until the process ends.
-      std::thread(&Pool::serve, this, tid, workers_.back().get()).detach();
-    }
-    Worker& worker = *workers_[tid - 1];
+  void hire() {
+    auto worker = std::make_unique<Worker>();
+    workers_.reserve(workers_.size() + 1);
+    // Detached, never joined: it sleeps until the process ends.
+    std::thread(&Pool::serve, this, (int)workers_.size() + 1, worker.get()).detach();
+    workers_.push_back(std::move(worker));
+  }
+
+  void start(Worker& worker) {
     {
       std::lock_guard<std::mutex> lock(worker.mutex);
       worker.calls.fetch_add(1, std::memory_order_release);
@@ -98,10 +106,29 @@ class Pool {
   alignas(64) std::atomic<int> pending_{0};
 };
 
+// Whether this process was forked and has called no exec since: Linux keeps it as a flag.
+bool born_by_fork() {
+  bool forked = false;
+#if defined(__linux__)
+  constexpr unsigned kForkedNoExec = 0x40;  // PF_FORKNOEXEC
+  if (std::FILE* file = std::fopen("/proc/self/stat", "r")) {
+    char line[1024];
+    line[std::fread(line, 1, sizeof(line) - 1, file)] = 0;
+    std::fclose(file);
+    unsigned flags = 0;  // the ninth field; the second, a name in brackets, may hold anything
+    const char* name_end = std::strrchr(line, ')');
+    if (name_end && std::sscanf(name_end + 1, " %*c %*d %*d %*d %*d %*d %u", &flags) == 1)
+      forked = flags & kForkedNoExec;
+  }
+#endif
+  return forked;
+}
+
 // A fork copies none of the workers: the child gets a new pool. Never freed, because detached
-// workers refer to it. OpenMP's threads are gone too, and it does not know.
+// workers refer to it. OpenMP's threads are gone too, and it does not know; nor do we, where this
+// module is first loaded in the child.
 Pool* pool = new Pool;
-bool forked = false;
+bool forked = born_by_fork();
 const int renewed_by_fork = pthread_atfork(nullptr, nullptr, [] {
   pool = new Pool;
   forked = true;
@@ -128,12 +155,14 @@ bool own_threads() {
   return wanted && std::strcmp(wanted, "own") == 0;
 }
 
+const bool asked_openmp =
+    GOMP_parallel && omp_in_parallel && omp_get_num_threads && omp_get_thread_num && !own_threads();
+
 // On the threads that PyTorch's operators run on. After an operator they spin for milliseconds
 // (3.4 on a Xeon), on the cores that threads of our own would need.
 bool on_openmp(int threads, Work work, void* context) {
-  static const bool wanted = GOMP_parallel && omp_in_parallel && omp_get_num_threads &&
-                             omp_get_thread_num && !own_threads();
-  if (!wanted || forked || omp_in_parallel()) return false;
+  // No static is made on the way: a fork meanwhile would leave it half made in the child.
+  if (forked || !asked_openmp || omp_in_parallel()) return false;
   Region region{threads, work, context, false};
   GOMP_parallel(in_region, &region, threads, 0);
   return region.done;
@@ -149,26 +178,34 @@ void parallel(int threads, Work work, void* context) {
   if (!on_openmp(threads, work, context)) pool->run(threads, work, context);
 }
 
-void Barrier::wait(int size) {
+Stop::Stop(bool (*wanted)()) : wanted_(wanted), next_(now() + kLook) {}
+
+void Stop::look() {
+  if (!wanted_ || raised() || now() < next_) return;
+  if (wanted_()) raised_.store(true, std::memory_order_relaxed);
+  next_ = now() + kLook;
+}
+
+void Barrier::wait(int size, const Stop& stop) {
   const int epoch = epoch_.load(std::memory_order_acquire);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
     arrived_.store(0, std::memory_order_relaxed);
+    stopped_.store(stop.raised(), std::memory_order_relaxed);
     epoch_.store(epoch + 1, std::memory_order_release);
     return;
   }
-  for (int spin = 0; epoch_.load(std::memory_order_acquire) == epoch; ++spin) {
-    if (spin < kSpins) {
-      relax();
-    } else {
-      sched_yield();
-    }
-  }
+  for (int spin = 0; epoch_.load(std::memory_order_acquire) == epoch; ++spin) pause(spin);
 }
 
 void Team::sync() const {
   if (size == 1) return;
-  barrier->wait(size);
+  barrier->wait(size, *stop);
   clock->lap(Phase::barrier);
+}
+
+bool Team::stopped() const {
+  if (looks) stop->look();
+  return size == 1 ? stop->raised() : barrier->stopped();
 }
 
 const char* const kPhaseNames[] = {"inject",  "qkv",  "attention", "o",

@@ -6,12 +6,29 @@
 
 namespace rx::cpu {
 
+// Ends a recursion before its time. The calling thread looks every 50 ms whether its caller wants
+// that; raised once, it stays so.
+class Stop {
+ public:
+  explicit Stop(bool (*wanted)());
+  void look();
+  bool raised() const { return raised_.load(std::memory_order_relaxed); }
+
+ private:
+  bool (*wanted_)();
+  int64_t next_;  // time of the next look
+  std::atomic<bool> raised_{false};
+};
+
 // Spins: the threads of a team meet about every 50 us. Yields when a peer seems to be descheduled.
 class Barrier {
  public:
-  void wait(int size);
+  void wait(int size, const Stop& stop);
+  // Whether `stop` was raised when the last thread came: the same for all until they meet again.
+  bool stopped() const { return stopped_.load(std::memory_order_relaxed); }
 
  private:
+  std::atomic<bool> stopped_{false};
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<int> epoch_{0};
 };
@@ -37,7 +54,10 @@ struct Team {
   int tid, size;
   Barrier* barrier;
   Clock* clock;
-  void sync() const;  // all threads of the team; nothing for a team of one
+  Stop* stop;
+  bool looks;            // whether this is the calling thread
+  void sync() const;     // all threads of the team; nothing for a team of one
+  bool stopped() const;  // whether to leave now: as of the last sync, so that all leave together
 };
 
 // Calls work(tid) once for every tid in [0, threads), all at once, tid 0 on the calling thread;

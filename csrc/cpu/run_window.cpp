@@ -1,8 +1,5 @@
 // Runs a window on one team of threads, forward or backward.
-#include <stdexcept>
-#include <vector>
-
-#include "dispatch.hpp"
+#include "machine.hpp"
 
 namespace rx::cpu {
 
@@ -12,23 +9,30 @@ struct Job {
   void (*run)(const Window&, const Team&, void*);
   void* scratch;
   int threads;
+  Stop& stop;
   Barrier barrier;
   std::vector<Clock> clocks;
+  std::atomic<int> finished{0};
 
   void work(int tid) {
     clocks[tid].start();
-    run(window, {tid, threads, &barrier, &clocks[tid]}, scratch);
+    run(window, {tid, threads, &barrier, &clocks[tid], &stop, tid == 0}, scratch);
+    finished.fetch_add(1, std::memory_order_relaxed);
+    if (tid == 0) look_until(finished, threads, stop);
   }
 };
 }  // namespace
 
-void run_window(const Engine& engine, const Window& window, bool backward, int threads) {
+bool run_window(const Engine& engine, const Window& window, bool backward, int threads,
+                bool (*wanted)()) {
+  check(engine, window.rec, threads);
   const auto run = backward ? engine.window.backward : engine.window.forward;
-  const size_t bytes = engine.window.scratch_bytes(window, threads, backward);
-  with_machine(bytes, threads, [&](void* scratch, std::vector<Clock>& clocks) {
-    Job job{window, run, scratch, threads, {}, clocks};
-    parallel(threads, [](void* self, int tid) { ((Job*)self)->work(tid); }, &job);
-    clocks = job.clocks;
+  return on_machine(wanted, threads, [&](Machine& owner, Stop& stop, int count) {
+    const size_t bytes = engine.window.scratch_bytes(window, count, backward);
+    Job job{window, run, owner.window.at_least(bytes), count, stop, {}, std::vector<Clock>(count)};
+    for (Clock& clock : job.clocks) clock.on = owner.profiling;
+    parallel(count, [](void* self, int tid) { ((Job*)self)->work(tid); }, &job);
+    add_clocks(owner, job.clocks);
   });
 }
 

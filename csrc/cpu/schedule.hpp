@@ -7,6 +7,8 @@
 
 #include "backward/window.hpp"
 #include "block.hpp"
+#include "heads.hpp"
+#include "sample_product.hpp"
 
 namespace rx::cpu::RX_ISA {
 
@@ -25,8 +27,8 @@ struct Group {
     own = share(ws.rows, team.tid, team.size);
     for (int row = 0; row < ws.rows_pad; ++row) ws.position[row] = row % rec.tokens;
     for (int s = 1; s < rec.num_states; ++s)
-      memcpy(state(s, own.begin), input(s, own.begin), size_of(own));
-    for (int i = 0; i < rec.num_steps; ++i) {
+      if (rec.in[s] != rec.out[s]) memcpy(state(s, own.begin), input(s, own.begin), size_of(own));
+    for (int i = 0; i < rec.num_steps && !team.stopped(); ++i) {
       begin(rec.steps[i]);
       end(rec.steps[i], call(rec.nets[rec.steps[i].net]));
     }
@@ -73,7 +75,7 @@ struct Group {
   // net(x), un-normalised with its scale; in ws.x or ws.z.
   typename Block<Core>::Hidden call(const PackedNet& net) {
     typename Block<Core>::Hidden in{ws.x, ws.scale_a}, out{ws.z, ws.scale_a};
-    for (int i = 0; i < net.num_blocks; ++i) {
+    for (int i = 0; i < net.num_blocks && !team.stopped(); ++i) {
       const PackedBlock& next = net.blocks[(i + 1) % net.num_blocks];
       Block<Core>{rec, team, ws, net.blocks[i], next}.run(in, {ws.y, ws.scale_b}, out);
       const auto swap = in;
@@ -132,8 +134,10 @@ void pack(const BlockShape& shape, const RawWeight* weights, void* out, PackedBl
 
 template <class Core>
 constexpr Engine engine_of() {
-  return {RX_GROUP_ROWS,       packed_bytes<Core>, pack<Core>,
-          scratch_bytes<Core>, run_group<Core>,    window_of<Core>()};
+  using State = typename Core::State;
+  return {RX_GROUP_ROWS,        sizeof(State),    packed_bytes<Core>, pack<Core>,
+          scratch_bytes<Core>,  run_group<Core>,  head<State>,        add_noise<State>,
+          sample_product<Core>, window_of<Core>()};
 }
 
 }  // namespace rx::cpu::RX_ISA

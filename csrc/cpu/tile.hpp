@@ -6,12 +6,9 @@
 // g++ 12 lack memory clobbers, and lose the configuration and stores of vectors before tile loads.
 #pragma once
 
-#include "vec.hpp"
+#include "pairs.hpp"
 
 namespace rx::cpu::RX_ISA {
-
-constexpr int kTileBytes = 1024;
-constexpr int kTileDepth = 32;  // k of one tile product: 16 pairs of bf16
 
 struct TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -69,7 +66,6 @@ RX_INLINE void tile_dot() {
     memcpy(tiles.data[kC][m], c, 64);
   }
 }
-RX_INLINE void prefetch_l2(const void*) {}
 
 #else
 
@@ -105,7 +101,6 @@ template <int kC, int kA, int kB>
 RX_INLINE void tile_dot() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
 }
-RX_INLINE void prefetch_l2(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 
 #endif
 

@@ -98,13 +98,21 @@ struct WindowEngine {
 
 // One instruction set and one state type. The functions live in engine_<isa>.cpp.
 struct Engine {
-  int group_rows;  // rows (samples x T) that one thread takes at once, if it can have so many
+  int group_rows;   // rows (samples x T) that one thread takes at once, if it can have so many
+  int state_bytes;  // of one value of a state
   size_t (*packed_bytes)(const BlockShape&);
   void (*pack)(const BlockShape&, const RawWeight* weights, void* out, PackedBlock* packed);
   size_t (*scratch_bytes)(const Recursion&, int samples, int team_size);
   // Called by every thread of a team. `scratch` is 64-byte aligned and was zero when allocated.
   void (*run_group)(const Recursion&, const Team&, int first_sample, int samples, void* scratch);
+  // row . weight + bias of `width` values of the state's type, rounded to that type.
+  float (*head)(const void* row, const void* weight, int width, float bias);
+  // state <- state + (sigma * noise), both rounded to the state's type.
+  void (*add_noise)(void* state, const float* noise, float sigma, long count);
+  // A small product, to compare engines by; `scratch` of kSampleBytes, aligned and zero.
+  void (*sample_product)(void* scratch);
   WindowEngine window;
 };
+constexpr size_t kSampleBytes = 1 << 20;
 
 }  // namespace rx::cpu

@@ -1,16 +1,15 @@
 """backend="cpu": the compiled engine (csrc/cpu/). The whole recursion is one call into C++.
 
-Weights are packed once into the engine's panels, in the states' dtype, and kept until a parameter
-changes. A change shows in a tensor's address or `_version` (optimiser steps, `copy_`), or else in
-a fingerprint of a few hundred of its elements (`.data` edits, raw-pointer optimisers). NOTE: an
-edit through `.data` that changes only elements outside the sample goes unseen; call
-`recurx.backends.cpu.forget()` after such surgery.
+Weights are packed into the engine's panels, in the states' dtype, and kept. At every call a hash of
+all their bytes (csrc/cpu/hash.hpp) tells whether they are still the same; packing anew would take
+sixteen times as long. `recurx.solve` takes the hash once.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from recurx.backends import Backend
 from recurx.backends.cpu_window import CpuWindow, plain_weight
 from recurx.backends.weight_cache import WeightCache
 from recurx.errors import no_compiled_module
+from recurx.forking import lazy
 from recurx.nets import ATTENTION, Net, NetSpec
 from recurx.operands import Operands, Span
 from recurx.plan.cpu import engine_threads
@@ -40,7 +40,7 @@ def _load() -> tuple[ModuleType | None, str]:
         from recurx import _C
     except ImportError as error:
         return None, no_compiled_module(error)
-    if not hasattr(_C, "Program"):
+    if not hasattr(_C, "cpu_solve"):
         return None, "needs a recurx._C with the CPU engine; rebuild it"
     return _C, ""
 
@@ -53,6 +53,18 @@ def _pack(
     blocks = [block.numbers for block in spec.blocks]
     pointers = [(w.data_ptr(), w.dtype == torch.bfloat16) for w in plain]
     return module.cpu_pack(blocks, pointers, bf16, isa)
+
+
+def _rows(weight: Tensor, copies: list[Tensor]) -> tuple[int, int, int, int]:
+    """A matrix as (address, rows, bytes of a row, bytes from row to row), in any order of axes."""
+    if not weight.is_contiguous():
+        for matrix in (weight, weight.mT):
+            if matrix.stride(1) == 1:
+                size, (rows, columns) = matrix.itemsize, matrix.shape
+                return matrix.data_ptr(), rows, columns * size, matrix.stride(0) * size
+        weight = weight.detach().contiguous()
+        copies.append(weight)
+    return weight.data_ptr(), 1, weight.nbytes, 0
 
 
 class _Ready(NamedTuple):
@@ -73,11 +85,11 @@ class Cpu(Backend):
     def __init__(self, module: ModuleType | None = None) -> None:
         """`module`: a build of the engine other than recurx._C (tests run emulated engines)."""
         self._given = module
-        self.packed = WeightCache(MAX_PACKED, lambda memory: self._engine().cpu_fingerprint(memory))
+        self.packed = WeightCache(MAX_PACKED, self._digest)
         self._window = CpuWindow(self._begin)
         self._ready = functools.lru_cache(maxsize=256)(self._prepare)
 
-    @functools.cached_property
+    @lazy
     def _found(self) -> tuple[ModuleType | None, str]:
         """The compiled module, or why there is none."""
         return _load() if self._given is None else (self._given, "")
@@ -87,13 +99,22 @@ class Cpu(Backend):
         assert module is not None, "checked by why_unavailable"
         return module
 
+    def _digest(self, weights: Sequence[Tensor]) -> int:
+        """A hash of every element, whoever wrote it."""
+        copies: list[Tensor] = []  # alive until they are read
+        rows = [_rows(weight, copies) for weight in weights]
+        digest: int = self._engine().cpu_digest(rows, torch.get_num_threads())
+        return digest
+
     def why_unavailable(self) -> str | None:
         module, missing = self._found
         if module is None:
             return missing
         try:
             module.cpu_isa()
-        except RuntimeError as error:
+        except RuntimeError as error:  # once: the same line says it each time
+            if "RECURX_CPU_ISA" in str(error):
+                warnings.warn(f"recurx: backend cpu is out: {error}", RuntimeWarning, stacklevel=1)
             return f"cannot run: {error}"
         return None
 
@@ -140,14 +161,45 @@ class Cpu(Backend):
         """The module, the first arguments of its calls, and how many threads they take."""
         module = self._engine()
         ready = self._ready(problem, span, torch.get_num_threads())
+        nets = self._nets(problem, operands, ready)
+        threads = engine_threads(ready.rows, ready.weights, ready.threads)
+        return module, (nets, ready.program, ready.shape), threads
+
+    def solve(
+        self, problem: Problem, operands: Operands, how: dict[str, Any], progress: Any = None
+    ) -> None:
+        """Refine a queue of rows inside the engine (csrc/cpu/solve.cpp): every row of x.
+
+        Args:
+            problem: of all rows; the recursion is one supervision step.
+            operands: x [N, T, D]; as states, their starts: [T, D], or [N, T, D] each.
+            how: the fields of `Solving` in csrc/cpu/dispatch.hpp; tensors as their addresses.
+            progress: called now and then with the number of rows that ended, or None.
+        """
+        ready = self._ready(problem, Span(0, len(problem.schedule)), torch.get_num_threads())
+        rope = operands.float_rope()
+        self._engine().cpu_solve(
+            self._nets(problem, operands, ready),
+            ready.program,
+            ready.shape,
+            [tensor.data_ptr() for tensor in (operands.x, *operands.states)],
+            rope[0].data_ptr() if rope else 0,
+            rope[1].data_ptr() if rope else 0,
+            min(ready.threads, problem.batch),
+            how,
+            progress,
+        )
+
+    def _nets(self, problem: Problem, operands: Operands, ready: _Ready) -> list[Any]:
+        """The packed nets."""
+        module = self._engine()
         isa, bf16 = module.cpu_isa(), problem.dtype is torch.bfloat16
         packed = []
         for spec, cut in ready.nets:
             weights = operands.weights[cut]
             make = functools.partial(_pack, module, spec, weights, bf16, isa)
             packed.append(self.packed.get((spec, bf16, isa), weights, make))
-        threads = engine_threads(ready.rows, ready.weights, ready.threads)
-        return module, (packed, ready.program, ready.shape), threads
+        return packed
 
     def _prepare(self, problem: Problem, span: Span, threads: int) -> _Ready:
         calls = lower(problem.schedule, span).calls
@@ -174,8 +226,3 @@ class Cpu(Backend):
 
 
 BACKEND = Cpu()
-
-
-def forget() -> None:
-    """Drop all packed weights, so that the next call packs anew."""
-    BACKEND.packed.clear()

@@ -4,9 +4,8 @@
 training it runs the calls before the gradient window and hands the carry to backend triton, or to
 PyTorch where there is no Triton.
 
-Weights are rounded to bf16 and packed into a tape on the device, once, until a parameter changes.
-A change shows in a tensor's address or `_version`. NOTE: an edit through `.data` shows in neither;
-call `recurx.backends.cuda.forget()` after such surgery.
+Weights are packed into a tape on the device at every call, by two launches, because nothing tells
+whether somebody wrote to them; `recurx.solve` packs them once.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ from recurx.backends.cuda_timeline import KernelTimeline
 from recurx.backends.graphs import captured_outside
 from recurx.backends.weight_cache import WeightCache
 from recurx.errors import BackendUnavailable, CudaError, how_to_compile, no_compiled_module
-from recurx.fp8 import codes_of
+from recurx.fp8 import are_quantized, registered
 from recurx.nets import Net, NetSpec
 from recurx.operands import Operands, Span
-from recurx.packed import device_words
+from recurx.packed import device_words, round_into
 from recurx.plan.cuda import KINDS, OWNER_PLANS, Shapes, candidates, refusals
 from recurx.plan.device import Device
 from recurx.plan.launch import LaunchPlan
@@ -64,6 +63,7 @@ class Cuda(Backend):
         self._library: cuda_abi.Library | None = None
         self._missing: str | None = None
         self.tapes = WeightCache(MAX_TAPES)
+        self.exact = WeightCache(MAX_TAPES)  # whether weights are the products of their FP8 codes
         self._timeline: KernelTimeline | None = None
         # What does not depend on the tensors is found out once, and looked up after that.
         remember = functools.lru_cache(maxsize=256)
@@ -142,7 +142,7 @@ class Cuda(Backend):
             return [state.clone(memory_format=torch.contiguous_format) for state in states]
         library = self.library()
         assert library is not None, "checked by why_unavailable"
-        fp8 = all(codes_of(weight) is not None for weight in operands.weights)
+        fp8 = self._quantized(operands.weights)
         plan = self.plan(problem, device, fp8)
         launch = self._launch(problem, span, plan)
         with self.on(device) as stream:
@@ -228,27 +228,33 @@ class Cuda(Backend):
     ) -> Tensor:
         """The packed weights of a net for a kind of kernel.
 
-        Inside somebody's CUDA graph packing becomes part of it: a kept tape would hold the weights
-        of the capture in every replay, and its memory may go when they change.
+        Inside somebody's CUDA graph packing becomes part of it, and so does a tape of its own.
         """
+        fp8, device = fp8 and kind == "grid", weights[0].device
+        captured = captured_outside(device)
 
-        def make(_: Any) -> Tensor:
-            return self._pack(kind, Net(spec, weights), tokens, stream, fp8)  # checks the weights
+        def make(before: Any) -> Any:
+            """(what fills a tape, the tape)"""
+            if before is not None:
+                fill = before[0]
+            elif kind == "grid":
+                pack = functools.partial(cuda_grid.pack, spec, fp8=fp8)
+                fill = pack if fp8 or captured else cuda_grid.packer(spec, device)
+            else:
+                fill = self._packer(kind, Net(spec, weights), tokens, stream)
+            return fill, fill(weights)
 
-        if captured_outside(weights[0].device):
-            return make(None)
+        if captured:
+            return make(None)[1]  # type: ignore[no-any-return]
         # The token MLP's tape depends on T, which its spec holds; attention's does not.
-        tape: Tensor = self.tapes.get((kind, fp8 and kind == "grid", spec), weights, make)
-        return tape
+        key = kind, fp8, spec, getattr(stream, "value", None)
+        return self.tapes.get(key, weights, make)[1]  # type: ignore[no-any-return]
 
-    def _pack(
-        self, kind: str, net: Net, tokens: int, stream: ctypes.c_void_p | None, fp8: bool
-    ) -> Tensor:
-        if kind == "grid":
-            return cuda_grid.pack(net.spec, net.weights, fp8)
+    def _packer(self, kind: str, net: Net, tokens: int, stream: ctypes.c_void_p | None) -> Any:
+        """Rounds weights to bf16 by one launch, and packs them by a kernel of the family."""
         library = self.library()
         assert library is not None, "checked by why_unavailable"
-        rounded = [w.detach().to(torch.bfloat16).contiguous() for w in net.weights]
+        rounded = [w.new_empty(w.shape, dtype=torch.bfloat16) for w in net.weights]
         p = cuda_abi.RxPack(net.spec.hidden, tokens, len(net.spec.blocks))
         p.blocks[: p.num_blocks] = blocks(net.spec)
         p.weights[: len(rounded)] = [weight.data_ptr() for weight in rounded]
@@ -256,8 +262,21 @@ class Cuda(Backend):
         size = library.bytes_of(f"rx_{family}_tape_bytes", p)
         tape = torch.empty(size, dtype=torch.uint8, device=rounded[0].device)
         p.tape = tape.data_ptr()
-        library.call(f"rx_{family}_pack", p, stream)
-        return tape
+
+        def fill(weights: Sequence[Tensor]) -> Tensor:
+            round_into(rounded, weights)
+            library.call(f"rx_{family}_pack", p, stream)
+            return tape
+
+        return fill
+
+    def _quantized(self, weights: Sequence[Tensor]) -> bool:
+        """Whether the kernel may read codes. Not inside somebody's CUDA graph: there the host
+        cannot ask, and a replay would not see a weight that is no longer the product of its."""
+        if any(registered(w) is None for w in weights) or captured_outside(weights[0].device):
+            return False
+        quantized: bool = self.exact.get("fp8", weights, lambda _: are_quantized(weights))
+        return quantized
 
     # ---- the in-kernel timeline ------------------------------------------------------------
 
@@ -300,8 +319,3 @@ def _compiled_module() -> ModuleType:
 
 
 BACKEND = Cuda()
-
-
-def forget() -> None:
-    """Drop all packed weights, so that the next call packs anew."""
-    BACKEND.tapes.clear()

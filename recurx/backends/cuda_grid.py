@@ -9,15 +9,17 @@ the other families, because with FP8 it starts from the codes that `recurx.fp8` 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from recurx.backends.cuda_abi import RxGridPlan
-from recurx.fp8 import codes_of
+from recurx.fp8 import registered
 from recurx.nets import ATTENTION, BlockSpec, NetSpec
+from recurx.packed import round_into
 from recurx.plan.cuda_grid import SLOTS
 from recurx.plan.launch import LaunchPlan
 
@@ -37,17 +39,46 @@ def pack(spec: NetSpec, weights: Sequence[Tensor], fp8: bool = False) -> Tensor:
     Args:
         spec: the net.
         weights: flat, in the order of `recurx.nets.WEIGHT_NAMES`, any floating dtype; with `fp8`
-            such that `recurx.fp8.codes_of` knows each.
+            such that `recurx.fp8.are_quantized` of them.
     """
-    blocks = spec.by_block(weights)
-    return torch.cat([_pack(b, k, w, fp8) for b, own in blocks for k, w in enumerate(own)])
-
-
-def _pack(block: BlockSpec, slot: int, weight: Tensor, fp8: bool) -> Tensor:
-    """One weight in the order of the tape, flat."""
     if not fp8:
-        return _units(block, slot, weight.detach().bfloat16()).reshape(-1)
-    codes = codes_of(weight)
+        return in_order(spec, [weight.detach().bfloat16() for weight in weights])
+    return torch.cat([_codes(*each) for each in _slots(spec, weights)])
+
+
+def packer(spec: NetSpec, device: torch.device) -> Callable[[Sequence[Tensor]], Tensor]:
+    """What `pack` does without FP8 in two launches, whatever the net, and into memory that stays:
+    all weights are rounded, then gathered; element 0 is the zero of the padding."""
+    shapes = [shape for block in spec.blocks for shape in block.weight_shapes]
+    sizes = [math.prod(shape) for shape in shapes]
+
+    def cut(flat: Tensor) -> list[Tensor]:
+        return [part.view(s) for part, s in zip(flat[1:].split(sizes), shapes, strict=True)]
+
+    numbers = torch.arange(1 + sum(sizes), dtype=torch.int32, device=device)
+    flat, order = torch.zeros_like(numbers, dtype=torch.bfloat16), in_order(spec, cut(numbers))
+    rounded, tape = cut(flat), flat.new_empty(len(order))
+
+    def fill(weights: Sequence[Tensor]) -> Tensor:
+        round_into(rounded, weights)
+        return torch.index_select(flat, 0, order, out=tape)
+
+    return fill
+
+
+def in_order(spec: NetSpec, values: Sequence[Tensor]) -> Tensor:
+    """Values of any dtype in the shapes of the weights, in the order of the tape, flat."""
+    return torch.cat([_units(*each).reshape(-1) for each in _slots(spec, values)])
+
+
+def _slots(spec: NetSpec, values: Sequence[Tensor]) -> list[tuple[BlockSpec, int, Tensor]]:
+    blocks = spec.by_block(values)
+    return [(block, slot, value) for block, own in blocks for slot, value in enumerate(own)]
+
+
+def _codes(block: BlockSpec, slot: int, weight: Tensor) -> Tensor:
+    """The codes of a weight and behind those of each unit their scales, as bytes."""
+    codes = registered(weight)
     assert codes is not None, "the caller asks for FP8 of quantised weights only"
     values = _units(block, slot, codes.codes.view(torch.uint8))
     scales = _padded(_rows(block, slot, codes.scales[:, None]), 16 if slot % 2 == 0 else 8, 1)

@@ -34,6 +34,11 @@ def captured_outside(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def stream_of(device: torch.device) -> int:
+    """The current stream as a number; 0 also where there are none."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 class Recording:
     """Buffers, the launches on them, and their replay once they were captured."""
 
@@ -70,7 +75,8 @@ class RecordingCache:
         """The recording of this key, made if it is new."""
         with self.lock:
             if key not in self._entries:
-                self._entries[key] = make()
+                with torch.inference_mode(False):  # the next call may be outside
+                    self._entries[key] = make()
             self._entries.move_to_end(key)
             while len(self._entries) > self._limit:
                 self._entries.popitem(last=False)

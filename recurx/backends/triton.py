@@ -6,9 +6,8 @@ Two ways to run, chosen by `LaunchPlan.pick` (recurx/plan/triton.py):
                  recursion; the kernels of all calls of a slice are captured in one CUDA graph
     persistent   small nets: one launch, each program owns whole samples and runs every call
 
-Weights are rounded to the states' dtype once and kept until a parameter changes, always in the same
-buffers, so a captured graph stays valid. A change shows in a tensor's address or `_version`. NOTE:
-an edit through `.data` shows in neither; call `recurx.backends.triton.forget()` after such surgery.
+Weights are rounded to the states' dtype at every call, by one launch before the kernels or the
+replay of a captured graph, always into the same buffers. `recurx.solve` rounds them once.
 
 Inside somebody else's capture (of a whole training step, say) nothing kept is used: the rounding
 and plain launches become part of that graph, and so do the buffers, which thus live as long as it.
@@ -31,6 +30,7 @@ from recurx.backends.graphs import (
     RecordingCache,
     captured_outside,
     cuda_capture,
+    stream_of,
 )
 from recurx.backends.weight_cache import WeightCache
 from recurx.nets import ATTENTION
@@ -110,7 +110,8 @@ class Triton(Backend):
             packed = PackedNets(problem.nets, problem.dtype, device) if before is None else before
             return packed.fill(weights)
 
-        key = (problem.nets, problem.dtype, device)
+        # The buffers of a stream are written and read in its order alone.
+        key = (problem.nets, problem.dtype, device, stream_of(device))
         return self.tapes.get(key, weights, make)
 
     def _capture(self, device: torch.device) -> Capture | None:
@@ -137,10 +138,9 @@ class Triton(Backend):
             buffers = TiledSlice(problem, program, packed, size, cos_sin)
             return Recording(buffers, buffers.launch)
 
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         key = (
             problem.nets, program, size, problem.tokens, problem.dtype, device,
-            id(packed), cos_sin is None, stream,
+            id(packed), cos_sin is None, stream_of(device),
         )  # fmt: skip
         with self.recordings.lock:
             inside = captured_outside(device)
@@ -191,6 +191,6 @@ BACKEND = Triton()
 
 
 def forget() -> None:
-    """Drop rounded weights and captured graphs, so that the next call starts anew."""
+    """Free the memory of rounded weights and captured graphs."""
     BACKEND.tapes.clear()
     BACKEND.recordings.clear()

@@ -1,71 +1,103 @@
-"""What a backend made of weights, kept until a parameter changes; what that is, is its own affair.
+"""What a backend made of weights, kept for the next call, and never older than the weights.
 
-A change shows in a tensor's address or `_version` (optimiser steps, `copy_`), or else in the
-backend's fingerprint of its contents, if it has one.
+PyTorch's version counters prove nothing: optimisers that write through raw pointers, numpy views,
+`.data`, replayed graphs and other processes leave them as they are. So what was made is used again
+only if a digest of all contents says so (CPU), and is otherwise made anew, into the same memory, at
+every call (GPU, where reading an answer back would cost more than packing). Inside
+`frozen_weights()` the caller answers for the weights, and each is packed once.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import functools
 import operator
-import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-Memory = list[tuple[int, int]]  # (address, bytes) of each contiguous weight
-Marks = list[tuple[Any, ...]]  # of each weight: what differs after a change that PyTorch sees
+from recurx.forking import fork_lock
+
+_freeze: contextvars.ContextVar[object | None] = contextvars.ContextVar("freeze", default=None)
+
+
+@contextlib.contextmanager
+def frozen_weights() -> Iterator[None]:
+    """Inside, in this thread, nobody writes to weights: each is looked at once, at its first use.
+
+    Within another one it changes nothing.
+    """
+    token = _freeze.set(_freeze.get() or object())
+    try:
+        yield
+    finally:
+        _freeze.reset(token)
 
 
 class _Entry(NamedTuple):
-    marks: Marks
-    memory: Memory
-    fingerprint: Hashable
-    refs: tuple[weakref.ref[Tensor], ...]
     made: Any
+    digest: Hashable  # of the contents that it was made of; None: unknown
+    refs: tuple[weakref.ref[Any], ...]  # to the storages where they lie
+    freeze: object | None  # under which it was last found to be right
+
+    def is_of(self, storages: Sequence[Any]) -> bool:
+        return all(map(operator.is_, [ref() for ref in self.refs], storages))
 
 
 class WeightCache:
-    """Made things by (key, weight tensors): weak, bounded, safe to use from several threads.
+    """Made things by (key, where the weights lie): bounded, safe to use from several threads.
+
+    Only memory is known here, no tensor and no module, so that tensors may be swapped or replaced
+    in their modules at will. What was made of memory that is freed goes with it.
 
     Args:
         limit: how many are kept; the least recently used goes first.
-        fingerprint: of the contents of memory, for edits that no version counter shows; or None.
+        digest: of the contents of weights; None: they are made anew at every call.
     """
 
-    def __init__(self, limit: int, fingerprint: Callable[[Memory], Hashable] | None = None) -> None:
+    def __init__(
+        self, limit: int, digest: Callable[[Sequence[Tensor]], Hashable] | None = None
+    ) -> None:
         self._limit = limit
-        self._fingerprint = fingerprint or (lambda _: None)
-        self._lock = threading.Lock()
+        self._digest = digest or (lambda _: None)
+        self._lock = fork_lock()
         self._entries: OrderedDict[Any, _Entry] = OrderedDict()
 
     def get(self, key: Hashable, weights: Sequence[Tensor], make: Callable[[Any], Any]) -> Any:
-        """What `make` made of these weights; made again if a weight changed since.
+        """What `make` made of these weights as they are now.
 
         Args:
             key: what else the thing depends on.
-            make: called with the thing made before of the same tensors (None for the first time),
+            make: called with the thing made before of the same memory (None for the first time),
                 which it may overwrite and return, so that its addresses stay.
         """
-        slot = (key, *map(id, weights))
+        slot = (key, *[(w.data_ptr(), w.shape, w.stride(), w.dtype) for w in weights])
+        storages = [weight.untyped_storage() for weight in weights]
+        freeze = _freeze.get()
+        entry = self._entries.get(slot)
+        # The address may belong to other weights by now.
+        if entry and entry.freeze is freeze is not None and entry.is_of(storages):
+            return entry.made
+        digest = self._digest(weights)  # before packing: what is written later shows next time
         with self._lock:
-            marks = _marks(weights)
-            entry = self._entries.get(slot)
-            # Of these very tensors? An id may belong to a new one by now.
-            if entry and not all(map(operator.is_, [ref() for ref in entry.refs], weights)):
+            entry = self._entries.pop(slot, None)
+            if entry and not entry.is_of(storages):
                 entry = None
-            unmoved = entry is not None and entry.marks == marks  # then its memory still stands
-            if unmoved and self._fingerprint(entry.memory) == entry.fingerprint:
-                self._entries.move_to_end(slot)
-                return entry.made
-            memory = [(w.data_ptr(), w.nbytes) for w in weights if w.is_contiguous()]
-            fingerprint = self._fingerprint(memory)
-            self._entries.pop(slot, None)
-            made = make(None if entry is None else entry.made)
-            refs = tuple(weakref.ref(weight, lambda _: self._drop(slot)) for weight in weights)
-            self._entries[slot] = _Entry(marks, memory, fingerprint, refs, made)
+            if entry and digest is not None and entry.digest == digest:
+                made = entry.made
+            else:
+                with torch.inference_mode(False):  # the next call may not be in inference mode
+                    made = make(entry and entry.made)
+                if self._digest(weights) != digest:  # somebody writes at this moment
+                    digest = freeze = None
+            drop = functools.partial(self._drop, slot)
+            refs = entry.refs if entry else tuple(weakref.ref(s, drop) for s in storages)
+            self._entries[slot] = _Entry(made, digest, refs, freeze)
             while len(self._entries) > self._limit:
                 self._entries.popitem(last=False)
             return made
@@ -77,17 +109,7 @@ class WeightCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def _drop(self, slot: Any) -> None:
+    def _drop(self, slot: Any, _: Any) -> None:
         # Runs whenever the collector pleases, the lock perhaps held by this very thread: dict
         # methods are atomic, and a lost race only drops an entry that is made again.
         self._entries.pop(slot, None)
-
-
-def _marks(weights: Sequence[Tensor]) -> Marks:
-    try:
-        return [(w.data_ptr(), w._version, w.dtype, w.stride()) for w in weights]
-    except RuntimeError:  # an inference tensor has no version counter
-        return [
-            (w.data_ptr(), -1 if w.is_inference() else w._version, w.dtype, w.stride())
-            for w in weights
-        ]

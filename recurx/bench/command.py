@@ -15,6 +15,7 @@ from typing import Any
 
 from recurx.bench import lanes
 from recurx.bench.cases import CASES, DTYPES, MODES
+from recurx.bench.paths import check_writable
 from recurx.bench.suites import SUITES
 from recurx.cli import options
 from recurx.errors import InvalidArgument
@@ -105,7 +106,10 @@ def run(asked: Run) -> int:
     if asked.cold and device == "cpu":
         raise InvalidArgument("--cold: overwrites a GPU's L2; on a CPU rounds are interleaved.")
     for module in asked.imports:
-        importlib.import_module(module)
+        try:
+            importlib.import_module(module)
+        except (ImportError, ValueError, TypeError) as error:
+            raise InvalidArgument(f"--import {module}: {error}.") from error
     threads = asked.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     groups = _groups(asked, "gpu" if device == "cuda" else "cpu")
@@ -127,6 +131,7 @@ def run(asked: Run) -> int:
         "schema": results.SCHEMA, "status": "partial", "provenance": facts, "groups": []
     }  # fmt: skip
     skipped = 0
+    write_json(path, document)  # a path that nobody can write ends it now and not after minutes
     with _terminable():
         for group in groups:
             if how.left() <= 0:
@@ -179,7 +184,7 @@ def _terminable() -> Iterator[None]:
     """SIGTERM ends the run as Ctrl-C does: with what was measured in the file."""
 
     def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(number)
 
     try:
         before = signal.signal(signal.SIGTERM, interrupt)
@@ -220,6 +225,7 @@ def host(asked: Host) -> int:
     from recurx.bench import host as hosts
     from recurx.cli import output
 
+    check_writable(asked.out)
     document = hosts.run()
     heads = ("case", "batch", "dtype", "backend", "budget us", "p20 us", "p50 us", "p80 us", "")
     title = "from recurx.recurse to the engine, forward without gradient"
@@ -241,9 +247,16 @@ def report(asked: Report) -> int:
 
     found = [results.load(path) for path in asked.files]
     found = sorted(found, key=lambda r: r.date) or results.load_folder(results_folder())
+    found = [result for result in found if result.groups]  # a run may end before its first group
+    if not found:
+        raise InvalidArgument("bench report: no measurements in these files.")
     for path in asked.write:
         page = path.resolve()  # a link stays one
-        edited = tables.fill_in(page.read_text(encoding="utf-8"), found, str(path))
+        try:
+            text = page.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InvalidArgument(f"--write {path}: not a page of text: {error}.") from error
+        edited = tables.fill_in(text, found, str(path))
         with atomic.replacing(page) as new:
             new.write_text(edited, encoding="utf-8")
         print(f"written to {path}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recurx.bench import arc
+from recurx.bench import arc, arc_files
+from recurx.bench.paths import check_writable
 from recurx.cli import options
 from recurx.cli.refinement import Refining, arguments_of_solve
 from recurx.options import file, option
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from recurx.bench.questions import Questions
+    from recurx.models import RecursiveModel
     from recurx.tasks import Task
     from recurx.train import Report
 
@@ -25,10 +28,13 @@ MISLED = 0.01  # accuracy that halting costs before it is called too early
 @dataclass(frozen=True)
 class Options(options.Json, options.Machine, Refining, arc.Options, options.Weights):
     task: str | None = option(None, "default: that of the checkpoint", flag="", nargs="?")
-    puzzles: str | None = file("Sudokus: lines of digits (0 or . is a blank), or a CSV with the "
-                               "columns of Sudoku-Extreme or Maze-Hard")  # fmt: skip
+    puzzles: str | None = file("Sudokus or mazes in lines, grids or a CSV; ARC: a file or folder "
+                               "of tasks")  # fmt: skip
     count: int | None = option(
-        None, "at most N puzzles (default: 512 held-out ones, or the whole file)", least=1
+        None,
+        "at most N puzzles (default: 512 held-out ones, or the whole file)",
+        least=1,
+        most=10**7,
     )
     batch_size: int = option(256, "puzzles that are solved at once", least=1)
     curve: str | None = file("draw exact accuracy against supervision steps and wall time, with "
@@ -48,7 +54,10 @@ def run(asked: Options) -> int:
 
     device = asked.prepare()
     picture = shown.check_path(asked.curve) if asked.curve else None
-    model, task, loaded = open_checkpoint(asked.checkpoint, asked.task, device, asked.backend)
+    check_writable(asked.submission)
+    names = arc.names_of_rows(asked)
+    rows = None if names is None else len(arc_files.read_names(names))
+    model, task, loaded = open_checkpoint(asked.checkpoint, asked.task, device, asked.backend, rows)
     recommended = loaded.extra.get("solve") or {}
     how = arguments_of_solve(asked.how, recommended, task)
     console = output.make_console()
@@ -61,16 +70,20 @@ def run(asked: Options) -> int:
     as_trained = _as_trained(asked.how, recommended, how, loaded.config.halt_max_steps)
     console.print(_rule(how, as_trained), soft_wrap=True)
     if arc.applies(asked, task):
+        if asked.puzzles is not None:
+            task = arc_files.task(asked.puzzles, names, task)
         return arc.evaluate(asked, model, task, str(loaded.path), how, console, device)
     given = _given(console, asked, task)
     console.print(f"{len(given.examples)} puzzles {given.source}", soft_wrap=True)
     where: dict[str, Any] = {"batch_size": asked.batch_size, "device": device}
     total = len(given.examples)
-    with output.counting(console, "solved") as show:
+    with (
+        output.counting(console, "solved") as show,
+        advancing(model, asked.batch_size, how, lambda done: show(done, total)) as on_batch,
+    ):
         report = evaluate(
-            model, task, given.examples, known=given.known,
-            on_batch=lambda done: show(done, total), **where, **how,
-        )  # fmt: skip
+            model, task, given.examples, known=given.known, on_batch=on_batch, **where, **how
+        )
     _print_report(console, report, how)
     result = {"task": task.name, "checkpoint": str(loaded.path)} | report.to_dict()
     result |= {"answers_seconds": given.seconds, "halt": how["halt"]}
@@ -97,6 +110,36 @@ def run(asked: Options) -> int:
     if asked.json:
         output.json_line(result)
     return 0
+
+
+@contextmanager
+def advancing(
+    model: RecursiveModel, size: int, how: Mapping[str, Any], show: Callable[[int], object]
+) -> Iterator[Callable[[int], None]]:
+    """An `on_batch` of `train.evaluate` whose `show` moves within a batch, too: with each step, by
+    the rows that ended or by the share of the steps, whichever is more. A batch may take minutes.
+    """
+    finished, step, first = 0, 0, 0  # puzzles, step of the batch, its rows at the start
+
+    def on_step(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        nonlocal step, first
+        rows = len((kwargs.get("carry") or args[0]).halted)
+        first = first if step else rows
+        share = max(1 - rows / max(first, 1), min(step / how["max_steps"], 1))
+        step += 1
+        show(finished + int(share * min(size, first // tries)))
+
+    def on_batch(done: int) -> None:
+        nonlocal finished, step
+        finished, step = done, 0
+        show(done)
+
+    tries = 1 if callable(how.get("select")) else how["rollouts"]  # rows of a puzzle at once
+    hook = model.register_forward_pre_hook(on_step, with_kwargs=True)
+    try:
+        yield on_batch
+    finally:
+        hook.remove()
 
 
 def _given(console: Console, asked: Options, task: Task) -> Questions:

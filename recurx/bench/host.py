@@ -2,7 +2,8 @@
 
 Engines are left out: what they would compute is replaced by a clock, GPU ones run over a stub of
 their library (and of a captured graph) for an H100 that need not be here. What remains is what a
-call costs on the host: checks, the route, packed weights and tables looked up.
+call costs on the host: checks, the route, packed weights and tables looked up. Reading the weights
+(a hash on a CPU, two launches that round and pack on a GPU) counts to the engine.
 """
 
 from __future__ import annotations
@@ -123,10 +124,15 @@ def stubbed(name: str, reached: Reached) -> Iterator[None]:
     from recurx.plan import DEVICES
 
     with contextlib.ExitStack() as stack:
+        for rounds in ("packed", "backends.cuda"):
+            stack.enter_context(mock.patch(f"recurx.{rounds}.round_into", lambda *_: None))
+        packer = lambda *_: lambda weights: weights[0].new_empty(16)  # noqa: E731
+        stack.enter_context(mock.patch("recurx.backends.cuda_grid.packer", packer))
         if name == "cpu":
             from recurx import _C
 
             stack.enter_context(mock.patch.object(_C, "cpu_run", reached))
+            stack.enter_context(mock.patch.object(_C, "cpu_digest", lambda *_: 0))
         elif name == "triton":
             from recurx.kernels.tiled import TiledSlice
 

@@ -24,7 +24,7 @@ class Options:
     """
 
     device: str | None = option(None, "default: cuda if there is one", choices=("cpu", "cuda"))
-    threads: int | None = option(None, "CPU threads (default: torch's choice)", least=1)
+    threads: int | None = options.THREADS
     unit: str | None = option(
         None, "what torch.compile compiles (default: step, all calls as one graph, on a GPU; net, "
         "one call, on a CPU, where it is as fast and compiles in a tenth of the time)",

@@ -1,8 +1,7 @@
-"""Reads mazes: the CSV columns of the published Maze-Hard data.
+"""Reads mazes from CSV and text files (`recurx.tasks.text_files` tells which; spaces are cells).
 
-The header names `question` and, optionally, `answer`, `rating` and `source`. A question is a whole
-square maze, row after row, of `#` wall, space, S and G; an answer has `o` on the cells of the path
-between S and G.
+A question is a whole square maze of `#` wall, space, S and G; an answer has `o` on the cells of the
+path between S and G.
 """
 
 from __future__ import annotations
@@ -12,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from recurx.errors import InvalidArgument
+from recurx.tasks import text_files
 from recurx.tasks.base import Examples, Flags
 from recurx.tasks.maze import CHARACTERS, PATH, Maze
-from recurx.tasks.text_files import numbers, opened, rows
 
 TOKENS = {character: token for token, character in enumerate(CHARACTERS) if token}
 
@@ -26,15 +25,12 @@ def read(path: str | Path, task: Maze, limit: int | None = None) -> tuple[Exampl
     Raises:
         InvalidArgument: no such file, no maze in it, or a bad line (named with its number).
     """
-    with opened(path, "mazes") as file:
-        found = rows(file, "mazes", str(path), limit)
     questions, answers = [], []
-    for line, question, answer, _ in found:
-        where = f"{path}, line {line}, column"
-        questions.append(_tokens(question, task, f"{where} question"))
+    for row in text_files.read(path, "mazes", (task.size,), limit, spaces=True):
+        questions.append(_tokens(row.question, task, row.where))
         if PATH in questions[-1]:
-            raise InvalidArgument(f"mazes: {where} question: o is for answers alone.")
-        answers.append(_tokens(answer, task, f"{where} answer") if answer else None)
+            raise InvalidArgument(f"mazes: {row.where}: o is for answers alone.")
+        answers.append(_tokens(row.answer, task, row.where_answer) if row.answer else None)
     inputs = np.array(questions, dtype=np.int64)
     solved = task.solve(inputs)
     for row, tokens in enumerate(answers):
@@ -44,4 +40,4 @@ def read(path: str | Path, task: Maze, limit: int | None = None) -> tuple[Exampl
 
 
 def _tokens(text: str, task: Maze, where: str) -> list[int]:
-    return numbers(text, task.size, TOKENS, f"one of {CHARACTERS[1:]!r}", "mazes", where)
+    return text_files.numbers(text, task.size, TOKENS, f"one of {CHARACTERS[1:]!r}", "mazes", where)

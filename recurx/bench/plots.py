@@ -82,4 +82,4 @@ def _bars(axes: Any, bars: list[tuple[str, float, float, float]]) -> None:
     axes.invert_yaxis()
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axes.xaxis.set_minor_formatter(lambda value, _: "")
-    axes.set_xlabel("time of PyTorch / time of recurx, same dtype; left of 1: recurx is slower")
+    axes.set_xlabel("time of the other / time of recurx, same dtype; left of 1: recurx is slower")

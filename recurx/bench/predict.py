@@ -24,7 +24,8 @@ from recurx.problem import Problem
 OPERATOR_US, CACHE_BYTES = 12.6, 32 << 20
 # A thread's, of a Xeon with AVX-512 (Granite Rapids: 25 to 29 at 4 to 56 MB); a Zen 3's is unseen.
 STREAM_GBS = 28.0
-ISAS = {"amx_bf16": "amx", "avx512f": "avx512", "avx2": "avx2"}  # flag -> the engine's name
+# Flag -> the engine's name.
+ISAS = {"amx_bf16": "amx", "avx512_bf16": "avx512_bf16", "avx512f": "avx512", "avx2": "avx2"}
 
 
 def device_of(document: dict[str, Any]) -> Device | None:

@@ -7,6 +7,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+from recurx.bench.paths import check_writable
 from recurx.cli import options
 from recurx.errors import InvalidArgument
 from recurx.options import file, option
@@ -22,7 +23,7 @@ class Options(options.Machine):
     )
     batch: int = option(1, "samples", least=1)
     train: bool = option(False, "a training step: forward, loss, backward, optimiser, EMA")
-    seconds: float = option(12.0, "for the untraced steps")
+    seconds: float = options.time(12.0, "for the untraced steps")
     html: str | None = file("one-file report, readable without network")
     trace: str | None = file("for ui.perfetto.dev, chrome://tracing")
     json: str | None = file("all numbers")
@@ -35,6 +36,7 @@ def run(asked: Options) -> int:
     if asked.checkpoint and asked.preset:
         raise InvalidArgument("--preset: not with --checkpoint, which is a model of its own.")
     device = asked.prepare()
+    check_writable(asked.html, asked.trace, asked.json)
     model = _model(asked).to(device)
     if asked.nvtx:
         return _run_under_nvtx(model, asked)
@@ -84,8 +86,13 @@ def _training(model: Any) -> dict[str, Any]:
 def _run_under_nvtx(model: Any, asked: Options) -> int:
     import torch
 
-    from recurx.profiler import nvtx_ranges
-    from recurx.profiler.step import initial_carry, random_batch, supervision_step, training_step
+    from recurx.bench.profiler import nvtx_ranges
+    from recurx.bench.profiler.step import (
+        initial_carry,
+        random_batch,
+        supervision_step,
+        training_step,
+    )
 
     if not torch.cuda.is_available():
         raise InvalidArgument("--nvtx: needs a CUDA device; run without it for a profile here.")
@@ -97,12 +104,8 @@ def _run_under_nvtx(model: Any, asked: Options) -> int:
     else:
         step = supervision_step(model.eval(), batch, carry)
     step()
-    torch.cuda.synchronize()
-    torch.cuda.profiler.start()
     with nvtx_ranges(model):
         for _ in range(5):
             step()
-        torch.cuda.synchronize()
-    torch.cuda.profiler.stop()
     print("five steps run under NVTX ranges")
     return 0

@@ -44,15 +44,15 @@ def read(path: str, task: Task, limit: int | None, say: Callable[[str], object])
     if not isinstance(task, Sudoku):
         raise InvalidArgument(f"--puzzles: files hold Sudokus or mazes, the task is {task.name}.")
     found = files.read(path, task.layout, limit)
-    if found.answers is not None:
-        return Questions(Examples(to_tokens(found.puzzles), to_tokens(found.answers)), None, source)
-    if len(found) > LONG_SEARCH:
-        say(f"searching the answers of {len(found)} puzzles, for `cells`")
+    answers, known = found.answers, found.known
     clues = (found.puzzles > 0).sum(axis=1)
-    searched = np.flatnonzero((clues >= FEWEST_CLUES[9]) | (task.size < 9))  # fewer have several
-    solved = solver.solve(task.layout, found.puzzles[searched])
-    answers, known = np.zeros_like(found.puzzles), np.zeros(len(found), dtype=bool)
-    answers[searched], known[searched] = solved.boards, solved.count == 1
+    several = (clues < FEWEST_CLUES[9]) & (task.size == 9)  # so few clues have no one solution
+    searched = np.flatnonzero(~known & ~several)
+    if len(searched) > LONG_SEARCH:
+        say(f"searching the answers of {len(searched)} puzzles, for `cells`")
+    if len(searched):
+        solved = solver.solve(task.layout, found.puzzles[searched])
+        answers[searched], known[searched] = solved.boards, solved.count == 1
     if not known.all():
         source += f", {int((~known).sum())} of them without a unique solution"
     examples = Examples(to_tokens(found.puzzles), to_tokens(answers))

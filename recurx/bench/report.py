@@ -190,10 +190,10 @@ NAMES = {"step": "step", "train": "training step", "solve": "solving"}  # of col
 
 
 def ratios(results: Sequence[Result]) -> str:
-    """One row a machine and case: how many times recurx's time the fastest PyTorch takes.
+    """One row a machine and case: how many times recurx's time the fastest other way takes.
 
-    A bf16 row is compared with PyTorch's fastest in bf16 or fp32: where bf16 has no instructions,
-    PyTorch is faster in fp32, and that is what a user would run.
+    A bf16 row is compared with the fastest in bf16 or fp32: where bf16 has no instructions, PyTorch
+    is faster in fp32, and that is what a user would run.
 
     Raises:
         InvalidArgument: no results.
@@ -221,7 +221,7 @@ def ratios(results: Sequence[Result]) -> str:
 
 
 def _ratio(rows: dict[str, Row], dtype: str) -> str:
-    """The ratio, and which way of PyTorch it is against; "" if one of the two has no time."""
+    """The ratio, and which way it is against; "" if one of the two has no time."""
     ours = best_ours(rows, dtype)
     theirs = [
         row for row in rows.values()

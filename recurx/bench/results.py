@@ -113,10 +113,13 @@ def load(path: str | Path) -> Result:
     """
     path = Path(path)
     try:
-        document = json.loads(path.read_text())
-    except ValueError as error:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise BadResult(f"{path}: not JSON: {error}") from error
-    wrong = problems(document)
+    try:
+        wrong = problems(document)
+    except (AttributeError, TypeError, KeyError) as error:  # a list where an object belongs
+        raise BadResult(f"{path}: no result of this suite: {error}") from error
     if wrong:
         raise BadResult(f"{path}: {'; '.join(wrong[:5])}")
     return Result(path, document)

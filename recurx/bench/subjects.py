@@ -14,6 +14,7 @@ import torch
 
 from recurx.api import recurse
 from recurx.bench.cases import HALT_ABOVE, SOLVE_STEPS, build, case, sample, train_net
+from recurx.bench.peers import peer
 from recurx.bench.pytorch_ways import Outputs, capture, compile_nets, freeze
 from recurx.bench.training import train_subject
 from recurx.bench.variants import Variant
@@ -22,6 +23,7 @@ from recurx.solving.solve import Answers, solve
 CHECK_ROWS = 64  # samples are independent: more rows would prove no more
 ANSWERS = {"q": "answers at the halt", None: "answers after all steps"}
 TOY_STEPS = 3
+PEERS = ("openvino", "onnxruntime")
 
 
 def subject(
@@ -48,6 +50,8 @@ class StepSubject:
         self.carry = {key: value.to(device) for key, value in carry.items()}
         self.run: Callable[..., Any] = self.model.inner
         way = variant.way
+        if variant.engine in PEERS:
+            self.run = _peer_run(name, variant, batch, folder)
         if variant.engine == "tuned":
             freeze()
             self.model.to(self.model.config.dtype)
@@ -93,6 +97,19 @@ class StepSubject:
 
     def facts(self) -> dict[str, Any]:
         return {}
+
+
+def _peer_run(name: str, variant: Variant, batch: int, folder: str) -> Callable[..., Any]:
+    """Another engine called as the model is: it takes and gives fp32."""
+    run = peer(variant.engine, build(name, "fp32", "eager", 1), variant.dtype, batch, folder)
+
+    def step(carry: Outputs, data: Outputs) -> Any:
+        inputs = {key: data[key] for key in ("inputs", "puzzle_identifiers")}
+        found = run(inputs | {key: state.float() for key, state in carry.items()})
+        states = {key: found[f"new_{key}"] for key in carry}
+        return states, found["logits"], (found["q_halt"], found["q_continue"])
+
+    return step
 
 
 # ---- solving -------------------------------------------------------------------------------------

@@ -39,12 +39,12 @@ SUITES: dict[str, tuple[Group, ...]] = {
     # step at B=1 and 12 s at B=8, and compiling costs more than timing.
     "cpu": (
         Group("trm-att", "step", 1, seconds=30),
-        Group("trm-att", "step", 8, ("recurx", "eager", "compile/fp32"), seconds=25),
-        Group("trm-mlp", "step", 1, ("recurx", "eager", "compile/fp32"), seconds=12),
-        Group("hrm", "step", 1, FAIR, seconds=12),
+        Group("trm-att", "step", 8, ("recurx", "eager", "compile", "peers"), seconds=25),
+        Group("trm-mlp", "step", 1, ("recurx", "eager", "compile", "peers"), seconds=12),
+        Group("hrm", "step", 1, ("recurx", "eager", "peers"), seconds=12),
         Group("sudoku-6x6", "solve", 256, ("recurx", "eager", "eager-halt"), FP32, seconds=8),
         Group("trm-att", "train", 1, FAIR, FP32, seconds=10),
-        Group("arc", "step", 1, FAIR, seconds=20),
+        Group("arc", "step", 1, ("recurx", "eager", "compile", "peers"), seconds=20),
         Group("small-64", "step", 64, ("recurx", "eager", "compile"), FP32, seconds=4),
         Group("small-64", "train", 64, FAIR, FP32, seconds=5),
         Group("small-256", "step", 64, FAIR, FP32, seconds=5),
@@ -110,8 +110,13 @@ def variants_of(group: Group, device: str) -> list[variants.Variant]:
             if "all" in wanted
             or name in wanted
             or (name not in variants.WAYS and "recurx" in wanted)
+            or (name in variants.WAYS and variants.WAYS[name].package and "peers" in wanted)
         ]
         if variants.YARDSTICK not in names:
             names.append(variants.YARDSTICK)
-        found += [variants.Variant(name, dtype) for name in names]
+        found += [
+            variants.Variant(name, dtype)
+            for name in names
+            if name not in variants.WAYS or dtype in variants.WAYS[name].dtypes
+        ]
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 
 from recurx.errors import bad_argument
@@ -18,12 +19,20 @@ class Way:
         text: what it is.
         devices, modes: where it exists.
         compile: arguments of torch.compile; None where nothing is compiled.
+        package: of a peer, another engine: it runs where this package is installed.
+        dtypes: in which it runs.
     """
 
     text: str
     devices: tuple[str, ...] = ("cpu", "cuda")
     modes: tuple[str, ...] = ("step", "train", "solve")
     compile: dict[str, str] | None = None
+    package: str = ""
+    dtypes: tuple[str, ...] = ("bf16", "fp32")
+
+    @property
+    def there(self) -> bool:
+        return not self.package or importlib.util.find_spec(self.package) is not None
 
 
 WAYS = {
@@ -44,6 +53,18 @@ WAYS = {
     "tuned": Way(
         "weights cast beforehand, compiled with freezing and max-autotune", ("cpu",), ("step",),
         {"mode": "max-autotune-no-cudagraphs"},
+    ),
+    "openvino": Way(
+        "OpenVINO, the step exported by recurx.export_onnx; bf16 by its precision hint",
+        ("cpu",), ("step",), package="openvino",
+    ),
+    "onnxruntime": Way(
+        "ONNX Runtime, the step exported by recurx.export_onnx",
+        ("cpu",), ("step",), package="onnxruntime", dtypes=("fp32",),
+    ),
+    "zentorch": Way(
+        "torch.compile by AMD's zentorch", ("cpu",), ("step",), {"backend": "zentorch"},
+        package="zentorch",
     ),
 }  # fmt: skip
 
@@ -90,7 +111,8 @@ def engines(device: str, mode: str) -> list[str]:
         types = backends.get(name).device_types
         if name != "eager" and (not types or device in types):
             found.append(OURS + name)
-    return found + [n for n, way in WAYS.items() if device in way.devices and mode in way.modes]
+    ways = (n for n, way in WAYS.items() if device in way.devices and mode in way.modes)
+    return found + [name for name in ways if WAYS[name].there]
 
 
 def check_engines(names: tuple[str, ...], device: str, mode: str) -> None:
@@ -99,7 +121,7 @@ def check_engines(names: tuple[str, ...], device: str, mode: str) -> None:
     Raises:
         InvalidArgument: the known ones are listed.
     """
-    known = ["all", "recurx", *WAYS, *engines(device, mode)]
+    known = ["all", "recurx", "peers", *WAYS, *engines(device, mode)]
     for name in names:
         if name.partition("/")[0] not in known:
             raise bad_argument(

@@ -20,7 +20,7 @@ def ranked(ballots: Iterable[Ballot]) -> dict[Question, list[Grid]]:
     found: dict[Question, dict[tuple[tuple[int, ...], bytes], list[float]]] = {}
     for ballot in ballots:
         key = (ballot.grid.shape, np.ascontiguousarray(ballot.grid, dtype=np.uint8).tobytes())
-        probability = 1 / (1 + np.exp(-np.float64(np.clip(ballot.q, -500, 500))))
+        probability = 1 / (1 + np.exp(-np.nan_to_num(np.clip(ballot.q, -500, 500), nan=-500)))
         found.setdefault(ballot.question, {}).setdefault(key, []).append(float(probability))
     return {
         question: [

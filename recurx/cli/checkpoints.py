@@ -16,11 +16,12 @@ SUDOKU_OF_LENGTH = {16: "sudoku-4x4", 36: "sudoku-6x6", 81: "sudoku"}
 
 
 def open_checkpoint(
-    path: str | Path | None, task: str | None, device: Any, backend: str
+    path: str | Path | None, task: str | None, device: Any, backend: str, rows: int | None = None
 ) -> tuple[RecursiveModel, Task, Checkpoint]:
     """The model in evaluation mode on `device`, and its task: the one asked for, that of the
     file, or the Sudoku that fits its number of tokens. Without a path, the net that ships for the
-    task (9x9 Sudoku if none is named).
+    task (9x9 Sudoku if none is named). `rows` of the puzzle embedding are the task's, or told by a
+    file of their names.
 
     Raises:
         InvalidArgument: no task can be told, model and task do not fit, or no net ships for it.
@@ -42,7 +43,7 @@ def open_checkpoint(
             f"{path}: this model reads {config.seq_len} tokens out of {config.vocab_size}, "
             f"task {name} has {chosen.seq_len} out of {chosen.vocab_size}."
         )
-    rows = chosen.num_puzzle_identifiers
+    rows = rows or chosen.num_puzzle_identifiers
     if rows > 1 and config.puzzle_emb_ndim and config.num_puzzle_identifiers != rows:
         raise InvalidArgument(
             f"{path}: this model knows {config.num_puzzle_identifiers:,} puzzles, task {name} has "

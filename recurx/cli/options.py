@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
+import math
+import os
 import shlex
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 from recurx.errors import InvalidArgument
 from recurx.options import file, option, stated
@@ -20,6 +24,24 @@ from recurx.options import file, option, stated
 THREADS_OF_TINY_NETS = 1
 
 SECONDS = {"s": 1, "m": 60, "h": 3600}
+MOST = 2**63 - 1  # what the libraries below take for a whole number
+# OpenMP ends the process where the system refuses it a thread.
+THREADS = option(None, "CPU threads (default: torch's choice)", least=1,
+                 most=max(64, 4 * (os.cpu_count() or 1)))  # fmt: skip
+
+answers: TextIO | None = None  # stdout, while a command runs that prints JSON alone there
+
+
+@contextlib.contextmanager
+def json_alone(wanted: bool) -> Iterator[None]:
+    """If `wanted`, all that is printed inside goes to stderr, but for `output.json_line`."""
+    global answers
+    before, answers = answers, sys.stdout
+    try:
+        with contextlib.redirect_stdout(sys.stderr if wanted else sys.stdout):
+            yield
+    finally:
+        answers = before
 
 
 # ---- a dataclass as a command line, and back ---------------------------------------------------
@@ -38,16 +60,20 @@ def add(parser: Any, kind: type, only_said: bool = False) -> None:
         only_said: what the user does not say is left out of the namespace, defaults and all.
     """
     for name, (default, about) in stated(kind).items():
-        form = {key: value for key, value in about.items() if key not in ("flag", "least")}
+        form = {key: value for key, value in about.items() if key not in ("flag", "least", "most")}
         several = isinstance(default, tuple)
         if isinstance(default, bool):
             form["action"] = "store_true"
         elif "least" in about:
-            form["type"] = functools.partial(whole, least=about["least"])
+            limits = {key: about[key] for key in ("least", "most") if key in about}
+            form["type"] = functools.partial(whole, **limits)
             form.setdefault("metavar", "N")
         elif "type" not in form:
             sample = default[0] if several and default else default
-            form["type"] = type(sample) if isinstance(sample, (int, float)) else str
+            known = {int: functools.partial(whole, least=-MOST), float: number}
+            form["type"] = known.get(type(sample), str)
+        elif form["type"] is float:
+            form["type"] = number
         if several and "action" not in form:
             form.setdefault("nargs", "+")
         if "choices" in form:
@@ -104,7 +130,11 @@ def _values(arguments: argparse.Namespace, kind: type) -> dict[str, Any]:
             value = getattr(arguments, name)
             if value == "none" and None in about.get("choices", ()):
                 value = None
-            found[name] = tuple(value) if isinstance(default, tuple) else value
+            several = isinstance(default, tuple)
+            empty = [] in value if several and value else isinstance(value, list) and default != ()
+            if empty:  # what argparse makes of "--lr=--"
+                raise InvalidArgument(f"{flags([name])}: expected a value, got '--'.")
+            found[name] = tuple(value) if several else value
     return found
 
 
@@ -136,11 +166,24 @@ def seconds(text: str) -> float:
     return value
 
 
-def whole(text: str, least: int) -> int:
-    """A whole number from `least` on."""
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got {text!r}")
+def whole(text: str, least: int, most: int = MOST) -> int:
+    """A whole number from `least` to `most`."""
+    known = text.removeprefix("-").isdecimal() and len(text) <= 20
+    if not known or not least <= int(text) <= most:
+        limits = f" from {least} on" if most == MOST else f" {least}..{most}"
+        raise argparse.ArgumentTypeError(f"expected a whole number{limits}, got {text[:80]!r}")
     return int(text)
+
+
+def number(text: str) -> float:
+    """A number; infinity is one, NaN is none."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if math.isnan(value):
+        raise argparse.ArgumentTypeError(f"expected a number, got {text[:80]!r}")
+    return value
 
 
 def setting(text: str) -> tuple[str, Any]:
@@ -150,7 +193,7 @@ def setting(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
     try:
         return key, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return key, value
 
 
@@ -184,7 +227,7 @@ class Machine:
 
     device: str = option("cpu", "cpu or cuda")
     backend: str = option("auto", "engine of the recursion")
-    threads: int | None = option(None, "CPU threads (default: torch's choice)", least=1)
+    threads: int | None = THREADS
 
     def prepare(self, threads: int | None = None) -> Any:
         """Set threads (`threads` if none were asked for) and return the torch device.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,13 +13,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
+from recurx.cli import options
+
 # NOTE: rich guesses 80 columns where there is no terminal, and wraps what a script wants to parse.
 WIDTH_WITHOUT_TERMINAL = 100
 
 
-def make_console(quiet: bool = False) -> Console:
-    """A console that prints text as it is: a path with "[/b]" in it is no markup."""
-    console = Console(highlight=False, markup=False, quiet=quiet)
+def make_console(quiet: bool = False, stderr: bool = False) -> Console:
+    """A console that prints text as it is: a path with "[/b]" in it is no markup.
+
+    Args:
+        stderr: where to, so that stdout has the line of --json alone.
+    """
+    console = Console(highlight=False, markup=False, quiet=quiet, stderr=stderr)
     if not console.is_terminal:
         console.width = WIDTH_WITHOUT_TERMINAL
     return console
@@ -89,4 +96,4 @@ def counting(console: Console, label: str, lines: str = "") -> Iterator[Callable
 
 def json_line(values: dict[str, Any]) -> None:
     """The last line of a command run with --json: one JSON object, whatever the console is."""
-    print(json.dumps(values), flush=True)
+    print(json.dumps(values), file=options.answers or sys.stdout, flush=True)

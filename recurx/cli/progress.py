@@ -81,6 +81,7 @@ class TrainingDisplay:
             from recurx.train import evaluate
 
             trainer = self.trainer
+            self._bar.update(self._row, text=f"step {trainer.step}  evaluating")
             self.report = evaluate(
                 trainer.averaged(), trainer.task, self.examples, device=trainer.device,
                 **self.solve_arguments,

@@ -63,6 +63,11 @@ def arguments_of_solve(
     said = dict(said)
     fill, fill_every = said.pop("fill", None), said.pop("fill_every", None)
     values = {name: default for name, (default, _) in stated(Rules).items()}
+    if unknown := set(recommended or ()) - {*values, "fill"}:
+        raise InvalidArgument(
+            f"the net recommends {', '.join(sorted(unknown))}, which recurx.solve does not have: "
+            f"expected some of {', '.join(values)}, fill. Update recurx, or its file."
+        )
     values |= {**(recommended or {}), "seed": Rules.seed, **said}
     if fill == "none":
         values.pop("fill", None)

@@ -31,11 +31,13 @@ class Options(options.Json, options.Machine):
     until: float | None = option(None, "stop at this exact accuracy on held-out examples",
                                  type=float, metavar="SHARE")  # fmt: skip
     eval_every: int = option(200, "steps between evaluations", least=1)
-    eval_count: int = option(256, "held-out examples of each evaluation", least=1)
+    eval_count: int = option(256, "held-out examples of each evaluation", least=1,
+                             most=10**7)  # fmt: skip
     save_every: int = option(500, "steps between checkpoints", least=1)
     write_held_out: str | None = file("write the puzzles of --hold-out as lines of digits")
     set: tuple[tuple[str, Any], ...] = options.settings("a field of the model")
     no_capture: bool = option(False, "on a GPU: launch every kernel, not one CUDA graph a step")
+    keep_going: bool = option(False, "train on, and save, where the loss is not finite any more")
     tensorboard: bool = option(False, "also write event files to FOLDER/tensorboard")
     config: dict[str, Any] = options.said(
         TrainConfig, title="what is trained, and how",
@@ -54,8 +56,8 @@ def run(asked: Options) -> int:
     tiny = asked.preset.startswith("tiny")
     device = asked.prepare(options.THREADS_OF_TINY_NETS if tiny else None)
     ranks = join_torchrun(device)
-    console = output.make_console(quiet=not ranks.first)
-    how = {"device": device, "backend": asked.backend}
+    console = output.make_console(quiet=not ranks.first, stderr=asked.json)
+    how = {"device": device, "backend": asked.backend, "keep_going": asked.keep_going}
     how["captured"] = False if asked.no_capture else None
     with output.counting(console, "solved", "puzzles of the file") as on_progress:
         trainer = (_resumed if asked.resume else _started)(asked, on_progress, how)
@@ -68,11 +70,12 @@ def run(asked: Options) -> int:
         raise InvalidArgument("--write-held-out: only with --puzzles.")
     if not ranks.first:  # works, and leaves showing and evaluating to the first
         trainer.run(asked.steps, asked.time_budget, save_every=asked.save_every)
-        return 0
+        return trainer.signal and 128 + trainer.signal
     if asked.write_held_out:
         trainer.data.split.write_held_out(asked.write_held_out)
     refined = trainer.model.config.halt_max_steps
     with contextlib.ExitStack() as ends:
+        ends.enter_context(trainer.files.held())  # before event files are written there
         events = EventFiles(trainer) if asked.tensorboard else None
         if events is not None:
             ends.callback(events.close)
@@ -96,7 +99,7 @@ def run(asked: Options) -> int:
     if asked.json:
         ended = {"step": trainer.step, "ended": reason, "folder": str(trainer.folder)}
         output.json_line(ended | report.to_dict())
-    return 0
+    return trainer.signal and 128 + trainer.signal  # as shells report it, though all was saved
 
 
 _ENDINGS = {
@@ -127,6 +130,7 @@ def _started(asked: Options, on_progress: Any, how: dict[str, Any]) -> Any:
             f"{folder} already holds a run: go on with --resume {folder}, or choose another --out."
         )
     trainer = Trainer(config, folder, open_data(config, on_progress=on_progress), **how)
+    trainer.files.known = None  # it overwrites nothing, not even what another run saves from now on
     if asked.start_from is not None:
         trainer.start_from(asked.start_from)
     return trainer

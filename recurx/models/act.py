@@ -106,12 +106,15 @@ class RecursiveModel(nn.Module):
             current_data={key: torch.zeros_like(value) for key, value in batch.items()},
         )
 
-    def forward(self, carry: Carry, batch: Mapping[str, Tensor]) -> tuple[Carry, dict[str, Tensor]]:
+    def forward(
+        self, carry: Carry, batch: Mapping[str, Tensor], **how: Any
+    ) -> tuple[Carry, dict[str, Tensor]]:
         """One supervision step of every slot.
 
         Args:
             carry: from `initial_carry` or the last call.
             batch: {key: [B, ...]}: a fresh sample for every slot; halted slots take theirs.
+            how: `training` and `backend` of this call alone, whatever the attributes say.
 
         Returns:
             The new carry, and "logits" [B, seq_len, vocab], "q_halt_logits" [B],
@@ -121,14 +124,14 @@ class RecursiveModel(nn.Module):
         states = self.inner.reset_carry(carry.halted, carry.inner_carry)
         steps = torch.where(carry.halted, 0, carry.steps) + 1
 
-        states, logits, (q_halt, q_continue) = self.inner(states, data)
+        states, logits, (q_halt, q_continue) = self.inner(states, data, **how)
         outputs = {"logits": logits, "q_halt_logits": q_halt, "q_continue_logits": q_continue}
 
         with torch.no_grad():
             last = steps >= self.config.halt_max_steps
             halted = last
             # Evaluation takes all the steps, so that one batch ends as one.
-            if self.training and self.config.halt_max_steps > 1:
+            if how.get("training", self.training) and self.config.halt_max_steps > 1:
                 halted = self._halt(last, steps, q_halt, q_continue)
                 if not self.config.no_ACT_continue:
                     outputs["target_q_continue"] = self._target(last, states, data)
@@ -162,9 +165,10 @@ def _take_fresh(carry: Carry, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     data = {}
     for key, present in carry.current_data.items():
         fresh = batch[key]
-        if fresh.shape != present.shape:
+        if fresh.shape != present.shape or fresh.shape[:1] != carry.halted.shape:
+            wanted = [len(carry.halted), *present.shape[1:]]
             raise bad_argument(
-                "models", f"batch[{key!r}]", f"shape {list(present.shape)}, as in the carry",
+                "models", f"batch[{key!r}]", f"shape {wanted}, as in the carry",
                 list(fresh.shape), "The number of slots is fixed by initial_carry(batch).",
             )  # fmt: skip
         halted = carry.halted.view(-1, *[1] * (fresh.ndim - 1))

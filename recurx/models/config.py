@@ -7,6 +7,7 @@ Four published systems are one configurable model here. What tells them apart is
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,10 +21,15 @@ from recurx.schedule import Schedule
 POS_ENCODINGS = ("rope", "learned", "none")
 DTYPES = ("bfloat16", "float32", "float16", "float64")
 
-_LEAST = dict.fromkeys(
-    ("vocab_size", "seq_len", "H_cycles", "L_cycles", "L_layers", "hidden_size", "num_heads",
-     "inner_multiple", "num_puzzle_identifiers", "batch_size", "halt_max_steps"), 1,
-) | dict.fromkeys(("puzzle_emb_ndim", "puzzle_emb_len", "H_layers"), 0)  # fmt: skip
+# Least and most of each whole number: far above any model, little enough for memory and time.
+_RANGES = {
+    "vocab_size": (1, 2**24), "seq_len": (1, 2**16), "H_cycles": (1, 4096), "L_cycles": (1, 4096),
+    "H_layers": (0, 1024), "L_layers": (1, 1024), "hidden_size": (1, 2**16),
+    "num_heads": (1, 2**16), "inner_multiple": (1, 2**16), "puzzle_emb_ndim": (0, 2**20),
+    "puzzle_emb_len": (0, 2**16), "num_puzzle_identifiers": (1, 2**31 - 1),
+    "batch_size": (1, 2**20), "halt_max_steps": (1, 2**20),
+}  # fmt: skip
+MOST_CALLS = 10_000  # of nets in a supervision step; published models have 21
 
 # Keys of official configurations that say nothing about the model's arithmetic.
 _OFFICIAL_EXTRAS = ("name", "loss", "causal")
@@ -120,7 +126,12 @@ class ModelConfig:
     ALLOWED_VARIANTS: ClassVar[tuple[str, ...]] = tuple(VARIANTS)
 
     def __post_init__(self) -> None:
-        self._check_types()
+        kinds = _kinds(type(self))
+        check_values(type(self).__name__, vars(self), kinds)
+        for name, kind in kinds.items():  # YAML and JSON write 3 as 3.0, and the other way round
+            if kind in ("int", "float"):
+                value = getattr(self, name)
+                object.__setattr__(self, name, int(value) if kind == "int" else float(value))
         for name, fits, expected in self._bounds():
             if not fits:
                 raise self._bad(name, expected, getattr(self, name))
@@ -191,18 +202,6 @@ class ModelConfig:
 
     # ---- checks ----------------------------------------------------------------------------
 
-    def _check_types(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and (isinstance(value, bool) or not isinstance(value, int)):
-                raise self._bad(field.name, "an int", value)
-            if field.type == "float":
-                if isinstance(value, bool) or not isinstance(value, (int, float)):
-                    raise self._bad(field.name, "a number", value)
-                object.__setattr__(self, field.name, float(value))
-            if field.type == "bool" and not isinstance(value, bool):
-                raise self._bad(field.name, "True or False", value)
-
     def _bounds(self) -> Iterator[tuple[str, bool, str]]:
         """(field, whether it fits, what is expected); each may rely on those before it."""
         for name, choices in (
@@ -211,13 +210,17 @@ class ModelConfig:
             ("forward_dtype", DTYPES),
         ):
             yield name, getattr(self, name) in choices, f"one of {', '.join(choices)}"
-        for name, least in _LEAST.items():
-            yield name, getattr(self, name) >= least, f"at least {least}"
         for name in ("expansion", "rms_norm_eps", "rope_theta"):
-            yield name, getattr(self, name) > 0, "a positive number"
+            yield name, 0 < getattr(self, name) < 1e30, "a positive finite number"
         share = self.halt_exploration_prob
         yield "halt_exploration_prob", 0 <= share <= 1, "within 0..1"
         width, heads = self.hidden_size, self.num_heads
+        calls = self.H_cycles * (self.L_cycles + 1)
+        yield "L_cycles", calls <= MOST_CALLS, f"H_cycles x (L_cycles + 1) at most {MOST_CALLS}"
+        widths = (width, self.tokens) if self.mlp_t else (width,)
+        inner = [self.inner_width(wide) for wide in widths]
+        around = f"inner widths within 1..{2**20}, not {inner} of {list(widths)}"
+        yield "expansion", all(1 <= wide <= 2**20 for wide in inner), around
         yield "num_heads", self.mlp_t or width % heads == 0, f"a divisor of hidden_size={width}"
         turns = self.pos_encodings == "rope" and not self.mlp_t
         even = f"an even head_dim for rope, not {width // heads}"
@@ -230,23 +233,50 @@ class ModelConfig:
         return bad_argument(type(self).__name__, name, expected, repr(got))
 
 
+@functools.cache
+def _kinds(cls: type[ModelConfig]) -> dict[str, str]:
+    return {field.name: str(field.type) for field in dataclasses.fields(cls)}
+
+
+def check_values(
+    op: str, values: Mapping[str, Any], kinds: Mapping[str, str] | None = None
+) -> None:
+    """Types and ranges of single fields, wherever they come from; other names are not looked at.
+
+    Raises:
+        InvalidArgument: naming the field, what was expected and what came.
+    """
+    for name, value in values.items():
+        kind = (kinds or _kinds(ModelConfig)).get(name, "")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        least, most = _RANGES.get(name, (1, 2**16))
+        expected = ""
+        if kind == "int" and not (number and value == value // 1):  # 3.0 too, and neither NaN
+            expected = "an int"
+        elif kind == "int" and not least <= value <= most:
+            expected = f"at least {least}" if value < least else f"at most {most}"
+        elif kind == "float" and not number:
+            expected = "a number"
+        elif kind in ("bool", "str") and type(value).__name__ != kind:
+            expected = "True or False" if kind == "bool" else "a str"
+        if expected:
+            raise bad_argument(op, name, expected, repr(value)[:80])
+
+
 def inner_width(expansion: float, width: int, multiple: int) -> int:
     """Inner width F of a SwiGLU: `expansion` * `width` * 2/3, rounded up to a `multiple`."""
     return -(-round(expansion * width * 2 / 3) // multiple) * multiple
 
 
 def _known(cls: type[ModelConfig], values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with integral floats as ints; refuses keys that are no fields of `cls`."""
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    known: dict[str, Any] = {}
-    for name, value in values.items():
+    """A copy of `values`; refuses keys that are no fields of `cls`."""
+    fields = _kinds(cls)
+    for name in values:
         if name not in fields:
             raise bad_argument(
                 cls.__name__, name, f"one of the fields {', '.join(fields)}", "an unknown name"
             )
-        integral = isinstance(value, float) and value.is_integer() and fields[name].type == "int"
-        known[name] = int(value) if integral else value
-    return known
+    return dict(values)
 
 
 @dataclass(frozen=True)

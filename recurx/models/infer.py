@@ -24,6 +24,7 @@ _BLOCK = "inner.L_level.layers.0"
 # vocabulary of a published task -> (task, seq_len, TRM's L_cycles there)
 _TASKS = {11: ("Sudoku", 81, 6), 12: ("ARC-AGI", 900, 4), 6: ("Maze", 900, 4)}
 _HEAD_DIM = 64  # of every published model
+SMALL = 10**7  # parameters that are made only to name what does not fit
 
 
 def infer_config(
@@ -33,13 +34,14 @@ def infer_config(
 
     Args:
         state: tensors under the names `inner.*`.
-        known: fields that are known already; they win over everything but the shapes.
+        known: fields that are known already.
 
     Returns:
         The configuration, and {field: where the assumption comes from} for what is not certain.
 
     Raises:
-        CheckpointError: the names are not those of a TRM or HRM, or nothing tells a field.
+        CheckpointError: the names are not those of a TRM or HRM, nothing tells a field, or `known`
+            contradicts names or shapes.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if _EMBED not in shapes or len(shapes[_EMBED]) != 2:
@@ -49,6 +51,12 @@ def infer_config(
         )
     variant = _variant(shapes)
     fields = _certain(shapes, variant, state)
+    for name in fields.keys() & known.keys() - {"forward_dtype"}:
+        if known[name] != fields[name]:
+            raise CheckpointError(
+                f"its tensors say {name}={fields[name]!r}, and {name}={known[name]!r} was passed "
+                f"(or is in its metadata or all_config.yaml). Leave it out, or take another file."
+            )
     assumed: dict[str, str] = {}
     for name, (value, why) in _assumptions(shapes, fields, known, variant).items():
         if name not in known:
@@ -160,7 +168,10 @@ def check_names_and_shapes(config: ModelConfig, state: Mapping[str, Tensor]) -> 
         CheckpointError: naming missing, unexpected and mismatched keys with their shapes.
     """
     # NOTE: not on the meta device, which imports 900 modules of torch (150 MB, seconds).
-    model = untrained(config)
+    numbers, most = _parameters(config), 2 * sum(tensor.numel() for tensor in state.values())
+    if numbers > most + SMALL:
+        raise CheckpointError(f"{config!r} has {numbers:,} parameters, the file at most {most:,}.")
+    model = untrained(config.replace(batch_size=1))
     want = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if TABLE in want:
         want[TABLE] = (config.num_puzzle_identifiers, config.puzzle_emb_ndim)
@@ -175,9 +186,17 @@ def check_names_and_shapes(config: ModelConfig, state: Mapping[str, Tensor]) -> 
         raise CheckpointError(f"it does not fit {config!r}: {_few(problems)}.")
 
 
+def _parameters(config: ModelConfig) -> int:
+    """About how many numbers the nets of a model hold, before any is made."""
+    width, tokens = config.hidden_size, config.tokens
+    mlp = 3 * width * config.inner_width(width)
+    mixer = 3 * tokens * config.inner_width(tokens) if config.mlp_t else 4 * width * width
+    return (config.L_layers + config.H_layers) * (mlp + mixer) + 2 * config.vocab_size * width
+
+
 def untrained(config: ModelConfig, backend: str = "auto") -> RecursiveModel:
-    """A fresh model with a puzzle table of one row only; leaves the random state as it was."""
-    with torch.random.fork_rng(devices=[]):
+    """A fresh model on the CPU, its puzzle table one row; leaves the random state as it was."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         model = build_model(config.replace(num_puzzle_identifiers=1), backend)
     model.config = model.inner.config = config
     return model

@@ -17,11 +17,13 @@ from recurx.models.layers import (
     CastLinear,
     ReasoningNet,
     RotaryEmbedding,
+    check_ids,
     truncated_normal_,
 )
 from recurx.models.puzzle_embedding import PuzzleEmbedding
-from recurx.nets import Net, as_net
+from recurx.nets import Net
 from recurx.problem import Problem
+from recurx.proof import as_net
 
 States = dict[str, Tensor]  # {state name: [B, T, D]}
 
@@ -104,18 +106,23 @@ class Inner(nn.Module):
         """The rotary tables, or None."""
         return self.rotary_emb() if hasattr(self, "rotary_emb") else None
 
-    def embed(self, inputs: Tensor, puzzle_identifiers: Tensor | None = None) -> Tensor:
+    def embed(
+        self, inputs: Tensor, puzzle_identifiers: Tensor | None = None, **how: bool
+    ) -> Tensor:
         """Token ids [B, seq_len] and puzzle ids [B] to the embedded input x [B, T, D]."""
         config = self.config
         if inputs.ndim != 2 or inputs.shape[1] != config.seq_len:
             raise bad_argument(
                 "models", "inputs", f"token ids [B, seq_len={config.seq_len}]", list(inputs.shape)
             )
+        check_ids("inputs", inputs, config.vocab_size, 2)
         x = self.embed_tokens(inputs.to(torch.int32))
         if config.puzzle_emb_ndim > 0:
-            if puzzle_identifiers is None:
-                raise bad_argument("models", "puzzle_identifiers", "puzzle ids [B]", None)
-            prefix = self.puzzle_emb(puzzle_identifiers)
+            got = None if puzzle_identifiers is None else [*puzzle_identifiers.shape]
+            if puzzle_identifiers is None or got != [len(inputs)]:
+                wanted = f"puzzle ids [B={len(inputs)}]"
+                raise bad_argument("models", "puzzle_identifiers", wanted, got)
+            prefix = self.puzzle_emb(puzzle_identifiers, **how)
             room = config.prefix_len * config.hidden_size
             prefix = F.pad(prefix, (0, room - config.puzzle_emb_ndim))
             x = torch.cat((prefix.view(-1, config.prefix_len, config.hidden_size), x), dim=-2)
@@ -132,30 +139,46 @@ class Inner(nn.Module):
         return logits, q[..., 0], q[..., 1]
 
     def forward(
-        self, carry: Mapping[str, Tensor], batch: Mapping[str, Tensor]
+        self,
+        carry: Mapping[str, Tensor],
+        batch: Mapping[str, Tensor],
+        backend: str | None = None,
+        **how: bool,
     ) -> tuple[States, Tensor, tuple[Tensor, Tensor]]:
         """One supervision step.
 
         Args:
             carry: {state: [B, T, D]}; never modified.
             batch: "inputs" [B, seq_len], and "puzzle_identifiers" [B] with a puzzle embedding.
+            backend, how: that and `training` of this call alone, whatever the attributes say.
 
         Returns:
             The new carry (detached), logits [B, seq_len, vocab] in the forward dtype, and
             (q_halt, q_continue), each [B] fp32.
         """
-        x = self.embed(batch["inputs"], batch.get("puzzle_identifiers"))
+        x = self.embed(batch["inputs"], batch.get("puzzle_identifiers"), **how)
         states = recurse(
             self.schedule, self.nets(), x, carry,
-            backend=self.backend, cos_sin=self.cos_sin(), save=self.save,
+            backend=backend or self.backend, cos_sin=self.cos_sin(), save=self.save,
         )  # fmt: skip
         logits, q_halt, q_continue = self.heads(states)
         return {name: z.detach() for name, z in states.items()}, logits, (q_halt, q_continue)
 
 
 def problem_of_model(model: nn.Module, batch_size: int = 1) -> Problem:
-    """The recursion of a `TRM`, an `HRM` or its `Inner` on `batch_size` samples, on its device."""
-    inner: Inner = model if isinstance(model, Inner) else model.inner
+    """The recursion of a `TRM`, an `HRM` or its `Inner`, however wrapped, on its device, for
+    `batch_size` samples.
+
+    Raises:
+        InvalidArgument: there is none in it.
+    """
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    inner = next((module for module in modules if isinstance(module, Inner)), None)
+    if inner is None:
+        raise bad_argument(
+            "models.problem_of_model", "model", "a recurx TRM or HRM", type(model).__name__,
+            "recurx.explain(model) says the same of official code.",
+        )  # fmt: skip
     bound = {name: as_net(net, name) for name, net in inner.nets().items()}
     specs = {name: net.spec for name, net in bound.items() if isinstance(net, Net)}
     return Problem(

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recurx import reference
+from recurx.errors import bad_argument
 from recurx.models.config import ModelConfig
-from recurx.nets import as_net, rope_tables
+from recurx.nets import computes_the_reference, plain_linears, read_stack, rope_tables
 
 # A standard normal that is cut at +-CUT: the probability of what is left, and its deviation.
 CUT = 2.0
@@ -34,6 +35,24 @@ def truncated_normal_(tensor: Tensor, std: float) -> Tensor:
     sigma = std / LEFT
     tensor.uniform_(-MASS, MASS).erfinv_().mul_(math.sqrt(2) * sigma)
     return tensor.clamp_(-CUT * sigma, CUT * sigma)
+
+
+def check_ids(arg: str, ids: Tensor, count: int, ndim: int) -> None:
+    """Refuse what is no integer ids within 0..count-1. Values are not looked at in a trace, or on a
+    GPU, which asserts that indices are in range."""
+    if ids.is_floating_point() or ids.dtype is torch.bool or ids.ndim != ndim:
+        shape = "[B, seq_len]" if ndim == 2 else "[B]"
+        raise bad_argument("models", arg, f"integer ids {shape}", f"{ids.dtype} {[*ids.shape]}")
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    traced = torch._C._len_torch_dispatch_stack() > 0  # fake tensors, recorders
+    if ids.numel() and ids.device.type == "cpu" and not traced:
+        low, high = (int(end) for end in ids.aminmax())
+        if low < 0 or high >= count:
+            raise bad_argument(
+                "models", arg, f"ids within 0..{count - 1}", low if low < 0 else high,
+                "The data are of another task or vocabulary than the model.",
+            )  # fmt: skip
 
 
 class CastLinear(nn.Module):
@@ -111,6 +130,10 @@ class Block(nn.Module):
         self.norm_eps = config.rms_norm_eps
 
 
+plain_linears.add(CastLinear.forward)
+
+
+@computes_the_reference
 class ReasoningNet(nn.Module):
     """A stack of blocks; `recurx.recurse` takes it as a net. Calling it runs the reference."""
 
@@ -119,4 +142,4 @@ class ReasoningNet(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(num_layers))
 
     def forward(self, h: Tensor, cos_sin: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        return reference.call(h, as_net(self), cos_sin)
+        return reference.call(h, read_stack(self), cos_sin)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from recurx import small_ops
 from recurx.errors import bad_argument
-from recurx.models.layers import truncated_normal_
+from recurx.models.layers import check_ids, truncated_normal_
 
 
 class PuzzleEmbedding(nn.Module):
@@ -19,6 +19,7 @@ class PuzzleEmbedding(nn.Module):
     a leaf with gradient; `sign_sgd_` writes the update back into the table. So neither gradient
     nor optimiser state of the table's size exists: an ARC table is 1.8 GB, the net 27 MB.
     The three buffers and their names are the official ones, so official optimisers work too.
+    `first_row` is where a batch begins that comes in parts, of which one sign SGD takes them all.
     """
 
     weights: Tensor
@@ -29,7 +30,7 @@ class PuzzleEmbedding(nn.Module):
         self, rows: int, width: int, batch_size: int, cast_to: torch.dtype, init_std: float = 0.0
     ) -> None:
         super().__init__()
-        self.cast_to = cast_to
+        self.cast_to, self.first_row = cast_to, 0
         weights = truncated_normal_(torch.empty(rows, width), init_std)
         local = torch.zeros(batch_size, width, requires_grad=True)
         self.register_buffer("weights", weights)
@@ -43,26 +44,34 @@ class PuzzleEmbedding(nn.Module):
             self.local_weights = self.local_weights.detach().requires_grad_()
         return self
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, training: bool | None = None) -> Tensor:
         """Rows [B, width] in the forward dtype; `ids` [B] of any integer dtype.
 
         Raises:
-            InvalidArgument: in training, a batch larger than `batch_size`.
+            InvalidArgument: ids that are no integers [B] or not within the table (looked for on the
+                CPU alone: a GPU would wait, and asserts by itself); in training, a batch larger
+                than `batch_size`.
         """
-        if not self.training:
+        check_ids("puzzle_identifiers", ids, len(self.weights), 1)
+        ids = ids.to(torch.int64)  # indexing takes uint8 for a mask
+        if ids.device.type != "cpu":  # and would count -1 from the end; now it asserts
+            ids = torch.where(ids < 0, len(self.weights), ids)
+        if not (self.training if training is None else training):
             return self.weights[ids].to(self.cast_to)
-        batch, room = ids.shape[0], self.local_weights.shape[0]
+        batch, room = ids.shape[0], self.local_weights.shape[0] - self.first_row
+        rows = slice(self.first_row, self.first_row + batch)
         if batch > room:
             raise bad_argument(
                 "models", "puzzle_identifiers", f"a training batch of at most {room}", batch,
                 f"Build the model with batch_size={batch} in its configuration.",
             )  # fmt: skip
         with torch.no_grad():
-            self.local_weights[:batch].copy_(self.weights[ids])
+            self.local_weights[rows].copy_(self.weights[ids])
             # Rows beyond the batch have zero gradient: give them an id that is updated anyway.
-            self.local_ids.copy_(self.local_ids.new_zeros(room) if batch == 0 else ids[0])
-            self.local_ids[:batch].copy_(ids)
-        return self.local_weights[:batch].to(self.cast_to)
+            later = self.local_ids[self.first_row :]
+            later.copy_(later.new_zeros(room) if batch == 0 else ids[0])
+            self.local_ids[rows].copy_(ids)
+        return self.local_weights[rows].to(self.cast_to)
 
     def sign_sgd_(self, lr: float | Tensor, weight_decay: float = 0.0) -> None:
         """One step of sign SGD on the rows of the last batch, see the function of this name.

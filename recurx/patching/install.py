@@ -5,22 +5,31 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
+import warnings
 from collections.abc import Callable
-from types import MethodType, ModuleType
+from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from recurx import backends
 from recurx.api import SAVE
-from recurx.errors import BackendUnavailable, UnsupportedModel, bad_argument
+from recurx.errors import (
+    BackendUnavailable,
+    InvalidArgument,
+    RecurxWarning,
+    UnsupportedModel,
+    bad_argument,
+)
+from recurx.patching import sharded
 from recurx.patching.adapter import Adapter
 from recurx.patching.handle import Entry, PatchHandle
 from recurx.patching.lucidrains import Lucidrains
+from recurx.patching.nano import Nano
 from recurx.patching.official import Official
 from recurx.route import Request, route
 
-ADAPTERS: tuple[Adapter, ...] = (Official(), Lucidrains())
+ADAPTERS: tuple[Adapter, ...] = (Official(), Lucidrains(), Nano())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +41,7 @@ class _How:
     probe: bool
 
 
-_KNOWN = "official TRM, single-z, hier6 and HRM code, and lucidrains' TinyRecursiveModel"
+_KNOWN = "official TRM, single-z, hier6 and HRM code, nano-trm, lucidrains' TinyRecursiveModel"
 
 
 def patch(
@@ -42,18 +51,18 @@ def patch(
     save: str = "all",
     probe: bool = True,
 ) -> PatchHandle:
-    """Run the recursion of official TRM / HRM code, or of lucidrains', on recurx.
+    """Run the recursion of official TRM / HRM code, nano-trm's or lucidrains', on recurx.
 
     Args:
         model: a module with the recursion anywhere in its tree (loss head, ACT wrapper, DDP,
             `torch.compile`d or to be compiled); or a class, or an imported module with such
-            classes: then every instance built from now on is patched.
+            classes: then every instance built from now on is patched, or warns and is as it was.
         backend: what runs the recursion, see `recurx.recurse`. An explicit one that cannot run
             here raises at once.
         save: what the gradient window keeps for its backward: "all", "block" or "states" trades
             memory for work, see `recurx.recurse`. A net of foreign code takes "all".
-        probe: compare with the original on a small random batch before the swap; costs about one
-            supervision step. False trusts the structure alone.
+        probe: compare with the original on a small random batch before the swap, in training and
+            evaluation; costs about two supervision steps. False trusts the nets' own proofs.
 
     Returns:
         A handle: `.report` prints what was swapped and what not and why, `.remove()` restores;
@@ -72,6 +81,8 @@ def patch(
     handle = PatchHandle()
     if isinstance(model, nn.Module):
         _patch_instance(handle, model, how)
+        if not handle.report.patched:
+            raise UnsupportedModel(_refusal(handle, type(model).__name__))
     elif isinstance(model, type) and issubclass(model, nn.Module):
         _patch_class(handle, model, how)
     elif isinstance(model, ModuleType):
@@ -97,26 +108,40 @@ def find(model: nn.Module) -> list[tuple[str, nn.Module, Adapter]]:
 
 def _patch_instance(handle: PatchHandle, model: nn.Module, how: _How) -> None:
     ready: list[tuple[nn.Module, str, Callable[..., object]]] = []
+    handle.looked_at(model, functools.partial(_patch_instance, handle, how=how))
     for where, module, adapter in find(model):
-        differences = adapter.differences(module)
-        details: list[str] = []
-        if not differences:
-            recipe = dataclasses.replace(adapter.recipe(module, how.backend), save=how.save)
-            details = adapter.describe(module, recipe)
-            details.append(f"backend: {_resolve(adapter, module, recipe)}")
-            try:
-                details.append(
-                    adapter.probe(module, recipe) if how.probe else "not probed, as asked"
-                )
-                ready.append((module, adapter.method, adapter.replacement(recipe)))
-            except UnsupportedModel as error:
-                differences = [str(error)]
-        entry = Entry(where, type(module).__name__, not differences, tuple(differences or details))
-        handle.note(entry)
-    if not ready:
-        raise UnsupportedModel(_refusal(handle, type(model).__name__))
+        try:
+            details, recipe = _examined(module, adapter, how)
+            ready.append((module, adapter.method, adapter.replacement(recipe)))
+            handle.note(Entry(where, type(module).__name__, True, tuple(details)))
+        except _Differs as differs:
+            handle.note(Entry(where, type(module).__name__, False, differs.args))
     for module, method, function in ready:  # all or nothing: no error comes after this line
-        handle.put(module, method, MethodType(function, module))
+        handle.put_method(module, method, function)
+
+
+class _Differs(Exception):
+    """What keeps a module from being patched, a sentence an argument."""
+
+
+def _examined(module: nn.Module, adapter: Adapter, how: _How) -> tuple[list[str], Any]:
+    """What runs where, and the recipe, of a module that can be patched."""
+    # Pieces of weights cannot be run, and nothing of theirs may run before their root's forward.
+    module = sharded.stand_in(module) if sharded.is_sharded(module) else module
+    try:
+        differences = adapter.differences(module)
+        if differences:
+            raise _Differs(*differences)
+        recipe = dataclasses.replace(adapter.recipe(module, how.backend), save=how.save)
+        details = adapter.describe(module, recipe)
+        details.append(f"backend: {_resolve(adapter, module, recipe)}")
+        details.append(adapter.probe(module, recipe) if how.probe else "not probed, as asked")
+    except (UnsupportedModel, InvalidArgument) as error:
+        raise _Differs(str(error)) from error
+    except (AttributeError, KeyError, TypeError, IndexError) as error:
+        # The code of somebody else: whatever is missing in it, it is not what recurx knows.
+        raise _Differs(f"it cannot be read: {type(error).__name__}: {error}") from error
+    return details, recipe
 
 
 def _resolve(adapter: Adapter, module: nn.Module, recipe: Any) -> str:
@@ -146,11 +171,20 @@ def _patch_class(handle: PatchHandle, cls: type[nn.Module], how: _How) -> None:
     @functools.wraps(original)
     def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        if type(self) is cls:  # a subclass is not complete yet, and may do anything
-            _patch_instance(handle, self, how)
+        if type(self) is not cls:  # a subclass is not complete yet, and may do anything
+            return
+        before = handle.report
+        _patch_instance(handle, self, how)
+        if handle.report.patched == before.patched:  # building a model works as without recurx
+            said = _refusal(handle, cls.__qualname__, len(before.refused))
+            said += "\n  It was built and runs as before."
+            warnings.warn(said, RecurxWarning, stacklevel=2)
 
     handle.put(cls, "__init__", __init__)
-    details = ("instances built from now on are patched; those that exist are not",)
+    details = (
+        "each instance built from now on is compared and patched, or warns and runs as before",
+        "instances of subclasses, and those that exist, are left alone: patch them themselves",
+    )
     handle.note(Entry(cls.__qualname__, "class", True, details))
 
 
@@ -170,11 +204,15 @@ def _is_known_class(value: object) -> bool:
     )
 
 
-def _refusal(handle: PatchHandle, what: str) -> str:
+def _refusal(handle: PatchHandle, what: str, since: int = 0) -> str:
     lines = [f"recurx.patch: nothing to patch in {what}. Known: {_KNOWN}."]
-    for entry in handle.report.refused:
+    for entry in handle.report.refused[since:]:
         lines.append(f"  {entry.where or 'the module'} ({entry.kind}) differs:")
         lines += [f"    {line}" for line in entry.details]
     if not handle.report.refused:
         lines.append("  No module in it resembles one of them.")
+    lines.append(
+        "  What to do: run it as it is, or call recurx.recurse(schedule, {net: lambda h: net(h)}, "
+        "...) in its place, which runs the loop over your own network."
+    )
     return "\n".join(lines)

@@ -9,6 +9,7 @@ last block has gradient. Note the order of the sum: it is not that of the offici
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -19,9 +20,13 @@ from torch import Tensor, nn
 from recurx.api import recurse
 from recurx.errors import UnsupportedModel
 from recurx.models.layers import ReasoningNet
-from recurx.nets import Net, as_net
+from recurx.nets import Net
 from recurx.patching.adapter import Recipe, signature_difference
+from recurx.patching.handle import fall_back, original, replaced_below
+from recurx.patching.probe import undisturbed
+from recurx.probing import random_state
 from recurx.problem import Problem
+from recurx.proof import as_net, proved
 from recurx.schedule import INPUT, Schedule, Step
 
 _NAMES = ("network", "num_latent_refinements", "num_refinement_blocks")
@@ -49,12 +54,7 @@ class Lucidrains:
 
     def recipe(self, module: Any, backend: str) -> Recipe:
         blocks, latents = module.num_refinement_blocks, module.num_latent_refinements
-        cycle = [Step("net", "latents", ("outputs", "latents", INPUT))] * latents
-        cycle += [Step("net", "outputs", ("outputs", "latents"))]
-        steps = tuple(cycle) * blocks
-        name = f"lucidrains({blocks}, {latents})"
-        schedule = Schedule(steps, grad_from=len(steps) - len(cycle), name=name)
-        return Recipe(schedule, (blocks, latents), backend)
+        return Recipe(schedule_of(blocks, latents), (blocks, latents), backend)
 
     def problem(self, module: Any, recipe: Recipe) -> Problem:
         net, weight = as_net(_net_of(module)), module.output_init_embed
@@ -71,18 +71,21 @@ class Lucidrains:
         def deep_refinement(
             self: Any, inputs: Tensor, outputs: Tensor, latents: Tensor
         ) -> tuple[Tensor, Tensor]:
-            if (self.num_refinement_blocks, self.num_latent_refinements) != recipe.cycles:
-                raise UnsupportedModel(
-                    "recurx.patch: the number of refinements changed since the patch; "
-                    "call handle.remove() and recurx.patch(model) again."
-                )
+            net, method = proved(_net_of(self), "network"), "deep_refinement"
+            if replaced_below(self, method):
+                net = f"the `{method}` of its class was replaced"
+            elif self.num_refinement_blocks < 2:
+                net = "it has one refinement block, which gives gradient to the entering states"
+            if isinstance(net, str):
+                return fall_back(self, recipe, method, net)(inputs, outputs, latents)
+            schedule = schedule_of(self.num_refinement_blocks, self.num_latent_refinements)
             carry = {
                 # [D] at the start, [B, N, D] later; sums with `inputs` promote dtypes anyway
                 "outputs": outputs.expand_as(inputs).to(inputs.dtype),
                 "latents": latents.expand_as(inputs).to(inputs.dtype),
             }
             states = recurse(
-                recipe.schedule, {"net": _net_of(self)}, inputs, carry,
+                schedule, {"net": net}, inputs, carry,
                 backend=recipe.backend, save=recipe.save,
             )  # fmt: skip
             return states["outputs"], states["latents"]
@@ -106,23 +109,22 @@ class Lucidrains:
         function = self.replacement(dataclasses.replace(recipe, backend="eager"))
         width, device = module.output_init_embed.shape[-1], module.output_init_embed.device
         generator = torch.Generator().manual_seed(0)
-        inputs = torch.randn(2, 3, width, generator=generator).to(device).requires_grad_()
-        starts = [torch.randn(width, generator=generator).to(device) for _ in range(2)]
+        how: Any = {"generator": generator, "device": "cpu"}  # said, as in `probe.random_tokens`
+        inputs = torch.randn(2, 3, width, **how).to(device).requires_grad_()
+        starts = [torch.randn(width, **how).to(device) for _ in range(2)]
         network = module._modules["network"]
         module._modules["network"] = _StandIn()
         try:
             with torch.inference_mode(False), torch.enable_grad():
-                original = MethodType(type(module).deep_refinement, module)
-                want = _loop(original, inputs, *starts)
-                got = _loop(MethodType(function, module), inputs, *starts)
+                before = MethodType(original(type(module), self.method), module)
+                for training in (False, True):
+                    with undisturbed(module, training):
+                        want, drawn = _loop(before, inputs, *starts), random_state(device)
+                    with undisturbed(module, training):
+                        got = _loop(MethodType(function, module), inputs, *starts)
+                        _compare(got, want, drawn == random_state(device))
         finally:
             module._modules["network"] = network
-        for name, ours, theirs in zip(("outputs", "latents", "gradient"), got, want, strict=True):
-            if not torch.equal(ours, theirs):
-                raise UnsupportedModel(
-                    f"its loop computes something else: {name} differ by "
-                    f"{(ours - theirs).abs().max():.2g} with a stand-in network"
-                )
         return "probed: the loop over a stand-in network is bit-identical, gradient included"
 
 
@@ -131,6 +133,34 @@ class _StandIn(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         return torch.tanh(0.7 * h + 0.1)
+
+
+@functools.lru_cache(maxsize=256)
+def _schedule(blocks: int, latents: int) -> Schedule:
+    cycle = [Step("net", "latents", ("outputs", "latents", INPUT))] * latents
+    cycle += [Step("net", "outputs", ("outputs", "latents"))]
+    steps = tuple(cycle) * blocks
+    name = f"lucidrains({blocks}, {latents})"
+    return Schedule(steps, grad_from=len(steps) - len(cycle), name=name)
+
+
+def schedule_of(blocks: int, latents: int) -> Schedule:
+    """The schedule of so many refinements, for torch.compile a constant."""
+    return _schedule(blocks, latents)
+
+
+schedule_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _compare(got: tuple[Tensor, ...], want: tuple[Tensor, ...], drawn_alike: bool) -> None:
+    for name, ours, theirs in zip(("outputs", "latents", "gradient"), got, want, strict=True):
+        if not torch.equal(ours, theirs):
+            raise UnsupportedModel(
+                f"its loop computes something else: {name} differ by "
+                f"{(ours - theirs).abs().max():.2g} with a stand-in network"
+            )
+    if not drawn_alike:
+        raise UnsupportedModel("its loop draws random numbers (dropout, noise)")
 
 
 def _loop(

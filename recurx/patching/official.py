@@ -5,6 +5,7 @@ Input embeddings, heads and everything around `inner` stay the model's own code.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,18 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recurx.api import recurse
-from recurx.errors import InvalidArgument, RecurxError
 from recurx.models.inner import Inner
-from recurx.nets import ATTENTION, Net, NetSpec, as_net, is_block_stack
+from recurx.nets import Net, NetSpec, is_block_stack
 from recurx.patching.adapter import Recipe, signature_difference
-from recurx.patching.probe import probe_forward
+from recurx.patching.handle import fall_back, replaced_below
+from recurx.patching.probe import empty_carry, probe_forward
+from recurx.patching.sharded import nets_of, run_recursion
 from recurx.problem import Problem
+from recurx.proof import as_net, examine, without_compile
+from recurx.readings import attends
 from recurx.schedule import Schedule
-
-_ATTENTION = {"self_attn.qkv_proj.weight", "self_attn.o_proj.weight"}
-_TOKEN_MLP = {"mlp_t.gate_up_proj.weight", "mlp_t.down_proj.weight"}
-_MLP = {"mlp.gate_up_proj.weight", "mlp.down_proj.weight"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,24 +33,45 @@ class OfficialRecipe(Recipe):
     Args:
         states: (state, attribute of the carry), in the order of the schedule.
         nets: (net, attribute of the module).
+        variant: "trm", "hrm", "single_z" or "hier".
         output: the state that the heads read.
         rope: whether `rotary_emb` is used by the blocks.
     """
 
     states: tuple[tuple[str, str], ...]
     nets: tuple[tuple[str, str], ...]
+    variant: str
     output: str
     rope: bool
 
 
 class Official:
-    """Adapter of the official code (see `Adapter`)."""
+    """Adapter of the official code (see `Adapter`), and of code that differs from it in names."""
 
     method = "forward"
+    inputs, labels, rotary = "inputs", "labels", "rotary_emb"
+    needed: tuple[str, ...] = (
+        "embed_tokens", "lm_head", "q_head", "L_level", "config", "puzzle_emb_len",
+    )  # fmt: skip
+    carry_takes = ("batch_size",)
+    one_q = False  # whether the q head has one output, and no second one to learn when to go on
+
+    def settings(self, module: Any) -> Any:
+        """Whose attributes are the sizes, H_cycles and L_cycles."""
+        return module.config
 
     def resembles(self, module: nn.Module) -> bool:
         names = module._modules.keys()
-        return {"lm_head", "q_head"} <= names or ("L_level" in names and "lm_head" in names)
+        heads = "q_head" in names and "lenet" not in names  # that is nano-trm's
+        return "lm_head" in names and ("L_level" in names or heads)
+
+    def variant(self, module: nn.Module) -> str | None:
+        """Which published recursion it is, by its start states; None if none."""
+        return _variant(module)
+
+    def nets(self, module: Any) -> dict[str, str]:
+        """{net of the schedule: attribute}."""
+        return {"L": "L_level", **({"H": "H_level"} if self.variant(module) == "hrm" else {})}
 
     def resembles_class(self, cls: type) -> bool:
         return all(hasattr(cls, name) for name in ("_input_embeddings", "reset_carry"))
@@ -59,81 +79,80 @@ class Official:
     def differences(self, module: nn.Module) -> list[str]:
         if isinstance(module, Inner):
             return ["it is recurx's own model and runs on recurx already; set `.backend`"]
-        needed = ("embed_tokens", "lm_head", "q_head", "L_level", "config", "puzzle_emb_len")
-        found = [f"it has no `{name}`" for name in needed if not hasattr(module, name)]
+        found = [f"it has no `{name}`" for name in self.needed if not hasattr(module, name)]
         if found:
             return found
-        found += signature_difference(module, "forward", ["carry", "batch"])
+        found += signature_difference(module, self.method, ["carry", "batch"])
         found += signature_difference(module, "_input_embeddings", ["input", "puzzle_identifiers"])
-        found += signature_difference(module, "empty_carry", ["batch_size"])
-        found += _unless_original(module)
+        found += signature_difference(module, "empty_carry", list(self.carry_takes))
+        found += _unless_original(module, self.method)
         for name in ("H_cycles", "L_cycles"):
-            if not isinstance(getattr(module.config, name, None), int):
-                found.append(f"`config.{name}` is no int")
-        variant = _variant(module)
+            if not isinstance(getattr(self.settings(module), name, None), int):
+                found.append(f"its setting `{name}` is no int")
+        variant = self.variant(module)
         if variant is None:
             found.append(f"its start states are {_starts(module)}, of no published variant")
-        for attribute in ("L_level", "H_level") if variant == "hrm" else ("L_level",):
-            found += _net_differences(attribute, getattr(module, attribute))
+        for attribute in self.nets(module).values():
+            rope = hasattr(module, self.rotary)
+            found += _net_differences(attribute, getattr(module, attribute), rope)
         if variant != "hrm" and "H_level" in module._modules:
             found.append("it has an `H_level`, which this variant does not call")
         return found
 
     def recipe(self, module: Any, backend: str) -> OfficialRecipe:
-        cycles = module.config.H_cycles, module.config.L_cycles
-        variant = _variant(module)
-        if variant == "hier":
-            schedule = Schedule.hier(len(_starts(module)) - 1, *cycles)
-        else:
-            schedules = {"trm": Schedule.trm, "hrm": Schedule.hrm, "single_z": Schedule.single_z}
-            schedule = schedules[variant](*cycles)
+        cycles = self.settings(module).H_cycles, self.settings(module).L_cycles
+        variant, count = str(self.variant(module)), len(_starts(module))
+        schedule = schedule_of(variant, count, *cycles)
         states = [(name, "z_L" if name == "z" else name) for name in schedule.states]
-        nets = [(name, f"{name}_level") for name in schedule.nets]
+        nets = [(name, self.nets(module)[name]) for name in schedule.nets]
         output = "z" if variant == "single_z" else "z_H"
-        spec = _specs(module, nets)[0][1]
-        rope = hasattr(module, "rotary_emb") and any(b.kind == ATTENTION for b in spec.blocks)
+        rope = hasattr(module, self.rotary)
+        rope = rope and any(attends(spec) for _, spec in _specs(module, nets, rope))
         return OfficialRecipe(
-            schedule, cycles, backend,
+            schedule, cycles, backend, variant=variant,
             states=tuple(states), nets=tuple(nets), output=output, rope=rope,
         )  # fmt: skip
 
     def problem(self, module: Any, recipe: OfficialRecipe) -> Problem:
-        specs = tuple(_specs(module, recipe.nets))
-        start = module.L_init if hasattr(module, "L_init") else module.L1_init
-        tokens = module.config.seq_len + module.puzzle_emb_len
+        specs = tuple(_specs(module, recipe.nets, recipe.rope))
+        start = getattr(module, _starts(module)[-1])
+        tokens = self.settings(module).seq_len + module.puzzle_emb_len
+        # `.half()` casts the starts; the carry that they are put into keeps the forward's dtype.
+        carry = next(iter(vars(empty_carry(module, 0, start.device)).values()))
+        dtype = torch.promote_types(start.dtype, carry.dtype)
         return Problem(
-            recipe.schedule, specs, 1, tokens, start.shape[0], start.dtype, start.device.type,
+            recipe.schedule, specs, 1, tokens, start.shape[0], dtype, start.device.type,
             rope=recipe.rope, needs_grad=module.training,
         )  # fmt: skip
 
     def replacement(self, recipe: OfficialRecipe) -> Callable[..., object]:
-        # NOTE: it is named `forward` because a bound method is pickled as (module, its name): the
-        # copy that is unpickled then finds the original method of its class.
-        def forward(
-            self: Any, carry: Any, batch: Mapping[str, Tensor]
-        ) -> tuple[Any, Tensor, tuple[Tensor, Tensor]]:
-            if (self.config.H_cycles, self.config.L_cycles) != recipe.cycles:
-                raise RecurxError(
-                    "recurx.patch: config.H_cycles or L_cycles changed since the patch; "
-                    "call handle.remove() and recurx.patch(model) again."
-                )
-            x = self._input_embeddings(batch["inputs"], batch["puzzle_identifiers"])
+        method, inputs, rotary, one_q = self.method, self.inputs, self.rotary, self.one_q
+        settings = self.settings
+
+        def forward(self: Any, carry: Any, batch: Mapping[str, Tensor]) -> Any:
+            tables = getattr(self, rotary)() if recipe.rope else None
+            modules = {name: getattr(self, attribute) for name, attribute in recipe.nets}
+            nets = nets_of(recipe, modules, tables)
+            if not isinstance(nets, str) and replaced_below(self, method):
+                nets = f"the `{method}` of its class was replaced"
+            if isinstance(nets, str):
+                return fall_back(self, recipe, method, nets)(carry, batch)
+            cycles = settings(self).H_cycles, settings(self).L_cycles
+            schedule = recipe.schedule
+            if cycles != recipe.cycles:  # a curriculum of depth, say
+                schedule = schedule_of(recipe.variant, len(recipe.states), *cycles)
+            x = self._input_embeddings(batch[inputs], batch["puzzle_identifiers"])
             carried = {name: getattr(carry, attribute) for name, attribute in recipe.states}
-            states = recurse(
-                recipe.schedule,
-                {name: getattr(self, attribute) for name, attribute in recipe.nets},
-                x.to(carried[recipe.output].dtype),  # wider states promote x in the sums
-                carried,
-                backend=recipe.backend,
-                cos_sin=self.rotary_emb() if recipe.rope else None,
-                save=recipe.save,
-            )
+            states = run_recursion(recipe, schedule, nets, x, carried, tables)
+            if isinstance(states, str):
+                return fall_back(self, recipe, method, states)(carry, batch)
             answer = states[recipe.output]
             new = {attribute: states[name].detach() for name, attribute in recipe.states}
             logits = self.lm_head(answer)[:, self.puzzle_emb_len :]
             q = self.q_head(answer[:, 0]).to(torch.float32)
-            return type(carry)(**new), logits, (q[..., 0], q[..., 1])
+            return type(carry)(**new), logits, q[..., 0] if one_q else (q[..., 0], q[..., 1])
 
+        forward.__name__ = method
         forward.recurx_recipe = recipe  # type: ignore[attr-defined]
         return forward
 
@@ -141,7 +160,7 @@ class Official:
         calls, window = len(recipe.schedule), recipe.schedule.window
         return [
             f"on recurx: {recipe.schedule.name}, all {calls} net calls, gradient window {window}",
-            "stays PyTorch: input embedding, lm_head, q_head, and all around this module "
+            f"stays PyTorch: input embedding, lm_head, q_head, and all around its `{self.method}` "
             "(halting, loss, optimiser)",
         ]
 
@@ -149,17 +168,19 @@ class Official:
         return probe_forward(module, self)
 
 
-def _unless_original(module: nn.Module) -> list[str]:
-    """Refuse an instance whose `forward` somebody else replaced."""
-    own = vars(module).get("forward")
-    function = getattr(own, "__func__", None)
-    if own is None or function is type(module).forward or hasattr(function, "recurx_recipe"):
+def _unless_original(module: nn.Module, method: str) -> list[str]:
+    """Refuse an instance whose method somebody else replaced."""
+    own = vars(module).get(method)
+    if own is None or getattr(own, "__func__", None) is getattr(type(module), method):
         return []
-    return ["its `forward` was replaced in the instance by other code"]
+    return [
+        f"its `{method}` was replaced in the instance by other code (torch.compile, say): patch "
+        f"first, then let that code wrap the patched method"
+    ]
 
 
 def _starts(module: nn.Module) -> list[str]:
-    return sorted(name for name in module._buffers if re.fullmatch(r"[HL]\d*_init", name))
+    return sorted(name for name in module._buffers if re.fullmatch(r"(z_)?[HL]\d*_init", name))
 
 
 def _variant(module: nn.Module) -> str | None:
@@ -174,49 +195,31 @@ def _variant(module: nn.Module) -> str | None:
     return None
 
 
-def _net_differences(attribute: str, net: Any) -> list[str]:
-    """What is odd about a stack of blocks."""
+def _net_differences(attribute: str, net: Any, rope: bool) -> list[str]:
+    """What keeps a stack of blocks from being run by its weights."""
+    net = without_compile(net)
     if not is_block_stack(net):
         return [f"`{attribute}.layers` is no stack of blocks with (self_attn | mlp_t) and mlp"]
-    found: list[str] = []
-    extra = [name for name, _ in net.named_parameters() if not name.startswith("layers.")]
-    extra += [name for name, _ in net.named_buffers()]
-    found += [f"`{attribute}.{name}` is not known" for name in extra]
-    for number, layer in enumerate(net.layers):
-        where = f"{attribute}.layers.{number}"
-        names = {name for name, _ in layer.named_parameters()}
-        expected = _MLP | (_ATTENTION if hasattr(layer, "self_attn") else _TOKEN_MLP)
-        found += [f"`{where}.{name}` is not known" for name in sorted(names - expected)]
-        found += [f"`{where}.{name}` is missing" for name in sorted(expected - names)]
-        found += signature_difference(layer, "forward", ["cos_sin", "hidden_states"])
-        attention = getattr(layer, "self_attn", None)
-        if attention is not None:
-            found += _attention_differences(where, attention)
-    for name, child in net.named_modules():
-        if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks:
-            path = f"{attribute}.{name}".rstrip(".")
-            found.append(f"`{path}` has hooks, which would no longer run")
-    if not found:
-        try:
-            as_net(net, attribute)
-        except InvalidArgument as error:
-            found.append(str(error))
-    return found
+    difference = examine(net, attribute, rope).difference
+    return [] if difference is None else [difference]
 
 
-def _attention_differences(where: str, attention: Any) -> list[str]:
-    found = []
-    if getattr(attention, "causal", False):
-        found.append(f"`{where}.self_attn` is causal")
-    heads, kv_heads = attention.num_heads, attention.num_key_value_heads
-    if heads != kv_heads:
-        found.append(f"`{where}.self_attn` has {kv_heads} K/V heads for {heads} heads")
-    hidden = attention.o_proj.weight.shape[0]
-    if getattr(attention, "head_dim", hidden // heads) * heads != hidden:
-        found.append(f"`{where}.self_attn`: head_dim x num_heads is not the width {hidden}")
-    return found
-
-
-def _specs(module: nn.Module, nets: Any) -> list[tuple[str, NetSpec]]:
-    bound = [(name, as_net(getattr(module, attribute), attribute)) for name, attribute in nets]
+def _specs(module: nn.Module, nets: Any, rope: bool) -> list[tuple[str, NetSpec]]:
+    bound = [(name, as_net(getattr(module, at), at, rope)) for name, at in nets]
     return [(name, net.spec) for name, net in bound if isinstance(net, Net)]
+
+
+@functools.lru_cache(maxsize=256)
+def _schedule(variant: str, states: int, h_cycles: int, l_cycles: int) -> Schedule:
+    if variant == "hier":
+        return Schedule.hier(states - 1, h_cycles, l_cycles)
+    schedules = {"trm": Schedule.trm, "hrm": Schedule.hrm, "single_z": Schedule.single_z}
+    return schedules[variant](h_cycles, l_cycles)
+
+
+def schedule_of(variant: str, states: int, h_cycles: int, l_cycles: int) -> Schedule:
+    """The schedule of a variant with so many states, for torch.compile a constant."""
+    return _schedule(variant, states, h_cycles, l_cycles)
+
+
+schedule_of._dynamo_marked_constant = True  # type: ignore[attr-defined]

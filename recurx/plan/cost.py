@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from recurx.errors import bad_argument
 from recurx.plan import count
 from recurx.plan.device import Device
 from recurx.plan.launch import LaunchPlan, all_candidates, all_refusals
@@ -75,8 +76,13 @@ def cost(problem: Problem, device: torch.device | str | Device | None = None) ->
             device of the problem's type in this machine. A CPU's rates are measured, once.
 
     Raises:
-        InvalidArgument: an unknown device.
+        InvalidArgument: no Problem, or an unknown device.
     """
+    if not isinstance(problem, Problem):
+        raise bad_argument(
+            "cost", "problem", "a recurx.Problem", type(problem).__name__,
+            "Make one of a TRM or HRM by recurx.models.problem_of_model(model, batch_size).",
+        )  # fmt: skip
     found = Device.of(problem.device_type if device is None else device)
     plans = all_candidates(problem, found)
     return Costs(

@@ -13,6 +13,10 @@ PyTorch's bf16 products say little about AMX: at 97 rows they take three times a
 tile product of 16 x 16 x 32 takes 16 cycles, in which AVX-512 does 1,024 FLOPs of 16,384, so
 matrix units run at 16 times the rate of fp32. The rest was timed stage by stage on one thread of
 the Xeon: TRM, HRM and ARC.
+
+With AVX512_BF16 and no AMX they say what both cores of the engine reach, which do products of pairs
+at twice the rate of multiply-adds. PyTorch's fp32 products do not: on a Zen 5 they stay at 40 % of
+it, where its bf16 ones and both cores come to 92 %.
 """
 
 from __future__ import annotations
@@ -26,10 +30,12 @@ from recurx.plan.device import WIDE, Device
 from recurx.plan.launch import LaunchPlan, Work
 from recurx.problem import Problem
 
-GROUP_ROWS = {"amx": 390, "avx512": 390}  # RX_GROUP_ROWS of csrc/cpu/engine_*.cpp; else 200
+DOT = "avx512_bf16"
+GROUP_ROWS = dict.fromkeys(WIDE, 390)  # RX_GROUP_ROWS of csrc/cpu/engine_*.cpp; else 200
 ALIGN, PANEL = 32, 16  # columns of a product are padded to the first, scores to the second
 PANEL_WIDE = 32  # with AVX-512 and AMX
-ROW_TILE = {"avx2": 6, "avx512": 14, "amx": 14}  # RX_ROW_TILE; else 4
+# RX_ROW_TILE; else 4.
+ROW_TILE = {"avx2": 6, "neon": 12, "neon_bf16": 12, **dict.fromkeys(WIDE, 14)}
 # Depth of one sum: fp32 is cut at 128 (csrc/cpu/gemm.hpp, kSum), bf16 at 512.
 SUM_DEPTH = {2: 512, 4: 128}
 # A tile's start and end (clear, branch, first loads: about 50 cycles) as steps of its depth.
@@ -58,6 +64,9 @@ SOFTMAX_AMX = 80  # a score: 0.54 ns with its products in rows of 916
 # A row of scores, one dependent step after another (two reductions, a division, a masked vector):
 # 59 ns, 160 cycles of 2 x 32 FLOPs, by rows of 97 against rows of 916.
 ROW_WIDE = 10000
+# AVX512_BF16, on a Zen 5: exponentials and reciprocals to bf16's accuracy; in either type rows of
+# scores that overlap.
+SWIGLU_DOT, SOFTMAX_DOT, ROW_DOT = 30, 28, 5000
 # Share of the last cache's bandwidth at which prefetches bring weights: 12 GB/s of 28, as 16 fill
 # buffers and their latency allow. What does not come while products run is waited for: with AMX at
 # one sample about a fifth of the time, with AVX-512 nothing.
@@ -98,25 +107,30 @@ def candidates(problem: Problem, device: Device) -> list[LaunchPlan]:
     found = [_block(block, problem, itemsize, device.isa) for block in blocks]
     sums = sum(stage.reads for stage in stages if stage.name == "inject")
     # Packed weights stream through once a net call and group: from the last cache while products
-    # run, from memory at its price. Activations stay in L2.
+    # run, from memory at its price (on a Zen 5 HRM's 54 MB cost nothing beside the products).
+    # Activations stay in L2.
     amx = itemsize == 2 and device.isa == "amx"
     products = sum(products for products, _ in found)
+    # The rate of multiply-adds as a multiple of PyTorch's fp32 products.
+    fma = max(1.0, device.flops(2) / device.flops(4) / 2) if device.isa == DOT else 1.0
+    efficiency = MATRIX * TILES if amx else fma * (2 if itemsize == 2 and device.isa == DOT else 1)
     busy = min(1.0, threads / device.units)
     streamed, share = itemsize * weights * passes, 1.0
-    if itemsize * weight_values(problem) <= device.l2_bytes:
-        share = PREFETCHED * device.stream_gbs * busy / device.dram_gbs
-        seconds = products / (device.flops(4) * busy * (MATRIX * TILES if amx else 1.0))
+    cached = itemsize * weight_values(problem) <= device.l2_bytes
+    if cached or device.isa == DOT:
+        share = PREFETCHED * device.stream_gbs * busy / device.dram_gbs if cached else 1.0
+        seconds = products / (device.flops(4) * busy * efficiency)
         streamed = max(0.0, streamed - 1e9 * device.dram_gbs * share * seconds) if share else 0.0
         share = share or 1.0  # 0: not measured, and never seen
     work = Work(
         flops=sum(stage.flops for stage in stages),
         padded_flops=products,
-        vector_flops=sum(vectors for _, vectors in found) + SUMS * sums,
+        vector_flops=(sum(vectors for _, vectors in found) + SUMS * sums) / fma,
         dram_bytes=streamed, bandwidth=share, l2_bytes=0, overlap=False,
         launches=1, from_python=True, parallel=threads,
         barriers=BARRIERS * len(blocks) if left else 0,
-        # Without matrix instructions bf16 is a storage format: the engine multiplies in fp32.
-        itemsize=4, efficiency=MATRIX * TILES if amx else 1.0,
+        # Without instructions for it bf16 is a storage format: the engine multiplies in fp32.
+        itemsize=4, efficiency=efficiency,
     )  # fmt: skip
     kind = "columns" if each == 0 else "samples"
     settings = (("threads", threads), ("passes", passes))
@@ -136,16 +150,19 @@ def _block(block: BlockSpec, problem: Problem, itemsize: int, isa: str) -> tuple
     """(FLOPs of the padded products, FLOPs of all else) of one block."""
     batch, tokens, width = problem.batch, problem.tokens, block.hidden
     depth = SUM_DEPTH[itemsize]
-    amx = itemsize == 2 and isa == "amx"
+    amx, dot = itemsize == 2 and isa == "amx", itemsize == 2 and isa == DOT
     # Rows are cut into tiles of R or R - 1: those of a group, and the queries of a sample.
     tile = 1 if amx else ROW_TILE.get(isa, 4)
     samples = max(1, min(batch, _group_samples(isa, tokens)))
     rows = batch * _tiled(samples * tokens, tile) / samples
     panel, row = (PANEL_WIDE, ROW_WIDE) if isa in WIDE else (PANEL, ROW)
-    softmax = SOFTMAX_AMX if amx else SOFTMAX
+    softmax, silu = SOFTMAX_AMX if amx else SOFTMAX, SWIGLU
+    if isa == DOT:
+        row = ROW_DOT
+        softmax, silu = (SOFTMAX_DOT, SWIGLU_DOT) if dot else (softmax, silu)
 
     def product(m: float, k: int, n: int, align: int = ALIGN) -> float:
-        start = 0 if amx else TILE_DEPTH * math.ceil(k / depth)
+        start = 0 if amx else 2 * TILE_DEPTH if dot else TILE_DEPTH * math.ceil(k / depth)
         return 2 * m * round_up(n, align) * (k + start)
 
     def after(m: float, k: int, n: int, each: float) -> float:
@@ -156,7 +173,7 @@ def _block(block: BlockSpec, problem: Problem, itemsize: int, isa: str) -> tuple
 
     def swiglu(m: float, k: int, inner: int) -> tuple[float, float]:
         products = 2 * product(m, k, inner) + product(m, inner, k)
-        vectors = after(m, k, inner, SWIGLU) + after(m, inner, k, RESIDUAL)
+        vectors = after(m, k, inner, silu) + after(m, inner, k, RESIDUAL)
         return products, vectors + m * ROW
 
     products, vectors = swiglu(rows, width, block.inner)
@@ -179,6 +196,9 @@ def _group_samples(isa: str, tokens: int) -> int:
 
 
 def _tiled(rows: int, tile: int) -> int:
-    """Rows that tiles of `tile` rows or one less compute."""
+    """Rows that tiles of `tile` rows or one less compute, or one or two smaller ones."""
+    few = 5 * tile // 8 + 1
+    if tile > 1 and (rows <= few or tile < rows <= 2 * few):
+        return few * math.ceil(rows / few)
     tiles = math.ceil(rows / tile)
     return tiles * tile - min(tiles, tiles * tile - rows)

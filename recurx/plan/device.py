@@ -157,7 +157,7 @@ def _distance(a: tuple[int, int], b: tuple[int, int]) -> int:
 # with AVX-512 8 beside 13 on one thread (229 ms of products in a TRM step that take 160 warm), 5 of
 # two (same step).
 PACKING, PACKING_WIDE = 0.2, 0.45
-WIDE = ("avx512", "amx")
+WIDE = ("avx512", "avx512_bf16", "amx")
 # `recurx.recurse` checks, encodes and dispatches as long as 60 operators of the tiny block run: 0.2
 # to 0.3 ms to 4.4 us (Xeon), 0.7 ms on a Zen 3.
 CALL_OPERATORS = 60
@@ -213,7 +213,12 @@ def _torch_has(name: str) -> bool:
 
 @functools.cache
 def _cpu(threads: int) -> Device:
-    """This CPU, measured."""
+    """This CPU, measured; inside a caller's `with torch.device("cuda")` too."""
+    with torch.device("cpu"):
+        return _measured_cpu(threads)
+
+
+def _measured_cpu(threads: int) -> Device:
     isa, side = measure.engine_isa(), measure.LARGE["cpu"]
     square = (side, side, side)
     fp32, bf16 = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,12 +53,17 @@ class Answers:
         return dict(zip(steps.tolist(), counts.tolist(), strict=True))
 
 
-def refine(model: Any, data: Mapping[str, Tensor], numbers: Tensor, rules: Rules) -> Answers:
+def refine(
+    model: Any, data: Mapping[str, Tensor], numbers: Tensor, rules: Rules,
+    progress: Callable[[int], None] | None = None, **how: Any,
+) -> Answers:  # fmt: skip
     """Run all rows of `data`; rollouts are rows like any other here.
 
     Args:
         numbers: [N] int64, sample * rollouts + rollout of each row, which its noise and its random
             start follow from.
+        progress: called after each step with how many rows have ended.
+        how: further keywords of the model's calls.
     """
     inputs = data["inputs"]
     rows, device = torch.arange(len(inputs), device=inputs.device), inputs.device
@@ -76,7 +81,7 @@ def refine(model: Any, data: Mapping[str, Tensor], numbers: Tensor, rules: Rules
             break
         if rules.sigma:
             _add_noise(carry.inner_carry, numbers[rows], step, rules)
-        carry, outputs = model(carry=carry, batch=carry.current_data)
+        carry, outputs = model(carry=carry, batch=carry.current_data, **how)
         # The wrapper flags rows at its own budget, and would restart them; here `max_steps` rules.
         carry.halted = torch.zeros_like(carry.halted)
         step_logits, q_halt = outputs["logits"], outputs["q_halt_logits"].float()
@@ -117,6 +122,8 @@ def refine(model: Any, data: Mapping[str, Tensor], numbers: Tensor, rules: Rules
             halted[rows] = done = functools.reduce(torch.logical_or, ends)
             if done.any():
                 rows, carry = rows[~done], _rows_of(carry, ~done)
+        if progress is not None:
+            progress(len(inputs) if step + 1 == rules.max_steps else len(inputs) - len(rows))
 
     stacked = torch.stack(trace) if trace else None
     return Answers(predictions, steps, q, halted, steps[:, None], all_logits, stacked)
@@ -133,7 +140,7 @@ def _start(model: Any, data: Mapping[str, Tensor], numbers: Tensor, rules: Rules
     """The carry that rows of these numbers begin with."""
     carry = fresh_carry(model, data)
     if rules.init == "random" and rules.rollouts > 1:
-        _randomise(carry.inner_carry, numbers, rules)
+        randomise(carry.inner_carry, numbers, rules)
     return carry
 
 
@@ -182,7 +189,7 @@ def _add_noise(states: Any, numbers: Tensor, step: int, rules: Rules) -> None:
     values[name] = state + (rules.sigma * drawn).to(state.dtype)
 
 
-def _randomise(states: Any, numbers: Tensor, rules: Rules) -> None:
+def randomise(states: Any, numbers: Tensor, rules: Rules) -> None:
     """Give every rollout but the first of its sample a start of its own, in all states."""
     keeps = (numbers % rules.rollouts == 0).view(-1, 1, 1)
     values = named(states)

@@ -22,7 +22,7 @@ _SIGMA = 1 / LEFT  # a cut normal of deviation 1: how H_init and L_init are draw
 def _box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     u = ((a >> 8).float() + 0.5) * 2.0**-24
     angle = (b >> 8).double() * (2 * math.pi * 2.0**-24)
-    radius = torch.sqrt(-2.0 * torch.log(u))
+    radius = torch.sqrt(-2.0 * torch.log(u.double())).float()
     return radius * angle.cos().float(), radius * angle.sin().float()
 
 

@@ -44,14 +44,15 @@ class Rules:
     """How rows are refined; each field is the argument of `recurx.solve` of that name, which tells
     more about it. The options among them are those of `eval` and `solve`."""
 
-    max_steps: int = option(16, "steps a puzzle may take; may exceed those of training", least=1)
+    max_steps: int = option(16, "steps a puzzle may take; may exceed those of training", least=1,
+                            most=2**20)  # fmt: skip
     halt: str | None = option("q", "a puzzle ends when the model says so (q), when its answer "
                               "stays the same (fixed-point), at the first of both (any), or "
                               "after all steps (none)", choices=HALTS)  # fmt: skip
     halt_above: float = option(0.0, "q (logit of being right) that ends a puzzle: 0 is even odds, "
                                "3 is 20 to 1", metavar="Q")  # fmt: skip
     patience: int = option(2, "steps without a change that are a fixed point", least=1)
-    rollouts: int = option(1, "tries of each puzzle", least=1)
+    rollouts: int = option(1, "tries of each puzzle", least=1, most=2**16)
     sigma: float = option(0.0, "noise in each step of a try")
     init: str = option("learned", "where tries start: all at the learned states, or all but the "
                        "first at random ones", choices=INITS)  # fmt: skip
@@ -60,7 +61,7 @@ class Rules:
                                    "(q), the most frequent (vote), or the first that obeys the "
                                    "rules of the task, and then no more are made (rules)",
                                    choices=(*SELECTIONS, "rules"))  # fmt: skip
-    seed: int = option(0, "of all randomness")
+    seed: int = option(0, "of all randomness", least=0)
     first_sample: int = 0
     logits: bool = False
     trace: bool = False

@@ -5,6 +5,7 @@ A try has the number sample * rollouts + rollout; its noise and its random start
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -38,23 +39,25 @@ def in_turn(run: Run, data: Mapping[str, Tensor], rollouts: int, accepts: Accept
         if found is None:
             found = replace(tried, rollout_steps=tried.steps.new_zeros(len(inputs), rollouts))
         else:
-            found = _updated(found, tried, left, accepted | (tried.q > found.q[left]))
+            found = _updated(found, tried, left, accepted | (rank(tried.q) > rank(found.q[left])))
         found.rollout_steps[left, turn] = tried.steps
         left = left[~accepted]
         if len(left) == 0:
             break
     assert found is not None
+    _say_if_nan(found)
     return found
 
 
 def pick(found: Answers, inputs: Tensor, rollouts: int, select: str | Accepts) -> Answers:
     """The picked try of each sample, from rows that hold all of them."""
+    _say_if_nan(found)
     samples = len(inputs)
-    score = found.q.view(samples, rollouts)
+    score = rank(found.q).view(samples, rollouts)
     if select == "vote" and rollouts > 1:
-        answers = found.predictions.view(samples, rollouts, -1)
+        answers = found.predictions.view(samples, rollouts, found.predictions.shape[1])
         same = (answers[:, :, None] == answers[:, None, :]).all(-1)
-        votes = same.sum(-1)
+        votes = (same & (score > -torch.inf)[:, None, :]).sum(-1)
         score = score.masked_fill(votes < votes.amax(dim=1, keepdim=True), -torch.inf)
     elif callable(select):
         every = inputs.repeat_interleave(rollouts, dim=0)
@@ -71,6 +74,17 @@ def pick(found: Answers, inputs: Tensor, rollouts: int, select: str | Accepts) -
         logits=None if found.logits is None else found.logits[rows],
         trace=None if found.trace is None else found.trace[:, rows],
     )
+
+
+def rank(q: Tensor) -> Tensor:
+    """q in an order in which NaN, of a row that computed nonsense, comes last."""
+    return torch.nan_to_num(q, nan=-torch.inf)
+
+
+def _say_if_nan(found: Answers) -> None:
+    if found.q.isnan().any():
+        text = "recurx.solve: q is NaN: the weights, or the states they lead to, hold NaN or inf"
+        warnings.warn(f"{text}. Take an earlier checkpoint.", RuntimeWarning, stacklevel=2)
 
 
 def checked(accepts: Accepts, inputs: Tensor, answers: Tensor) -> Tensor:
@@ -98,11 +112,11 @@ def _updated(found: Answers, tried: Answers, left: Tensor, better: Tensor) -> An
     if found.trace is None or tried.trace is None:
         return found
     longest = max(len(found.trace), len(tried.trace))
-    trace, later = _as_long(found.trace, longest), _as_long(tried.trace, longest)
+    trace, later = as_long(found.trace, longest), as_long(tried.trace, longest)
     trace[:, rows] = later[:, better]
     return replace(found, trace=trace)
 
 
-def _as_long(trace: Tensor, steps: int) -> Tensor:
+def as_long(trace: Tensor, steps: int) -> Tensor:
     """A trace that goes on with its last answers: rows that ended keep theirs."""
     return torch.cat([trace, trace[-1:].expand(steps - len(trace), -1, -1)])

@@ -8,16 +8,18 @@ kernels may round differently at another batch size; low bits can differ, as bet
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from recurx.backends.weight_cache import frozen_weights
 from recurx.errors import bad_argument
+from recurx.solving import on_cpu
 from recurx.solving import rollouts as tries
+from recurx.solving.asking import evaluating
 from recurx.solving.halting_loop import Answers, refine
 from recurx.solving.options import HALTS, INITS, SELECTIONS, Accepts, Fill, Rules
 
@@ -44,12 +46,16 @@ def solve(
     logits: bool = False,
     trace: bool = False,
     fill: Fill | Mapping[str, Any] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Answers:
     """Answer a batch with at most `max_steps` supervision steps a sample, without gradient.
 
     Args:
-        model: a recurx TRM or HRM, or an official one (patched or not), with or without its loss
-            head. Runs in evaluation mode; its mode is restored.
+        model: a recurx TRM or HRM, or an official one (patched or not), inside a loss head, DDP or
+            `torch.compile` or not. Runs in evaluation mode, whatever its own; of recurx's models
+            nothing is changed for that, so that several threads may ask one model
+            (recurx/solving/asking.py). Its weights are packed for the kernels once: nobody may
+            write to them meanwhile.
         batch: "inputs" [B, T] integers, and "puzzle_identifiers" [B] (zeros if absent).
         max_steps: budget a sample; it may exceed the steps the model was trained with.
         halt: "q" ends a row as training does (q_halt > 0, or q_halt > q_continue with Q-learning);
@@ -86,6 +92,7 @@ def solve(
             (`recurx.Fill`, or its fields as a mapping). For hard questions, at many more steps.
             Fill every so many `steps` as the net was trained with, or more, and let `halt="q"` end
             it, unless the net was trained on questions with few blanks too.
+        progress: called now and then with how many rows (rollouts of samples) have ended so far.
 
     Raises:
         InvalidArgument: a bad argument, or a model without the ACT interface.
@@ -98,80 +105,59 @@ def solve(
     _check(rules)
     model = _act_model(model)
     data = _complete(batch)
-    with _evaluating(model):
-        if backend == "cuda" and len(data["inputs"]):
+    in_kernel = backend == "cuda" and len(data["inputs"])
+    with evaluating(model, None if in_kernel else backend) as how, frozen_weights():
+        if in_kernel:
             from recurx.solving import on_cuda
 
             found = on_cuda.refine(model, data, rules)
             return tries.pick(found, data["inputs"], rollouts, select)
-        run = functools.partial(refine, model, rules=rules)
-        with _running_on(model, backend):
-            if callable(select):
-                return tries.in_turn(run, data, rollouts, select)
-            return tries.at_once(run, data, rollouts, select)
-
-
-@contextlib.contextmanager
-def _running_on(model: Any, backend: str | None) -> Iterator[None]:
-    """Inside, the model's recursion runs on `backend` (None changes nothing)."""
-    from recurx.models.inner import Inner
-    from recurx.patching import patch
-    from recurx.patching.handle import installed
-
-    if backend is None:
-        yield
-    elif isinstance(model.inner, Inner):
-        before, model.inner.backend = model.inner.backend, backend
-        try:
-            yield
-        finally:
-            model.inner.backend = before
-    elif installed(model.inner, "forward") is not None:
-        raise bad_argument(
-            "solve", "backend", "None for a patched model", repr(backend),
-            "It runs on the backend that recurx.patch(model, backend=...) was given.",
-        )  # fmt: skip
-    else:
-        with patch(model, backend=backend):
-            yield
+        loop = functools.partial(refine, model, rules=rules, progress=progress, **how)
+        run = on_cpu.refiner(model, data, rules, how, loop, progress)
+        if callable(select):
+            return tries.in_turn(run, data, rollouts, select)
+        return tries.at_once(run, data, rollouts, select)
 
 
 # ---- the model's side --------------------------------------------------------------------------
 
 
 def _act_model(model: nn.Module) -> Any:
-    """The ACT wrapper itself: official loss heads hold it as `.model`."""
-    wrapper = model if hasattr(model, "inner") else getattr(model, "model", model)
-    inner = getattr(wrapper, "inner", None)
-    if not hasattr(wrapper, "initial_carry") or not hasattr(inner, "reset_carry"):
-        raise bad_argument(
-            "solve", "model", "a TRM or HRM with initial_carry() and inner.reset_carry()",
-            type(model).__name__, "Use recurx.models.TRM, or an official model.",
-        )  # fmt: skip
-    return wrapper
+    """The ACT wrapper itself, inside loss heads, DDP and whatever else wraps it."""
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        inner = getattr(module, "inner", None)
+        if hasattr(module, "initial_carry") and hasattr(inner, "reset_carry"):
+            return module
+    hint = "Use recurx.models.TRM, or an official model."
+    if hasattr(model, "lenet"):
+        hint = "This is nano-trm's: recurx.patch it and run its own validation."
+    raise bad_argument(
+        "solve", "model", "a TRM or HRM with initial_carry() and inner.reset_carry()",
+        type(model).__name__, hint,
+    )  # fmt: skip
 
 
 def _complete(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    inputs = batch.get("inputs") if isinstance(batch, Mapping) else None
+    if not isinstance(batch, Mapping):
+        raise bad_argument(
+            "solve", "batch", 'a mapping with "inputs", token ids [B, T]', type(batch).__name__,
+            'Of Examples: {"inputs": torch.from_numpy(examples.inputs), "puzzle_identifiers": '
+            "torch.from_numpy(examples.identifiers)}, some dozens at once.",
+        )  # fmt: skip
+    inputs = batch.get("inputs")
     if not isinstance(inputs, Tensor) or inputs.ndim != 2 or inputs.is_floating_point():
         got = f"{inputs.dtype} {list(inputs.shape)}" if isinstance(inputs, Tensor) else repr(inputs)
         raise bad_argument("solve", "batch['inputs']", "integer token ids [B, T]", got)
     identifiers = batch.get("puzzle_identifiers")
     if identifiers is None:
         identifiers = torch.zeros(len(inputs), dtype=torch.int32, device=inputs.device)
+    elif identifiers.is_floating_point() or identifiers.dtype is torch.bool:
+        raise bad_argument(
+            "solve", "batch['puzzle_identifiers']", "integer ids [B]", identifiers.dtype
+        )
+    elif identifiers.dtype is torch.uint8:  # which indexing takes for a mask
+        identifiers = identifiers.to(torch.int32)
     return {**batch, "puzzle_identifiers": identifiers}
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, with the mode of every submodule restored afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _fill(fill: Fill | Mapping[str, Any] | None) -> Fill | None:
@@ -200,8 +186,9 @@ def _check(rules: Rules) -> None:
         if getattr(rules, arg) not in known:
             raise bad_argument("solve", arg, f"one of {known}", repr(getattr(rules, arg)))
     for arg in ("sigma", "init_scale"):
-        if not 0 <= getattr(rules, arg) < float("inf"):
-            raise bad_argument("solve", arg, "a finite number >= 0", repr(getattr(rules, arg)))
+        value = getattr(rules, arg)
+        if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+            raise bad_argument("solve", arg, "a finite number >= 0", repr(value))
     above = rules.halt_above
     if not isinstance(above, (int, float)) or above != above:
         raise bad_argument("solve", "halt_above", "a number", repr(above))

@@ -24,6 +24,7 @@ from recurx.tasks.sampler import Sampler
 from recurx.tasks.sudoku import Sudoku
 
 GROUP = "recurx.tasks"  # of entry points
+MOST_TOKENS, MOST_DIGITS = 2**16, 9  # as of models
 _MAKERS: dict[str, Callable[..., Task]] = {
     "sudoku": Sudoku,
     "sudoku-6x6": functools.partial(Sudoku, size=6),
@@ -68,13 +69,18 @@ def get(name: str) -> Task:
             raise InvalidArgument(
                 f"tasks: {base} has the options {', '.join(known)}, got {key!r} in {name!r}."
             )
-        try:
-            chosen[key] = int(value)
-        except ValueError:
+        if not value.removeprefix("-").isdecimal() or len(value) > MOST_DIGITS:
             raise InvalidArgument(
-                f"tasks: option {key!r} of {base}: expected {base}:{key}=NUMBER, got {value!r}."
-            ) from None
-    return maker(**chosen, name=name)
+                f"tasks: option {key!r} of {base}: expected {base}:{key}=NUMBER of at most "
+                f"{MOST_DIGITS} digits, got {value[:80]!r}."
+            )
+        chosen[key] = int(value)
+    task = maker(**chosen, name=name)
+    if task.seq_len > MOST_TOKENS:
+        raise InvalidArgument(
+            f"tasks: {name} has {task.seq_len:,} tokens: expected at most {MOST_TOKENS:,}."
+        )
+    return task
 
 
 def register(name: str, maker: Callable[..., Task]) -> None:

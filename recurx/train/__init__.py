@@ -10,7 +10,7 @@ from recurx.train.config import TrainConfig
 from recurx.train.data import Data
 from recurx.train.ema import Average
 from recurx.train.evaluate import Report, evaluate
-from recurx.train.optim import AdamATan2, SparseSignSGD
+from recurx.train.optim import AdamATan2, Muon, SparseSignSGD
 from recurx.train.presets import PRESETS, preset
 from recurx.train.progress import Progress
 from recurx.train.queue import SampleQueue
@@ -26,6 +26,7 @@ __all__ = [
     "CapturedStep",
     "CudaGraphs",
     "Data",
+    "Muon",
     "Progress",
     "Report",
     "SampleQueue",

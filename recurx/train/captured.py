@@ -8,31 +8,22 @@ there are no graphs the same function runs as it is, and gives the same numbers.
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from recurx import small_ops
 from recurx.errors import RecurxError, bad_argument
+from recurx.models.puzzle_embedding import PuzzleEmbedding
 from recurx.train.ema import Average
+from recurx.train.nested import mapped, put_, tensors_of
+from recurx.train.optim import reads_the_rate
 from recurx.train.queue import SampleQueue
 
 Schedule = Callable[[Tensor], Tensor]  # steps done so far (0-d) -> factor of each learning rate
-
-
-class Capturer(Protocol):
-    """How a step is recorded; `CudaGraphs`, or a stand-in in tests."""
-
-    warm_steps: int
-
-    def warm(self, run: Callable[[], None]) -> None:
-        """Run a step for real before the recording."""
-
-    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Record `run` without effect; the result replays it."""
 
 
 class CudaGraphs:
@@ -49,6 +40,7 @@ class CudaGraphs:
         self._stream: torch.cuda.Stream | None = None
 
     def warm(self, run: Callable[[], None]) -> None:
+        """Run a step for real before the recording."""
         # Off the default stream, so that what autograd remembers of it is not captured.
         self._stream = self._stream or torch.cuda.Stream()
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -57,6 +49,7 @@ class CudaGraphs:
         torch.cuda.current_stream().wait_stream(self._stream)
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Record `run` without effect; the result replays it."""
         graph = torch.cuda.CUDAGraph()
         for generator in self.generators:
             graph.register_generator_state(generator)
@@ -78,18 +71,24 @@ class CapturedStep:
             `recurx.train.swap`. Their `lr` becomes a tensor, `schedule` times what it was.
         queue: where halted slots find their next samples. If ranks share its slots, gradients of
             weights and metrics are summed over them (`SparseSignSGD(world_size=)` gathers its own).
+        accumulate: parts of the batch that go forward and backward one after the other, for less
+            memory. Gradients add up: the step of the whole batch, up to the order of sums.
+        clip_grad_norm: gradients of weights are scaled down to this norm where theirs, over all
+            parts and ranks, is larger (`torch.nn.utils.clip_grad_norm_`); 0 never.
         average: updated after the optimisers.
         schedule: factor of the learning rates from the number of steps done (a 0-d fp32 tensor on
             the device): pure PyTorch.
         synchronize: called with all gradients after the backward, to do something else with them
             (NCCL's collectives can be captured).
-        capture: None captures where the head is on a GPU; False never does; or a `Capturer`.
+        capture: None captures where the head is on a GPU; False never does; or a
+            `CudaGraphs`, or what stands in for it.
 
     Attributes:
         carry: the carry between steps; its tensors stay where they are.
 
     Raises:
-        InvalidArgument: a capture is wanted and an optimizer cannot be captured.
+        InvalidArgument: a capture is wanted and an optimizer cannot be captured; the batch cannot
+            be cut into so many parts, or has an embedding that knows of no parts.
     """
 
     def __init__(
@@ -98,13 +97,17 @@ class CapturedStep:
         optimizers: Sequence[torch.optim.Optimizer],
         queue: SampleQueue,
         *,
+        accumulate: int = 1,
+        clip_grad_norm: float = 0.0,
         average: Average | None = None,
         schedule: Schedule | None = None,
         synchronize: Callable[[list[Tensor]], None] | None = None,
-        capture: Capturer | bool | None = None,
+        capture: CudaGraphs | bool | None = None,
     ) -> None:
         self.head, self.optimizers, self.queue = head, list(optimizers), queue
         self.average, self.schedule, self.synchronize = average, schedule, synchronize
+        self.accumulate, self.clip_grad_norm = accumulate, clip_grad_norm
+        self._check_parts()
         device = queue.device
         self.capturer = self._capturer(capture)
         self.count = torch.zeros((), dtype=torch.float32, device=device)
@@ -118,6 +121,8 @@ class CapturedStep:
         self.carry.halted.fill_(True)
         self.names: tuple[str, ...] = ()
         self.latest = self.totals = torch.zeros(0, device=device)
+        # The first step whose loss or gradient was not finite (0: none), the last loss before it.
+        self.health = torch.tensor([0.0, math.nan], dtype=torch.float64, device=device)
         self._grads: list[Tensor] | None = None
         self._warmed = 0
         self._replay: Callable[[], None] | None = None
@@ -150,6 +155,11 @@ class CapturedStep:
             small_ops.wrote(self.static_tensors())
         self.queue.stepped()
 
+    def diverged(self) -> tuple[int, float] | None:
+        """(the first step whose loss or gradients were not finite, the loss before); waits."""
+        step, loss = self.health.tolist()
+        return (int(step), loss) if step else None
+
     @property
     def captured(self) -> bool:
         """Whether steps are replayed now."""
@@ -167,7 +177,7 @@ class CapturedStep:
 
     def static_tensors(self) -> list[Tensor]:
         """Every tensor that outlives a step."""
-        found = [self.count, self.latest, self.totals, self.queue.cursor]
+        found = [self.count, self.latest, self.totals, self.health, self.queue.cursor]
         found += [*self.queue.ring.values(), *tensors_of(self.carry), *self._rates]
         found += [*self.head.parameters(), *self.head.buffers(), *(self._grads or ())]
         for optimizer in self.optimizers:
@@ -183,22 +193,65 @@ class CapturedStep:
             torch._foreach_zero_(self._grads)
         self._set_rates()
         batch = self.queue.take(self.carry.halted)
-        carry, loss, metrics, _, _ = self.head(return_keys=(), carry=self.carry, batch=batch)
-        (loss / self.queue.slots).backward()
+        metrics: dict[str, Tensor] = {}
+        for part in self._parts():
+            before, fresh = self.carry, batch
+            if self.accumulate > 1:
+                before, fresh = (mapped(lambda t: t[part], every) for every in (before, fresh))  # noqa: B023
+            carry, loss, told, _, _ = self.head(return_keys=(), carry=before, batch=fresh)
+            (loss / self.queue.slots).backward()
+            for name, value in (told | {"loss": loss.detach()}).items():
+                metrics[name] = metrics[name] + value if name in metrics else value
+            with torch.no_grad():
+                put_(before, carry)
         if self._grads is None:  # weights that the loss does not reach have none, and stay
             self._grads = [t.grad for t in self._leaves() if t.grad is not None]
         with torch.no_grad():
-            self.queue.ranks.sum_([p.grad for p in self.head.parameters() if p.grad is not None])
+            weights = [p for p in self.head.parameters() if p.grad is not None]
+            self.queue.ranks.sum_([p.grad for p in weights])
             if self.synchronize is not None:
                 self.synchronize(self._grads)
+            self._keep(metrics)
+            self._look_after(weights)
             for optimizer in self.optimizers:
                 optimizer.step()
             if self.average is not None:
                 self.average.update(self.head)
-            self._keep(metrics | {"loss": loss.detach()})
-            for old, new in zip(tensors_of(self.carry), tensors_of(carry), strict=True):
-                old.copy_(new)
             self.count.add_(1)
+
+    def _parts(self) -> Iterator[slice]:
+        """The slots of each part; whoever numbers slots by itself is told where the part begins."""
+        slots = self.queue.own.stop - self.queue.own.start
+        if self.accumulate == 1:
+            yield slice(0, slots)
+            return
+        size = slots // self.accumulate
+        models = [m for m in self.head.modules() if getattr(m, "exploration", None) is not None]
+        tables = [m for m in self.head.modules() if isinstance(m, PuzzleEmbedding)]
+        for first in range(0, slots, size):
+            for model in models:
+                model.exploration.first_slot = self.queue.own.start + first
+                if first:  # all parts are of one draw
+                    model.exploration.state[1:].sub_(1)
+            for table in tables:
+                table.first_row = first
+            yield slice(first, first + size)
+
+    def _look_after(self, weights: list[nn.Parameter]) -> None:
+        """Clip the gradients; note where they, or the loss, are not finite."""
+        grads = [p.grad for p in weights]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if self.clip_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(weights, self.clip_grad_norm, norm)
+        norm = getattr(norm, "full_tensor", lambda: norm)()  # where weights are sharded (FSDP2)
+        loss = self.latest[self.names.index("loss")] / self.queue.slots
+        fine = torch.isfinite(loss) & torch.isfinite(norm)
+        own = {id(grad) for grad in grads}
+        if sparse := [grad for grad in self._grads or () if id(grad) not in own]:
+            fine = fine & torch.isfinite(torch.nn.utils.get_total_norm(sparse))
+        first, last = self.health[0], self.health[1]
+        last.copy_(torch.where(fine & (first == 0), loss, last))
+        first.copy_(torch.where(fine | (first != 0), first, self.count + 1))
 
     @torch.no_grad()
     def _set_rates(self) -> None:
@@ -218,6 +271,16 @@ class CapturedStep:
     def _groups(self) -> Iterator[dict[str, Any]]:
         return (group for optimizer in self.optimizers for group in optimizer.param_groups)
 
+    def _check_parts(self) -> None:
+        slots, parts = self.queue.own.stop - self.queue.own.start, self.accumulate
+        expected = f"a divisor of the {slots} slots of a rank"
+        fits = parts >= 1 and slots % parts == 0
+        for module in self.head.modules() if fits and parts > 1 else ():
+            if hasattr(module, "local_ids") and not isinstance(module, PuzzleEmbedding):
+                fits, expected = False, f"1 with {type(module).__name__}, which knows of no parts"
+        if not fits:
+            raise bad_argument("train.CapturedStep", "accumulate", expected, parts)
+
     def _leaves(self) -> list[Tensor]:
         """What gets gradients: weights, and the rows of a sparse embedding (a buffer)."""
         leaves = [*self.head.parameters(), *self.head.buffers()]
@@ -225,7 +288,7 @@ class CapturedStep:
         unique = {id(t): t for t in leaves if t.requires_grad and t.is_leaf}
         return list(unique.values())
 
-    def _capturer(self, capture: Capturer | bool | None) -> Capturer | None:
+    def _capturer(self, capture: CudaGraphs | bool | None) -> CudaGraphs | None:
         device = self.queue.device.type
         if capture is False or (capture is None and device != "cuda"):
             return None
@@ -241,6 +304,11 @@ class CapturedStep:
                     f"{type(optimizer).__name__} with capturable=False",
                     "Build it with capturable=True.",
                 )  # fmt: skip
+            if reads_the_rate(optimizer):
+                raise bad_argument(
+                    "train.CapturedStep", "optimizers", "ones that never read the device",
+                    type(optimizer).__name__, "Use recurx.train.Muon, or recurx.train.swap it.",
+                )  # fmt: skip
         return CudaGraphs() if capture is None or capture is True else capture
 
 
@@ -249,16 +317,3 @@ def _rate_on_device(group: dict[str, Any], device: torch.device) -> Tensor:
     base = torch.as_tensor(group["lr"], dtype=torch.float32).to(device, copy=True)
     group["lr"] = base.clone()
     return base
-
-
-def tensors_of(value: Any) -> list[Tensor]:
-    """The tensors in nested dataclasses, mappings and sequences, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if dataclasses.is_dataclass(value):
-        return [t for f in dataclasses.fields(value) for t in tensors_of(getattr(value, f.name))]
-    if isinstance(value, Mapping):
-        return [t for item in value.values() for t in tensors_of(item)]
-    if isinstance(value, (list, tuple)):
-        return [t for item in value for t in tensors_of(item)]
-    return []

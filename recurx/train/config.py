@@ -17,7 +17,7 @@ from recurx.models import ModelConfig, config_class
 from recurx.models.losses import HALT_WEIGHT
 from recurx.options import file, option
 
-OPTIMIZERS = ("adam-atan2", "adamw")
+OPTIMIZERS = ("adam-atan2", "adamw", "muon")
 LR_DECAYS = ("none", "cosine")
 HOLD_OUT = 256  # of a file of puzzles, on the command line
 
@@ -55,7 +55,7 @@ class TrainConfig:
 
     task: str
     model: dict[str, Any] = field(default_factory=dict)
-    seed: int = option(0, "of weights, data, and exploration")
+    seed: int = option(0, "of weights, data, and exploration", least=0)
     batch_size: int = option(64, "samples trained at once (default: the preset's)", least=1)
     lr: float = option(1e-3, "learning rate (default: the preset's)")
     weight_decay: float = option(0.01, "of the optimiser (default: the preset's)", metavar="SHARE")
@@ -63,6 +63,10 @@ class TrainConfig:
     beta2: float = 0.95
     warmup: int = option(100, "steps of rising learning rates (default: the preset's)", metavar="N")
     optimizer: str = option("adam-atan2", f"one of {', '.join(OPTIMIZERS)}", metavar="NAME")
+    clip_grad_norm: float = option(0.0, "gradients are scaled down to this norm where theirs is "
+                                   "larger; 0: never", metavar="NORM")  # fmt: skip
+    accumulate: int = option(1, "parts of the batch, computed one after the other for less memory",
+                             metavar="PARTS", least=1)  # fmt: skip
     ema: float = option(0.999, "decay of averaged weights (default: the preset's)", metavar="SHARE")
     loss: str = option("stablemax_cross_entropy", "a key of recurx.models.losses.LOSSES",
                        metavar="NAME")  # fmt: skip
@@ -84,10 +88,12 @@ class TrainConfig:
     started_from: str | None = None
 
     def __post_init__(self) -> None:
-        filed = self.puzzles is not None
+        filed, parts, batch = self.puzzles is not None, self.accumulate, self.batch_size
         for name, fits, expected in (
             ("optimizer", self.optimizer in OPTIMIZERS, f"one of {OPTIMIZERS}"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("accumulate", parts >= 1 and batch % parts == 0, f"a divisor of the batch of {batch}"),
+            ("clip_grad_norm", 0 <= self.clip_grad_norm < math.inf, "a norm, or 0 for none"),
             ("warmup", self.warmup >= 0, "steps >= 0"),
             ("ema", 0 <= self.ema < 1, "a decay in [0, 1)"),
             ("lr", self.lr >= 0, "a number >= 0"),

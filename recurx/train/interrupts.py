@@ -9,23 +9,23 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def interrupts() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets instead of raising; a second Ctrl-C raises."""
-    event = threading.Event()
+def interrupts() -> Iterator[list[int]]:
+    """The number of the signal once Ctrl-C or SIGTERM came, instead of raising; a second raises."""
+    came: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield event  # only the main thread may handle signals
+        yield came  # only the main thread may handle signals
         return
     previous = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(number: int, frame: object) -> None:
-        if event.is_set():
+        if came:
             raise KeyboardInterrupt
-        event.set()
+        came.append(number)
 
     for number in previous:
         signal.signal(number, handle)
     try:
-        yield event
+        yield came
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

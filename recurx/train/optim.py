@@ -1,4 +1,4 @@
-"""Optimisers of TRM and HRM training that never wait for the device: AdamATan2 and SparseSignSGD.
+"""Optimisers of TRM and HRM training that never wait for the device.
 
 Each is one launch of a Triton kernel on a GPU (`kernels/adam_atan2.py`, `kernels/sign_sgd.py`) and
 the same formula in plain PyTorch elsewhere. Step counts are tensors beside the weights and `lr` may
@@ -21,11 +21,16 @@ from recurx.models.puzzle_embedding import sign_sgd_
 from recurx.train.config import TrainConfig
 from recurx.train.ranks import all_gather
 
+TORCH_MUON: Any = getattr(torch.optim, "Muon", None)  # torch 2.9 brought it
+
 
 def make_optimizers(
     config: TrainConfig, model: RecursiveModel, world: int = 1
 ) -> list[torch.optim.Optimizer]:
     """The optimizer of the weights of a model, and that of its puzzle embedding if it has one.
+
+    "muon" is two: Muon for the matrices of the blocks, and AdamW for embeddings, heads and biases.
+    Its steps are scaled to the size of AdamW's, so that one learning rate and decay serve both.
 
     Args:
         world: ranks that train on it.
@@ -40,8 +45,14 @@ def make_optimizers(
     if config.optimizer == "adam-atan2":
         made = [AdamATan2(model.parameters(), **settings)]
     else:
-        on_gpu = device.type == "cuda"
-        made = [torch.optim.AdamW(model.parameters(), **settings, capturable=on_gpu)]
+        named, matrices = dict(model.named_parameters()), []
+        if config.optimizer == "muon":
+            inside = [n for n, p in named.items() if p.ndim == 2 and "_level.layers." in n]
+            matrices = [named.pop(name) for name in inside]
+        made = [torch.optim.AdamW(named.values(), **settings, capturable=device.type == "cuda")]
+        if config.optimizer == "muon":
+            del settings["betas"]
+            made.append(Muon(matrices, **settings, adjust_lr_fn="match_rms_adamw"))
     if model.config.puzzle_emb_ndim:
         rows = model.puzzle_emb.buffers()
         made.append(SparseSignSGD(rows, config.puzzle_emb_lr, config.weight_decay, world))
@@ -259,6 +270,41 @@ def embedding_buffers(params: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]
             [tuple(p.shape) for p in params], "Pass model.puzzle_emb.buffers().",
         )  # fmt: skip
     return table[0], local[0], ids[0]
+
+
+class Muon(TORCH_MUON or torch.optim.Optimizer):
+    """`torch.optim.Muon`, number for number, with a learning rate that may lie on the device.
+
+    PyTorch's reads it there at every step, so a captured step would repeat that of its capture.
+    """
+
+    def __init__(self, params: Any, **settings: Any) -> None:
+        if TORCH_MUON is None:
+            raise bad_argument(
+                "train.Muon", "torch", "2.9 or newer, which has torch.optim.Muon",
+                torch.__version__, "Install it, or choose another optimizer.",
+            )  # fmt: skip
+        super().__init__(params, **settings)
+
+    step = stepping(lambda optimizer: muon_(optimizer))
+
+
+def muon_(optimizer: torch.optim.Optimizer) -> None:
+    """One step of a `torch.optim.Muon`: its own, at rate 1 from 0, is what weights move by."""
+    for group in optimizer.param_groups:
+        params = [p for p in group["params"] if p.grad is not None]
+        moves = [torch.zeros_like(p) for p in params]
+        own = TORCH_MUON([{**group, "params": moves, "lr": 1.0, "weight_decay": 0.0}])
+        for param, move in zip(params, moves, strict=True):
+            move.grad, own.state[move] = param.grad, optimizer.state[param]
+        own.step()
+        for param, move in zip(params, moves, strict=True):
+            param.mul_(1 - group["lr"] * group["weight_decay"]).add_(move.mul_(group["lr"]))
+
+
+def reads_the_rate(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether this is PyTorch's Muon with a `step` of its own."""
+    return type(optimizer) is TORCH_MUON and "step" not in vars(optimizer)
 
 
 def check_rate(op: str, lr: float | Tensor, weight_decay: float) -> None:

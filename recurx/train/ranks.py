@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from recurx.errors import bad_argument
+from recurx.errors import InvalidArgument, RunFailed, bad_argument
 
 
 class Ranks:
@@ -102,7 +102,10 @@ class Ranks:
 
     def _most(self, number: int) -> int:
         said = torch.tensor(number)
-        dist.all_reduce(said, dist.ReduceOp.MAX)
+        try:
+            dist.all_reduce(said, dist.ReduceOp.MAX)
+        except RuntimeError as error:
+            raise RunFailed("another rank has ended, and says why by itself.") from error
         return int(said)
 
     def _from_first(self, value: Any) -> Any:
@@ -130,11 +133,16 @@ def join_torchrun(device: torch.device) -> Ranks:
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        # Its defaults keep for ever the group that there is at its import, which optimisers cause.
-        importlib.import_module("torch.distributed.nn")
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        atexit.register(_leave)
+    said = os.environ.get("WORLD_SIZE", "1")
+    try:
+        if int(said) > 1 and not dist.is_initialized():
+            # Its defaults keep for ever the group that there is at its import, which optimisers
+            # cause.
+            importlib.import_module("torch.distributed.nn")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            atexit.register(_leave)
+    except ValueError as error:  # no number, or another variable of torchrun's is missing
+        raise InvalidArgument(f"WORLD_SIZE={said}, without torchrun? {error}. Unset it.") from error
     return Ranks.of_this_process()
 
 

@@ -12,6 +12,7 @@ tried, by their numbers, never by their names.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
@@ -25,17 +26,21 @@ from recurx.errors import UnsupportedModel
 from recurx.models.losses import stablemax_cross_entropy
 from recurx.models.stablemax import fused_stablemax_cross_entropy
 from recurx.patching.handle import Entry, PatchHandle
+from recurx.probing import random_state
 from recurx.train.ema import move_
 from recurx.train.optim import (
     AdamATan2,
+    Muon,
     SparseSignSGD,
     adam_atan2_,
     embedding_buffers,
+    muon_,
+    reads_the_rate,
     sparse_sign_sgd_,
     stepping,
 )
 
-_KNOWN = "a loss head with a stablemax `loss_fn`, AdamATan2, sparse sign SGD, an EMA helper"
+_KNOWN = "a loss head with a stablemax `loss_fn`, AdamATan2, Muon, sparse sign SGD, an EMA helper"
 Change = tuple[Any, str, Any]  # owner, attribute, its new value
 Verdict = tuple[str, tuple[str, Any] | None]  # what is swapped or why not; attribute and new value
 _ADAM, _SIGN_SGD = {"lr", "betas", "weight_decay"}, {"lr", "weight_decay", "world_size"}
@@ -116,14 +121,21 @@ def _not_stablemax(loss: Callable[..., Tensor]) -> str | None:
     logits = torch.linspace(-9, 9, 48 * 5).view(4, 12, 5).sin() * 6
     labels = torch.arange(48).view(4, 12) % 5
     labels[0, :3] = -100
+    logits.requires_grad_()
+    drawn = random_state(logits.device)
+    weight, want = torch.linspace(0.5, 2, 48).view(4, 12), stablemax_cross_entropy(logits, labels)
     try:
         got = loss(logits, labels, ignore_index=-100)
+        if not isinstance(got, Tensor) or got.shape != want.shape:
+            return "does not give one value a token"
+        grads = [torch.autograd.grad((t * weight).sum(), logits)[0] for t in (got, want)]
     except Exception as error:  # foreign code may raise anything; then it is no such loss
         return f"cannot be called as loss(logits, labels, ignore_index=): {error}"
-    want = stablemax_cross_entropy(logits, labels)
-    if not isinstance(got, Tensor) or got.shape != want.shape:
-        return "does not give one value a token"
-    error = (got.double() - want).abs().max().item()
+    error = max(
+        (ours.double() - theirs).abs().max().item() for ours, theirs in ((got, want), grads)
+    )
+    if random_state(logits.device) != drawn:
+        return "draws random numbers"
     return None if error < 1e-5 else f"is not stablemax cross-entropy: differs by {error:.3g}"
 
 
@@ -131,8 +143,11 @@ def _not_stablemax(loss: Callable[..., Tensor]) -> str | None:
 
 
 def _optimizer(optimizer: torch.optim.Optimizer) -> Verdict:
-    if isinstance(optimizer, (AdamATan2, SparseSignSGD)):
+    if isinstance(optimizer, (AdamATan2, SparseSignSGD, Muon)):
         return "it is recurx's already", None
+    if reads_the_rate(optimizer):
+        rule = MethodType(stepping(muon_), optimizer)
+        return "step: Muon, which never reads the device", ("step", rule)
     settings = [set(group) - {"params", "initial_lr"} for group in optimizer.param_groups]
     if all(keys == _SIGN_SGD for keys in settings):
         difference, rule, what = _not_sign_sgd(optimizer), sparse_sign_sgd_, "sparse sign SGD"
@@ -184,6 +199,16 @@ def _average(helper: Any) -> Verdict:
         return "it has no `shadow` dict and decay `mu`", None
     if not callable(getattr(helper, "update", None)):
         return "it has no `update(module)`", None
+    twin, tiny = copy.copy(helper), nn.ParameterList([torch.linspace(-1, 1, 6), torch.ones(2)])
+    twin.shadow = {name: torch.full_like(p, 2) for name, p in tiny.named_parameters()}
+    try:
+        type(helper).update(twin, tiny)
+        wanted = [2 * decay + (1 - decay) * p.detach() for p in tiny]
+        pairs = zip(twin.shadow.values(), wanted, strict=True)
+        if not all(torch.allclose(*pair, rtol=1e-5, atol=1e-6) for pair in pairs):
+            return "`update` is not mu * average + (1 - mu) * weight", None
+    except Exception as error:  # foreign code may raise anything; then nothing is known of it
+        return f"`update` cannot be tried on a small module: {error}", None
     change = ("update", MethodType(_updating(), helper))
     return "update: the average of all weights, one launch", change
 

@@ -9,6 +9,7 @@ itself is a `CapturedStep`: one CUDA graph on a GPU.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 from recurx.checkpoint import load_checkpoint
-from recurx.errors import bad_argument
+from recurx.errors import RunFailed, SaveFailed, bad_argument
 from recurx.models import (
     ACTLossHead,
     Carry,
@@ -32,21 +33,22 @@ from recurx.models import (
     problem_of_model,
 )
 from recurx.route import Request, stored
-from recurx.train.captured import CapturedStep, tensors_of
+from recurx.train.captured import CapturedStep
 from recurx.train.config import TrainConfig
 from recurx.train.data import Data, Examples, Judge
 from recurx.train.ema import Average
 from recurx.train.interrupts import interrupts
+from recurx.train.nested import finite, mapped, put_
 from recurx.train.optim import make_optimizers
 from recurx.train.progress import Progress
 from recurx.train.queue import SampleQueue
 from recurx.train.ranks import Ranks
 from recurx.train.run_folder import RunFolder
-from recurx.train.state import each
 from recurx.train.task_data import open_data
 from recurx.verdicts import VERDICTS
 
-REASONS = ("", "time", "steps", "interrupted", "stopped")  # a later one tells more
+REASONS = ("", "time", "steps", "interrupted", "stopped", "diverged")  # a later one tells more
+LOOK_EVERY = 100  # steps on a GPU between looks at whether the numbers are finite
 
 
 class Trainer:
@@ -58,6 +60,7 @@ class Trainer:
         data: what it trains on; None: the task, or the file of puzzles, that the config names.
         device, backend: where and on what the model runs.
         captured: whether a step is one CUDA graph; None: on a GPU.
+        keep_going: train on, and save, where a loss, a gradient or a weight is not finite.
         ranks: processes that share the batch; None: those of PyTorch's default process group. All
             must call the same methods in the same order; the first one writes the files.
     """
@@ -71,6 +74,7 @@ class Trainer:
         device: torch.device | str = "cpu",
         backend: str = "auto",
         captured: bool | None = None,
+        keep_going: bool = False,
         ranks: Ranks | None = None,
     ) -> None:
         self.ranks = Ranks.of_this_process() if ranks is None else ranks
@@ -79,7 +83,8 @@ class Trainer:
         self.config, self.device = self.data.pinned(config), torch.device(device)
         self.folder = None if folder is None else Path(folder)
         self.files = RunFolder(self.folder if self.ranks.first else None)
-        self.step, self._saved_at = 0, -1
+        self.step, self._saved_at, self._kept = 0, -1, -1
+        self.keep_going, self.signal = keep_going, 0  # the signal that ended the last `run`
         self.seconds = 0.0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -99,6 +104,8 @@ class Trainer:
             ACTLossHead(self.model, config.loss, config.halt_weight),
             optimizers,
             self.queue,
+            accumulate=config.accumulate,
+            clip_grad_norm=config.clip_grad_norm,
             average=self.average,
             schedule=config.rate_factor,
             capture=captured,
@@ -131,10 +138,18 @@ class Trainer:
         Raises:
             InvalidArgument: there is no run in `folder`, or its data are others now.
             CheckpointError: its state file is damaged, or of another version.
+            RunFailed: it is being trained.
         """
-        values, tensors = RunFolder(Path(folder)).read()
-        trainer = cls(TrainConfig.from_json(values["config"]), folder, data, **how)
-        trainer._load(values, tensors)
+        files = RunFolder(Path(folder))
+        values, tensors = files.read()
+        with files.explaining():
+            config = TrainConfig.from_json(values["config"])
+        trainer = cls(config, folder, data, **how)
+        trainer.files.known = files.known
+        with files.explaining():
+            trainer._load(values, tensors)
+        with contextlib.suppress(SaveFailed):  # a folder that nobody can write to can be looked at
+            trainer.files.tidy(trainer.step)
         return trainer
 
     def start_from(self, path: str | Path) -> None:
@@ -193,27 +208,52 @@ class Trainer:
 
         Returns:
             Why it ended: "steps", "time", "stopped" or "interrupted".
+
+        Raises:
+            RunFailed: a number is not finite (see `keep_going`), or another run has the folder.
+            SaveFailed: a file cannot be written; the last one that could is unchanged.
         """
         deadline = float("inf") if time_budget is None else time.perf_counter() + time_budget
         stopped = False
-        self.files.tidy(self.step)
-        with interrupts() as interrupted:
+        with self.files.held(), interrupts() as came:
+            self.files.tidy(self.step)
             while True:
                 wants = {
+                    "diverged": self._diverged(),
                     "stopped": stopped,
-                    "interrupted": interrupted.is_set(),
+                    "interrupted": bool(came),
                     "steps": steps is not None and self.step >= steps,
                     "time": time.perf_counter() >= deadline,
                 }
                 reason = max((REASONS.index(name) for name in wants if wants[name]), default=0)
                 reason = self.ranks.agree(reason)  # all ranks end after the same step
+                if REASONS[reason] == "diverged":
+                    raise self._divergence()
                 if reason:
                     if self._saved_at != self.step:
                         self.save()
+                    self.signal = self.ranks.agree(max(came, default=0))
                     return REASONS[reason]
-                stopped = bool(on_step(self.train_step()))
+                progress = self.train_step()
+                stopped = not self._diverged() and bool(on_step(progress))
                 if self.step % save_every == 0:
                     self.save()
+
+    def _diverged(self, now: bool = False) -> bool:
+        """Looks at each step where that is free; elsewhere now and then, since it waits."""
+        looks = now or self.device.type == "cpu" or self.step % LOOK_EVERY == 0
+        return looks and not self.keep_going and self.one_step.diverged() is not None
+
+    def _divergence(self) -> RunFailed:
+        step, loss = self.one_step.diverged() or (self.step, float("nan"))
+        kept = "nothing was saved before"
+        if self._kept > 0 and self.folder:
+            kept = f"{self.folder} keeps step {self._kept} (a new run can --start-from its weights)"
+        return RunFailed(
+            f"the loss, a gradient or a weight is not finite at step {step} (last finite loss "
+            f"{loss:.4g}); {kept}. Try a lower --lr, a longer --warmup, or --clip-grad-norm 1; "
+            "--keep-going trains on and saves what comes."
+        )
 
     @property
     def lr(self) -> float:
@@ -240,9 +280,24 @@ class Trainer:
         """Write the state, then the averaged model; each appears whole or not at all.
 
         Killed between the two, the model is one save older than the state: both work.
+
+        Raises:
+            RunFailed, SaveFailed: as `run` does; nothing is replaced.
         """
-        self._saved_at = self.step
         tensors = self._tensors_to_save()  # all ranks give their part
+        bad = self._diverged(now=True) or not (self.keep_going or finite(tensors))
+        if self.ranks.agree(int(bad)):
+            raise self._divergence()
+        failed: SaveFailed | RunFailed | None = None
+        try:
+            self._write(tensors)
+        except (SaveFailed, RunFailed) as error:  # the others must not wait for a rank that ends
+            failed = error
+        if self.ranks.agree(int(failed is not None)):
+            raise failed or SaveFailed("train: the first rank could not save.")
+        self._saved_at = self._kept = self.step
+
+    def _write(self, tensors: dict[str, Any]) -> None:
         if self.files.path is None:
             return
         values = {
@@ -260,36 +315,36 @@ class Trainer:
     def _routes(self) -> dict[str, Any]:
         """Which backends `auto` took: a resumed run must take the same, or its bits differ."""
         inner = self.model.inner
-        problem = problem_of_model(self.model, len(self.carry.steps))
+        problem = problem_of_model(self.model, len(self.carry.steps) // self.config.accumulate)
         request = Request(inner.backend, inner.save, grad=True)
         return stored(problem, inner.lm_head.weight.device, request)
 
     def _tensors_to_save(self) -> dict[str, Any]:
+        optimizers = enumerate(self.one_step.optimizers)
         return {
             "model": self.model.state_dict(),
             "average": self.average.weights,
-            "optimizer": self.optimizer.state_dict()["state"],
-            "carry": each(self.ranks.gather, vars(self.carry)),
+            "optimizer": {str(n): each.state_dict()["state"] for n, each in optimizers},
+            "carry": mapped(self.ranks.gather, vars(self.carry)),
             "queue": self.queue.tensors(),
             "exploration": self.exploration.state,
         }
 
     def _load(self, values: dict[str, Any], tensors: dict[str, Any]) -> None:
-        self.step, self.seconds = values["step"], values["seconds"]
+        self.step = self._kept = values["step"]
+        self.seconds = values["seconds"]
         VERDICTS.pin(values.get("routes", {}))
         self.data.load_state_dict(values["sampler"])
         self.average.updates = values["average_updates"]
         self.one_step.count.fill_(self.step)
         self.model.load_state_dict(tensors["model"])
-        for name, weight in self.average.weights.items():
-            weight.copy_(tensors["average"][name])
-        saved = {int(index): slots for index, slots in tensors.get("optimizer", {}).items()}
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": saved, "param_groups": groups})
+        put_(self.average.weights, {n: tensors["average"][n] for n in self.average.weights})
+        of_optimizers = tensors.get("optimizer", {})
+        for n, optimizer in enumerate(self.one_step.optimizers):
+            saved = {int(index): slots for index, slots in of_optimizers.get(str(n), {}).items()}
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": saved, "param_groups": groups})
         self.queue.load(tensors.get("queue", {}))
-        self.exploration.state.copy_(tensors["exploration"])
-        carry = each(lambda every: every[self.queue.own], tensors["carry"])
-        carry = Carry(**{key: carry[key] for key in vars(self.carry)})
-        for now, before in zip(tensors_of(self.carry), tensors_of(carry), strict=True):
-            now.copy_(before)
-        self.files.tidy(self.step)
+        put_(self.exploration.state, tensors["exploration"])
+        carry = mapped(lambda every: every[self.queue.own], tensors["carry"])
+        put_(self.carry, Carry(**{key: carry[key] for key in vars(self.carry)}))

@@ -93,6 +93,24 @@ def test_a_step_in_worker_processes(tmp_path, wrong_backend):
         assert ours["status"] == "refused" and ours["reason"]
 
 
+@pytest.mark.slow
+def test_peers_run_the_exported_step(tmp_path, workers_here):
+    document = run(tmp_path, "--case", "toy", "--engine", "peers", "--seconds", "0.05")
+    rows = rows_of(document)
+    assert {"openvino/bf16", "openvino/fp32", "onnxruntime/fp32"} <= rows.keys()
+    assert "onnxruntime/bf16" not in rows
+    for name, row in rows.items():
+        assert row["status"] == "timed", row
+        assert name.startswith("eager") or 0 < row["drift"]["z_H"] <= row["allowed"]["z_H"]
+
+
+def test_a_peer_that_is_not_installed_is_no_lane(monkeypatch):
+    assert "openvino" in variants.engines("cpu", "step")
+    monkeypatch.setattr(variants.importlib.util, "find_spec", lambda name: None)
+    assert "openvino" not in variants.engines("cpu", "step")
+    assert "compile" in variants.engines("cpu", "step")
+
+
 def test_training_and_solving(tmp_path, workers_here):
     train = run(tmp_path, "--case", "toy", "--mode", "train", "--dtype", "fp32", "--seconds",
                 "0.05", "--engine", "recurx", "--batch", "3")  # fmt: skip

@@ -42,6 +42,12 @@ def last_json(text: str) -> dict:
     return json.loads(text.splitlines()[-1])
 
 
+def only_json(capsys) -> tuple[dict, str]:
+    """What stdout has, which is nothing but JSON, and what was said on stderr."""
+    printed, said = capsys.readouterr()
+    return json.loads(printed), said
+
+
 # ---- train, eval, solve ------------------------------------------------------------------------
 
 
@@ -53,9 +59,9 @@ def test_train_writes_a_checkpoint_and_metrics_and_resumes(run_folder: Path, cap
     assert [line["step"] for line in lines] == [3, 6]
     assert {"exact", "curve"} <= lines[0]["held_out"].keys()
     assert main(["train", "--resume", str(run_folder), "--steps", "8", "--json"]) == 0
-    printed = capsys.readouterr().out
-    assert last_json(printed)["step"] == 8 and last_json(printed)["ended"] == "steps"
-    assert "go on with: python -m recurx train --resume" in printed
+    printed, said = capsys.readouterr()
+    assert json.loads(printed)["step"] == 8 and json.loads(printed)["ended"] == "steps"
+    assert "go on with: python -m recurx train --resume" in said  # stdout has JSON alone
 
 
 def test_train_help_lists_every_task(capsys) -> None:
@@ -93,8 +99,7 @@ def test_eval_on_held_out_puzzles_and_on_a_file(run_folder: Path, tmp_path, caps
     file.write_text(f"# two, the second without a unique solution\n1234341221434321\n{'.' * 16}\n")
     arguments = ["eval", "sudoku-4x4", *checkpoint, "--puzzles", str(file), "--halt", "none"]
     assert main([*arguments, "--json"]) == 0
-    printed = capsys.readouterr().out
-    result = last_json(printed)
+    result, printed = only_json(capsys)
     assert result["count"] == 2 and result["steps_mean"] == 16 and 0 <= result["cells"] <= 1
     assert "16 steps" in printed
 
@@ -102,14 +107,12 @@ def test_eval_on_held_out_puzzles_and_on_a_file(run_folder: Path, tmp_path, caps
 def test_eval_says_which_rule_halts_and_offers_that_of_training(run_folder: Path, capsys) -> None:
     checkpoint = ["--checkpoint", str(run_folder / "model.safetensors"), "--count", "16", "--json"]
     assert main(["eval", *checkpoint]) == 0
-    printed = capsys.readouterr().out
-    result = last_json(printed)
+    result, printed = only_json(capsys)
     assert "halts  at q > 0, after 16 steps at most (--halt q, the default;" in printed
     assert "as `train` evaluates, all 8 steps: " in printed
     asked = printed.split("as `train` evaluates: ")[1].split(")")[0].split()
     assert main(["eval", *checkpoint, *asked]) == 0
-    printed = capsys.readouterr().out
-    as_asked = last_json(printed)
+    as_asked, printed = only_json(capsys)
     assert as_asked["halt"] is None and as_asked["histogram"] == {"8": 16}
     trained = {"max_steps": 8, "count": 16, "exact": as_asked["exact"]}
     assert result["halt"] == "q" and result["as_trained"] == trained
@@ -154,8 +157,7 @@ def test_a_name_that_looks_like_markup_is_printed_as_it_is(tmp_path, capsys) -> 
 def test_solve_prints_boards_and_tells_by_the_exit_code(run_folder: Path, tmp_path, capsys) -> None:
     checkpoint = ["--checkpoint", str(run_folder / "model.safetensors")]
     code = main(["solve", PUZZLE, "." * 16, *checkpoint, "--json"])
-    printed = capsys.readouterr().out
-    result = last_json(printed)
+    result, printed = only_json(capsys)
     assert code == (0 if all(result["solved"]) else 1) and len(result["answers"]) == 2
     assert f"{sum(result['solved'])} of 2 solved" in printed
     assert "1 . | . .     " in printed
@@ -262,7 +264,7 @@ def test_ctrl_c_leaves_a_usable_checkpoint_and_resume_goes_on(tmp_path) -> None:
         assert line, process.stderr.read()
     process.send_signal(signal.SIGINT)
     printed, errors = process.communicate(timeout=120)
-    assert process.returncode == 0 and "Interrupted" in printed and "Traceback" not in errors
+    assert process.returncode == 130 and "Interrupted" in printed and "Traceback" not in errors
     resumed = recurx.train.Trainer.resume(folder)
     assert resumed.step >= 2
     resumed.train_step()
@@ -302,7 +304,7 @@ def test_demo_in_small(tmp_path, monkeypatch, capsys) -> None:
     recurx.save_checkpoint(net, TRM(tiny), {"task": "sudoku"})
     arguments = ["demo", "--time-budget", "2", "--out", str(tmp_path / "run"), "--no-compile"]
     assert main([*arguments, "--json"]) == 0
-    printed = capsys.readouterr().out
+    printed = "".join(capsys.readouterr()[::-1])  # JSON is all of stdout
     for heading in ("1. A tiny", "2. One board", "3. Accuracy", "4. The trained", "5. Full-size"):
         assert heading in printed
     assert "6. A trained 9x9 net" in printed and "a puzzle of one solution" in printed
@@ -315,7 +317,7 @@ def test_demo_in_small(tmp_path, monkeypatch, capsys) -> None:
 
 def test_the_puzzles_of_the_demo_have_one_solution() -> None:
     layout = Layout.of(9)
-    boards = files.parse_lines(full_size.PUZZLES, layout).puzzles
+    boards = files.parse_boards(full_size.PUZZLES, layout)
     assert (solver.solve(layout, boards).count == 1).all()
 
 

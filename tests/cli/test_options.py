@@ -79,7 +79,7 @@ def test_help_tells_defaults_once() -> None:
         (["--count", "0"], "expected a whole number from 1 on, got '0'"),
         (["--sizes", "x"], "expected a whole number from 1 on, got 'x'"),
         (["--end", "never"], "invalid choice: 'never'"),
-        (["--share", "all"], "invalid float value: 'all'"),
+        (["--share", "all"], "expected a number, got 'all'"),
         (["--inner", "1"], "unrecognized arguments"),
     ],
 )

@@ -7,8 +7,10 @@ the hash of their sources.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -21,7 +23,7 @@ sys.path.insert(0, str(ROOT / "csrc"))
 
 import native_tools  # noqa: E402 (beside setup.py, no package)
 
-ISAS = ("portable", "avx2", "avx512", "amx")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 MODULE = "_cpu_emulated"
 DEFINES = (
     *(f"-DRX_HAVE_{isa.upper()}=1" for isa in ISAS[1:]),
@@ -40,16 +42,27 @@ def sources() -> list[Path]:
     ]
 
 
-def build() -> tuple[Path, Path]:
-    """(the extension module, the driver); raises native_tools.NotFound without a compiler."""
+@functools.cache
+def settings(include: Path) -> tuple[native_tools.Compiler, list[str]]:
+    """The compiler and its flags; raises native_tools.NotFound without one."""
     import pybind11
 
     compiler = native_tools.find_compiler()
     vectors = native_tools.ISA_FLAGS["avx2"][0] if "avx2" in compiler.isas else ()
     flags = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-pthread", "-w", *vectors]
-    flags += [*DEFINES, f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}"]
-    flags += [f"-I{sysconfig.get_path('include')}"]
+    flags += [*DEFINES, f"-I{include}", f"-I{pybind11.get_include()}"]
+    return compiler, [*flags, f"-I{sysconfig.get_path('include')}"]
 
+
+def run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+
+
+def build() -> tuple[Path, Path]:
+    """(the extension module, the driver); raises native_tools.NotFound without a compiler."""
+    compiler, flags = settings(ROOT / "csrc")
     files = [*sources(), *sorted((ROOT / "csrc" / "cpu").rglob("*.hpp"))]
     digest = hashlib.sha256(repr((compiler, flags)).encode())
     for file in files:
@@ -80,10 +93,44 @@ def build() -> tuple[Path, Path]:
     return module, driver
 
 
-def run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+def usable() -> list[str]:
+    """Instruction sets of this processor, as the built module says; [] without one."""
+    try:
+        from recurx import _C
+
+        return list(_C.cpu_isas())
+    except (ImportError, AttributeError):
+        return []
+
+
+def edited(
+    name: str, edits: tuple[tuple[str, str, str], ...], folder: Path, sanitized: bool = False
+) -> Path:
+    """The driver with the engine of csrc/cpu/engine_`name`.cpp compiled anew from edited headers,
+    with its own instructions if this processor has them.
+
+    `edits`: (file, old, new) of csrc/cpu; every occurrence of `old` is replaced.
+    `sanitized`: the memory of all engines under g++'s sanitizers of addresses and undefined
+        behaviour (their accesses only in this engine).
+    """
+    _, driver = build()
+    shutil.copytree(ROOT / "csrc" / "cpu", folder / "csrc" / "cpu")
+    for file, old, new in edits:
+        path = folder / "csrc" / "cpu" / file
+        text = path.read_text()
+        assert old in text, f"{file} has no {old!r} any more"
+        path.write_text(text.replace(old, new))
+    compiler, flags = settings(folder / "csrc")
+    engine = folder / f"engine_{name}.o"
+    source = folder / "csrc" / "cpu" / f"engine_{name}.cpp"
+    own = native_tools.ISA_FLAGS[name][0] if name in usable() else ()
+    watched = ["-fsanitize=address,undefined"] if sanitized else []
+    run(*compiler.command, *flags, *own, *watched, "-c", str(source), "-o", str(engine))
+    others = [driver.parent / f"{s.stem}.o" for s in sources() if s.stem != "bindings"]
+    objects = [str(o) for o in others if o.name != engine.name]
+    link = [*compiler.command, "-pthread", *watched]
+    run(*link, *objects, str(engine), "-o", str(folder / "check"))
+    return folder / "check"
 
 
 def load(path: Path, name: str = MODULE) -> ModuleType:

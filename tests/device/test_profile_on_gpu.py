@@ -36,7 +36,7 @@ def test_kernels_by_stage(train: bool, tmp_path: Path) -> None:
 
 
 def test_nvtx_ranges() -> None:
-    from recurx.profiler import nvtx_ranges
+    from recurx.bench.profiler import nvtx_ranges
 
     model = TRM(TRMConfig.tiny(7, 9)).cuda().eval()
     batch = {"inputs": torch.zeros(2, 9, dtype=torch.int32, device="cuda")}

@@ -51,7 +51,7 @@ def test_the_command_measures_every_rule(tmp_path, capsys) -> None:
     words = ["experiment", "exit", "--task", "sort:length=4,values=3", "--seeds", "1", "--json"]
     words += ["--steps", "2", "--count", "8", "--rounds", "1", "--out", str(tmp_path)]
     assert main(words) == 0
-    printed = capsys.readouterr().out
+    printed = "".join(capsys.readouterr()[::-1])  # JSON is all of stdout
     result = json.loads(printed.splitlines()[-1])
     names = [row["name"] for row in result["rows"]]
     assert names[0] == "always 16 steps" and len(names) == 7 and all(n in printed for n in names)

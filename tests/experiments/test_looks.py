@@ -25,7 +25,7 @@ TOY_SORT = [
 def test_sort_command(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert main([*TOY_SORT, "--out", str(tmp_path), "--json"]) == 0
-    printed = capsys.readouterr().out
+    printed = "".join(capsys.readouterr()[::-1])  # JSON is all of stdout
     result = json.loads((tmp_path / "result.json").read_text())
     assert json.loads(printed.splitlines()[-1]) == result
     assert (

@@ -12,6 +12,7 @@ import recurx
 from recurx import Schedule
 from recurx.backends import graphs as graphs_module
 from recurx.backends import triton as backend_module
+from recurx.backends.weight_cache import frozen_weights
 from recurx.nets import ATTENTION, TOKEN_MLP, Net
 from tests.factories import make_inputs, make_net, rope
 
@@ -96,8 +97,9 @@ def test_a_replay_sees_new_weights():
         assert same(after, run(net, x, carry)) and not same(after, before)
 
 
-def test_weights_are_rounded_once(monkeypatch):
-    net, (x, carry) = net_of(TOKEN_MLP), inputs(1)
+def test_weights_are_rounded_at_every_call_that_has_not_frozen_them(monkeypatch):
+    """Before the replay of a captured graph too, which reads what was rounded for this call."""
+    net, (x, carry), graphs = net_of(TOKEN_MLP), inputs(1), FakeGraphs()
     fills = []
     fill = backend_module.PackedNets.fill
     monkeypatch.setattr(
@@ -105,14 +107,23 @@ def test_weights_are_rounded_once(monkeypatch):
         "fill",
         lambda tape, weights: fills.append(1) or fill(tape, weights),
     )
-    with triton_on_cpu("tiled"):
+    with triton_on_cpu("tiled", slice=1, capture=graphs):
         first = run(net, x, carry)
-        run(net, x, carry)
-        assert len(fills) == 1
+        assert same(run(net, x, carry), first) and len(fills) == 2 and graphs.captures == 1
         net.weights[0].data.mul_(2)  # no version counter shows this
-        assert same(run(net, x, carry), first)
-        backend_module.forget()
-        assert not same(run(net, x, carry), first) and len(fills) == 2
+        changed = run(net, x, carry)
+        assert not same(changed, first) and len(fills) == 3
+        with frozen_weights():
+            for _ in range(3):
+                assert same(run(net, x, carry), changed)
+            assert len(fills) == 4
+            with frozen_weights():  # of the one around it
+                run(net, x, carry)
+            assert len(fills) == 4
+        with frozen_weights():
+            run(net, x, carry)
+        run(net, x, carry)
+        assert len(fills) == 6 and graphs.captures == 1
 
 
 def test_an_outer_capture_is_not_captured_again(monkeypatch):

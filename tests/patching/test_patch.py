@@ -52,7 +52,7 @@ def inner_of(model: nn.Module) -> lookalike.Inner:
 def recursions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the schedules that `recurx.recurse` is called with from now on."""
     calls: list[str] = []
-    module = __import__("recurx.patching.official", fromlist=["recurse"])
+    module = __import__("recurx.patching.sharded", fromlist=["recurse"])
     original = module.recurse
 
     def counting(schedule: recurx.Schedule, *args: Any, **kwargs: Any) -> Any:

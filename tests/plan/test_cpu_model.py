@@ -14,7 +14,7 @@ from recurx.bench.problems import problem_of_config
 from recurx.bench.provenance import ROOT
 from recurx.bench.variants import Variant
 from recurx.models import problem_of_model
-from recurx.plan import Device, cpu, device, eager
+from recurx.plan import Device, LaunchPlan, cpu, device, eager
 
 WITHIN = 0.25
 QUIET = ROOT / "bench" / "results" / "cpu-zen3-2026-11-24.json"
@@ -51,6 +51,19 @@ XEON_MS = {
     ("arc", "eager", "bf16", 1): 658, ("trm-att", "eager", "fp32", 1): 291,
     ("trm-mlp", "eager", "fp32", 1): 252, ("hrm", "eager", "fp32", 1): 147,
     ("small-64", "eager", "fp32", 64): 96.3, ("small-64", "eager", "fp32", 1): 10.4,
+}  # fmt: skip
+
+# Of a Zen 5, on one thread of the engine alone, in processor time; a shared machine.
+ZEN5 = device.cpu_device(
+    1, 18.0, fp32_tflops=0.106, bf16_tflops=0.484, operator_us=2.8, cache_bytes=32 << 20,
+    isa="avx512_bf16", stream_gbs=92.0,
+)  # fmt: skip
+ZEN5_MS = {
+    ("trm-att", "bf16", 1): 64.6, ("trm-att", "bf16", 4): 262, ("trm-mlp", "bf16", 1): 61.3,
+    ("hrm", "bf16", 1): 30.4, ("arc", "bf16", 1): 571, ("small-64", "bf16", 1): 0.248,
+    ("small-64", "bf16", 64): 14.4, ("trm-att", "fp32", 1): 139.6, ("trm-att", "fp32", 4): 514,
+    ("trm-mlp", "fp32", 1): 120.2, ("hrm", "fp32", 1): 60.5, ("arc", "fp32", 1): 1106,
+    ("small-64", "fp32", 1): 0.413, ("small-64", "fp32", 64): 24.4,
 }  # fmt: skip
 
 Key = tuple[str, str, int, str]
@@ -146,6 +159,28 @@ def test_one_thread_with_amx_and_avx512_is_predicted_within_a_quarter():
 def test_a_wrong_constant_of_amx_or_avx512_is_seen(monkeypatch, name, wrong):
     monkeypatch.setattr(cpu, name, wrong)
     assert xeon_outside()
+
+
+def zen5_outside() -> dict[tuple[str, str, int], float]:
+    found = {}
+    for (case, dtype, batch), ms in ZEN5_MS.items():
+        problem = problem_of_config(CASES[case].make(forward_dtype=DTYPES[dtype]), batch)
+        parts = LaunchPlan.pick(problem, ZEN5, "cpu").work.parts(ZEN5)
+        found[case, dtype, batch] = 1e3 * (sum(parts.values()) - parts["launches"]) / ms
+    return {key: ratio for key, ratio in found.items() if abs(ratio - 1) > WITHIN}
+
+
+def test_cores_of_avx512_bf16_are_predicted_within_a_quarter():
+    assert not zen5_outside()
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("DOT", "none"), ("SWIGLU_DOT", 200), ("SOFTMAX_DOT", 400), ("ROW_DOT", 20000)],
+)
+def test_a_wrong_constant_of_avx512_bf16_is_seen(monkeypatch, name, wrong):
+    monkeypatch.setattr(cpu, name, wrong)
+    assert zen5_outside()
 
 
 @pytest.mark.parametrize(

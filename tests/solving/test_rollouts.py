@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,6 +49,33 @@ def test_selection_by_q_by_vote_and_by_a_check() -> None:
 
     checked = pick(lambda inputs, answers: inputs[:, 0] + answers[:, 0] == 5)  # 2 of the first
     assert checked.steps.tolist() == [2, 4]  # the first that passes; of none, the highest q
+
+
+@pytest.mark.parametrize("select", ["q", "vote", lambda i, a: torch.zeros(len(a)).bool()])
+def test_nonsense_is_never_picked_where_there_is_sense(select) -> None:
+    """A row of NaN answers token 0, like all rows of NaN: it would win votes, too."""
+    found = some_answers()
+    found = replace(found, q=torch.tensor([-torch.inf, *[torch.nan] * 5]))
+    found.predictions[4:] = 0
+    with pytest.warns(RuntimeWarning, match="q is NaN"):
+        picked = rollouts.pick(found, torch.zeros(2, 2, dtype=torch.int64), 3, select)
+    assert picked.steps.tolist()[0] == 1 and picked.q[0] == -torch.inf and picked.q[1].isnan()
+    found = replace(found, q=torch.tensor([torch.nan, -9.0, torch.inf, 1.0, torch.nan, 2.0]))
+    with pytest.warns(RuntimeWarning):
+        picked = rollouts.pick(found, torch.zeros(2, 2, dtype=torch.int64), 3, select)
+    assert picked.q.tolist() == [torch.inf, 2.0]
+
+
+@pytest.mark.parametrize("select", ["q", "vote", lambda i, a: torch.zeros(len(a)).bool()])
+def test_tries_of_nothing_and_of_a_broken_net(select, recwarn) -> None:
+    model = make_model()
+    empty = {key: value[:0] for key, value in make_batch().items()}
+    answers = recurx.solve(model, empty, rollouts=3, sigma=0.1, select=select)
+    assert answers.predictions.shape == empty["inputs"].shape and len(answers.q) == 0
+    assert answers.rollout_steps.shape == (0, 3) and not recwarn
+    model.inner.q_head.weight.data.fill_(torch.nan)
+    with pytest.warns(RuntimeWarning, match="hold NaN or inf"):
+        recurx.solve(model, make_batch(), max_steps=2, rollouts=3, sigma=0.1, select=select)
 
 
 def some_pass(inputs: Tensor, answers: Tensor) -> Tensor:

@@ -128,17 +128,48 @@ def test_csv_with_and_without_answers(tmp_path) -> None:
     assert not files.read(path, task)[1].any()
 
 
+ROWS = [SQUARE[i : i + 4] for i in range(0, 16, 4)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"\ufeffsource;Rating;ANSWER ; Question\r\na;4;{STRAIGHT_DOWN};{SQUARE}\r\n",
+        f'id\tmaze\tsolution\n1\t"{SQUARE}"\t"{STRAIGHT_DOWN}"\n\n',
+        "question,answer\n" + ",".join(f'"{chr(10).join(rows)}"' for rows in (
+            ROWS, [STRAIGHT_DOWN[i : i + 4] for i in range(0, 16, 4)])) + "\n",
+        f"{SQUARE},{STRAIGHT_DOWN}\n",
+    ],
+)  # fmt: skip
+def test_mazes_as_people_have_them(tmp_path, text: str) -> None:
+    task, path = tasks.Maze(size=4), tmp_path / "mazes.csv"
+    path.write_bytes(text.encode())
+    examples, known = files.read(path, task)
+    assert known.tolist() == [True]
+    assert task.text(examples.inputs[0]).replace("\n", "") == SQUARE
+    assert task.text(examples.answers[0]).replace("\n", "") == STRAIGHT_DOWN
+    path.write_text("\n\n".join("\n".join(ROWS) for _ in range(3)))
+    examples, known = files.read(path, task)
+    assert task.text(examples.inputs[2]).replace("\n", "") == SQUARE and not known.any()
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("puzzle\nx\n", "header has the column question"),
+        ("labyrinth\nx\n", "header that has the column question.*'labyrinth'"),
         ("question\n", "no maze"),
-        (f"question\n{SQUARE}\n{SQUARE[:-1]}\n", "line 3.*expected 16 characters.*15 characters"),
+        (
+            f"question\n{SQUARE}\n{SQUARE[:-1]}\n",
+            ":3, column question: expected 16 characters.*15 characters",
+        ),
         (f"question\n{SQUARE[:9]}\n", "got 3x3"),
         (f"question\n{SQUARE[:-1]}x\n", "character 16: expected one of"),
         (f"question\n{ROUND_THE_CORNER}\n", "o is for answers"),
         (f"question\n{SQUARE}\n{SQUARE.replace('G', ' ')}\n", "maze 2"),
         ("question\nS###########   G\n", "a way between them"),
+        (f'question,answer\n{SQUARE},"{STRAIGHT_DOWN}\n{SQUARE},\n', ":3: not a row of a CSV"),
+        (f'question\n"{SQUARE}"x\n', ":2: not a row of a CSV.*stray"),
+        (f"question\n{SQUARE},,x\n", ":2: expected 1 cells, as in the header, got 3"),
     ],
 )
 def test_bad_files_say_where(tmp_path, text: str, says: str) -> None:

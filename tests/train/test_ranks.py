@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import recurx.experiments.tasks  # noqa: F401
+from recurx import atomic
 from recurx.errors import InvalidArgument
 from recurx.models.exploration import Exploration
 from recurx.train import TrainConfig, Trainer, optim, preset, state
@@ -223,7 +224,8 @@ def test_a_batch_that_ranks_cannot_share_is_refused() -> None:
         Trainer(config(), ranks=Ranks(5, 0))
 
 
-def torchrun(*arguments: str) -> str:
+def torchrun(*arguments: str, ends: bool = True) -> tuple[str, str]:
+    """What `train` under two ranks wrote to stdout and stderr."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
@@ -231,8 +233,8 @@ def torchrun(*arguments: str) -> str:
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert (done.returncode == 0) == ends, done.stdout + done.stderr
+    return done.stdout, done.stderr
 
 
 @pytest.mark.slow
@@ -244,16 +246,29 @@ def test_the_command_under_torchrun_is_the_command_alone(tmp_path) -> None:
     fresh = [TASK, "--out", str(tmp_path / "run"), "--batch-size", "12", "--seed", "1", "--lr",
              "1e-3", "--warmup", "3", *small]  # fmt: skip
     end = ["--eval-every", "5", "--eval-count", "16", "--json"]
-    printed = torchrun(*fresh, "--steps", "6", *end)
-    assert "2 ranks share batches of 12" in printed and printed.count("weights:") == 1
-    printed = torchrun("--resume", str(tmp_path / "run"), "--steps", str(STEPS), *end)
-    assert json.loads(printed.splitlines()[-1])["step"] == STEPS
+    _, said = torchrun(*fresh, "--steps", "6", *end)
+    assert "2 ranks share batches of 12" in said and said.count("weights:") == 1
+    printed, _ = torchrun("--resume", str(tmp_path / "run"), "--steps", str(STEPS), *end)
+    assert json.loads(printed)["step"] == STEPS  # alone on stdout
     _, tensors = state.read(tmp_path / "run" / "state.safetensors")
     alone = Trainer(settings)
     alone.run(steps=STEPS)
     assert_same_run(state._flatten(tensors), whole_state(alone))
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [5, 10]
+
+
+@pytest.mark.slow
+def test_ranks_of_processes_end_together_without_a_traceback(tmp_path) -> None:
+    """Diverged, which both see; and a folder in use, which the first one alone sees."""
+    fresh = [TASK, "--set=hidden_size=16", "--set=num_heads=2", "--batch-size", "4",
+             "--eval-count", "8", "--out", str(tmp_path)]  # fmt: skip
+    _, said = torchrun(*fresh, "--lr", "1e38", "--warmup", "0", ends=False)
+    assert said.count("is not finite at step") == 2 and "recurx/commands.py" not in said
+    with atomic.locked(tmp_path / "run.lock"):
+        _, said = torchrun(*fresh, ends=False)
+    assert "is in use by process" in said and "another rank has ended" in said
+    assert "recurx/commands.py" not in said
 
 
 def test_all_ranks_take_what_the_first_one_measured(monkeypatch) -> None:

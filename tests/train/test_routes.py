@@ -70,7 +70,7 @@ def test_a_resumed_run_takes_its_own_routes(native, monkeypatch, tmp_path, first
 def test_without_measuring_the_choice_of_the_model_is_stored(native, tmp_path) -> None:
     run = Trainer(config(), tmp_path)
     run.save()
-    assert rewrite(tmp_path)["routes"] == {}  # nothing has run
+    assert state.read(tmp_path / STATE_FILE)[0]["routes"] == {}  # nothing has run
     run.run(steps=1)
     stored = rewrite(tmp_path)["routes"]
     (calls,) = (entry for key, entry in stored.items() if key.startswith("calls"))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recurx.errors import UnsupportedModel
 from recurx.models import TRM, fused_stablemax_cross_entropy
@@ -164,3 +164,44 @@ def test_adam_atan2_can_be_imported_without_its_package(monkeypatch) -> None:
     provide_adam_atan2()
     assert sys.modules["adam_atan2"] is other
     monkeypatch.delitem(sys.modules, "adam_atan2")
+
+
+def clipped(logits, labels, ignore_index=-100):
+    """The right values, gradients of its own."""
+    free = fused_stablemax_cross_entropy(logits, labels, ignore_index=ignore_index)
+    return free.detach() + 0.5 * (free - free.detach())
+
+
+def noisy(logits, labels, ignore_index=-100):
+    torch.rand(1)
+    return fused_stablemax_cross_entropy(logits, labels, ignore_index=ignore_index)
+
+
+@pytest.mark.parametrize("loss,why", [(clipped, "differs by"), (noisy, "random numbers")])
+def test_a_loss_is_proved_with_its_gradients(loss, why) -> None:
+    head = nn.Module()
+    head.loss_fn = loss
+    with pytest.raises(UnsupportedModel, match=why):
+        swap(head)
+
+
+class Warmed:
+    """An average that follows faster at first."""
+
+    def __init__(self, fast: float) -> None:
+        self.mu, self.shadow, self.fast = 0.99, {"weight": torch.ones(2)}, fast
+
+    def update(self, module: nn.Module) -> None:
+        mu = self.fast or self.mu
+        for name, p in module.named_parameters():
+            self.shadow[name].mul_(mu).add_(p.detach(), alpha=1 - mu)
+
+
+def test_an_average_is_proved_on_a_small_module() -> None:
+    state = torch.get_rng_state()
+    with pytest.raises(UnsupportedModel, match="is not mu"):
+        swap(Warmed(fast=0.5))
+    helper = Warmed(fast=0.0)
+    assert "one launch" in str(swap(helper).report)
+    assert torch.equal(helper.shadow["weight"], torch.ones(2))
+    assert torch.equal(state, torch.get_rng_state())

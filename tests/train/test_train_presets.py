@@ -43,9 +43,9 @@ def test_a_time_budget_ends_the_command(tmp_path, capsys) -> None:
     small = [f"--set={key}={value}" for key, value in SMALL.items()]
     arguments = ["train", TASK, "--time-budget", "0.3s", "--eval-count", "8", *small]
     assert main([*arguments, "--out", str(tmp_path / "run"), "--json"]) == 0
-    printed = capsys.readouterr().out
-    told = json.loads(printed.splitlines()[-1])
-    assert told["ended"] == "time" and told["step"] > 0 and "Time is up" in printed
+    printed, said = capsys.readouterr()
+    told = json.loads(printed)
+    assert told["ended"] == "time" and told["step"] > 0 and "Time is up" in said
     assert Trainer.resume(tmp_path / "run").step == told["step"]
 
 

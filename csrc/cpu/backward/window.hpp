@@ -30,7 +30,7 @@ struct WindowRun {
   const State* input(int s) const { return (const State*)rec.in[s] + first(); }
 
   void forward() {
-    for (int i = 0; i < slices.count; ++i) {
+    for (int i = 0; i < slices.count && !team.stopped(); ++i) {
       slice = slices.of(i);
       take_kept();
       run_calls(true);
@@ -65,7 +65,7 @@ struct WindowRun {
   void run_calls(bool leave) {
     const State** const now = ws.now;
     for (int s = 0; s < rec.num_states; ++s) now[s] = input(s);
-    for (int call = 0; call < rec.num_steps; ++call) {
+    for (int call = 0; call < rec.num_steps && !team.stopped(); ++call) {
       const Step& step = rec.steps[call];
       const PackedNet& net = rec.nets[step.net];
       find(call);
@@ -112,7 +112,7 @@ struct WindowRun {
     pack_weights();
     find_active();
     for (int i = 0; i < weights(); ++i) ws.fresh[i] = true;
-    for (int i = 0; i < slices.count; ++i) {
+    for (int i = 0; i < slices.count && !team.stopped(); ++i) {
       slice = slices.of(i);
       take_kept();
       if (job.save == Save::states) run_calls(false);
@@ -176,7 +176,7 @@ struct WindowRun {
       if (ws.given[s]) read_gradient(s);
     }
     for (int n = 0; n < rec.num_nets; ++n) ws.filled[n] = 0;
-    for (int call = rec.num_steps - 1; call >= 0; --call) {
+    for (int call = rec.num_steps - 1; call >= 0 && !team.stopped(); --call) {
       const Step& step = rec.steps[call];
       if (!ws.active[call]) continue;
       copy(ws.d_values[step.write], ws.sum);

@@ -15,7 +15,7 @@ from recurx.bench.turns import Turn, interleave
 from recurx.measure import seconds_of
 from recurx.models import RecursiveModel
 from recurx.models.inner import problem_of_model
-from recurx.nets import as_net
+from recurx.proof import as_net
 
 Step = Callable[[], Tensor]  # -> logits [B, T, vocab]
 

@@ -75,7 +75,9 @@ class HybridInner(Inner):
         self.text_proj.weight.copy_(weight)
         self.text_proj.bias.copy_(-weight @ mean)
 
-    def embed(self, inputs: Tensor, puzzle_identifiers: Tensor | None = None) -> Tensor:
+    def embed(
+        self, inputs: Tensor, puzzle_identifiers: Tensor | None = None, **how: bool
+    ) -> Tensor:
         """Passage numbers [B, S] to x [B, S * L + K, D]."""
         config = self.config
         if inputs.ndim != 2 or inputs.shape[1] != config.passages:

@@ -128,18 +128,17 @@ def _solved(path: Path, digest: str, layout: Layout, on_progress: OnProgress) ->
 
 def _read_and_solve(path: Path, layout: Layout, on_progress: OnProgress) -> _Both:
     read = files.read(path, layout)
-    if read.answers is not None:
-        wrong = np.flatnonzero(~is_solution(layout, read.puzzles, read.answers))
-        _refuse(path, wrong, "the answer in the file breaks the rules or the givens")
-        return read.puzzles.astype(np.int8), read.answers.astype(np.int8)
-    answers = np.empty(read.puzzles.shape, dtype=np.int8)
-    for first in range(0, len(read), solver.CHUNK):
-        rows = slice(first, first + solver.CHUNK)
+    answers = read.answers.astype(np.int8)
+    wrong = read.known & ~is_solution(layout, read.puzzles, read.answers)
+    _refuse(path, np.flatnonzero(wrong), "the answer in the file breaks the rules or the givens")
+    unknown = np.flatnonzero(~read.known)
+    for first in range(0, len(unknown), solver.CHUNK):
+        rows = unknown[first : first + solver.CHUNK]
         solved = solver.solve(layout, read.puzzles[rows])
-        _refuse(path, first + np.flatnonzero(solved.count == 0), "it has no solution")
-        _refuse(path, first + np.flatnonzero(solved.count > 1), "it has more than one solution")
+        _refuse(path, rows[solved.count == 0], "it has no solution")
+        _refuse(path, rows[solved.count > 1], "it has more than one solution")
         answers[rows] = solved.boards
-        on_progress(min(first + solver.CHUNK, len(read)), len(read))
+        on_progress(min(first + solver.CHUNK, len(unknown)), len(unknown))
     return read.puzzles.astype(np.int8), answers
 
 
