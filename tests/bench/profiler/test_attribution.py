@@ -248,7 +248,7 @@ def test_the_gradient_of_a_fused_op_is_its_stages_backward() -> None:
         model, batch_size=2, train=True, seconds=0.05, halting_steps=0, compare=False
     )
     assert found.engines[-1].label.startswith("cpu: backward of calls 2..3 of 4")
-    assert found.row("recursion").backward_ms > found.row("recursion").forward_ms
+    assert found.row("recursion").backward_ms > 0
     assert not any(row.backward_ms for row in found.rows if row.name in ATTENTION_STAGES)
 
 
