@@ -136,9 +136,9 @@ def _compile() -> Path:
         vectors.read_text().replace("#pragma once", "#pragma once\nextern int rx_planted;")
     )
     (folder / "planted.cpp").write_text("int rx_planted = 0;\n")
-    names = ["run", "run_window", "pool", "dispatch", "engine_portable"]
     files = [folder / "bindings.cpp", folder / "planted.cpp"]
-    files += [folder / "cpu" / f"{name}.cpp" for name in names]
+    others = tuple(f"_{isa}" for isa in build.native_tools.ISA_FLAGS)
+    files += [f for f in sorted((folder / "cpu").glob("*.cpp")) if not f.stem.endswith(others)]
     build.run(*compiler.command, *flags, f"-I{folder}", "-shared", *map(str, files),
               "-o", str(module))  # fmt: skip
     return module
