@@ -137,6 +137,57 @@ void run_recursion(const std::vector<const Packed*>& nets, const Program& progra
       [&] { return rx::cpu::run(nets[0]->engine(), given.recursion, threads, interrupted); });
 }
 
+using KeptTuple =
+    std::tuple<uintptr_t, size_t, uintptr_t, size_t>;  // values, floats: where, how many
+using Addresses = std::vector<uintptr_t>;
+
+Window window_of(const Engine& engine, const Recursion& recursion, int save,
+                 const KeptTuple& kept) {
+  const auto [values, num_values, floats, num_floats] = kept;
+  const KeptSize size = engine.window.kept_size(recursion, (Save)save);
+  const size_t batch = (size_t)recursion.batch;
+  if (num_values != size.values * batch || num_floats != size.floats * batch)
+    throw std::invalid_argument("recurx._C: what a window keeps has another size");
+  return {recursion, (Save)save, (void*)values, (float*)floats, {}, {}, {}, {}};
+}
+
+void window_forward(const std::vector<const Packed*>& nets, const Program& program,
+                    const std::tuple<int, int, int>& shape, const Addresses& in,
+                    const Addresses& out, uintptr_t cos, uintptr_t sin, int save,
+                    const KeptTuple& kept, int threads) {
+  if (in.size() != out.size())
+    throw std::invalid_argument("cpu_window_forward: expected one output a state");
+  const Given given("cpu_window_forward", nets, program, shape, (const void* const*)in.data(),
+                    (void* const*)out.data(), (int)in.size(), cos, sin);
+  const Engine& engine = nets[0]->engine();
+  const Window window = window_of(engine, given.recursion, save, kept);
+  interruptible([&] { return run_window(engine, window, false, threads, interrupted); });
+}
+
+void window_backward(const std::vector<const Packed*>& nets, const Program& program,
+                     const std::tuple<int, int, int>& shape, const Addresses& in, uintptr_t cos,
+                     uintptr_t sin, int save, const KeptTuple& kept,
+                     const std::vector<WeightTuple>& weights, const Addresses& d_out,
+                     const Addresses& d_in, const Addresses& d_weights, int threads) {
+  const Given given("cpu_window_backward", nets, program, shape, (const void* const*)in.data(),
+                    (void* const*)in.data(), (int)in.size(), cos, sin);
+  const Engine& engine = nets[0]->engine();
+  Window window = window_of(engine, given.recursion, save, kept);
+  size_t expected = 0;
+  for (const PackedNet& net : given.views) expected += net.num_blocks * weights_per_block;
+  if (weights.size() != expected || d_weights.size() != expected || d_out.size() != in.size() ||
+      d_in.size() != in.size())
+    throw std::invalid_argument("cpu_window_backward: expected four weights a block");
+  std::vector<RawWeight> raw;
+  for (const auto& [pointer, is_bf16] : weights)
+    raw.push_back({(const void*)pointer, dtype_of(is_bf16)});
+  window.weights = raw.data();
+  window.d_out = (const void* const*)d_out.data();
+  window.d_in = (void* const*)d_in.data();
+  window.d_weights = (float* const*)d_weights.data();
+  interruptible([&] { return run_window(engine, window, true, threads, interrupted); });
+}
+
 // The solve that this thread is in: rows that ended, and who is told.
 thread_local const std::atomic<int>* rows_done = nullptr;
 thread_local const py::object* rows_told = nullptr;
@@ -255,6 +306,18 @@ PYBIND11_MODULE(RX_MODULE_NAME, m) {
   m.def("cpu_run", &run_recursion, py::arg("nets"), py::arg("program"), py::arg("shape"),
         py::arg("in_"), py::arg("out"), py::arg("cos"), py::arg("sin"), py::arg("threads"),
         "Run a Program; index 0 of in_ is x, out holds the new states.");
+  m.def("cpu_window_forward", &window_forward, py::arg("nets"), py::arg("program"),
+        py::arg("shape"), py::arg("in_"), py::arg("out"), py::arg("cos"), py::arg("sin"),
+        py::arg("save"), py::arg("kept"), py::arg("threads"),
+        "Run a Program as a window; kept is (values, how many, floats, how many).");
+  m.def("cpu_window_backward", &window_backward, py::arg("nets"), py::arg("program"),
+        py::arg("shape"), py::arg("in_"), py::arg("cos"), py::arg("sin"), py::arg("save"),
+        py::arg("kept"), py::arg("weights"), py::arg("d_out"), py::arg("d_in"),
+        py::arg("d_weights"), py::arg("threads"),
+        "Gradients of what entered and of the weights (fp32); address 0: none given or wanted.");
+  m.def(
+      "cpu_on_huge_pages", [](uintptr_t data, size_t bytes) { on_huge_pages((void*)data, bytes); },
+      py::arg("data"), py::arg("bytes"), "Ask for huge pages inside fresh memory.");
   m.def("cpu_solve", &solve_queue, py::arg("nets"), py::arg("program"), py::arg("shape"),
         py::arg("start"), py::arg("cos"), py::arg("sin"), py::arg("threads"), py::arg("how"),
         py::arg("progress"),

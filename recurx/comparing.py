@@ -117,7 +117,7 @@ def gradients(
 
     Args:
         d_outs: gradients of the states that leave, None for zero.
-        forward: the backend that runs the calls with save="states".
+        forward: the backend that runs the calls with save="states" if the window does not.
     """
     window = backend.window(problem)
     assert window is not None, "route.windows_for names backends that have one"
@@ -125,7 +125,7 @@ def gradients(
     outs: list[Tensor] = []
     kept: list[Tensor] = []
     with torch.no_grad():
-        if save == "states":
+        if save == "states" and not window.own_forward:
             backends.get(forward).run(problem, operands, span)
         else:
             outs, kept = window.forward(problem, operands, span, save)

@@ -163,14 +163,14 @@ def _window(
     """The states after calls start..stop-1, then what the backward reads.
 
     `backend` has the window. With save="states" nothing is kept for its backward, so `forward`,
-    which may be "auto", runs the calls.
+    which may be "auto", runs the calls, if the window does not.
     """
-    if save == "states":
-        return _recurse(x, states, weights, cos, sin, key, forward, start, stop)
     problem = problem_of(key, x, cos, needs_grad=True)
-    operands = _operands(problem, x, states, weights, cos, sin).contiguous()
     window = backends.get(backend).window(problem)
     assert window is not None, "the route names backends that have one"
+    if save == "states" and not window.own_forward:
+        return _recurse(x, states, weights, cos, sin, key, forward, start, stop)
+    operands = _operands(problem, x, states, weights, cos, sin).contiguous()
     outs, kept = window.forward(problem, operands, Span(start, stop), save)
     return [*outs, *kept]
 

@@ -226,8 +226,16 @@ def decide(problem: Problem, device: Where | None, request: Request, proven: boo
     window = choose_window(problem, where, request.backend, request.save, proven)
     pytorch = {"all": "autograd", "block": "recompute", "states": "reference"}
     backward = pytorch[request.save] if window.backend == EAGER else window.backend
-    forward = calls.backend if request.save == "states" else window.backend
+    forward = window.backend
+    if request.save == "states" and not _runs_states(window.backend, problem):
+        forward = calls.backend
     return Route(problem, where, request, calls, window, split, forward, backward)
+
+
+def _runs_states(name: str, problem: Problem) -> bool:
+    """Whether the window of backend `name` runs its forward with save="states" too."""
+    window = backends.get(name).window(problem)
+    return window is not None and window.own_forward
 
 
 def stored(problem: Problem, device: torch.device, request: Request) -> dict[str, Any]:

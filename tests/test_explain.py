@@ -47,7 +47,7 @@ def test_what_is_said_is_what_is_chosen() -> None:
         text = recurx.explain(model)
         assert f"backend 'auto' -> {chosen}" in text
         assert f"calls 0..20 on {chosen}" in text
-        assert f"calls 0..13 on {chosen} without gradient; window 14..20 on eager" in text
+        assert f"calls 0..13 on {chosen} without gradient; window 14..20 on {chosen}" in text
         for name in backends.ORDER:
             reason = backends.why_not(name, problem_of_model(model))
             assert (f"{name}: refused: {reason}" in text) == (reason is not None)
@@ -56,9 +56,9 @@ def test_what_is_said_is_what_is_chosen() -> None:
 def test_windows_of_other_schedules() -> None:
     hrm = HRM(HRMConfig.tiny(7, 9), backend="eager")
     assert "calls 0..3 on eager without gradient; window 4..5 on eager" in recurx.explain(hrm)
-    full = TRM(TRMConfig.tiny(7, 9, grad_window="full"))
+    full = TRM(TRMConfig.tiny(7, 9, grad_window="full"), backend="eager")
     assert "all calls are in the window; window 0..20 on eager" in recurx.explain(full)
-    one = TRM(TRMConfig.tiny(7, 9, H_cycles=1, L_cycles=1, grad_window=1))
+    one = TRM(TRMConfig.tiny(7, 9, H_cycles=1, L_cycles=1, grad_window=1), backend="eager")
     assert "calls 0 on" in recurx.explain(one) and "window 1 on eager" in recurx.explain(one)
 
 

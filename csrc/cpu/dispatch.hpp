@@ -90,6 +90,15 @@ struct Solving {
 bool solve(const Engine& engine, const Recursion& step, const Solving& how, int threads,
            bool (*wanted)() = nullptr);
 
+// Runs a window forward or backward, all threads as one team. Bit-equal for any number of them.
+// False if `wanted` said to stop: what it wrote is then of no use.
+bool run_window(const Engine& engine, const Window& window, bool backward, int threads,
+                bool (*wanted)() = nullptr);
+
+// Asks for huge pages inside memory that somebody else allocated and nobody touched yet: the first
+// touch of small ones took a quarter of a window's forward.
+void on_huge_pages(void* data, size_t bytes);
+
 void* allocate(size_t bytes);  // zeroed, aligned; release with std::free
 
 // Seconds that all threads together spent in each phase since the last reset; measured while on.

@@ -62,22 +62,6 @@ struct VectorCore {
     return (const Weight*)weight + (long)panel * l.in * kPanel;
   }
 
-  static void pack(const Linear& l, const RawWeight& raw, void* out) {
-    Weight* dst = (Weight*)out;
-    for (int panel = 0; panel < l.panels(); ++panel) {
-      for (int side = 0; side < 2; ++side) {
-        for (int lane = 0; lane < W; ++lane) {
-          int row = l.source(panel, side, lane);
-          // fp32: all of side 0, then side 1; bf16: sides interleaved within a lane
-          int column = sizeof(Weight) == 4 ? side * W + lane : 2 * lane + side;
-          Weight* p = dst + (long)panel * kPanel * l.in + column;
-          for (int k = 0; k < l.in; ++k)
-            store_one(p + (long)k * kPanel, row < 0 ? 0.f : raw_at(raw, (long)row * l.in + k));
-        }
-      }
-    }
-  }
-
   // epilogue(panel) gives finish(row, v0, v1), called for every row of `rows`.
   template <class Epilogue>
   static __attribute__((noinline)) void gemm(const Scratch& scratch, Mat<float> a, Range rows,

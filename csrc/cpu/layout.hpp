@@ -110,11 +110,6 @@ RX_INLINE Linear linear_of(const BlockShape& s, int which) {
   }
 }
 
-RX_INLINE float raw_at(const RawWeight& w, long index) {
-  return w.dtype == Dtype::f32 ? ((const float*)w.data)[index]
-                               : to_float(((const bf16*)w.data)[index]);
-}
-
 // ---- work of one thread ----------------------------------------------------------------------
 
 struct Range {

@@ -27,12 +27,14 @@ struct Scratch {
 struct Machine {
   std::timed_mutex lock;
   std::vector<Scratch> scratch;
+  Scratch window;
   bool profiling = false;
   int64_t phase_ns[(int)Phase::count] = {};
   Machine() = default;
   Machine(const Machine&) = delete;
   ~Machine() {
     for (Scratch& one : scratch) std::free(one.data);
+    std::free(window.data);
   }
 };
 

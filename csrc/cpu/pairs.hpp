@@ -21,22 +21,6 @@ struct PairPanels {
   static const void* panel_at(const Linear& l, const void* weight, int panel) {
     return (const char*)weight + panel * panel_bytes(l);
   }
-
-  static void pack(const Linear& l, const RawWeight& raw, void* out) {
-    for (int panel = 0; panel < l.panels(); ++panel) {
-      bf16* dst = (bf16*)((char*)out + panel * panel_bytes(l));
-      for (int side = 0; side < 2; ++side)
-        for (int lane = 0; lane < W; ++lane) {
-          const int row = l.source(panel, side, lane);
-          for (int k = 0; k < steps(l) * kTileDepth; ++k) {
-            const bool real = row >= 0 && k < l.in;
-            const int pair = k % kTileDepth / 2;
-            dst[((k / kTileDepth * 2 + side) * 16 + pair) * kPanel + lane * 2 + k % 2] =
-                to_bf16(real ? raw_at(raw, (long)row * l.in + k) : 0.f);
-          }
-        }
-    }
-  }
 };
 
 // Lines that products touch later, fetched into L2 meanwhile: some for each step of the depth.

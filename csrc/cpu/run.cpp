@@ -29,6 +29,14 @@ void* allocate(size_t bytes) {
   return p;
 }
 
+void on_huge_pages(void* data, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  const uintptr_t begin = ((uintptr_t)data + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = ((uintptr_t)data + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 namespace {
 
 // A forked child starts anew: the lock it inherits may be held for ever.
@@ -180,7 +188,7 @@ std::vector<double> phase_seconds() {
 
 size_t scratch_held() {
   std::lock_guard<std::timed_mutex> lock(machine->lock);
-  size_t total = 0;
+  size_t total = machine->window.bytes;
   for (const Scratch& scratch : machine->scratch) total += scratch.bytes;
   return total;
 }

@@ -5,6 +5,7 @@
 // A thread owns the same rows in every such pass, so no barrier stands between two steps.
 #pragma once
 
+#include "backward/window.hpp"
 #include "block.hpp"
 #include "heads.hpp"
 #include "sample_product.hpp"
@@ -125,7 +126,7 @@ void pack(const BlockShape& shape, const RawWeight* weights, void* out, PackedBl
   packed->shape = shape;
   for (int i = 0; i < weights_per_block; ++i) {
     const Linear l = linear_of(shape, i);
-    Core::pack(l, weights[i], p);
+    pack_linear<Core>(l, weights[i], p);
     packed->weight[i] = p;
     p += (Core::linear_bytes(l) + 63) / 64 * 64;
   }
@@ -134,9 +135,9 @@ void pack(const BlockShape& shape, const RawWeight* weights, void* out, PackedBl
 template <class Core>
 constexpr Engine engine_of() {
   using State = typename Core::State;
-  return {RX_GROUP_ROWS,       sizeof(State),   packed_bytes<Core>, pack<Core>,
-          scratch_bytes<Core>, run_group<Core>, head<State>,        add_noise<State>,
-          sample_product<Core>};
+  return {RX_GROUP_ROWS,        sizeof(State),    packed_bytes<Core>, pack<Core>,
+          scratch_bytes<Core>,  run_group<Core>,  head<State>,        add_noise<State>,
+          sample_product<Core>, window_of<Core>()};
 }
 
 }  // namespace rx::cpu::RX_ISA

@@ -65,7 +65,36 @@ struct Recursion {
   const float* sin;
 };
 
+// What a window keeps for its backward, see backward/kept.hpp.
+enum class Save : int { all, block, states };
+
+// The differentiable calls of a recursion. Lists of states have x first, those of weights are flat,
+// net after net, block after block.
+struct Window {
+  Recursion rec;  // `in` is what entered; `out` what leaves, of the forward only
+  Save save;
+  void* kept;  // values of the states' type
+  float* kept_floats;
+  // of the backward
+  const RawWeight* weights;
+  const void* const* d_out;  // null for zero
+  void* const* d_in;         // null where not wanted, like d_weights
+  float* const* d_weights;
+};
+
+struct KeptSize {  // of one sample
+  size_t values = 0, floats = 0;
+};
+
 struct Team;  // threads that share the samples of a group; see pool.hpp
+
+// The window of an engine; its functions are called by every thread of one team.
+struct WindowEngine {
+  KeptSize (*kept_size)(const Recursion&, Save);
+  size_t (*scratch_bytes)(const Window&, int threads, bool backward);
+  void (*forward)(const Window&, const Team&, void* scratch);
+  void (*backward)(const Window&, const Team&, void* scratch);
+};
 
 // One instruction set and one state type. The functions live in engine_<isa>.cpp.
 struct Engine {
@@ -82,6 +111,7 @@ struct Engine {
   void (*add_noise)(void* state, const float* noise, float sigma, long count);
   // A small product, to compare engines by; `scratch` of kSampleBytes, aligned and zero.
   void (*sample_product)(void* scratch);
+  WindowEngine window;
 };
 constexpr size_t kSampleBytes = 1 << 20;
 

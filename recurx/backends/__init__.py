@@ -64,6 +64,10 @@ class Window(abc.ABC):
     states < block < all. Tensors come checked, contiguous and on one device, as for `Backend.run`.
     """
 
+    # Whether `forward` runs save="states" too: where `Backend.run` rounds in other places, the
+    # gradient would be of other values than those that left.
+    own_forward = False
+
     @abc.abstractmethod
     def kept(
         self, problem: Problem, span: Span, save: str

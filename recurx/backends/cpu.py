@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from recurx.backends import Backend
+from recurx.backends.cpu_window import CpuWindow, plain_weight
 from recurx.backends.weight_cache import WeightCache
 from recurx.errors import no_compiled_module
 from recurx.forking import lazy
@@ -39,7 +40,7 @@ def _load() -> tuple[ModuleType | None, str]:
         from recurx import _C
     except ImportError as error:
         return None, no_compiled_module(error)
-    if not hasattr(_C, "cpu_solve"):
+    if not hasattr(_C, "cpu_window_forward"):
         return None, "needs a recurx._C with the CPU engine; rebuild it"
     return _C, ""
 
@@ -48,7 +49,7 @@ def _pack(
     module: ModuleType, spec: NetSpec, weights: Sequence[Tensor], bf16: bool, isa: str, _: Any
 ) -> Any:
     own = [weight.detach() for weight in Net(spec, weights).weights]  # checked here
-    plain = [(w if w.dtype in DTYPES else w.float()).contiguous() for w in own]
+    plain = [plain_weight(w) for w in own]
     blocks = [block.numbers for block in spec.blocks]
     pointers = [(w.data_ptr(), w.dtype == torch.bfloat16) for w in plain]
     return module.cpu_pack(blocks, pointers, bf16, isa)
@@ -85,6 +86,7 @@ class Cpu(Backend):
         """`module`: a build of the engine other than recurx._C (tests run emulated engines)."""
         self._given = module
         self.packed = WeightCache(MAX_PACKED, self._digest)
+        self._window = CpuWindow(self._begin)
         self._ready = functools.lru_cache(maxsize=256)(self._prepare)
 
     @lazy
@@ -136,22 +138,32 @@ class Cpu(Backend):
         return None
 
     def run(self, problem: Problem, operands: Operands, span: Span) -> list[Tensor]:
-        module = self._engine()
-        ready = self._ready(problem, span, torch.get_num_threads())
+        module, head, threads = self._begin(problem, operands, span)
         inputs = [state.contiguous() for state in (operands.x, *operands.states)]
         outputs = [torch.empty_like(state) for state in inputs[1:]]
         rope = operands.float_rope()
         module.cpu_run(
-            self._nets(problem, operands, ready),
-            ready.program,
-            ready.shape,
+            *head,
             [state.data_ptr() for state in inputs],
             [0, *(state.data_ptr() for state in outputs)],
             rope[0].data_ptr() if rope else 0,
             rope[1].data_ptr() if rope else 0,
-            engine_threads(ready.rows, ready.weights, ready.threads),
+            threads,
         )
         return outputs
+
+    def window(self, problem: Problem) -> CpuWindow:
+        return self._window
+
+    def _begin(
+        self, problem: Problem, operands: Operands, span: Span
+    ) -> tuple[ModuleType, tuple[Any, ...], int]:
+        """The module, the first arguments of its calls, and how many threads they take."""
+        module = self._engine()
+        ready = self._ready(problem, span, torch.get_num_threads())
+        threads = engine_threads(ready.rows, ready.weights, ready.threads)
+        return module, (self._nets(problem, operands, ready), ready.program, ready.shape), threads
+
 
     def solve(
         self, problem: Problem, operands: Operands, how: dict[str, Any], progress: Any = None

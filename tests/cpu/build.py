@@ -63,7 +63,7 @@ def run(*command: str) -> None:
 def build() -> tuple[Path, Path]:
     """(the extension module, the driver); raises native_tools.NotFound without a compiler."""
     compiler, flags = settings(ROOT / "csrc")
-    files = [*sources(), *sorted((ROOT / "csrc" / "cpu").glob("*.hpp"))]
+    files = [*sources(), *sorted((ROOT / "csrc" / "cpu").rglob("*.hpp"))]
     digest = hashlib.sha256(repr((compiler, flags)).encode())
     for file in files:
         digest.update(file.read_bytes())
@@ -133,9 +133,9 @@ def edited(
     return folder / "check"
 
 
-def load(path: Path) -> ModuleType:
-    """Import the module at `path` under the name MODULE."""
-    spec = importlib.util.spec_from_file_location(MODULE, path)
+def load(path: Path, name: str = MODULE) -> ModuleType:
+    """Import the module at `path` under the name that it was built with."""
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import recurx
 from recurx.models import fused_stablemax_cross_entropy
 from recurx.models.puzzle_embedding import sign_sgd_
 from recurx.train import AdamATan2, CapturedStep, SampleQueue, SparseSignSGD, swap
@@ -115,3 +116,30 @@ def test_the_official_average_is_swapped() -> None:
 def test_official_buffers_fit_our_optimizer() -> None:
     model = modules("trm")["model"](official.config("trm"))
     assert SparseSignSGD(model.puzzle_emb.buffers(), lr=0).param_groups
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_training_on_the_engines_window_follows_the_official_one(native: None, system: str) -> None:
+    """24 steps in fp32, forward and backward in the CPU engine: losses to 1e-6."""
+    parts, traces = modules(system), []
+    for backend in (None, "cpu"):
+        torch.manual_seed(0)
+        model = parts["model"](official.config(system, halt_exploration_prob=0.0))
+        head = parts["loss"](model, "stablemax_cross_entropy")
+        if backend is not None:
+            recurx.patch(head, backend=backend)
+        sparse = parts["sparse"].CastedSparseEmbeddingSignSGD_Distributed(
+            model.puzzle_emb.buffers(), world_size=1, lr=0.01, weight_decay=0.1
+        )
+        optimizers = [sparse, AdamATan2(head.parameters(), lr=1e-4)]
+        carry, trace = head.initial_carry(official.batch(4, seed=0)), []
+        for step in range(24):
+            batch = official.batch(4, seed=step)
+            carry, loss, *_ = head(carry=carry, batch=batch, return_keys=[])
+            (loss / 4).backward()
+            trace.append(loss.item())
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        traces.append(torch.tensor(trace, dtype=torch.float64))
+    torch.testing.assert_close(traces[1], traces[0], rtol=1e-6, atol=0)

@@ -1,0 +1,201 @@
+// Scratch of a window: what one block of one slice needs at a time.
+#pragma once
+
+#include "../workspace.hpp"
+#include "heads.hpp"
+#include "kept.hpp"
+#include "weight_sums.hpp"
+
+namespace rx::cpu::RX_ISA {
+
+constexpr int kSumRows = 388;  // rows that small slices gather before they are summed into dW
+
+// Sizes of a window: the largest over its nets.
+struct WindowSizes {
+  int samples, rows, hidden, inner = 0, token_inner = 0, heads = 0, head_dim = 0, blocks = 0,
+                             all_blocks = 0;
+  bool token_mlp = false;
+
+  explicit WindowSizes(const Recursion& rec)
+      : samples(Slices(rec).largest()), rows(samples * rec.tokens), hidden(rec.hidden) {
+    for (int n = 0; n < rec.num_nets; ++n) {
+      blocks = imax(blocks, rec.nets[n].num_blocks);
+      all_blocks += rec.nets[n].num_blocks;
+      for (int i = 0; i < rec.nets[n].num_blocks; ++i) {
+        const BlockShape& s = rec.nets[n].blocks[i].shape;
+        inner = imax(inner, round_up(s.inner, kAlign));
+        if (s.token_mlp) {
+          token_mlp = true;
+          token_inner = imax(token_inner, round_up(s.token_inner, kAlign));
+        } else {
+          heads = imax(heads, s.heads);
+          head_dim = imax(head_dim, s.head_dim);
+        }
+      }
+    }
+  }
+};
+
+// Calls whose rows are gathered before they are summed into the gradient of net `n`.
+RX_INLINE int gathered(const Window& job, int n, int rows) {
+  int calls = 0;
+  for (int k = 0; k < job.rec.num_steps; ++k) calls += job.rec.steps[k].net == n;
+  return imax(1, imin(calls, kSumRows / imax(1, rows)));
+}
+
+// A product of a block as its gradient sees it. Gate and up rows are padded, each to kAlign.
+struct Product {
+  int in, out;   // as in the weight [out, in]
+  bool gate_up;  // two halves
+  int half() const { return gate_up ? out / 2 : out; }
+  int padded_half() const { return round_up(half(), kAlign); }
+  int padded_out() const { return gate_up ? 2 * padded_half() : padded_half(); }
+  // dx = dy W sums over the rows of the weight.
+  Linear backward() const { return over_rows(gate_up ? padded_out() : out, in); }
+};
+RX_INLINE Product product_of(const BlockShape& s, int which) {
+  const Linear l = linear_of(s, which);
+  return {l.in, l.out, l.columns == Columns::gate_up};
+}
+
+// Samples whose columns go through a token MLP at once.
+RX_INLINE int token_samples(const WindowSizes& sizes) {
+  return imax(1, imin(sizes.samples, 1024 / sizes.hidden));
+}
+
+template <class Core>
+struct WindowSpace {
+  using State = typename Core::State;
+  using Act = typename Core::Act;
+
+  // of the team
+  Kept<State>* blocks;    // of the call that is run
+  float* sum;             // [rows, D]: before a norm; the gradient of h in the backward
+  Mat<Act> narrow;        // [rows, D], an operand: h, mixed, mid, or a gradient of those
+  Mat<Act> middle, wide;  // silu(gate) * up; gradients of gate and up, or of q, k, v
+  State* again;           // what of a block's kept values is computed again
+  float* again_floats;
+  State* window;  // save="states": what "block" keeps
+  float* window_floats;
+  Mat<Act> token_rows, token_h, token_middle, token_wide;  // the same, turned over
+  float* token_sum;
+  // of the team, for the backward
+  float* d_mixed;         // [rows, D]
+  float** d_values;       // [x and states]: [rows, D]
+  char** backward;        // [all blocks x 4]: weights that dy is multiplied by
+  WeightSum<Core>* sums;  // [all blocks x 4]
+  // of a thread
+  typename Core::Scratch gemm;
+  HeadScratch head;
+  bool* fresh;           // [all blocks x 4]: whether nothing was added to the gradient yet
+  int *filled, *group;   // [nets]: calls gathered in its sums so far, and in the end
+  bool *active, *given;  // [calls]: whether a gradient reaches it; [states]: whether it has one
+  const State** now;     // [states]: where their values are
+
+  static size_t carve(const Window& job, int team_size, int tid, bool back, char* base,
+                      WindowSpace& w) {
+    const WindowSizes z(job.rec);
+    Carver c{base};
+    const int rows = z.rows + Core::kSpareRows;
+    auto matrix = [&](int rows, int cols) {
+      return make_mat(c.take<Act>(mat_size(rows, cols)), rows, cols);
+    };
+    w.blocks = c.take<Kept<State>>(z.blocks);
+    w.sum = c.take<float>((size_t)z.rows * z.hidden);
+    w.narrow = matrix(rows, z.hidden);
+    w.middle = matrix(rows, z.inner);
+    if (job.save != Save::all) {
+      KeptCarver<State> most{nullptr, nullptr};
+      for (int n = 0; n < job.rec.num_nets; ++n)
+        for (int i = 0; i < job.rec.nets[n].num_blocks; ++i) {
+          Kept<State> k;
+          KeptCarver<State> one{nullptr, nullptr};
+          one.rest(k, job.rec.nets[n].blocks[i].shape, z.samples, job.rec.tokens);
+          if (one.used.values > most.used.values) most.used.values = one.used.values;
+          if (one.used.floats > most.used.floats) most.used.floats = one.used.floats;
+        }
+      w.again = c.take<State>(most.used.values);
+      w.again_floats = c.take<float>(most.used.floats);
+    }
+    if (job.save == Save::states) {
+      const KeptSize size = kept_size<State>(job.rec, Save::block);
+      w.window = c.take<State>(size.values * z.samples);
+      w.window_floats = c.take<float>(size.floats * z.samples);
+    }
+    if (z.token_mlp) {
+      const int columns = token_samples(z) * z.hidden, wide = round_up(job.rec.tokens, kAlign);
+      w.token_rows = matrix(columns + Core::kSpareRows, wide);
+      w.token_middle = matrix(columns + Core::kSpareRows, z.token_inner);
+      w.token_sum = c.take<float>((size_t)columns * wide);
+      if (back) {
+        w.token_h = matrix(columns + Core::kSpareRows, wide);
+        w.token_wide = matrix(columns + Core::kSpareRows, 2 * z.token_inner);
+      }
+    }
+    if (back) carve_backward(job, z, c, w, tid == 0);
+    for (int t = 0; t < team_size; ++t) {
+      WindowSpace skipped;
+      WindowSpace& own = t == tid ? w : skipped;
+      own.gemm = Core::carve_scratch(c);
+      own.fresh = c.take<bool>(z.all_blocks * weights_per_block);
+      own.filled = c.take<int>(job.rec.num_nets);
+      own.group = c.take<int>(job.rec.num_nets);
+      own.active = c.take<bool>(job.rec.num_steps);
+      own.given = c.take<bool>(job.rec.num_states);
+      own.now = c.take<const State*>(job.rec.num_states);
+      if (z.heads) own.head = HeadScratch::carve(c, job.rec.tokens, z.head_dim);
+    }
+    return c.used;
+  }
+
+ private:
+  static void carve_backward(const Window& job, const WindowSizes& z, Carver& c, WindowSpace& w,
+                             bool fill) {
+    const Recursion& rec = job.rec;
+    const int wide = imax(2 * z.inner, 3 * z.hidden);
+    w.wide = make_mat(c.take<Act>(mat_size(z.rows + Core::kSpareRows, wide)),
+                      z.rows + Core::kSpareRows, wide);
+    w.d_mixed = c.take<float>((size_t)z.rows * z.hidden);
+    w.d_values = c.take<float*>(rec.num_states);
+    for (int s = 0; s < rec.num_states; ++s) {
+      float* const p = c.take<float>((size_t)z.rows * z.hidden);
+      if (fill) w.d_values[s] = p;
+    }
+    w.backward = c.take<char*>(z.all_blocks * weights_per_block);
+    w.sums = c.take<WeightSum<Core>>(z.all_blocks * weights_per_block);
+    Act* shared_a = nullptr;
+    char* shared_x = nullptr;
+    for (int pass = 0; pass < 2; ++pass) {  // first the largest of those that share
+      size_t most_a = 0, most_x = 0;
+      for (int n = 0, at = 0; n < rec.num_nets; ++n)
+        for (int i = 0; i < rec.nets[n].num_blocks; ++i)
+          for (int which = 0; which < weights_per_block; ++which, ++at) {
+            const BlockShape& s = rec.nets[n].blocks[i].shape;
+            const Product p = product_of(s, which);
+            if (pass == 1) {
+              char* const packed = c.take<char>(Core::linear_bytes(p.backward()));
+              if (fill) w.backward[at] = packed;
+            }
+            const bool turned = s.token_mlp && which <= mixer_out;
+            const int gather = turned ? 1 : gathered(job, n, z.rows);
+            const int depth = turned ? token_samples(z) * z.hidden : gather * z.rows;
+            const size_t a = WeightSum<Core>::a_size(p.padded_out(), depth);
+            const size_t x = Core::linear_bytes(over_rows(depth, p.in));
+            if (gather == 1) {
+              if (a > most_a) most_a = a;
+              if (x > most_x) most_x = x;
+            }
+            if (pass == 0) continue;
+            WeightSum<Core> sum{shared_a, shared_x, 0};
+            if (gather > 1) sum = {c.take<Act>(a), c.take<char>(x), 0};
+            if (fill) w.sums[at] = sum;
+          }
+      if (pass == 0) {
+        shared_a = c.take<Act>(most_a);
+        shared_x = c.take<char>(most_x);
+      }
+    }
+  }
+};
+
+}  // namespace rx::cpu::RX_ISA

@@ -1,0 +1,42 @@
+// Runs a window on one team of threads, forward or backward.
+#include <vector>
+
+#include "machine.hpp"
+
+namespace rx::cpu {
+
+namespace {
+struct Job {
+  const Window& window;
+  void (*run)(const Window&, const Team&, void*);
+  void* scratch;
+  int threads;
+  Stop& stop;
+  Barrier barrier;
+  std::vector<Clock> clocks;
+  std::atomic<int> finished{0};
+
+  void work(int tid) {
+    clocks[tid].start();
+    run(window, {tid, threads, &barrier, &clocks[tid], &stop, tid == 0}, scratch);
+    finished.fetch_add(1, std::memory_order_relaxed);
+    if (tid == 0) look_until(finished, threads, stop);
+  }
+};
+}  // namespace
+
+bool run_window(const Engine& engine, const Window& window, bool backward, int threads,
+                bool (*wanted)()) {
+  check(engine, window.rec, threads);
+  if (window.rec.batch == 0) threads = 1;
+  return on_machine(wanted, threads, [&](Machine& owner, Stop& stop, int count) {
+    const size_t bytes = engine.window.scratch_bytes(window, count, backward);
+    const auto run = backward ? engine.window.backward : engine.window.forward;
+    Job job{window, run, owner.window.at_least(bytes), count, stop, {}, std::vector<Clock>(count)};
+    for (Clock& clock : job.clocks) clock.on = owner.profiling;
+    parallel(count, [](void* self, int tid) { ((Job*)self)->work(tid); }, &job);
+    add_clocks(owner, job.clocks);
+  });
+}
+
+}  // namespace rx::cpu

@@ -1,0 +1,136 @@
+"""The gradient window in the CPU engine (csrc/cpu/backward/): one call forward, one backward.
+
+What is kept from the forward to the backward, in units of D numbers a row, call and block (D =
+hidden; one published attention block of inner width 3 D, B * T rows):
+
+    save="all"      h, q, k, v, mixed, mid, gate and up: 12; nothing but silu(gate) * up and the
+                    softmax is computed again
+    save="block"    h: 1; the block is computed again up to its last product
+    save="states"   nothing; the window runs once more in the backward, a slice of samples at a time
+
+To each comes the result of each call, and a few fp32 numbers a row. csrc/cpu/backward/kept.hpp says
+where things lie; sizes here and there must agree, and the engine refuses others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recurx.backends import Window
+from recurx.nets import ATTENTION, BlockSpec
+from recurx.operands import Operands, Span
+from recurx.problem import Problem
+from recurx.program import lower
+
+SAVES = ("all", "block", "states")  # numbered as the engine does
+ALIGN = 32  # widths are padded to it
+
+# Of (problem, operands, span): the module, the first arguments of its window calls, the threads.
+Begin = Callable[[Problem, Operands, Span], tuple[Any, tuple[Any, ...], int]]
+
+
+class CpuWindow(Window):
+    """`begin` packs the weights of the forward; the backward reads the masters themselves."""
+
+    own_forward = True
+
+    def __init__(self, begin: Begin) -> None:
+        self._begin = begin
+
+    def kept(
+        self, problem: Problem, span: Span, save: str
+    ) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        if save == "states":
+            return []
+        tokens, specs = problem.tokens, dict(problem.nets)
+        values, floats = 0, 0
+        for call in lower(problem.schedule, span).calls:
+            values += tokens * problem.hidden
+            for block in specs[call.net].blocks:
+                values, floats = values + tokens * block.hidden, floats + tokens
+                if save == "all":
+                    more = _rest(block, tokens)
+                    values, floats = values + more[0], floats + more[1]
+        batch = problem.batch
+        return [((batch, values), problem.dtype), ((batch, floats), torch.float32)]
+
+    def forward(
+        self, problem: Problem, operands: Operands, span: Span, save: str
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        module, head, threads = self._begin(problem, operands, span)
+        kept = [_fresh(module, *each) for each in self.kept(problem, span, save)]
+        outs = [torch.empty_like(state) for state in operands.states]
+        inputs, rope = [operands.x, *operands.states], operands.float_rope()
+        module.cpu_window_forward(
+            *head, _at(inputs), [0, *_at(outs)], *_at(rope or (None, None)),
+            SAVES.index(save), _places(kept), threads,
+        )  # fmt: skip
+        return outs, kept
+
+    def backward(
+        self,
+        problem: Problem,
+        operands: Operands,
+        span: Span,
+        save: str,
+        outs: Sequence[Tensor],
+        kept: Sequence[Tensor],
+        d_outs: Sequence[Tensor | None],
+        wants: Sequence[bool],
+    ) -> list[Tensor | None]:
+        module, head, threads = self._begin(problem, operands, span)
+        entered, rope = [operands.x, *operands.states], operands.float_rope()
+        d_in = [torch.empty_like(t) if want else None for t, want in zip(entered, wants)]
+        d_outs = [None if d is None else d.contiguous() for d in d_outs]
+        masters = operands.weights
+        d_weights = [
+            _fresh(module, w.shape, torch.float32) if want else None
+            for w, want in zip(masters, wants[len(entered) :], strict=True)
+        ]
+        plain = [plain_weight(w) for w in masters]
+        module.cpu_window_backward(
+            *head, _at(entered), *_at(rope or (None, None)), SAVES.index(save), _places(kept),
+            [(w.data_ptr(), w.dtype == torch.bfloat16) for w in plain],
+            [0, *_at(d_outs)], _at(d_in), _at(d_weights), threads,
+        )  # fmt: skip
+        return [*d_in, *(d if d is None else d.to(w.dtype) for d, w in zip(d_weights, masters))]
+
+
+def plain_weight(weight: Tensor) -> Tensor:
+    """A weight as the engine reads it: fp32 or bf16, contiguous."""
+    weight = weight.detach()
+    known = weight.dtype in (torch.float32, torch.bfloat16)
+    return (weight if known else weight.float()).contiguous()
+
+
+def _fresh(module: Any, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    made = torch.empty(shape, dtype=dtype)
+    module.cpu_on_huge_pages(made.data_ptr(), made.nbytes)
+    return made
+
+
+def _at(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def _places(kept: Sequence[Tensor]) -> tuple[int, int, int, int]:
+    if not kept:
+        return 0, 0, 0, 0
+    values, floats = kept
+    return values.data_ptr(), values.numel(), floats.data_ptr(), floats.numel()
+
+
+def _up(n: int) -> int:
+    return -(-n // ALIGN) * ALIGN
+
+
+def _rest(block: BlockSpec, tokens: int) -> tuple[int, int]:
+    """What save="all" keeps of a block beyond its h: values of the states' type, and floats."""
+    values = tokens * (block.hidden + 2 * _up(block.inner))
+    if block.kind == ATTENTION:
+        return values + tokens * 4 * block.hidden, tokens * (1 + block.num_heads)
+    return values + block.hidden * 2 * _up(block.token_inner), block.hidden
