@@ -102,7 +102,7 @@ def test_every_command_reads_back_its_defaults() -> None:
     kinds = [module.Options for module in loaded if not hasattr(module, "add_arguments")]
     kinds += [experiments.load(name).Options for name in experiments.EXPERIMENTS]
     kinds += [bench.Run, bench.Report, bench.Compare]
-    assert len(kinds) == 14
+    assert len(kinds) == 15
     for kind in kinds:
         assert parse(kind) == kind()
 
