@@ -203,7 +203,8 @@ class Task(ABC):
         Raises:
             InvalidArgument: the task is not trained on files, or this one is refused.
         """
-        raise bad_argument("train", "puzzles", "a task that files train (sudoku, 9x9)", self.name)
+        known = "a task that is trained on files, as sudoku (9x9) is"
+        raise bad_argument("train", "puzzles", known, self.name)
 
     @abstractmethod
     def text(self, tokens: NDArray[np.int64]) -> str:

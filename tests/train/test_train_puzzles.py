@@ -136,7 +136,7 @@ def test_refusals(file: Path) -> None:
         ({"hold_out": 0}, "hold_out"),
         ({"reveal": -1}, "reveal"),
         ({"task": "sudoku-6x6"}, "9x9"),
-        ({"task": "sort"}, "9x9"),
+        ({"task": "sort"}, "a task that is trained on files, as sudoku .*got sort"),
     ):
         with pytest.raises(InvalidArgument, match=says):
             split_of(config(file, **changes))
