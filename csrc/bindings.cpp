@@ -137,9 +137,8 @@ void run_recursion(const std::vector<const Packed*>& nets, const Program& progra
       [&] { return rx::cpu::run(nets[0]->engine(), given.recursion, threads, interrupted); });
 }
 
-using KeptTuple =
-    std::tuple<uintptr_t, size_t, uintptr_t, size_t>;  // values, floats: where, how many
 using Addresses = std::vector<uintptr_t>;
+using KeptTuple = std::tuple<uintptr_t, size_t, uintptr_t, size_t>;  // values and floats: how many
 
 Window window_of(const Engine& engine, const Recursion& recursion, int save,
                  const KeptTuple& kept) {
@@ -147,7 +146,7 @@ Window window_of(const Engine& engine, const Recursion& recursion, int save,
   const KeptSize size = engine.window.kept_size(recursion, (Save)save);
   const size_t batch = (size_t)recursion.batch;
   if (num_values != size.values * batch || num_floats != size.floats * batch)
-    throw std::invalid_argument("recurx._C: what a window keeps has another size");
+    throw std::invalid_argument("cpu_window: what a window keeps has another size");
   return {recursion, (Save)save, (void*)values, (float*)floats, {}, {}, {}, {}};
 }
 
@@ -156,12 +155,12 @@ void window_forward(const std::vector<const Packed*>& nets, const Program& progr
                     const Addresses& out, uintptr_t cos, uintptr_t sin, int save,
                     const KeptTuple& kept, int threads) {
   if (in.size() != out.size())
-    throw std::invalid_argument("cpu_window_forward: expected one output a state");
+    throw std::invalid_argument("cpu_window_forward: expected nets, x, and one output a state");
   const Given given("cpu_window_forward", nets, program, shape, (const void* const*)in.data(),
                     (void* const*)out.data(), (int)in.size(), cos, sin);
   const Engine& engine = nets[0]->engine();
   const Window window = window_of(engine, given.recursion, save, kept);
-  interruptible([&] { return run_window(engine, window, false, threads, interrupted); });
+  interruptible([&] { return rx::cpu::run_window(engine, window, false, threads, interrupted); });
 }
 
 void window_backward(const std::vector<const Packed*>& nets, const Program& program,
@@ -177,7 +176,9 @@ void window_backward(const std::vector<const Packed*>& nets, const Program& prog
   for (const PackedNet& net : given.views) expected += net.num_blocks * weights_per_block;
   if (weights.size() != expected || d_weights.size() != expected || d_out.size() != in.size() ||
       d_in.size() != in.size())
-    throw std::invalid_argument("cpu_window_backward: expected four weights a block");
+    throw std::invalid_argument(
+        "cpu_window_backward: expected four weights a block, and a "
+        "gradient of x and each state");
   std::vector<RawWeight> raw;
   for (const auto& [pointer, is_bf16] : weights)
     raw.push_back({(const void*)pointer, dtype_of(is_bf16)});
@@ -185,7 +186,7 @@ void window_backward(const std::vector<const Packed*>& nets, const Program& prog
   window.d_out = (const void* const*)d_out.data();
   window.d_in = (void* const*)d_in.data();
   window.d_weights = (float* const*)d_weights.data();
-  interruptible([&] { return run_window(engine, window, true, threads, interrupted); });
+  interruptible([&] { return rx::cpu::run_window(engine, window, true, threads, interrupted); });
 }
 
 // The solve that this thread is in: rows that ended, and who is told.

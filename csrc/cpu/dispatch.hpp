@@ -90,8 +90,8 @@ struct Solving {
 bool solve(const Engine& engine, const Recursion& step, const Solving& how, int threads,
            bool (*wanted)() = nullptr);
 
-// Runs a window forward or backward, all threads as one team. Bit-equal for any number of them.
-// False if `wanted` said to stop: what it wrote is then of no use.
+// Runs a window forward or backward, all threads as one team. Bit-equal for any number of them;
+// false as `run`.
 bool run_window(const Engine& engine, const Window& window, bool backward, int threads,
                 bool (*wanted)() = nullptr);
 

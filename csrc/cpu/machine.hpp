@@ -27,7 +27,7 @@ struct Scratch {
 struct Machine {
   std::timed_mutex lock;
   std::vector<Scratch> scratch;
-  Scratch window;
+  Scratch window;  // of run_window.cpp
   bool profiling = false;
   int64_t phase_ns[(int)Phase::count] = {};
   Machine() = default;

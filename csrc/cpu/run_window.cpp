@@ -1,6 +1,4 @@
 // Runs a window on one team of threads, forward or backward.
-#include <vector>
-
 #include "machine.hpp"
 
 namespace rx::cpu {
@@ -28,10 +26,9 @@ struct Job {
 bool run_window(const Engine& engine, const Window& window, bool backward, int threads,
                 bool (*wanted)()) {
   check(engine, window.rec, threads);
-  if (window.rec.batch == 0) threads = 1;
+  const auto run = backward ? engine.window.backward : engine.window.forward;
   return on_machine(wanted, threads, [&](Machine& owner, Stop& stop, int count) {
     const size_t bytes = engine.window.scratch_bytes(window, count, backward);
-    const auto run = backward ? engine.window.backward : engine.window.forward;
     Job job{window, run, owner.window.at_least(bytes), count, stop, {}, std::vector<Clock>(count)};
     for (Clock& clock : job.clocks) clock.on = owner.profiling;
     parallel(count, [](void* self, int tid) { ((Job*)self)->work(tid); }, &job);

@@ -161,9 +161,9 @@ class Cpu(Backend):
         """The module, the first arguments of its calls, and how many threads they take."""
         module = self._engine()
         ready = self._ready(problem, span, torch.get_num_threads())
+        nets = self._nets(problem, operands, ready)
         threads = engine_threads(ready.rows, ready.weights, ready.threads)
-        return module, (self._nets(problem, operands, ready), ready.program, ready.shape), threads
-
+        return module, (nets, ready.program, ready.shape), threads
 
     def solve(
         self, problem: Problem, operands: Operands, how: dict[str, Any], progress: Any = None

@@ -84,7 +84,9 @@ class CpuWindow(Window):
     ) -> list[Tensor | None]:
         module, head, threads = self._begin(problem, operands, span)
         entered, rope = [operands.x, *operands.states], operands.float_rope()
-        d_in = [torch.empty_like(t) if want else None for t, want in zip(entered, wants)]
+        d_in = [
+            torch.empty_like(t) if want else None for t, want in zip(entered, wants, strict=False)
+        ]
         d_outs = [None if d is None else d.contiguous() for d in d_outs]
         masters = operands.weights
         d_weights = [
@@ -97,7 +99,10 @@ class CpuWindow(Window):
             [(w.data_ptr(), w.dtype == torch.bfloat16) for w in plain],
             [0, *_at(d_outs)], _at(d_in), _at(d_weights), threads,
         )  # fmt: skip
-        return [*d_in, *(d if d is None else d.to(w.dtype) for d, w in zip(d_weights, masters))]
+        return [
+            *d_in,
+            *(d if d is None else d.to(w.dtype) for d, w in zip(d_weights, masters, strict=True)),
+        ]
 
 
 def plain_weight(weight: Tensor) -> Tensor:

@@ -147,7 +147,7 @@ def test_shapes(engine, shape, kind, dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_slices_of_samples_and_gathered_calls_add_up(engine, dtype) -> None:
     """More samples than a slice holds; calls that are summed one by one, some, or all together."""
-    for batch in (1, 20, 33, 130):
+    for batch in (3, 20, 33, 130):
         given = case(Schedule.trm(1, 3), dtype=dtype, batch=batch, hidden=32, inner=32)
         assert_right(on_engine(engine, given, "block"), given)
 
@@ -178,9 +178,8 @@ def test_gradient_flows_into_the_carry_when_asked(native, save) -> None:
     *given, tables = case(schedule)
 
     def run(schedule, nets, x, carry):
-        return recurx.recurse(
-            schedule, nets, x, carry, backend="cpu", cos_sin=tables, save=save
-        )  # fmt: skip
+        options = dict(backend="cpu", cos_sin=tables, save=save)
+        return recurx.recurse(schedule, nets, x, carry, **options)
 
     got = gradients_of(run, *given, into_carry=True)
     assert not got["b"].any() and got["a"].any() and got["c"].any()
@@ -225,7 +224,7 @@ def test_hundreds_of_reruns_are_bit_equal(native, kind, dtype) -> None:
             assert all(torch.equal(a, b) for a, b in zip(first[save], got, strict=True)), save
 
 
-# ---- the contract of a window ----------------------------------------------------------------------
+# ---- the contract of a window --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -350,9 +349,7 @@ def test_traces_whole_and_keeps_a_dynamic_batch(native) -> None:
     for batch in (2, 3):
         x, carry = make_inputs(schedule, batch=batch)
         x.requires_grad_()
-        got, want = (
-            torch.autograd.grad(f(x, carry["z"]), [x, *weights]) for f in (compiled, step)
-        )
+        got, want = (torch.autograd.grad(f(x, carry["z"]), [x, *weights]) for f in (compiled, step))
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -362,7 +359,9 @@ def test_the_route_names_the_engines_window(native, save) -> None:
     problem = problem_for(schedule, nets, x)
     found = route.route(problem, None, route.Request("cpu", save, grad=True))
     assert (found.forward, found.backward, found.split) == ("cpu", "cpu", 2)
-    assert 'window 2..3 on cpu, forward and backward (save="all", "block" or "states")' in str(found)
+    assert 'window 2..3 on cpu, forward and backward (save="all", "block" or "states")' in str(
+        found
+    )
 
 
 def test_states_that_leave_are_those_of_the_reference(engine) -> None:

@@ -30,7 +30,8 @@ TWO_SLICES = dict(schedule=Schedule.trm(1, 1), batch=90, hidden=32, inner=32)
 # name: (file, text, text with `bug` for whether the bug is there, the case that shows it)
 BUGS = {
     "rotation of q and k not taken back": (
-        "heads.hpp", "float y[256];\n      if (rotate", "float y[256];\n      if (!bug && rotate", TRM
+        "heads.hpp", "float y[256];\n      if (rotate",
+        "float y[256];\n      if (!bug && rotate", TRM,
     ),
     "scale of the gradient of q": (
         "heads.hpp", "leave(s.d_q, scale(),", "leave(s.d_q, bug ? 1.f : scale(),", TRM
@@ -42,22 +43,26 @@ BUGS = {
         "heads.hpp", "(load(d_s + i) - delta)", "(load(d_s + i) - (bug ? 0.f : delta))", TRM
     ),
     "only the first queries count": (
-        "heads.hpp", "first < tokens; first += kQueries", "first < (bug ? 1 : tokens); first += kQueries",
+        "heads.hpp", "first < tokens; first +=", "first < (bug ? 1 : tokens); first +=",
         dict(schedule=Schedule.trm(1, 1), tokens=40),
     ),
     "gate and up swapped": (
-        "finishes.hpp", "store(d_gate_up.at(row, col), d * up * slope);\n        store(d_gate_up.at(row, width + col)",
+        "finishes.hpp",
+        "store(d_gate_up.at(row, col), d * up * slope);\n"
+        "        store(d_gate_up.at(row, width + col)",
         "store(d_gate_up.at(row, bug ? width + col : col), d * up * slope);\n"
         "        store(d_gate_up.at(row, bug ? col : width + col)", TRM,
     ),
     "slope of silu": (
-        "finishes.hpp", "sigmoid + silu * (1.f - sigmoid)", "sigmoid + (bug ? V{} : silu * (1.f - sigmoid))", TRM
+        "finishes.hpp", "sigmoid + silu * (1.f - sigmoid)",
+        "sigmoid + (bug ? V{} : silu * (1.f - sigmoid))", TRM,
     ),
     "norm without its mean": (
         "row_passes.hpp", "y(row, col) * mean)", "y(row, col) * (bug ? 0.f : mean))", TRM
     ),
     "norm over padded tokens": (
-        "row_passes.hpp", "reduce_add(products) / width", "reduce_add(products) / (bug ? padded : width)", TOKENS
+        "row_passes.hpp", "reduce_add(products) / width",
+        "reduce_add(products) / (bug ? padded : width)", TOKENS,
     ),
     "residual path lost": (
         "block_backward.hpp", "return load(sum + row * ld + col); }",
@@ -76,11 +81,12 @@ BUGS = {
         "block_backward.hpp", "ws.fresh[at] = false;", "ws.fresh[at] = bug;", MANY
     ),
     "a gathered call is lost": (
-        "window.hpp", "const Range place{filled * rows(),", "const Range place{(bug ? ws.group[net] - 1 : filled) * rows(),", TRM
+        "window.hpp", "place{filled * rows(),",
+        "place{(bug ? ws.group[net] - 1 : filled) * rows(),", TRM,
     ),
     "window off by one": (
-        "window.hpp", "call >= 0; --call) {\n      const Step& step = rec.steps[call];\n      if (!ws.active[call]) continue;\n      copy",
-        "call >= (bug ? 1 : 0); --call) {\n      const Step& step = rec.steps[call];\n      if (!ws.active[call]) continue;\n      copy", WINDOW,
+        "window.hpp", "if (!ws.active[call]) continue;\n      copy",
+        "if (!ws.active[call] || (bug && call == 0)) continue;\n      copy", WINDOW,
     ),
     "gradient of an overwritten state survives": (
         "window.hpp", "ws.given[step.write] = false;\n      const bool enters",
@@ -93,8 +99,8 @@ BUGS = {
         dict(schedule=Schedule.trm(2, 1, window="full")),
     ),
     "the last sample of a slice lost": (
-        "window.hpp", "int samples() const { return slice.end - slice.begin; }",
-        "int samples() const { return slice.end - slice.begin - (bug && slice.begin > 0); }", TWO_SLICES,
+        "window.hpp", "{ return slice.end - slice.begin; }",
+        "{ return slice.end - slice.begin - (bug && slice.begin > 0); }", TWO_SLICES,
     ),
     "another block's weight": (
         "block_backward.hpp", "ws.backward[number * weights_per_block + which]",
@@ -126,7 +132,9 @@ def _compile() -> Path:
         assert before.count(text) == 1, f"{name} has {before.count(text)} times {text!r}"
         file.write_text(before.replace(text, planted.replace("bug", f"(rx_planted == {number})")))
     vectors = folder / "cpu" / "vec.hpp"
-    vectors.write_text(vectors.read_text().replace("#pragma once", "#pragma once\nextern int rx_planted;"))
+    vectors.write_text(
+        vectors.read_text().replace("#pragma once", "#pragma once\nextern int rx_planted;")
+    )
     (folder / "planted.cpp").write_text("int rx_planted = 0;\n")
     names = ["run", "run_window", "pool", "dispatch", "engine_portable"]
     files = [folder / "bindings.cpp", folder / "planted.cpp"]
@@ -160,7 +168,7 @@ def test_planted_bugs_are_rejected(planted, name, monkeypatch) -> None:
     assert_right(on_engine(engine, given), given)
     number.value = list(BUGS).index(name) + 1
     try:
-        with pytest.raises(AssertionError, match="gradients: error|any"):
+        with pytest.raises(AssertionError, match=r"gradients: error|any\(\)"):
             assert_right(on_engine(engine, given), given)
     finally:
         number.value = 0

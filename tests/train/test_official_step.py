@@ -129,7 +129,7 @@ def test_training_on_the_engines_window_follows_the_official_one(native: None, s
         if backend is not None:
             recurx.patch(head, backend=backend)
         sparse = parts["sparse"].CastedSparseEmbeddingSignSGD_Distributed(
-            model.puzzle_emb.buffers(), world_size=1, lr=0.01, weight_decay=0.1
+            model.puzzle_emb.buffers(), world_size=1, lr=1e-4, weight_decay=0.1
         )
         optimizers = [sparse, AdamATan2(head.parameters(), lr=1e-4)]
         carry, trace = head.initial_carry(official.batch(4, seed=0)), []
