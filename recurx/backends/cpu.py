@@ -40,7 +40,7 @@ def _load() -> tuple[ModuleType | None, str]:
         from recurx import _C
     except ImportError as error:
         return None, no_compiled_module(error)
-    if not hasattr(_C, "cpu_window_forward"):
+    if not hasattr(_C, "cpu_solve"):
         return None, "needs a recurx._C with the CPU engine; rebuild it"
     return _C, ""
 
