@@ -28,10 +28,16 @@ COMMANDS = {
         "three minutes: a tiny model learns, engines race",
     ),
     "train": ("recurx.cli.train", "train a model on a task, or resume"),
-    "eval": ("recurx.bench.evaluate", "accuracy of a checkpoint, by steps of refinement"),
+    "eval": (
+        "recurx.experiments.answering.evaluate",
+        "accuracy of a checkpoint, by steps of refinement",
+    ),
     "profile": ("recurx.bench.profile", "where one step of a model spends its time, by domain"),
     "experiment": ("recurx.experiments.command", "test a claim about recursion: sort, ..."),
-    "solve": ("recurx.cli.solve", "solve the Sudokus you type, or those of a file"),
+    "solve": (
+        "recurx.experiments.answering.solve",
+        "solve the Sudokus you type, or those of a file",
+    ),
     "export": ("recurx.cli.export", "a checkpoint as an ONNX file, for other engines"),
     "bench": ("recurx.bench.command", "measure this machine, show and compare measurements"),
 }

@@ -22,11 +22,14 @@ import torch
 from safetensors.torch import save_file
 
 import recurx
-from recurx import RecurxError, tasks
-from recurx.bench import arc_files, maze_files, results
+from recurx import RecurxError
+from recurx.bench import results
+from recurx.experiments.tasks import Maze
+from recurx.experiments.tasks.arc import files as arc_files
+from recurx.experiments.tasks.maze import files as maze_files
+from recurx.experiments.tasks.sudoku import files
+from recurx.experiments.tasks.sudoku.layout import Layout
 from recurx.models import TRM, TRMConfig
-from recurx.tasks.sudoku import files
-from recurx.tasks.sudoku.layout import Layout
 
 COUNT = int(os.environ.get("RECURX_MUTATIONS", "560"))
 SECONDS = 10.0  # of the processor: a hang, not a slow machine
@@ -154,7 +157,7 @@ def kinds(folder: Path) -> dict[str, tuple[str, bytes, Callable, Callable]]:
     arch = "# one\narch:\n  name: recursive_reasoning.trm@TRM\n  H_cycles: 2\n  L_cycles: 3\n"
     arch += "  num_heads: 2\n  expansion: 4\n  inner_multiple: 32\n  puzzle_emb_len: 1\n"
     arch += "  loss: {name: x}\nlr: 0.1\n"
-    layout, maze_task = Layout.of(9), tasks.Maze(size=4)
+    layout, maze_task = Layout.of(9), Maze(size=4)
 
     def sudoku(path: Path) -> None:
         assert len(files.read(path, layout)) and files.first_puzzle(path)

@@ -13,9 +13,9 @@ import torch
 
 import recurx
 from recurx.commands import main
+from recurx.experiments.tasks.sudoku.layout import Layout
+from recurx.experiments.tasks.sudoku.solver import solve as search
 from recurx.models import TRM, TRMConfig
-from recurx.tasks.sudoku.layout import Layout
-from recurx.tasks.sudoku.solver import solve as search
 
 EASY = "530070000600195000098000060800060003400803001700020006060000280000419005000080079"
 HARD = "000000039000001005003050800008090006070002000100400000009080050020000600400700000"

@@ -17,7 +17,6 @@
     results.py    the JSON files: schema, provenance, atomic writing, reading
     compare.py    which of two files is faster, by how much, and whether that is noise
     report.py     tables of README.md and docs/benchmarks.md; plots.py draws them
-    evaluate.py   `python -m recurx eval`; questions.py reads its files, vote.py scores ARC
     profile.py    `python -m recurx profile`
 
 Importing this package imports neither torch nor matplotlib.

@@ -13,7 +13,8 @@ and a line in EXPERIMENTS. It imports no torch before `measure` runs. `measure` 
 "findings" (sentences with the measured figures) and "holds": whether the claim showed, by a rule
 that the module states.
 
-`tasks` (what experiments learn) and `hybrid` stand by themselves, below the command line.
+`tasks` (what nets learn) and `hybrid` stand by themselves, below the command line; `answering` and
+`demo` are commands of their own.
 """
 
 from __future__ import annotations

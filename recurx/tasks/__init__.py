@@ -4,51 +4,26 @@ task = recurx.tasks.get("sudoku-4x4")            # or "maze:size=12", "sort:leng
 batch = recurx.tasks.Sampler(task, seed=1).draw(64)
 task.check(batch.inputs, batch.answers).all()    # by the rules, no labels needed
 
-Other packages add tasks: an entry point of the group "recurx.tasks" whose name is that of the task,
-and whose object makes it; or `register`, where nothing is installed.
+A task is an entry point of the group "recurx.tasks", of recurx or of another package, whose name is
+that of the task, and whose object makes it; or it is registered, where nothing is installed.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any
 
 from recurx.errors import InvalidArgument, RecurxError
-from recurx.tasks.arc import Arc
 from recurx.tasks.base import PAD, Examples, Task
-from recurx.tasks.maze import Maze, MazeHard
 from recurx.tasks.sampler import Sampler
-from recurx.tasks.sudoku import Sudoku
 
 GROUP = "recurx.tasks"  # of entry points
 MOST_TOKENS, MOST_DIGITS = 2**16, 9  # as of models
-_MAKERS: dict[str, Callable[..., Task]] = {
-    "sudoku": Sudoku,
-    "sudoku-6x6": functools.partial(Sudoku, size=6),
-    "sudoku-4x4": functools.partial(Sudoku, size=4),
-    "maze": Maze,
-    "maze-hard": MazeHard,
-    "arc": Arc,
-    "arc-2": functools.partial(Arc, version=2),
-}
+_MAKERS: dict[str, Callable[..., Task]] = {}  # those registered, and those of packages so far
 
-__all__ = [
-    "NAMES",
-    "PAD",
-    "Arc",
-    "Examples",
-    "Maze",
-    "MazeHard",
-    "Sampler",
-    "Sudoku",
-    "Task",
-    "get",
-    "names",
-    "register",
-]
+__all__ = ["NAMES", "PAD", "Examples", "Sampler", "Task", "get", "names", "register"]
 
 
 def get(name: str) -> Task:
@@ -101,7 +76,7 @@ def register(name: str, maker: Callable[..., Task]) -> None:
 
 
 def names() -> tuple[str, ...]:
-    """All tasks: those of recurx, those registered, and those of installed packages."""
+    """All tasks: those registered, and those of installed packages, recurx among them."""
     installed = [point.name for point in entry_points(group=GROUP)]
     return tuple(dict.fromkeys([*_MAKERS, *installed]))
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from recurx.errors import bad_argument
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Tokens = NDArray[np.int64]  # [N, T] token ids; 0 is padding in every task
 Flags = NDArray[np.bool_]  # [N]
+OnProgress = Callable[[int, int], None]  # (examples that are ready, of how many)
 
 PAD = 0
 
@@ -67,6 +73,50 @@ class Grid:
 
     units: NDArray[np.int64]
     neighbours: NDArray[np.bool_]
+
+
+class Stream(ABC):
+    """What draws examples from a generator of its own can be saved, and goes on elsewhere."""
+
+    _rng: np.random.Generator
+
+    @abstractmethod
+    def draw(self, count: int) -> Examples:
+        """The next `count` examples."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, fit for JSON."""
+        return copy.deepcopy(dict(self._rng.bit_generator.state))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly where the stream that made `state` stopped (with the same arguments)."""
+        self._rng.bit_generator.state = copy.deepcopy(state)
+
+
+class Split(Protocol):
+    """The examples of a file in two parts.
+
+    Attributes:
+        path, sha256: the file.
+        held_out: which of its examples are never trained on.
+        rule: one sentence saying what these have that the others have not.
+    """
+
+    path: str
+    sha256: str
+    held_out: NDArray[np.int64]
+
+    @property
+    def rule(self) -> str: ...
+
+    def examples(self, rows: NDArray[np.int64]) -> Examples:
+        """These examples as they stand in the file."""
+
+    def sampler(self, seed: int, reveal: int) -> Stream:
+        """An endless stream of the others; 0..reveal blanks of each are filled in."""
+
+    def write_held_out(self, path: str | Path) -> None:
+        """The questions that are held out, as a file of the same kind."""
 
 
 class Task(ABC):
@@ -135,6 +185,26 @@ class Task(ABC):
         """Whether each answer to `examples` is right: by `check`, and by `examples.answers` only
         in tasks whose rules nobody knows."""
         return self.check(examples.inputs, answers)
+
+    def split_file(
+        self,
+        path: str | Path,
+        hold_out: int,
+        *,
+        sha256: str | None = None,
+        on_progress: OnProgress = lambda done, total: None,
+    ) -> Split:
+        """The examples of a file, `hold_out` of which are held out.
+
+        Args:
+            sha256: of the file that is meant; None takes what is there.
+            on_progress: called while answers are searched that the file does not have.
+
+        Raises:
+            InvalidArgument: the task is not trained on files, or this one is refused.
+        """
+        known = "a task that is trained on files, as sudoku (9x9) is"
+        raise bad_argument("train", "puzzles", known, self.name)
 
     @abstractmethod
     def text(self, tokens: NDArray[np.int64]) -> str:

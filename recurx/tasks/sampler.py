@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-from typing import Any
 
 import numpy as np
 
 from recurx.errors import RecurxError, bad_argument
-from recurx.tasks.base import Examples, Task
+from recurx.tasks.base import Examples, Stream, Task
 
 SPLITS = ("train", "held-out")
 MOST_ROUNDS = 1000  # of candidates before the sampler gives up on an (almost) empty side
-
-
-class Stream:
-    """What draws examples from a generator of its own can be saved, and goes on elsewhere."""
-
-    _rng: np.random.Generator
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, fit for JSON."""
-        return copy.deepcopy(dict(self._rng.bit_generator.state))
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where the stream that made `state` stopped (with the same arguments)."""
-        self._rng.bit_generator.state = copy.deepcopy(state)
 
 
 class Sampler(Stream):

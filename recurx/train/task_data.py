@@ -12,8 +12,7 @@ from recurx import tasks
 from recurx.errors import bad_argument
 from recurx.models import RecursiveModel, starts
 from recurx.models.stablemax import IGNORE
-from recurx.tasks.base import PAD, Examples, Task
-from recurx.tasks.sudoku.split import OnProgress, PuzzleSampler, PuzzleSplit, load
+from recurx.tasks.base import PAD, Examples, OnProgress, Split, Stream, Task
 from recurx.train.config import TrainConfig
 
 
@@ -31,8 +30,8 @@ class TaskData:
         self,
         config: TrainConfig,
         task: Task,
-        sampler: tasks.Sampler | PuzzleSampler,
-        split: PuzzleSplit | None = None,
+        sampler: Stream,
+        split: Split | None = None,
     ) -> None:
         self.config, self.task, self.sampler, self.split = config, task, sampler, split
         self.vocab_size, self.seq_len = task.vocab_size, task.seq_len
@@ -95,10 +94,12 @@ def open_data(
         on_progress: called with (done, of how many) while the puzzles of a file are solved.
 
     Raises:
-        InvalidArgument: unknown task; or the file of puzzles is refused (`tasks.sudoku.split`).
+        InvalidArgument: unknown task; or it refuses the file of puzzles (`Task.split_file`).
     """
     task, path = tasks.get(config.task), puzzles or config.puzzles
     if path is None:
         return TaskData(config, task, tasks.Sampler(task, config.seed))
-    split = load(task, path, config.hold_out, sha256=config.puzzles_sha256, on_progress=on_progress)
-    return TaskData(config, task, PuzzleSampler(split, config.seed, config.reveal), split)
+    split = task.split_file(
+        path, config.hold_out, sha256=config.puzzles_sha256, on_progress=on_progress
+    )
+    return TaskData(config, task, split.sampler(config.seed, config.reveal), split)

@@ -20,9 +20,9 @@ from recurx import tasks
 from recurx.cli import options, output
 from recurx.commands import COMMANDS, main
 from recurx.experiments.demo import engines, full_size, learn
+from recurx.experiments.tasks.sudoku import files, solver
+from recurx.experiments.tasks.sudoku.layout import Layout
 from recurx.models import TRM, TRMConfig
-from recurx.tasks.sudoku import files, solver
-from recurx.tasks.sudoku.layout import Layout
 from recurx.train import Report
 
 TINY = ["--set", "hidden_size=16", "--set", "num_heads=2", "--batch-size", "8"]

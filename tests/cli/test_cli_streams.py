@@ -17,9 +17,9 @@ import torch
 import recurx
 from recurx import commands, tasks
 from recurx.backends import cpu
-from recurx.bench import evaluate
 from recurx.checkpoint import save_checkpoint
 from recurx.commands import COMMANDS, main
+from recurx.experiments.answering import evaluate
 from recurx.models import TRM, TRMConfig
 
 ROOT = Path(recurx.__file__).parents[1]

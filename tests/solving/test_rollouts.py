@@ -12,8 +12,8 @@ from torch import Tensor
 
 import recurx
 from recurx import tasks
-from recurx.cli import refinement
 from recurx.commands import main
+from recurx.experiments.answering import refinement
 from recurx.models import TRM, TRMConfig
 from recurx.solving import rollouts
 from recurx.solving.halting_loop import Answers, refine

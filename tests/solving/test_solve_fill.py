@@ -12,8 +12,8 @@ from torch import Tensor
 import recurx
 import recurx.experiments.tasks
 from recurx.cli import options
-from recurx.cli.refinement import Refining, arguments_of_solve
 from recurx.commands import main
+from recurx.experiments.answering.refinement import Refining, arguments_of_solve
 from recurx.models import TRM, TRMConfig
 from tests.solving.test_solve import CountRows, fixed_loop, make_batch, make_model
 from tests.test_shipped import EASY, net, puzzle_file  # noqa: F401 (a fixture)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
-from recurx import InvalidArgument, RecurxError, experiments, tasks
-from recurx.experiments.tasks import TASKS, Sorting
+from recurx import InvalidArgument, RecurxError, _checkout, tasks
+from recurx.experiments.tasks import TASKS, Maze, Sorting
 from tests.checkouts import ROOT
 
 MODULE = """
 from dataclasses import dataclass
-from recurx.tasks import Sudoku
+from recurx.experiments.tasks import Sudoku
 
 @dataclass(frozen=True)
 class Nonogram(Sudoku):
@@ -59,22 +60,44 @@ def test_a_package_adds_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_tasks_of_the_experiments_are_entry_points(tmp_path: Path) -> None:
     """In a process that imported nothing of the experiments."""
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    section = text.partition('[project.entry-points."recurx.tasks"]\n')[2].partition("\n\n")[0]
-    entries = dict(line.replace('"', "").split(" = ") for line in section.splitlines())
-    assert entries == {
-        name: f"{experiments.__name__}.tasks:{maker.__name__}" for name, maker in TASKS.items()
-    }
-    source = "import sys; from recurx import tasks\n"
+    points = {point.name: point for point in _checkout_points()}
+    assert {name: point.load() for name, point in points.items()} == TASKS
+    lines = "\n".join(f"{name} = {point.value}" for name, point in points.items())
+    install(tmp_path, "recurx-again", lines)
+    assert made_in_a_process("", tmp_path, ROOT) == "20 order"
+
+
+def test_a_checkout_without_metadata_has_its_tasks(tmp_path: Path) -> None:
+    """Nor is it taken for a distribution by those who ask for versions."""
+    no_site = "import sys; sys.path = [p for p in sys.path if not p.endswith('site-packages')]\n"
+    for module in ("numpy", "torch"):  # found from now on, as those of a system's Python are
+        no_site = f"import {module}\n{no_site}"
+    assert made_in_a_process(no_site, ROOT) == "20 order"
+    assert {point.dist.name for point in _checkout_points()} == {_checkout.NAME}
+    assert next(metadata.distributions(name="recurx"), None) is None or metadata.version("recurx")
+    assert not [d for d in metadata.distributions(name="numpy") if d.name == _checkout.NAME]
+
+
+def test_a_copy_without_its_project_has_no_entry_points(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(_checkout, "ROOT", tmp_path)
+    assert _checkout.entries() == "" and not _checkout_points()
+
+
+def _checkout_points() -> metadata.EntryPoints:
+    return metadata.distribution(_checkout.NAME).entry_points.select(group=tasks.GROUP)
+
+
+def made_in_a_process(before: str, *path: Path) -> str:
+    source = before + "import sys; from recurx import tasks\n"
     source += "assert 'recurx.experiments' not in sys.modules; print(*tasks.names())\n"
     source += "print(tasks.get('sort:length=20').seq_len, tasks.get('order').name)"
-    install(tmp_path, "recurx-again", "\n".join(f"{n} = {value}" for n, value in entries.items()))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
     done = subprocess.run(
         [sys.executable, "-c", source], capture_output=True, text=True, env=environment
     )
     listed, made = done.stdout.splitlines() if done.returncode == 0 else pytest.fail(done.stderr)
-    assert set(TASKS) <= set(listed.split()) and made == "20 order"
+    assert set(TASKS) <= set(listed.split())
+    return made
 
 
 def test_registering() -> None:
@@ -83,8 +106,8 @@ def test_registering() -> None:
     assert tasks.get("records:tags=2").vocab_size == tasks.get("sort:tags=2").vocab_size
     assert "records" in tasks.names()
     with pytest.raises(InvalidArgument, match="another task is called 'records'"):
-        tasks.register("records", tasks.Maze)
+        tasks.register("records", Maze)
     with pytest.raises(InvalidArgument, match="without options, got 'maze:size=9'"):
-        tasks.register("maze:size=9", tasks.Maze)
+        tasks.register("maze:size=9", Maze)
     with pytest.raises(AttributeError, match="no attribute 'Sorting'"):
         tasks.Sorting  # noqa: B018

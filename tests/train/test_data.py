@@ -8,10 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recurx import tasks
+from recurx.experiments.tasks import Sorting
 from recurx.models import RecursiveModel
 from recurx.models.stablemax import IGNORE
-from recurx.tasks import Examples
-from recurx.train import TrainConfig, Trainer, evaluate
+from recurx.tasks import Examples, Sampler
+from recurx.tasks.base import Stream
+from recurx.train import TrainConfig, Trainer, evaluate, open_data
 from tests.test_import_graph import ROOT, arrows
 from tests.train.test_train import differing
 
@@ -85,3 +88,40 @@ def test_only_the_two_that_name_tasks_know_them() -> None:
         and arrow.imported != "recurx.tasks.base"
     }
     assert knowing == {"recurx.train.task_data", "recurx.train.presets"}
+
+
+class Shelf:
+    """`tasks.base.Split` of a file that has a seed for sorting."""
+
+    path, sha256, rule = "numbers.txt", "of a seed", "the first ones"
+    held_out = np.arange(3)
+
+    def __init__(self, task: Sorting, seed: int) -> None:
+        self.task, self.seed = task, seed
+
+    def examples(self, rows: np.ndarray) -> Examples:
+        return Sampler(self.task, self.seed, "held-out").draw(10).take(rows)
+
+    def sampler(self, seed: int, reveal: int) -> Stream:
+        return Sampler(self.task, self.seed + seed + reveal)
+
+
+class Filed(Sorting):
+    """A task that its own kind of file trains."""
+
+    def split_file(self, path: str, hold_out: int, *, sha256: str | None = None, **how: Any):
+        assert (path, hold_out, sha256, set(how)) == ("numbers.txt", 3, None, {"on_progress"})
+        return Shelf(self, 7)
+
+
+def test_a_task_of_others_is_trained_on_files_by_its_own_method(monkeypatch) -> None:
+    monkeypatch.setattr(tasks, "_MAKERS", dict(tasks._MAKERS))
+    tasks.register("filed", Filed)
+    config = TrainConfig("filed:length=3", MODEL, batch_size=4, puzzles="numbers.txt", hold_out=3)
+    data = open_data(config)
+    fresh = Sampler(data.task, 7).draw(4)
+    assert (data.draw(4)["inputs"].numpy() == fresh.inputs).all()
+    assert len(data.held_out(2)) == 2 and data.held_out_rule == "the first ones"
+    trainer = Trainer(config)
+    assert trainer.config.puzzles_sha256 == "of a seed"
+    assert trainer.run(steps=2) == "steps" and len(trainer.held_out(99)) == 3

@@ -14,11 +14,11 @@ import recurx.experiments.tasks
 from recurx import tasks
 from recurx.commands import main
 from recurx.errors import InvalidArgument
+from recurx.experiments.tasks import Sudoku
+from recurx.experiments.tasks.sudoku import files, generate, symmetry
+from recurx.experiments.tasks.sudoku import split as puzzles
+from recurx.experiments.tasks.sudoku.layout import Layout, is_solution, to_boards
 from recurx.models import TRM, starts
-from recurx.tasks import Sudoku
-from recurx.tasks.sudoku import files, generate, symmetry
-from recurx.tasks.sudoku import split as puzzles
-from recurx.tasks.sudoku.layout import Layout, is_solution, to_boards
 from recurx.train import Trainer, open_data, preset, saved_config, state
 
 NINE = Layout.of(9)
@@ -136,7 +136,7 @@ def test_refusals(file: Path) -> None:
         ({"hold_out": 0}, "hold_out"),
         ({"reveal": -1}, "reveal"),
         ({"task": "sudoku-6x6"}, "9x9"),
-        ({"task": "sort"}, "9x9"),
+        ({"task": "sort"}, "a task that is trained on files, as sudoku .*got sort"),
     ):
         with pytest.raises(InvalidArgument, match=says):
             split_of(config(file, **changes))

@@ -86,7 +86,7 @@ def commands(
     for name, _, us in kernels:
         total[name] += us
     lines = [
-        "# the steps inside `with recurx.bench.profiler.nvtx_ranges(model):`, by call, block, stage:",
+        "# steps inside `with recurx.bench.profiler.nvtx_ranges(model):`, by call, block, stage:",
         f"nsys profile -t cuda,nvtx -c cudaProfilerApi -o recurx {script}",
         "nsys stats -r cuda_gpu_kern_sum,nvtx_gpu_proj_sum recurx.nsys-rep",
     ]

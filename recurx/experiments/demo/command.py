@@ -21,8 +21,8 @@ def run(asked: Options) -> int:
 
     from recurx.cli import output
     from recurx.experiments.demo import full_size, learn, shipped_net
+    from recurx.experiments.tasks.sudoku.layout import to_boards
     from recurx.shipped_nets import available
-    from recurx.tasks.sudoku.layout import to_boards
 
     device = asked.prepare()
     console = output.make_console()

@@ -9,16 +9,16 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from recurx.cli.checkpoints import open_checkpoint
 from recurx.cli.output import side_by_side, table
 from recurx.errors import InvalidArgument
+from recurx.experiments.answering.checkpoints import open_checkpoint
 from recurx.experiments.demo import engines
 from recurx.experiments.demo.learn import Trained, heading
 from recurx.experiments.demo.options import Options
+from recurx.experiments.tasks import Sudoku
+from recurx.experiments.tasks.sudoku import files
+from recurx.experiments.tasks.sudoku.layout import to_boards, to_tokens
 from recurx.models import TRM, RecursiveModel, TRMConfig
-from recurx.tasks import Sudoku
-from recurx.tasks.sudoku import files
-from recurx.tasks.sudoku.layout import to_boards, to_tokens
 
 # Three puzzles that newspapers and encyclopedias print again and again, from easy to notorious.
 PUZZLES = (

@@ -14,10 +14,11 @@ import recurx
 from recurx.cli.output import curve, table
 from recurx.cli.progress import TrainingDisplay
 from recurx.experiments.demo.options import Options
+from recurx.experiments.tasks.sudoku import Sudoku
+from recurx.experiments.tasks.sudoku.layout import Layout, to_boards
 from recurx.models import RecursiveModel
-from recurx.tasks import Examples, Sudoku
+from recurx.tasks import Examples
 from recurx.tasks.base import Tokens
-from recurx.tasks.sudoku.layout import Layout, to_boards
 from recurx.train import Report, Trainer, evaluate, preset
 
 # 12 clues of 36; boards with every clue needed have 10, and take this net twice as long to learn.

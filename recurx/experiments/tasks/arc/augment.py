@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from recurx.tasks.arc.canvas import COLOURS, Grid
+from recurx.experiments.tasks.arc.canvas import COLOURS, Grid
 
 # The symmetries of the square as (quarter turns, then whether to transpose).
 SYMMETRIES = tuple((turns, flip) for flip in (False, True) for turns in range(4))

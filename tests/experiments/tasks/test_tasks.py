@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-import recurx.experiments.tasks  # noqa: F401
 from recurx import InvalidArgument, tasks
-from recurx.tasks.sudoku import files, generate, symmetry
-from recurx.tasks.sudoku.layout import Layout, board_text, is_solution, to_boards
-from recurx.tasks.sudoku.solver import solve
+from recurx.experiments.tasks import Maze
+from recurx.experiments.tasks.sudoku import files, generate, symmetry
+from recurx.experiments.tasks.sudoku.layout import Layout, board_text, is_solution, to_boards
+from recurx.experiments.tasks.sudoku.solver import solve
 
 SMALL = (
     "sudoku-4x4",
@@ -149,7 +149,7 @@ def test_records_have_different_keys_and_the_keys_alone_decide_on_their_side() -
 
 
 def test_maze_checker_takes_any_shortest_path_and_refuses_detours() -> None:
-    task = tasks.Maze(size=4)
+    task = Maze(size=4)
     ids = {c: i for i, c in enumerate("?# SGo")}
 
     def tokens(text: str) -> np.ndarray:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from recurx.cli import options
-from recurx.cli.refinement import Refining, arguments_of_solve
 from recurx.errors import InvalidArgument
+from recurx.experiments.answering.refinement import Refining, arguments_of_solve
 from recurx.options import file, option
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ def run(asked: Options) -> int:
 
     import recurx
     from recurx.cli import output
-    from recurx.cli.checkpoints import open_checkpoint
-    from recurx.tasks.sudoku.layout import to_boards
+    from recurx.experiments.answering.checkpoints import open_checkpoint
+    from recurx.experiments.tasks.sudoku.layout import to_boards
 
     device = asked.prepare()
     if bool(asked.puzzle) == bool(asked.puzzles):
@@ -63,8 +63,8 @@ def run(asked: Options) -> int:
 
 def _task_of(asked: Options) -> str:
     """The Sudoku that the first puzzle has the length of; 9x9 if of none, which is then told."""
-    from recurx.cli.checkpoints import SUDOKU_OF_LENGTH
-    from recurx.tasks.sudoku import files
+    from recurx.experiments.answering.checkpoints import SUDOKU_OF_LENGTH
+    from recurx.experiments.tasks.sudoku import files
 
     first = files.first_puzzle(asked.puzzles) if asked.puzzles else asked.puzzle[0].strip()
     return SUDOKU_OF_LENGTH.get(len(first), "sudoku")
@@ -72,9 +72,9 @@ def _task_of(asked: Options) -> str:
 
 def _inputs(asked: Options, task: Task) -> NDArray[np.int64]:
     """Token ids [N, T] of the puzzles given as arguments or in a file."""
-    from recurx.tasks import Sudoku
-    from recurx.tasks.sudoku import files
-    from recurx.tasks.sudoku.layout import to_tokens
+    from recurx.experiments.tasks import Sudoku
+    from recurx.experiments.tasks.sudoku import files
+    from recurx.experiments.tasks.sudoku.layout import to_tokens
 
     if not isinstance(task, Sudoku):
         raise InvalidArgument(f"this checkpoint is for {task.name}: use eval for other tasks.")

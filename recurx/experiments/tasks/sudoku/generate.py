@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from recurx.errors import bad_argument
-from recurx.tasks.sudoku.layout import Boards, Layout
-from recurx.tasks.sudoku.solver import BITS, boards_of, possible, propagate, solve
+from recurx.experiments.tasks.sudoku.layout import Boards, Layout
+from recurx.experiments.tasks.sudoku.solver import BITS, boards_of, possible, propagate, solve
 
 # Fewest clues with which a puzzle can have one solution: theorems at 4x4 and at 9x9 (arXiv
 # 1201.0749), by search at 6x6.

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recurx.errors import bad_argument
+from recurx.experiments.tasks.maze import hard, paths
 from recurx.tasks.base import PAD, Examples, Flags, Grid, Task, Tokens, hashed_share
-from recurx.tasks.maze import hard, paths
 
 CHARACTERS = "?# SGo"  # by token id
 WALL, OPEN, START, GOAL, PATH = range(1, 6)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from recurx.bench import maze_files
 from recurx.errors import InvalidArgument
+from recurx.experiments.tasks.maze import Maze
+from recurx.experiments.tasks.maze import files as maze_files
+from recurx.experiments.tasks.sudoku import Sudoku, files, solver
+from recurx.experiments.tasks.sudoku.generate import FEWEST_CLUES
+from recurx.experiments.tasks.sudoku.layout import to_tokens
 from recurx.tasks.base import Examples, Task
-from recurx.tasks.maze import Maze
-from recurx.tasks.sudoku import Sudoku, files, solver
-from recurx.tasks.sudoku.generate import FEWEST_CLUES
-from recurx.tasks.sudoku.layout import to_tokens
 
 LONG_SEARCH = 5000  # puzzles whose answers take so long to find that the wait is announced
 

@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from recurx import InvalidArgument, RecurxError, tasks
-from recurx.bench import vote
-from recurx.tasks import Arc
-from recurx.tasks.arc import Ballot, canvas, data
-from recurx.tasks.arc.augment import IDENTITY, SYMMETRIES, Augmentation, augmentations
+from recurx.experiments.tasks import Arc
+from recurx.experiments.tasks.arc import Ballot, canvas, data, vote
+from recurx.experiments.tasks.arc.augment import IDENTITY, SYMMETRIES, Augmentation, augmentations
 
 ALL_COLOURS = np.ones(10, dtype=bool)
 RECORDED = [

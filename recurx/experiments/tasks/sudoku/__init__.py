@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from recurx.errors import bad_argument
+from recurx.experiments.tasks.sudoku import generate, split, symmetry
+from recurx.experiments.tasks.sudoku.layout import (
+    Layout,
+    board_text,
+    is_solution,
+    to_boards,
+    to_tokens,
+)
+from recurx.experiments.tasks.sudoku.solver import solve
 from recurx.tasks.base import Examples, Flags, Grid, Task, Tokens, hashed_share
-from recurx.tasks.sudoku import generate, symmetry
-from recurx.tasks.sudoku.layout import Layout, board_text, is_solution, to_boards, to_tokens
-from recurx.tasks.sudoku.solver import solve
 
 HELD_OUT_SHARE = 6  # one sixth of the keys: 2 of the 12 kinds of 4x4 boards
 
@@ -85,6 +93,9 @@ class Sudoku(Task):
             first_row = np.argsort(answers[:, : self.size], axis=1)
             return hashed_share(np.take_along_axis(first_row, answers - 1, axis=1), HELD_OUT_SHARE)
         return hashed_share(symmetry.orbit_key(self.layout, answers), HELD_OUT_SHARE)
+
+    def split_file(self, path: str | Path, hold_out: int, **how: Any) -> split.PuzzleSplit:
+        return split.load(self.layout, path, hold_out, **how)
 
     def check(self, inputs: Tokens, answers: Tokens) -> Flags:
         return is_solution(self.layout, to_boards(inputs), to_boards(answers))

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from recurx import InvalidArgument, tasks
-from recurx.bench import questions
-from recurx.tasks.sudoku import files
-from recurx.tasks.sudoku.layout import Layout
+from recurx.experiments.tasks import questions
+from recurx.experiments.tasks.sudoku import files
+from recurx.experiments.tasks.sudoku.layout import Layout
 
 PUZZLE = "530070000600195000098000060800060003400803001700020006060000280000419005000080079"
 ANSWER = "534678912672195348198342567859761423426853791713924856961537284287419635345286179"
@@ -144,11 +144,11 @@ def test_answers_that_a_file_leaves_out_are_searched(tmp_path: Path) -> None:
     assert found.known is not None and found.known.tolist() == [True, True, True, False]
     answers = ["".join(map(str, row)) for row in (found.examples.answers[:3] - 1).tolist()]
     assert answers == [ANSWER, wrong, ANSWER]
-    from recurx.tasks.sudoku import split
+    from recurx.experiments.tasks.sudoku import split
 
     with pytest.raises(InvalidArgument, match="puzzle 2: the answer in the file breaks"):
-        split.load(tasks.get("sudoku"), path, 1)
+        split.load(Layout.of(9), path, 1)
     path.write_text(f"question,answer\n{PUZZLE},{ANSWER}\n{'0' * 81},\n")
     with pytest.raises(InvalidArgument, match="puzzle 2: it has more than one"):
-        split.load(tasks.get("sudoku"), path, 1)
+        split.load(Layout.of(9), path, 1)
     assert np.isin(found.examples.inputs, np.arange(11)).all()

@@ -1,4 +1,4 @@
-"""Reads Sudokus from text and CSV files (`recurx.tasks.text_files` tells which).
+"""Reads Sudokus from text and CSV files (`recurx.experiments.tasks.text_files` tells which).
 
 A board is 81 characters for 9x9, fewer for smaller ones: digits, and `0`, `.`, `_` or `*` for a
 blank.
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from recurx.tasks import text_files
+from recurx.experiments.tasks import text_files
+from recurx.experiments.tasks.sudoku.layout import BOX_SHAPES, Boards, Layout
 from recurx.tasks.base import Flags
-from recurx.tasks.sudoku.layout import BOX_SHAPES, Boards, Layout
 
 BLANKS = dict.fromkeys("0._*", 0)
 

@@ -1,4 +1,4 @@
-"""Reads mazes from CSV and text files (`recurx.tasks.text_files` tells which; spaces are cells).
+"""Reads mazes from CSV and text files, in the forms of `tasks.text_files`; spaces are cells.
 
 A question is a whole square maze of `#` wall, space, S and G; an answer has `o` on the cells of the
 path between S and G.
@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from recurx.errors import InvalidArgument
-from recurx.tasks import text_files
+from recurx.experiments.tasks import text_files
+from recurx.experiments.tasks.maze import CHARACTERS, PATH, Maze
 from recurx.tasks.base import Examples, Flags
-from recurx.tasks.maze import CHARACTERS, PATH, Maze
 
 TOKENS = {character: token for token, character in enumerate(CHARACTERS) if token}
 

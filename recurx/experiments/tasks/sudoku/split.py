@@ -10,7 +10,6 @@ puzzles and every puzzle whose solution could be a symmetric image of one of the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,14 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recurx.errors import InvalidArgument, bad_argument
-from recurx.tasks.base import Examples, Task
-from recurx.tasks.sampler import Stream
-from recurx.tasks.sudoku import Sudoku, files, solver, symmetry
-from recurx.tasks.sudoku.layout import Layout, is_solution, to_tokens
-from recurx.tasks.text_files import opened
+from recurx.experiments.tasks.sudoku import files, solver, symmetry
+from recurx.experiments.tasks.sudoku.layout import Layout, is_solution, to_tokens
+from recurx.experiments.tasks.text_files import opened
+from recurx.tasks.base import Examples, OnProgress, Stream
 
 HOLD_OUT_SEED = 0
-OnProgress = Callable[[int, int], None]  # (puzzles solved, of how many)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +54,9 @@ class PuzzleSplit:
             f"on have other solutions, up to symmetry"
         )
 
+    def sampler(self, seed: int = 0, reveal: int = 0) -> PuzzleSampler:
+        return PuzzleSampler(self, seed, reveal)
+
     def write_held_out(self, path: str | Path) -> None:
         """The held-out puzzles as lines of 81 digits, in the order of the permutation."""
         rows = self.puzzles[self.held_out]
@@ -65,7 +65,7 @@ class PuzzleSplit:
 
 
 def load(
-    task: Task,
+    layout: Layout,
     path: str | Path,
     hold_out: int,
     *,
@@ -78,19 +78,20 @@ def load(
     40,000 puzzles of 17 clues.
 
     Args:
-        task: 9x9 Sudoku; of 4x4 and 6x6 there are 2 and 49 boards up to symmetry, of which none
-            could be held out honestly.
+        layout: 9x9; of 4x4 and 6x6 there are 2 and 49 boards up to symmetry, of which none could be
+            held out honestly.
         hold_out: K, puzzles that are held out.
         sha256: of the file that is meant; None takes what is there.
         on_progress: called while the solver works.
 
     Raises:
-        InvalidArgument: the task is not 9x9 Sudoku; the file cannot be read or is not the one that
+        InvalidArgument: the layout is another; the file cannot be read or is not the one that
             `sha256` names; a puzzle has a wrong answer, or not exactly one solution; nothing is
             left to train on.
     """
-    if not isinstance(task, Sudoku) or task.size != 9:
-        raise bad_argument("train", "puzzles", "a file for the task sudoku (9x9)", task.name)
+    if layout.size != 9:
+        got = f"{layout.size}x{layout.size}"
+        raise bad_argument("train", "puzzles", "a file for the task sudoku (9x9)", got)
     with opened(path, "puzzles") as file:
         digest = hashlib.sha256(file.buffer.read()).hexdigest()
     if sha256 not in (None, digest):
@@ -99,13 +100,13 @@ def load(
             f"{digest[:16]}, that of the run's file with {sha256[:16]}. Name the "
             f"right one (--puzzles FILE)."
         )
-    puzzles, answers = _solved(Path(path), digest, task.layout, on_progress)
+    puzzles, answers = _solved(Path(path), digest, layout, on_progress)
     if not hold_out < len(puzzles):
         most = f"fewer than the file's {len(puzzles)} puzzles"
         raise bad_argument("train", "hold_out", most, hold_out)
     order = np.random.default_rng(HOLD_OUT_SEED).permutation(len(puzzles))
     held_out, rest = order[:hold_out], order[hold_out:]
-    train = rest[~_related(task.layout, answers, rest, held_out)]
+    train = rest[~_related(layout, answers, rest, held_out)]
     if len(train) == 0:
         raise InvalidArgument(
             f"train: {path} has {len(puzzles)} puzzles, and every one that is not held out has the "

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recurx.errors import RecurxError
-from recurx.tasks.maze.paths import Cells, Grids, distances
+from recurx.experiments.tasks.maze.paths import Cells, Grids, distances
 
 Rows = NDArray[np.uint64]  # [N, S], bit c of row r is cell (r, c)
 

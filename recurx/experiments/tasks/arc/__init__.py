@@ -18,9 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recurx.errors import InvalidArgument, bad_argument
-from recurx.tasks.arc import canvas, data
-from recurx.tasks.arc.augment import Augmentation, augmentations
-from recurx.tasks.arc.canvas import END, FIRST_COLOUR, SIDE, Grid, anywhere, decode, encode
+from recurx.experiments.tasks.arc import canvas, data
+from recurx.experiments.tasks.arc.augment import Augmentation, augmentations
+from recurx.experiments.tasks.arc.canvas import (
+    END,
+    FIRST_COLOUR,
+    SIDE,
+    Grid,
+    anywhere,
+    decode,
+    encode,
+)
 from recurx.tasks.base import PAD, Examples, Flags, Task, Tokens
 
 Question = tuple[str, int]  # id of the task, number of its test input

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from recurx import InvalidArgument, RecurxError, tasks
-from recurx.bench import maze_files as files
-from recurx.tasks.maze import GOAL, PATH, START, WALL, hard, paths
+from recurx.experiments.tasks.maze import GOAL, PATH, START, WALL, Maze, files, hard, paths
 
 HARD = "maze-hard:size=12,shortest=24"
 # Two shortest paths, of 4 steps.
@@ -27,7 +26,7 @@ def test_searches_agree_with_a_plain_one() -> None:
     start = np.array([rng.choice(np.flatnonzero(grid)) for grid in passable])
     steps = paths.distances(passable, start)
     far, longest = hard._farthest(hard._as_rows(passable), start)
-    maze = tasks.Maze(size=size)
+    maze = Maze(size=size)
     for row, grid in enumerate(passable):
         plain = maze._distances(np.where(grid.reshape(-1), 0, WALL), int(start[row]))
         expected = np.full(size * size, paths.UNREACHED)
@@ -97,7 +96,7 @@ def test_checker_needs_no_label_and_refuses_near_misses(drawn: tasks.Examples) -
 
 def test_detour_of_a_right_length_walk_is_refused() -> None:
     """As many marked cells as the shortest path has, connected to S, but not to G."""
-    task = tasks.Maze(size=4)
+    task = Maze(size=4)
     ids = {c: i for i, c in enumerate("?# SGo")}
     question, dead_end = (np.array([[ids[c] for c in t]]) for t in (SQUARE, "So #oo #  G#####"))
     assert (dead_end == PATH).sum() == 3
@@ -113,7 +112,7 @@ def test_impossible_length_ends_in_an_error(monkeypatch) -> None:
 
 
 def test_csv_with_and_without_answers(tmp_path) -> None:
-    task, path = tasks.Maze(size=4), tmp_path / "mazes.csv"
+    task, path = Maze(size=4), tmp_path / "mazes.csv"
     path.write_text(
         "source,question,answer,rating\n"
         f"a,{SQUARE},{ROUND_THE_CORNER},4\nb,{SQUARE},{STRAIGHT_DOWN},4\nc,{SQUARE},,4\n"
@@ -142,7 +141,7 @@ ROWS = [SQUARE[i : i + 4] for i in range(0, 16, 4)]
     ],
 )  # fmt: skip
 def test_mazes_as_people_have_them(tmp_path, text: str) -> None:
-    task, path = tasks.Maze(size=4), tmp_path / "mazes.csv"
+    task, path = Maze(size=4), tmp_path / "mazes.csv"
     path.write_bytes(text.encode())
     examples, known = files.read(path, task)
     assert known.tolist() == [True]
@@ -176,7 +175,7 @@ def test_bad_files_say_where(tmp_path, text: str, says: str) -> None:
     path = tmp_path / "mazes.csv"
     path.write_text(text)
     with pytest.raises(InvalidArgument, match=says):
-        files.read(path, tasks.Maze(size=4))
+        files.read(path, Maze(size=4))
 
 
 def test_eval_reads_mazes(tmp_path, capsys) -> None:

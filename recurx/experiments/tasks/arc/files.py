@@ -1,8 +1,8 @@
 """ARC tasks from files, and which rows of a puzzle embedding are theirs.
 
-    task = arc_files.task("arc-agi_evaluation_challenges.json", names="identifiers.json")
+    task = files.task("arc-agi_evaluation_challenges.json", names="identifiers.json")
     for examples, marks in task.test_batches(64):
-        ...                                        # `recurx.bench.arc.evaluate` is an example
+        ...              # `recurx.experiments.answering.arc.evaluate` is an example
 
 Tasks are a folder of files {"train": [pair, ...], "test": [pair, ...]}, one such file, or one of
 the competition, {id: task}, whose answers may lie beside it (`..._solutions.json`); so is the
@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 
 from recurx.errors import InvalidArgument
-from recurx.tasks.arc import Arc
-from recurx.tasks.arc.augment import IDENTITY, Augmentation
-from recurx.tasks.arc.canvas import COLOURS, SIDE, Grid
-from recurx.tasks.arc.data import Puzzle
+from recurx.experiments.tasks.arc import Arc
+from recurx.experiments.tasks.arc.augment import IDENTITY, Augmentation
+from recurx.experiments.tasks.arc.canvas import COLOURS, SIDE, Grid
+from recurx.experiments.tasks.arc.data import Puzzle
 
 IDENTIFIERS, TEST_PUZZLES = "identifiers.json", "test_puzzles.json"  # of official data sets
 SEPARATOR, BLANK = "|||", "<blank>"

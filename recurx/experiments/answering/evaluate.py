@@ -8,16 +8,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recurx.bench import arc, arc_files
 from recurx.bench.paths import check_writable
 from recurx.cli import options
-from recurx.cli.refinement import Refining, arguments_of_solve
+from recurx.experiments.answering import arc
+from recurx.experiments.answering.refinement import Refining, arguments_of_solve
+from recurx.experiments.tasks.arc import files as arc_files
 from recurx.options import file, option
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from recurx.bench.questions import Questions
+    from recurx.experiments.tasks.questions import Questions
     from recurx.models import RecursiveModel
     from recurx.tasks import Task
     from recurx.train import Report
@@ -49,7 +50,7 @@ def run(asked: Options) -> int:
     from recurx.bench import budgets
     from recurx.bench.budgets import shown
     from recurx.cli import output
-    from recurx.cli.checkpoints import open_checkpoint
+    from recurx.experiments.answering.checkpoints import open_checkpoint
     from recurx.train import evaluate
 
     device = asked.prepare()
@@ -143,7 +144,7 @@ def advancing(
 
 
 def _given(console: Console, asked: Options, task: Task) -> Questions:
-    from recurx.bench import questions
+    from recurx.experiments.tasks import questions
     from recurx.tasks import Sampler
 
     if asked.puzzles is not None:

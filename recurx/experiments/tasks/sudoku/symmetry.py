@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from recurx.tasks.sudoku.layout import Boards, Layout
+from recurx.experiments.tasks.sudoku.layout import Boards, Layout
 
 
 def random_images(

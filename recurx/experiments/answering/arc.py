@@ -15,8 +15,9 @@ from recurx.options import file, option
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from recurx.experiments.tasks.arc import Arc
     from recurx.models import RecursiveModel
-    from recurx.tasks import Arc, Task
+    from recurx.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def applies(asked: Any, task: Task) -> bool:
     Raises:
         InvalidArgument: an option was given that `task` does not know.
     """
-    from recurx.tasks import Arc
+    from recurx.experiments.tasks import Arc
 
     votes = isinstance(task, Arc)
     others = ("curve", "compare_exit") if votes else ("votes", "submission", "identifiers")
@@ -49,7 +50,7 @@ def applies(asked: Any, task: Task) -> bool:
 
 def names_of_rows(asked: Any) -> Path | None:
     """The file that names the rows of the net's puzzle embedding, if there is one."""
-    from recurx.bench.arc_files import IDENTIFIERS
+    from recurx.experiments.tasks.arc.files import IDENTIFIERS
 
     if asked.identifiers:
         return Path(asked.identifiers)
@@ -75,9 +76,8 @@ def evaluate(
     import torch
 
     import recurx
-    from recurx.bench import vote
     from recurx.cli import output
-    from recurx.tasks.arc import Ballot
+    from recurx.experiments.tasks.arc import Ballot, vote
     from recurx.tasks.base import PAD
 
     ballots: list[Ballot] = []

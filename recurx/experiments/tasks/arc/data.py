@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from recurx.errors import RecurxError
-from recurx.tasks.arc.canvas import Grid
+from recurx.experiments.tasks.arc.canvas import Grid
 
 Pair = tuple[Grid, Grid]  # input, output
 
