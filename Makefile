@@ -40,7 +40,7 @@ help:
 	@echo 'make test-isas  the numerics by each instruction set of this processor'
 	@echo 'make test-lowest  the fast tests on the oldest torch that pyproject.toml admits'
 	@echo 'make lint       ruff and clang-format, check only;  make format rewrites'
-	@echo 'make bench      recurx against PyTorch, about eight minutes (python -m recurx bench --help)'
+	@echo 'make bench      recurx against PyTorch, about a quarter of an hour (python -m recurx bench --help)'
 	@echo 'make bench-ops  single operations, by pytest-benchmark'
 	@echo 'make bench-report  tables of README.md and docs/benchmarks.md, plots, from bench/results/'
 	@echo 'make wheel      a wheel for other machines in dist/, and which ones it runs on'

@@ -23,8 +23,8 @@ from recurx.options import file, option
 
 SLOWER = 1  # exit code of `compare --fail` with a slower row
 EPILOG = """\
-Without an action: `run` with its defaults (suite "cpu", about eight minutes on two cores; "gpu"
-where there is one). Figures are worth something only on a machine that does nothing else.
+Without an action: `run` with its defaults (suite "cpu", about a quarter of an hour on two cores;
+"gpu" where there is one). Figures are worth something only on a machine that does nothing else.
 """
 
 
