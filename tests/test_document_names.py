@@ -114,7 +114,7 @@ def test_the_walk_to_each_kernel_has_at_most_five_files():
     section = text.partition("## The walk")[2].partition("\n## ")[0]
     rows = [line.split("|")[2:5] for line in section.splitlines() if line.startswith("| ")][1:]
     assert {row[0].split("/")[-1].split("`")[0] for row in rows} == {
-        "cpu.py", "triton.py", "triton_window.py", "cuda.py"
+        "cpu.py", "cpu_window.py", "triton.py", "triton_window.py", "cuda.py"
     }  # fmt: skip
     for row in rows:
         walk = ["recurx/api.py", "recurx/route.py"]
