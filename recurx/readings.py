@@ -12,13 +12,16 @@ import types
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from operator import is_, itemgetter
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from recurx.code import OURS, SCALARS, Names, same
 from recurx.nets import ATTENTION, Net, NetSpec, by_attributes, plain_linears
 
 _FLOATING = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
@@ -28,14 +31,12 @@ HOOKS = (
 _GLOBAL_HOOKS = tuple(getattr(torch_module, f"_global{name}") for name in HOOKS)
 _HARMLESS = ("recurx.", "torch.utils.module_tracker", "torch.utils.flop_counter")  # note-takers
 INTERNAL = {*vars(nn.Module()), "_compiled_call_impl"}  # every module has these
-_SCALARS = (int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device)
 _CODE = (types.FunctionType, types.BuiltinFunctionType, type, types.ModuleType)
 _LINEARS = {
     "self_attn": ("qkv_proj", "o_proj"),
     "mlp_t": ("gate_up_proj", "down_proj"),
     "mlp": ("gate_up_proj", "down_proj"),
 }
-_OURS = ("torch.", "recurx.")  # whose functions are what they are
 _DEEPEST = 4  # of containers and configurations in attributes
 
 
@@ -58,11 +59,8 @@ class Reading:
         survey = _Survey(self, where)
         survey.stack(module)
         # Equal ones compute alike with equal weights, while `kept` lives, whose ids are in it.
-        self.signature, self.kept = tuple(survey.signature), survey.kept
-        self._globals = []
-        for scope, names in (found for found in survey.scopes.values() if found[1]):
-            values = itemgetter(*names, *names)  # twice: of a single name it would give no tuple
-            self._globals.append((scope, values, values(scope)))
+        self.signature, self.kept = tuple(survey.signature), survey.names.kept
+        self._globals = survey.names.held()
         self._types = [type(m) for m in self._modules]
         self._lengths = list(map(len, self._counted))
 
@@ -75,7 +73,7 @@ class Reading:
     def weights(self, module: Any) -> list[Tensor] | None:
         """The weights in the net's order if nothing changed but them; else None."""
         flat = self._flat.get(module.__dict__.get("training"))
-        if flat is None or any(self._hooks) or foreign_hooks():
+        if flat is None or any(self._hooks) or foreign_hooks() or foreign_mode():
             return None
         try:
             if list(map(len, self._counted)) != self._lengths:
@@ -84,9 +82,8 @@ class Reading:
                 return None
             if list(map(type, self._modules)) != self._types:
                 return None
-            for scope, values, before in self._globals:
-                if not all(map(is_, values(scope), before)):
-                    return None
+            if not same(self._globals):
+                return None
             for held, name in self._absent:
                 if held[name] is not None:
                     return None
@@ -95,6 +92,8 @@ class Reading:
             return None
         for weight, shape in zip(weights, self.shapes, strict=True):
             if weight is None or weight.shape != shape or weight.dtype not in _FLOATING:
+                return None
+            if type(weight) is not nn.Parameter:
                 return None
         return weights
 
@@ -113,22 +112,26 @@ def foreign_hooks() -> bool:
     return not all(str(getattr(h, "__module__", "")).startswith(_HARMLESS) for h in hooks)
 
 
+def foreign_mode() -> str | None:
+    """The class of a mode that sees, and may change, every operator or function; not PyTorch's."""
+    if not torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack():
+        return None
+    modes = *_get_current_dispatch_mode_stack(), *_get_current_function_mode_stack()
+    kinds = (kind for kind in map(type, modes) if not kind.__module__.startswith(OURS))
+    return next((kind.__name__ for kind in kinds), None)
+
+
 class _Survey:
     """The walk that fills a `Reading`."""
 
     def __init__(self, reading: Reading, where: str) -> None:
         self.reading, self.where = reading, where
         self.signature: list[Any] = []
-        self.kept: list[Any] = []
-        self.scopes: dict[int, tuple[dict[str, Any], list[str]]] = {}  # names in files
+        self.names = Names()
+        self.id = self.names.id
         self._classes: dict[type, Any] = {}
         self._bases: dict[type, Any] = {}
         self._values: dict[int, Any] = {}
-
-    def id(self, value: Any) -> int:
-        value = _unwrapped(value)
-        self.kept.append(value)
-        return id(value)
 
     def differs(self, path: str, what: str) -> None:
         path = f"{self.where}.{path}".strip(".")
@@ -141,8 +144,11 @@ class _Survey:
             self.module("", module, ("layers",))
             if module._modules.get("layers") is not layers:
                 self.reading.plain = False
+        self.signature += self.names.look(vars(nn.Module), ("__call__", "_call_impl"))
         if foreign_hooks():
             self.differs("", "is called under global module hooks, which would no longer run")
+        if not known and (mode := foreign_mode()):
+            self.differs("", f"is called under a {mode}, which would not see its operators")
         if isinstance(layers, nn.Module):
             if type(layers) not in (nn.ModuleList, nn.Sequential):
                 self.differs("layers", f"is a {type(layers).__name__}, no plain list of layers")
@@ -172,8 +178,13 @@ class _Survey:
                 self.module(where, linear, children, parameters=("weight",))
                 if known and type(linear).forward not in plain_linears:
                     self.differs(where, f"is a {type(linear).__name__}, no plain linear layer")
-                if linear._parameters.get("weight") is not None:
+                if (weight := linear._parameters.get("weight")) is not None:
                     self.reading._weights.append(linear._parameters)
+                    if not f"{type(weight).__module__}.".startswith(OURS):
+                        what = "whose operators may do anything"
+                        self.differs(
+                            where, f"has a weight of class {type(weight).__name__}, {what}"
+                        )
                 elif not parametrized:
                     self.differs(where, "has no plain parameter `weight`")
                 else:
@@ -245,7 +256,7 @@ class _Survey:
     def value(self, value: Any, depth: int = 0) -> Any:
         """The signature of an attribute; what can change in place is watched."""
         kind = type(value)
-        if kind in _SCALARS:
+        if kind in SCALARS:
             return kind, repr(value)
         if isinstance(value, (*_CODE, Tensor, nn.Module)):
             return self.id(value)
@@ -282,31 +293,10 @@ class _Survey:
         self.reading._live.append(values)
         self.reading._counted.append(values)
         found: list[Any] = [self.id(cls), *map(self.id, values)]
-        if not cls.__module__.startswith(_OURS):
-            found += [self.names(value) for value in values]
+        if not cls.__module__.startswith(OURS):
+            found += [self.names.of(value) for value in values]
         self._bases[cls] = tuple(found)
         return self._bases[cls]
-
-    def names(self, function: Any) -> Any:
-        """What a function names in its file, and what the functions there name."""
-        if not isinstance(function, types.FunctionType):
-            return None
-        scope, found = function.__globals__, [self.id(function.__code__)]
-        if str(scope.get("__name__")).startswith(_OURS):
-            return None
-        known = self.scopes.setdefault(id(scope), (scope, []))[1]
-        for name in function.__code__.co_names:
-            if name in scope and name not in known:
-                known.append(name)
-                found += [name, self.id(scope[name]), self.names(scope[name])]
-        return tuple(found)
-
-
-def _unwrapped(value: Any) -> Any:
-    """Without the range that our profiler puts around a function."""
-    if str(getattr(value, "__module__", "")).startswith(_OURS[1]):
-        return getattr(value, "__wrapped__", value)
-    return value
 
 
 # ---- remembered ----------------------------------------------------------------------------------

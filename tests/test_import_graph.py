@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "forking", "hashing", "_build_info", "_C"),
     ("atomic", "state_names", "lowrank", "options", "schedule", "small_ops", "tasks"),
     ("nets",),
-    ("operands", "fp8"),
+    ("operands", "fp8", "code"),
     ("problem", "reference"),
     ("reference_backward", "program"),
     ("measure",),

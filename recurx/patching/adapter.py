@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from recurx.code import Before
 from recurx.problem import Problem
 from recurx.schedule import Schedule
 
@@ -22,18 +23,21 @@ class Recipe:
         cycles: what the configuration said of their number at the time of the patch: (H_cycles,
             L_cycles), or lucidrains' (num_refinement_blocks, num_latent_refinements).
         backend, save: as given to `recurx.recurse`; foreign networks run on PyTorch.
+        code: what the method's own code read, which may not change.
     """
 
     schedule: Schedule
     cycles: tuple[int, int]
     backend: str
     save: str = "all"
+    code: Before | None = None
 
 
 class Adapter(Protocol):
     """One family of recursive models."""
 
     method: str  # the method that is replaced
+    follows: tuple[str, ...]  # settings that the replacement reads anew at every call
 
     def resembles(self, module: nn.Module) -> bool:
         """Whether `module` is meant to be of this family, as far as its names tell."""

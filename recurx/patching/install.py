@@ -14,6 +14,7 @@ from torch import nn
 
 from recurx import backends
 from recurx.api import SAVE
+from recurx.code import Code
 from recurx.errors import (
     BackendUnavailable,
     InvalidArgument,
@@ -136,6 +137,8 @@ def _examined(module: nn.Module, adapter: Adapter, how: _How) -> tuple[list[str]
         details = adapter.describe(module, recipe)
         details.append(f"backend: {_resolve(adapter, module, recipe)}")
         details.append(adapter.probe(module, recipe) if how.probe else "not probed, as asked")
+        code = Code(module, adapter.method, adapter.follows).before
+        recipe = dataclasses.replace(recipe, code=code)
     except (UnsupportedModel, InvalidArgument) as error:
         raise _Differs(str(error)) from error
     except (AttributeError, KeyError, TypeError, IndexError) as error:

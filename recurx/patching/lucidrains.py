@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from recurx.api import recurse
+from recurx.code import changed
 from recurx.errors import UnsupportedModel
 from recurx.models.layers import ReasoningNet
 from recurx.nets import Net
@@ -36,6 +37,7 @@ class Lucidrains:
     """Adapter of lucidrains' package (see `Adapter`): states "outputs" and "latents", net "net"."""
 
     method = "deep_refinement"
+    follows = ("num_refinement_blocks", "num_latent_refinements")
 
     def resembles(self, module: nn.Module) -> bool:
         return hasattr(module, "deep_refinement")
@@ -76,6 +78,7 @@ class Lucidrains:
                 net = f"the `{method}` of its class was replaced"
             elif self.num_refinement_blocks < 2:
                 net = "it has one refinement block, which gives gradient to the entering states"
+            net = changed(self, method, recipe.code) or net
             if isinstance(net, str):
                 return fall_back(self, recipe, method, net)(inputs, outputs, latents)
             schedule = schedule_of(self.num_refinement_blocks, self.num_latent_refinements)

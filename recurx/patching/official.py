@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recurx.code import changed
 from recurx.models.inner import Inner
 from recurx.nets import Net, NetSpec, is_block_stack
 from recurx.patching.adapter import Recipe, signature_difference
@@ -49,6 +50,7 @@ class Official:
     """Adapter of the official code (see `Adapter`), and of code that differs from it in names."""
 
     method = "forward"
+    follows = ("H_cycles", "L_cycles")
     inputs, labels, rotary = "inputs", "labels", "rotary_emb"
     needed: tuple[str, ...] = (
         "embed_tokens", "lm_head", "q_head", "L_level", "config", "puzzle_emb_len",
@@ -130,11 +132,12 @@ class Official:
         settings = self.settings
 
         def forward(self: Any, carry: Any, batch: Mapping[str, Tensor]) -> Any:
-            tables = getattr(self, rotary)() if recipe.rope else None
+            tables = getattr(self, rotary)() if recipe.rope and hasattr(self, rotary) else None
             modules = {name: getattr(self, attribute) for name, attribute in recipe.nets}
             nets = nets_of(recipe, modules, tables)
             if not isinstance(nets, str) and replaced_below(self, method):
                 nets = f"the `{method}` of its class was replaced"
+            nets = changed(self, method, recipe.code) or nets
             if isinstance(nets, str):
                 return fall_back(self, recipe, method, nets)(carry, batch)
             cycles = settings(self).H_cycles, settings(self).L_cycles

@@ -33,6 +33,7 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _HALF_TOLERANCE = 0.15
 _GRADIENT_TOLERANCE = 0.05
 _GRADIENT = "gradient of "
+_SMALL = 1 << 20  # elements; larger buffers are tables, which only optimisers write
 
 Result = dict[str, Tensor]
 
@@ -211,17 +212,38 @@ def _both(
 ) -> tuple[Result, Result]:
     """What original and replacement give; both must draw the same random numbers."""
     device = next(module.parameters()).device
-    states, results = [], []
+    batch, states, results = _Asked(batch), [], []
     for who, forward in (("the original", before), ("recurx", given)):
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             results.append(_run(who, module, forward, carry, batch))
             states.append(random_state(device))
+    if unknown := batch.asked - batch.keys():
+        raise UnsupportedModel(f"it looks for {sorted(unknown)} in a batch, which recurx does not")
     if states[0] != states[1]:
         mode = "training" if module.training else "evaluation"
         raise UnsupportedModel(
             f"it draws random numbers around its nets (dropout, noise) in {mode} mode"
         )
     return results[0], results[1]
+
+
+class _Asked(dict[str, Tensor]):
+    """A batch that knows what it was asked for."""
+
+    def __init__(self, batch: dict[str, Tensor]) -> None:
+        super().__init__(batch)
+        self.asked: set[Any] = set()
+
+    def __getitem__(self, key: Any) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: Any) -> bool:
+        self.asked.add(key)
+        return super().__contains__(key)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return self[key] if key in self else default
 
 
 @contextlib.contextmanager
@@ -271,8 +293,10 @@ def _run(
 
 @contextlib.contextmanager
 def undisturbed(module: nn.Module, training: bool | None) -> Iterator[None]:
-    """Afterwards all flags and the random state are as before; None leaves the mode inside."""
+    """Afterwards all flags, the small buffers (running means, say) and the random state are as
+    before; None leaves the mode inside."""
     flags = [(child, child.training) for child in module.modules()]
+    small = [(b, b._version, b.clone()) for b in module.buffers() if b.numel() < _SMALL]
     devices = [p.device for p in module.parameters() if p.device.type == "cuda"][:1]
     with torch.random.fork_rng(devices=devices):
         try:
@@ -282,6 +306,9 @@ def undisturbed(module: nn.Module, training: bool | None) -> Iterator[None]:
         finally:
             for child, training in flags:
                 child.training = training
+            for buffer, version, before in small:
+                if buffer._version != version:
+                    buffer.detach().copy_(before)
 
 
 def _error(got: Tensor, want: Tensor) -> float:

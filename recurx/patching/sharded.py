@@ -60,6 +60,9 @@ def run_recursion(
     tables: CosSin | None,
 ) -> Values | str:
     """The states after a recursion over what `nets_of` found; or why its own code has to run."""
+    late = set(carried) - {step.write for step in schedule.steps[: schedule.grad_from]}
+    if torch.is_grad_enabled() and any(carried[name].requires_grad for name in late):
+        return "gradient flows into the states that enter it"
     # `model.half()`, say, leaves x and states apart; their sums have one dtype.
     dtype = functools.reduce(torch.promote_types, [z.dtype for z in carried.values()], x.dtype)
     values = {INPUT: x.to(dtype), **{name: z.to(dtype) for name, z in carried.items()}}
