@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import types
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,6 +22,8 @@ OURS = ("torch.", "recurx.")  # whose functions are what they are
 SCALARS = (int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device)
 _PLAIN = (*SCALARS, tuple, list, set, frozenset)
 _OPAQUE = (types.FunctionType, types.BuiltinFunctionType, type, Tensor, nn.Module)
+_DEEPEST = 8  # of files and settings that lead to each other
+_LARGE = 64  # of tables that are no settings
 _HOLDERS = (staticmethod, classmethod, property, functools.partial, types.MethodType,
             functools.cached_property, type(functools.cache(len)))  # fmt: skip
 
@@ -64,44 +67,46 @@ class Names:
         self.kept: list[Any] = []
         self._follows = frozenset(follows)
         self._scopes: dict[int, tuple[Mapping[str, Any], list[str]]] = {}
+        self._walked: set[int] = set()
 
     def id(self, value: Any) -> int:
         value = unwrapped(value)
         self.kept.append(value)
         return id(value)
 
-    def of(self, value: Any) -> tuple[Any, ...]:
-        """The signature of the functions in a value."""
+    def of(self, value: Any, depth: int = 0) -> tuple[Any, ...]:
+        """The signature of the functions in a value, each walked through once."""
         found: list[Any] = []
         for function in functions(value):
-            scope = function.__globals__
-            if not str(scope.get("__name__")).startswith(OURS):
-                found += [self.id(function.__code__)]
-                found += self.look(scope, named(function.__code__))
+            found.append(self.id(function.__code__))
+            foreign = depth > 0 and "site-packages" in function.__code__.co_filename
+            if not (foreign or found[-1] in self._walked or _known(function.__module__)):
+                self._walked.add(found[-1])
+                names = named(function.__code__)
+                found += self.look(function.__globals__, names, {}, depth + 1)
         return tuple(found)
 
     def look(
-        self, scope: Mapping[str, Any], names: Iterable[str], around: tuple[Any, ...] = ()
+        self, scope: Mapping[str, Any], names: Iterable[str], seen: dict[int, Any], depth: int = 0
     ) -> list[Any]:
-        """The signature of these names in a namespace, those that nobody looked at before."""
-        known, found = self._scopes.setdefault(id(scope), (scope, []))[1], []
+        """The signature of these names in a namespace, and in those that they lead to."""
+        found: list[Any] = []
+        if id(scope) in seen or depth > _DEEPEST:
+            return found
+        seen[id(scope)] = scope
+        known = self._scopes.setdefault(id(scope), (scope, []))[1]
         names = set(filter(_is_word, names)) - self._follows
-        for name in sorted(names):
-            if name not in scope:
-                continue
-            value = scope[name]
+        for name in sorted(names & scope.keys()):
+            value, first = scope[name], name not in known
+            known += [name] if first else []
             inside = value if isinstance(value, dict) else getattr(value, "__dict__", None)
-            deeper = inside is not None and not isinstance(value, (*_PLAIN, *_OPAQUE))
-            if name in known and (not deeper or any(inside is a for a in (scope, *around))):
-                continue
-            known += [] if name in known else [name]
             if isinstance(value, _PLAIN):
-                found.append((name, type(value), repr(value)))
-            elif not deeper:
-                found.append((name, self.id(value), self.of(value)))
+                found += [(name, type(value), repr(value))] if first else []
+            elif inside is None or isinstance(value, _OPAQUE) or _is_standard(value):
+                found += [(name, self.id(value), self.of(value, depth))] if first else []
             else:  # settings, or a file
-                own = inside if type(value) is dict else names
-                found.append((name, type(value), *self.look(inside, own, (scope, *around))))
+                own = inside if type(value) is dict and len(inside) < _LARGE else names
+                found.append((name, type(value), *self.look(inside, own, seen, depth + 1)))
         return found
 
     def held(self) -> list[tuple[Any, Any, Any]]:
@@ -115,6 +120,18 @@ class Names:
 
 def _is_word(name: Any) -> bool:
     return isinstance(name, str)
+
+
+def _is_standard(value: Any) -> bool:
+    """Whether it is a file of Python's own."""
+    name = getattr(value, "__name__", "") if isinstance(value, types.ModuleType) else ""
+    return name.partition(".")[0] in sys.stdlib_module_names
+
+
+def _known(module: Any) -> bool:
+    """Whether the functions of a file are what they are."""
+    name = str(module)
+    return f"{name}.".startswith(OURS) or name.partition(".")[0] in sys.stdlib_module_names
 
 
 def same(held: list[tuple[Any, Any, Any]]) -> bool:
@@ -147,7 +164,7 @@ class Code:
         names -= {"__class__", "__dict__", "__doc__", "__module__", "training", *follows}
         walk = Names(follows)
         scopes = [vars(module), *map(vars, bases)]
-        found = [entry for scope in scopes for entry in walk.look(scope, names)]
+        found = [entry for scope in scopes for entry in walk.look(scope, names, {})]
         self.before, self._held = Before(found, walk.kept, follows), walk.held()
         self._absent = [(scope.keys(), frozenset(names - scope.keys())) for scope in scopes]
 

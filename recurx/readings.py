@@ -144,7 +144,7 @@ class _Survey:
             self.module("", module, ("layers",))
             if module._modules.get("layers") is not layers:
                 self.reading.plain = False
-        self.signature += self.names.look(vars(nn.Module), ("__call__", "_call_impl"))
+        self.signature += self.names.look(vars(nn.Module), ("__call__", "_call_impl"), {})
         if foreign_hooks():
             self.differs("", "is called under global module hooks, which would no longer run")
         if not known and (mode := foreign_mode()):

@@ -243,7 +243,8 @@ class _Asked(dict[str, Tensor]):
         return super().__contains__(key)
 
     def get(self, key: Any, default: Any = None) -> Any:
-        return self[key] if key in self else default
+        self.asked.add(key)
+        return super().get(key, default)
 
 
 @contextlib.contextmanager

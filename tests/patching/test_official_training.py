@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 import recurx
-from recurx.patching.handle import installed
 from recurx.train import AdamATan2
 from tests import official
 
@@ -38,7 +36,7 @@ CASES = [
 ]
 NAMES = ["-".join([system, *map(str, fields)]) for system, fields in CASES]
 EVERY_CASE = pytest.mark.parametrize("system,fields", CASES, ids=NAMES)
-# Errors are relative to the largest value of a loss or a weight. On PyTorch all bits are the same. An
+# Errors are relative to the largest value of a loss or a weight. On PyTorch all bits are equal. An
 # engine sums in another order, and a carry that goes on for 24 steps is chaotic: a change of all
 # weights by one bit is as far off. So each of its steps, and each evaluation, starts from where the
 # unpatched run stood.
