@@ -297,7 +297,8 @@ def undisturbed(module: nn.Module, training: bool | None) -> Iterator[None]:
     """Afterwards all flags, the small buffers (running means, say) and the random state are as
     before; None leaves the mode inside."""
     flags = [(child, child.training) for child in module.modules()]
-    small = [(b, b._version, b.clone()) for b in module.buffers() if b.numel() < _SMALL]
+    # NOTE: a batch norm writes its running means without a trace in their version counters.
+    small = [(b, b.clone()) for b in module.buffers() if b.numel() < _SMALL and not b.is_meta]
     devices = [p.device for p in module.parameters() if p.device.type == "cuda"][:1]
     with torch.random.fork_rng(devices=devices):
         try:
@@ -307,8 +308,8 @@ def undisturbed(module: nn.Module, training: bool | None) -> Iterator[None]:
         finally:
             for child, training in flags:
                 child.training = training
-            for buffer, version, before in small:
-                if buffer._version != version:
+            for buffer, before in small:
+                if not torch.equal(buffer, before):
                     buffer.detach().copy_(before)
 
 
