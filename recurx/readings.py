@@ -93,7 +93,7 @@ class Reading:
         for weight, shape in zip(weights, self.shapes, strict=True):
             if weight is None or weight.shape != shape or weight.dtype not in _FLOATING:
                 return None
-            if type(weight) is not nn.Parameter:
+            if type(weight) not in (nn.Parameter, Tensor):
                 return None
         return weights
 

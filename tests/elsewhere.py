@@ -17,6 +17,8 @@ class Elsewhere(TorchFunctionMode):
         generators: only what draws from a generator, so that a caller's own code may run inside.
     """
 
+    __module__ = "torch.stand_in"  # no mode of the user's, who would want to see operators
+
     def __init__(self, generators: bool = False) -> None:
         super().__init__()
         self.generators = generators

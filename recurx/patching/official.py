@@ -137,7 +137,8 @@ class Official:
             nets = nets_of(recipe, modules, tables)
             if not isinstance(nets, str) and replaced_below(self, method):
                 nets = f"the `{method}` of its class was replaced"
-            nets = changed(self, method, recipe.code) or nets
+            if not isinstance(nets, str):
+                nets = changed(self, method, recipe.code) or nets
             if isinstance(nets, str):
                 return fall_back(self, recipe, method, nets)(carry, batch)
             cycles = settings(self).H_cycles, settings(self).L_cycles
