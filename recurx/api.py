@@ -95,7 +95,7 @@ def recurse(
         call = call._replace(states={name: s.detach() for name, s in call.states.items()})
     tensors = (call.x, *call.states.values(), *call.weights, *(call.rope or ()))
     traced = torch.compiler.is_compiling() or _transformed(tensors)  # only operators see inside
-    if not traced:
+    if not traced and torch._C._functorch.peek_interpreter_stack() is None:
         call.operands(call.states).check_memory(call.schedule.states, call.specs)
     device = x.device.type
     # A plain callable is somebody's own PyTorch: autocast stays as they set it.

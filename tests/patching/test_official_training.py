@@ -37,8 +37,8 @@ CASES = [
 NAMES = ["-".join([system, *map(str, fields)]) for system, fields in CASES]
 EVERY_CASE = pytest.mark.parametrize("system,fields", CASES, ids=NAMES)
 # Errors are relative to the norm of a loss, state or weight, or to 1. On PyTorch all bits are the
-# same, of evaluation and EMA too. An engine sums in another order (a step of the token MLP is off by
-# 1.6e-5, the others by 5e-6), which free steps amplify without end. So
+# same, of evaluation and EMA too. An engine sums in another order (a step of the token MLP is off
+# by 1.6e-5, the others by 5e-6), which free steps amplify without end. So
 # each of its training steps starts from where the unpatched run stood, and evaluations, which are
 # many steps, are not compared.
 ALLOWED = {"eager": 0.0, "auto": 5e-5}
