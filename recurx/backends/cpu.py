@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from recurx import fp8
 from recurx.backends import Backend
 from recurx.backends.cpu_window import CpuWindow, plain_weight
 from recurx.backends.weight_cache import WeightCache
@@ -53,6 +54,21 @@ def _pack(
     blocks = [block.numbers for block in spec.blocks]
     pointers = [(w.data_ptr(), w.dtype == torch.bfloat16) for w in plain]
     return module.cpu_pack(blocks, pointers, bf16, isa)
+
+
+def _pack_int8(
+    module: ModuleType, spec: NetSpec, weights: Sequence[Tensor], bf16: bool, isa: str, _: Any
+) -> Any:
+    """For products of int8; None if a weight is no longer what its codes say."""
+    own = Net(spec, weights).weights
+    if not fp8.are_quantized(own, fp8.INT8):
+        return None
+    both = [fp8.registered(weight) for weight in own]
+    codes = [each.codes.contiguous() for each in both if each]
+    scales = [each.scales.contiguous() for each in both if each]
+    blocks, pointers = [block.numbers for block in spec.blocks], [c.data_ptr() for c in codes]
+    at = [scale.data_ptr() for scale in scales]
+    return module.cpu_pack(blocks, [(pointer, False) for pointer in pointers], bf16, isa, at)
 
 
 def _rows(weight: Tensor, copies: list[Tensor]) -> tuple[int, int, int, int]:
@@ -194,11 +210,17 @@ class Cpu(Backend):
         """The packed nets."""
         module = self._engine()
         isa, bf16 = module.cpu_isa(), problem.dtype is torch.bfloat16
-        packed = []
-        for spec, cut in ready.nets:
-            weights = operands.weights[cut]
-            make = functools.partial(_pack, module, spec, weights, bf16, isa)
-            packed.append(self.packed.get((spec, bf16, isa), weights, make))
+        packed: list[Any] = [None]
+        for pack in (_pack_int8, _pack):
+            if pack is _pack_int8 and not fp8.have_codes(operands.weights, fp8.INT8):
+                continue
+            packed = []
+            for spec, cut in ready.nets:
+                weights = operands.weights[cut]
+                make = functools.partial(pack, module, spec, weights, bf16, isa)
+                packed.append(self.packed.get((spec, bf16, isa, pack), weights, make))
+            if None not in packed:
+                break
         return packed
 
     def _prepare(self, problem: Problem, span: Span, threads: int) -> _Ready:
