@@ -153,6 +153,15 @@ class Cpu(Backend):
                     )
         return None
 
+    def why_not_int8(self) -> str | None:
+        """Why products of int8 are not faster than those of bf16 here, or None if they are."""
+        isa = self._engine().cpu_isa()
+        if isa == "amx":
+            return "multiplies bf16 by AMX here, faster than int8 by AVX512_VNNI"
+        if not self._engine().cpu_has_int8(isa):
+            return f"has no instruction for products of int8 here (AVX512_VNNI, AVX-VNNI), as {isa}"
+        return None
+
     def run(self, problem: Problem, operands: Operands, span: Span) -> list[Tensor]:
         module, head, threads = self._begin(problem, operands, span)
         inputs = [state.contiguous() for state in (operands.x, *operands.states)]
