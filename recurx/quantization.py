@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from recurx import backends, fp8
+from recurx.backends.cpu import BACKEND as CPU
 from recurx.errors import BackendUnavailable, QuantizationRefused, bad_argument
 from recurx.models.act import RecursiveModel
 from recurx.models.inner import problem_of_model
 from recurx.nets import Net
-from recurx.backends.cpu import BACKEND as CPU
 from recurx.proof import as_net
 from recurx.solving.solve import solve
 

@@ -172,7 +172,8 @@ def test_the_shipped_6x6_net_passes_in_int8(form):
     assert 2e-3 < difference < 0.1
     small.backend = "cpu"
     found = recurx.solve(small, batch, max_steps=2, halt=None, trace=True)
-    carry, data = small.inner.initial_states(48), {**batch, "puzzle_identifiers": torch.zeros(48).int()}
+    carry = small.inner.initial_states(48)
+    data = {**batch, "puzzle_identifiers": torch.zeros(48, dtype=torch.int32)}
     for step in range(2):
         carry, logits, _ = small.inner(carry, data)
         assert torch.equal(found.trace[step], logits.argmax(-1))
@@ -180,7 +181,7 @@ def test_the_shipped_6x6_net_passes_in_int8(form):
 
 def test_int8_is_refused_where_it_cannot_run_or_is_no_faster(monkeypatch):
     model, batch = sudoku(2)
-    with pytest.raises(InvalidArgument, match=r"`to`: expected one of \('fp8', 'int8'\), got 'int4'"):
+    with pytest.raises(InvalidArgument, match=r"`to`: expected one of .*'int8'\), got 'int4'"):
         quantize(model, batch, to="int4")
     monkeypatch.setattr(CPU, "why_not_int8", lambda: "has no instruction")
     with pytest.raises(BackendUnavailable, match=r"backend \"cpu\", which has no instruction"):

@@ -229,7 +229,8 @@ std::string chosen_isa() {
 Packed::Packed(const std::vector<BlockShape>& shapes, const std::vector<RawWeight>& weights,
                Dtype state, const std::string& isa)
     : engine_(engine_for(isa, state, std::any_of(weights.begin(), weights.end(), is_int8))),
-      memory_(nullptr, std::free), blocks_(shapes.size()) {
+      memory_(nullptr, std::free),
+      blocks_(shapes.size()) {
   const bool int8 = std::any_of(weights.begin(), weights.end(), is_int8);
   if (int8 != std::all_of(weights.begin(), weights.end(), is_int8))
     throw std::invalid_argument("recurx cpu engine: expected codes for all weights or for none");

@@ -11,6 +11,8 @@
 #include "schedule.hpp"
 
 namespace rx::cpu {
-const Engine avx2_vnni_int8_f32 = avx2_vnni::engine_of<avx2_vnni::Int8Core<avx2_vnni::VectorCore<float>>>();
-const Engine avx2_vnni_int8_bf16 = avx2_vnni::engine_of<avx2_vnni::Int8Core<avx2_vnni::VectorCore<avx2_vnni::bf16>>>();
+const Engine avx2_vnni_int8_f32 =
+    avx2_vnni::engine_of<avx2_vnni::Int8Core<avx2_vnni::VectorCore<float>>>();
+const Engine avx2_vnni_int8_bf16 =
+    avx2_vnni::engine_of<avx2_vnni::Int8Core<avx2_vnni::VectorCore<avx2_vnni::bf16>>>();
 }  // namespace rx::cpu

@@ -8,7 +8,8 @@
 // packing, and is where the accumulators start. Sums are exact, in int32. States, norms, attention
 // and all epilogues are those of the base core.
 //
-//   a panel: [quads of k][2 sides][W columns][4 bytes], then W-vectors of both sides: starts, scales
+//   a panel: [quads of k][2 sides][W columns][4 bytes], then W-vectors of both sides: starts,
+//   scales
 #pragma once
 
 #include "int8.hpp"
@@ -108,7 +109,7 @@ struct Int8Core : Base {
   // acc[r] += (codes of row r) * panel
   template <int kM>
   RX_INLINE void accumulate_quads(const uint8_t* a, long lda, const char* b, int count,
-                                         VI (&acc)[kM][2], Prefetcher& prefetch) {
+                                  VI (&acc)[kM][2], Prefetcher& prefetch) {
     const auto quad = [&](int k) __attribute__((always_inline)) {
       const VI left = load_lanes(b + k * kQuadBytes);
       const VI right = load_lanes(b + k * kQuadBytes + kQuadBytes / 2);

@@ -114,8 +114,9 @@ struct Engine {
   void (*sample_product)(void* scratch);
   WindowEngine window;
 };
-// A sum of this many products of codes in [-127, 127] fits an int32, whatever the codes are. (Partial
-// sums with the 128 of csrc/cpu/gemm_int8.hpp may wrap, which changes nothing: none saturates.)
+// A sum of this many products of codes in [-127, 127] fits an int32, whatever the codes are.
+// (Partial sums with the 128 of csrc/cpu/gemm_int8.hpp may wrap, which changes nothing: none
+// saturates.)
 constexpr int kMostInt8Depth = 0x7fffffff / (127 * 127);
 
 constexpr size_t kSampleBytes = 1 << 20;

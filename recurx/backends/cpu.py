@@ -63,12 +63,9 @@ def _pack_int8(
     own = Net(spec, weights).weights
     if not fp8.are_quantized(own, fp8.INT8):
         return None
-    both = [fp8.registered(weight) for weight in own]
-    codes = [each.codes.contiguous() for each in both if each]
-    scales = [each.scales.contiguous() for each in both if each]
-    blocks, pointers = [block.numbers for block in spec.blocks], [c.data_ptr() for c in codes]
-    at = [scale.data_ptr() for scale in scales]
-    return module.cpu_pack(blocks, [(pointer, False) for pointer in pointers], bf16, isa, at)
+    both = [(c.codes.contiguous(), c.scales.contiguous()) for c in map(fp8.registered, own) if c]
+    blocks, scales = [block.numbers for block in spec.blocks], [s.data_ptr() for _, s in both]
+    return module.cpu_pack(blocks, [(c.data_ptr(), False) for c, _ in both], bf16, isa, scales)
 
 
 def _rows(weight: Tensor, copies: list[Tensor]) -> tuple[int, int, int, int]:
@@ -219,18 +216,17 @@ class Cpu(Backend):
         """The packed nets."""
         module = self._engine()
         isa, bf16 = module.cpu_isa(), problem.dtype is torch.bfloat16
-        packed: list[Any] = [None]
-        for pack in (_pack_int8, _pack):
-            if pack is _pack_int8 and not fp8.have_codes(operands.weights, fp8.INT8):
-                continue
-            packed = []
+
+        def packed(pack: Any) -> list[Any]:
+            found = []
             for spec, cut in ready.nets:
                 weights = operands.weights[cut]
                 make = functools.partial(pack, module, spec, weights, bf16, isa)
-                packed.append(self.packed.get((spec, bf16, isa, pack), weights, make))
-            if None not in packed:
-                break
-        return packed
+                found.append(self.packed.get((spec, bf16, isa, pack), weights, make))
+            return found
+
+        int8 = fp8.have_codes(operands.weights, fp8.INT8) and packed(_pack_int8)
+        return int8 if int8 and None not in int8 else packed(_pack)
 
     def _prepare(self, problem: Problem, span: Span, threads: int) -> _Ready:
         calls = lower(problem.schedule, span).calls

@@ -14,13 +14,14 @@ import pytest
 import torch
 
 import recurx
-from recurx import Schedule, fp8, reference
+from recurx import Schedule, comparing, fp8, reference
 from recurx.backends import cpu
 from recurx.nets import KINDS
+from recurx.operands import Operands
 from recurx.plan import cpu as plan
 from tests.cpu import build
 from tests.cpu.test_cpu_engine import emulated, engine, run, threads  # noqa: F401 (fixtures)
-from tests.factories import make_inputs, make_net, quantize_net, rope, rounded
+from tests.factories import make_inputs, make_net, problem_for, quantize_net, rope
 
 MOST_DEPTH = 133144  # csrc/cpu/types.hpp: 127 * 127 of them fit an int32
 # Vectors: width, rows of a tile, flags; by the instruction, or by plain code.
@@ -89,7 +90,13 @@ def check(program: Path, x: np.ndarray, codes: np.ndarray, scales: np.ndarray) -
 def cases():
     """Odd sizes, and the deepest product with codes that make its partial sums wrap."""
     rng = np.random.default_rng(0)
-    for rows, depth, columns in ((1, 1, 1), (17, 33, 70), (29, 513, 96), (9, 1538, 33), (15, 31, 5)):
+    for rows, depth, columns in (
+        (1, 1, 1),
+        (17, 33, 70),
+        (29, 513, 96),
+        (9, 1538, 33),
+        (15, 31, 5),
+    ):
         x = rng.standard_normal((rows, depth), np.float32) * rng.exponential(9, (rows, 1))
         codes = rng.integers(-127, 128, (columns, depth), np.int8)
         x[rows // 2] *= rows % 3  # a row of zeros
@@ -244,6 +251,28 @@ def test_codes_count_while_every_net_is_their_product() -> None:
     assert same(answer(nets), quantised)
     fp8.register(weight, fp8.quantize_weight(weight))  # codes of another format
     assert same(answer(nets), plain)
+
+
+def test_comparisons_of_a_backend_do_not_see_codes() -> None:
+    """Else `auto` would do without the engine for every model of these shapes."""
+    schedule, net = Schedule.trm(1, 1), quantize_net(make_net(), fp8.INT8)
+    x, carry = make_inputs(schedule, batch=2)
+    states = [carry[name] for name in schedule.states]
+    operands = Operands(x, states, net.weights, rope())
+    assert comparing.right("calls", cpu.BACKEND, problem_for(schedule, {"L": net}, x), operands)
+    assert fp8.are_quantized(net.weights, fp8.INT8)
+
+
+def test_weights_may_be_transposed() -> None:
+    schedule, net = Schedule.trm(1, 1), quantize_net(make_net(), fp8.INT8)
+    turned = recurx.Net(net.spec, [weight.mT.contiguous().mT for weight in net.weights])
+    for weight, other in zip(turned.weights, net.weights, strict=True):
+        codes, scales = (fp8.registered(other).codes, fp8.registered(other).scales)
+        fp8.register(weight, fp8.Codes(codes.mT.contiguous().mT, scales))
+        assert not weight.is_contiguous() and not fp8.registered(weight).codes.is_contiguous()
+    x, carry = make_inputs(schedule, batch=2)
+    found = [run(cpu.BACKEND, schedule, {"L": n}, x, carry, rope()) for n in (net, turned)]
+    assert all(torch.equal(found[0][key], found[1][key]) for key in carry)
 
 
 def test_fp8_is_not_int8_nor_the_other_way_round() -> None:
