@@ -145,6 +145,8 @@ using KeptTuple = std::tuple<uintptr_t, size_t, uintptr_t, size_t>;  // values a
 
 Window window_of(const Engine& engine, const Recursion& recursion, int save,
                  const KeptTuple& kept) {
+  if (!engine.window.forward)
+    throw std::invalid_argument("cpu_window: nets of int8 have no window; pack their weights");
   const auto [values, num_values, floats, num_floats] = kept;
   const KeptSize size = engine.window.kept_size(recursion, (Save)save);
   const size_t batch = (size_t)recursion.batch;

@@ -12,7 +12,7 @@
 
 namespace rx::cpu {
 const Engine avx2_vnni_int8_f32 =
-    avx2_vnni::engine_of<avx2_vnni::Int8Core<avx2_vnni::VectorCore<float>>>();
+    avx2_vnni::engine_without_window<avx2_vnni::Int8Core<avx2_vnni::VectorCore<float>>>();
 const Engine avx2_vnni_int8_bf16 =
-    avx2_vnni::engine_of<avx2_vnni::Int8Core<avx2_vnni::VectorCore<avx2_vnni::bf16>>>();
+    avx2_vnni::engine_without_window<avx2_vnni::Int8Core<avx2_vnni::VectorCore<avx2_vnni::bf16>>>();
 }  // namespace rx::cpu

@@ -15,7 +15,6 @@
 #include "int8.hpp"
 #include "micro_kernel.hpp"
 #include "pairs.hpp"
-#include "workspace.hpp"
 
 namespace rx::cpu::RX_ISA {
 

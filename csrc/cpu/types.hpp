@@ -112,8 +112,9 @@ struct Engine {
   void (*add_noise)(void* state, const float* noise, float sigma, long count);
   // A small product, to compare engines by; `scratch` of kSampleBytes, aligned and zero.
   void (*sample_product)(void* scratch);
-  WindowEngine window;
+  WindowEngine window;  // null for int8
 };
+
 // A sum of this many products of codes in [-127, 127] fits an int32, whatever the codes are.
 // (Partial sums with the 128 of csrc/cpu/gemm_int8.hpp may wrap, which changes nothing: none
 // saturates.)

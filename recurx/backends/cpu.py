@@ -99,7 +99,7 @@ class Cpu(Backend):
         """`module`: a build of the engine other than recurx._C (tests run emulated engines)."""
         self._given = module
         self.packed = WeightCache(MAX_PACKED, self._digest)
-        self._window = CpuWindow(self._begin)
+        self._window = CpuWindow(functools.partial(self._begin, int8=False))
         self._ready = functools.lru_cache(maxsize=256)(self._prepare)
 
     @lazy
@@ -178,12 +178,15 @@ class Cpu(Backend):
         return self._window
 
     def _begin(
-        self, problem: Problem, operands: Operands, span: Span
+        self, problem: Problem, operands: Operands, span: Span, int8: bool = True
     ) -> tuple[ModuleType, tuple[Any, ...], int]:
-        """The module, the first arguments of its calls, and how many threads they take."""
+        """The module, the first arguments of its calls, and how many threads they take.
+
+        `int8`: whether nets of `recurx.quantize` run as such.
+        """
         module = self._engine()
         ready = self._ready(problem, span, torch.get_num_threads())
-        nets = self._nets(problem, operands, ready)
+        nets = self._nets(problem, operands, ready, int8)
         threads = engine_threads(ready.rows, ready.weights, ready.threads)
         return module, (nets, ready.program, ready.shape), threads
 
@@ -201,7 +204,7 @@ class Cpu(Backend):
         ready = self._ready(problem, Span(0, len(problem.schedule)), torch.get_num_threads())
         rope = operands.float_rope()
         self._engine().cpu_solve(
-            self._nets(problem, operands, ready),
+            self._nets(problem, operands, ready, True),
             ready.program,
             ready.shape,
             [tensor.data_ptr() for tensor in (operands.x, *operands.states)],
@@ -212,7 +215,7 @@ class Cpu(Backend):
             progress,
         )
 
-    def _nets(self, problem: Problem, operands: Operands, ready: _Ready) -> list[Any]:
+    def _nets(self, problem: Problem, operands: Operands, ready: _Ready, int8: bool) -> list[Any]:
         """The packed nets."""
         module = self._engine()
         isa, bf16 = module.cpu_isa(), problem.dtype is torch.bfloat16
@@ -225,8 +228,11 @@ class Cpu(Backend):
                 found.append(self.packed.get((spec, bf16, isa, pack), weights, make))
             return found
 
-        int8 = fp8.have_codes(operands.weights, fp8.INT8) and packed(_pack_int8)
-        return int8 if int8 and None not in int8 else packed(_pack)
+        if int8 and fp8.have_codes(operands.weights, fp8.INT8):
+            codes = packed(_pack_int8)
+            if None not in codes:
+                return codes
+        return packed(_pack)
 
     def _prepare(self, problem: Problem, span: Span, threads: int) -> _Ready:
         calls = lower(problem.schedule, span).calls

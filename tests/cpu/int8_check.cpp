@@ -9,6 +9,7 @@
 
 #include "cpu/gemm.hpp"
 #include "cpu/gemm_int8.hpp"
+#include "cpu/workspace.hpp"
 
 using namespace rx::cpu;
 using namespace rx::cpu::int8_check;

@@ -263,6 +263,29 @@ def test_comparisons_of_a_backend_do_not_see_codes() -> None:
     assert fp8.are_quantized(net.weights, fp8.INT8)
 
 
+@pytest.mark.parametrize("save", ["all", "block", "states"])
+def test_gradients_are_those_of_the_weights(save: str) -> None:
+    """A window runs the weights themselves, forward and backward."""
+    schedule, net = Schedule.trm(1, 1), quantize_net(make_net(), fp8.INT8)
+    plain = recurx.Net(net.spec, [weight.clone() for weight in net.weights])
+    x, carry = make_inputs(schedule, batch=2)
+    found = []
+    for which in (net, plain):
+        leaf = x.clone().requires_grad_()
+        out = recurx.recurse(
+            schedule, {"L": which}, leaf, carry, backend="cpu", cos_sin=rope(), save=save
+        )
+        out["z_H"].square().sum().backward()
+        found.append((out["z_H"].detach(), leaf.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    packed = cpu._pack_int8(cpu.BACKEND._engine(), net.spec, net.weights, True, "portable", None)
+    program = cpu.BACKEND._engine().Program([(0, 1, [1], [0], 0)])
+    with pytest.raises(ValueError, match="nets of int8 have no window"):
+        cpu.BACKEND._engine().cpu_window_forward(
+            [packed], program, (1, 13, 64), [0, 0], [0, 0], 0, 0, 0, (0, 0, 0, 0), 1
+        )
+
+
 def test_weights_may_be_transposed() -> None:
     schedule, net = Schedule.trm(1, 1), quantize_net(make_net(), fp8.INT8)
     turned = recurx.Net(net.spec, [weight.mT.contiguous().mT for weight in net.weights])
