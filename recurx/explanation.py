@@ -95,12 +95,12 @@ def _explain_module(model: nn.Module, backend: str | None, batch_size: int) -> s
 
 
 def _int8_note(inner: Inner) -> str:
-    """How backend cpu multiplies what `recurx.quantize` made, as a further line."""
+    """How backend cpu runs what `recurx.quantize` made, as a further line."""
     nets = [as_net(net, name) for name, net in inner.nets().items()]
     if not all(isinstance(net, Net) and fp8.have_codes(net.weights, fp8.INT8) for net in nets):
         return ""
-    slow = "" if CPU.why_unavailable() else CPU.why_not_int8()
-    how = f"slower than bf16: it {slow}" if slow else "by vpdpbusd, where the weights are as made"
+    slow = CPU.why_unavailable() or CPU.why_not_int8()
+    how = f"at no gain: it {slow}" if slow else "by vpdpbusd, where the weights are as made"
     return f"\n  quantised to int8: backend cpu multiplies int8, {how}"
 
 

@@ -1,9 +1,8 @@
 """The formats of quantised weights: e4m3 or int8 codes, an fp32 scale for each output channel.
 
 A weight [out, in] becomes codes [out, in] of one byte and scales [out]: w = code * scale, with the
-largest code of a channel at 448 (e4m3) or 127 (int8). The weight that a net holds is exactly that
-product, so any backend runs it; one that knows the format asks `are_quantized` and reads the codes
-themselves.
+largest code of a channel at 448 or 127. The weight that a net holds is exactly that product, so any
+backend runs it; one that knows the format asks `are_quantized` and reads the codes themselves.
 """
 
 from __future__ import annotations
@@ -59,8 +58,7 @@ def registered(weight: Tensor) -> Codes | None:
 
 
 def have_codes(weights: Sequence[Tensor], dtype: torch.dtype) -> bool:
-    """Whether codes of this type were registered for all; what they are worth, `are_quantized`
-    says."""
+    """Whether codes of this type are registered for all, right or not."""
     known = [getattr(weight, "_recurx_codes", None) for weight in weights]
     return all(codes is not None and codes.codes.dtype is dtype for codes in known)
 
@@ -68,9 +66,7 @@ def have_codes(weights: Sequence[Tensor], dtype: torch.dtype) -> bool:
 def are_quantized(weights: Sequence[Tensor], dtype: torch.dtype = FP8) -> bool:
     """Whether each weight is the product of its codes, of this type, now. Every element is
     compared, and the host waits for the device once, if all have codes."""
-    if not have_codes(weights, dtype):
-        return False
     both = [(weight.detach(), registered(weight)) for weight in weights]
-    if any(codes is None or codes.codes.shape != weight.shape for weight, codes in both):
+    if not have_codes(weights, dtype) or any(c and c.codes.shape != w.shape for w, c in both):
         return False
     return bool(torch.stack([(codes.dequantized() == w).all() for w, codes in both if codes]).all())

@@ -3,13 +3,10 @@
     small = recurx.quantize(model, batch)        # a copy, or QuantizationRefused with the reason
     recurx.solve(small, batch)                   # as before; print(small.quantization)
 
-Nets are quantised (recurx/fp8.py), embeddings and heads are not.
-
-    to="fp8"    weights. The grid kernel of backend "cuda" keeps the codes, half the bytes of bf16,
-                and applies the scales to sums; other backends and kernels run the dequantised
-                weights.
-    to="int8"   weights and activations (W8A8), for backend "cpu" on processors that multiply int8
-                faster than bf16 (csrc/cpu/gemm_int8.hpp). The copy asks for that backend.
+Nets are quantised (recurx/fp8.py), embeddings and heads are not. Of FP8 weights the grid kernel of
+backend "cuda" keeps the codes, half the bytes of bf16, and applies the scales to sums. With int8
+backend "cpu", which the copy asks for, quantises activations too (csrc/cpu/gemm_int8.hpp). Other
+backends and kernels run the dequantised weights.
 
 The gate: a recursion feeds its own error back, hundreds of times, and the error of a weight says
 little about where that ends. So the model and the copy both run free from the same start, and are
@@ -39,11 +36,7 @@ from recurx.solving.solve import solve
 # A tiny trained net (tests/test_fp8.py) keeps 0.997 and 99 %; with scales wrong by 5 %, 0.989 and
 # 96 %.
 MIN_COSINE, MIN_AGREEMENT = 0.98, 0.98
-# What `to` may be: the type of the codes, and what the gate calls it.
-FORMATS = {
-    "fp8": (fp8.FP8, "e4m3 weights"),
-    "int8": (fp8.INT8, "int8 weights and activations"),
-}
+FORMATS = {"fp8": (fp8.FP8, "e4m3 weights"), "int8": (fp8.INT8, "int8 weights and activations")}
 
 
 @dataclass(frozen=True)
@@ -117,12 +110,10 @@ def quantize(
     if to == "int8":
         reason = backends.why_not("cpu", problem_of_model(model.inner)) or CPU.why_not_int8()
         if reason is not None:
-            raise BackendUnavailable(
-                f'recurx.quantize: to="int8" is for backend "cpu", which {reason}. Keep bf16.'
-            )
+            why = f'recurx.quantize: to="int8" is for backend "cpu", which {reason}. Keep bf16.'
+            raise BackendUnavailable(why)
     small = _quantized_copy(model, dtype)
-    if to == "int8":
-        small.backend = "cpu"
+    small.backend = "cpu" if to == "int8" else small.backend
     gate = compare(model, small, batch, max_steps, halt, min_cosine, min_agreement)
     gate = dataclasses.replace(gate, form=form)
     if not gate.passed:

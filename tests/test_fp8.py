@@ -202,7 +202,7 @@ def test_explain_says_how_int8_runs(monkeypatch):
     monkeypatch.setattr(CPU, "why_not_int8", lambda: None)
     assert "quantised to int8: backend cpu multiplies int8, by vpdpbusd" in recurx.explain(small)
     monkeypatch.setattr(CPU, "why_not_int8", lambda: "has no instruction")
-    assert "slower than bf16: it has no instruction" in recurx.explain(small)
+    assert "multiplies int8, at no gain: it has no instruction" in recurx.explain(small)
 
 
 def test_a_model_agrees_with_itself_and_a_random_one_is_refused():

@@ -47,25 +47,21 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 def _pack(
-    module: ModuleType, spec: NetSpec, weights: Sequence[Tensor], bf16: bool, isa: str, _: Any
-) -> Any:
-    own = [weight.detach() for weight in Net(spec, weights).weights]  # checked here
-    plain = [plain_weight(w) for w in own]
+    module: ModuleType, spec: NetSpec, weights: Sequence[Tensor], bf16: bool, isa: str, int8: bool,
+    _: Any,
+) -> Any:  # fmt: skip
+    """`int8`: the codes of the weights, or None if a weight is no longer what they say."""
+    own, scales = Net(spec, weights).weights, []  # checked here
+    if int8 and not fp8.are_quantized(own, fp8.INT8):
+        return None
+    plain = [plain_weight(weight) for weight in own]
+    if int8:
+        codes = [each for each in map(fp8.registered, own) if each is not None]
+        plain = [each.codes.contiguous() for each in codes]
+        scales = [each.scales.contiguous() for each in codes]
     blocks = [block.numbers for block in spec.blocks]
     pointers = [(w.data_ptr(), w.dtype == torch.bfloat16) for w in plain]
-    return module.cpu_pack(blocks, pointers, bf16, isa)
-
-
-def _pack_int8(
-    module: ModuleType, spec: NetSpec, weights: Sequence[Tensor], bf16: bool, isa: str, _: Any
-) -> Any:
-    """For products of int8; None if a weight is no longer what its codes say."""
-    own = Net(spec, weights).weights
-    if not fp8.are_quantized(own, fp8.INT8):
-        return None
-    both = [(c.codes.contiguous(), c.scales.contiguous()) for c in map(fp8.registered, own) if c]
-    blocks, scales = [block.numbers for block in spec.blocks], [s.data_ptr() for _, s in both]
-    return module.cpu_pack(blocks, [(c.data_ptr(), False) for c, _ in both], bf16, isa, scales)
+    return module.cpu_pack(blocks, pointers, bf16, isa, [s.data_ptr() for s in scales])
 
 
 def _rows(weight: Tensor, copies: list[Tensor]) -> tuple[int, int, int, int]:
@@ -155,9 +151,8 @@ class Cpu(Backend):
         isa = self._engine().cpu_isa()
         if isa == "amx":
             return "multiplies bf16 by AMX here, faster than int8 by AVX512_VNNI"
-        if not self._engine().cpu_has_int8(isa):
-            return f"has no instruction for products of int8 here (AVX512_VNNI, AVX-VNNI), as {isa}"
-        return None
+        no = f"has no instruction for products of int8 here (AVX512_VNNI, AVX-VNNI), as {isa}"
+        return None if self._engine().cpu_has_int8(isa) else no
 
     def run(self, problem: Problem, operands: Operands, span: Span) -> list[Tensor]:
         module, head, threads = self._begin(problem, operands, span)
@@ -180,10 +175,8 @@ class Cpu(Backend):
     def _begin(
         self, problem: Problem, operands: Operands, span: Span, int8: bool = True
     ) -> tuple[ModuleType, tuple[Any, ...], int]:
-        """The module, the first arguments of its calls, and how many threads they take.
-
-        `int8`: whether nets of `recurx.quantize` run as such.
-        """
+        """The module, the first arguments of its calls, and how many threads they take; with `int8`
+        nets of `recurx.quantize` run as such."""
         module = self._engine()
         ready = self._ready(problem, span, torch.get_num_threads())
         nets = self._nets(problem, operands, ready, int8)
@@ -217,22 +210,14 @@ class Cpu(Backend):
 
     def _nets(self, problem: Problem, operands: Operands, ready: _Ready, int8: bool) -> list[Any]:
         """The packed nets."""
-        module = self._engine()
+        module, packed = self._engine(), []
         isa, bf16 = module.cpu_isa(), problem.dtype is torch.bfloat16
-
-        def packed(pack: Any) -> list[Any]:
-            found = []
-            for spec, cut in ready.nets:
-                weights = operands.weights[cut]
-                make = functools.partial(pack, module, spec, weights, bf16, isa)
-                found.append(self.packed.get((spec, bf16, isa, pack), weights, make))
-            return found
-
-        if int8 and fp8.have_codes(operands.weights, fp8.INT8):
-            codes = packed(_pack_int8)
-            if None not in codes:
-                return codes
-        return packed(_pack)
+        int8 = int8 and fp8.have_codes(operands.weights, fp8.INT8)
+        for spec, cut in ready.nets:
+            weights = operands.weights[cut]
+            make = functools.partial(_pack, module, spec, weights, bf16, isa, int8)
+            packed.append(self.packed.get((spec, bf16, isa, int8), weights, make))
+        return self._nets(problem, operands, ready, False) if None in packed else packed
 
     def _prepare(self, problem: Problem, span: Span, threads: int) -> _Ready:
         calls = lower(problem.schedule, span).calls

@@ -278,7 +278,7 @@ def test_gradients_are_those_of_the_weights(save: str) -> None:
         out["z_H"].square().sum().backward()
         found.append((out["z_H"].detach(), leaf.grad))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    packed = cpu._pack_int8(cpu.BACKEND._engine(), net.spec, net.weights, True, "portable", None)
+    packed = cpu._pack(cpu.BACKEND._engine(), net.spec, net.weights, True, "portable", True, None)
     program = cpu.BACKEND._engine().Program([(0, 1, [1], [0], 0)])
     with pytest.raises(ValueError, match="nets of int8 have no window"):
         cpu.BACKEND._engine().cpu_window_forward(
