@@ -173,7 +173,14 @@ const Engine* engine_for(const std::string& name, Dtype state, bool int8) {
   return state == Dtype::f32 ? f32 : bf16;
 }
 
-bool is_int8(const RawWeight& weight) { return weight.dtype == Dtype::int8; }
+// Whether weights are codes, all of them.
+bool are_int8(const std::vector<RawWeight>& weights) {
+  size_t codes = 0;
+  for (const RawWeight& weight : weights) codes += weight.dtype == Dtype::int8;
+  if (codes != 0 && codes != weights.size())
+    throw std::invalid_argument("recurx cpu engine: expected codes for all weights or for none");
+  return codes != 0;
+}
 
 }  // namespace
 
@@ -228,13 +235,10 @@ std::string chosen_isa() {
 
 Packed::Packed(const std::vector<BlockShape>& shapes, const std::vector<RawWeight>& weights,
                Dtype state, const std::string& isa)
-    : engine_(engine_for(isa, state, std::any_of(weights.begin(), weights.end(), is_int8))),
+    : engine_(engine_for(isa, state, are_int8(weights))),
       memory_(nullptr, std::free),
       blocks_(shapes.size()) {
-  const bool int8 = std::any_of(weights.begin(), weights.end(), is_int8);
-  if (int8 != std::all_of(weights.begin(), weights.end(), is_int8))
-    throw std::invalid_argument("recurx cpu engine: expected codes for all weights or for none");
-  for (const BlockShape& shape : shapes) check(shape, int8);
+  for (const BlockShape& shape : shapes) check(shape, are_int8(weights));
   for (const BlockShape& shape : shapes) bytes_ += engine_->packed_bytes(shape);
   memory_.reset(allocate(bytes_));
   char* out = (char*)memory_.get();
