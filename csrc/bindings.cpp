@@ -40,15 +40,18 @@ Dtype dtype_of(bool is_bf16) { return is_bf16 ? Dtype::bf16 : Dtype::f32; }
 
 std::unique_ptr<Packed> pack(const std::vector<BlockTuple>& blocks,
                              const std::vector<WeightTuple>& weights, bool bf16_states,
-                             const std::string& isa) {
-  if (weights.size() != blocks.size() * weights_per_block)
-    throw std::invalid_argument("cpu_pack: expected four weights a block");
+                             const std::string& isa, const std::vector<uintptr_t>& scales) {
+  const size_t count = blocks.size() * weights_per_block;
+  if (weights.size() != count || (!scales.empty() && scales.size() != count))
+    throw std::invalid_argument("cpu_pack: expected four weights a block, and scales for all");
   std::vector<BlockShape> shapes;
   for (const auto& [token_mlp, hidden, inner, heads, head_dim, tokens, token_inner, eps] : blocks)
     shapes.push_back({token_mlp, hidden, inner, heads, head_dim, tokens, token_inner, eps});
   std::vector<RawWeight> raw;
   for (const auto& [pointer, is_bf16] : weights)
     raw.push_back({(const void*)pointer, dtype_of(is_bf16)});
+  for (size_t i = 0; i < scales.size(); ++i)
+    raw[i].dtype = Dtype::int8, raw[i].scales = (const float*)scales[i];
   py::gil_scoped_release release;
   return std::make_unique<Packed>(shapes, raw, dtype_of(bf16_states), isa);
 }
@@ -142,6 +145,8 @@ using KeptTuple = std::tuple<uintptr_t, size_t, uintptr_t, size_t>;  // values a
 
 Window window_of(const Engine& engine, const Recursion& recursion, int save,
                  const KeptTuple& kept) {
+  if (!engine.window.forward)
+    throw std::invalid_argument("cpu_window: nets of int8 have no window; pack their weights");
   const auto [values, num_values, floats, num_floats] = kept;
   const KeptSize size = engine.window.kept_size(recursion, (Save)save);
   const size_t batch = (size_t)recursion.batch;
@@ -303,7 +308,11 @@ PYBIND11_MODULE(RX_MODULE_NAME, m) {
       "cpu_dot_gain", &dot_gain,
       "Times that products of bf16 pairs are faster than by FMA here; 0 where that is no choice.");
   m.def("cpu_pack", &pack, py::arg("blocks"), py::arg("weights"), py::arg("bf16_states"),
-        py::arg("isa"), "Pack the weights of a net; weights are (pointer, is_bf16), [out, in].");
+        py::arg("isa"), py::arg("scales") = std::vector<uintptr_t>(),
+        "Pack the weights of a net; weights are (pointer, is_bf16), [out, in]. With pointers to "
+        "scales [out] they are int8 codes.");
+  m.def("cpu_has_int8", &has_int8, py::arg("isa"),
+        "Whether that engine multiplies int8 by an instruction; else by plain code.");
   m.def("cpu_run", &run_recursion, py::arg("nets"), py::arg("program"), py::arg("shape"),
         py::arg("in_"), py::arg("out"), py::arg("cos"), py::arg("sin"), py::arg("threads"),
         "Run a Program; index 0 of in_ is x, out holds the new states.");

@@ -22,14 +22,17 @@ from pathlib import Path
 CXX_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread")
 
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
-_DOT = (*_AVX512, "-mavx512bf16")
+_VNNI = (*_AVX512, "-mavx512vnni")
+_DOT = (*_VNNI, "-mavx512bf16")
 _AMX = (*_DOT, "-mamx-tile", "-mamx-bf16", "-mamx-int8")
 _BFDOT = ("-march=armv8.2-a+bf16",)
 # File suffix -> flags, and macros of which one proves that the compiler really targets it: some
 # compilers for other processors merely warn about an unknown -m flag. Lowest level first.
 ISA_FLAGS = {
     "avx2": (("-mavx2", "-mfma"), ("__AVX2__",)),
+    "avx2_vnni": (("-mavx2", "-mfma", "-mavxvnni"), ("__AVXVNNI__",)),
     "avx512": (_AVX512, ("__AVX512DQ__",)),
+    "avx512_vnni": (_VNNI, ("__AVX512VNNI__",)),
     "avx512_bf16": (_DOT, ("__AVX512BF16__",)),
     "amx": (_AMX, ("__AMX_BF16__", "__AMXBF16__")),  # the second: clang before 16
     "neon": ((), ("__aarch64__",)),

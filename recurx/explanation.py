@@ -7,14 +7,16 @@ from typing import Any
 
 from torch import nn
 
+from recurx import fp8
+from recurx.backends.cpu import BACKEND as CPU
 from recurx.errors import BackendUnavailable, UnsupportedModel, bad_argument
 from recurx.models.inner import Inner, problem_of_model
-from recurx.nets import is_block_stack
+from recurx.nets import Net, is_block_stack
 from recurx.patching import sharded
 from recurx.patching.handle import PatchHandle, installed
 from recurx.patching.install import find
 from recurx.problem import Problem
-from recurx.proof import examine
+from recurx.proof import as_net, examine
 from recurx.route import Request, refusals, route
 
 
@@ -56,7 +58,7 @@ def _explain_module(model: nn.Module, backend: str | None, batch_size: int) -> s
     for name, inner in own:
         try:
             problem, asked = problem_of_model(inner, batch_size), backend or inner.backend
-            text = _explain_problem(problem, asked, both=True)
+            text = _explain_problem(problem, asked, both=True) + _int8_note(inner)
         except UnsupportedModel as error:  # no longer what its weights tell
             text = f"  {error}"
         parts.append(f"{_title(name, inner)}: recurx's own model\n{text}")
@@ -90,6 +92,16 @@ def _explain_module(model: nn.Module, backend: str | None, batch_size: int) -> s
             "it runs on PyTorch."
         )
     return "\n\n".join(parts)
+
+
+def _int8_note(inner: Inner) -> str:
+    """How backend cpu runs what `recurx.quantize` made, as a further line."""
+    nets = [as_net(net, name) for name, net in inner.nets().items()]
+    if not all(isinstance(net, Net) and fp8.have_codes(net.weights, fp8.INT8) for net in nets):
+        return ""
+    slow = CPU.why_unavailable() or CPU.why_not_int8()
+    how = f"at no gain: it {slow}" if slow else "by vpdpbusd, where the weights are as made"
+    return f"\n  quantised to int8: backend cpu multiplies int8, {how}"
 
 
 def _title(name: str, module: nn.Module) -> str:

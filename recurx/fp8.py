@@ -1,7 +1,7 @@
-"""The FP8 format of weights: e4m3 codes with an fp32 scale for each output channel.
+"""The formats of quantised weights: e4m3 or int8 codes, an fp32 scale for each output channel.
 
 A weight [out, in] becomes codes [out, in] of one byte and scales [out]: w = code * scale, with the
-largest code of a channel at 448. The weight that a net holds is exactly that product, so any
+largest code of a channel at 448 or 127. The weight that a net holds is exactly that product, so any
 backend runs it; one that knows the format asks `are_quantized` and reads the codes themselves.
 """
 
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LARGEST = 448.0  # of e4m3: 1.75 * 2^8; beyond it the format has only NaN
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
+LARGEST = {FP8: 448.0, INT8: 127.0}  # e4m3: 1.75 * 2^8; beyond it the format has only NaN
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Codes:
     """A quantised weight.
 
     Args:
-        codes: [out, in] float8_e4m3fn.
+        codes: [out, in] float8_e4m3fn or int8.
         scales: [out] fp32; the weight is codes * scales[:, None].
     """
 
@@ -33,12 +34,13 @@ class Codes:
         return self.codes.float() * self.scales[:, None]
 
 
-def quantize_weight(weight: Tensor) -> Codes:
-    """[out, in] floating to e4m3, rounded to nearest even, a scale for each output channel."""
+def quantize_weight(weight: Tensor, dtype: torch.dtype = FP8) -> Codes:
+    """[out, in] floating to codes, rounded to nearest even, a scale for each output channel."""
     wide = weight.detach().float()
-    scales = wide.abs().amax(dim=1) / LARGEST
+    scales = wide.abs().amax(dim=1) / LARGEST[dtype]
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
-    return Codes((wide / scales[:, None]).to(torch.float8_e4m3fn), scales)
+    codes = wide / scales[:, None]
+    return Codes((codes.round() if dtype is INT8 else codes).to(dtype), scales)
 
 
 def register(weight: Tensor, codes: Codes) -> None:
@@ -55,10 +57,16 @@ def registered(weight: Tensor) -> Codes | None:
     return codes
 
 
-def are_quantized(weights: Sequence[Tensor]) -> bool:
-    """Whether each weight is the product of its codes now. Every element is compared, and the host
-    waits for the device once, if all have codes."""
+def have_codes(weights: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """Whether codes of this type are registered for all, right or not."""
+    known = [getattr(weight, "_recurx_codes", None) for weight in weights]
+    return all(codes is not None and codes.codes.dtype is dtype for codes in known)
+
+
+def are_quantized(weights: Sequence[Tensor], dtype: torch.dtype = FP8) -> bool:
+    """Whether each weight is the product of its codes, of this type, now. Every element is
+    compared, and the host waits for the device once, if all have codes."""
     both = [(weight.detach(), registered(weight)) for weight in weights]
-    if any(codes is None or codes.codes.shape != weight.shape for weight, codes in both):
+    if not have_codes(weights, dtype) or any(c and c.codes.shape != w.shape for w, c in both):
         return False
     return bool(torch.stack([(codes.dequantized() == w).all() for w, codes in both if codes]).all())

@@ -1,11 +1,12 @@
-"""`recurx.quantize`: a trained model with FP8 weights for inference, behind a gate.
+"""`recurx.quantize`: a trained model with FP8 or int8 nets for inference, behind a gate.
 
     small = recurx.quantize(model, batch)        # a copy, or QuantizationRefused with the reason
     recurx.solve(small, batch)                   # as before; print(small.quantization)
 
-Nets are quantised (recurx/fp8.py), embeddings and heads are not. The grid kernel of backend "cuda"
-keeps the codes, half the bytes of bf16, and applies the scales to sums; other backends and kernels
-run the dequantised weights.
+Nets are quantised (recurx/fp8.py), embeddings and heads are not. Of FP8 weights the grid kernel of
+backend "cuda" keeps the codes, half the bytes of bf16, and applies the scales to sums. With int8
+backend "cpu", which the copy asks for, quantises activations too (csrc/cpu/gemm_int8.hpp). Other
+backends and kernels run the dequantised weights.
 
 The gate: a recursion feeds its own error back, hundreds of times, and the error of a weight says
 little about where that ends. So the model and the copy both run free from the same start, and are
@@ -16,15 +17,18 @@ answers. It is for trained nets; the random ones of a test are chaotic, and fail
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from recurx import fp8
-from recurx.errors import QuantizationRefused, bad_argument
+from recurx import backends, fp8
+from recurx.backends.cpu import BACKEND as CPU
+from recurx.errors import BackendUnavailable, QuantizationRefused, bad_argument
 from recurx.models.act import RecursiveModel
+from recurx.models.inner import problem_of_model
 from recurx.nets import Net
 from recurx.proof import as_net
 from recurx.solving.solve import solve
@@ -32,6 +36,7 @@ from recurx.solving.solve import solve
 # A tiny trained net (tests/test_fp8.py) keeps 0.997 and 99 %; with scales wrong by 5 %, 0.989 and
 # 96 %.
 MIN_COSINE, MIN_AGREEMENT = 0.98, 0.98
+FORMATS = {"fp8": (fp8.FP8, "e4m3 weights"), "int8": (fp8.INT8, "int8 weights and activations")}
 
 
 @dataclass(frozen=True)
@@ -44,12 +49,14 @@ class Gate:
         agreement: share of tokens with the same answer, each sample at its halt.
         whole: share of samples whose whole answer is the same.
         reason: why it was refused; "" if it passed.
+        form: what was quantised.
     """
 
     cosines: tuple[float, ...]
     agreement: float
     whole: float
     reason: str = ""
+    form: str = FORMATS["fp8"][1]
 
     @property
     def passed(self) -> bool:
@@ -58,7 +65,7 @@ class Gate:
     def __str__(self) -> str:
         verdict = "passed" if self.passed else f"refused: {self.reason}"
         return (
-            f"e4m3 weights {verdict}; carry cosine {min(self.cosines):.4f} at its worst step of "
+            f"{self.form} {verdict}; carry cosine {min(self.cosines):.4f} at its worst step of "
             f"{len(self.cosines)}, {self.agreement:.2%} of tokens and {self.whole:.2%} of answers "
             f"agree"
         )
@@ -68,16 +75,18 @@ def quantize(
     model: RecursiveModel,
     batch: Mapping[str, Tensor],
     *,
+    to: str = "fp8",
     max_steps: int | None = None,
     halt: str | None = "q",
     min_cosine: float = MIN_COSINE,
     min_agreement: float = MIN_AGREEMENT,
 ) -> RecursiveModel:
-    """A copy of a trained model with e4m3 weights in its nets, if the gate lets it pass.
+    """A copy of a trained model with quantised nets, if the gate lets it pass.
 
     Args:
         model: a recurx TRM or HRM; not modified.
         batch: samples to judge by, as for `recurx.solve`: dozens of typical ones.
+        to: "fp8", e4m3 weights, or "int8", int8 weights and activations on the CPU.
         max_steps: supervision steps that both may take; None for those of the training.
         halt: how answers halt, as for `recurx.solve`. The carries run all the steps.
         min_cosine, min_agreement: least accepted `Gate.cosines` and `Gate.agreement`.
@@ -87,15 +96,26 @@ def quantize(
 
     Raises:
         QuantizationRefused: the copy behaves differently; `.gate` has the figures.
-        InvalidArgument: not such a model, or a threshold outside [0, 1].
+        InvalidArgument: not such a model, no such format, or a threshold outside [0, 1].
+        BackendUnavailable: int8 cannot run this model here, or would be slower than bf16.
     """
     if not isinstance(model, RecursiveModel):
         raise bad_argument("quantize", "model", "a recurx TRM or HRM", type(model).__name__)
     for name, value in (("min_cosine", min_cosine), ("min_agreement", min_agreement)):
         if not 0 <= value <= 1:
             raise bad_argument("quantize", name, "a number in [0, 1]", value)
-    small = _quantized_copy(model)
+    if to not in FORMATS:
+        raise bad_argument("quantize", "to", f"one of {tuple(FORMATS)}", repr(to))
+    dtype, form = FORMATS[to]
+    if to == "int8":
+        reason = backends.why_not("cpu", problem_of_model(model.inner)) or CPU.why_not_int8()
+        if reason is not None:
+            why = f'recurx.quantize: to="int8" is for backend "cpu", which {reason}. Keep bf16.'
+            raise BackendUnavailable(why)
+    small = _quantized_copy(model, dtype)
+    small.backend = "cpu" if to == "int8" else small.backend
     gate = compare(model, small, batch, max_steps, halt, min_cosine, min_agreement)
+    gate = dataclasses.replace(gate, form=form)
     if not gate.passed:
         raise QuantizationRefused(
             f"recurx.quantize: {gate}. Keep bf16, or train longer: the gate is for nets that have "
@@ -136,13 +156,13 @@ def compare(
     return Gate(tuple(cosines), agreement, whole, reason)
 
 
-def _quantized_copy(model: RecursiveModel) -> RecursiveModel:
+def _quantized_copy(model: RecursiveModel, dtype: torch.dtype) -> RecursiveModel:
     small = copy.deepcopy(model).eval().requires_grad_(False)
     for name, module in small.inner.nets().items():
         net = as_net(module, name)
         assert isinstance(net, Net), "the nets of a RecursiveModel are block stacks"
         for weight in net.weights:
-            codes = fp8.quantize_weight(weight)
+            codes = fp8.quantize_weight(weight, dtype)
             with torch.no_grad():
                 weight.copy_(codes.dequantized())
             fp8.register(weight, codes)

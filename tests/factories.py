@@ -41,9 +41,9 @@ def make_net(
     return Net(net_spec, [w.requires_grad_(requires_grad) for w in weights])
 
 
-def quantize_net(net: Net) -> Net:
+def quantize_net(net: Net, dtype: torch.dtype = fp8.FP8) -> Net:
     """The net with dequantised fp32 weights that the kernels know the codes of."""
-    codes = [fp8.quantize_weight(weight) for weight in net.weights]
+    codes = [fp8.quantize_weight(weight, dtype) for weight in net.weights]
     small = Net(net.spec, [each.dequantized() for each in codes])
     for weight, each in zip(small.weights, codes, strict=True):
         fp8.register(weight, each)

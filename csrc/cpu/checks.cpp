@@ -28,11 +28,16 @@ void check_states(const int* states, int count, int num_states) {
 
 }  // namespace
 
-void check(const BlockShape& s) {
+void check(const BlockShape& s, bool int8) {
   within("D", s.hidden, 32, kMostWidth);
   require(s.hidden % 32 == 0, "D a multiple of 32, got " + std::to_string(s.hidden));
   within("F", s.inner, 1, kMostWidth);
   require(s.eps >= 0, "eps >= 0");
+  if (int8) {
+    const int mixed = s.token_mlp ? std::max(s.tokens, s.token_inner) : 0;
+    within("the depth of an int8 product, whose sum is an int32",
+           std::max({s.hidden, s.inner, mixed}), 1, kMostInt8Depth);
+  }
   if (s.token_mlp) {
     within("T of a token MLP", s.tokens, 1, kMostWidth);
     within("the inner width of a token MLP", s.token_inner, 1, kMostWidth);

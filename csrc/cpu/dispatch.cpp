@@ -27,6 +27,8 @@ bool has_avx2() { return true; }
 bool has_avx512() { return true; }
 bool has_avx512_bf16() { return true; }
 bool has_amx() { return true; }
+bool has_avx_vnni() { return true; }
+bool has_avx512_vnni() { return true; }
 #elif defined(__x86_64__)
 struct Cpuid {
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -50,11 +52,17 @@ bool has_avx512() {
   return has_avx2() && (saved_state() & 0xe6) == 0xe6 && (Cpuid(7).b & wanted) == wanted;
 }
 
-bool has_avx512_bf16() {
+unsigned more_features() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   __get_cpuid_count(7, 1, &a, &b, &c, &d);
-  return has_avx512() && (a >> 5 & 1);
+  return a;
 }
+
+bool has_avx_vnni() { return has_avx2() && (more_features() >> 4 & 1); }
+bool has_avx512_vnni() { return has_avx512() && (Cpuid(7).c >> 11 & 1); }
+
+// With VNNI, which every such processor has: the core for int8 is compiled with both.
+bool has_avx512_bf16() { return has_avx512_vnni() && (more_features() >> 5 & 1); }
 
 bool has_amx() {
 #if defined(__linux__)
@@ -81,32 +89,53 @@ std::string joined(const std::vector<std::string>& names) {
   return text;
 }
 
+// Engines of int8 products, and whether the processor has the instruction.
+struct Int8 {
+  bool (*usable)();
+  const Engine *f32, *bf16;
+};
+constexpr Int8 emulated{always, &portable_int8_f32, &portable_int8_bf16};
+#if defined(RX_HAVE_AVX2_VNNI)
+constexpr Int8 on_avx2{has_avx_vnni, &avx2_vnni_int8_f32, &avx2_vnni_int8_bf16};
+#else
+constexpr Int8 on_avx2 = emulated;
+#endif
+#if defined(RX_HAVE_AVX512_VNNI)
+constexpr Int8 on_avx512{has_avx512_vnni, &vnni_int8_f32, &vnni_int8_bf16};
+#else
+constexpr Int8 on_avx512 = emulated;
+#endif
+#if defined(RX_HAVE_AVX512_BF16)
+constexpr Int8 on_dot{has_avx512_bf16, on_avx512.f32, &dot_int8};
+#endif
+
 struct Isa {
   const char* name;
   bool (*usable)();
   const Engine *f32, *bf16;
+  const Int8& int8;
 };
 
 const std::vector<Isa>& all_isas() {
   static const std::vector<Isa> isas = {
-      {"portable", always, &portable_f32, &portable_bf16},
+      {"portable", always, &portable_f32, &portable_bf16, emulated},
 #if defined(RX_HAVE_AVX2)
-      {"avx2", has_avx2, &avx2_f32, &avx2_bf16},
+      {"avx2", has_avx2, &avx2_f32, &avx2_bf16, on_avx2},
 #endif
 #if defined(RX_HAVE_AVX512)
-      {"avx512", has_avx512, &avx512_f32, &avx512_bf16},
+      {"avx512", has_avx512, &avx512_f32, &avx512_bf16, on_avx512},
 #endif
 #if defined(RX_HAVE_AVX512_BF16)
-      {"avx512_bf16", has_avx512_bf16, &avx512_f32, &dot_bf16},
+      {"avx512_bf16", has_avx512_bf16, &avx512_f32, &dot_bf16, on_dot},
 #endif
 #if defined(RX_HAVE_AMX)
-      {"amx", has_amx, &avx512_f32, &amx_bf16},
+      {"amx", has_amx, &avx512_f32, &amx_bf16, on_dot},
 #endif
 #if defined(RX_HAVE_NEON)
-      {"neon", always, &neon_f32, &neon_bf16},
+      {"neon", always, &neon_f32, &neon_bf16, emulated},
 #endif
 #if defined(RX_HAVE_NEON_BF16) && defined(__linux__)
-      {"neon_bf16", has_neon_bf16, &neon_f32, &bfdot_bf16},
+      {"neon_bf16", has_neon_bf16, &neon_f32, &bfdot_bf16, emulated},
 #endif
   };
   return isas;
@@ -128,14 +157,34 @@ const std::vector<const Isa*>& usable() {
 // Whether it only adds products of pairs of bf16 to the one before.
 bool is_dot(const std::string& name) { return name == "avx512_bf16" || name == "neon_bf16"; }
 
-const Engine* engine_for(const std::string& name, Dtype state) {
+const Isa& isa_of(const std::string& name) {
   for (const Isa* isa : usable())
-    if (isa->name == name) return state == Dtype::f32 ? isa->f32 : isa->bf16;
+    if (isa->name == name) return *isa;
   throw std::runtime_error("no engine '" + name + "' here; this machine has " +
                            joined(usable_isas()));
 }
 
+const Int8& int8_of(const Isa& isa) { return isa.int8.usable() ? isa.int8 : emulated; }
+
+const Engine* engine_for(const std::string& name, Dtype state, bool int8) {
+  const Isa& isa = isa_of(name);
+  const Engine *f32 = isa.f32, *bf16 = isa.bf16;
+  if (int8) f32 = int8_of(isa).f32, bf16 = int8_of(isa).bf16;
+  return state == Dtype::f32 ? f32 : bf16;
+}
+
+// Whether weights are codes, all of them.
+bool are_int8(const std::vector<RawWeight>& weights) {
+  size_t codes = 0;
+  for (const RawWeight& weight : weights) codes += weight.dtype == Dtype::int8;
+  if (codes != 0 && codes != weights.size())
+    throw std::invalid_argument("recurx cpu engine: expected codes for all weights or for none");
+  return codes != 0;
+}
+
 }  // namespace
+
+bool has_int8(const std::string& name) { return int8_of(isa_of(name)).f32 != emulated.f32; }
 
 std::vector<std::string> usable_isas() {
   std::vector<std::string> names;
@@ -186,8 +235,10 @@ std::string chosen_isa() {
 
 Packed::Packed(const std::vector<BlockShape>& shapes, const std::vector<RawWeight>& weights,
                Dtype state, const std::string& isa)
-    : engine_(engine_for(isa, state)), memory_(nullptr, std::free), blocks_(shapes.size()) {
-  for (const BlockShape& shape : shapes) check(shape);
+    : engine_(engine_for(isa, state, are_int8(weights))),
+      memory_(nullptr, std::free),
+      blocks_(shapes.size()) {
+  for (const BlockShape& shape : shapes) check(shape, are_int8(weights));
   for (const BlockShape& shape : shapes) bytes_ += engine_->packed_bytes(shape);
   memory_.reset(allocate(bytes_));
   char* out = (char*)memory_.get();

@@ -30,7 +30,12 @@ std::string best_isa(const std::vector<std::string>& names, double gain);
 // That gain, measured once in a process (a millisecond); 0 where the best one is no such core.
 double dot_gain();
 
-// A net packed for one instruction set and one state type.
+// Whether products of int8 run by an instruction (vpdpbusd) with the engine of that name; else by
+// plain code, slower than those of bf16.
+bool has_int8(const std::string& isa);
+
+// A net packed for one instruction set and one state type; with weights of int8, for products of
+// int8.
 class Packed {
  public:
   // `weights` holds weights_per_block for each shape; not kept.
@@ -51,7 +56,7 @@ constexpr int kMostThreads = 1024;
 
 // Throw std::invalid_argument for what no engine runs: sizes of zero, or too large, or that do not
 // belong together, and steps that name what is not there.
-void check(const BlockShape& shape);
+void check(const BlockShape& shape, bool int8 = false);
 void check(const Engine& engine, const Recursion& recursion, int threads);
 
 // Runs the whole recursion on `threads` threads. Bit-equal for any number of threads. The calling

@@ -8,8 +8,10 @@
 
 #include "engines.hpp"
 #include "gemm_dot.hpp"
+#include "gemm_int8.hpp"
 #include "schedule.hpp"
 
 namespace rx::cpu {
 const Engine dot_bf16 = avx512_dot::engine_of<avx512_dot::DotCore>();
+const Engine dot_int8 = avx512_dot::engine_without_window<avx512_dot::Int8Core<avx512_dot::DotCore>>();
 }  // namespace rx::cpu

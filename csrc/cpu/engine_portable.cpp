@@ -7,9 +7,14 @@
 
 #include "engines.hpp"
 #include "gemm.hpp"
+#include "gemm_int8.hpp"
 #include "schedule.hpp"
 
 namespace rx::cpu {
 const Engine portable_f32 = portable::engine_of<portable::VectorCore<float>>();
 const Engine portable_bf16 = portable::engine_of<portable::VectorCore<portable::bf16>>();
+const Engine portable_int8_f32 =
+    portable::engine_without_window<portable::Int8Core<portable::VectorCore<float>>>();
+const Engine portable_int8_bf16 =
+    portable::engine_without_window<portable::Int8Core<portable::VectorCore<portable::bf16>>>();
 }  // namespace rx::cpu

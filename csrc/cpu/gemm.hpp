@@ -30,7 +30,7 @@ struct VectorCore {
   };
   static constexpr int kMaxChunk = 64;  // panels
   template <class Carver>
-  static Scratch carve_scratch(Carver& carver) {
+  static Scratch carve_scratch(Carver& carver, int, int) {
     return {carver.template take<float>(kMaxChunk * kRows * kPanel)};
   }
 

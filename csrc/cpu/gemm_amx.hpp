@@ -107,7 +107,7 @@ struct AmxCore : PairPanels {
   static constexpr int kMaxChunk = 64;  // panels
 
   template <class Carver>
-  static Scratch carve_scratch(Carver& carver) {
+  static Scratch carve_scratch(Carver& carver, int, int) {
     Scratch s;
     s.partial = carver.template take<char>(kMaxChunk * kBlockBytes);
     s.turn = carver.template take<char>(2 * kBlockBytes);

@@ -21,7 +21,7 @@ struct DotCore : PairPanels {
 
   struct Scratch {};
   template <class Carver>
-  static Scratch carve_scratch(Carver&) {
+  static Scratch carve_scratch(Carver&, int, int) {
     return {};
   }
   static void enter(const Scratch&) {}

@@ -16,7 +16,7 @@ void sample_product(void* scratch) {
   const int rows = kSampleRows + Core::kSpareRows;
   const Mat<Act> a = make_mat(c.take<Act>(mat_size(rows, kSampleDepth)), rows, kSampleDepth);
   const Mat<Act> out = make_mat(c.take<Act>(mat_size(rows, kSampleColumns)), rows, kSampleColumns);
-  const typename Core::Scratch own = Core::carve_scratch(c);
+  const typename Core::Scratch own = Core::carve_scratch(c, rows, kSampleDepth);
   const void* const weight = c.take<char>(Core::linear_bytes(l));
   Core::gemm(own, a, {0, kSampleRows}, l, weight, {0, l.panels()}, weight, [=](int panel) {
     Act* const p = out.at(0, panel * kPanel);

@@ -120,24 +120,35 @@ size_t packed_bytes(const BlockShape& shape) {
   return total;
 }
 
-template <class Core>
+template <class Core, void (*kPackLinear)(const Linear&, const RawWeight&, void*)>
 void pack(const BlockShape& shape, const RawWeight* weights, void* out, PackedBlock* packed) {
   char* p = (char*)out;
   packed->shape = shape;
   for (int i = 0; i < weights_per_block; ++i) {
     const Linear l = linear_of(shape, i);
-    pack_linear<Core>(l, weights[i], p);
+    kPackLinear(l, weights[i], p);
     packed->weight[i] = p;
     p += (Core::linear_bytes(l) + 63) / 64 * 64;
   }
 }
 
+template <class Core, void (*kPackLinear)(const Linear&, const RawWeight&, void*)>
+constexpr Engine engine_with(WindowEngine window) {
+  using State = typename Core::State;
+  return {RX_GROUP_ROWS,        sizeof(State),   packed_bytes<Core>, pack<Core, kPackLinear>,
+          scratch_bytes<Core>,  run_group<Core>, head<State>,        add_noise<State>,
+          sample_product<Core>, window};
+}
+
 template <class Core>
 constexpr Engine engine_of() {
-  using State = typename Core::State;
-  return {RX_GROUP_ROWS,        sizeof(State),    packed_bytes<Core>, pack<Core>,
-          scratch_bytes<Core>,  run_group<Core>,  head<State>,        add_noise<State>,
-          sample_product<Core>, window_of<Core>()};
+  return engine_with<Core, pack_linear<Core>>(window_of<Core>());
+}
+
+// For inference alone, by a core that packs weights in its own way.
+template <class Core>
+constexpr Engine engine_without_window() {
+  return engine_with<Core, Core::pack>({});
 }
 
 }  // namespace rx::cpu::RX_ISA

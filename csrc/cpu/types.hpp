@@ -8,7 +8,7 @@
 
 namespace rx::cpu {
 
-enum class Dtype { f32, bf16 };
+enum class Dtype { f32, bf16, int8 };
 
 struct BlockShape {
   bool token_mlp;   // else attention
@@ -25,6 +25,7 @@ struct BlockShape {
 struct RawWeight {
   const void* data;
   Dtype dtype;
+  const float* scales = nullptr;  // [out], of int8: the weight is data * scales
 };
 
 // The four products of a block, in the order of the flat op.
@@ -111,8 +112,14 @@ struct Engine {
   void (*add_noise)(void* state, const float* noise, float sigma, long count);
   // A small product, to compare engines by; `scratch` of kSampleBytes, aligned and zero.
   void (*sample_product)(void* scratch);
-  WindowEngine window;
+  WindowEngine window;  // null for int8
 };
+
+// A sum of this many products of codes in [-127, 127] fits an int32, whatever the codes are.
+// (Partial sums with the 128 of csrc/cpu/gemm_int8.hpp may wrap, which changes nothing: none
+// saturates.)
+constexpr int kMostInt8Depth = 0x7fffffff / (127 * 127);
+
 constexpr size_t kSampleBytes = 1 << 20;
 
 }  // namespace rx::cpu

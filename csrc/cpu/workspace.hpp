@@ -77,6 +77,9 @@ struct Workspace {
       w.v = c.take<Act>(head_rows);
       w.mixed = matrix(w.rows_pad, D);
     }
+    // Of one product.
+    const int most_rows = imax(w.rows_pad, mixes_tokens ? kTokenRows + Core::kSpareRows : 0);
+    const int deepest = imax(imax(D, inner), mixes_tokens ? imax(T, token_inner) : 0);
     for (int t = 0; t < team_size; ++t) {
       Workspace skipped;
       Workspace& own = t == tid ? w : skipped;
@@ -84,7 +87,7 @@ struct Workspace {
       own.scale_b = c.take<float>(w.rows_pad);
       own.scale_q = c.take<float>(w.rows_pad);
       own.position = c.take<int>(w.rows_pad);
-      own.gemm = Core::carve_scratch(c);
+      own.gemm = Core::carve_scratch(c, most_rows, deepest);
       if (attends) own.attention = c.take<char>(Core::attention_bytes(T, w.head_stride));
       if (mixes_tokens) {
         const int slab = kTokenRows + Core::kSpareRows, cols = round_up(T, kAlign);

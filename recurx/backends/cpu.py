@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from recurx import fp8
 from recurx.backends import Backend
 from recurx.backends.cpu_window import CpuWindow, plain_weight
 from recurx.backends.weight_cache import WeightCache
@@ -46,13 +47,21 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 def _pack(
-    module: ModuleType, spec: NetSpec, weights: Sequence[Tensor], bf16: bool, isa: str, _: Any
-) -> Any:
-    own = [weight.detach() for weight in Net(spec, weights).weights]  # checked here
-    plain = [plain_weight(w) for w in own]
+    module: ModuleType, spec: NetSpec, weights: Sequence[Tensor], bf16: bool, isa: str, int8: bool,
+    _: Any,
+) -> Any:  # fmt: skip
+    """`int8`: the codes of the weights, or None if a weight is no longer what they say."""
+    own, scales = Net(spec, weights).weights, []  # checked here
+    if int8 and not fp8.are_quantized(own, fp8.INT8):
+        return None
+    plain = [plain_weight(weight) for weight in own]
+    if int8:
+        codes = [each for each in map(fp8.registered, own) if each is not None]
+        plain = [each.codes.contiguous() for each in codes]
+        scales = [each.scales.contiguous() for each in codes]
     blocks = [block.numbers for block in spec.blocks]
     pointers = [(w.data_ptr(), w.dtype == torch.bfloat16) for w in plain]
-    return module.cpu_pack(blocks, pointers, bf16, isa)
+    return module.cpu_pack(blocks, pointers, bf16, isa, [s.data_ptr() for s in scales])
 
 
 def _rows(weight: Tensor, copies: list[Tensor]) -> tuple[int, int, int, int]:
@@ -86,7 +95,7 @@ class Cpu(Backend):
         """`module`: a build of the engine other than recurx._C (tests run emulated engines)."""
         self._given = module
         self.packed = WeightCache(MAX_PACKED, self._digest)
-        self._window = CpuWindow(self._begin)
+        self._window = CpuWindow(functools.partial(self._begin, int8=False))
         self._ready = functools.lru_cache(maxsize=256)(self._prepare)
 
     @lazy
@@ -137,6 +146,14 @@ class Cpu(Backend):
                     )
         return None
 
+    def why_not_int8(self) -> str | None:
+        """Why products of int8 are not faster than those of bf16 here, or None if they are."""
+        isa = self._engine().cpu_isa()
+        if isa == "amx":
+            return "multiplies bf16 by AMX here, faster than int8 by AVX512_VNNI"
+        no = f"has no instruction for products of int8 here (AVX512_VNNI, AVX-VNNI), as {isa}"
+        return None if self._engine().cpu_has_int8(isa) else no
+
     def run(self, problem: Problem, operands: Operands, span: Span) -> list[Tensor]:
         module, head, threads = self._begin(problem, operands, span)
         inputs = [state.contiguous() for state in (operands.x, *operands.states)]
@@ -156,12 +173,13 @@ class Cpu(Backend):
         return self._window
 
     def _begin(
-        self, problem: Problem, operands: Operands, span: Span
+        self, problem: Problem, operands: Operands, span: Span, int8: bool = True
     ) -> tuple[ModuleType, tuple[Any, ...], int]:
-        """The module, the first arguments of its calls, and how many threads they take."""
+        """The module, the first arguments of its calls, and how many threads they take; with `int8`
+        nets of `recurx.quantize` run as such."""
         module = self._engine()
         ready = self._ready(problem, span, torch.get_num_threads())
-        nets = self._nets(problem, operands, ready)
+        nets = self._nets(problem, operands, ready, int8)
         threads = engine_threads(ready.rows, ready.weights, ready.threads)
         return module, (nets, ready.program, ready.shape), threads
 
@@ -179,7 +197,7 @@ class Cpu(Backend):
         ready = self._ready(problem, Span(0, len(problem.schedule)), torch.get_num_threads())
         rope = operands.float_rope()
         self._engine().cpu_solve(
-            self._nets(problem, operands, ready),
+            self._nets(problem, operands, ready, True),
             ready.program,
             ready.shape,
             [tensor.data_ptr() for tensor in (operands.x, *operands.states)],
@@ -190,16 +208,16 @@ class Cpu(Backend):
             progress,
         )
 
-    def _nets(self, problem: Problem, operands: Operands, ready: _Ready) -> list[Any]:
+    def _nets(self, problem: Problem, operands: Operands, ready: _Ready, int8: bool) -> list[Any]:
         """The packed nets."""
-        module = self._engine()
+        module, packed = self._engine(), []
         isa, bf16 = module.cpu_isa(), problem.dtype is torch.bfloat16
-        packed = []
+        int8 = int8 and fp8.have_codes(operands.weights, fp8.INT8)
         for spec, cut in ready.nets:
             weights = operands.weights[cut]
-            make = functools.partial(_pack, module, spec, weights, bf16, isa)
-            packed.append(self.packed.get((spec, bf16, isa), weights, make))
-        return packed
+            make = functools.partial(_pack, module, spec, weights, bf16, isa, int8)
+            packed.append(self.packed.get((spec, bf16, isa, int8), weights, make))
+        return self._nets(problem, operands, ready, False) if None in packed else packed
 
     def _prepare(self, problem: Problem, span: Span, threads: int) -> _Ready:
         calls = lower(problem.schedule, span).calls

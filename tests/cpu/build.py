@@ -26,7 +26,7 @@ import native_tools  # noqa: E402 (beside setup.py, no package)
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 MODULE = "_cpu_emulated"
 DEFINES = (
-    *(f"-DRX_HAVE_{isa.upper()}=1" for isa in ISAS[1:]),
+    *(f"-DRX_HAVE_{isa.upper()}=1" for isa in (*ISAS[1:], "avx2_vnni", "avx512_vnni")),
     "-DRX_PRETEND_ISA",
     "-DRX_EMULATE_AMX",
     f"-DRX_MODULE_NAME={MODULE}",

@@ -136,7 +136,7 @@ struct WindowSpace {
     for (int t = 0; t < team_size; ++t) {
       WindowSpace skipped;
       WindowSpace& own = t == tid ? w : skipped;
-      own.gemm = Core::carve_scratch(c);
+      own.gemm = Core::carve_scratch(c, 0, 0);  // sizes that int8 alone asks for
       own.fresh = c.take<bool>(z.all_blocks * weights_per_block);
       own.filled = c.take<int>(job.rec.num_nets);
       own.group = c.take<int>(job.rec.num_nets);
