@@ -9,10 +9,17 @@ import importlib
 import os
 from typing import Any
 
-from recurx import _checkout, forking
+from recurx import _checkout
+
+
+def _before_fork() -> None:
+    from recurx.forking import wait_for_imports
+
+    wait_for_imports()
+
 
 _checkout.install()
-os.register_at_fork(before=forking.wait_for_imports)
+os.register_at_fork(before=_before_fork)
 
 __version__ = "0.1.0"
 
