@@ -146,8 +146,26 @@ def compare(patched: nn.Module, twin: nn.Module, said: str) -> bool:
         except RecurxError:
             return False
     found, where = distance(got, want)
-    assert found < CLOSE, f"{said}: {where} is {found:.2g} from the model's own"
+    if found >= CLOSE:  # edits may leave a model that a rounding moves by more
+        allowed = max(CLOSE, 3 * moved(twin, want))
+        assert found < allowed, f"{said}: {where} is {found:.2g} from the model's own"
     return True
+
+
+def moved(model: nn.Module, before: dict[str, Any]) -> float:
+    """How far the results of a model move when every weight moves by a rounding; the larger of two
+    draws."""
+    weights, worst = list(model.parameters()), 0.0
+    for seed in (1, 2):
+        kept = [weight.detach().clone() for weight in weights]
+        generator = torch.Generator().manual_seed(seed)
+        for weight in weights:
+            signs = torch.randint(0, 2, weight.shape, generator=generator) * 2 - 1
+            weight.data.mul_(1 + 2.0**-22 * signs)
+        worst = max(worst, distance(trained(model), before)[0])
+        for weight, value in zip(weights, kept, strict=True):
+            weight.data.copy_(value)
+    return worst if worst < float("inf") else 0.0
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
