@@ -37,7 +37,7 @@ def merged(net: Any, where: str = "") -> Any:
     """
     if not isinstance(net, nn.Module):
         return net
-    if not any(_CHILDREN & module._modules.keys() for module in net.modules()):
+    if not _wrapped(net):
         return net
     try:
         if torch.compiler.is_compiling():
@@ -45,6 +45,14 @@ def merged(net: Any, where: str = "") -> Any:
         return _merged(net, where)
     except _NotPlain as why:
         return str(why)
+
+
+def _wrapped(module: nn.Module) -> bool:
+    """Whether a layer in there is wrapped. NOTE: `modules()` wants hashes, which not all have."""
+    children = module._modules
+    return bool(_CHILDREN & children.keys()) or any(
+        child is not None and _wrapped(child) for child in children.values()
+    )
 
 
 def _merged(module: nn.Module, path: str) -> Any:

@@ -126,7 +126,7 @@ def _refine_part(
     x = who.embed(rows).to(dtype).contiguous()
     lm_head, q_head = (head.detach().to(dtype).contiguous() for head in (who.lm_head, who.q_head))
     answers, vocab = problem.tokens - who.prefix, len(lm_head)
-    steps, halted = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.bool)
+    steps, halted = x.new_zeros(count, dtype=torch.int64), x.new_zeros(count, dtype=torch.bool)
     read = steps.new_zeros(count, answers)
     trace = steps.new_zeros(rules.max_steps, count, answers) if rules.trace else None
     final = torch.empty_like(x)
@@ -154,7 +154,7 @@ def _refine_part(
     predictions = logits.argmax(-1)
     if trace is not None:  # a row that halted keeps its answer
         trace = trace[: int(steps.max())]
-        after = torch.arange(1, 1 + len(trace))[:, None] >= steps
+        after = torch.arange(1, 1 + len(trace), device="cpu")[:, None] >= steps
         trace = torch.where(after[..., None], predictions, trace)
     given = logits if rules.logits else None
     return Answers(predictions, steps, q.float(), halted, steps[:, None], given, trace)
