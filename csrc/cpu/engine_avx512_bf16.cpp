@@ -13,5 +13,6 @@
 
 namespace rx::cpu {
 const Engine dot_bf16 = avx512_dot::engine_of<avx512_dot::DotCore>();
-const Engine dot_int8 = avx512_dot::engine_without_window<avx512_dot::Int8Core<avx512_dot::DotCore>>();
+const Engine dot_int8 =
+    avx512_dot::engine_without_window<avx512_dot::Int8Core<avx512_dot::DotCore>>();
 }  // namespace rx::cpu

@@ -13,6 +13,6 @@
 namespace rx::cpu {
 const Engine vnni_int8_f32 =
     avx512_vnni::engine_without_window<avx512_vnni::Int8Core<avx512_vnni::VectorCore<float>>>();
-const Engine vnni_int8_bf16 =
-    avx512_vnni::engine_without_window<avx512_vnni::Int8Core<avx512_vnni::VectorCore<avx512_vnni::bf16>>>();
+const Engine vnni_int8_bf16 = avx512_vnni::engine_without_window<
+    avx512_vnni::Int8Core<avx512_vnni::VectorCore<avx512_vnni::bf16>>>();
 }  // namespace rx::cpu
