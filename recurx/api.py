@@ -64,8 +64,7 @@ def recurse(
             blocks under the official attribute names, or (eager backend only) any callable
             [B, T, D] -> [B, T, D]. Blocks are fused only if they are proved to be what their
             weights tell (`recurx.proof`); else "auto" and "eager" run their own code. Weights are
-            masters of any floating dtype; they are used
-            rounded to the dtype of the states.
+            masters of any floating dtype; they are used rounded to the dtype of the states.
         x: [B, T, D] embedded input, of the states' dtype; any strides; B may be 0.
         carry: {name: [B, T, D]} with each name of `schedule.states`; never modified.
         backend: "auto", or one of `recurx.backends.NAMES`; an explicit one never falls back.

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recurx.readings import HOOKS, INTERNAL
+
 _CHILDREN = {"base_layer", "parametrizations"}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_INTERNAL = set(vars(nn.Module()))
 _ALLOWED = 1e-3  # of the norm; half precision comes in where a layer casts its input itself
 _compared: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
@@ -35,9 +35,7 @@ def merged(net: Any, where: str = "") -> Any:
 
     The twin has the net's own classes and attributes; merged weights are no parameters of it.
     """
-    if not isinstance(net, nn.Module):
-        return net
-    if not _wrapped(net):
+    if not isinstance(net, nn.Module) or not _wrapped(net):
         return net
     try:
         if torch.compiler.is_compiling():
@@ -126,7 +124,7 @@ class _Both(nn.Module):
 def _difference(module: nn.Module, lora: bool) -> str | None:
     """What keeps a wrapped layer from being its effective weight; remembered while it stays so."""
     parts = list(module.modules())
-    if any(vars(part)[name] for part in parts for name in _HOOKS):
+    if any(vars(part)[name] for part in parts for name in HOOKS):
         return "has hooks, which would no longer run"
     state = [(type(part), type(part).forward, part.training, _settings(part)) for part in parts]
     if _compared.get(module) == state:
@@ -160,7 +158,7 @@ def _settings(module: nn.Module) -> str:
     """Plain attributes, in a form that compares."""
     kinds = (int, float, str, list, tuple, set, dict, type(None))
     own = vars(module).items()
-    return repr([(n, v) for n, v in own if n not in _INTERNAL and isinstance(v, kinds)])
+    return repr([(n, v) for n, v in own if n not in INTERNAL and isinstance(v, kinds)])
 
 
 def _random_states(device: torch.device) -> list[Tensor]:

@@ -27,7 +27,7 @@ EXTENSION = "recurx._C"  # compiled: it has no file of Python
 # Python where the packages of a checkout lie.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "forking", "hashing", "_build_info", "_C"),
-    ("atomic", "state_names", "lowrank", "options", "schedule", "small_ops", "tasks"),
+    ("atomic", "state_names", "options", "schedule", "small_ops", "tasks"),
     ("nets",),
     ("operands", "fp8", "code"),
     ("problem", "reference"),
@@ -40,7 +40,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("recompute", "choices", "comparing"),
     ("route",),
     ("trials", "readings"),
-    ("probing",),
+    ("probing", "lowrank"),
     ("proof",),
     ("ops", "checks"),
     ("api",),

@@ -38,15 +38,6 @@ struct Machine {
   }
 };
 
-// Calls `work(machine, stop, threads)` with the machine locked. False if the caller wants to stop,
-// by `wanted`: then not all was done. A call inside `wanted` has a machine and one thread for
-// itself.
-template <class Work>
-bool on_machine(bool (*wanted)(), int threads, Work work);
-
-// ---- what follows is read by run.cpp and solve.cpp alone
-// -----------------------------------------
-
 Machine& the_machine();
 std::unique_lock<std::timed_mutex> locked(Machine& owner, Stop& stop);
 void add_clocks(Machine& owner, const std::vector<Clock>& clocks);
@@ -59,6 +50,9 @@ class Running {
   static bool now();
 };
 
+// Calls `work(machine, stop, threads)` with the machine locked. False if the caller wants to stop,
+// by `wanted`: then not all was done. A call inside `wanted` has a machine and one thread for
+// itself.
 template <class Work>
 bool on_machine(bool (*wanted)(), int threads, Work work) {
   Stop stop(wanted);

@@ -19,26 +19,13 @@ from recurx import backends
 from recurx.models import HRM, TRM
 from recurx.models.config import HRMConfig, TRMConfig
 from recurx.solving import on_cpu
+from tests.small_solvers import MODELS, SMALL, TOKENS, VOCAB
 
 CPU = backends.get("cpu")
 pytestmark = pytest.mark.skipif(
     CPU.why_unavailable() is not None, reason=str(CPU.why_unavailable())
 )
 
-TOKENS, VOCAB = 11, 7
-SMALL = dict(
-    vocab_size=VOCAB, seq_len=TOKENS, hidden_size=64, num_heads=2, expansion=2.0,
-    inner_multiple=16, L_layers=1, H_cycles=1, L_cycles=2, forward_dtype="float32",
-)  # fmt: skip
-MODELS = {
-    "attention": {},
-    "tokens": dict(mlp_t=True, pos_encodings="none"),
-    "learned positions": dict(pos_encodings="learned"),
-    "prefix": dict(puzzle_emb_ndim=64, puzzle_emb_len=2, num_puzzle_identifiers=3),
-    "single-z": dict(variant="single_z"),
-    "hier6": dict(variant="hier6", L_cycles=1),
-    "hrm": dict(variant="hrm", H_layers=1, no_ACT_continue=False),
-}
 RULES = {
     "q": {},
     "every step": dict(halt=None, logits=True, trace=True),
@@ -61,7 +48,7 @@ def two_threads():
 def make(**changes):
     """A model whose samples halt after unlike numbers of steps."""
     torch.manual_seed(3)
-    config = {**SMALL, **changes}
+    config = {**SMALL, "forward_dtype": "float32", **changes}
     model = HRM(HRMConfig(**config)) if config.get("variant") == "hrm" else TRM(TRMConfig(**config))
     with torch.no_grad():
         model.inner.q_head.weight.normal_(std=0.3)

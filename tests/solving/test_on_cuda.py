@@ -19,14 +19,9 @@ from recurx.errors import CudaError
 from recurx.models import HRM, TRM
 from recurx.models.config import HRMConfig, TRMConfig
 from recurx.solving import noise, on_cuda
+from tests.small_solvers import MODELS, SMALL, TOKENS, VOCAB
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
-
-TOKENS, VOCAB = 11, 7
-SMALL = dict(
-    vocab_size=VOCAB, seq_len=TOKENS, hidden_size=64, num_heads=2, expansion=2.0,
-    inner_multiple=16, L_layers=1, H_cycles=1, L_cycles=2, forward_dtype="bfloat16",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +40,7 @@ def engine(cuda):
 def make(**changes):
     """A model of which some samples halt at their first step and others do not."""
     torch.manual_seed(3)
-    config = {**SMALL, **changes}
+    config = {**SMALL, "forward_dtype": "bfloat16", **changes}
     model = HRM(HRMConfig(**config)) if config.get("variant") == "hrm" else TRM(TRMConfig(**config))
     with torch.no_grad():
         model.inner.q_head.weight.normal_(std=0.3)
@@ -88,17 +83,6 @@ def assert_same(inside, loop):
     # One bf16 rounding of another order of additions.
     torch.testing.assert_close(inside.q, loop.q, rtol=2**-7, atol=1e-2)
     assert inside.q.dtype == loop.q.dtype
-
-
-MODELS = {
-    "attention": {},
-    "tokens": dict(mlp_t=True, pos_encodings="none"),
-    "learned positions": dict(pos_encodings="learned"),
-    "prefix": dict(puzzle_emb_ndim=64, puzzle_emb_len=2, num_puzzle_identifiers=3),
-    "single-z": dict(variant="single_z"),
-    "hier6": dict(variant="hier6", L_cycles=1),
-    "hrm": dict(variant="hrm", H_layers=1, no_ACT_continue=False),
-}
 
 
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
