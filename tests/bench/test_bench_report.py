@@ -10,7 +10,7 @@ from documents import document, row, untimed, write
 
 from recurx import atomic
 from recurx.atomic import write_json
-from recurx.bench import plots, report, results
+from recurx.bench import plots, ratios, report, results
 from recurx.bench.provenance import ROOT
 from recurx.commands import main
 from recurx.errors import InvalidArgument, RecurxError
@@ -84,17 +84,17 @@ def test_markers(tmp_path, result, capsys):
 
 def test_ratios_compare_with_the_fastest_pytorch_a_user_could_take(result, tmp_path):
     """fp32 with fp32; bf16 with the faster of both: here PyTorch's fp32 beats its own bf16."""
-    text = report.ratios([result])
+    text = ratios.ratios([result])
     assert "| machine | case | step, fp32 | step, bf16 |" in text
     assert "trm-att | **0.50x** eager (B=1) | **1.00x** eager fp32 (B=1) |" in text
     rows = [row("recurx-cpu/fp32", [1.0]), row("tuned/fp32", [3.0]), row("eager/fp32", [4.0])]
     made = document(rows)
     made["groups"] += document(rows[::2], batch=8)["groups"]
-    assert report.ratios([write(tmp_path / "fast.json", made)]).splitlines()[2:] == [
+    assert ratios.ratios([write(tmp_path / "fast.json", made)]).splitlines()[2:] == [
         "| Some CPU (1/2), 2 threads | trm-att | **3.0x** tuned (B=1), **4.0x** eager (B=8) |"
     ]
     alone = document([row("recurx-cpu/fp32", [1.0])])
-    assert "trm-att" not in report.ratios([write(tmp_path / "alone.json", alone)])
+    assert "trm-att" not in ratios.ratios([write(tmp_path / "alone.json", alone)])
 
 
 def test_a_page_holds_all_tables_or_those_of_ratios(tmp_path, result):
@@ -103,7 +103,7 @@ def test_a_page_holds_all_tables_or_those_of_ratios(tmp_path, result):
     page.write_text("<!-- bench:begin -->\nold\n<!-- bench:end -->\n")
     command = ["bench", "report", str(result.path), "--no-plots"]
     assert main([*command, "--write", str(readme), str(page)]) == 0
-    table = report.ratios([result])
+    table = ratios.ratios([result])
     assert (
         readme.read_text()
         == f"# head\n<!-- ratios:begin (made) -->\n{table}\n<!-- ratios:end -->\n"
@@ -112,7 +112,7 @@ def test_a_page_holds_all_tables_or_those_of_ratios(tmp_path, result):
 
 
 def test_without_results_it_says_what_to_do():
-    for tables in (report.markdown, report.ratios):
+    for tables in (report.markdown, ratios.ratios):
         with pytest.raises(InvalidArgument, match="python -m recurx bench run"):
             tables([])
 
@@ -122,7 +122,7 @@ def test_without_results_it_says_what_to_do():
                     (0.000012, "0.000012"), (0, "0")]
 )  # fmt: skip
 def test_figures_have_three_digits_and_no_exponent(value, text):
-    assert report._figure(value) == text
+    assert report.figure(value) == text
 
 
 # ---- plots ---------------------------------------------------------------------------------------

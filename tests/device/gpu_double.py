@@ -1,0 +1,292 @@
+"""A GPU that is not there: importing this makes CPU tensors say that they are on a CUDA device.
+
+For processes of their own: what it changes, it changes for good. Code of the host runs as on a GPU,
+down to the launch: plans, packing, arguments. A launch is counted and computes nothing; what the
+backends give instead is the reference. Libraries of kernels are the emulator's builds of the same
+sources. So a wrong number of arguments, a name that is gone or a phase that selects nothing shows
+here; what only hardware can answer is listed by `test_over_a_double.py`.
+
+The sizes are small (`device_sizes.py`), and so are those of bench/gpu_check.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import os
+import time
+from types import SimpleNamespace
+from typing import Any
+
+os.environ["RECURX_DEVICE_SIZES"] = "small"
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+import recurx
+from bench.gpu_check import build, sizes
+from recurx import backends, reference, reference_backward
+from recurx.backends import Window, cuda, graphs, triton
+from recurx.backends.cuda_abi import RxRecursion
+from recurx.bench import ceilings
+from recurx.plan import DEVICES
+from recurx.plan import device as devices
+from recurx.train import CudaGraphs
+
+NAME = "SYNTHETIC (a double of a GPU, no hardware)"
+DEVICE = dataclasses.replace(DEVICES["h100"], units=4)
+launches: list[str] = []  # what was launched, in order
+GPU = torch.device("cuda", 0)
+
+
+# ---- tensors -------------------------------------------------------------------------------------
+
+
+def _is_gpu(value: Any) -> bool:
+    if isinstance(value, torch.device):
+        return value.type == "cuda"
+    return isinstance(value, str) and value.partition(":")[0] == "cuda"
+
+
+class OnGpu(TorchFunctionMode):
+    """Every tensor is on the GPU, and all memory is zero at first."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.device.__get__:
+            return GPU
+        if func is torch.Tensor.is_cuda.__get__:
+            return True
+        if func in (torch.Tensor.cuda, torch.Tensor.cpu):
+            return args[0].clone()
+        name = getattr(func, "__name__", "")
+        args = tuple("cpu" if _is_gpu(value) else value for value in args)
+        kwargs = {key: "cpu" if _is_gpu(value) else value for key, value in kwargs.items()}
+        if name in ("empty", "empty_like", "new_empty"):
+            return func(*args, **kwargs).zero_()
+        return func(*args, **kwargs)
+
+
+# ---- torch.cuda ----------------------------------------------------------------------------------
+
+
+class Stream:
+    cuda_stream = 0
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        pass
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+    wait_event = synchronize = record_event = wait_stream
+
+    def query(self) -> bool:
+        return False
+
+
+class Event:
+    def __init__(self, **named: Any) -> None:
+        self.at = 0.0
+
+    def record(self, stream: Any = None) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, other: Event) -> float:
+        return 1e3 * (other.at - self.at) + 1e-6
+
+    def synchronize(self) -> None:
+        pass
+
+
+class Graph:
+    """Its body has run; a replay does nothing more."""
+
+    def replay(self) -> None:
+        launches.append("replay")
+
+    def register_generator_state(self, generator: Any) -> None:
+        pass
+
+
+capturing = False
+
+
+@contextlib.contextmanager
+def graph(graph: Any, **named: Any) -> Any:
+    global capturing
+    capturing = True
+    try:
+        yield
+    finally:
+        capturing = False
+
+
+PROPERTIES = SimpleNamespace(
+    name=NAME, major=9, minor=0, multi_processor_count=DEVICE.units, total_memory=1 << 33,
+    L2_cache_size=50 << 20, shared_memory_per_block_optin=DEVICE.shared_bytes, warp_size=32,
+    gcnArchName="", max_threads_per_multi_processor=2048, regs_per_multiprocessor=65536,
+)  # fmt: skip
+
+
+def _nothing(*arguments: Any, **named: Any) -> None:
+    pass
+
+
+def _nowhere(*arguments: Any, **named: Any) -> Any:
+    return contextlib.nullcontext()
+
+
+TORCH_CUDA = {
+    "is_available": lambda: True, "is_initialized": lambda: True, "device_count": lambda: 1,
+    "current_device": lambda: 0, "get_device_capability": lambda device=None: (9, 0),
+    "get_device_name": lambda device=None: NAME,
+    "get_device_properties": lambda device=None: PROPERTIES,
+    "current_stream": lambda device=None: Stream(), "default_stream": lambda device=None: Stream(),
+    "is_current_stream_capturing": lambda: capturing, "is_bf16_supported": lambda **_: True,
+    "Stream": Stream, "Event": Event, "CUDAGraph": Graph, "graph": graph,
+    "stream": _nowhere, "device": _nowhere, "device_of": _nowhere,
+    "synchronize": _nothing, "empty_cache": _nothing, "set_device": _nothing, "_sleep": _nothing,
+    "set_sync_debug_mode": _nothing, "reset_peak_memory_stats": _nothing,
+    "memory_allocated": lambda device=None: 0, "max_memory_allocated": lambda device=None: 0,
+    "memory_reserved": lambda device=None: 0,
+    "mem_get_info": lambda device=None: (1 << 33, 1 << 33),
+    "get_rng_state": lambda device=None: torch.get_rng_state(),
+    "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
+}  # fmt: skip
+
+
+# ---- the backends --------------------------------------------------------------------------------
+
+
+class Library:
+    """In the place of recurx._C: every size is 256 bytes, every launch succeeds."""
+
+    kinds = ("owner", "grid", "cluster")
+    has_timeline = False
+
+    def call(self, name: str, *arguments: Any) -> None:
+        launches.append(name)
+        shared = isinstance(arguments[0], RxRecursion) and arguments[0].hidden < 512
+        if name == "rx_owner_sm80_run" and shared and arguments[1].owners == 1:
+            raise recurx.errors.CudaError("owner_sm80: cudaErrorInvalidValue")
+
+    def bytes_of(self, name: str, *arguments: Any) -> int:
+        return 256
+
+
+def _computed(problem: Any, operands: Any, span: Any) -> list[torch.Tensor]:
+    carry = dict(zip(problem.schedule.states, operands.states, strict=True))
+    nets = problem.bind(operands.weights)
+    with torch.no_grad():
+        out = reference.run(problem.schedule, nets, operands.x, carry, operands.rope, *span)
+    return list(out.values())
+
+
+def _right(engine: type) -> None:
+    """The backend launches, then its results become those of the reference."""
+    run = engine.run
+
+    def launched(self: Any, problem: Any, operands: Any, span: Any) -> list[torch.Tensor]:
+        outs = run(self, problem, operands, span)
+        found = _computed(problem, operands, span)
+        assert [out.shape for out in outs] == [state.shape for state in found]
+        return found
+
+    engine.run = launched
+
+
+class RightWindow(Window):
+    def __init__(self, real: Window) -> None:
+        self.real = real
+
+    def kept(self, *arguments: Any) -> Any:
+        return self.real.kept(*arguments)
+
+    def forward(self, problem: Any, operands: Any, span: Any, save: Any) -> Any:
+        outs, kept = self.real.forward(problem, operands, span, save)
+        found = _computed(problem, operands, span)
+        assert [out.shape for out in outs] == [state.shape for state in found]
+        return found, kept
+
+    def backward(self, problem, operands, span, save, outs, kept, d_outs, wants):  # type: ignore[no-untyped-def]
+        given = (problem, operands, span, save, outs, kept, d_outs, wants)
+        shapes = [None if grad is None else grad.shape for grad in self.real.backward(*given)]
+        flat = [torch.zeros_like(operands.x) if d is None else d for d in d_outs]
+        grads = reference_backward.run(problem, operands, span, flat)
+        found = [grad if want else None for grad, want in zip(grads, wants, strict=True)]
+        assert shapes == [None if grad is None else grad.shape for grad in found]
+        return found
+
+
+def _install_backends() -> None:
+    cuda.Cuda.library = lambda self: Library()
+    _right(cuda.Cuda)
+    _right(triton.Triton)
+    window = triton.Triton.window
+    triton.Triton.window = lambda self, problem: RightWindow(window(self, problem))
+    devices._cuda = lambda index: DEVICE
+    graphs.cuda_capture = triton.cuda_capture = lambda launch: launch
+    CudaGraphs.capture = lambda self, run: run
+    with contextlib.suppress(ImportError):
+        from triton.runtime.jit import JITFunction
+
+        JITFunction.run = lambda kernel, *_, **__: launches.append(kernel.__name__)
+    backends.changed()
+
+
+# ---- libraries of kernels, and sizes -------------------------------------------------------------
+
+
+def library(sources: Any, arch: str) -> ctypes.CDLL:
+    """The emulator's build of the sources."""
+    from emulator.build import Emulated, build
+
+    emulated = Emulated(build(list(sources), False), False)
+    emulated.library.emulated = emulated
+    launches.append(f"library {sources[0].name}")
+    return emulated.library
+
+
+def _install_sizes() -> None:
+    import nvcc_library
+
+    nvcc_library.library = library
+    build.native = lambda arch: None
+    ceilings.ceilings_of = lambda *_: {
+        "copy_gbs": 1.0, "large_bf16_tflops": 1.0, "case_bf16_tflops": 1.0,
+        "large_fp32_tflops": 1.0, "case_fp32_tflops": 1.0,
+    }  # fmt: skip
+    small = dict(
+        CASE="toy", PROVED_CASES=("small-64",), SMALL_CASE="toy", PROVED_BATCHES=(1, 2),
+        BATCHES=(1, 2), SECONDS=0.02, RERUNS=1, COMPILED=(("toy", "step", 2, "compile"),),
+        LATER=(("toy", "train", 2),), POISON_BYTES=1 << 16,
+        MICRO=dict(rounds=3, tape_bytes=1 << 17, sweeps=2, barrier_ctas=4, swept=(1 << 12,)),
+    )  # fmt: skip
+    for name, value in small.items():
+        assert hasattr(sizes, name), name
+        setattr(sizes, name, value)
+
+
+def install() -> None:
+    for name, value in TORCH_CUDA.items():
+        setattr(torch.cuda, name, value)
+    torch.compile = lambda model=None, **_: model if model is not None else (lambda m: m)
+    torch.cuda.random.get_rng_state = TORCH_CUDA["get_rng_state"]
+    _install_backends()
+    _install_sizes()
+    OnGpu().__enter__()
+    hang = os.environ.get("RECURX_DOUBLE_HANGS", "")
+    if hang and os.environ.get("RECURX_GPU_CHECK_PHASE", "").startswith(hang):
+        wait_for_the_device()
+
+
+def wait_for_the_device() -> None:
+    """A hang in C, as of a kernel that never ends: signals meet no Python here."""
+    pause = ctypes.PyDLL(None).usleep  # keeps the interpreter's lock
+    while True:
+        pause(1_000_000 - 1)
+
+
+install()
