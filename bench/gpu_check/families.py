@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -21,17 +21,17 @@ class Family:
 
     backend: str
     kind: str
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: tuple[tuple[str, Any], ...] = ()
 
     def holds(self, plan: LaunchPlan) -> bool:
-        return plan.kind == self.kind and self.settings.items() <= dict(plan.settings).items()
+        return plan.kind == self.kind and set(self.settings) <= set(plan.settings)
 
 
 # A kind that this build does not know is reported as absent.
 FAMILIES = {
     "owner": Family("cuda", "owner"),
     "grid": Family("cuda", "grid"),
-    **{f"cluster-{n}": Family("cuda", "cluster", {"cluster": n}) for n in (2, 4, 8)},
+    **{f"cluster-{n}": Family("cuda", "cluster", (("cluster", n),)) for n in (2, 4, 8)},
     "triton-tiled": Family("triton", "tiled"),
     "triton-persistent": Family("triton", "persistent"),
     "library": Family("triton", "library"),
@@ -78,4 +78,6 @@ def why_not(family: Family, problem: Problem, device: Device) -> tuple[str, str]
                if family.kind in text.partition(":")[0]]  # fmt: skip
     if reasons or reason:
         return "refused", "; ".join(reasons) or str(reason)
-    return "absent", f"backend {family.backend} has no plan {family.kind} {family.settings or ''}"
+    if family.settings:
+        return "refused", f"no plan {family.kind} {dict(family.settings)} for {problem}"
+    return "absent", f"backend {family.backend} has no plan {family.kind}"

@@ -32,7 +32,8 @@ def main() -> int:
     lib.rx_cuda_last_error.restype = ctypes.c_char_p
     return int(not all([_said(clusters, lib), _said(barrier, lib), *(
         _said(sweep, lib, nbytes) for nbytes in sizes.MICRO["swept"]
-    ), *(_said(multicast, lib, size) for size in (1, *CLUSTERS[:3]))]))  # fmt: skip
+    ), *(_said(multicast, lib, size) for size in (1, *CLUSTERS[:3])
+        if size <= _multiprocessors())]))  # fmt: skip
 
 
 def _said(probe: Callable[..., None], lib: ctypes.CDLL, *arguments: int) -> bool:
@@ -43,6 +44,10 @@ def _said(probe: Callable[..., None], lib: ctypes.CDLL, *arguments: int) -> bool
         emit("failed", probe=probe.__name__, arguments=arguments, why=str(error))
         return False
     return True
+
+
+def _multiprocessors() -> int:
+    return torch.cuda.get_device_properties(0).multi_processor_count
 
 
 def clusters(lib: ctypes.CDLL) -> None:
@@ -59,7 +64,7 @@ def clusters(lib: ctypes.CDLL) -> None:
 
 
 def barrier(lib: ctypes.CDLL) -> None:
-    ctas, rounds = sizes.MICRO["barrier_ctas"], sizes.MICRO["rounds"]
+    ctas, rounds = _multiprocessors(), sizes.MICRO["rounds"]
     arrived = torch.zeros(1, dtype=torch.int32, device="cuda")
     seconds = _best(lib, "rx_micro_barrier", ctas, rounds, pointer(arrived), before=arrived.zero_)
     assert arrived.item() == ctas * rounds, f"{arrived.item()} arrivals"
@@ -68,7 +73,7 @@ def barrier(lib: ctypes.CDLL) -> None:
 
 def sweep(lib: ctypes.CDLL, nbytes: int) -> None:
     """All CTAs read the same bytes again and again: from L2 as long as they fit."""
-    ctas, sweeps, count = sizes.MICRO["barrier_ctas"], sizes.MICRO["sweeps"], nbytes // 16
+    ctas, sweeps, count = _multiprocessors(), sizes.MICRO["sweeps"], nbytes // 16
     data, sums = _data(nbytes), torch.zeros(ctas * THREADS, dtype=torch.int32, device="cuda")
     seconds = _best(
         lib, "rx_micro_sweep", ctas, pointer(data), count, sweeps, pointer(sums)
@@ -82,7 +87,7 @@ def sweep(lib: ctypes.CDLL, nbytes: int) -> None:
 def multicast(lib: ctypes.CDLL, size: int) -> None:
     """A tape read from L2 once a cluster, by all the clusters that fit."""
     stages, sweeps = sizes.MICRO["tape_bytes"] // STAGE, sizes.MICRO["sweeps"]
-    count = sizes.MICRO["barrier_ctas"] // size
+    count = _multiprocessors() // size
     data = _data(stages * STAGE)
     sums = torch.zeros(count * size * READERS, dtype=torch.int32, device="cuda")
     call(lib, "rx_micro_multicast", count, size, pointer(data), stages, 1, 1, pointer(sums), None)

@@ -30,7 +30,7 @@ __global__ void sweep_kernel(const uint4* data_g, int count, int sweeps, uint32_
   for (int sweep = 0; sweep < sweeps; sweep++)
 #pragma unroll 8
     for (int i = threadIdx.x; i < count; i += kThreads) {
-      const uint4 v = __ldcg(data_g + i);
+      const uint4 v = RX_EITHER(data_g[i], __ldcg(data_g + i));
       sum += v.x ^ v.y ^ v.z ^ v.w;
     }
   sums_g[blockIdx.x * kThreads + threadIdx.x] = sum;
@@ -110,6 +110,7 @@ extern "C" int rx_micro_multicast(int clusters, int size, const void* tape_g, in
 // How many clusters of `size` CTAs, each with so many threads and bytes, run at once.
 extern "C" int rx_micro_max_clusters(int size, int threads, int shared, int* found) {
 #ifdef RX_EMU
+  (void)size, (void)threads, (void)shared, (void)found;
   return rx::fail(kRxEmulatorError, "micro_max_clusters: the emulator has no occupancy");
 #else
   auto* kernel = micro::multicast_kernel;

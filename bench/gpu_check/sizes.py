@@ -21,6 +21,6 @@ SANITIZED_BESIDE = ("triton-tiled",)
 POISON_BYTES = 256 << 20  # of NaN, which the allocator hands out next
 # Of limits.py; `swept`: bytes that all multiprocessors read, within and beyond the L2.
 MICRO = dict(
-    rounds=2000, tape_bytes=14 << 20, sweeps=8, barrier_ctas=132,
+    rounds=2000, tape_bytes=14 << 20, sweeps=8,
     swept=(14 << 20, 40 << 20, 200 << 20),
 )  # fmt: skip

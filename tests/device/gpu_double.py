@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import os
 import time
 from types import SimpleNamespace
@@ -22,11 +23,11 @@ from typing import Any
 os.environ["RECURX_DEVICE_SIZES"] = "small"
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.utils import _device as default_device
 
 import recurx
-from bench.gpu_check import build, sizes
-from recurx import backends, reference, reference_backward
+from bench.gpu_check import build, journal, sizes
+from recurx import backends, measure, reference, reference_backward
 from recurx.backends import Window, cuda, graphs, triton
 from recurx.backends.cuda_abi import RxRecursion
 from recurx.bench import ceilings
@@ -49,23 +50,43 @@ def _is_gpu(value: Any) -> bool:
     return isinstance(value, str) and value.partition(":")[0] == "cuda"
 
 
-class OnGpu(TorchFunctionMode):
-    """Every tensor is on the GPU, and all memory is zero at first."""
+def _on_host(make: Any) -> Any:
+    """A function that makes tensors, here instead of on the GPU."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.Tensor.device.__get__:
-            return GPU
-        if func is torch.Tensor.is_cuda.__get__:
-            return True
-        if func in (torch.Tensor.cuda, torch.Tensor.cpu):
-            return args[0].clone()
-        name = getattr(func, "__name__", "")
-        args = tuple("cpu" if _is_gpu(value) else value for value in args)
-        kwargs = {key: "cpu" if _is_gpu(value) else value for key, value in kwargs.items()}
-        if name in ("empty", "empty_like", "new_empty"):
-            return func(*args, **kwargs).zero_()
-        return func(*args, **kwargs)
+    @functools.wraps(make)
+    def made(*given: Any, **named: Any) -> Any:
+        given = tuple("cpu" if _is_gpu(value) else value for value in given)
+        named = {key: "cpu" if _is_gpu(value) else value for key, value in named.items()}
+        named.pop("pin_memory", None)
+        found = make(*given, **named)
+        return found.zero_() if "empty" in make.__name__ else found
+
+    return made
+
+
+FACTORIES = (
+    "empty", "empty_like", "empty_strided", "zeros", "zeros_like", "ones", "ones_like", "full",
+    "full_like", "tensor", "as_tensor", "arange", "linspace", "eye", "rand", "rand_like", "randn",
+    "randn_like", "randint", "randint_like", "randperm",
+)  # fmt: skip
+METHODS = ("to", "new_empty", "new_zeros", "new_ones", "new_full", "new_tensor")
+
+
+class Generator(torch.Generator):
+    def __new__(cls, device: Any = "cpu") -> Any:
+        return super().__new__(cls, "cpu")
+
+
+def _install_tensors() -> None:
+    for owner, names in ((torch, FACTORIES), (torch.Tensor, METHODS)):
+        for name in names:
+            setattr(owner, name, _on_host(getattr(owner, name)))
+    torch.Tensor.device = property(lambda tensor: GPU)
+    torch.Tensor.is_cuda = property(lambda tensor: True)
+    torch.Tensor.cuda = torch.Tensor.cpu = lambda tensor, *_, **__: tensor.clone()
+    torch.Tensor.pin_memory = lambda tensor, *_: tensor
+    torch.Generator = Generator
+    default_device._device_constructors = lambda: frozenset()  # of `with torch.device(...)`
 
 
 # ---- torch.cuda ----------------------------------------------------------------------------------
@@ -99,6 +120,9 @@ class Event:
     def synchronize(self) -> None:
         pass
 
+    def query(self) -> bool:
+        return True
+
 
 class Graph:
     """Its body has run; a replay does nothing more."""
@@ -130,12 +154,13 @@ PROPERTIES = SimpleNamespace(
 )  # fmt: skip
 
 
-def _nothing(*arguments: Any, **named: Any) -> None:
-    pass
+def nothing() -> Any:
+    """A function of its own each: Dynamo tells functions of torch from each other."""
+    return lambda *_, **__: None
 
 
-def _nowhere(*arguments: Any, **named: Any) -> Any:
-    return contextlib.nullcontext()
+def nowhere() -> Any:
+    return lambda *_, **__: contextlib.nullcontext()
 
 
 TORCH_CUDA = {
@@ -146,9 +171,10 @@ TORCH_CUDA = {
     "current_stream": lambda device=None: Stream(), "default_stream": lambda device=None: Stream(),
     "is_current_stream_capturing": lambda: capturing, "is_bf16_supported": lambda **_: True,
     "Stream": Stream, "Event": Event, "CUDAGraph": Graph, "graph": graph,
-    "stream": _nowhere, "device": _nowhere, "device_of": _nowhere,
-    "synchronize": _nothing, "empty_cache": _nothing, "set_device": _nothing, "_sleep": _nothing,
-    "set_sync_debug_mode": _nothing, "reset_peak_memory_stats": _nothing,
+    "stream": nowhere(), "device": nowhere(), "device_of": nowhere(),
+    "synchronize": nothing(), "empty_cache": nothing(), "set_device": nothing(),
+    "_sleep": nothing(),
+    "set_sync_debug_mode": nothing(), "reset_peak_memory_stats": nothing(),
     "memory_allocated": lambda device=None: 0, "max_memory_allocated": lambda device=None: 0,
     "memory_reserved": lambda device=None: 0,
     "mem_get_info": lambda device=None: (1 << 33, 1 << 33),
@@ -168,8 +194,7 @@ class Library:
 
     def call(self, name: str, *arguments: Any) -> None:
         launches.append(name)
-        shared = isinstance(arguments[0], RxRecursion) and arguments[0].hidden < 512
-        if name == "rx_owner_sm80_run" and shared and arguments[1].owners == 1:
+        if isinstance(arguments[0], RxRecursion) and arguments[0].scratch_bytes == 1 << 40:
             raise recurx.errors.CudaError("owner_sm80: cudaErrorInvalidValue")
 
     def bytes_of(self, name: str, *arguments: Any) -> int:
@@ -258,11 +283,14 @@ def _install_sizes() -> None:
         "copy_gbs": 1.0, "large_bf16_tflops": 1.0, "case_bf16_tflops": 1.0,
         "large_fp32_tflops": 1.0, "case_fp32_tflops": 1.0,
     }  # fmt: skip
+    measure.COPY_BYTES["cuda"] = measure.SMALLER_COPY = 1 << 16
+    measure.LARGE["cuda"] = measure.SMALLER_SIDE = 32
     small = dict(
-        CASE="toy", PROVED_CASES=("small-64",), SMALL_CASE="toy", PROVED_BATCHES=(1, 2),
-        BATCHES=(1, 2), SECONDS=0.02, RERUNS=1, COMPILED=(("toy", "step", 2, "compile"),),
+        CASE="small-256", PROVED_CASES=("small-256",), SMALL_CASE="small-256",
+        PROVED_BATCHES=(1, 5), BATCHES=(2,), SECONDS=0.02, RERUNS=1,
+        COMPILED=(("toy", "step", 2, "compile"),),
         LATER=(("toy", "train", 2),), POISON_BYTES=1 << 16,
-        MICRO=dict(rounds=3, tape_bytes=1 << 17, sweeps=2, barrier_ctas=4, swept=(1 << 12,)),
+        MICRO=dict(rounds=3, tape_bytes=1 << 17, sweeps=2, swept=(1 << 12,)),
     )  # fmt: skip
     for name, value in small.items():
         assert hasattr(sizes, name), name
@@ -270,23 +298,25 @@ def _install_sizes() -> None:
 
 
 def install() -> None:
+    _install_tensors()
     for name, value in TORCH_CUDA.items():
         setattr(torch.cuda, name, value)
     torch.compile = lambda model=None, **_: model if model is not None else (lambda m: m)
     torch.cuda.random.get_rng_state = TORCH_CUDA["get_rng_state"]
     _install_backends()
     _install_sizes()
-    OnGpu().__enter__()
     hang = os.environ.get("RECURX_DOUBLE_HANGS", "")
     if hang and os.environ.get("RECURX_GPU_CHECK_PHASE", "").startswith(hang):
         wait_for_the_device()
 
 
 def wait_for_the_device() -> None:
-    """A hang in C, as of a kernel that never ends: signals meet no Python here."""
-    pause = ctypes.PyDLL(None).usleep  # keeps the interpreter's lock
+    """As a kernel that never ends: signals meet C code that keeps the interpreter's lock."""
+    pause = ctypes.PyDLL(None).usleep
+    journal.emit("hangs", pid=os.getpid())
     while True:
-        pause(1_000_000 - 1)
+        with contextlib.suppress(KeyboardInterrupt):
+            pause(999_999)
 
 
 install()

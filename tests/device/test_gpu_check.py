@@ -19,11 +19,12 @@ import torch
 from bench.gpu_check import journal, phases
 from bench.gpu_check.phases import ALONE, BESIDE, ROOT, Phase
 from bench.gpu_check.runner import GRACE, Runner
+from emulator.build import unavailable
 
 DOUBLE = ("--import", "gpu_double")
 
 
-def check(folder: Path, *arguments: str, **environ: str) -> list[str]:
+def check(folder: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "bench.gpu_check", str(folder), *arguments]
 
 
@@ -201,3 +202,161 @@ def test_without_a_gpu_it_says_so_and_exits_cleanly(tmp_path):
     written = result_of(tmp_path / "out")
     assert written["status"] == "partial" and written["groups"] == []
     assert {p["status"] for p in written["phases"]} == {"no gpu", "not started"}
+
+
+# What only hardware can answer, of the tests in this folder; over the double they must get as far
+# as their last assertion.
+OF_HARDWARE = {
+    "test_inside_a_graph_of_the_caller": "a replay runs again what was captured",
+    "test_less_kept_is_less_memory": "peaks of the allocator",
+    "test_forward_and_backward_in_one_graph": "a replay runs again what was captured",
+    "test_a_queue_longer_than_the_owners_gives_the_answers_of_the_loop": "the queue in the kernel",
+    "test_kernels_by_stage": "times of kernels",
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """All phases of a call, over the double; compute-sanitizer is a script that runs the rest."""
+    folder = tmp_path_factory.mktemp("whole")
+    tool = folder / "compute-sanitizer"
+    tool.write_text('#!/bin/sh\nshift 4\nexec "$@"\n')
+    tool.chmod(0o755)
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    out = folder / "out"
+    said = run(out, "--seconds", "1500", *DOUBLE, limit=1600, PATH=path, OMP_NUM_THREADS="1")
+    return result_of(out), said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+def test_every_phase_starts_writes_and_ends(whole):
+    document, said = whole
+    found = {entry["name"]: entry for entry in document["phases"]}
+    assert document["status"] == "complete" and len(found) == len(phases.chosen((), ())), said
+    left = {f"tests {name.split('::')[0]}" for name in failed_tests(document)}
+    for name, entry in found.items():
+        wanted = "failed" if name in left else "absent" if name == "proof library" else "passed"
+        assert entry["status"] in (wanted, "absent"), (name, entry.get("tail"))
+        assert entry.get("lines") or name.startswith(("times", "compile")), name
+    verdicts = {
+        line["family"]: line["verdict"]
+        for entry in found.values() for line in entry.get("lines", ()) if line["kind"] == "proof"
+    }  # fmt: skip
+    assert set(verdicts) == set(phases.FAMILIES)
+    right = ("owner", "grid", "cluster-2", "triton-tiled")
+    assert {verdicts[name] for name in right} == {"right"}, verdicts
+
+
+def failed_tests(document: dict) -> dict[str, dict]:
+    """{file::test: its line} of those that did not pass."""
+    lines = [line for entry in document["phases"] for line in entry.get("lines", ())]
+    tests = [line for line in lines if line["kind"] == "test" and line["outcome"] != "passed"]
+    return {line["test"].replace(".py", ""): line for line in tests}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+def test_every_test_of_this_folder_gets_to_its_launches(whole):
+    document, _ = whole
+    selected = {
+        entry["name"]: line["tests"]
+        for entry in document["phases"] for line in entry.get("lines", ())
+        if line["kind"] == "selected"
+    }  # fmt: skip
+    assert set(selected) == {"wrappers", *(f"tests {name}" for name in phases.TESTS)}
+    assert all(selected.values()), selected
+    for name, line in failed_tests(document).items():
+        test = name.partition("::")[2].partition("[")[0]
+        assert test in OF_HARDWARE and line["launches"], (name, line["why"])
+        assert "AssertionError" in line["why"] or "\nE   assert" in line["why"], line["why"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+def test_the_result_file_becomes_the_table_of_the_readme(whole, tmp_path):
+    document, _ = whole
+    (tmp_path / "result.json").write_text(json.dumps(document))
+    result = results.load(tmp_path / "result.json")
+    assert "SYNTHETIC" in result.device
+    assert result.facts["commit"] and result.facts["torch"] and result.facts["gpu"]
+    timed = {(key.mode, key.variant) for key in result.timed()}
+    ours = ("owner", "grid-graph", "cluster-2", "triton-tiled", "auto")
+    assert {("step", f"recurx-{name}/bf16") for name in ours} <= timed
+    assert {("step", "eager/bf16"), ("step", "graph/bf16"), ("step", "compile/bf16")} <= timed
+    assert {("train", "eager/bf16"), ("train", "recurx-triton-tiled/bf16")} <= timed
+    table = ratios.ratios([result])
+    assert "| SYNTHETIC" in table and "not measured" not in table
+
+
+def test_nothing_synthetic_is_in_the_repository():
+    for path in (ROOT / "bench" / "results").glob("*.json"):
+        assert "SYNTHETIC" not in path.read_text(), path
+
+
+# ---- kills ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def started(tmp_path):
+    """start(phase to hang, arguments) -> (the check's process, its folder), when that one hangs."""
+    processes = []
+
+    def start(hangs: str, *arguments: str) -> tuple[subprocess.Popen, Path]:
+        environ = {**os.environ, "RECURX_DOUBLE_HANGS": hangs, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            check(tmp_path, *DOUBLE, *arguments), cwd=ROOT, env=environ, start_new_session=True
+        )
+        processes.append(process)
+        return process, tmp_path
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def wait_for(condition, seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.1)
+
+
+def hanging(folder: Path, phase: str) -> list[int]:
+    """Process ids of a phase that hangs in the double."""
+    return [
+        line["pid"] for line in journal.read(folder / "gpu_check.jsonl")
+        if line["kind"] == "hangs" and line["phase"] == phase
+    ]  # fmt: skip
+
+
+def test_a_killed_check_leaves_its_lines_and_no_process(started):
+    process, folder = started("proof grid", "--phases", "proof owner", "proof grid")
+    wait_for(lambda: hanging(folder, "proof grid"))
+    process.kill()
+    (child,) = hanging(folder, "proof grid")
+    wait_for(lambda: not Path(f"/proc/{child}").exists(), 20)
+    run(folder, "--merge")
+    found = {entry["name"]: entry for entry in result_of(folder)["phases"]}
+    assert result_of(folder)["status"] == "partial"
+    assert found["proof owner"]["status"] == "passed" and found["proof owner"]["lines"]
+    assert found["proof grid"]["status"] == "not finished"
+    assert "SYNTHETIC" in result_of(folder)["provenance"]["gpu"]["name"]
+
+
+def test_a_killed_phase_and_one_that_waits_for_the_device_stop_no_other(started):
+    names = ["proof owner", "proof grid", "proof cluster-2"]
+    process, folder = started("proof grid", "--phases", *names)
+    wait_for(lambda: hanging(folder, "proof grid"))
+    (child,) = hanging(folder, "proof grid")
+    os.kill(child, signal.SIGINT)  # as the runner does: the traceback comes, the process stays
+    time.sleep(1)
+    assert Path(f"/proc/{child}").exists()
+    os.kill(child, signal.SIGKILL)
+    assert process.wait(120) == 1
+    found = {entry["name"]: entry for entry in result_of(folder)["phases"]}
+    assert found["proof cluster-2"]["status"] == "passed" == found["proof owner"]["status"]
+    assert found["proof grid"]["status"] == "failed"
+    tail = found["proof grid"]["tail"]
+    assert any("in wait_for_the_device" in line for line in tail) and "signal 9" in tail[-1]
