@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 os.environ["RECURX_DEVICE_SIZES"] = "small"
+os.environ["PYTEST_PLUGINS"] = "gpu_double"  # for the hooks below
 
 import torch
 from torch.utils import _device as default_device
@@ -317,6 +318,16 @@ def wait_for_the_device() -> None:
     while True:
         with contextlib.suppress(KeyboardInterrupt):
             pause(999_999)
+
+
+def pytest_runtest_setup(item: Any) -> None:
+    launches.clear()
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    if report.when == "call" and report.outcome != "passed":
+        name = report.nodeid.rsplit("/", 1)[-1]
+        journal.emit("launched", test=name, launches=len(launches))
 
 
 install()

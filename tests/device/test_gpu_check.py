@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from bench.gpu_check import journal, phases
 from bench.gpu_check.phases import ALONE, BESIDE, ROOT, Phase
 from bench.gpu_check.runner import GRACE, Runner
 from emulator.build import unavailable
+from recurx.bench import ratios, results
 
 DOUBLE = ("--import", "gpu_double")
 
@@ -249,10 +251,11 @@ def test_every_phase_starts_writes_and_ends(whole):
 
 
 def failed_tests(document: dict) -> dict[str, dict]:
-    """{file::test: its line} of those that did not pass."""
+    """{file::test: its line, and how much it launched} of those that did not pass."""
     lines = [line for entry in document["phases"] for line in entry.get("lines", ())]
+    launched = {line["test"]: line for line in lines if line["kind"] == "launched"}
     tests = [line for line in lines if line["kind"] == "test" and line["outcome"] != "passed"]
-    return {line["test"].replace(".py", ""): line for line in tests}
+    return {t["test"].replace(".py", ""): {**launched.get(t["test"], {}), **t} for t in tests}
 
 
 @pytest.mark.slow
@@ -268,7 +271,7 @@ def test_every_test_of_this_folder_gets_to_its_launches(whole):
     assert all(selected.values()), selected
     for name, line in failed_tests(document).items():
         test = name.partition("::")[2].partition("[")[0]
-        assert test in OF_HARDWARE and line["launches"], (name, line["why"])
+        assert test in OF_HARDWARE and line.get("launches"), (name, line["why"])
         assert "AssertionError" in line["why"] or "\nE   assert" in line["why"], line["why"]
 
 
@@ -331,6 +334,7 @@ def hanging(folder: Path, phase: str) -> list[int]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_killed_check_leaves_its_lines_and_no_process(started):
     process, folder = started("proof grid", "--phases", "proof owner", "proof grid")
     wait_for(lambda: hanging(folder, "proof grid"))
@@ -345,6 +349,7 @@ def test_a_killed_check_leaves_its_lines_and_no_process(started):
     assert "SYNTHETIC" in result_of(folder)["provenance"]["gpu"]["name"]
 
 
+@pytest.mark.slow
 def test_a_killed_phase_and_one_that_waits_for_the_device_stop_no_other(started):
     names = ["proof owner", "proof grid", "proof cluster-2"]
     process, folder = started("proof grid", "--phases", *names)
