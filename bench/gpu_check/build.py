@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from bench.gpu_check import sizes
 from bench.gpu_check.journal import emit
 from bench.gpu_check.phases import ROOT
 
@@ -39,7 +40,9 @@ def jobs(arch: str) -> dict[str, Callable[[], Any]]:
 
     own = f"{arch}a" if arch == "90" else arch
     wrappers = {"sm80.cu": "80", "sm90.cu": "90", "sm90a.cu": "90a"}
-    found: dict[str, Callable[[], Any]] = {"module": lambda: native(arch)}
+    found: dict[str, Callable[[], Any]] = {}
+    if sizes.BUILD_MODULE:
+        found["module"] = lambda: native(arch)
     for file, target in wrappers.items():
         if int(target.rstrip("a")) <= int(arch) and (own == target or target[-1] != "a"):
             found[f"wrappers {file}"] = lambda f=file, t=target: library(

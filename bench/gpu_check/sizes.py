@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+BUILD_MODULE = True  # recurx._C, which takes minutes
 CASE = "trm-att"  # of recurx/bench/cases.py
 PROVED_CASES = ("trm-att", "trm-mlp")
 PROVED_BATCHES = (1, 2, 66)  # one CTA, two, more samples than a wave of clusters holds

@@ -27,7 +27,7 @@ import torch
 from torch.utils import _device as default_device
 
 import recurx
-from bench.gpu_check import build, journal, sizes
+from bench.gpu_check import journal, sizes
 from recurx import backends, measure, reference, reference_backward
 from recurx.backends import Window, cuda, graphs, triton
 from recurx.backends.cuda_abi import RxRecursion
@@ -279,7 +279,6 @@ def _install_sizes() -> None:
     import nvcc_library
 
     nvcc_library.library = library
-    build.native = lambda arch: None
     ceilings.ceilings_of = lambda *_: {
         "copy_gbs": 1.0, "large_bf16_tflops": 1.0, "case_bf16_tflops": 1.0,
         "large_fp32_tflops": 1.0, "case_fp32_tflops": 1.0,
@@ -287,7 +286,7 @@ def _install_sizes() -> None:
     measure.COPY_BYTES["cuda"] = measure.SMALLER_COPY = 1 << 16
     measure.LARGE["cuda"] = measure.SMALLER_SIDE = 32
     small = dict(
-        CASE="small-256", PROVED_CASES=("small-256",), SMALL_CASE="small-256",
+        BUILD_MODULE=False, CASE="small-256", PROVED_CASES=("small-256",), SMALL_CASE="small-256",
         PROVED_BATCHES=(1, 5), BATCHES=(2,), SECONDS=0.02, RERUNS=1,
         COMPILED=(("toy", "step", 2, "compile"),),
         LATER=(("toy", "train", 2),), POISON_BYTES=1 << 16,
@@ -303,7 +302,10 @@ def install() -> None:
     for name, value in TORCH_CUDA.items():
         setattr(torch.cuda, name, value)
     torch.compile = lambda model=None, **_: model if model is not None else (lambda m: m)
-    torch.cuda.random.get_rng_state = TORCH_CUDA["get_rng_state"]
+    torch.cuda.profiler.start = torch.cuda.profiler.stop = nothing()
+    torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = nothing()
+    profile, only_cpu = torch.profiler.profile, [torch.profiler.ProfilerActivity.CPU]
+    torch.profiler.profile = lambda activities=None, **named: profile(activities=only_cpu, **named)
     _install_backends()
     _install_sizes()
     hang = os.environ.get("RECURX_DOUBLE_HANGS", "")
