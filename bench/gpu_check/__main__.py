@@ -13,7 +13,7 @@ from pathlib import Path
 
 import bench.gpu_check
 from bench.gpu_check import child, journal
-from bench.gpu_check.phases import ROOT, SECONDS, chosen
+from bench.gpu_check.phases import LOCK, ROOT, SECONDS, chosen
 from bench.gpu_check.runner import Runner
 
 
@@ -67,6 +67,7 @@ def main() -> int:
         runner.run(todo)
     except KeyboardInterrupt:
         print("interrupted")
+    (folder / LOCK).unlink(missing_ok=True)
     made = journal.document(journal.read(lines))
     bad = [p["name"] for p in made["phases"] if p["status"] not in ("passed", "absent")]
     if "no gpu" in runner.ended.values():

@@ -15,6 +15,7 @@ from bench.gpu_check import sizes
 
 ROOT = Path(__file__).resolve().parents[2]
 ALONE, BESIDE, COMPILING = "alone", "beside", "compiling"  # lanes
+LOCK = "compiling.lock"  # beside the journal, of times.py
 SECONDS = {1: 420.0, 2: 270.0}  # of a call
 FAMILIES = (
     "owner", "grid", "cluster-2", "cluster-4", "cluster-8", "triton-tiled", "triton-persistent",

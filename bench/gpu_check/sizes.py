@@ -1,12 +1,16 @@
-"""What the phases measure and prove. Tests put smaller ones in their place."""
+"""What the phases measure and prove. RECURX_GPU_CHECK_SIZES names a JSON file with others."""
 
 from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
 
 BUILD_MODULE = True  # recurx._C, which takes minutes
 CASE = "trm-att"  # of recurx/bench/cases.py
 PROVED_CASES = ("trm-att", "trm-mlp")
 PROVED_BATCHES = (1, 2, 66)  # one CTA, two, more samples than a wave of clusters holds
-SMALL_CASE = "small-64"  # under the sanitizer, which slows every access
+SMALL_CASE = "small-256"  # under the sanitizer, which slows every access
 RERUNS, SMALL_RERUNS = 20, 2
 BATCHES = (64, 1, 8, 512, 132, 66, 60)  # most wanted first
 SECONDS = 4.0  # of rounds, a batch
@@ -25,3 +29,8 @@ MICRO = dict(
     rounds=2000, tape_bytes=14 << 20, sweeps=8,
     swept=(14 << 20, 40 << 20, 200 << 20),
 )  # fmt: skip
+
+if os.environ.get("RECURX_GPU_CHECK_SIZES"):  # of tests
+    _others = json.loads(Path(os.environ["RECURX_GPU_CHECK_SIZES"]).read_text())
+    assert _others.keys() <= globals().keys(), _others.keys() - globals().keys()
+    globals().update(_others)

@@ -29,6 +29,7 @@ import torch
 from bench.gpu_check import sizes
 from bench.gpu_check.families import FAMILIES, Family, held, why_not
 from bench.gpu_check.journal import PATH, emit
+from bench.gpu_check.phases import LOCK
 from recurx.bench import ceilings, checks, quantities, reference, runner, subjects
 from recurx.bench.suites import Group
 from recurx.bench.turns import Turn, interleave
@@ -206,7 +207,7 @@ def turns_of_compilers() -> Iterator[Callable[[], contextlib.AbstractContextMana
     """Inside, others may compile too; what it gives waits for them, and then for its turn."""
     folder = Path(os.environ.get(PATH, tempfile.gettempdir())).parent
     begin = time.monotonic()
-    with open(folder / "compiling.lock", "w") as lock:
+    with open(folder / LOCK, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
 
         @contextlib.contextmanager

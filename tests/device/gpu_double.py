@@ -6,7 +6,7 @@ backends give instead is the reference. Libraries of kernels are the emulator's 
 sources. So a wrong number of arguments, a name that is gone or a phase that selects nothing shows
 here; what only hardware can answer is listed by `test_over_a_double.py`.
 
-The sizes are small (`device_sizes.py`), and so are those of bench/gpu_check.
+The sizes are small, those of the tests (`device_sizes.py`) and of bench/gpu_check alike.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ import dataclasses
 import functools
 import os
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 os.environ["RECURX_DEVICE_SIZES"] = "small"
+os.environ["RECURX_GPU_CHECK_SIZES"] = str(Path(__file__).with_name("small_sizes.json"))
 os.environ["PYTEST_PLUGINS"] = "gpu_double"  # for the hooks below
 
 import torch
 from torch.utils import _device as default_device
 
 import recurx
-from bench.gpu_check import journal, sizes
+from bench.gpu_check import journal
 from recurx import backends, measure, reference, reference_backward
 from recurx.backends import Window, cuda, graphs, triton
 from recurx.backends.cuda_abi import RxRecursion
@@ -275,7 +277,7 @@ def library(sources: Any, arch: str) -> ctypes.CDLL:
     return emulated.library
 
 
-def _install_sizes() -> None:
+def _install_libraries() -> None:
     import nvcc_library
 
     nvcc_library.library = library
@@ -285,16 +287,6 @@ def _install_sizes() -> None:
     }  # fmt: skip
     measure.COPY_BYTES["cuda"] = measure.SMALLER_COPY = 1 << 16
     measure.LARGE["cuda"] = measure.SMALLER_SIDE = 32
-    small = dict(
-        BUILD_MODULE=False, CASE="small-256", PROVED_CASES=("small-256",), SMALL_CASE="small-256",
-        PROVED_BATCHES=(1, 5), BATCHES=(2,), SECONDS=0.02, RERUNS=1,
-        COMPILED=(("toy", "step", 2, "compile"),),
-        LATER=(("toy", "train", 2),), POISON_BYTES=1 << 16,
-        MICRO=dict(rounds=3, tape_bytes=1 << 17, sweeps=2, swept=(1 << 12,)),
-    )  # fmt: skip
-    for name, value in small.items():
-        assert hasattr(sizes, name), name
-        setattr(sizes, name, value)
 
 
 def install() -> None:
@@ -307,7 +299,7 @@ def install() -> None:
     profile, only_cpu = torch.profiler.profile, [torch.profiler.ProfilerActivity.CPU]
     torch.profiler.profile = lambda activities=None, **named: profile(activities=only_cpu, **named)
     _install_backends()
-    _install_sizes()
+    _install_libraries()
     hang = os.environ.get("RECURX_DOUBLE_HANGS", "")
     if hang and os.environ.get("RECURX_GPU_CHECK_PHASE", "").startswith(hang):
         wait_for_the_device()

@@ -1,4 +1,4 @@
-"""The microbenchmarks of bench/gpu_check in the emulator under the race checker, and as compiled."""
+"""The microbenchmarks of bench/gpu_check: in the emulator with its race checker, and compiled."""
 
 from __future__ import annotations
 
