@@ -63,7 +63,7 @@ def phases() -> list[Phase]:
         found.append(Phase(f"proof {family}", python("proof", family), 25, needs))
     found += [
         Phase("limits", python("limits"), 40, built, quiet=True),
-        Phase("times", python("times"), 80, built, quiet=True),
+        Phase("times", python("times"), 100, built, quiet=True),
     ]
     for case, mode, batch, way in sizes.COMPILED:
         name = f"compile {case} {mode} {batch} {way}"
@@ -73,7 +73,7 @@ def phases() -> list[Phase]:
         name = f"times {case} {mode} {batch}"
         command = python("times", "all", case, mode, str(batch))
         found.append(Phase(name, command, 50, built, quiet=True))
-    found += [Phase(f"tests {name}", pytest(name), 30, built) for name in TESTS]
+    found += [Phase(f"tests {name}", pytest(name), 45, built) for name in TESTS]
     for tool in TOOLS:
         command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "86")
         command += python("proof", "--small", *OF_THE_MODULE, *sizes.SANITIZED_BESIDE)

@@ -46,9 +46,11 @@ def main() -> int:
 
 
 def prove(name: str, case: str, batch: int, reruns: int) -> str:
-    """One line; "right", "wrong", "differs", "refused" or "absent"."""
-    family, said = FAMILIES[name], {"family": name, "case": case, "batch": batch}
+    """Lines for one call and for reruns; right, wrong, differs, refused or absent."""
+    family = FAMILIES[name]
+    said: dict[str, object] = {"family": name, "case": case, "batch": batch}
     model = build(case, "bf16", family.backend, 1).cuda()
+    said["seed"] = torch.seed()  # other inputs at every call: what is right is right for any
     x, carry = _inputs(model, batch)
     schedule, tables = model.inner.schedule, model.inner.cos_sin()
     nets = {key: _rounded(read_stack(net)) for key, net in model.inner.nets().items()}
@@ -82,7 +84,6 @@ def prove(name: str, case: str, batch: int, reruns: int) -> str:
 
 
 def _inputs(model: RecursiveModel, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Others at every call: what is right must be right for any."""
     config = model.config
     shape = (batch, config.tokens, config.hidden_size)
     x, *states = (
