@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bench.gpu_check import sizes
@@ -79,7 +79,7 @@ def phases() -> list[Phase]:
         command += python("proof", "--small", *OF_THE_MODULE, *sizes.SANITIZED_BESIDE)
         alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each allocation by itself
         found.append(Phase(f"sanitizer {tool}", command, 45, built, environ=alone))
-    return found
+    return [replace(phase, limit=phase.limit * sizes.PATIENCE) for phase in found]
 
 
 def python(module: str, *arguments: str) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+PATIENCE = 1  # times the limit of each phase
 BUILD_MODULE = True  # recurx._C, which takes minutes
 CASE = "trm-att"  # of recurx/bench/cases.py
 PROVED_CASES = ("trm-att", "trm-mlp")
