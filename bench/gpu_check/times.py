@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 
-from bench.gpu_check import sizes
+from bench.gpu_check import journal, sizes
 from bench.gpu_check.families import FAMILIES, Family, held, why_not
-from bench.gpu_check.journal import PATH, emit
+from bench.gpu_check.journal import emit
 from bench.gpu_check.phases import LOCK
 from recurx.bench import ceilings, checks, quantities, reference, runner, subjects
 from recurx.bench.suites import Group
@@ -74,6 +74,14 @@ def all_ways(mode: str) -> list[Way]:
             engine = OURS + name + ("-graph" if graph else "")
             found.append(Way(engine, DTYPE, family, family.backend, graph))
     return [*found, Way(OURS + "auto", DTYPE, runs_on="auto")]
+
+
+def _proof(way: Way) -> tuple[str, str]:
+    """The phase that proves a family, and how it ended in this call; "" if there was none."""
+    named = f"proof {way.engine.removeprefix(OURS).removesuffix('-graph')}"
+    lines = journal.read(Path(os.environ.get(journal.PATH, "no journal")))
+    ends = (line for line in lines if line["kind"] == "end" and line["phase"] == named)
+    return named, str(next(ends, {}).get("status", ""))
 
 
 class Measured:
@@ -161,6 +169,9 @@ class Measured:
     def _missing(self, way: Way) -> tuple[str, str] | None:
         if way.family is None:
             return None
+        phase, status = _proof(way)
+        if status not in ("", "passed"):  # it could take this process with it
+            return status, f"phase {phase!r} ended so"
         problem = self.work.problems[DTYPE]
         at = dataclasses.replace(problem, device_type=torch.empty(0, device="cuda").device.type)
         return why_not(way.family, at, Device.of("cuda"))
@@ -205,7 +216,7 @@ class Measured:
 @contextlib.contextmanager
 def turns_of_compilers() -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]]:
     """Inside, others may compile too; what it gives waits for them, and then for its turn."""
-    folder = Path(os.environ.get(PATH, tempfile.gettempdir())).parent
+    folder = Path(os.environ.get(journal.PATH, tempfile.gettempdir())).parent
     begin = time.monotonic()
     with open(folder / LOCK, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.gpu_check import journal, phases
+from bench.gpu_check import journal, phases, times
 from bench.gpu_check.phases import ALONE, BESIDE, ROOT, Phase
 from bench.gpu_check.runner import GRACE, Runner
 from emulator.build import unavailable
@@ -193,6 +193,18 @@ def test_a_torn_line_costs_itself_alone(tmp_path):
         file.write('{"kind": "torn", "phase"')
     journal.append(path, {"kind": "b", "phase": "one"})
     assert [line["kind"] for line in journal.read(path)] == ["a", "b"]
+
+
+def test_a_family_whose_proof_hung_is_not_timed_among_the_others(tmp_path, monkeypatch):
+    monkeypatch.setenv(journal.PATH, str(tmp_path / "lines"))
+    end = {"phase": "proof grid", "kind": "end", "status": "timeout"}
+    journal.append(tmp_path / "lines", end)
+    measured = times.Measured("toy", "step", 1, [])
+    ways = {way.engine: way for way in times.all_ways("step")}
+    for name in ("recurx-grid", "recurx-grid-graph"):
+        assert measured._missing(ways[name]) == ("timeout", "phase 'proof grid' ended so")
+    assert measured._missing(ways["eager"]) is None
+    assert times._proof(ways["recurx-owner"]) == ("proof owner", "")
 
 
 # ---- the whole check over the double -------------------------------------------------------------
