@@ -311,8 +311,7 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 @functools.cache
 def _why_no_driver(source: Any) -> str | None:
-    """Why the driver cannot run the kernels of a build: their CUDA runtime, which they bring along,
-    runs on drivers of its own major version and of later ones."""
+    """Why the driver cannot run the kernels of a build, whose CUDA runtime asks for its version."""
     if not hasattr(source, "cuda_devices"):
         return None
     count, driver, runtime, reason = source.cuda_devices()
