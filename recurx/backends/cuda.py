@@ -276,7 +276,7 @@ class Cuda(Backend):
     def _quantized(self, weights: Sequence[Tensor]) -> bool:
         """Whether the kernel may read codes. Not inside somebody's CUDA graph: there the host
         cannot ask, and a replay would not see a weight that is no longer the product of its."""
-        if any(registered(w) is None for w in weights) or captured_outside(weights[0].device):
+        if captured_outside(weights[0].device) or any(registered(w) is None for w in weights):
             return False
         quantized: bool = self.exact.get("fp8", weights, lambda _: are_quantized(weights))
         return quantized
