@@ -11,6 +11,7 @@ from __future__ import annotations
 import abc
 import functools
 import importlib
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -47,6 +48,9 @@ class Backend(abc.ABC):
         Returns:
             All states in the same order, in fresh contiguous tensors that alias no input.
         """
+
+    def free(self) -> None:  # noqa: B027 (most keep nothing)
+        """Let go of GPU memory that is kept for the next call; that one fills it anew."""
 
     def window(self, problem: Problem) -> Window | None:
         """Its differentiable window for `problem`, or None: then PyTorch runs the window.
@@ -137,6 +141,13 @@ def changed() -> None:
     global _version
     _version += 1
     get.cache_clear()
+
+
+def free() -> None:
+    """`Backend.free` of all that have been used."""
+    for name in ORDER:
+        if f"recurx.backends.{name}" in sys.modules:
+            get(name).free()
 
 
 def why_not(name: str, problem: Problem) -> str | None:

@@ -8,6 +8,8 @@ that all of this runs, and is tested, without a GPU.
 
 from __future__ import annotations
 
+import functools
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -15,6 +17,8 @@ from typing import Any
 
 import torch
 
+# Tags of ops that keep memory between calls: mode="reduce-overhead" then runs them between graphs.
+UNSAFE_IN_GRAPHS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
 Replay = Callable[[], None]
 Capture = Callable[[Callable[[], None]], Replay]
 
@@ -22,16 +26,42 @@ Capture = Callable[[Callable[[], None]], Replay]
 def cuda_capture(launch: Callable[[], None]) -> Replay:
     """Capture what `launch` launches in a CUDA graph, without running it."""
     graph = torch.cuda.CUDAGraph()
+    stream = _capture_stream(torch.cuda.current_device())
     # Thread-local: another thread may allocate or synchronise meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         launch()
     replay: Replay = graph.replay
     return replay
 
 
+@functools.cache
+def _capture_stream(index: int) -> torch.cuda.Stream:
+    """PyTorch's own default is one stream a process, on whichever GPU captured first."""
+    return torch.cuda.Stream(index)
+
+
 def captured_outside(device: torch.device) -> bool:
-    """Whether somebody is capturing a CUDA graph of which this call becomes a part."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    """Whether somebody is capturing a CUDA graph of which this call becomes a part.
+
+    So is the run before a graph that `torch.compile(mode="reduce-overhead")` will record: nothing
+    may be kept that it allocates. Where PyTorch knows the tag, our ops never run there.
+    """
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        capturing: bool = torch.cuda.is_current_stream_capturing()
+        return capturing or (not UNSAFE_IN_GRAPHS and _before_a_graph())
+
+
+def _before_a_graph() -> bool:
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    if trees is None:
+        return False
+    try:
+        manager = trees.get_manager(torch.cuda.current_device(), False)
+    except AssertionError:  # a thread that never ran such a graph
+        return False
+    return manager is not None and manager.path_state == trees.ExecutionState.WARMUP
 
 
 def stream_of(device: torch.device) -> int:
