@@ -12,7 +12,7 @@ from recurx.packed import PackedNets, device_words
 from recurx.problem import Problem
 from recurx.program import Program
 
-from .block import Scratch, run_call
+from . import block, library
 from .inject import form_call_input
 
 
@@ -30,14 +30,16 @@ class TiledSlice:
         packed: PackedNets,
         size: int,
         cos_sin: CosSin | None,
+        by_library: bool = False,
     ) -> None:
         device, dtype = packed.buffer.device, packed.buffer.dtype
         shape = (program.slots, size, problem.tokens, problem.hidden)
         # Zeros, not empty: what a first short slice leaves unset must not be NaN bit patterns that
         # trap a debugger.
         self._arena = torch.zeros(shape, dtype=dtype, device=device)
-        elements = max(Scratch.elements(spec, size, problem.tokens) for spec in packed.specs)
-        self._scratch = Scratch(elements, dtype, device)
+        self._way = way = library if by_library else block
+        elements = max(way.Scratch.elements(spec, size, problem.tokens) for spec in packed.specs)
+        self._scratch = way.Scratch(elements, dtype, device)
         self._words = device_words(program.table(packed.of_net), device)
         self._rows = program.rows
         self._packed = packed
@@ -65,7 +67,7 @@ class TiledSlice:
                 form_call_input(self._arena, self._words, number)
             if row.net is not None:
                 first, last = self._packed.of_net[row.net]
-                run_call(
+                self._way.run_call(
                     self._arena[row.write],
                     self._packed.specs[first:last],
                     self._packed.blocks[first:last],

@@ -44,6 +44,7 @@ class Cuda(Backend):
     name = "cuda"
     device_types = ("cuda",)
     window_of = "triton"  # the kernels here have no backward
+    kinds = KINDS
 
     def __init__(
         self,
@@ -118,7 +119,8 @@ class Cuda(Backend):
         """Kinds of plan that the build holds; the owner kernels alone write a timeline."""
         library = self.library()
         kinds = KINDS if library is None else library.kinds
-        return ("owner",) if self._timeline is not None else kinds
+        kinds = ("owner",) if self._timeline is not None else kinds
+        return tuple(kind for kind in kinds if self.kind in ("", kind))
 
     def plan_device(self, device: torch.device | str) -> Device:
         return Device.of(device) if self._device is None else self._device

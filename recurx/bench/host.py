@@ -38,7 +38,7 @@ ROWS = (
       for batch in (1, 8, 64)),
     ("small-64", 1, "bf16", "triton", BUDGET_US),
 )  # fmt: skip
-TRITON_KINDS = ("tiled", "persistent")  # of plan
+TRITON_KINDS = triton.Triton.kinds  # of plan
 WARM = 20  # calls that plan, lower and pack
 Reached = Callable[..., Any]
 
@@ -76,10 +76,15 @@ class _Simulated(triton.Triton):
         return triton.why_no_triton()
 
     def plan(self, problem: Problem, device: torch.device) -> LaunchPlan:
-        return self._pick(problem) if device.type == "cpu" else super().plan(problem, device)
+        if device.type == "cpu":
+            return self._pick(problem, self.name)
+        return super().plan(problem, device)
 
-    def _find_plan(self, problem: Problem) -> LaunchPlan:
-        plans = [p for p in all_candidates(problem, self._device, "triton")
+    def plan_device(self, device: torch.device | str) -> Device:
+        return self._device if "cpu" in str(device) else super().plan_device(device)
+
+    def _find_plan(self, problem: Problem, name: str) -> LaunchPlan:
+        plans = [p for p in all_candidates(problem, self._device, name)
                  if p.kind in self._kinds
                  and self._slice in (None, dict(p.settings).get("slice"))]  # fmt: skip
         return min(plans, key=lambda plan: plan.seconds(self._device))

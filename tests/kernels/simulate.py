@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from unittest import mock
 
+import torch
+
 from recurx.backends import triton as backend
 from recurx.bench.host import TRITON_KINDS as KINDS
 from recurx.bench.host import simulated
@@ -35,8 +37,8 @@ def triton_on_cpu(
 class FakeGraphs:
     """Stands for CUDA graphs: capturing notes the launches without running them, replay runs them.
 
-    `captures` and `replays` count; a torch operation that is no view fails the capture, because on
-    a GPU it would allocate or be forgotten.
+    `captures` and `replays` count; a torch operation that is no view and no product into memory
+    that is there fails the capture, because on a GPU it would allocate or be forgotten.
     """
 
     def __init__(self) -> None:
@@ -52,7 +54,7 @@ class FakeGraphs:
             noted.append((kernel, arguments, keywords))
 
         run = JITFunction.run
-        with mock.patch.object(JITFunction, "run", note), _only_views():
+        with mock.patch.object(JITFunction, "run", note), _noting_products(noted):
             launch()
         self.captures += 1
         self.launches = len(noted)
@@ -60,21 +62,40 @@ class FakeGraphs:
         def replay() -> None:
             self.replays += 1
             for kernel, arguments, keywords in noted:
-                run(kernel, *arguments, **keywords)
+                if isinstance(kernel, JITFunction):
+                    run(kernel, *arguments, **keywords)
+                else:
+                    kernel(*arguments, **keywords)
 
         return replay
 
 
-VIEWS = ("slice", "select", "view", "transpose", "unsqueeze", "as_strided", "alias", "detach")
+VIEWS = (
+    "slice",
+    "select",
+    "view",
+    "transpose",
+    "t",
+    "expand",
+    "_unsafe_view",
+    "narrow",
+    "unsqueeze",
+    "as_strided",
+    "alias",
+    "detach",
+)
 
 
-def _only_views() -> contextlib.AbstractContextManager:
+def _noting_products(noted: list[tuple]) -> contextlib.AbstractContextManager:
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    class OnlyViews(TorchDispatchMode):
+    class Noting(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.aten.mm.out, torch.ops.aten.bmm.out):
+                noted.append((func, args, kwargs))
+                return kwargs["out"]
             name = func.overloadpacket.__name__
             assert name in VIEWS, f"{name} while a graph is captured"
             return func(*args, **(kwargs or {}))
 
-    return OnlyViews()
+    return Noting()
