@@ -92,13 +92,16 @@ class Scratch(block.Scratch):
         return max(4 * state, 2 * widest + state)
 
 
+def _by_head(x: Tensor, spec: BlockSpec) -> Tensor:
+    return x.unflatten(2, (x.shape[2] // spec.head_dim, spec.head_dim))
+
+
 def _attend(
     s: Saved, spec: BlockSpec, w: Matrices, cos_sin: CosSin | None, product: Tensor | None = None
 ) -> None:
     """h -> mid of an attention block."""
-    heads = (*s.h.shape[:2], -1, spec.head_dim)
     multiply(s.h, w[0], out=s.qkv)
-    attention(s.qkv.view(heads), cos_sin=cos_sin, out=s.mixed.view(heads), lse=s.lse)
+    attention(_by_head(s.qkv, spec), cos_sin=cos_sin, out=_by_head(s.mixed, spec), lse=s.lse)
     product = multiply(s.mixed, w[1], out=product)
     add_rms(s.h, product, s.mid, spec.eps, scale=s.scale_mix)
 
@@ -222,11 +225,10 @@ def _block_backward(
     d_pre_mix = add_rms_backward(*factors, d_pre_out, product, over_tokens=over_tokens)
     if over_tokens:
         return d_pre_mix, _feed_backward(h, mixer_in, mixer_out, d_pre_mix, grads, index, True)
-    heads = (*h.shape[:2], -1, spec.head_dim)
     d_mixed = multiply(d_pre_mix, mixer_out.t())
     grads.add(index + 1, d_pre_mix, saved.mixed)
-    kept = saved.qkv.view(heads), saved.mixed.view(heads), saved.lse
-    d_qkv = attention_backward(*kept, d_mixed.view(heads), cos_sin).view(saved.qkv.shape)
+    qkv, mixed, d_mixed = (_by_head(t, spec) for t in (saved.qkv, saved.mixed, d_mixed))
+    d_qkv = attention_backward(qkv, mixed, saved.lse, d_mixed, cos_sin).flatten(2)
     grads.add(index, d_qkv, h)
     return d_pre_mix, multiply(d_qkv, mixer_in.t())
 

@@ -111,8 +111,8 @@ def add_rms(
     residual: Tensor, product: Tensor, out: Tensor, eps: float, *, over_tokens: bool = False,
     scale: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """out = rms(residual + product) over D or over T, all [B, T, D]; the factors of the rows, [B, T]
-    or [B, D] float32, go into `scale` if that is given."""
+    """out = rms(residual + product) over D or over T, all [B, T, D]; the factors of the rows,
+    [B, T] or [B, D] float32, go into `scale` if that is given."""
     grid, m, sizes = _rows("add_rms", over_tokens, scale, residual, product, out)
     if m:
         args = residual, product, out, out if scale is None else scale, m

@@ -141,8 +141,8 @@ def windows_for(problem: Problem, device: Where, asked: str) -> list[str]:
 
 @functools.lru_cache(maxsize=1024)
 def predicted(name: str, problem: Problem, device: Where) -> float:
-    """Seconds that the best plan of a backend, or of one kind, is predicted to take; inf if it makes
-    no plans."""
+    """Seconds that the best plan of a backend, or of one kind, is predicted to take; inf without a
+    plan."""
     if name.partition("/")[0] not in PLANNED:
         return float("inf")
     where = described(device)

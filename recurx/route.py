@@ -8,8 +8,8 @@ answer, `recurx.explain` prints it, the profiler labels by it. It computes nothi
     measured   a verdict on this problem, of this process or from disk (recurx/verdicts.py)
     predicted  the least time by the plans of each backend (recurx/plan/), PyTorch by MARGIN
 
-Where a backend has several kinds of plan, each is chosen from by itself: "triton/library". An
-explicit backend never falls back; of its own plans it takes the one that was measured to be fastest.
+Where a backend has several kinds of plan, each is one to choose: "triton/library". An explicit
+backend never falls back; of its own plans it takes the one that was measured to be the fastest.
 """
 
 from __future__ import annotations

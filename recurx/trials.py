@@ -9,9 +9,10 @@ a backend for the first time, on the user's own tensors:
     timed      the fused backends and PyTorch in turns over the first calls of the schedule, and
                over the window where a backend has one; PyTorch must win by route.MARGIN
 
-A backend with several kinds of plan enters with each of them. The model of its time only leaves out
-what is hopeless, and never `SAFE`: so `auto` is at worst as fast as that and as PyTorch, whatever is
-wrong with the model. Nothing is tried while a CUDA graph is captured. A backend asked for by name is used as it is.
+A backend with several kinds of plan enters with each of them. The model only leaves out what is
+hopeless, and never `SAFE`: so `auto` is at worst as fast as that and as PyTorch, whatever is wrong
+with the model. Nothing is tried while a CUDA graph is captured. A backend that is asked for by name
+is used as it is.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ class Verdict:
 
     Args:
         chosen: name of what runs it, for `backends.get`: "eager", "triton/library".
-        seconds: (such a name, seconds of the same calls), the best of several runs; empty for a choice
-            that was stored without (`pin`).
+        seconds: (such a name, seconds of the same calls), the best of several runs; empty for a
+            choice that was stored without (`pin`).
         calls: number of net calls that were timed.
     """
 

@@ -59,7 +59,7 @@ class Backend(abc.ABC):
         """
 
     def release(self) -> None:
-        """Free what it keeps of runs of problems, weights apart: several ways were tried in turn."""
+        """Free what it keeps of runs, weights apart: several ways were tried in turn."""
         return None
 
     def window(self, problem: Problem) -> Window | None:
@@ -131,8 +131,8 @@ NAMES = ("auto", *ORDER)
 
 @functools.cache
 def get(name: str) -> Backend:
-    """The backend called `name`, or "name/kind", with that kind of plan alone; an unknown name lists
-    the known ones."""
+    """The backend called `name`, or of "name/kind" that with one kind of plan alone; an unknown name
+    lists the known ones."""
     base, _, kind = name.partition("/")
     if base not in ORDER:
         raise bad_argument("recurse", "backend", f"one of {', '.join(NAMES)}", repr(name))
