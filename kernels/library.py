@@ -23,11 +23,13 @@ from recurx.forking import fork_lock
 from recurx.nets import ATTENTION, BlockSpec, NetSpec
 from recurx.operands import CosSin
 
-from . import block, block_training
+from . import block_training
 from .attention import attention
 from .attention_backward import attention_backward
 from .block_training import Matrices, Saved
+from .inject import form_call_input
 from .pointwise import add_rms, add_rms_backward, swiglu
+from .tiled import TiledSlice
 
 _lock = fork_lock()
 _inside, _before = 0, {}
@@ -82,62 +84,24 @@ def _trimmed(spec: BlockSpec, weights: Matrices) -> Matrices:
 # ---- forward -------------------------------------------------------------------------------------
 
 
-class Scratch(block.Scratch):
-    """A block's intermediates: Q, K, V beside mixed heads, or gate and up beside a product."""
+class LibrarySlice(TiledSlice):
+    """A slice whose intermediates are allocated as it goes: in a capture, from the graph's pool."""
 
-    @staticmethod
-    def elements(spec: BlockSpec, batch: int, tokens: int) -> int:
-        state = batch * tokens * spec.hidden
-        widest = batch * max(tokens * spec.inner, spec.hidden * spec.token_inner)
-        return max(4 * state, 2 * widest + state)
+    def _new_scratch(self, size: int, tokens: int) -> None:
+        return None
 
-
-def _by_head(x: Tensor, spec: BlockSpec) -> Tensor:
-    return x.unflatten(2, (x.shape[2] // spec.head_dim, spec.head_dim))
-
-
-def _attend(
-    s: Saved, spec: BlockSpec, w: Matrices, cos_sin: CosSin | None, product: Tensor | None = None
-) -> None:
-    """h -> mid of an attention block."""
-    multiply(s.h, w[0], out=s.qkv)
-    attention(_by_head(s.qkv, spec), cos_sin=cos_sin, out=_by_head(s.mixed, spec), lse=s.lse)
-    product = multiply(s.mixed, w[1], out=product)
-    add_rms(s.h, product, s.mid, spec.eps, scale=s.scale_mix)
-
-
-def _feed(
-    h: Tensor, gate_up: Tensor, down: Tensor, eps: float, out: Tensor, scale: Tensor | None = None,
-    over_tokens: bool = False, scratch: block.Scratch | None = None,
-) -> None:  # fmt: skip
-    """out = rms(h + swiglu(h)) over D or over T."""
-    wide, product = None, None
-    if scratch is not None:
-        n = len(gate_up)
-        wide = scratch.take((len(h), n, h.shape[2]) if over_tokens else (*h.shape[:2], n))
-        product = scratch.take(h.shape, behind=wide)
-    wide = multiply(h, gate_up, over_tokens, wide)
-    swiglu(wide, len(h) if over_tokens else h.shape[0] * h.shape[1])
-    middle = wide.narrow(1 if over_tokens else 2, 0, down.shape[1])
-    product = multiply(middle, down, over_tokens, product)
-    add_rms(h, product, out, eps, over_tokens=over_tokens, scale=scale)
-
-
-@exact_products()
-def run_call(
-    h: Tensor, specs: Sequence[BlockSpec], weights: Sequence[Matrices], cos_sin: CosSin | None,
-    scratch: block.Scratch,
-) -> None:  # fmt: skip
-    """Replace h [B, T, D], the input of a net call, by the call's result; allocates nothing."""
-    for spec, padded in zip(specs, weights, strict=True):
-        own = _trimmed(spec, padded)
-        if spec.kind == ATTENTION:
-            qkv = scratch.take((*h.shape[:2], 3 * spec.hidden))
-            held = Saved(h, mid=h, qkv=qkv, mixed=scratch.take(h.shape, behind=qkv))
-            _attend(held, spec, own, cos_sin, scratch.take(h.shape))  # where qkv was
-        else:
-            _feed(h, *own[:2], spec.eps, h, over_tokens=True, scratch=scratch)
-        _feed(h, *own[2:], spec.eps, h, scratch=scratch)
+    def launch(self) -> None:
+        """Every row of the program, launch by launch."""
+        for number, row in enumerate(self._rows):
+            if not row.is_identity:
+                form_call_input(self._arena, self._words, number)
+            h, packed = self._arena[row.write], self._packed
+            for index in range(*packed.of_net[row.net]) if row.net is not None else ():
+                spec, own = packed.specs[index], packed.blocks[index]
+                saved = Saved(h, out=h, mid=h)
+                mix(saved, spec, own, self._cos_sin)
+                saved.qkv = saved.mixed = None
+                feed_forward(saved, spec, own)
 
 
 @exact_products()
@@ -145,25 +109,44 @@ def mix(saved: Saved, spec: BlockSpec, weights: Matrices, cos_sin: CosSin | None
     """The first half of a block, h -> mid, into `saved`; what it lacks is allocated."""
     h, own, attends = saved.h, _trimmed(spec, weights), spec.kind == ATTENTION
     batch, tokens, hidden = h.shape
-    for name, shape in (("qkv", (batch, tokens, 3 * hidden)), ("mixed", h.shape), ("mid", h.shape)):
-        if getattr(saved, name) is None and (attends or name == "mid"):
-            setattr(saved, name, h.new_empty(shape))
-    if saved.scale_mix is None:
+    if saved.mid is None:
+        saved.mid = torch.empty_like(h)
         saved.scale_mix = h.new_empty(batch, tokens if attends else hidden, dtype=torch.float32)
     if not attends:
         return _feed(h, *own[:2], spec.eps, saved.mid, saved.scale_mix, over_tokens=True)
-    if saved.lse is None:
-        saved.lse = h.new_empty(batch, spec.num_heads, tokens, dtype=torch.float32)
-    return _attend(saved, spec, own, cos_sin)
+    if saved.mixed is None:
+        saved.mixed, saved.qkv = torch.empty_like(h), h.new_empty(batch, tokens, 3 * hidden)
+        if saved.scale_mix is not None:
+            saved.lse = h.new_empty(batch, spec.num_heads, tokens, dtype=torch.float32)
+    multiply(h, own[0], out=saved.qkv)
+    qkv, mixed = _by_head(saved.qkv, spec), _by_head(saved.mixed, spec)
+    attention(qkv, cos_sin=cos_sin, out=mixed, lse=saved.lse)
+    return add_rms(h, multiply(saved.mixed, own[1]), saved.mid, spec.eps, scale=saved.scale_mix)
 
 
 @exact_products()
 def feed_forward(saved: Saved, spec: BlockSpec, weights: Matrices) -> None:
     """The second half of a block, mid -> out, into `saved`."""
-    saved.out = torch.empty_like(saved.h) if saved.out is None else saved.out
-    if saved.scale_out is None:
+    if saved.out is None:
+        saved.out = torch.empty_like(saved.h)
+    if saved.scale_out is None and saved.scale_mix is not None:
         saved.scale_out = saved.h.new_empty(saved.h.shape[:2], dtype=torch.float32)
     _feed(saved.mid, *_trimmed(spec, weights)[2:], spec.eps, saved.out, saved.scale_out)
+
+
+def _feed(
+    h: Tensor, gate_up: Tensor, down: Tensor, eps: float, out: Tensor, scale: Tensor | None,
+    over_tokens: bool = False,
+) -> None:  # fmt: skip
+    """out = rms(h + swiglu(h)) over D or over T."""
+    wide = multiply(h, gate_up, over_tokens)
+    swiglu(wide, len(h) if over_tokens else h.shape[0] * h.shape[1])
+    middle = wide.narrow(1 if over_tokens else 2, 0, down.shape[1])
+    add_rms(h, multiply(middle, down, over_tokens), out, eps, over_tokens=over_tokens, scale=scale)
+
+
+def _by_head(x: Tensor, spec: BlockSpec) -> Tensor:
+    return x.unflatten(2, (x.shape[2] // spec.head_dim, spec.head_dim))
 
 
 # ---- backward ------------------------------------------------------------------------------------

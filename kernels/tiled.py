@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from recurx.packed import PackedNets, device_words
 from recurx.problem import Problem
 from recurx.program import Program
 
-from . import block, library
+from .block import Scratch, run_call
 from .inject import form_call_input
 
 
@@ -30,20 +31,21 @@ class TiledSlice:
         packed: PackedNets,
         size: int,
         cos_sin: CosSin | None,
-        by_library: bool = False,
     ) -> None:
         device, dtype = packed.buffer.device, packed.buffer.dtype
         shape = (program.slots, size, problem.tokens, problem.hidden)
         # Zeros, not empty: what a first short slice leaves unset must not be NaN bit patterns that
         # trap a debugger.
         self._arena = torch.zeros(shape, dtype=dtype, device=device)
-        self._way = way = library if by_library else block
-        elements = max(way.Scratch.elements(spec, size, problem.tokens) for spec in packed.specs)
-        self._scratch = way.Scratch(elements, dtype, device)
         self._words = device_words(program.table(packed.of_net), device)
         self._rows = program.rows
         self._packed = packed
+        self._scratch = self._new_scratch(size, problem.tokens)
         self._cos_sin = None if cos_sin is None else tuple(torch.empty_like(t) for t in cos_sin)
+
+    def _new_scratch(self, size: int, tokens: int) -> Any:
+        elements = max(Scratch.elements(spec, size, tokens) for spec in self._packed.specs)
+        return Scratch(elements, self._arena.dtype, self._arena.device)
 
     def set_tables(self, cos_sin: CosSin | None) -> None:
         """Take over the rotary tables: graphs hold the addresses of their own copy."""
@@ -67,7 +69,7 @@ class TiledSlice:
                 form_call_input(self._arena, self._words, number)
             if row.net is not None:
                 first, last = self._packed.of_net[row.net]
-                self._way.run_call(
+                run_call(
                     self._arena[row.write],
                     self._packed.specs[first:last],
                     self._packed.blocks[first:last],

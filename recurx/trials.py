@@ -165,7 +165,7 @@ def _settle(
         names = [*trusted, EAGER]
         found = _race(names, lambda name, calls: run(name, *part, calls), most, device)
         for name in trusted:
-            backends.get(name).release()
+            backends.get(name).free()  # what only the race needed
         if found is not None:
             machine = machine_of(device, torch.get_num_threads())
             whole = len(found.seconds) == len(names)  # else memory was short, or an engine failed

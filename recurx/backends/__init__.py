@@ -13,6 +13,7 @@ import abc
 import copy
 import functools
 import importlib
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -58,9 +59,8 @@ class Backend(abc.ABC):
             All states in the same order, in fresh contiguous tensors that alias no input.
         """
 
-    def release(self) -> None:
-        """Free what it keeps of runs, weights apart: several ways were tried in turn."""
-        return None
+    def free(self) -> None:  # noqa: B027 (most keep nothing)
+        """Let go of GPU memory that is kept for the next call; that one fills it anew."""
 
     def window(self, problem: Problem) -> Window | None:
         """Its differentiable window for `problem`, or None: then PyTorch runs the window.
@@ -131,8 +131,8 @@ NAMES = ("auto", *ORDER)
 
 @functools.cache
 def get(name: str) -> Backend:
-    """The backend called `name`, or of "name/kind" that with one kind of plan alone; an unknown name
-    lists the known ones."""
+    """The backend called `name`, or "name/kind", with that kind of plan alone; an unknown one lists
+    the known ones."""
     base, _, kind = name.partition("/")
     if base not in ORDER:
         raise bad_argument("recurse", "backend", f"one of {', '.join(NAMES)}", repr(name))
@@ -164,6 +164,13 @@ def changed() -> None:
     global _version
     _version += 1
     get.cache_clear()
+
+
+def free() -> None:
+    """`Backend.free` of all that have been used."""
+    for name in ORDER:
+        if f"recurx.backends.{name}" in sys.modules:
+            get(name).free()
 
 
 def why_not(name: str, problem: Problem) -> str | None:

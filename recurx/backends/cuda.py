@@ -93,7 +93,7 @@ class Cuda(Backend):
             return self._missing
         if self._source is None and not torch.cuda.is_available():
             return "needs an NVIDIA GPU; torch sees none (no device, no driver, or a CPU build)"
-        return None
+        return _why_no_driver(self._source or _compiled_module())
 
     def why_unsupported(self, problem: Problem) -> str | None:
         found = self._pick(problem, problem.device_type, self._kinds(), False)
@@ -133,7 +133,10 @@ class Cuda(Backend):
         plans = candidates(problem, device, self.owner_plans, kinds, fp8)
         if not plans:
             return "; ".join(refusals(problem, device, self.owner_plans, kinds))
-        return min(plans, key=lambda plan: (plan.seconds(device), plan.settings))
+        return min(plans, key=lambda plan: plan.order(device))
+
+    def free(self) -> None:
+        self.tapes.clear()
 
     # ---- run it ----------------------------------------------------------------------------
 
@@ -306,6 +309,24 @@ def _aligned(tensor: Tensor) -> Tensor:
     """Contiguous and 16-byte aligned: a view into the middle of a buffer is copied."""
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+
+
+@functools.cache
+def _why_no_driver(source: Any) -> str | None:
+    """Why the driver cannot run the kernels of a build: their CUDA runtime, which they bring along,
+    runs on drivers of its own major version and of later ones."""
+    if not hasattr(source, "cuda_devices"):
+        return None
+    count, driver, runtime, reason = source.cuda_devices()
+    if count:
+        return None
+    if driver // 1000 >= runtime // 1000:
+        return f"finds no device: {reason}"
+    had, needs = (f"CUDA {v // 1000}.{v % 1000 // 10}" for v in (driver, runtime))
+    return (
+        f"is built with {needs}, and the driver here is for {had}: install a newer one (CUDA 13 "
+        "came with driver 580), or build recurx with a toolkit that the driver knows"
+    )
 
 
 def _compiled_module() -> ModuleType:

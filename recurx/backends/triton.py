@@ -17,6 +17,7 @@ As always with CUDA graphs, the same call must have run once before.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ from recurx.backends.graphs import (
     cuda_capture,
     stream_of,
 )
-from recurx.backends.weight_cache import WeightCache
+from recurx.backends.weight_cache import WeightCache, frozen
 from recurx.nets import ATTENTION
 from recurx.operands import Operands, Span
 from recurx.packed import PackedNets
@@ -46,7 +47,9 @@ from recurx.problem import Problem
 from recurx.program import Program, lower
 
 MAX_TAPES = 16  # sets of nets kept rounded; a full-size TRM net is 14 MB in bf16
-MAX_RECORDINGS = 8  # each holds a slice's activations (tens of MB) and its graph
+# Each holds a slice's activations (tens of MB) and its graph; a batch that shrinks in
+# `recurx.solve` asks for one of each power of two.
+MAX_RECORDINGS = 12
 OLDEST = (3, 6)  # of Triton: the first whose code these kernels are tested with
 DTYPES = (torch.bfloat16, torch.float32)
 HEAD_DIMS = (32, 64, 128)
@@ -100,16 +103,13 @@ class Triton(Backend):
         if problem.batch == 0 or span.start == span.stop:
             return [state.clone() for state in states]
         operands = operands._replace(x=x, states=states, rope=operands.float_rope())
-        plan = self.plan(problem, x.device)
+        plan = self.plan(_of_rung(problem) if frozen() else problem, x.device)
         program = lower(problem.schedule, span)
         packed = self.packed_nets(problem, operands.weights)
         with torch.cuda.device_of(x):  # Triton launches on the current device
             if plan.kind == "persistent":
                 return self._run_persistent(plan, program, packed, operands)
             return self._run_sliced(plan, problem, program, packed, operands)
-
-    def release(self) -> None:
-        self.recordings.clear()
 
     def window(self, problem: Problem) -> Window | None:
         from recurx.backends.triton_window import TritonWindow
@@ -118,6 +118,10 @@ class Triton(Backend):
             return None
         library = self.kind == "library" or why_not_tiled(problem) is not None
         return TritonWindow(self.packed_nets, library)
+
+    def free(self) -> None:
+        self.tapes.clear()
+        self.recordings.clear()
 
     def packed_nets(self, problem: Problem, weights: Sequence[Tensor]) -> PackedNets:
         """The weights of all nets rounded to the problem's dtype, in buffers that stay."""
@@ -146,6 +150,7 @@ class Triton(Backend):
         packed: PackedNets,
         operands: Operands,
     ) -> list[Tensor]:
+        from recurx.kernels.library import LibrarySlice
         from recurx.kernels.tiled import TiledSlice
 
         device, cos_sin, size = operands.x.device, operands.rope, int(plan["slice"])
@@ -154,8 +159,8 @@ class Triton(Backend):
         capture = self._capture(device)
 
         def make() -> Recording:
-            library = plan.kind == "library"
-            buffers = TiledSlice(problem, program, packed, size, cos_sin, library)
+            kind = LibrarySlice if plan.kind == "library" else TiledSlice
+            buffers = kind(problem, program, packed, size, cos_sin)
             return Recording(buffers, buffers.launch)
 
         key = (
@@ -189,6 +194,13 @@ class Triton(Backend):
 
 
 @functools.lru_cache(maxsize=256)
+def _of_rung(problem: Problem) -> Problem:
+    """With the next power of two for a batch. In `recurx.solve` samples leave the batch one by one,
+    and slices cut for each of its sizes would be as many graphs to capture."""
+    return dataclasses.replace(problem, batch=1 << (problem.batch - 1).bit_length())
+
+
+@functools.lru_cache(maxsize=256)
 def _pick(problem: Problem, device: Device, name: str) -> LaunchPlan:
     """`LaunchPlan.pick`, remembered: it costs more than a launch."""
     return LaunchPlan.pick(problem, device, name)
@@ -212,5 +224,4 @@ BACKEND = Triton()
 
 def forget() -> None:
     """Free the memory of rounded weights and captured graphs."""
-    BACKEND.tapes.clear()
-    BACKEND.recordings.clear()
+    BACKEND.free()

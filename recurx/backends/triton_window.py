@@ -20,6 +20,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,17 @@ from recurx.program import Call, lower
 Nets = dict[str, tuple[NetSpec, list[Matrices]]]  # a net's blocks and their matrices
 
 
+def _on_its_device(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+
+    @functools.wraps(method)
+    def guarded(self: Any, problem: Problem, operands: Operands, *rest: Any, **named: Any) -> Any:
+        with torch.cuda.device_of(operands.x):
+            return method(self, problem, operands, *rest, **named)
+
+    return guarded
+
+
 class TritonWindow(Window):
     """`rounded` makes the matrices in the states' dtype out of the master weights; `library` says
     that PyTorch multiplies them."""
@@ -53,6 +65,7 @@ class TritonWindow(Window):
     ) -> list[tuple[tuple[int, ...], torch.dtype]]:
         return kept_shapes(problem, span, save)
 
+    @_on_its_device
     def forward(
         self, problem: Problem, operands: Operands, span: Span, save: str
     ) -> tuple[list[Tensor], list[Tensor]]:
@@ -63,17 +76,17 @@ class TritonWindow(Window):
             for shape, dtype in kept_shapes(problem, span, save)
         ]
         inputs, values = CallInputs(), [x, *operands.states]
-        with torch.cuda.device_of(x):  # Triton launches on the current device
-            for k, call in enumerate(lower(problem.schedule, span).calls):
-                spec, own = nets[call.net]
-                saved = saved_in(kept, problem, span, k) if kept else _unsaved(x, spec)
-                inputs(call, values, saved[0].h)
-                values[call.write] = _run_net(self._way, saved, spec, own, cos_sin, save == "all")
+        for k, call in enumerate(lower(problem.schedule, span).calls):
+            spec, own = nets[call.net]
+            saved = saved_in(kept, problem, span, k) if kept else _unsaved(x, spec)
+            inputs(call, values, saved[0].h)
+            values[call.write] = _run_net(self._way, saved, spec, own, cos_sin, save == "all")
         return [
             value.clone() if value is state else value
             for value, state in zip(values[1:], operands.states, strict=True)
         ], kept
 
+    @_on_its_device
     def backward(
         self,
         problem: Problem,

@@ -139,10 +139,12 @@ def stubbed(name: str, reached: Reached) -> Iterator[None]:
             stack.enter_context(mock.patch.object(_C, "cpu_run", reached))
             stack.enter_context(mock.patch.object(_C, "cpu_digest", lambda *_: 0))
         elif name == "triton":
+            from recurx.kernels.library import LibrarySlice
             from recurx.kernels.tiled import TiledSlice
 
             for copies in ("launch", "enter", "leave"):  # a GPU makes them beside the host
-                stack.enter_context(mock.patch.object(TiledSlice, copies, lambda *_: None))
+                for slices in (TiledSlice, LibrarySlice):
+                    stack.enter_context(mock.patch.object(slices, copies, lambda *_: None))
             stack.enter_context(mock.patch("recurx.kernels.recursion.recursion", reached))
             capture = lambda launch: reached  # noqa: E731
             stack.enter_context(simulated(DEVICES["h100"], capture=capture))

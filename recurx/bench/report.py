@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from recurx.bench import quantities, scaling
+from recurx.bench import quantities, reckoning, scaling
 from recurx.bench.cases import CASES, DTYPES, MODES
 from recurx.bench.predict import predict
 from recurx.bench.provenance import ROOT
@@ -19,6 +19,7 @@ from recurx.errors import InvalidArgument
 
 BEGIN, END = "<!-- bench:begin", "<!-- bench:end -->"
 RATIOS_BEGIN, RATIOS_END = "<!-- ratios:begin", "<!-- ratios:end -->"
+RECKONED_BEGIN, RECKONED_END = "<!-- reckoned:begin", "<!-- reckoned:end -->"
 UNITS = {
     "step": "Milliseconds of a supervision step",
     "train": "Milliseconds of a training step",
@@ -304,12 +305,14 @@ def _reasons(newest: dict[Key, tuple[Row, dict, Result]]) -> str:
 
 
 def fill_in(text: str, results: Sequence[Result], where: str) -> str:
-    """`text` with all tables between its markers made anew: `markdown`, `ratios`, or both.
+    """`text` with all tables between its markers made anew: `markdown`, `ratios`, what is reckoned
+    for GPUs, or several of them.
 
     Raises:
         InvalidArgument: it has no markers, has them twice, or in the wrong order.
     """
     tables = {(BEGIN, END): markdown, (RATIOS_BEGIN, RATIOS_END): ratios}
+    tables[RECKONED_BEGIN, RECKONED_END] = lambda _: reckoning.table()
     present = [pair for pair in tables if pair[0] in text or pair[1] in text]
     if not present:
         raise InvalidArgument(

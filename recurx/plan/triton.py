@@ -32,16 +32,21 @@ from recurx.program import Program, lower
 L2_SHARE = 0.7
 MAX_ROW = 1024  # values of a row, over D or T, that an rms's tile holds
 SLICES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32, 48, 64)  # numbers of slices that are tried
+# Samples of the largest slice: a recording keeps all its activations (110 MB at T=97, D=512).
+MAX_SLICE = 128
 # Share of the rate that the inner loops of Triton's products reach on whole tiles. An assumption
 # (published figures of Triton's matmul on sm_80 and sm_90 are 0.6 to 0.8), not measured here.
 EFFICIENCY = 0.65
+ALONE = (
+    0.5  # of L2's bandwidth, what a few multiprocessors alone leave: an assumption, 64 B a clock
+)
 
 
 def candidates(problem: Problem, device: Device) -> list[LaunchPlan]:
     """Plans that fit `device`."""
     if device.kind != "cuda" or problem.batch == 0:
         return []
-    found = [*persistent(problem, device), *library(problem, device, SLICES, L2_SHARE)]
+    found = [*persistent(problem, device), *library(problem, device, _sizes(problem), L2_SHARE)]
     return found if why_not_tiled(problem) else [*_tiled(problem, device), *found]
 
 
@@ -78,10 +83,15 @@ class _Kernel:
     stored: float
 
 
+def _sizes(problem: Problem) -> set[int]:
+    """Samples of a slice that are tried."""
+    return {min(MAX_SLICE, math.ceil(problem.batch / n)) for n in SLICES}
+
+
 def _tiled(problem: Problem, device: Device) -> Iterator[LaunchPlan]:
     program = lower(problem.schedule, Span(0, len(problem.schedule)))
-    sizes = {math.ceil(problem.batch / n) for n in SLICES}
-    sizes.add(min(problem.batch, max(1, _samples_in_l2(problem, program, device))))
+    sizes = _sizes(problem)
+    sizes.add(min(problem.batch, MAX_SLICE, max(1, _samples_in_l2(problem, program, device))))
     for size in sorted(sizes, reverse=True):
         work = _tiled_work(problem, program, size, device)
         slices = math.ceil(problem.batch / size)
@@ -123,6 +133,7 @@ def _tiled_work(problem: Problem, program: Program, size: int, device: Device) -
     activations_stay = held <= L2_SHARE * device.l2_bytes
     padded = l2 = dram = 0.0
     launches = 0
+    flops_a_byte = device.flops(itemsize) * EFFICIENCY / (device.l2_gbs * 1e9)
     for call in program.rows:
         if not call.is_identity:
             launches += 1
@@ -133,8 +144,12 @@ def _tiled_work(problem: Problem, program: Program, size: int, device: Device) -
             if not weights_stay:
                 dram += sum(a * b for a, b in block.weight_shapes) * itemsize
             for kernel in _block_kernels(block, size, problem.tokens, itemsize, device):
+                # A wave is as long as one program: as its products, or as its operands from L2, of
+                # whose bandwidth a multiprocessor has its share, and twice that among idle ones.
                 waves = math.ceil(kernel.programs / device.units)
-                padded += waves * device.units * kernel.program_flops
+                loading = min(1.0, max(ALONE, kernel.programs / device.units))
+                waiting = loading * kernel.loaded / kernel.programs * flops_a_byte
+                padded += waves * device.units * max(kernel.program_flops, waiting)
                 l2 += kernel.loaded + kernel.stored
                 dram += 0 if activations_stay else kernel.read + kernel.stored
                 launches += 1

@@ -37,11 +37,13 @@ def triton_on_cpu(
 class FakeGraphs:
     """Stands for CUDA graphs: capturing notes the launches without running them, replay runs them.
 
-    `captures` and `replays` count; a torch operation that is no view and no product into memory
-    that is there fails the capture, because on a GPU it would allocate or be forgotten.
+    `captures` and `replays` count; a torch operation that is neither a view nor a product into
+    memory that is there fails the capture, because on a GPU it would allocate or be forgotten.
+    Where `allocates`, new memory may be asked for too: that of the graph's own pool.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, allocates: bool = False) -> None:
+        self._allowed = (*VIEWS, *(ALLOCATE if allocates else ()))
         self.captures = self.replays = 0
         self.launches = 0  # of the last capture
 
@@ -54,7 +56,7 @@ class FakeGraphs:
             noted.append((kernel, arguments, keywords))
 
         run = JITFunction.run
-        with mock.patch.object(JITFunction, "run", note), _noting_products(noted):
+        with mock.patch.object(JITFunction, "run", note), _noting_products(noted, self._allowed):
             launch()
         self.captures += 1
         self.launches = len(noted)
@@ -71,22 +73,15 @@ class FakeGraphs:
 
 
 VIEWS = (
-    "slice",
-    "select",
-    "view",
-    "transpose",
-    "t",
-    "expand",
-    "_unsafe_view",
-    "narrow",
-    "unsqueeze",
-    "as_strided",
-    "alias",
-    "detach",
-)
+    "slice", "select", "view", "transpose", "unsqueeze", "as_strided", "alias", "detach",
+    "t", "expand", "_unsafe_view", "narrow",
+)  # fmt: skip
+ALLOCATE = ("empty", "new_empty", "empty_like")
 
 
-def _noting_products(noted: list[tuple]) -> contextlib.AbstractContextManager:
+def _noting_products(
+    noted: list[tuple], allowed: tuple[str, ...]
+) -> contextlib.AbstractContextManager:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Noting(TorchDispatchMode):
@@ -95,7 +90,7 @@ def _noting_products(noted: list[tuple]) -> contextlib.AbstractContextManager:
                 noted.append((func, args, kwargs))
                 return kwargs["out"]
             name = func.overloadpacket.__name__
-            assert name in VIEWS, f"{name} while a graph is captured"
+            assert name in allowed, f"{name} while a graph is captured"
             return func(*args, **(kwargs or {}))
 
     return Noting()

@@ -259,11 +259,12 @@ def test_a_kind_of_plan_by_name_runs_or_refuses():
     with triton_on_cpu():
         for kind in KINDS:
             alone = backends.get(f"triton/{kind}")
-            assert alone.name == f"triton/{kind}" and alone.tapes is backends.get("triton").tapes
+            assert alone.name == f"triton/{kind}"
+            assert alone.tapes is backends.get("triton").tapes
             assert alone.plan(problem_for(ONE_CALL, {"L": net}, x), x.device).kind == kind
         x, carry = make_inputs(ONE_CALL, batch=1, hidden=1088)
         for kind in ("tiled", "persistent"):
-            with pytest.raises(BackendUnavailable, match="got (1088|D=1088)"):
+            with pytest.raises(BackendUnavailable, match="got .*1088"):
                 recurx.recurse(ONE_CALL, {"L": wide}, x, carry, backend=f"triton/{kind}")
         with pytest.raises(recurx.InvalidArgument, match="triton/tiled, triton/library"):
             recurx.recurse(ONE_CALL, {"L": wide}, x, carry, backend="triton/best")

@@ -12,7 +12,7 @@ from recurx.nets import ATTENTION, TOKEN_MLP, BlockSpec, NetSpec
 from recurx.operands import Span
 from recurx.plan import DEVICES, Device, LaunchPlan
 from recurx.plan.count import flops
-from recurx.plan.triton import candidates, refusals, sample_bytes
+from recurx.plan.triton import MAX_SLICE, candidates, refusals, sample_bytes
 from recurx.program import lower
 
 H100 = DEVICES["h100"]
@@ -36,7 +36,7 @@ def kinds(found: list[LaunchPlan]) -> set[str]:
 
 
 def picked(wanted: Problem, device: Device) -> LaunchPlan:
-    return LaunchPlan.pick(wanted, device, "triton")
+    return LaunchPlan.pick(wanted, device, "triton/tiled")
 
 
 def resident(wanted: Problem, device: Device) -> LaunchPlan:
@@ -55,12 +55,21 @@ def test_slices_that_are_said_to_stay_in_l2_fit_it():
 
 
 def test_what_leaves_l2_is_counted_as_dram_traffic_and_avoided_where_that_is_slow():
-    whole = next(p for p in candidates(problem(), H100) if p["slice"] == 512)
+    whole = next(p for p in candidates(problem(), H100) if p["slice"] == MAX_SLICE)
     kept = resident(problem(), H100)
     assert "more than L2" in whole.why
     assert whole.work.dram_bytes > 20 * kept.work.dram_bytes
     slow = replace(H100, dram_gbs=300)
     assert picked(problem(), slow).work.dram_bytes < whole.work.dram_bytes / 10
+
+
+def test_few_programs_wait_for_their_own_share_of_l2():
+    """O and down run on one multiprocessor at B = 1: as its products, or as what it reads."""
+    fast = replace(H100, l2_gbs=1e9)
+    one, all_of_it = (picked(problem(batch=1), d).work.padded_flops for d in (H100, fast))
+    assert 1.1 < one / all_of_it < 3
+    many, unlimited = (picked(problem(batch=64), d).work.padded_flops for d in (H100, fast))
+    assert 1 < many / unlimited < one / all_of_it * 1.5
 
 
 def test_weights_beyond_l2_are_read_again_at_each_call():
