@@ -26,7 +26,7 @@ from . import checks
 BLOCK = 1024  # elements a program of the SwiGLU's: 8 a thread, one 16-byte access of bf16
 TILE = 2048  # elements of an rms's program, unless its least rows have more
 TOGETHER = 8  # least rows over T in a program: 16 bytes of bf16
-MAX_COLUMNS, MAX_TOKENS = 8192, 2048  # a row over D, over T: 64 elements a thread, 3 operands
+MAX_COLUMNS, MAX_TOKENS = 4096, 2048  # a row over D, over T: 64 elements a thread, 3 operands
 OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
 
 
@@ -76,29 +76,33 @@ def add_rms_backward_kernel(
 
 
 @triton.jit
-def _halves(count, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Where a program's elements of [rows, WIDTH] lie, there and, as gates, in [rows, 2 WIDTH]."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    col = (start % WIDTH).to(tl.int32) + tl.arange(0, BLOCK)
-    at = start + tl.arange(0, BLOCK)
-    return at, at < count, start // WIDTH * (2 * WIDTH) + col + col // WIDTH * WIDTH
+def _half(R, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Where a program's elements of [R, WIDTH] lie, as gates of [R, 2 WIDTH] and there, and which
+    of them there are."""
+    across: tl.constexpr = (WIDTH + COLS - 1) // COLS
+    rows = (tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    cols = (tl.program_id(0) % across * COLS + tl.arange(0, COLS))[None, :]
+    return rows * (2 * WIDTH) + cols, rows * WIDTH + cols, (rows < R) & (cols < WIDTH)
 
 
 @triton.jit
-def swiglu_kernel(gate_up, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    _, inside, at = _halves(count, WIDTH, BLOCK)
+def swiglu_kernel(gate_up, R, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    at, _, inside = _half(R, WIDTH, ROWS, COLS)
     gate, up = _load(gate_up, at, inside), _load(gate_up, at + WIDTH, inside)
     middle = gate * tl.sigmoid(gate) * up
     tl.store(gate_up + at, middle.to(gate_up.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def swiglu_backward_kernel(gate_up, d_middle, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    place, inside, at = _halves(count, WIDTH, BLOCK)
+def swiglu_backward_kernel(
+    gate_up, d_middle, R, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    at, place, inside = _half(R, WIDTH, ROWS, COLS)
     gate, up = _load(gate_up, at, inside), _load(gate_up, at + WIDTH, inside)
     d = _load(d_middle, place, inside)
-    sigmoid, dtype = tl.sigmoid(gate), gate_up.dtype.element_ty
+    sigmoid = tl.sigmoid(gate)
     d_gate = d * up * (sigmoid * (1.0 + gate * (1.0 - sigmoid)))
+    dtype = gate_up.dtype.element_ty
     tl.store(gate_up + at, d_gate.to(dtype), mask=inside)
     tl.store(gate_up + at + WIDTH, (d * gate * sigmoid).to(dtype), mask=inside)
     tl.store(d_middle + place, (gate * sigmoid * up).to(dtype), mask=inside)
@@ -168,8 +172,12 @@ def swiglu(gate_up: Tensor, rows: int, d_middle: Tensor | None = None) -> None:
         got = f"{tuple(gate_up.shape)}, {tuple(half.shape)}"
         raise bad_argument(op, "gate_up", f"contiguous, {rows} rows, d_middle half of it", got)
     if count:
-        grid, sizes = (triton.cdiv(count, BLOCK),), {"WIDTH": count // rows, "BLOCK": BLOCK}
+        width = count // rows
+        even = min(width & -width, BLOCK)  # columns that no edge cuts, where those are enough
+        cols = even if even >= BLOCK // 8 else min(BLOCK, triton.next_power_of_2(width))
+        sizes = {"WIDTH": width, "ROWS": BLOCK // cols, "COLS": cols, **OPTIONS}
+        grid = (triton.cdiv(rows, BLOCK // cols) * triton.cdiv(width, cols),)
         if d_middle is None:
-            swiglu_kernel[grid](gate_up, count, **sizes, **OPTIONS)
+            swiglu_kernel[grid](gate_up, rows, **sizes)
         else:
-            swiglu_backward_kernel[grid](gate_up, d_middle, count, **sizes, **OPTIONS)
+            swiglu_backward_kernel[grid](gate_up, d_middle, rows, **sizes)

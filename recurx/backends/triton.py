@@ -54,7 +54,7 @@ OLDEST = (3, 6)  # of Triton: the first whose code these kernels are tested with
 DTYPES = (torch.bfloat16, torch.float32)
 HEAD_DIMS = (32, 64, 128)
 MAX_TOKENS = 1024  # of attention
-MAX_HIDDEN, MAX_MIXED = 8192, 2048  # D, and T of a token MLP, of kind "library"
+MAX_HIDDEN, MAX_MIXED = 4096, 2048  # D, and T of a token MLP, of kind "library"
 
 
 class Triton(Backend):

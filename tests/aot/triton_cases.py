@@ -149,11 +149,12 @@ def cases(thorough: bool = False) -> Iterator[TritonCase]:
         yield _case(maker, bf16, ARCHS if thorough else GENERATIONS)
         if thorough:
             yield _case(maker, fp32, ARCHS)
-    from aot import recursion_cases, step_cases, triton_backward_cases
+    from aot import pointwise_cases, recursion_cases, step_cases, triton_backward_cases
 
     yield from recursion_cases.cases(thorough)
     yield from triton_backward_cases.cases(thorough)
     yield from step_cases.cases(ARCHS if thorough else GENERATIONS)
+    yield from pointwise_cases.cases(thorough)
 
 
 def _case(maker: Maker, dtype: torch.dtype, archs: tuple[str, ...]) -> TritonCase:

@@ -248,7 +248,7 @@ def test_what_it_cannot_run_is_said_in_one_sentence():
     assert "head_dim" in refusal(make_net(heads=4))
     assert "float16" in refusal(make_net(), dtype=torch.float16)
     assert "T=1024" in refusal(make_net(), tokens=1025)
-    assert "D=8192" in refusal(make_net(hidden=8256, inner=1, heads=129), hidden=8256)
+    assert "D=4096" in refusal(make_net(hidden=4160, inner=1, heads=65), hidden=4160)
     assert refusal(make_net(hidden=1088, inner=32, heads=17), hidden=1088) is None  # the library
     assert refusal(make_net()) is None
 
