@@ -34,7 +34,7 @@ def cuda_capture(launch: Callable[[], None]) -> Replay:
 def _captured(launch: Callable[[], object], stream: Any, pool: Any) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     # Thread-local: another thread may allocate or synchronise meanwhile.
-    with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         launch()
     return graph
 

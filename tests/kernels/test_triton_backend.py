@@ -264,7 +264,7 @@ def test_a_kind_of_plan_by_name_runs_or_refuses():
             assert alone.plan(problem_for(ONE_CALL, {"L": net}, x), x.device).kind == kind
         x, carry = make_inputs(ONE_CALL, batch=1, hidden=1088)
         for kind in ("tiled", "persistent"):
-            with pytest.raises(BackendUnavailable, match="got .*1088"):
+            with pytest.raises(BackendUnavailable, match=r"got .*1088"):
                 recurx.recurse(ONE_CALL, {"L": wide}, x, carry, backend=f"triton/{kind}")
         with pytest.raises(recurx.InvalidArgument, match="triton/tiled, triton/library"):
             recurx.recurse(ONE_CALL, {"L": wide}, x, carry, backend="triton/best")

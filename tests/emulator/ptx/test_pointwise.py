@@ -1,4 +1,4 @@
-"""The pointwise kernels from the PTX that Triton emits, what they write in global memory watched."""
+"""The pointwise kernels from the PTX that Triton emits; what they write in memory is watched."""
 
 from __future__ import annotations
 
