@@ -211,7 +211,8 @@ def _block_backward(
     d_mixed = multiply(d_pre_mix, mixer_out.t())
     grads.add(index + 1, d_pre_mix, saved.mixed)
     qkv, mixed, d_mixed = (_by_head(t, spec) for t in (saved.qkv, saved.mixed, d_mixed))
-    d_qkv = attention_backward(qkv, mixed, saved.lse, d_mixed, cos_sin).flatten(2)
+    kept = qkv, mixed, saved.lse, d_mixed
+    d_qkv = attention_backward(*kept, cos_sin, rotated=False).flatten(2)
     grads.add(index, d_qkv, h)
     return d_pre_mix, multiply(d_qkv, mixer_in.t())
 
