@@ -132,9 +132,8 @@ def stablemax_backward(
         outer = grad_loss.contiguous()
         grid = (triton.cdiv(labels.numel(), constants["ROWS"]),)
         with torch.cuda.device_of(logits):
-            stablemax_backward_kernel[grid](
-                *args[:2], outer, grad, *args[2:], **constants, **options
-            )
+            args = (*args[:2], outer, grad, *args[2:])
+            stablemax_backward_kernel[grid](*args, **constants, **options)
     return grad
 
 

@@ -113,7 +113,7 @@ def recurse(
 
 @functools.cache
 def _tell_of_float16(device: str) -> None:
-    """Warn once: it is the default of CUDA's autocast, and nobody asked for it by name."""
+    """Warn once: it is the default of CUDA's autocast, and seldom meant."""
     warnings.warn(
         f"recurx.recurse: autocast on {device} is in float16, which no fused backend runs; `auto` "
         f'runs PyTorch. Use torch.autocast("{device}", dtype=torch.bfloat16).',

@@ -131,8 +131,7 @@ def engine_isa() -> str:
 
 
 def cluster_places(index: int) -> tuple[tuple[int, int, int], ...]:
-    """(D, CTAs of a cluster, clusters that run at once) of each cluster kernel of the build on GPU
-    `index`, as its driver counts them; () without the kernels, or on a GPU that has no clusters."""
+    """(D, CTAs of a cluster, clusters that run at once) of each cluster kernel on a GPU."""
     try:
         from recurx import _C
 

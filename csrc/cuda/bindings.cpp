@@ -26,7 +26,7 @@ std::tuple<int, int, int, std::string> devices() {
   return {count, driver, runtime, rx_cuda_last_error()};
 }
 
-// (hidden, CTAs of a cluster, clusters at once) of each cluster kernel that the current device runs.
+// (hidden, CTAs of a cluster, clusters at once) of each cluster kernel on the current device.
 std::vector<std::tuple<int, int, int>> cluster_places() {
   std::vector<std::tuple<int, int, int>> found;
 #ifdef RX_HAVE_SM90A

@@ -279,7 +279,7 @@ class Cuda(Backend):
     def _quantized(self, weights: Sequence[Tensor]) -> bool:
         """Whether the kernel may read codes. Not inside somebody's CUDA graph: there the host
         cannot ask, and a replay would not see a weight that is no longer the product of its."""
-        if any(registered(w) is None for w in weights) or captured_outside(weights[0].device):
+        if captured_outside(weights[0].device) or any(registered(w) is None for w in weights):
             return False
         quantized: bool = self.exact.get("fp8", weights, lambda _: are_quantized(weights))
         return quantized
@@ -314,8 +314,7 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 @functools.cache
 def _why_no_driver(source: Any) -> str | None:
-    """Why the driver cannot run the kernels of a build: their CUDA runtime, which they bring along,
-    runs on drivers of its own major version and of later ones."""
+    """Why the driver cannot run the kernels of a build, whose CUDA runtime asks for its version."""
     if not hasattr(source, "cuda_devices"):
         return None
     count, driver, runtime, reason = source.cuda_devices()

@@ -86,12 +86,9 @@ def _block_work(block: BlockSpec) -> tuple[float, float]:
 
 def _places(device: Device, hidden: int, cluster: int) -> int:
     """Clusters that run at once."""
-    for width, size, count in device.clusters:
-        if (width, size) == (hidden, cluster):
-            return max(1, count)
-    if cluster == 2:
-        return max(1, device.units // 2)
-    return max(1, device.units // GPC * (GPC // cluster) - 1)
+    asked = {(width, size): count for width, size, count in device.clusters}
+    assumed = device.units // 2 if cluster == 2 else device.units // GPC * (GPC // cluster) - 1
+    return max(1, asked.get((hidden, cluster), assumed))
 
 
 def _plan(problem: Problem, device: Device, cluster: int) -> LaunchPlan:

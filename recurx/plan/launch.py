@@ -59,8 +59,7 @@ class Work:
     shared_bytes: float = 0
 
     def parts(self, device: Device) -> dict[str, float]:
-        """Seconds of each limit on `device`: products, vectors, dram, l2, shared memory, launches,
-        barriers."""
+        """Seconds of each limit on `device`, by its name."""
         busy = min(1.0, self.parallel / device.units)
         launch = device.call_us if self.from_python else device.launch_us
         return {

@@ -149,7 +149,8 @@ def _tiled_work(problem: Problem, program: Program, size: int, device: Device) -
                 waves = math.ceil(kernel.programs / device.units)
                 loading = min(1.0, max(ALONE, kernel.programs / device.units))
                 waiting = loading * kernel.loaded / kernel.programs * flops_a_byte
-                padded += waves * device.units * max(kernel.program_flops, waiting)
+                if kernel.program_flops:
+                    padded += waves * device.units * max(kernel.program_flops, waiting)
                 l2 += kernel.loaded + kernel.stored
                 dram += 0 if activations_stay else kernel.read + kernel.stored
                 launches += 1

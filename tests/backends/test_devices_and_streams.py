@@ -367,3 +367,18 @@ def test_a_slice_is_no_larger_than_a_recording_should_be() -> None:
         large = dataclasses.replace(problem, batch=batch, device_type="cuda")
         sizes = [p["slice"] for p in candidates(large, DEVICES["h100"]) if p.kind == "tiled"]
         assert sizes and max(sizes) <= min(batch, MAX_SLICE)
+
+
+def test_a_queue_asks_the_stream_of_its_own_device(monkeypatch) -> None:
+    """What a step took is known when that stream is so far, whichever device is current."""
+    from recurx.train import SampleQueue
+
+    recorded = []
+    event = types.SimpleNamespace(record=lambda stream: recorded.append(stream))
+    queue = SampleQueue(lambda n: {"x": torch.zeros(n)}, slots=2)
+    queue.device, empty = torch.device("cuda", 1), torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *s, pin_memory, **how: empty(*s, **how))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    queue.stepped()
+    assert recorded == ["stream of cuda:1"]

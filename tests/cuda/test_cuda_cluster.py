@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import re
 
@@ -117,6 +118,12 @@ def test_more_samples_than_fit_take_another_round():
     one, two = (plan.seconds(h100) for plan in plans)
     assert 1.9 < two / one < 2.1
     assert "33 clusters in 2 rounds" in str(plans[1])
+
+
+def test_an_emulated_gpu_does_not_say_how_many_clusters_it_runs(backend):
+    places, count = backend.emulated.library.rx_cluster_sm90a_places, ctypes.c_int32(7)
+    assert places(128, 4, ctypes.byref(count)) == 0 and count.value == 0
+    assert places(96, 4, ctypes.byref(count)) != 0  # no kernel is that wide
 
 
 def test_wider_clusters_read_less():

@@ -1,6 +1,8 @@
 """Plans and their predicted costs: counts against closed formulas, selection, printing."""
 
+import contextlib
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from recurx.explanation import _device_note
 from recurx.models.config import TRMConfig
 from recurx.nets import ATTENTION, TOKEN_MLP, BlockSpec, NetSpec
 from recurx.plan import Device, LaunchPlan, Work, count
+from recurx.plan import device as device_file
 from recurx.plan.device import gpu_device
 from recurx.problem import Problem
 
@@ -160,6 +163,30 @@ def test_explain_says_that_the_rates_are_guessed(monkeypatch):
     monkeypatch.setattr(Device, "of", staticmethod(lambda kind: guessed))
     assert "rates of NVIDIA GeForce RTX 4070: a guess, those of l4" in _device_note("cuda")
     assert _device_note("cpu") == ""
+
+
+def test_a_gpu_is_asked_for_its_sizes_and_its_clusters(monkeypatch):
+    """By the driver, on that very device; without kernels for clusters nobody is asked."""
+    asked = []
+
+    @contextlib.contextmanager
+    def on(index):
+        asked.append(index)
+        yield
+
+    found = types.SimpleNamespace(
+        name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132,
+        shared_memory_per_block_optin=232448, L2_cache_size=50 << 20,
+    )  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found)
+    monkeypatch.setattr(torch.cuda, "device", on)
+    build = types.SimpleNamespace(cuda_cluster_places=lambda: [(512, 2, 66), (512, 8, 15)])
+    monkeypatch.setattr(recurx, "_C", build, raising=False)
+    made = device_file._cuda.__wrapped__(3)
+    assert asked == [3] and made.clusters == ((512, 2, 66), (512, 8, 15))
+    assert dataclasses.replace(made, clusters=()) == plan.DEVICES["h100"]
+    monkeypatch.setattr(recurx, "_C", types.SimpleNamespace())
+    assert device_file._cuda.__wrapped__(3).clusters == ()
 
 
 # ---- GPUs: what overlaps, and how plans are ordered --------------------------------------------

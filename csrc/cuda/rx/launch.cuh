@@ -124,7 +124,7 @@ int launch(const LaunchShape& s, void* stream, void (*kernel)(Params...), const 
   return 0;
 }
 
-// Clusters of this shape that the current device runs at once: GPCs differ in their multiprocessors.
+// Clusters of this shape that the current device runs at once: its GPCs differ in size.
 template <class... Params>
 int cluster_places(const LaunchShape& s, void (*kernel)(Params...), int* count) {
   cudaLaunchAttribute attributes[2];

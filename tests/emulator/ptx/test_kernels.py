@@ -120,26 +120,13 @@ TRITON = [
 ]  # fmt: skip
 
 
-# NOTE: Triton 3.6 puts no fence.proxy.async between cp.async and the wgmma that reads what came;
-# the race checker found it, and 3.7 has the fence.
-UNFENCED = (linear_residual_rms, attention)
-
-
 @pytest.mark.parametrize("arch", ["80", "90"])
 @pytest.mark.parametrize("make", TRITON, ids=lambda make: make.__name__)
 def test_triton_ptx(arch, make):
-    triton = pytest.importorskip("triton")
+    pytest.importorskip("triton")
     from .triton_launch import emulating
 
     call, want = make()
-    old = tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 7)
-    if old and arch == "90" and make in UNFENCED:
-        with (
-            pytest.raises(build.EmulatorFault, match=r"missing fence\.proxy\.async"),
-            emulating(arch),
-        ):
-            call()
-        return
     with emulating(arch):
         got = call().double()
     # One rounding to bf16 of the result, and of the probabilities in attention.
