@@ -44,6 +44,8 @@ class Cuda(Backend):
     name = "cuda"
     device_types = ("cuda",)
     window_of = "triton"  # the kernels here have no backward
+    kinds = KINDS
+    _timeline: KernelTimeline | None = None  # of the class: a restricted copy records, too
 
     def __init__(
         self,
@@ -64,7 +66,6 @@ class Cuda(Backend):
         self._missing: str | None = None
         self.tapes = WeightCache(MAX_TAPES)
         self.exact = WeightCache(MAX_TAPES)  # whether weights are the products of their FP8 codes
-        self._timeline: KernelTimeline | None = None
         # What does not depend on the tensors is found out once, and looked up after that.
         remember = functools.lru_cache(maxsize=256)
         self._pick = remember(self._find_plan)
@@ -118,7 +119,9 @@ class Cuda(Backend):
         """Kinds of plan that the build holds; the owner kernels alone write a timeline."""
         library = self.library()
         kinds = KINDS if library is None else library.kinds
-        return ("owner",) if self._timeline is not None else kinds
+        if self._timeline is not None:
+            return ("owner",)
+        return tuple(kind for kind in kinds if self.kind in ("", kind))
 
     def plan_device(self, device: torch.device | str) -> Device:
         return Device.of(device) if self._device is None else self._device
@@ -296,11 +299,11 @@ class Cuda(Backend):
                 "recurx: these kernels record no timeline; build with "
                 "RECURX_TIMELINE=1 python csrc/native_build.py"
             )
-        self._timeline = KernelTimeline(events_per_owner)
+        Cuda._timeline = timeline = KernelTimeline(events_per_owner)
         try:
-            yield self._timeline
+            yield timeline
         finally:
-            self._timeline = None
+            Cuda._timeline = None
 
 
 def _aligned(tensor: Tensor) -> Tensor:

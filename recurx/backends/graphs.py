@@ -25,19 +25,31 @@ Capture = Callable[[Callable[[], None]], Replay]
 
 def cuda_capture(launch: Callable[[], None]) -> Replay:
     """Capture what `launch` launches in a CUDA graph, without running it."""
-    graph = torch.cuda.CUDAGraph()
-    stream = _capture_stream(torch.cuda.current_device())
-    # Thread-local: another thread may allocate or synchronise meanwhile.
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        launch()
-    replay: Replay = graph.replay
+    index = torch.cuda.current_device()
+    stream, pool, _ = _side_of(index, stream_of(torch.device("cuda", index)))
+    replay: Replay = _captured(launch, stream, pool).replay
     return replay
 
 
+def _captured(launch: Callable[[], object], stream: Any, pool: Any) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    # Thread-local: another thread may allocate or synchronise meanwhile.
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        launch()
+    return graph
+
+
 @functools.cache
-def _capture_stream(index: int) -> torch.cuda.Stream:
-    """PyTorch's own default is one stream a process, on whichever GPU captured first."""
-    return torch.cuda.Stream(index)
+def _side_of(index: int, stream: int) -> tuple[torch.cuda.Stream, Any, torch.cuda.CUDAGraph]:
+    """Where graphs that a stream replays are captured: a stream and a memory pool of their own.
+
+    PyTorch's own default is one stream a process, on whichever GPU captured first. And cuBLAS has
+    one workspace a stream, so graphs that were captured on the same one must not run side by side.
+    The graph holds the pool: whoever clears PyTorch's workspaces (torch.compile does) gives back to
+    it what older graphs still write to, and to nobody else.
+    """
+    side, pool = torch.cuda.Stream(index), torch.cuda.graph_pool_handle()
+    return side, pool, _captured(lambda: torch.zeros(1, device=f"cuda:{index}"), side, pool)
 
 
 def captured_outside(device: torch.device) -> bool:

@@ -1,9 +1,10 @@
 """backend="triton": the recursion in Triton kernels (kernels/), on NVIDIA and AMD GPUs.
 
-Two ways to run, chosen by `LaunchPlan.pick` (recurx/plan/triton.py):
+Three ways to run; `LaunchPlan.pick` (recurx/plan/triton.py) predicts which, `auto` times them:
 
     tiled        slices of the batch, small enough that their activations stay in L2 for the whole
                  recursion; the kernels of all calls of a slice are captured in one CUDA graph
+    library      the same, but PyTorch's own products with pointwise kernels between them
     persistent   small nets: one launch, each program owns whole samples and runs every call
 
 Weights are rounded to the states' dtype at every call, by one launch before the kernels or the
@@ -37,8 +38,11 @@ from recurx.backends.weight_cache import WeightCache, frozen
 from recurx.nets import ATTENTION
 from recurx.operands import Operands, Span
 from recurx.packed import PackedNets
+from recurx.plan.count import blocks_of
 from recurx.plan.device import Device
 from recurx.plan.launch import LaunchPlan
+from recurx.plan.triton import why_not_tiled
+from recurx.plan.triton_persistent import why_not as why_not_persistent
 from recurx.problem import Problem
 from recurx.program import Program, lower
 
@@ -49,13 +53,14 @@ MAX_RECORDINGS = 12
 OLDEST = (3, 6)  # of Triton: the first whose code these kernels are tested with
 DTYPES = (torch.bfloat16, torch.float32)
 HEAD_DIMS = (32, 64, 128)
-MAX_TOKENS = 1024
-MAX_HIDDEN = 1024
+MAX_TOKENS = 1024  # of attention
+MAX_HIDDEN, MAX_MIXED = 4096, 2048  # D, and T of a token MLP, of kind "library"
 
 
 class Triton(Backend):
     name = "triton"
     device_types = ("cuda",)
+    kinds = ("tiled", "library", "persistent")
 
     def __init__(self) -> None:
         self.tapes = WeightCache(MAX_TAPES)
@@ -71,10 +76,15 @@ class Triton(Backend):
             return f"cannot look inside the plain callable {problem.opaque[0]!r}"
         if problem.dtype not in DTYPES:
             return f"runs float32 and bfloat16 states, not {problem.dtype}"
-        if problem.tokens > MAX_TOKENS:
-            return f"runs up to T={MAX_TOKENS} tokens, got T={problem.tokens}"
+        attends = any(block.kind == ATTENTION for block in blocks_of(problem))
+        if problem.tokens > (most := MAX_TOKENS if attends else MAX_MIXED):
+            return f"runs up to T={most} tokens, got T={problem.tokens}"
         if problem.hidden > MAX_HIDDEN:
             return f"runs up to D={MAX_HIDDEN}, got D={problem.hidden}"
+        if self.kind == "tiled":
+            return why_not_tiled(problem)
+        if self.kind == "persistent":
+            return why_not_persistent(problem, self.plan_device(problem.device_type))
         for name, spec in problem.nets:
             for block in spec.blocks:
                 if block.kind == ATTENTION and block.head_dim not in HEAD_DIMS:
@@ -83,7 +93,10 @@ class Triton(Backend):
 
     def plan(self, problem: Problem, device: torch.device) -> LaunchPlan:
         """How `run` would run it on `device`."""
-        return _pick(problem, Device.of(device))
+        return _pick(problem, self.plan_device(device), self.name)
+
+    def plan_device(self, device: torch.device | str) -> Device:
+        return Device.of(device)
 
     def run(self, problem: Problem, operands: Operands, span: Span) -> list[Tensor]:
         x, states = operands.x.detach(), tuple(state.detach() for state in operands.states)
@@ -94,14 +107,17 @@ class Triton(Backend):
         program = lower(problem.schedule, span)
         packed = self.packed_nets(problem, operands.weights)
         with torch.cuda.device_of(x):  # Triton launches on the current device
-            if plan.kind == "tiled":
-                return self._run_tiled(int(plan["slice"]), problem, program, packed, operands)
-            return self._run_persistent(plan, program, packed, operands)
+            if plan.kind == "persistent":
+                return self._run_persistent(plan, program, packed, operands)
+            return self._run_sliced(plan, problem, program, packed, operands)
 
-    def window(self, problem: Problem) -> Window:
+    def window(self, problem: Problem) -> Window | None:
         from recurx.backends.triton_window import TritonWindow
 
-        return TritonWindow(self.packed_nets)
+        if self.kind == "persistent":
+            return None
+        library = self.kind == "library" or why_not_tiled(problem) is not None
+        return TritonWindow(self.packed_nets, library)
 
     def free(self) -> None:
         self.tapes.clear()
@@ -124,29 +140,31 @@ class Triton(Backend):
     def _capture(self, device: torch.device) -> Capture | None:
         return None if captured_outside(device) else cuda_capture
 
-    # ---- the two ways ------------------------------------------------------------------------
+    # ---- the ways ----------------------------------------------------------------------------
 
-    def _run_tiled(
+    def _run_sliced(
         self,
-        size: int,
+        plan: LaunchPlan,
         problem: Problem,
         program: Program,
         packed: PackedNets,
         operands: Operands,
     ) -> list[Tensor]:
+        from recurx.kernels.library import LibrarySlice
         from recurx.kernels.tiled import TiledSlice
 
-        device, cos_sin = operands.x.device, operands.rope
+        device, cos_sin, size = operands.x.device, operands.rope, int(plan["slice"])
         inputs = (operands.x, *operands.states)
         outputs = [torch.empty_like(state) for state in operands.states]
         capture = self._capture(device)
 
         def make() -> Recording:
-            buffers = TiledSlice(problem, program, packed, size, cos_sin)
+            kind = LibrarySlice if plan.kind == "library" else TiledSlice
+            buffers = kind(problem, program, packed, size, cos_sin)
             return Recording(buffers, buffers.launch)
 
         key = (
-            problem.nets, program, size, problem.tokens, problem.dtype, device,
+            plan.kind, problem.nets, program, size, problem.tokens, problem.dtype, device,
             id(packed), cos_sin is None, stream_of(device),
         )  # fmt: skip
         with self.recordings.lock:
@@ -183,9 +201,9 @@ def _of_rung(problem: Problem) -> Problem:
 
 
 @functools.lru_cache(maxsize=256)
-def _pick(problem: Problem, device: Device) -> LaunchPlan:
+def _pick(problem: Problem, device: Device, name: str) -> LaunchPlan:
     """`LaunchPlan.pick`, remembered: it costs more than a launch."""
-    return LaunchPlan.pick(problem, device, Triton.name)
+    return LaunchPlan.pick(problem, device, name)
 
 
 @functools.cache

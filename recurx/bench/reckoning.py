@@ -56,6 +56,7 @@ ROWS = (
     ByHand("trm-att", 512, "cuda/cluster", (32, 41), (25, 30), (80, 90)),
     ByHand("trm-att", 512, "cuda/owner", (38, 46)),
     ByHand("trm-att", 512, "triton/tiled", (42, 55)),
+    ByHand("trm-att", 512, "triton/library", (37, 37)),
     ByHand("arc", 64, "triton/tiled", (44, 44), (31, 31), (84, 84)),
 )
 

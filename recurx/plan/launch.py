@@ -127,7 +127,7 @@ class LaunchPlan:
         Args:
             problem: what to run.
             device: where; None for the device of the problem's type in this machine.
-            backend: one name, or None for every backend that has plans.
+            backend: one name, also "name/kind", or None for every backend that has plans.
 
         Raises:
             BackendUnavailable: no plan fits; the message gives the reason of each kind.
@@ -150,10 +150,13 @@ BACKENDS = ("cuda", "cpu", "triton", "eager")
 def all_candidates(
     problem: Problem, device: Device, backend: str | None = None
 ) -> list[LaunchPlan]:
-    """The plans that fit `device`, of one backend or of all; none for no tokens at all."""
+    """The plans that fit `device`, of one backend ("triton", or a kind: "triton/library") or of
+    all; none for no tokens at all."""
     if problem.tokens == 0:
         return []
-    return [plan for file in _files(backend) for plan in file.candidates(problem, device)]
+    plans = (plan for file in _files(backend) for plan in file.candidates(problem, device))
+    kind = (backend or "").partition("/")[2]
+    return [plan for plan in plans if kind in ("", plan.kind)]
 
 
 def all_refusals(problem: Problem, device: Device, backend: str | None = None) -> list[str]:
@@ -164,5 +167,5 @@ def all_refusals(problem: Problem, device: Device, backend: str | None = None) -
 
 
 def _files(backend: str | None) -> list[ModuleType]:
-    names = BACKENDS if backend is None else (backend,)
+    names = BACKENDS if backend is None else (backend.partition("/")[0],)
     return [importlib.import_module(f"recurx.plan.{name}") for name in names]

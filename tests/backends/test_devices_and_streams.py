@@ -159,8 +159,8 @@ def test_a_captured_step_is_made_on_the_device_of_its_queue(monkeypatch) -> None
 
 @pytest.fixture
 def two_gpus(monkeypatch):
-    """Of torch.cuda as much as `graphs` asks: the current device, and which one captures."""
-    fake = types.SimpleNamespace(current=0, capturing=1, streams=[], graphs=[])
+    """Of torch.cuda as much as `graphs` asks: the current device and stream, and which captures."""
+    fake = types.SimpleNamespace(current=0, stream=7, capturing=1, streams=[], graphs=[])
 
     @contextlib.contextmanager
     def device(wanted):
@@ -169,8 +169,8 @@ def two_gpus(monkeypatch):
         fake.current = before
 
     @contextlib.contextmanager
-    def graph(_, stream=None, capture_error_mode=""):
-        fake.graphs.append((fake.current, stream))
+    def graph(_, pool, stream, capture_error_mode=""):
+        fake.graphs.append((fake.current, stream, pool))
         yield
 
     def stream(index):
@@ -181,22 +181,28 @@ def two_gpus(monkeypatch):
         "device": device, "graph": graph, "Stream": stream,
         "CUDAGraph": lambda: types.SimpleNamespace(replay=lambda: None),
         "current_device": lambda: fake.current,
+        "current_stream": lambda device: types.SimpleNamespace(cuda_stream=fake.stream),
+        "graph_pool_handle": lambda: f"pool {len(fake.streams)}",
         "is_current_stream_capturing": lambda: fake.current == fake.capturing,
     }  # fmt: skip
     for name, value in found.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    graphs._capture_stream.cache_clear()
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    graphs._side_of.cache_clear()
     yield fake
-    graphs._capture_stream.cache_clear()
+    graphs._side_of.cache_clear()
 
 
-def test_each_gpu_captures_on_a_stream_of_its_own(two_gpus) -> None:
-    for index in (0, 1, 0, 1):
-        two_gpus.current = index
+def test_what_may_run_side_by_side_is_captured_apart(two_gpus) -> None:
+    """By GPU and by stream of the caller: what is captured on one shares cuBLAS's workspace."""
+    for index, stream in ((0, 7), (1, 7), (0, 8), (0, 7), (1, 7), (0, 8)):
+        two_gpus.current, two_gpus.stream = index, stream
         graphs.cuda_capture(lambda: None)
-    assert two_gpus.streams == [0, 1]
-    first, second = "stream 1 of 0", "stream 2 of 1"
-    assert two_gpus.graphs == [(0, first), (1, second), (0, first), (1, second)]
+    assert two_gpus.streams == [0, 1, 0]
+    sides = [(0, "stream 1 of 0", "pool 1"), (1, "stream 2 of 1", "pool 2"),
+             (0, "stream 3 of 0", "pool 3")]  # fmt: skip
+    twice = [side for side in sides for _ in range(2)]  # with the graph that holds the pool
+    assert two_gpus.graphs == [*twice, *sides]
 
 
 def test_whether_a_graph_is_captured_is_asked_of_the_tensors_device(two_gpus) -> None:

@@ -36,7 +36,7 @@ def kinds(found: list[LaunchPlan]) -> set[str]:
 
 
 def picked(wanted: Problem, device: Device) -> LaunchPlan:
-    return LaunchPlan.pick(wanted, device, "triton")
+    return LaunchPlan.pick(wanted, device, "triton/tiled")
 
 
 def resident(wanted: Problem, device: Device) -> LaunchPlan:
@@ -86,10 +86,10 @@ def test_weights_beyond_l2_are_read_again_at_each_call():
 
 def test_launches_are_counted_kernel_by_kernel():
     """21 calls of 2 blocks of 5 kernels, 21 sums, 3 kept sums (z_H + x, a cycle), 2 copies."""
-    plan = picked(problem(batch=1), H100)
-    assert plan.work.launches == 21 * 2 * 5 + 21 + 3 + 2
-    mlp = next(p for p in candidates(problem(batch=1, kind=TOKEN_MLP), H100))
-    assert mlp.work.launches == 21 * 2 * 4 + 21 + 3 + 2
+    for kind, tiled in ((ATTENTION, 5), (TOKEN_MLP, 4)):
+        for way, block in (("tiled", tiled), ("library", 8)):
+            plan = LaunchPlan.pick(problem(batch=1, kind=kind), H100, f"triton/{way}")
+            assert plan.kind == way and plan.work.launches == 21 * 2 * block + 21 + 3 + 2
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
@@ -106,8 +106,8 @@ def test_padding_is_counted_on_top(batch, kind, device):
 
 
 def test_persistent_is_for_small_nets_and_says_so():
-    assert kinds(candidates(problem(**SMALL), H100)) == {"tiled", "persistent"}
-    assert kinds(candidates(problem(), H100)) == {"tiled"}
+    assert kinds(candidates(problem(**SMALL), H100)) == {"tiled", "library", "persistent"}
+    assert kinds(candidates(problem(), H100)) == {"tiled", "library"}
     (reason,) = refusals(problem(), H100)
     assert "D=512" in reason and "persistent" in reason
     (reason,) = refusals(problem(**{**SMALL, "tokens": 129}), H100)
@@ -118,6 +118,14 @@ def test_persistent_is_for_small_nets_and_says_so():
     several = replace(problem(**SMALL), nets=(("L", NetSpec(mixed)),))
     assert "differ" in refusals(several, H100)[0]
     assert refusals(problem(**SMALL), H100) == []
+
+
+def test_the_library_takes_rows_that_no_tile_holds():
+    wide = problem(hidden=2048, heads=32, inner=6144)
+    assert kinds(candidates(wide, H100)) == {"library"}
+    assert "tiled: a program holds rows of at most 1024" in "; ".join(refusals(wide, H100))
+    long = problem(tokens=1500, kind=TOKEN_MLP)
+    assert kinds(candidates(long, H100)) == {"library"}
 
 
 def test_samples_share_a_program_only_where_rows_do_not_mix():
