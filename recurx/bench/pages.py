@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from recurx.bench import reckoning
 from recurx.bench.ratios import ratios
 from recurx.bench.report import markdown
 from recurx.bench.results import Result
@@ -11,15 +12,18 @@ from recurx.errors import InvalidArgument
 
 BEGIN, END = "<!-- bench:begin", "<!-- bench:end -->"
 RATIOS_BEGIN, RATIOS_END = "<!-- ratios:begin", "<!-- ratios:end -->"
+RECKONED_BEGIN, RECKONED_END = "<!-- reckoned:begin", "<!-- reckoned:end -->"
 
 
 def fill_in(text: str, results: Sequence[Result], where: str) -> str:
-    """`text` with all tables between its markers made anew: `markdown`, `ratios`, or both.
+    """`text` with all tables between its markers made anew: `markdown`, `ratios`, what is reckoned
+    for GPUs, or several of them.
 
     Raises:
         InvalidArgument: it has no markers, has them twice, or in the wrong order.
     """
     tables = {(BEGIN, END): markdown, (RATIOS_BEGIN, RATIOS_END): ratios}
+    tables[RECKONED_BEGIN, RECKONED_END] = lambda _: reckoning.table()
     present = [pair for pair in tables if pair[0] in text or pair[1] in text]
     if not present:
         raise InvalidArgument(
