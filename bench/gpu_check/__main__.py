@@ -43,25 +43,23 @@ def main() -> int:
     folder = asked.outdir.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
-    now = datetime.datetime.now(datetime.timezone.utc)
-    lines = folder / "gpu_check.jsonl"
     if asked.merge:
-        made = journal.document(journal.read(lines))
-        moment = made["provenance"].get("date", now.isoformat())
-        result = result_file(folder, moment, made["provenance"].get("call", asked.call))
-        journal.write(result, made)
-        print(f"{made['status']}: {result}")
+        for lines in sorted(folder.glob("gpu-*.jsonl")):
+            made = journal.document(journal.read(lines))
+            journal.write(lines.with_suffix(".json"), made)
+            print(f"{made['status']}: {lines.with_suffix('.json')}")
         return 0
-    lines.write_text("")
+    now = datetime.datetime.now(datetime.timezone.utc)
     moment = now.isoformat(timespec="seconds")
+    result = folder / f"gpu-{moment[:19].replace(':', '')}-call-{asked.call}.json"
+    lines = result.with_suffix(".jsonl")
     journal.append(lines, {
         "phase": "", "kind": "call", "planned": [phase.name for phase in todo], "call": asked.call,
         "date": moment, "command": " ".join(["python3 -m bench.gpu_check", *sys.argv[1:]]),
         "commit": asked.commit or _git("rev-parse", "HEAD"), "device": "cuda",
     })  # fmt: skip
     seconds = asked.seconds or SECONDS[asked.call]
-    result = result_file(folder, moment, asked.call)
-    runner = Runner(folder, result, environment(asked.imports), begin + seconds)
+    runner = Runner(result, environment(asked.imports), begin + seconds)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         runner.run(todo)
@@ -76,10 +74,6 @@ def main() -> int:
     print(f"{made['status']} after {time.monotonic() - begin:.0f} s: {result}")
     print(f"not passed: {', '.join(bad)}" if bad else "all passed")
     return int(bool(bad))
-
-
-def result_file(folder: Path, moment: str, call: int) -> Path:
-    return folder / f"gpu-{moment[:16].replace(':', '')}-call-{call}.json"
 
 
 def environment(imports: list[str]) -> dict[str, str]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 PATH, PHASE = "RECURX_GPU_CHECK_JOURNAL", "RECURX_GPU_CHECK_PHASE"  # environment of a phase
+ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = 2  # of recurx/bench/results.py
 Line = dict[str, Any]
 
@@ -86,7 +88,11 @@ def document(lines: Iterable[Line]) -> dict[str, Any]:
 
 
 def write(path: Path, made: dict[str, Any]) -> None:
-    """The file has its old or its new content at any moment."""
+    """The file has its old or its new content at any moment. It does not say where things lay."""
+    text = json.dumps(made, indent=1)
+    places = {str(path.parent): "OUTDIR", sys.executable: "python", f"{ROOT}/": "", str(ROOT): "."}
+    for place, name in places.items():
+        text = text.replace(place, name)
     fresh = path.with_name(path.name + ".new")
-    fresh.write_text(json.dumps(made, indent=1) + "\n")
+    fresh.write_text(text + "\n")
     fresh.replace(path)

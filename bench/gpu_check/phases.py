@@ -9,11 +9,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from bench.gpu_check import sizes
+from bench.gpu_check.journal import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 ALONE, BESIDE, COMPILING = "alone", "beside", "compiling"  # lanes
 LOCK = "compiling.lock"  # beside the journal, of times.py
 SECONDS = {1: 420.0, 2: 270.0}  # of a call

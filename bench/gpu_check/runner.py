@@ -42,13 +42,11 @@ class Runner:
     """One call.
 
     Args:
-        folder: where journal, log and result file are.
-        result: the result file.
+        result: the result file; journal and log lie beside it, under its name.
         environ: of the phases.
         end: time.monotonic() at which all must be over.
     """
 
-    folder: Path
     result: Path
     environ: Mapping[str, str]
     end: float
@@ -58,7 +56,7 @@ class Runner:
 
     @property
     def journal(self) -> Path:
-        return self.folder / "gpu_check.jsonl"
+        return self.result.with_suffix(".jsonl")
 
     def run(self, todo: Sequence[Phase]) -> None:
         pending = list(todo)
@@ -108,7 +106,7 @@ class Runner:
         if shutil.which(command[0], path=self.environ.get("PATH")) is None:
             self._end(phase.name, "missing", 0.0, [f"{command[0]}: not found"])
             return
-        log = self.folder / f"running-{len(self.ended) + len(self.running)}.log"
+        log = self.result.parent / f"running-{len(self.ended) + len(self.running)}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
@@ -132,7 +130,7 @@ class Runner:
             _signal(one, signal.SIGKILL)  # what the process has left behind in its session
             self.running.remove(one)
             text = one.log.read_text(errors="replace")
-            with (self.folder / "gpu_check.log").open("a") as log:
+            with self.result.with_suffix(".log").open("a") as log:
                 log.write(f"\n===== {one.phase.name}\n{text}")
             one.log.unlink()
             status = "timeout" if one.asked is not None else STATUS.get(code, "failed")

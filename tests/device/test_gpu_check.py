@@ -22,7 +22,7 @@ from bench.gpu_check.__main__ import environment
 from bench.gpu_check.phases import ALONE, BESIDE, ROOT, Phase
 from bench.gpu_check.runner import GRACE, Runner
 from emulator.build import unavailable
-from recurx.bench import ratios, results
+from recurx.bench import ratios, report, results
 
 DOUBLE = ("--import", "gpu_double")
 SMALL = {"RECURX_GPU_CHECK_SIZES": str(Path(__file__).with_name("small_sizes.json"))}
@@ -96,10 +96,8 @@ def phase(folder: Path, name: str, code: str, limit: float = 30, **fields) -> Ph
 
 
 def runner(folder: Path, seconds: float = 60.0, planned: tuple[str, ...] = ()) -> Runner:
-    journal.append(
-        folder / "gpu_check.jsonl", {"phase": "", "kind": "call", "planned": list(planned)}
-    )
-    return Runner(folder, folder / "gpu-x.json", os.environ, time.monotonic() + seconds)
+    journal.append(folder / "gpu-x.jsonl", {"phase": "", "kind": "call", "planned": list(planned)})
+    return Runner(folder / "gpu-x.json", os.environ, time.monotonic() + seconds)
 
 
 EMIT = "from bench.gpu_check.journal import emit\nemit('seen', what={})\n"
@@ -128,7 +126,10 @@ def test_phases_go_on_after_a_failure_a_crash_and_a_program_that_is_missing(fold
     assert "ended by signal 11" in found["crashes"]["tail"]
     assert any("Segmentation fault" in line for line in found["crashes"]["tail"])
     assert found["passes"]["lines"] == [{"kind": "seen", "what": 3}]
-    assert {p.name for p in folder.iterdir()} == {"gpu-x.json", "gpu_check.log", "gpu_check.jsonl"}
+    text = (folder / "gpu-x.json").read_text()
+    assert "python -u -m bench.gpu_check.child passes" in text
+    assert not any(str(place) in text for place in (ROOT, folder, sys.executable))
+    assert {p.name for p in folder.iterdir()} == {"gpu-x.json", "gpu-x.log", "gpu-x.jsonl"}
 
 
 HANG = """
@@ -314,6 +315,7 @@ def test_the_result_file_becomes_the_table_of_the_readme(whole, tmp_path):
     assert {("train", "eager/bf16"), ("train", "recurx-triton-tiled/bf16")} <= timed
     table = ratios.ratios([result])
     assert "| SYNTHETIC" in table and "not measured" not in table
+    assert "**SYNTHETIC" in report.markdown([result])
 
 
 def test_nothing_synthetic_is_in_the_repository():
@@ -353,7 +355,7 @@ def wait_for(condition, seconds: float = 120.0) -> None:
 def hanging(folder: Path, phase: str) -> list[int]:
     """Process ids of a phase that hangs in the double."""
     return [
-        line["pid"] for line in journal.read(folder / "gpu_check.jsonl")
+        line["pid"] for path in folder.glob("gpu-*.jsonl") for line in journal.read(path)
         if line["kind"] == "hangs" and line["phase"] == phase
     ]  # fmt: skip
 
