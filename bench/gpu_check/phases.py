@@ -26,6 +26,9 @@ TESTS = (
     "test_cluster_on_gpu", "test_triton_backend_on_gpu", "test_triton_window_on_gpu",
     "test_solve_on_gpu", "test_step_on_gpu", "test_profile_on_gpu",
 )  # fmt: skip
+TESTS_OF_THE_MODULE = (
+    "test_cuda_owner_on_gpu", "test_cluster_on_gpu", "test_solve_on_gpu", "test_step_on_gpu",
+)  # fmt: skip
 TOOLS = ("memcheck", "racecheck", "synccheck")
 
 
@@ -58,8 +61,9 @@ def phases() -> list[Phase]:
     ]
     # Those that need no compiled module first: it is being compiled.
     for family in sorted(FAMILIES, key=lambda f: f in OF_THE_MODULE):
-        needs = built if family in OF_THE_MODULE else ("versions",)
-        found.append(Phase(f"proof {family}", python("proof", family), 25, needs))
+        compiled = family in OF_THE_MODULE
+        needs, limit = (built, 25) if compiled else (("versions",), 45)  # Triton compiles first
+        found.append(Phase(f"proof {family}", python("proof", family), limit, needs))
     found += [
         Phase("limits", python("limits"), 40, built, quiet=True),
         Phase("times", python("times"), 100, built, quiet=True),
@@ -67,12 +71,15 @@ def phases() -> list[Phase]:
     for case, mode, batch, way in sizes.COMPILED:
         name = f"compile {case} {mode} {batch} {way}"
         command = python("times", "compiled", case, mode, str(batch), way)
-        found.append(Phase(name, command, 100, ("versions", "build", "times"), COMPILING))
+        few = {"TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": "4"}  # of each of many
+        found.append(Phase(name, command, 100, (*built, "times"), COMPILING, environ=few))
     for case, mode, batch in sizes.LATER:
         name = f"times {case} {mode} {batch}"
         command = python("times", "all", case, mode, str(batch))
         found.append(Phase(name, command, 50, built, quiet=True))
-    found += [Phase(f"tests {name}", pytest(name), 45, built) for name in TESTS]
+    for name in TESTS:  # some run while the module is being compiled
+        needs = built if name in TESTS_OF_THE_MODULE else ("versions",)
+        found.append(Phase(f"tests {name}", pytest(name), 45, needs))
     for tool in TOOLS:
         command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "86")
         command += python("proof", "--small", *OF_THE_MODULE, *sizes.SANITIZED_BESIDE)
