@@ -1,5 +1,5 @@
-// micro.cu - what the cost model assumes of a Hopper, measured: a barrier over the grid, the L2 read
-// by all multiprocessors at once, the same bytes multicast to a cluster, clusters that fit.
+// micro.cu - what the cost model assumes of a Hopper, measured: a barrier over the grid, the L2
+// read by all multiprocessors at once, the same bytes multicast to a cluster, clusters that fit.
 //
 // Each kernel leaves sums that its caller can tell beforehand, in the emulator too.
 #include "rx/launch.cuh"
@@ -114,8 +114,7 @@ extern "C" int rx_micro_max_clusters(int size, int threads, int shared, int* fou
   return rx::fail(kRxEmulatorError, "micro_max_clusters: the emulator has no occupancy");
 #else
   auto* kernel = micro::multicast_kernel;
-  cudaError_t e =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (!e) e = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
