@@ -14,6 +14,7 @@ from recurx.program import Program
 
 from .block import Scratch, run_call
 from .inject import form_call_input
+from .rms import normalise
 
 
 class TiledSlice:
@@ -37,7 +38,7 @@ class TiledSlice:
         # trap a debugger.
         self._arena = torch.zeros(shape, dtype=dtype, device=device)
         elements = max(Scratch.elements(spec, size, problem.tokens) for spec in packed.specs)
-        self._scratch = Scratch(elements, dtype, device)
+        self._scratch = Scratch(elements, self._arena[0])
         self._words = device_words(program.table(packed.of_net), device)
         self._rows = program.rows
         self._packed = packed
@@ -59,16 +60,24 @@ class TiledSlice:
         torch._foreach_copy_(list(tensors), slots)
 
     def launch(self) -> None:
-        """Every row of the program, kernel by kernel; allocates nothing, so it can be captured."""
+        """Every row of the program, kernel by kernel; allocates nothing, so it can be captured.
+
+        What a call leaves is raw until the next row's input is formed, or until the end.
+        """
+        squares, before, eps = None, 0, 0.0  # of the slot that is raw, which row `before` wrote
         for number, row in enumerate(self._rows):
-            if not row.is_identity:
-                form_call_input(self._arena, self._words, number)
+            if squares is not None or not row.is_identity:
+                form_call_input(
+                    self._arena, self._words, number, before=before, squares=squares, eps=eps
+                )
+                squares = None
             if row.net is not None:
                 first, last = self._packed.of_net[row.net]
+                specs = self._packed.specs[first:last]
                 run_call(
-                    self._arena[row.write],
-                    self._packed.specs[first:last],
-                    self._packed.blocks[first:last],
-                    self._cos_sin,
-                    self._scratch,
-                )
+                    self._arena[row.write], specs, self._packed.blocks[first:last],
+                    self._cos_sin, self._scratch,
+                )  # fmt: skip
+                squares, before, eps = self._scratch.squares, number, specs[-1].eps
+        if squares is not None:
+            normalise(self._arena[self._rows[before].write], squares, eps=eps)

@@ -154,21 +154,32 @@ def test_a_stale_sum_is_rejected(monkeypatch):
 
 BUGS = {
     "gate and up swapped": (
-        "gate_up_swiglu", "middle = gate * tl.sigmoid(gate) * up",
-        "middle = up * tl.sigmoid(up) * gate", (ATTENTION, TOKEN_MLP),
+        "linear", "gate_up_swiglu", "first * tl.sigmoid(first) * second",
+        "second * tl.sigmoid(second) * first", (ATTENTION, TOKEN_MLP),
     ),
-    "rope dropped": ("qkv_rope", '"ROTATE": cos_sin is not None', '"ROTATE": False', (ATTENTION,)),
+    "rope dropped": (
+        "block", "run_block", "cos_sin=cos_sin, out=mixed", "cos_sin=None, out=mixed", (ATTENTION,),
+    ),
     "no mask at T": (
-        "attention", 'scores = tl.where(keys[None, :] < T, scores, float("-inf"))',
+        "attention", "attention", 'scores = tl.where(keys[None, :] < T, scores, float("-inf"))',
         "scores = scores + 0", (ATTENTION,),
     ),
     "residual is not added": (
-        "linear_residual_rms", "acc0 += _load_residual", "acc0 += 0 * _load_residual",
-        (ATTENTION, TOKEN_MLP),
+        "linear", "linear_residual", "mask=inside, other=0.0).to(tl.float32)",
+        "mask=inside, other=0.0) * 0.0", (ATTENTION, TOKEN_MLP),
     ),
     "padding counts in the mean": (
-        "linear_residual_rms", "squares / N + EPS", "squares / (COLS * CHUNKS) + EPS",
-        (TOKEN_MLP,),
+        "linear", "linear_residual_rms", "/ N + EPS", "/ (2 * COLS) + EPS", (TOKEN_MLP,),
+    ),
+    "the middle is not scaled": (
+        "block", "run_block", "gate_up, squares=mid_squares", "gate_up, squares=None", (ATTENTION,),
+    ),
+    "squares of the block before": (
+        "block", "run_block", "gate_up, squares=mid_squares",
+        "gate_up, squares=mid_squares if squares is None else squares", (ATTENTION,),
+    ),
+    "the next block takes raw rows as they are": (
+        "block", "run_call", "squares = scratch.squares", "squares = None", (ATTENTION, TOKEN_MLP),
     ),
 }  # fmt: skip
 
@@ -178,12 +189,46 @@ BUGS = {
     "bug, kind", [(bug, kind) for bug, (*_, kinds) in BUGS.items() for kind in kinds]
 )
 def test_planted_bugs_are_rejected(bug, kind, dtype, monkeypatch, tmp_path):
-    from recurx.kernels import block
+    from recurx.kernels import block, tiled
 
-    module, old, new, _ = BUGS[bug]
-    monkeypatch.setattr(block, module, getattr(planted(module, old, new, tmp_path), module))
+    module, name, old, new, _ = BUGS[bug]
+    mutant = planted(module, old, new, tmp_path)
+    if module == "block":
+        monkeypatch.setattr(tiled, "run_call", mutant.run_call)
+    else:
+        monkeypatch.setattr(block, name, getattr(mutant, name))
+    net = make_net(kind, blocks=2 if module == "block" else 1)
     with triton_on_cpu("tiled"), pytest.raises(AssertionError, match="relative error"):
-        teacher_forced(run, ONE_CALL, {"L": make_net(kind, blocks=1)}, dtype)
+        teacher_forced(run, ONE_CALL, {"L": net}, dtype)
+
+
+LEFT_RAW = {
+    "a raw state is summed as it is": (
+        "inject", "form_call_input", "value = tl.where(slot == raw, normed, value)",
+        "value = tl.where(slot < 0, normed, value)",
+    ),
+    "a raw state stays raw": ("inject", "form_call_input", "if raw != write:", "if raw < 0:"),
+    "the last state stays raw": ("tiled", "normalise", "", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", LEFT_RAW)
+def test_states_that_are_left_raw_are_rejected(bug, monkeypatch, tmp_path):
+    """Within a run of calls only: one call alone forms its input of states that are normalised."""
+    from recurx.kernels import tiled
+
+    module, name, old, new = LEFT_RAW[bug]
+    if module == "tiled":
+        monkeypatch.setattr(tiled, "normalise", lambda *_, **__: None)
+    else:
+        monkeypatch.setattr(tiled, name, getattr(planted(module, old, new, tmp_path), name))
+    schedule = SYSTEMS["trm"]
+    net = make_net(ATTENTION, **SMALL_NET)
+    x, carry = make_inputs(schedule, batch=1, dtype=torch.float32, **SMALL)
+    want = reference.run(schedule, {"L": net}, x, carry, TABLES)
+    with triton_on_cpu("tiled"):
+        got = run(schedule, {"L": net}, x, carry, cos_sin=TABLES)
+    assert any((got[name] - want[name]).norm() > 0.01 * want[name].norm() for name in want)
 
 
 # ---- what a call reads -------------------------------------------------------------------------

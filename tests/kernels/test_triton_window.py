@@ -225,7 +225,18 @@ def test_only_what_is_asked_for_is_computed():
 
 # ---- planted bugs: the judgement above must reject each of them ---------------------------------
 def without_residual(real):
-    return lambda d_out, weight, residual, *rest: real(d_out, weight, 0 * residual, *rest)
+    return lambda d_out, weight, residual=None, out=None: real(d_out, weight, out=out)
+
+
+def without_projection(real):
+    def scaled(y, scale, d_out, *, out=None):
+        return torch.mul(d_out, scale[..., None].to(d_out.dtype), out=out)
+
+    return scaled
+
+
+def a_factor_late(real):
+    return lambda y, scale, d_out, **out: real(y, scale.roll(1), d_out, **out)
 
 
 def forget_what_was_added(real):
@@ -245,7 +256,9 @@ def without_rotation(real):
 
 
 PLANTED = {
-    "residual path missing": ("dgrad_rms_backward", without_residual),
+    "residual path missing": ("dgrad", without_residual),
+    "rms backward without its mean": ("rms_backward", without_projection),
+    "factors of other rows": ("rms_backward", a_factor_late),
     "calls of the window overwrite each other's weight gradient": ("wgrad", forget_what_was_added),
     "gate and up swapped": ("swiglu_backward", swap_gate_and_up),
     "rope backward missing": ("attention_backward", without_rotation),

@@ -76,11 +76,12 @@ def test_weights_beyond_l2_are_read_again_at_each_call():
 
 
 def test_launches_are_counted_kernel_by_kernel():
-    """21 calls of 2 blocks of 5 kernels, 21 sums, 3 kept sums (z_H + x, a cycle), 2 copies."""
+    """21 calls of 2 blocks of 5 kernels, 21 sums, 3 kept sums (z_H + x, a cycle), 2 copies, and a
+    norm at the end; a token-MLP has 4 kernels, and after another block a norm of its own."""
     plan = picked(problem(batch=1), H100)
-    assert plan.work.launches == 21 * 2 * 5 + 21 + 3 + 2
+    assert plan.work.launches == 21 * 2 * 5 + 21 + 3 + 2 + 1
     mlp = next(p for p in candidates(problem(batch=1, kind=TOKEN_MLP), H100))
-    assert mlp.work.launches == 21 * 2 * 4 + 21 + 3 + 2
+    assert mlp.work.launches == 21 * (4 + 5) + 21 + 3 + 2 + 1
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
