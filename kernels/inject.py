@@ -21,7 +21,7 @@ from recurx.errors import bad_argument
 from recurx.program import ROW
 
 from . import checks, tiles
-from .linear import row_scale
+from .rms import row_scale
 
 
 @triton.jit

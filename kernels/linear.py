@@ -37,18 +37,10 @@ from recurx.errors import bad_argument
 
 from . import checks, tiles
 from .products import add_product
+from .rms import row_scale
 
 MAX_WHOLE = 1024  # columns of a row that one program owns
 Launch = tuple[tuple, dict, dict]  # arguments, compile-time arguments, compiler options
-
-
-@triton.jit
-def row_scale(squares, rows, live, M, PARTS: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr):
-    """rsqrt(mean(x^2) + eps) of rows of WIDTH columns, from the sums that PARTS programs left."""
-    total = tl.load(squares + rows, mask=live, other=0.0)
-    for part in tl.static_range(1, PARTS):
-        total += tl.load(squares + part * M + rows, mask=live, other=0.0)
-    return tl.rsqrt(total / WIDTH + EPS)
 
 
 @triton.jit
@@ -104,7 +96,7 @@ def linear_kernel(
     WHOLE_K: tl.constexpr = K % DEPTH == 0
     across = tl.cdiv(N, WIDE)
     tile = tl.program_id(0) % across
-    # Offsets from the program's first row, in 32 bits: those of 64, kept over the loop, would spill.
+    # Offsets from the first row, in 32 bits: those of 64, kept over the loop, would spill.
     start_row = (tl.program_id(0) // across) * ROWS
     within = tl.arange(0, ROWS)
     rows = start_row + within

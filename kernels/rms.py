@@ -16,7 +16,15 @@ import triton.language as tl
 from recurx.errors import bad_argument
 
 from . import checks, tiles
-from .linear import row_scale
+
+
+@triton.jit
+def row_scale(squares, rows, live, M, PARTS: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr):
+    """rsqrt(mean(x^2) + eps) of rows of WIDTH columns, from the sums that PARTS programs left."""
+    total = tl.load(squares + rows, mask=live, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(squares + part * M + rows, mask=live, other=0.0)
+    return tl.rsqrt(total / WIDTH + EPS)
 
 
 @triton.jit

@@ -139,14 +139,11 @@ def test_no_rows(triton_device):
 
 # ---- planted bugs: each must fail the tolerance above --------------------------------------------
 BUGS = {
-    "a tile is missing in the sum": ("tl.static_range(1, PARTS)", "tl.static_range(2, PARTS)"),
-    "factor of the neighbour row": ("tl.load(squares + rows,", "tl.load(squares + (rows ^ 1),"),
     "scaled twice": (
         "second = second * scale[:, None]", "second = second * scale[:, None] * scale[:, None]",
     ),
     "residual is not scaled": ("around = around * scale[:, None]", "around = around * 1.0"),
-    "residual is not added": ("mask=inside, other=0.0).to(tl.float32)", "mask=inside, other=0.0) * 0.0"),
-    "mean over the padded width": ("total / WIDTH + EPS", "total / (WIDTH + 16) + EPS"),
+    "residual is not added": ("other=0.0).to(tl.float32)", "other=0.0).to(tl.float32) * 0.0"),
     "squares of half a tile": (" + tl.sum(second * second, 1)", ""),
     "mask one column short": ("& (cols[None, :] < N)", "& (cols[None, :] < N - 1)"),
     "gate and up swapped": (
@@ -154,21 +151,42 @@ BUGS = {
     ),
     "last slab of K is dropped": ("range(0, K, DEPTH)", "range(0, K - 16, DEPTH)"),
 }  # fmt: skip
+SCALE_BUGS = {
+    "a tile is missing in the sum": ("tl.static_range(1, PARTS)", "tl.static_range(2, PARTS)"),
+    "factor of the neighbour row": ("tl.load(squares + rows,", "tl.load(squares + (rows ^ 1),"),
+    "mean over the padded width": ("total / WIDTH + EPS", "total / (WIDTH + 16) + EPS"),
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bugs_are_rejected(triton_device, bug, dtype, tmp_path):
-    mutant = planted("linear", *BUGS[bug], tmp_path)
-    operands = operands_of(34, 144, 160, dtype, triton_device)
-    rejected = []
+    assert rejected_by(planted("linear", *BUGS[bug], tmp_path), dtype, triton_device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bug", SCALE_BUGS)
+def test_planted_bugs_of_the_factor_are_rejected(triton_device, bug, dtype, tmp_path, monkeypatch):
+    """By every reader: each of them reads the factor."""
+    from recurx.kernels import linear
+    from recurx.kernels import rms as factors
+
+    mutant = planted("rms", *SCALE_BUGS[bug], tmp_path)
+    monkeypatch.setattr(factors, "normalise", mutant.normalise)
+    monkeypatch.setattr(linear, "row_scale", mutant.row_scale)
+    assert rejected_by(linear, dtype, triton_device) == list(READERS)
+
+
+def rejected_by(module, dtype, device):
+    """The readers whose tolerance has seen the bug."""
+    operands, rejected = operands_of(34, 144, 160, dtype, device), []
     for reader in READERS:
         try:
-            check(mutant, reader, operands)
+            check(module, reader, operands)
         except AssertionError as error:
             assert "relative error" in str(error)
             rejected.append(reader)
-    assert rejected, "no reader's tolerance has seen it"
+    return rejected
 
 
 @pytest.mark.parametrize("reader", READERS)
