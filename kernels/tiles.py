@@ -61,12 +61,15 @@ def shared_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of `device`; on the CPU (the interpreter) those of an H100."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def chip(device: torch.device) -> Chip:
-    """What `device` has; on the CPU (the interpreter) an A100's multiprocessors."""
-    units = 108
-    if device.type == "cuda":
-        units = torch.cuda.get_device_properties(device).multi_processor_count
-    return Chip(shared_bytes(device), units)
+    return Chip(shared_bytes(device), multiprocessors(device))
 
 
 def _power(n: int) -> int:

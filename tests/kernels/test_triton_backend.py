@@ -258,8 +258,9 @@ def test_call_inputs_have_the_bits_of_the_reference(system, dtype, triton_device
 
 def test_another_order_of_the_sums_is_rejected(triton_device, tmp_path):
     """(z_L + z_H) + x in the place of z_L + (z_H + x)."""
-    old = """        inject = read_sum(arena, table, at + states, injects,"""
-    new = """        h = read_sum(arena, table, at, states + injects, slot_stride, offset, mask)
+    old = """        inject = read_sum(arena, table, at, injects,"""
+    new = """        at -= states
+        h = read_sum(arena, table, at, states + injects, slot_stride, offset, mask, raw, factor)
         inject = 0 * read_sum(arena, table, at + states, injects,"""
     form = planted("inject", old, new, tmp_path).form_call_input
     for dtype in DTYPES:
