@@ -113,7 +113,7 @@ def _normalise(batch: int, tokens: int, d: int) -> Maker:
     return f"normalise t={tokens} d={d}", kernel, launch
 
 
-def _attention(batch: int, tokens: int, heads: int, head_dim: int) -> Maker:
+def _attention(batch: int, tokens: int, heads: int, head_dim: int, rotate: bool = True) -> Maker:
     def kernel():
         from recurx.kernels.attention import attention_kernel
 
@@ -123,9 +123,13 @@ def _attention(batch: int, tokens: int, heads: int, head_dim: int) -> Maker:
         from recurx.kernels.attention import launch_arguments
 
         qkv = _meta(batch, tokens, 3 * heads, head_dim, dtype=dtype)
-        return launch_arguments(qkv, _meta(batch, tokens, heads, head_dim, dtype=dtype), shared)
+        out = _meta(batch, tokens, heads, head_dim, dtype=dtype)
+        lse = _meta(batch, heads, tokens, dtype=torch.float32)
+        table = _meta(tokens, head_dim, dtype=torch.float32)
+        return launch_arguments(qkv, out, shared, lse, (table, table) if rotate else None)
 
-    return f"attention t={tokens} head={head_dim}", kernel, launch
+    name = "attention" + (" rotating" if rotate else "")
+    return f"{name} t={tokens} head={head_dim}", kernel, launch
 
 
 # What TRM-att and TRM-mlp Sudoku launch; compiled for every architecture.
@@ -135,6 +139,7 @@ MAIN = (
     _linear("gate_up", 97 * 64, 512, 1536),
     _linear("rows", 512, 512, 97, over_tokens=True),
     _attention(64, 97, 8, 64),
+    _attention(64, 97, 8, 64, rotate=False),
 )
 # The tiles of few rows (B = 1, 8), a wide and a small net, the first product of the token-MLP, the
 # longest and a small attention.
@@ -149,7 +154,10 @@ MORE = (
     _linear("rows", 512, 512, 916, over_tokens=True),
     _normalise(64, 97, 512),
     _attention(64, 916, 8, 64),
+    _attention(64, 916, 8, 64, rotate=False),
     _attention(2, 40, 2, 128),
+    _attention(2, 128, 2, 128),
+    _attention(2, 300, 2, 128),
 )
 GENERATIONS = ("80", "90")  # mma.sync and wgmma: they stand for the others
 
