@@ -203,7 +203,7 @@ def _attention_backward(
     shape = (batch, tokens, heads, dim)
     kept = saved.qkv.view(batch, tokens, 3 * heads, dim)
     d_heads = attention_backward(
-        kept, saved.mixed.view(shape), saved.lse, d_mixed.view(shape), cos_sin
+        kept, saved.mixed.view(shape), saved.lse, d_mixed.view(shape), cos_sin, rotated=False
     ).view(batch, tokens, 3 * hidden)
     del d_mixed
     grads.add(index, d_heads, saved.h)

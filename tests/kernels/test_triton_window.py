@@ -252,7 +252,7 @@ def swap_gate_and_up(real):
 
 
 def without_rotation(real):
-    return lambda qkv, out, lse, d_out, cos_sin: real(qkv, out, lse, d_out, None)
+    return lambda qkv, out, lse, d_out, cos_sin, rotated: real(qkv, out, lse, d_out, None)
 
 
 PLANTED = {
