@@ -165,8 +165,8 @@ BUGS = {
         "scores = scores + 0", (ATTENTION,),
     ),
     "residual is not added": (
-        "linear", "linear_residual", "mask=inside, other=0.0).to(tl.float32)",
-        "mask=inside, other=0.0) * 0.0", (ATTENTION, TOKEN_MLP),
+        "linear", "linear_residual", "other=0.0).to(tl.float32)",
+        "other=0.0).to(tl.float32) * 0.0", (ATTENTION, TOKEN_MLP),
     ),
     "padding counts in the mean": (
         "linear", "linear_residual_rms", "/ N + EPS", "/ (2 * COLS) + EPS", (TOKEN_MLP,),

@@ -58,7 +58,8 @@ BF16, FP32 = torch.bfloat16, torch.float32
     ],
 )  # fmt: skip
 def test_gradients_of_every_system(system, kind, blocks, dtype):
-    *given, cos_sin = problem(system, kind, dtype, **{**SMALL, "blocks": blocks})
+    batch = 6 if dtype == BF16 else 2  # the error of two samples scatters by more than a quarter
+    *given, cos_sin = problem(system, kind, dtype, batch, **{**SMALL, "blocks": blocks})
     with triton_on_cpu():
         got = gradients_of(on_triton(cos_sin), *given)
     assert all(g.dtype == torch.float32 for name, g in got.items() if name != "x")
