@@ -85,7 +85,7 @@ def test_weights_beyond_l2_are_read_again_at_each_call():
 
 
 def test_launches_are_counted_kernel_by_kernel():
-    """21 calls of 2 blocks of 5 kernels, 21 sums, 3 kept sums (z_H + x, a cycle), 2 copies. Tiled: a
+    """21 calls of 2 blocks of 5 kernels, 21 sums, 3 kept sums (z_H + x, a cycle), 2 copies; tiled a
     norm at the end, and a token-MLP has 4 kernels, and after another block a norm of its own."""
     blocks = {"tiled": {ATTENTION: 5 + 5, TOKEN_MLP: 4 + 5}, "library": dict.fromkeys(KINDS, 16)}
     for way, launches in blocks.items():
