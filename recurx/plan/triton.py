@@ -2,9 +2,9 @@
 
 persistent, library: see recurx/plan/triton_persistent.py and triton_library.py.
 tiled: the batch is cut into slices whose activations stay in L2 for the whole recursion; a slice is
-one captured graph of five kernels a block and one a call. Several slice sizes are proposed, because
-the last wave of tiles is rarely full, and because one may be better off outside L2 than in slices
-too small for the device; the predicted time decides.
+one captured graph of at most five kernels a block and one a call, and one at the end. Several slice
+sizes are proposed, because the last wave of tiles is rarely full, and because one may be better off
+outside L2 than in slices too small for the device; the predicted time decides.
 
 What is counted: products with the padding of the tiles and with the idle multiprocessors of the
 last wave; L2 traffic of every tile's operands; DRAM traffic of what enters and leaves.
@@ -132,18 +132,20 @@ def _tiled_work(problem: Problem, program: Program, size: int, device: Device) -
     weights_stay = weights + held <= L2_SHARE * device.l2_bytes
     activations_stay = held <= L2_SHARE * device.l2_bytes
     padded = l2 = dram = 0.0
-    launches = 0
+    launches, raw = 0, False  # whether the row before has left a state that is not normalised
     flops_a_byte = device.flops(itemsize) * EFFICIENCY / (device.l2_gbs * 1e9)
     for call in program.rows:
-        if not call.is_identity:
+        if raw or not call.is_identity:
             launches += 1
             moved = (len(call.state) + len(call.inject) + 1) * state
             l2 += moved
             dram += 0 if activations_stay else moved
-        for block in specs[call.net].blocks if call.net is not None else ():
+        raw = call.net is not None
+        for number, block in enumerate(specs[call.net].blocks if raw else ()):
             if not weights_stay:
                 dram += sum(a * b for a, b in block.weight_shapes) * itemsize
-            for kernel in _block_kernels(block, size, problem.tokens, itemsize, device):
+            kernels = _block_kernels(block, number > 0, size, problem.tokens, itemsize, device)
+            for kernel in kernels:
                 # A wave is as long as one program: as its products, or as its operands from L2, of
                 # whose bandwidth a multiprocessor has its share, and twice that among idle ones.
                 waves = math.ceil(kernel.programs / device.units)
@@ -155,55 +157,62 @@ def _tiled_work(problem: Problem, program: Program, size: int, device: Device) -
                 dram += 0 if activations_stay else kernel.read + kernel.stored
                 launches += 1
     inputs = len(problem.schedule.states) + 1
-    entering = 2 * (inputs + len(problem.schedule.states)) * state
+    # States are copied in and out, and the last one is normalised.
+    entering = 2 * (inputs + len(problem.schedule.states) + 1) * state
     return Work(
         flops=flops(problem),
         padded_flops=padded * slices,
         dram_bytes=(dram + entering) * slices + weights,
         l2_bytes=(l2 + entering) * slices,
-        launches=(launches + 2) * slices,
+        launches=(launches + 3) * slices,
         itemsize=itemsize,
         efficiency=EFFICIENCY,
     )
 
 
 def _block_kernels(
-    block: BlockSpec, batch: int, tokens: int, itemsize: int, device: Device
+    block: BlockSpec, raw: bool, batch: int, tokens: int, itemsize: int, device: Device
 ) -> Iterator[_Kernel]:
-    d, shared = block.hidden, device.shared_bytes
+    """`raw`: whether the block before it has left its rows for this one to normalise."""
+    d, chip = block.hidden, tiles.Chip(device.shared_bytes, device.units)
     m = batch * tokens
     if block.kind == ATTENTION:
-        tile = tiles.qkv_tile(m, d, itemsize, shared)
-        yield _product(m, d, 3 * d // 2, itemsize, tile)
-        yield _attention(batch, tokens, block, itemsize, shared)
-        yield _row_product(m, d, d, itemsize, shared)
+        yield _product(m, d, 3 * d, itemsize, chip)
+        yield _attention(batch, tokens, block, itemsize, device.shared_bytes)
+        yield _product(m, d, d, itemsize, chip, residual=True)
     else:
-        inner = block.token_inner
-        tile = tiles.gate_up_tile(batch * d, inner, tokens, itemsize, shared, plain=False)
-        yield _product(batch * d, tokens, inner, itemsize, tile)
-        yield _row_product(batch * d, block.token_inner, tokens, itemsize, shared)
-    tile = tiles.gate_up_tile(m, block.inner, d, itemsize, shared)
-    yield _product(m, d, block.inner, itemsize, tile)
-    yield _row_product(m, block.inner, d, itemsize, shared)
+        inner, state = block.token_inner, m * d * itemsize
+        if raw:
+            yield _Kernel(1, 0, state, state, state)
+        tile = tiles.product_tile(batch * d, 2 * inner, tokens, itemsize, chip, plain=False)
+        yield _product(batch * d, tokens, inner, itemsize, chip, swiglu=True, tile=tile)
+        tile = tiles.row_tile(tokens, inner, itemsize, chip)
+        yield _product(batch * d, inner, tokens, itemsize, chip, residual=True, tile=tile)
+    yield _product(m, d, block.inner, itemsize, chip, swiglu=True)
+    yield _product(m, block.inner, d, itemsize, chip, residual=True)
 
 
-def _product(m: int, k: int, n: int, itemsize: int, tile: tiles.Tile) -> _Kernel:
-    """Two products of n columns of one [m, k] (gate-up, and the halves of Q, K, V)."""
-    rows, columns = math.ceil(m / tile.rows), math.ceil(n / tile.cols)
+def _product(
+    m: int,
+    k: int,
+    n: int,
+    itemsize: int,
+    chip: tiles.Chip,
+    *,
+    swiglu: bool = False,
+    residual: bool = False,
+    tile: tiles.Tile | None = None,
+) -> _Kernel:
+    """A product that stores [m, n]; `swiglu`: of 2 n columns. A row's sums of squares, a few
+    numbers for each tile, are not counted."""
+    wide = 2 * n if swiglu else n
+    tile = tile or tiles.product_tile(m, wide, k, itemsize, chip)
+    programs = math.ceil(m / tile.rows) * math.ceil(wide / (2 * tile.cols))
     depth = round_up(k, tile.depth)
-    loaded = rows * columns * (tile.rows + 2 * tile.cols) * depth * itemsize
+    around = m * n * itemsize if residual else 0
+    loaded = programs * (tile.rows + 2 * tile.cols) * depth * itemsize + around
     flops = 4 * tile.rows * tile.cols * depth
-    return _Kernel(rows * columns, flops, loaded, m * k * itemsize, 2 * m * n * itemsize)
-
-
-def _row_product(m: int, k: int, n: int, itemsize: int, shared: int) -> _Kernel:
-    """A product whose programs own whole rows of n columns (O, down)."""
-    tile = tiles.row_tile(n, k, itemsize, shared)
-    rows, width = math.ceil(m / tile.rows), tile.cols * tile.chunks
-    depth = round_up(k, tile.depth)
-    loaded = (rows * (tile.rows + n) * depth + m * n) * itemsize
-    read = m * (k + n) * itemsize
-    return _Kernel(rows, 2 * tile.rows * width * depth, loaded, read, m * n * itemsize)
+    return _Kernel(programs, flops, loaded, m * k * itemsize + around, m * n * itemsize)
 
 
 def _attention(batch: int, tokens: int, block: BlockSpec, itemsize: int, shared: int) -> _Kernel:

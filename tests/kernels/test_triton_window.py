@@ -61,7 +61,8 @@ BF16, FP32 = torch.bfloat16, torch.float32
     ],
 )  # fmt: skip
 def test_gradients_of_every_system(system, kind, blocks, dtype, way):
-    *given, cos_sin = problem(system, kind, dtype, **{**SMALL, "blocks": blocks})
+    batch = 6 if dtype == BF16 else 2  # the error of two samples scatters by more than a quarter
+    *given, cos_sin = problem(system, kind, dtype, batch, **{**SMALL, "blocks": blocks})
     with triton_on_cpu():
         got = gradients_of(on_triton(cos_sin, way=way), *given)
     assert all(g.dtype == torch.float32 for name, g in got.items() if name != "x")
@@ -248,7 +249,18 @@ def test_only_what_is_asked_for_is_computed(way):
 
 # ---- planted bugs: the judgement above must reject each of them ---------------------------------
 def without_residual(real):
-    return lambda d_out, weight, residual, *rest: real(d_out, weight, 0 * residual, *rest)
+    return lambda d_out, weight, residual=None, out=None: real(d_out, weight, out=out)
+
+
+def without_projection(real):
+    def scaled(y, scale, d_out, *, out=None):
+        return torch.mul(d_out, scale[..., None].to(d_out.dtype), out=out)
+
+    return scaled
+
+
+def a_factor_late(real):
+    return lambda y, scale, d_out, **out: real(y, scale.roll(1), d_out, **out)
 
 
 def forget_what_was_added(real):
@@ -290,7 +302,9 @@ def keep_the_last(real):
 
 
 PLANTED = {
-    "residual path missing": ("dgrad_rms_backward", without_residual),
+    "residual path missing": ("dgrad", without_residual),
+    "rms backward without its mean": ("rms_backward", without_projection),
+    "factors of other rows": ("rms_backward", a_factor_late),
     "calls of the window overwrite each other's weight gradient": ("wgrad", forget_what_was_added),
     "gate and up swapped": ("swiglu_backward", swap_gate_and_up),
     "rope backward missing": ("attention_backward", without_rotation),

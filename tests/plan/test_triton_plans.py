@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from recurx import Problem, Schedule
-from recurx.nets import ATTENTION, TOKEN_MLP, BlockSpec, NetSpec
+from recurx.nets import ATTENTION, KINDS, TOKEN_MLP, BlockSpec, NetSpec
 from recurx.operands import Span
 from recurx.plan import DEVICES, Device, LaunchPlan
 from recurx.plan.count import flops
@@ -85,11 +85,14 @@ def test_weights_beyond_l2_are_read_again_at_each_call():
 
 
 def test_launches_are_counted_kernel_by_kernel():
-    """21 calls of 2 blocks of 5 kernels, 21 sums, 3 kept sums (z_H + x, a cycle), 2 copies."""
-    for kind, tiled in ((ATTENTION, 5), (TOKEN_MLP, 4)):
-        for way, block in (("tiled", tiled), ("library", 8)):
+    """21 calls of 2 blocks of 5 kernels, 21 sums, 3 kept sums (z_H + x, a cycle), 2 copies; tiled a
+    norm at the end, and a token-MLP has 4 kernels, and after another block a norm of its own."""
+    blocks = {"tiled": {ATTENTION: 5 + 5, TOKEN_MLP: 4 + 5}, "library": dict.fromkeys(KINDS, 16)}
+    for way, launches in blocks.items():
+        for kind, both in launches.items():
             plan = LaunchPlan.pick(problem(batch=1, kind=kind), H100, f"triton/{way}")
-            assert plan.kind == way and plan.work.launches == 21 * 2 * block + 21 + 3 + 2
+            last = way == "tiled"
+            assert plan.kind == way and plan.work.launches == 21 * both + 21 + 3 + 2 + last
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
