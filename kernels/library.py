@@ -13,6 +13,7 @@ kernels/wgrad.py.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -156,9 +157,15 @@ def product_in_fp32(a: Tensor, b: Tensor) -> Tensor | None:
     """a @ b as float32, summed in fp32; None where PyTorch cannot: bf16 before 2.8, or on a CPU."""
     if a.dtype == torch.float32:
         return a @ b
-    if a.device.type != "cuda" or "dtype" not in torch.ops.aten.mm.overloads():
+    if a.device.type != "cuda" or not _has_wide_products():
         return None
     return torch.mm(a, b, out_dtype=torch.float32)
+
+
+@functools.cache
+def _has_wide_products() -> bool:
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return "dtype" in torch.ops.aten.mm.overloads() and has_kernel("aten::mm.dtype", "CUDA")
 
 
 class WeightGrads(block_training.WeightGrads):

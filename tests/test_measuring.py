@@ -198,7 +198,8 @@ def test_a_device_that_is_not_here_is_taken_by_the_model():
     assert on in str(found) and "cuda/cluster: chosen, predicted" in str(found)
     assert "triton/library: can run it, predicted" in str(found)
     states = route(problem, DEVICES["h100"], Request(grad=True, save="states"))
-    assert (states.forward, states.backward) == ("cuda/cluster", "triton/tiled")
+    assert (states.backend, states.forward) == ("cuda/cluster", "triton/tiled")
+    assert states.backward == "triton/tiled"
     named = route(problem, DEVICES["h100"], Request("triton"))
     lines = [line for line in str(named).splitlines() if "triton/" in line]
     assert [("chosen" in line) for line in lines] == [True, False], "the model's, listed first"

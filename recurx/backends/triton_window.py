@@ -54,6 +54,9 @@ class TritonWindow(Window):
     """`rounded` makes the matrices in the states' dtype out of the master weights; `library` says
     that PyTorch multiplies them."""
 
+    # A run without gradient normalises rows in the next product, this forward where it leaves them.
+    own_forward = True
+
     def __init__(
         self, rounded: Callable[[Problem, Sequence[Tensor]], PackedNets], library: bool = False
     ) -> None:

@@ -227,7 +227,7 @@ def _right(engine: type) -> None:
 
 class RightWindow(Window):
     def __init__(self, real: Window) -> None:
-        self.real = real
+        self.real, self.own_forward = real, real.own_forward
 
     def kept(self, *arguments: Any) -> Any:
         return self.real.kept(*arguments)
@@ -255,7 +255,9 @@ def _install_backends() -> None:
     _right(cuda.Cuda)
     _right(triton.Triton)
     window = triton.Triton.window
-    triton.Triton.window = lambda self, problem: RightWindow(window(self, problem))
+    triton.Triton.window = lambda self, problem: (
+        (real := window(self, problem)) and RightWindow(real)  # none of kind "persistent"
+    )
     devices._cuda = lambda index: DEVICE
     graphs.cuda_capture = triton.cuda_capture = lambda launch: launch
     CudaGraphs.capture = lambda self, run: run

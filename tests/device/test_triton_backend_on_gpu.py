@@ -110,3 +110,20 @@ def test_under_torch_compile():
         want = recurse(net, x, carry, tables)["z_H"]
         got = torch.compile(lambda *a: recurse(net, *a)["z_H"], fullgraph=True)(x, carry, tables)
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_streams_of_the_caller_do_not_meet(kind, plan):
+    """Graphs that run side by side: buffers, tapes and cuBLAS's workspace are each stream's own."""
+    cases = [case(batch=batch, kind=kind) for batch in (64, 65)]
+    wants = [recurse(*given) for given in cases]
+    streams = [torch.cuda.Stream() for _ in cases]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        outs = []
+        for stream, given in zip(streams, cases, strict=True):
+            with torch.cuda.stream(stream):
+                outs.append(recurse(*given))
+        torch.cuda.synchronize()
+        for out, want in zip(outs, wants, strict=True):
+            assert all(torch.equal(out[name], want[name]) for name in want)

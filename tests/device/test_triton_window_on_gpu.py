@@ -82,3 +82,16 @@ def test_forward_and_backward_in_one_graph():
     want = step()
     for name in want:
         assert torch.equal(captured[name], want[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_with_products_of_the_library(kind, dtype):
+    """Against autograd, and the same bits for every save."""
+    given, cos_sin = problem(kind, dtype, batch=3)
+    first = gradients_of(on_triton(cos_sin, way="triton/library"), *given)
+    assert_close(first, *given, cos_sin)
+    for save in SAVE:
+        again = gradients_of(on_triton(cos_sin, save, "triton/library"), *given)
+        for name in first:
+            assert torch.equal(first[name], again[name]), f"save={save!r}: gradient of {name}"
