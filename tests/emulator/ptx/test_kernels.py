@@ -93,8 +93,30 @@ def attention():
     return lambda: attention(qkv), want
 
 
+def rotating_attention(tokens):
+    from recurx.kernels.attention import attention
+
+    qkv = randn(1, tokens, 3, 64, seed=0)
+    angle = torch.arange(tokens)[:, None] * torch.linspace(1, 0.01, 32).repeat(2)
+    cos, sin = angle.cos(), angle.sin()
+    q, k, v = qkv.chunk(3, dim=2)
+    q, k = (reference.rope_rotate(part, cos, sin) for part in (q, k))
+    q, k, v = (part.double().transpose(1, 2) for part in (q, k, v))
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    return lambda: attention(qkv, cos_sin=(cos, sin)), want
+
+
+def rotating_attention_of_one_step():
+    return rotating_attention(97)
+
+
+def rotating_attention_of_many():
+    return rotating_attention(200)
+
+
 TRITON = [
     linear_residual_rms, linear_residual_rms_over_tokens, gate_up_swiglu, qkv_rope, attention,
+    rotating_attention_of_one_step, rotating_attention_of_many,
 ]  # fmt: skip
 
 
