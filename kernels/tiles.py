@@ -124,10 +124,13 @@ def attention_tile(
 ) -> Tile:
     """rows are queries, cols keys a step; depth is the head dimension.
 
-    Up to 128 tokens in bf16 a program has a whole head, and one step.
+    Up to 128 tokens in bf16 a program has a whole head, and one step. Above that wgmma takes steps
+    of 128 keys, which halve what a step costs beside its products; 128 columns of mma.sync, or of
+    the widest heads while they are rotated, would spill.
     """
     longest = max(16, 1 << (tokens - 1).bit_length())
-    rows, cols = (longest, longest) if longest <= 128 else (128, 64)
+    deep = 128 if shared >= WGMMA_SHARED and head_dim < 128 else 64
+    rows, cols = (longest, longest) if longest <= 128 else (128, deep)
     if itemsize == 4:
         rows, cols = min(rows, 32), min(cols, 32)
     # K and V of one step, and its rows of cos and sin
