@@ -72,13 +72,14 @@ def wgrad_split(m: int, n: int, k: int, tile: Tile, units: int) -> int:
 
 
 def attention_backward_tile(
-    tokens: int, head_dim: int, itemsize: int, shared: int
+    tokens: int, head_dim: int, itemsize: int, shared: int, turn: bool = False
 ) -> tuple[Tile, bool]:
     """rows are the queries a step, cols the keys that a program owns (and the other way round); and
     whether a program that owns all keys of a head shall make d_q too.
 
     A block with less shared memory than an sm_90's multiplies from registers (mma.sync): there it
-    takes fewer queries a step, and d_q beside 128 keys would spill.
+    takes fewer queries a step, and d_q beside 128 keys would spill. `turn`, rotating what is
+    loaded, wants registers too: there the addresses of copies ahead of a long loop would spill.
     """
     narrow, roomy = itemsize == 4, shared >= WGMMA_SHARED
     longest = _power(tokens)
@@ -88,11 +89,12 @@ def attention_backward_tile(
         owned, step = 32, 32
     rows, cols = min(longest, step), min(longest, owned)
     held = 2 * cols * head_dim * itemsize  # K and V
-    bytes_a_step = 3 * rows * head_dim * itemsize  # Q, the output and its gradient
-    stages = max(1, min(2, (shared - SCRATCH_BYTES - held) // bytes_a_step))
-    tile = Tile(
-        rows, cols, 1, head_dim, 8 if cols >= 64 or (narrow and head_dim == 128) else 4, stages
-    )
+    # Q, the output and its gradient, and the rows of cos and sin
+    bytes_a_step = rows * head_dim * (3 * itemsize + 8 * turn)
+    ahead = 1 if turn and not roomy and tokens > cols else 2
+    stages = max(1, min(ahead, (shared - SCRATCH_BYTES - held) // bytes_a_step))
+    wide = cols >= 64 or (narrow and head_dim >= (64 if turn else 128))
+    tile = Tile(rows, cols, 1, head_dim, 8 if wide else 4, stages)
     return tile, cols >= tokens and (roomy or cols <= 64)
 
 

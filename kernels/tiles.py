@@ -137,7 +137,8 @@ def attention_tile(
     step = 2 * cols * head_dim * (itemsize + 4 * rotate)
     held = rows * head_dim * itemsize
     stages = max(1, min(3, (shared - SCRATCH_BYTES - held) // step))
-    return Tile(rows, cols, 1, head_dim, 8 if rows == 128 else 4, stages)
+    wide = rows == 128 or (itemsize == 4 and head_dim == 128)
+    return Tile(rows, cols, 1, head_dim, 8 if wide else 4, stages)
 
 
 def options(tile: Tile) -> dict[str, object]:
