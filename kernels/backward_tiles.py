@@ -86,14 +86,14 @@ def attention_backward_tile(
     owned = 128 if head_dim < 128 else 64 if roomy else 32
     step = 64 if roomy and head_dim < 128 else 32
     if narrow:
-        owned, step = 32, 32
+        owned, step = 32, 16 if head_dim > 32 else 32
     rows, cols = min(longest, step), min(longest, owned)
     held = 2 * cols * head_dim * itemsize  # K and V
     # Q, the output and its gradient, and the rows of cos and sin
     bytes_a_step = rows * head_dim * (3 * itemsize + 8 * turn)
-    ahead = 1 if turn and not roomy and tokens > cols else 2
-    stages = max(1, min(ahead, (shared - SCRATCH_BYTES - held) // bytes_a_step))
-    wide = cols >= 64 or (narrow and head_dim >= (64 if turn else 128))
+    tight = turn and head_dim > 32 and tokens > cols and (narrow or not roomy)
+    stages = max(1, min(1 if tight else 2, (shared - SCRATCH_BYTES - held) // bytes_a_step))
+    wide = cols >= 64 or (narrow and head_dim == 128)
     tile = Tile(rows, cols, 1, head_dim, 8 if wide else 4, stages)
     return tile, cols >= tokens and (roomy or cols <= 64)
 
