@@ -3,17 +3,20 @@
 Each module holds one operation: its formula, the kernel and the host function that launches it.
 Importing this package needs neither triton nor a GPU; importing one of its modules needs triton.
 
-    qkv_rope              Q, K, V of a state, Q and K rotated
+    linear                every product of a block: Q, K, V; gate and up with SwiGLU; O and down
+                          with their residual, whose norm is left to who reads the rows
+    rms                   that norm alone, where nobody can take it over
     attention             softmax(Q K^T / sqrt(head_dim)) V
-    gate_up_swiglu        silu(X @ gate^T) * (X @ up^T), over D, or over T through strides
-    linear_residual_rms   rms(residual + A @ W^T), over D, or over T through strides
 
     swiglu_backward       d_gate_up of a SwiGLU from the gradient of its result
     attention_backward    d_qkv, rotated back
-    dgrad                 residual + D @ W, the gradient of the input of a product
-    dgrad_rms_backward    the same, then the backward of the rms below it
-    rms_backward          the backward of an rms alone, over D or over T
+    linear                residual + D @ W, the gradient of the input of a product
+    rms_backward          the backward of an rms, over D or over T
     wgrad                 D^T X, added up over calls in fp32 without atomics
+
+Beside products of PyTorch's library:
+
+    pointwise             residual and rms, SwiGLU, and their backwards, each alone
 
 The rest of a training step (their addresses come in tables of `multi_tensor`):
 
@@ -29,4 +32,5 @@ What launches them in order, on tensors that it lays out (`recurx.backends` deci
     block, tiled              a block without gradient; a recursion over a slice of the batch
     block_training            a block that keeps what its backward reads, and that backward
     kept_layout               where a whole window keeps it
+    library                   all of this by PyTorch's products and `pointwise`
 """

@@ -176,9 +176,9 @@ def attention_backward(
 ) -> torch.Tensor:
     """d_qkv, like qkv [B, T, 3H, head_dim]: the gradient of X @ W^T, before the rotation.
 
-    qkv rotated, as `qkv_rope` writes it; or, with rotated=False, as X @ W^T and as `attention` took
-    it with the same cos_sin: then Q and K are rotated as they are loaded. Where cos_sin is None
-    there is no rotation at all. out and d_out [B, T, H, head_dim], lse [B, H, T] float32 of
+    qkv with Q and K rotated; or, with rotated=False, as X @ W^T and as `attention` took it with the
+    same cos_sin: then they are rotated as they are loaded. Where cos_sin is None there is no
+    rotation at all. out and d_out [B, T, H, head_dim], lse [B, H, T] float32 of
     `attention`, cos and sin float32 [T, head_dim] or None; all contiguous, head_dim 32, 64 or 128,
     T at most 1024. Raises InvalidArgument on anything else.
     """

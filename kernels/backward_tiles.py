@@ -4,7 +4,7 @@ memory and the number of multiprocessors, never from a device's name.
 
 from __future__ import annotations
 
-from .tiles import SCRATCH_BYTES, Tile
+from .tiles import SCRATCH_BYTES, Chip, Tile
 
 WGMMA_SHARED = 200_000  # a block with more is one of sm_90 or sm_100 (tiles.SHARED_BYTES)
 WGRAD_ROWS = 512  # fewest rows of one split: below it the partial sums cost more than the product
@@ -27,24 +27,14 @@ def _staged(
     return Tile(rows, cols, chunks, depth, warps, max(1, stages))
 
 
-def dgrad_tile(m: int, n: int, k: int, itemsize: int, shared: int) -> Tile:
-    """rows x cols of a data gradient [m, n], summed over k in steps of depth."""
-    narrow = itemsize == 4  # fp32 goes through ordinary multiply-adds, from registers
-    rows = 32 if narrow else 128 if m >= 4096 else 64
-    # NOTE: 256 columns here and in wgrad_tile would ask a quarter less of L2, but spill on sm_100.
-    cols = min(64 if narrow else 128, _power(n))
-    warps = 8 if rows * cols >= 128 * 128 else 4
-    depth = min(32 if narrow else 64, _power(k))
-    return _staged(rows, cols, 1, depth, warps, itemsize, shared)
-
-
-def swiglu_backward_tile(m: int, n: int, k: int, itemsize: int, shared: int) -> Tile:
+def swiglu_backward_tile(m: int, n: int, k: int, itemsize: int, chip: Chip) -> Tile:
     """rows x cols of three products (gate, up, d_mid), two of them over one slab of x."""
     narrow = itemsize == 4
-    rows = 32 if narrow else 128 if m >= 4096 else 64
     cols = min(32 if narrow else 64, _power(n))
+    rows = 32 if narrow else 128 if -(-m // 128) * -(-n // cols) >= chip.units else 64
     depth = min(32 if narrow else 64, _power(k))
-    return _staged(rows, cols, 2, depth, 8 if rows == 128 or narrow else 4, itemsize, shared)
+    warps = 8 if rows == 128 or narrow else 4
+    return _staged(rows, cols, 2, depth, warps, itemsize, chip.shared)
 
 
 def wgrad_tile(m: int, n: int, k: int, itemsize: int, shared: int) -> Tile:
@@ -96,21 +86,6 @@ def attention_backward_tile(
     wide = cols >= 64 or (narrow and head_dim == 128)
     tile = Tile(rows, cols, 1, head_dim, 8 if wide else 4, stages)
     return tile, cols >= tokens and (roomy or cols <= 64)
-
-
-def wide_rows_tile(n: int, k: int, itemsize: int, shared: int) -> Tile:
-    """Whole rows of n columns like tiles.row_tile, in chunks that an epilogue of three operands can
-    take one after the other: up to 4, of 128 columns where that is enough."""
-    cols = min(128, _power(n))
-    while 4 * cols < n:
-        cols *= 2
-    chunks = -(-n // cols)
-    rows = (64 if cols * chunks <= 512 else 32) // (2 if itemsize == 4 else 1)
-    warps = 8 if rows * cols * chunks >= 64 * 128 else 4
-    depth = min(64 if itemsize == 2 else 32, _power(k))
-    while depth > 16 and 3 * (rows + cols * chunks) * depth * itemsize > shared - SCRATCH_BYTES:
-        depth //= 2
-    return _staged(rows, cols, chunks, depth, warps, itemsize, shared)
 
 
 def rms_tile(n: int, rows_are_contiguous: bool) -> Tile:

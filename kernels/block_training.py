@@ -1,20 +1,24 @@
 """One block on Triton kernels: forward that keeps what its backward reads, and the backward.
 
-Names are those of recurx/reference_backward.py. Per row of an attention block (D = hidden, F =
-inner = 3 D as published, 2 bytes a number) the backward launches 5 kernels and moves, in units of
-D numbers, 36 for the data gradients and 17 for the weight gradients (4 more launches):
+Names are those of recurx/reference_backward.py. The forward normalises rows where it leaves them,
+because weight gradients multiply by the normalised rows: one pass more for each half of a block
+than inference. Per row of an attention block (D = hidden, F = inner = 3 D as published, 2 bytes a
+number) the backward launches 7 kernels and moves, in units of D numbers, 42 for the data gradients
+and 17 for the weight gradients (4 more launches):
 
     swiglu_backward        reads mid, d_pre_out           writes d_gate_up (6), mid of the MLP (3)
-    dgrad_rms_backward     reads d_gate_up (6), d_pre_out, mid           writes d_pre_mix
+    dgrad (gate_up)        reads d_gate_up (6), d_pre_out                writes d_mid
+    rms_backward           reads d_mid, mid                              writes d_pre_mix
     dgrad (O)              reads d_pre_mix                               writes d_mixed
     attention_backward     reads qkv (3), mixed, d_mixed                 writes d_heads (3)
-    dgrad_rms_backward     reads d_heads (3), d_pre_mix, h     writes d_pre_out of the block below
+    dgrad (qkv)            reads d_heads (3), d_pre_mix                  writes d_h
+    rms_backward           reads d_h, h                writes d_pre_out of the block below
     wgrad x 4              reads both factors: 1 + 3, 6 + 1, 1 + 1, 3 + 1
 
-D=512 in bf16: 53 KB a row, against 17 MFLOP a row with gate and up computed again, so on an H100
-(3 TB/s, 600 TFLOP/s) products outweigh traffic by 1.6 to 1. The residual paths, the rms's, RoPE's
-and SwiGLU's derivatives ride in the products' epilogues; the token-MLP has two rms of its own
-launch, because its norm runs across the rows of the next product.
+D=512 in bf16: 59 KB a row, against 17 MFLOP a row with gate and up computed again, so on an H100
+(3 TB/s, 600 TFLOP/s) products outweigh traffic by 1.4 to 1. The factor of a row is folded into its
+gradient once, by rms_backward, so that no product owns whole rows; the residual paths, RoPE's and
+SwiGLU's derivatives ride in the products' epilogues.
 """
 
 from __future__ import annotations
@@ -30,11 +34,15 @@ from recurx.operands import CosSin
 
 from .attention import attention
 from .attention_backward import attention_backward
-from .dgrad import dgrad
-from .dgrad_rms_backward import dgrad_rms_backward
-from .gate_up_swiglu import gate_up_swiglu
-from .linear_residual_rms import linear_residual_rms
-from .qkv_rope import qkv_rope
+from .linear import (
+    dgrad,
+    gate_up_swiglu,
+    linear,
+    linear_residual,
+    linear_residual_rms,
+    new_squares,
+)
+from .rms import normalise
 from .rms_backward import rms_backward
 from .swiglu_backward import swiglu_backward
 from .wgrad import new_partial, wgrad, wgrad_sum
@@ -47,7 +55,7 @@ Matrices = tuple[Tensor, ...]
 class Saved:
     """What the backward of one block reads. h [B, T, D] is the block's input.
 
-    out = rms(pre_out) and mid = rms(pre_mix) with the factors of their rows; rotated qkv
+    out = rms(pre_out) and mid = rms(pre_mix) with the factors of their rows; qkv, not rotated,
     [B, T, 3D], mixed [B, T, D] and lse [B, H, T] of an attention block. What is None is computed
     again.
     """
@@ -108,11 +116,10 @@ def mix(saved: Saved, spec: BlockSpec, weights: Matrices, cos_sin: CosSin | None
     if saved.lse is None:
         saved.lse = h.new_empty(batch, heads, tokens, dtype=torch.float32)
     qkv = saved.qkv.view(batch, tokens, 3 * heads, head_dim)
-    qkv_rope(h, mixer_in, head_dim, cos_sin, out=qkv)
-    attention(qkv, out=saved.mixed.view(batch, tokens, heads, head_dim), lse=saved.lse)
-    linear_residual_rms(
-        saved.mixed, mixer_out, h, eps=spec.eps, out=saved.mid, scale=saved.scale_mix
-    )
+    linear(h, mixer_in, out=saved.qkv)
+    mixed = saved.mixed.view(batch, tokens, heads, head_dim)
+    attention(qkv, cos_sin=cos_sin, out=mixed, lse=saved.lse)
+    _to_rms(saved.mixed, mixer_out, h, spec.eps, saved.mid, saved.scale_mix)
 
 
 def feed_forward(saved: Saved, spec: BlockSpec, weights: Matrices) -> None:
@@ -123,7 +130,14 @@ def feed_forward(saved: Saved, spec: BlockSpec, weights: Matrices) -> None:
     if saved.scale_out is None:
         saved.scale_out = saved.h.new_empty(saved.h.shape[:2], dtype=torch.float32)
     middle = gate_up_swiglu(saved.mid, gate_up)
-    linear_residual_rms(middle, down, saved.mid, eps=spec.eps, out=saved.out, scale=saved.scale_out)
+    _to_rms(middle, down, saved.mid, spec.eps, saved.out, saved.scale_out)
+
+
+def _to_rms(a: Tensor, weight: Tensor, x: Tensor, eps: float, out: Tensor, scale: Tensor) -> None:
+    """rms(x + a @ weight^T) into `out`, the factors of its rows into `scale`."""
+    squares = new_squares(scale.numel(), x)
+    linear_residual(a, weight, x, squares, out=out)
+    normalise(out, squares, eps=eps, scale=scale)
 
 
 def net_backward(
@@ -140,76 +154,76 @@ def net_backward(
     `matrices` are those of each block; the gradient of the net's weight i goes to `grads` under
     `first + i`. Blocks that lack what `mix` makes get it for the time of their turn.
     """
-    d_pre_out = rms_backward(saved[-1].out, saved[-1].scale_out, d_out)
+    d_h = d_out
     for number in reversed(range(len(saved))):
         block, own, held = spec.blocks[number], matrices[number], saved[number]
         if held.mid is None:
             held = Saved(held.h, held.out, held.scale_out)
             mix(held, block, own, cos_sin)
-        below = saved[number - 1] if number else None
-        backward = _attention_block if block.kind == ATTENTION else _token_block
+        # d_out is not ours to overwrite, what a block returns is.
+        d_pre_out = rms_backward(
+            saved[number].out, held.scale_out, d_h, out=None if d_h is d_out else d_h
+        )
         # A data gradient has a weight's columns for columns: the padding would be some of them.
         own = tuple(w[:, : shape[1]] for w, shape in zip(own, block.weight_shapes, strict=True))
         index = first + number * len(own)
-        d_pre_out = backward(held, block, own, cos_sin, d_pre_out, grads, index, below)
-    return d_pre_out
+        d_mid = _feed_forward_backward(held, own, d_pre_out, grads, index)
+        backward = _attention_backward if block.kind == ATTENTION else _token_mlp_backward
+        d_h = backward(held, block, own, cos_sin, d_mid, grads, index)
+    return d_h
 
 
-def _attention_block(
+def _feed_forward_backward(
+    saved: Saved, weights: Matrices, d_pre_out: Tensor, grads: WeightGrads, index: int
+) -> Tensor:
+    """d_mid, in the place of d_pre_out."""
+    _, _, gate_up, down = weights
+    d_gate_up, middle = swiglu_backward(saved.mid, gate_up, down, d_pre_out)
+    grads.add(index + 3, d_pre_out, middle)
+    grads.add(index + 2, d_gate_up, saved.mid)
+    return dgrad(d_gate_up, gate_up, residual=d_pre_out, out=d_pre_out)
+
+
+def _attention_backward(
     saved: Saved,
     spec: BlockSpec,
     weights: Matrices,
     cos_sin: CosSin | None,
-    d_pre_out: Tensor,
+    d_mid: Tensor,
     grads: WeightGrads,
     index: int,
-    below: Saved | None,
 ) -> Tensor:
-    """d_pre_out of the block below, whose out is this block's h; d_h if there is none."""
-    qkv, o, gate_up, down = weights
+    """d_h, in the place of d_mid."""
+    qkv, o = weights[:2]
     batch, tokens, hidden = saved.h.shape
-    d_gate_up, middle = swiglu_backward(saved.mid, gate_up, down, d_pre_out)
-    grads.add(index + 3, d_pre_out, middle)
-    grads.add(index + 2, d_gate_up, saved.mid)
-    del middle
-    d_pre_mix = dgrad_rms_backward(d_gate_up, gate_up, d_pre_out, saved.mid, saved.scale_mix)
-    del d_gate_up
+    d_pre_mix = rms_backward(saved.mid, saved.scale_mix, d_mid, out=d_mid)
     d_mixed = dgrad(d_pre_mix, o)
     grads.add(index + 1, d_pre_mix, saved.mixed)
     heads, dim = spec.num_heads, spec.head_dim
     shape = (batch, tokens, heads, dim)
-    rotated = saved.qkv.view(batch, tokens, 3 * heads, dim)
+    kept = saved.qkv.view(batch, tokens, 3 * heads, dim)
     d_heads = attention_backward(
-        rotated, saved.mixed.view(shape), saved.lse, d_mixed.view(shape), cos_sin
+        kept, saved.mixed.view(shape), saved.lse, d_mixed.view(shape), cos_sin, rotated=False
     ).view(batch, tokens, 3 * hidden)
     del d_mixed
     grads.add(index, d_heads, saved.h)
-    if below is None:
-        return dgrad(d_heads, qkv, residual=d_pre_mix, out=d_pre_mix)
-    return dgrad_rms_backward(d_heads, qkv, d_pre_mix, saved.h, below.scale_out)
+    return dgrad(d_heads, qkv, residual=d_pre_mix, out=d_pre_mix)
 
 
-def _token_block(
+def _token_mlp_backward(
     saved: Saved,
     spec: BlockSpec,
     weights: Matrices,
     cos_sin: CosSin | None,
-    d_pre_out: Tensor,
+    d_mid: Tensor,
     grads: WeightGrads,
     index: int,
-    below: Saved | None,
 ) -> Tensor:
-    """As `_attention_block`; the mixer runs over T, on transposed views."""
-    t_gate_up, t_down, gate_up, down = weights
-    d_gate_up, middle = swiglu_backward(saved.mid, gate_up, down, d_pre_out)
-    grads.add(index + 3, d_pre_out, middle)
-    grads.add(index + 2, d_gate_up, saved.mid)
-    d_mid = dgrad(d_gate_up, gate_up, residual=d_pre_out, out=d_pre_out)
-    x = saved.h.transpose(1, 2)
-    d_columns = d_mid.transpose(1, 2)
+    """As `_attention_backward`; the mixer runs over T, on transposed views."""
+    gate_up, down = weights[:2]
+    x, d_columns = saved.h.transpose(1, 2), d_mid.transpose(1, 2)
     d_pre_mix = rms_backward(saved.mid.transpose(1, 2), saved.scale_mix, d_columns, out=d_columns)
-    d_gate_up, middle = swiglu_backward(x, t_gate_up, t_down, d_pre_mix)
+    d_gate_up, middle = swiglu_backward(x, gate_up, down, d_pre_mix)
     grads.add(index + 1, d_pre_mix, middle)
     grads.add(index, d_gate_up, x)
-    d_h = dgrad(d_gate_up, t_gate_up, residual=d_pre_mix, out=d_pre_mix).transpose(1, 2)
-    return d_h if below is None else rms_backward(saved.h, below.scale_out, d_h, out=d_h)
+    return dgrad(d_gate_up, gate_up, residual=d_pre_mix, out=d_pre_mix).transpose(1, 2)

@@ -6,6 +6,9 @@
 What is added is data, a row of the call table (recurx/program.py), so that one kernel serves
 every schedule. Writing into a slot that is read is legal: an element is read before it is written,
 by the same thread.
+
+The slot that the call before wrote holds rows that are not normalised (kernels/linear.py): they are
+normalised and rounded as they are read, and left so for whoever reads the slot later.
 """
 
 from __future__ import annotations
@@ -17,53 +20,82 @@ import triton.language as tl
 from recurx.errors import bad_argument
 from recurx.program import ROW
 
-from . import checks
-
-BLOCK = 1024  # elements a program: 8 a thread, one 16-byte access of bf16
+from . import checks, tiles
+from .rms import row_scale
 
 
 @triton.jit
-def read_slot(arena, table, at, slot_stride, offset, mask):
-    """The elements at `offset` of the slot that `table[at]` names."""
+def read_slot(arena, table, at, slot_stride, offset, mask, raw=None, factor=None):
+    """Elements at `offset` of the slot that `table[at]` names, times `factor` if it is `raw`."""
     slot = tl.load(table + at).to(tl.int64)
-    return tl.load(arena + slot * slot_stride + offset, mask=mask, other=0.0)
+    value = tl.load(arena + slot * slot_stride + offset, mask=mask, other=0.0)
+    if raw is not None:
+        normed = (value.to(tl.float32) * factor).to(value.dtype)
+        value = tl.where(slot == raw, normed, value)
+    return value
 
 
 @triton.jit
-def read_sum(arena, table, at, count, slot_stride, offset, mask):
+def read_sum(arena, table, at, count, slot_stride, offset, mask, raw=None, factor=None):
     """The sum of `count` slots, left to right, rounded to the storage dtype after each."""
-    total = read_slot(arena, table, at, slot_stride, offset, mask)
+    total = read_slot(arena, table, at, slot_stride, offset, mask, raw, factor)
     for i in range(1, count):
-        term = read_slot(arena, table, at + i, slot_stride, offset, mask)
+        term = read_slot(arena, table, at + i, slot_stride, offset, mask, raw, factor)
         total = (total.to(tl.float32) + term.to(tl.float32)).to(arena.dtype.element_ty)
     return total
 
 
 @triton.jit
-def call_input(arena, table, row, slot_stride, offset, mask):
+def call_input(arena, table, row, slot_stride, offset, mask, raw=None, factor=None):
     """sum(state) + (sum(inject)) of the call whose row starts at `row`."""
     at, states, injects = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
-    h = read_sum(arena, table, at, states, slot_stride, offset, mask)
+    h = read_sum(arena, table, at, states, slot_stride, offset, mask, raw, factor)
     if injects > 0:
-        inject = read_sum(arena, table, at + states, injects, slot_stride, offset, mask)
+        at += states
+        inject = read_sum(arena, table, at, injects, slot_stride, offset, mask, raw, factor)
         h = (h.to(tl.float32) + inject.to(tl.float32)).to(arena.dtype.element_ty)
     return h
 
 
 @triton.jit
-def call_input_kernel(arena, table, row, n, slot_stride, BLOCK: tl.constexpr):
-    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offset < n
-    h = call_input(arena, table, row, slot_stride, offset, mask)
+def call_input_kernel(
+    arena, table, row, before, squares,
+    M, slot_stride,
+    D: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    rows, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)
+    live = rows < M
+    offset = rows.to(tl.int64)[:, None] * D + cols[None, :]
+    mask = live[:, None] & (cols[None, :] < D)
     write = tl.load(row + 2).to(tl.int64)
+    if PARTS > 0:
+        raw = tl.load(before + 2)
+        factor = row_scale(squares, rows, live, M, PARTS, D, EPS)[:, None]
+        h = call_input(arena, table, row, slot_stride, offset, mask, raw, factor)
+        if raw != write:
+            left = read_slot(arena, before, 2, slot_stride, offset, mask, raw, factor)
+            tl.store(arena + raw.to(tl.int64) * slot_stride + offset, left, mask=mask)
+    else:
+        h = call_input(arena, table, row, slot_stride, offset, mask)
     tl.store(arena + write * slot_stride + offset, h, mask=mask)
 
 
-def form_call_input(arena: torch.Tensor, table: torch.Tensor, call: int) -> None:
+def form_call_input(
+    arena: torch.Tensor,
+    table: torch.Tensor,
+    call: int,
+    *,
+    before: int | None = None,
+    squares: torch.Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
     """Write the input of call number `call` of the table into the slot that the call writes.
 
-    arena contiguous [slots, ...], bfloat16 or float32; table int32 as `Program.table` makes it,
-    on the same device. Raises InvalidArgument on anything else.
+    arena contiguous [slots, ..., D], bfloat16 or float32; table int32 as `Program.table` makes it,
+    on the same device. If call number `before` has left raw rows in the slot it wrote, `squares`
+    [tiles, rows] are theirs; afterwards the slot is normalised. Raises InvalidArgument on anything
+    else.
     """
     op = "kernels.form_call_input"
     checks.same_dtype_and_device(op, arena=arena)
@@ -72,14 +104,28 @@ def form_call_input(arena: torch.Tensor, table: torch.Tensor, call: int) -> None
     if table.dtype != torch.int32 or table.device != arena.device or not table.is_contiguous():
         expected = f"contiguous int32 on {arena.device}"
         raise bad_argument(op, "table", expected, f"{table.dtype} on {table.device}")
+    if squares is not None:
+        rows = arena[0].numel() // max(1, arena.shape[-1])
+        checks.float32(op, "squares", squares, (squares.shape[0], rows))
     if arena[0].numel():
-        args, constants, options = launch_arguments(arena, table, call)
-        call_input_kernel[(triton.cdiv(args[3], BLOCK),)](*args, **constants, **options)
+        args, constants, options = launch_arguments(arena, table, call, before, squares, eps)
+        grid = (triton.cdiv(args[5], constants["ROWS"]),)
+        call_input_kernel[grid](*args, **constants, **options)
 
 
 def launch_arguments(
-    arena: torch.Tensor, table: torch.Tensor, call: int
+    arena: torch.Tensor,
+    table: torch.Tensor,
+    call: int,
+    before: int | None = None,
+    squares: torch.Tensor | None = None,
+    eps: float = 0.0,
 ) -> tuple[tuple, dict, dict]:
     """(runtime arguments, compile-time arguments, compiler options) of one launch."""
-    args = (arena, table, table[call * ROW :], arena[0].numel(), arena.stride(0))
-    return args, {"BLOCK": BLOCK}, {"num_warps": 4}
+    d = arena.shape[-1]
+    rows, cols = tiles.pass_tile(d)
+    args = (arena, table, table[call * ROW :], table[(before or 0) * ROW :])
+    args += (table if squares is None else squares, arena[0].numel() // d, arena.stride(0))
+    parts = 0 if squares is None else squares.shape[0]
+    constants = {"D": d, "PARTS": parts, "EPS": eps, "ROWS": rows, "COLS": cols}
+    return args, constants, {"num_warps": 4}

@@ -95,7 +95,7 @@ def swiglu_backward(
     if x.numel() == 0:
         return d_gate_up, mid
     args, constants, options = launch_arguments(
-        x, gate_up, down, d_out, d_gate_up, mid, tiles.shared_bytes(x.device)
+        x, gate_up, down, d_out, d_gate_up, mid, tiles.chip(x.device)
     )
     m = mid.numel() // f
     grid = (triton.cdiv(m, constants["ROWS"]) * triton.cdiv(f, constants["COLS"]),)
@@ -110,13 +110,13 @@ def launch_arguments(
     d_out: torch.Tensor,
     d_gate_up: torch.Tensor,
     mid: torch.Tensor,
-    shared: int,
+    chip: tiles.Chip,
 ) -> tuple[tuple, dict, dict]:
     """(runtime arguments, compile-time arguments, compiler options) of one launch."""
     n, f = down.shape
     x3, d3 = (t.unsqueeze(0) if t.ndim == 2 else t for t in (x, d_out))
     m = x3.shape[0] * x3.shape[1]
-    tile = backward_tiles.swiglu_backward_tile(m, f, n, x.element_size(), shared)
+    tile = backward_tiles.swiglu_backward_tile(m, f, n, x.element_size(), chip)
     constants = {
         "R": x3.shape[1], "N": n, "F": f,
         "GATE_UP_ROW": gate_up.stride(0), "DOWN_ROW": down.stride(0),

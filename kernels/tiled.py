@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from recurx.program import Program
 
 from .block import Scratch, run_call
 from .inject import form_call_input
+from .rms import normalise
 
 
 class TiledSlice:
@@ -36,12 +38,15 @@ class TiledSlice:
         # Zeros, not empty: what a first short slice leaves unset must not be NaN bit patterns that
         # trap a debugger.
         self._arena = torch.zeros(shape, dtype=dtype, device=device)
-        elements = max(Scratch.elements(spec, size, problem.tokens) for spec in packed.specs)
-        self._scratch = Scratch(elements, dtype, device)
         self._words = device_words(program.table(packed.of_net), device)
         self._rows = program.rows
         self._packed = packed
+        self._scratch = self._new_scratch(size, problem.tokens)
         self._cos_sin = None if cos_sin is None else tuple(torch.empty_like(t) for t in cos_sin)
+
+    def _new_scratch(self, size: int, tokens: int) -> Any:
+        elements = max(Scratch.elements(spec, size, tokens) for spec in self._packed.specs)
+        return Scratch(elements, self._arena[0])
 
     def set_tables(self, cos_sin: CosSin | None) -> None:
         """Take over the rotary tables: graphs hold the addresses of their own copy."""
@@ -59,16 +64,24 @@ class TiledSlice:
         torch._foreach_copy_(list(tensors), slots)
 
     def launch(self) -> None:
-        """Every row of the program, kernel by kernel; allocates nothing, so it can be captured."""
+        """Every row of the program, kernel by kernel; allocates nothing, so it can be captured.
+
+        What a call leaves is raw until the next row's input is formed, or until the end.
+        """
+        squares, before, eps = None, 0, 0.0  # of the slot that is raw, which row `before` wrote
         for number, row in enumerate(self._rows):
-            if not row.is_identity:
-                form_call_input(self._arena, self._words, number)
+            if squares is not None or not row.is_identity:
+                form_call_input(
+                    self._arena, self._words, number, before=before, squares=squares, eps=eps
+                )
+                squares = None
             if row.net is not None:
                 first, last = self._packed.of_net[row.net]
+                specs = self._packed.specs[first:last]
                 run_call(
-                    self._arena[row.write],
-                    self._packed.specs[first:last],
-                    self._packed.blocks[first:last],
-                    self._cos_sin,
-                    self._scratch,
-                )
+                    self._arena[row.write], specs, self._packed.blocks[first:last],
+                    self._cos_sin, self._scratch,
+                )  # fmt: skip
+                squares, before, eps = self._scratch.squares, number, specs[-1].eps
+        if squares is not None:
+            normalise(self._arena[self._rows[before].write], squares, eps=eps)

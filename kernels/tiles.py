@@ -6,7 +6,9 @@ from a device's name, so that the same choice can be compiled and inspected with
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -19,9 +21,21 @@ SCRATCH_BYTES = 4096
 
 # Devices with so much are the ones whose products read shared memory (sm_90, sm_100).
 WGMMA_SHARED = 200_000
-# A tile of 128 rows pays from so many programs on: the multiprocessors of the smallest data-centre
-# device here (A100, 108); below it more, smaller programs keep more of them busy.
-LARGE_PROGRAMS = 108
+
+# rows x columns of a product's tile, from the most reuse of what is loaded to the most programs. An
+# accumulator of 128 x 256 is 128 registers a thread of 8 warps. fp32 operands go through ordinary
+# multiply-adds, from registers, and want a smaller tile.
+PRODUCT_TILES = {2: ((128, 256), (128, 128), (64, 128), (64, 64), (32, 64)), 4: ((32, 64),)}
+# Multiply-adds of a tensor core in the time that one operand takes from L2: a multiprocessor of an
+# H100 does 2048 a clock and gets about 40 bytes. Reckoned, and near enough for the others.
+LOAD_COST = 100
+
+
+class Chip(NamedTuple):
+    """What of a device decides a tile: shared memory (bytes) a block may use, multiprocessors."""
+
+    shared: int
+    units: int
 
 
 @dataclass(frozen=True)
@@ -54,69 +68,64 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def split_columns(n: int) -> tuple[int, int]:
-    """(power of two, count) covering n columns with the least padding, at most 3 pieces.
-
-    64 -> (64, 1), 384 -> (128, 3), 512 -> (512, 1), 768 -> (256, 3), 97 -> (128, 1).
-    """
-    whole = max(16, 1 << (n - 1).bit_length())
-    third = max(16, 1 << (-(-n // 3) - 1).bit_length())
-    return (third, 3) if 3 * third < whole else (whole, 1)
+def chip(device: torch.device) -> Chip:
+    return Chip(shared_bytes(device), multiprocessors(device))
 
 
-def row_tile(n: int, k: int, itemsize: int, shared: int) -> Tile:
-    """The tile of a kernel whose program owns whole rows of n columns (a row sum stays local)."""
-    cols, chunks = split_columns(n)
-    width = cols * chunks
-    # The fp32 accumulator is rows * width / 256 registers a thread: 128 of the 255. wgmma needs 64
-    # rows; for wider rows 16 warps would hold them, but then a thread has 128 registers in all and
-    # spills. fp32 operands go through ordinary multiply-adds and want half the rows.
-    rows = 64 if width <= 512 else 32
-    if itemsize == 4:
-        rows //= 2
-    warps = 8 if rows * width >= 64 * 128 else 4
-    for depth in (64, 32, 16) if itemsize == 2 else (32, 16):
-        tile = Tile(rows, cols, chunks, depth, warps, stages=1)
-        stages = min(4, (shared - SCRATCH_BYTES) // tile.stage_bytes(itemsize))
-        if depth <= max(16, k) and stages >= 3:
-            break
-    return Tile(rows, cols, chunks, depth, warps, max(1, stages))
+def _power(n: int) -> int:
+    """The smallest power of two that is at least n, and 16: tl.dot takes no less."""
+    return max(16, 1 << (n - 1).bit_length())
 
 
-def gate_up_tile(m: int, f: int, k: int, itemsize: int, shared: int, plain: bool = True) -> Tile:
-    """The tile of kernels/gate_up_swiglu.py; `plain`: x has contiguous rows.
-
-    Bytes from L2 bound these products (128 x 64 twice: 64 FLOP a byte, 128 x 128 twice: 85), so
-    the tile is as large as registers allow. Where wgmma reads its operands from shared memory that
-    is always; with mma.sync, which holds them in registers, only without masks over K.
-    """
-    wide = 128 if shared >= WGMMA_SHARED or (plain and k % 32 == 0) else 64
-    return _output_tile(m, f, k, itemsize, shared, cols=64, wide=wide)
-
-
-def qkv_tile(m: int, d: int, itemsize: int, shared: int) -> Tile:
-    """The tile of kernels/qkv_rope.py.
-
-    Its epilogue holds the rotary tables as well: with mma.sync 64 columns of each half spill.
-    """
-    wide = 64 if shared >= WGMMA_SHARED else 32
-    return _output_tile(m, 3 * d // 2, d, itemsize, shared, cols=32, wide=wide)
-
-
-def _output_tile(m: int, n: int, k: int, itemsize: int, shared: int, cols: int, wide: int) -> Tile:
-    """Two products of one A slab, n columns of each: 128 x `wide` if that makes programs enough."""
-    large = itemsize == 2 and -(-m // 128) * -(-n // wide) >= LARGE_PROGRAMS
-    rows = 128 if large else 64 if itemsize == 2 else 32
-    cols = min(wide if large else cols, max(16, 1 << (n - 1).bit_length()))
-    warps = 8 if rows >= 128 else 4
-    # With 64 columns of K in registers the large tile spills where products read registers.
-    deep = itemsize == 2 and not (large and cols == 128 and shared < WGMMA_SHARED)
-    depth = 64 if deep else 32
-    while depth > max(16, k):
+def _deep(rows: int, cols: int, k: int, itemsize: int, shared: int, warps: int) -> Tile:
+    """Two tiles of `cols` columns each, with the depth and the stages that k and `shared` allow."""
+    # With 64 columns of K the largest tile spills where products read registers (mma.sync).
+    large = rows * cols >= 128 * 128 and shared < WGMMA_SHARED
+    depth = min(32 if itemsize == 4 or large else 64, _power(k))
+    while depth > 16 and 3 * (rows + 2 * cols) * depth * itemsize > shared - SCRATCH_BYTES:
         depth //= 2
     tile = Tile(rows, cols, 2, depth, warps, stages=1)
     stages = min(4, (shared - SCRATCH_BYTES) // tile.stage_bytes(itemsize))
     return Tile(rows, cols, 2, depth, warps, max(1, stages))
+
+
+@functools.lru_cache(maxsize=256)
+def product_tile(m: int, n: int, k: int, itemsize: int, chip: Chip, plain: bool = True) -> Tile:
+    """The tile of a product [m, n] over k whose columns are cut (kernels/linear.py).
+
+    The one with the shortest time: as many rounds as the multiprocessors need for all programs,
+    each as long as its products, or as its operands take from L2. Rows and columns do not depend on
+    k, so products of one shape leave equally many sums of squares. Not `plain` (strided rows, masks
+    over k): there the largest tile spills with mma.sync, which holds operands in registers.
+    """
+    sizes = PRODUCT_TILES[itemsize]
+    if not plain and chip.shared < WGMMA_SHARED and len(sizes) > 1:
+        sizes = sizes[1:]
+
+    def time(size: tuple[int, int]) -> int:
+        rows, cols = size
+        rounds = -(-(-(-m // rows) * -(-n // cols)) // chip.units)
+        return rounds * max(rows * cols, LOAD_COST * (rows + cols))
+
+    rows, cols = min(sizes, key=time)
+    cols = max(16, min(cols // 2, _power(n) // 2))
+    return _deep(rows, cols, k, itemsize, chip.shared, 8 if rows * cols >= 128 * 64 else 4)
+
+
+def row_tile(n: int, k: int, itemsize: int, chip: Chip) -> Tile:
+    """The tile of a product whose program owns whole rows of n columns (the norm of a token-MLP).
+
+    The fp32 accumulator is 128 registers a thread at most; wgmma needs 64 rows.
+    """
+    width = max(32, _power(n))
+    rows = (64 if width <= 512 else 32) // (2 if itemsize == 4 else 1)
+    return _deep(rows, width // 2, k, itemsize, chip.shared, 8 if rows * width >= 64 * 128 else 4)
+
+
+def pass_tile(n: int) -> tuple[int, int]:
+    """(rows, columns) of a program of 4 warps that only reads and writes rows of n columns."""
+    cols = _power(n)
+    return max(1, 2048 // cols), cols
 
 
 def attention_tile(
@@ -124,9 +133,9 @@ def attention_tile(
 ) -> Tile:
     """rows are queries, cols keys a step; depth is the head dimension.
 
-    Up to 128 tokens in bf16 a program has a whole head, and one step. Above that wgmma takes steps
-    of 128 keys, which halve what a step costs beside its products; 128 columns of mma.sync, or of
-    the widest heads while they are rotated, would spill.
+    Up to 128 tokens in bf16 a program has a whole head, and one step. Above that a step of 128 keys
+    issues fewer instructions a key than one of 64 (sm_90: 3.6 and 4.7), but with mma.sync, or with
+    the widest heads while they are rotated, it would spill.
     """
     longest = max(16, 1 << (tokens - 1).bit_length())
     deep = 128 if shared >= WGMMA_SHARED and head_dim < 128 else 64

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from bench.ops import DEVICE, draw
 from recurx import reference
-from recurx.nets import rope_tables
 
 pytestmark = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device, torch sees none")
 
@@ -17,25 +18,22 @@ BATCHES = (1, 8, 64, 512)
 WAYS = ("triton", "eager", "compile")
 
 
-def linear_residual_rms(a, weight, residual):
-    return reference.rms_norm(residual + F.linear(a, weight), 1e-5)
+def linear(x, weight):
+    return F.linear(reference.rms_norm(x, 1e-5), weight)
+
+
+def linear_residual(a, weight, x):
+    return reference.rms_norm(x, 1e-5) + F.linear(a, weight)
 
 
 def gate_up_swiglu(x, weight):
-    gate, up = F.linear(x, weight).chunk(2, dim=-1)
+    gate, up = linear(x, weight).chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
 def attention(qkv):
     q, k, v = (part.transpose(1, 2) for part in qkv.chunk(3, dim=2))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-
-
-def qkv_rope(x, weight):
-    heads = F.linear(x, weight).view(*x.shape[:2], 3 * HEADS, HIDDEN // HEADS)
-    q, k, v = heads.chunk(3, dim=2)
-    tables = rope_tables(TOKENS, HIDDEN // HEADS, device=x.device)
-    return torch.cat([*(reference.rope_rotate(part, *tables) for part in (q, k)), v], dim=2)
 
 
 def operands(name, batch):
@@ -45,7 +43,7 @@ def operands(name, batch):
     x = draw(*rows, HIDDEN, **bf16)
     if name == "attention":
         return [draw(*rows, 3 * HEADS, HIDDEN // HEADS, **bf16)]
-    if name == "qkv_rope":
+    if name == "linear-qkv":
         return [x, draw(3 * HIDDEN, HIDDEN, seed=1, **bf16) * HIDDEN**-0.5]
     if name == "gate_up_swiglu":
         return [x, draw(2 * INNER, HIDDEN, seed=1, **bf16) * HIDDEN**-0.5]
@@ -54,23 +52,35 @@ def operands(name, batch):
 
 
 PLAIN = {
-    "qkv_rope": qkv_rope,
+    "linear-qkv": linear,
     "attention": attention,
     "gate_up_swiglu": gate_up_swiglu,
-    "linear_residual_rms-o": linear_residual_rms,
-    "linear_residual_rms-down": linear_residual_rms,
+    "linear_residual-o": linear_residual,
+    "linear_residual-down": linear_residual,
 }
 
 
 def fused(name):
-    import importlib
+    """The kernel on raw rows, whose squares are at hand as the product before left them."""
+    from recurx.kernels import attention, linear
 
     stem = name.partition("-")[0]
-    kernel = getattr(importlib.import_module(f"recurx.kernels.{stem}"), stem)
-    if stem != "qkv_rope":
-        return kernel
-    tables = rope_tables(TOKENS, HIDDEN // HEADS, device=DEVICE)
-    return lambda x, weight: kernel(x, weight, HIDDEN // HEADS, tables)
+    if stem == "attention":
+        return attention.attention
+    kernel = getattr(linear, stem)
+
+    @functools.cache
+    def squares(rows):
+        sums = [part.float().square().sum(-1).view(-1) for part in rows.chunk(2, -1)]
+        return torch.stack(sums).contiguous(), linear.new_squares(sums[0].numel(), rows)
+
+    def run(a, weight, x=None):
+        if x is None:
+            return kernel(a, weight, squares=squares(a)[0])
+        before, sums = squares(x)
+        return kernel(a, weight, x, sums, squares=before)
+
+    return run
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -29,6 +29,8 @@ namespace {  // a copy of its own in each file that includes this
 // Eight vectors in flight hide the latency of the product; a vector is eight lanes of a word.
 constexpr size_t kChains = 8, kVector = 64, kStripe = kChains * kVector;
 constexpr uint64_t kOdd = 0x9fb21c651e98df25ull;
+// The hardware prefetcher stops at the end of a page of 4 KB, and its start-up costs a third of it.
+constexpr size_t kAhead = 4096;
 typedef uint64_t Lanes __attribute__((vector_size(kVector)));
 
 inline uint64_t mixed(uint64_t h) {
@@ -55,7 +57,10 @@ inline uint64_t digest_piece(const char* data, size_t bytes) {
   for (size_t i = 0; i < kChains * 8; ++i) state[i / 8][i % 8] = (i + 1) * 0x9e3779b97f4a7c15ull;
   const char* const last = data + bytes / kStripe * kStripe;
   const size_t rest = bytes % kStripe;
-  for (; data != last; data += kStripe) absorb_stripe(state, data);
+  for (; data != last; data += kStripe) {
+    for (size_t line = 0; line < kStripe; line += 64) __builtin_prefetch(data + kAhead + line);
+    absorb_stripe(state, data);
+  }
   if (rest) {
     alignas(kVector) char padded[kStripe] = {};
     __builtin_memcpy(padded, data, rest);

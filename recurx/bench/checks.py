@@ -8,6 +8,8 @@ A gradient in fp32 is held against the spread of eager's own, over several ways 
 sample of a full-size TRM it is so badly conditioned that eager's drift from fp64 is 0.002, or 0.02
 when its start states move by one rounding (boards of other seeds: 0.0004 to 0.085), while errors of
 one call are 1e-6. Wrong gradients drift by more: a window that starts a call late by 0.26 and up.
+In bf16 that gradient is chaos (eager's drifts on five boards: 0.94 to 3.2; torch.compile's on one:
+11.7), so there the gradient of one call proves the arithmetic, and fp32 the bounds of the window.
 """
 
 from __future__ import annotations
@@ -24,10 +26,11 @@ FACTOR_OF_A_STEP = 1.5
 # Of the root mean square of eager's drifts: of 72 drifts of the engine on six boards, in three
 # instruction sets, the largest was 2.9 times that of six of eager's.
 FACTOR_OF_A_SPREAD = 4.0
+CHAOS = 0.5  # where eager's gradient drifts by more, a drift says nothing
 SPREAD = " spread"  # what that is called beside the exact values
 # One call has errors of a few roundings (fp32: 1e-6, bf16: 1e-2); 21 calls amplify a rounding of
 # fp32 to 1e-3 (measured on a Zen 3). A loss is one number: eager's error in it may be zero by luck.
-SLACK = {"one call": 1e-4, "loss": 0.01, "gradient": 0.01}
+SLACK = {"one call": 1e-4, "gradient of a call": 1e-4, "loss": 0.01, "gradient": 0.01}
 SLACK_OF_A_STEP = 0.01
 # Share of cells of the answers of a trained net that may differ.
 SLACK_OF_ANSWERS = 0.01
@@ -66,6 +69,8 @@ def judge(got: dict[str, Tensor], exact: dict[str, Tensor], yard: dict[str, Tens
         if not value.is_floating_point():
             slack = SLACK_OF_ANSWERS
         own = distance(yard[name], exact[name]) if name in yard else 0.0
+        if name == "gradient" and own > CHAOS:
+            continue
         factor = FACTOR if name in SLACK else FACTOR_OF_A_STEP
         spread = float(exact.get(name + SPREAD, 0.0))
         allowed[name] = max(factor * own, FACTOR_OF_A_SPREAD * spread) + slack

@@ -11,6 +11,7 @@ from torch import Tensor
 from recurx.bench import subjects
 from recurx.bench.cases import build, build_exact, sample
 from recurx.bench.checks import SPREAD, distance
+from recurx.bench.training import CALL_ROWS, call_gradient
 from recurx.bench.variants import Variant
 from recurx.models import ACTLossHead, RecursiveModel
 
@@ -36,9 +37,14 @@ def outputs(case: str, mode: str, batch: int, device: str, folder: str) -> dict[
 
 def _training(case: str, batch: int, device: str) -> dict[str, Tensor]:
     """Loss and gradient of the whole batch; on a CPU also how far eager fp32 is from them."""
+    rows = min(batch, CALL_ROWS)
     if device != "cpu":  # GPUs are slow in fp64, and judged in bf16
-        return _gradient(build(case, "fp32", "eager", batch).to(device), batch, device)
-    exact = _gradient(build_exact(case, batch), batch, device)
+        model = build(case, "fp32", "eager", batch).to(device)
+        call = {"gradient of a call": call_gradient(model, rows, device)}
+        return _gradient(model, batch, device) | call
+    exact_model = build_exact(case, batch)
+    exact = {"gradient of a call": call_gradient(exact_model, rows, device)}
+    exact |= _gradient(exact_model, batch, device)
     squares = 0.0
     for draw in range(DRAWS):
         model = build(case, "fp32", "eager", batch)

@@ -6,16 +6,39 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from recurx import train
+from recurx.api import recurse
 from recurx.bench import official
 from recurx.bench.cases import build, sample
 from recurx.bench.pytorch_ways import Outputs, compile_nets
 from recurx.bench.variants import Variant
-from recurx.models import ACTLossHead
+from recurx.models import ACTLossHead, RecursiveModel
+from recurx.schedule import Schedule
 from recurx.train.optim import embedding_buffers
 
 LR, BETAS, DECAY, EMA = 1e-4, (0.9, 0.95), 1.0, 0.999  # published
+CALL_ROWS = 8  # samples of the gradient of a call: they are independent, more would prove no more
+
+
+def call_gradient(model: RecursiveModel, batch: int, device: str) -> Tensor:
+    """The gradient of one net call in x and the net's weights, flat and fp32, on the CPU: it has no
+    drift yet to hide an error in."""
+    inner, (_, carry) = model.inner, sample(model, batch)
+    step = inner.schedule.steps[0]
+    states = {name: state.to(device) for name, state in carry.items()}
+    x = states[step.write].detach().clone().requires_grad_()
+    out = recurse(
+        Schedule((step,)), {step.net: inner.nets()[step.net]}, x, states,
+        backend=model.backend, cos_sin=inner.cos_sin(),
+    )[step.write]  # fmt: skip
+    slope = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
+    (out * slope.to(out)).sum().backward()
+    net = [p for p in inner.nets()[step.net].parameters() if p.grad is not None]
+    found = [each.grad.flatten().float().cpu() for each in (x, *net)]
+    model.zero_grad(set_to_none=True)
+    return torch.cat(found)
 
 
 def train_subject(
@@ -42,6 +65,10 @@ class TrainSubject:
         self.parameters = list(self.model.parameters())
         has_table = self.model.config.puzzle_emb_ndim > 0
         self.rows = list(self.model.puzzle_emb.buffers()) if has_table else []
+        self.call_gradient: Outputs = {}
+        if variant.ours or variant.engine == "eager":
+            found = call_gradient(self.model, min(batch, CALL_ROWS), device)
+            self.call_gradient = {"gradient of a call": found}
         self.prepare(device)
 
     def prepare(self, device: str) -> None:
@@ -82,7 +109,8 @@ class TrainSubject:
         (1 - beta1) times it."""
         means = [self.optimizer.state[p].get("exp_avg", p.detach() * 0) for p in self.parameters]
         gradient = torch.cat([mean.flatten() for mean in means]).float().cpu() / (1 - BETAS[0])
-        return {"loss": torch.tensor(self.loss() / self.batch), "gradient": gradient}
+        found = {"loss": torch.tensor(self.loss() / self.batch), "gradient": gradient}
+        return found | self.call_gradient
 
     def facts(self) -> dict[str, Any]:
         return {}

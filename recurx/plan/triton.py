@@ -1,10 +1,10 @@
 """The plans of backend "triton" (recurx/backends/triton.py), and their thresholds.
 
-persistent: see recurx/plan/triton_persistent.py.
+persistent, library: see recurx/plan/triton_persistent.py and triton_library.py.
 tiled: the batch is cut into slices whose activations stay in L2 for the whole recursion; a slice is
-one captured graph of five kernels a block and one a call. Several slice sizes are proposed, because
-the last wave of tiles is rarely full, and because one may be better off outside L2 than in slices
-too small for the device; the predicted time decides.
+one captured graph of at most five kernels a block and one a call, and one at the end. Several slice
+sizes are proposed, because the last wave of tiles is rarely full, and because one may be better off
+outside L2 than in slices too small for the device; the predicted time decides.
 
 What is counted: products with the padding of the tiles and with the idle multiprocessors of the
 last wave; L2 traffic of every tile's operands; DRAM traffic of what enters and leaves.
@@ -22,6 +22,7 @@ from recurx.operands import Span
 from recurx.plan.count import blocks_of, flops, round_up, weight_values
 from recurx.plan.device import Device
 from recurx.plan.launch import LaunchPlan, Work
+from recurx.plan.triton_library import library
 from recurx.plan.triton_persistent import persistent, why_not
 from recurx.problem import Problem
 from recurx.program import Program, lower
@@ -29,17 +30,24 @@ from recurx.program import Program, lower
 # Share of the L2 that a slice's activations may take; weights and what passes through need the
 # rest. An assumption: caches hash addresses, so a working set of all of it does not stay.
 L2_SHARE = 0.7
+MAX_ROW = 1024  # values of a row, over D or T, that an rms's tile holds
 SLICES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32, 48, 64)  # numbers of slices that are tried
+# Samples of the largest slice: a recording keeps all its activations (110 MB at T=97, D=512).
+MAX_SLICE = 128
 # Share of the rate that the inner loops of Triton's products reach on whole tiles. An assumption
 # (published figures of Triton's matmul on sm_80 and sm_90 are 0.6 to 0.8), not measured here.
 EFFICIENCY = 0.65
+ALONE = (
+    0.5  # of L2's bandwidth, what a few multiprocessors alone leave: an assumption, 64 B a clock
+)
 
 
 def candidates(problem: Problem, device: Device) -> list[LaunchPlan]:
     """Plans that fit `device`."""
     if device.kind != "cuda" or problem.batch == 0:
         return []
-    return [*_tiled(problem, device), *persistent(problem, device)]
+    found = [*persistent(problem, device), *library(problem, device, _sizes(problem), L2_SHARE)]
+    return found if why_not_tiled(problem) else [*_tiled(problem, device), *found]
 
 
 def refusals(problem: Problem, device: Device) -> list[str]:
@@ -48,11 +56,19 @@ def refusals(problem: Problem, device: Device) -> list[str]:
         return [f"backend triton does not run on {device.name}"]
     if problem.batch == 0:
         return ["backend triton needs no plan for an empty batch"]
-    reason = why_not(problem, device)
-    return [] if reason is None else [f"triton/{reason}"]
+    reasons = why_not(problem, device), why_not_tiled(problem)
+    return [f"triton/{reason}" for reason in reasons if reason is not None]
 
 
 # ---- tiled -----------------------------------------------------------------------------------
+
+
+def why_not_tiled(problem: Problem) -> str | None:
+    """One sentence: why no plan of this kind fits, or None."""
+    widest = max(size for b in blocks_of(problem) for size in (b.hidden, b.tokens))
+    if widest > MAX_ROW:
+        return f"tiled: a program holds rows of at most {MAX_ROW} values, got {widest}"
+    return None
 
 
 @dataclass(frozen=True)
@@ -67,10 +83,15 @@ class _Kernel:
     stored: float
 
 
+def _sizes(problem: Problem) -> set[int]:
+    """Samples of a slice that are tried."""
+    return {min(MAX_SLICE, math.ceil(problem.batch / n)) for n in SLICES}
+
+
 def _tiled(problem: Problem, device: Device) -> Iterator[LaunchPlan]:
     program = lower(problem.schedule, Span(0, len(problem.schedule)))
-    sizes = {math.ceil(problem.batch / n) for n in SLICES}
-    sizes.add(min(problem.batch, max(1, _samples_in_l2(problem, program, device))))
+    sizes = _sizes(problem)
+    sizes.add(min(problem.batch, MAX_SLICE, max(1, _samples_in_l2(problem, program, device))))
     for size in sorted(sizes, reverse=True):
         work = _tiled_work(problem, program, size, device)
         slices = math.ceil(problem.batch / size)
@@ -111,72 +132,87 @@ def _tiled_work(problem: Problem, program: Program, size: int, device: Device) -
     weights_stay = weights + held <= L2_SHARE * device.l2_bytes
     activations_stay = held <= L2_SHARE * device.l2_bytes
     padded = l2 = dram = 0.0
-    launches = 0
+    launches, raw = 0, False  # whether the row before has left a state that is not normalised
+    flops_a_byte = device.flops(itemsize) * EFFICIENCY / (device.l2_gbs * 1e9)
     for call in program.rows:
-        if not call.is_identity:
+        if raw or not call.is_identity:
             launches += 1
             moved = (len(call.state) + len(call.inject) + 1) * state
             l2 += moved
             dram += 0 if activations_stay else moved
-        for block in specs[call.net].blocks if call.net is not None else ():
+        raw = call.net is not None
+        for number, block in enumerate(specs[call.net].blocks if raw else ()):
             if not weights_stay:
                 dram += sum(a * b for a, b in block.weight_shapes) * itemsize
-            for kernel in _block_kernels(block, size, problem.tokens, itemsize, device):
+            kernels = _block_kernels(block, number > 0, size, problem.tokens, itemsize, device)
+            for kernel in kernels:
+                # A wave is as long as one program: as its products, or as its operands from L2, of
+                # whose bandwidth a multiprocessor has its share, and twice that among idle ones.
                 waves = math.ceil(kernel.programs / device.units)
-                padded += waves * device.units * kernel.program_flops
+                loading = min(1.0, max(ALONE, kernel.programs / device.units))
+                waiting = loading * kernel.loaded / kernel.programs * flops_a_byte
+                if kernel.program_flops:
+                    padded += waves * device.units * max(kernel.program_flops, waiting)
                 l2 += kernel.loaded + kernel.stored
                 dram += 0 if activations_stay else kernel.read + kernel.stored
                 launches += 1
     inputs = len(problem.schedule.states) + 1
-    entering = 2 * (inputs + len(problem.schedule.states)) * state
+    # States are copied in and out, and the last one is normalised.
+    entering = 2 * (inputs + len(problem.schedule.states) + 1) * state
     return Work(
         flops=flops(problem),
         padded_flops=padded * slices,
         dram_bytes=(dram + entering) * slices + weights,
         l2_bytes=(l2 + entering) * slices,
-        launches=(launches + 2) * slices,
+        launches=(launches + 3) * slices,
         itemsize=itemsize,
         efficiency=EFFICIENCY,
     )
 
 
 def _block_kernels(
-    block: BlockSpec, batch: int, tokens: int, itemsize: int, device: Device
+    block: BlockSpec, raw: bool, batch: int, tokens: int, itemsize: int, device: Device
 ) -> Iterator[_Kernel]:
-    d, shared = block.hidden, device.shared_bytes
+    """`raw`: whether the block before it has left its rows for this one to normalise."""
+    d, chip = block.hidden, tiles.Chip(device.shared_bytes, device.units)
     m = batch * tokens
     if block.kind == ATTENTION:
-        tile = tiles.qkv_tile(m, d, itemsize, shared)
-        yield _product(m, d, 3 * d // 2, itemsize, tile)
-        yield _attention(batch, tokens, block, itemsize, shared)
-        yield _row_product(m, d, d, itemsize, shared)
+        yield _product(m, d, 3 * d, itemsize, chip)
+        yield _attention(batch, tokens, block, itemsize, device.shared_bytes)
+        yield _product(m, d, d, itemsize, chip, residual=True)
     else:
-        inner = block.token_inner
-        tile = tiles.gate_up_tile(batch * d, inner, tokens, itemsize, shared, plain=False)
-        yield _product(batch * d, tokens, inner, itemsize, tile)
-        yield _row_product(batch * d, block.token_inner, tokens, itemsize, shared)
-    tile = tiles.gate_up_tile(m, block.inner, d, itemsize, shared)
-    yield _product(m, d, block.inner, itemsize, tile)
-    yield _row_product(m, block.inner, d, itemsize, shared)
+        inner, state = block.token_inner, m * d * itemsize
+        if raw:
+            yield _Kernel(1, 0, state, state, state)
+        tile = tiles.product_tile(batch * d, 2 * inner, tokens, itemsize, chip, plain=False)
+        yield _product(batch * d, tokens, inner, itemsize, chip, swiglu=True, tile=tile)
+        tile = tiles.row_tile(tokens, inner, itemsize, chip)
+        yield _product(batch * d, inner, tokens, itemsize, chip, residual=True, tile=tile)
+    yield _product(m, d, block.inner, itemsize, chip, swiglu=True)
+    yield _product(m, block.inner, d, itemsize, chip, residual=True)
 
 
-def _product(m: int, k: int, n: int, itemsize: int, tile: tiles.Tile) -> _Kernel:
-    """Two products of n columns of one [m, k] (gate-up, and the halves of Q, K, V)."""
-    rows, columns = math.ceil(m / tile.rows), math.ceil(n / tile.cols)
+def _product(
+    m: int,
+    k: int,
+    n: int,
+    itemsize: int,
+    chip: tiles.Chip,
+    *,
+    swiglu: bool = False,
+    residual: bool = False,
+    tile: tiles.Tile | None = None,
+) -> _Kernel:
+    """A product that stores [m, n]; `swiglu`: of 2 n columns. A row's sums of squares, a few
+    numbers for each tile, are not counted."""
+    wide = 2 * n if swiglu else n
+    tile = tile or tiles.product_tile(m, wide, k, itemsize, chip)
+    programs = math.ceil(m / tile.rows) * math.ceil(wide / (2 * tile.cols))
     depth = round_up(k, tile.depth)
-    loaded = rows * columns * (tile.rows + 2 * tile.cols) * depth * itemsize
+    around = m * n * itemsize if residual else 0
+    loaded = programs * (tile.rows + 2 * tile.cols) * depth * itemsize + around
     flops = 4 * tile.rows * tile.cols * depth
-    return _Kernel(rows * columns, flops, loaded, m * k * itemsize, 2 * m * n * itemsize)
-
-
-def _row_product(m: int, k: int, n: int, itemsize: int, shared: int) -> _Kernel:
-    """A product whose programs own whole rows of n columns (O, down)."""
-    tile = tiles.row_tile(n, k, itemsize, shared)
-    rows, width = math.ceil(m / tile.rows), tile.cols * tile.chunks
-    depth = round_up(k, tile.depth)
-    loaded = (rows * (tile.rows + n) * depth + m * n) * itemsize
-    read = m * (k + n) * itemsize
-    return _Kernel(rows, 2 * tile.rows * width * depth, loaded, read, m * n * itemsize)
+    return _Kernel(programs, flops, loaded, m * k * itemsize + around, m * n * itemsize)
 
 
 def _attention(batch: int, tokens: int, block: BlockSpec, itemsize: int, shared: int) -> _Kernel:

@@ -50,7 +50,8 @@ def _call_input(dtype: torch.dtype, archs: tuple[str, ...]) -> TritonCase:
         from recurx.kernels.inject import launch_arguments
 
         arena = _meta(5, 64, 97, 512, dtype=dtype)
-        return launch_arguments(arena, _meta(256, dtype=torch.int32), 3)
+        squares = _meta(2, 64 * 97, dtype=torch.float32)
+        return launch_arguments(arena, _meta(256, dtype=torch.int32), 3, 2, squares, 1e-5)
 
     return TritonCase(f"call_input {_short(dtype)}", dtype, archs, kernel, launch, products=False)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from aot.triton_cases import ARCHS, GENERATIONS, Maker, TritonCase, _case, _meta
+from aot.triton_cases import ARCHS, GENERATIONS, UNITS, Maker, TritonCase, _case, _linear, _meta
 
 
 def _rms_backward(batch: int, tokens: int, d: int, over_tokens: bool = False) -> Maker:
@@ -25,37 +25,6 @@ def _rms_backward(batch: int, tokens: int, d: int, over_tokens: bool = False) ->
     return f"rms_backward{'_t' if over_tokens else ''} t={tokens} d={d}", kernel, launch
 
 
-def _dgrad(m: int, k: int, n: int, over_tokens: bool = False) -> Maker:
-    def kernel():
-        from recurx.kernels.dgrad import dgrad_kernel
-
-        return dgrad_kernel
-
-    def launch(dtype: torch.dtype, shared: int):
-        from recurx.kernels.dgrad import launch_arguments
-
-        d_x = _meta(2, n, m, dtype=dtype).mT if over_tokens else _meta(m, n, dtype=dtype)
-        d_out = _meta(*d_x.shape[:-1], k, dtype=dtype)
-        return launch_arguments(d_out, _meta(k, n, dtype=dtype), d_x, d_x, shared)
-
-    return f"dgrad{'_t' if over_tokens else ''} n={n} k={k}", kernel, launch
-
-
-def _dgrad_rms_backward(m: int, k: int, n: int) -> Maker:
-    def kernel():
-        from recurx.kernels.dgrad_rms_backward import dgrad_rms_backward_kernel
-
-        return dgrad_rms_backward_kernel
-
-    def launch(dtype: torch.dtype, shared: int):
-        from recurx.kernels.dgrad_rms_backward import launch_arguments
-
-        d_out, w, y = _meta(m, k, dtype=dtype), _meta(k, n, dtype=dtype), _meta(m, n, dtype=dtype)
-        return launch_arguments(d_out, w, y, y, _meta(m, dtype=torch.float32), y, shared)
-
-    return f"dgrad_rms_backward n={n} k={k}", kernel, launch
-
-
 def _swiglu_backward(m: int, n: int, f: int, over_tokens: bool = False) -> Maker:
     def kernel():
         from recurx.kernels.swiglu_backward import swiglu_backward_kernel
@@ -63,12 +32,13 @@ def _swiglu_backward(m: int, n: int, f: int, over_tokens: bool = False) -> Maker
         return swiglu_backward_kernel
 
     def launch(dtype: torch.dtype, shared: int):
+        from recurx.kernels import tiles
         from recurx.kernels.swiglu_backward import launch_arguments
 
         x = _meta(8, n, m, dtype=dtype).mT if over_tokens else _meta(m, n, dtype=dtype)
         w, down = _meta(2 * f, n, dtype=dtype), _meta(n, f, dtype=dtype)
         d_gate_up, mid = (_meta(*x.shape[:-1], c, dtype=dtype) for c in (2 * f, f))
-        return launch_arguments(x, w, down, x, d_gate_up, mid, shared)
+        return launch_arguments(x, w, down, x, d_gate_up, mid, tiles.Chip(shared, UNITS))
 
     return f"swiglu_backward{'_t' if over_tokens else ''} n={n} f={f}", kernel, launch
 
@@ -130,8 +100,7 @@ def _attention_backward(
 # What the window of TRM-att and TRM-mlp Sudoku launches; compiled for every architecture.
 MAIN = (
     _rms_backward(64, 97, 512),
-    _dgrad_rms_backward(97 * 64, 3072, 512),
-    _dgrad(97 * 64, 1536, 512),
+    _linear("dgrad", 97 * 64, 3072, 512),
     _swiglu_backward(97 * 64, 512, 1536),
     _wgrad(97 * 64, 1536, 512),
     _attention_backward("keys", 64, 97, 8, 64),
@@ -139,8 +108,8 @@ MAIN = (
 )
 # Over tokens, the widest rows, long and wide attention.
 MORE = (
-    _dgrad(512, 1024, 97, over_tokens=True),
-    _dgrad_rms_backward(97 * 64, 1536, 768),
+    _linear("dgrad", 512, 1024, 97, over_tokens=True),
+    _linear("dgrad", 97 * 8, 3072, 512),
     _wgrad(512, 97, 512, over_tokens=True),
     _attention_backward("queries", 64, 916, 8, 64),
     _attention_backward("keys", 2, 300, 2, 128),
@@ -149,7 +118,7 @@ THOROUGH = (
     _swiglu_backward(512, 97, 512, over_tokens=True),
     _attention_backward("keys", 64, 916, 8, 64),
     _rms_backward(64, 97, 512, over_tokens=True),
-    _dgrad_rms_backward(17 * 64, 256, 64),
+    _linear("dgrad", 17 * 64, 256, 64),
     _wgrad_sum(1536, 512),
     _attention_backward("keys", 2, 40, 2, 128),
     _attention_backward("queries", 2, 300, 2, 32),

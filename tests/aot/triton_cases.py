@@ -55,54 +55,62 @@ def _short(dtype: torch.dtype) -> str:
     return {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
 
 
-def _linear_residual_rms(m: int, k: int, n: int, transposed: bool = False) -> Maker:
-    def kernel():
-        from recurx.kernels.linear_residual_rms import linear_residual_rms_kernel
+UNITS = 132  # multiprocessors: tiles follow from them and from the shape
 
-        return linear_residual_rms_kernel
+
+def _linear(what: str, m: int, k: int, n: int, over_tokens: bool = False) -> Maker:
+    """A use of kernels/linear.py on raw rows, or over tokens on normalised ones; m rows."""
+
+    def kernel():
+        from recurx.kernels.linear import linear_kernel
+
+        return linear_kernel
 
     def launch(dtype: torch.dtype, shared: int):
-        from recurx.kernels.linear_residual_rms import launch_arguments
+        from recurx.kernels import tiles
+        from recurx.kernels.linear import launch_arguments
 
-        residual = _meta(2, n, m, dtype=dtype).mT if transposed else _meta(m, n, dtype=dtype)
-        a = _meta(*residual.shape[:-1], k, dtype=dtype)
-        return launch_arguments(a, _meta(n, k, dtype=dtype), residual, residual, 1e-5, shared)
+        def rows(columns: int) -> torch.Tensor:
+            if over_tokens:
+                return _meta(2, columns, m, dtype=dtype).mT
+            return _meta(m, columns, dtype=dtype)
 
-    name = "linear_residual_rms" + ("_t" if transposed else "")
-    return f"{name} n={n} k={k}", kernel, launch
+        chip = tiles.Chip(shared, UNITS)
+        a, w, out = rows(k), _meta(n, k, dtype=dtype), rows(n)
+        tile = tiles.product_tile(m, n, n, dtype.itemsize, chip)
+        sums = _meta(-(-n // (2 * tile.cols)), m, dtype=torch.float32)
+        more: dict = {"squares": _meta(2, m, dtype=torch.float32), "eps": 1e-5}
+        if what == "gate_up":
+            w = _meta(2 * n, k, dtype=dtype)
+            more = {} if over_tokens else more
+            more |= {"swiglu": True}
+        elif what == "residual":
+            more |= {"residual": out, "kept": sums, "norm": "sums"}
+        elif what == "rows":
+            a = _meta(2, m, k, dtype=dtype)
+            more = {"residual": out, "norm": "rows", "eps": 1e-5}
+        elif what == "dgrad":
+            a = _meta(*out.shape[:-1], k, dtype=dtype)
+            w, more = _meta(k, n, dtype=dtype).T, {"residual": out}
+        return launch_arguments(a, w, out, chip, **more)
+
+    name = "linear " + what + ("_t" if over_tokens else "")
+    return f"{name} m={m} n={n} k={k}", kernel, launch
 
 
-def _gate_up_swiglu(m: int, k: int, f: int, transposed: bool = False) -> Maker:
+def _normalise(batch: int, tokens: int, d: int) -> Maker:
     def kernel():
-        from recurx.kernels.gate_up_swiglu import gate_up_swiglu_kernel
+        from recurx.kernels.rms import normalise_kernel
 
-        return gate_up_swiglu_kernel
+        return normalise_kernel
 
     def launch(dtype: torch.dtype, shared: int):
-        from recurx.kernels.gate_up_swiglu import launch_arguments
+        from recurx.kernels.rms import launch_arguments
 
-        x = _meta(2, k, m, dtype=dtype).mT if transposed else _meta(m, k, dtype=dtype)
-        out = _meta(*x.shape[:-1], f, dtype=dtype)
-        return launch_arguments(x, _meta(2 * f, k, dtype=dtype), out, shared)
+        squares, scale = (_meta(n, batch * tokens, dtype=torch.float32) for n in (2, 1))
+        return launch_arguments(_meta(batch * tokens, d, dtype=dtype), squares, scale, 1e-5)
 
-    return f"gate_up_swiglu{'_t' if transposed else ''} f={f} k={k}", kernel, launch
-
-
-def _qkv_rope(batch: int, tokens: int, d: int, head_dim: int) -> Maker:
-    def kernel():
-        from recurx.kernels.qkv_rope import qkv_rope_kernel
-
-        return qkv_rope_kernel
-
-    def launch(dtype: torch.dtype, shared: int):
-        from recurx.kernels.qkv_rope import launch_arguments
-
-        x, w = _meta(batch, tokens, d, dtype=dtype), _meta(3 * d, d, dtype=dtype)
-        table = _meta(tokens, head_dim, dtype=torch.float32)
-        out = _meta(batch, tokens, 3 * d // head_dim, head_dim, dtype=dtype)
-        return launch_arguments(x, w, head_dim, (table, table), out, shared)
-
-    return f"qkv_rope t={tokens} d={d} head={head_dim}", kernel, launch
+    return f"normalise t={tokens} d={d}", kernel, launch
 
 
 def _attention(batch: int, tokens: int, heads: int, head_dim: int, rotate: bool = True) -> Maker:
@@ -126,18 +134,25 @@ def _attention(batch: int, tokens: int, heads: int, head_dim: int, rotate: bool 
 
 # What TRM-att and TRM-mlp Sudoku launch; compiled for every architecture.
 MAIN = (
-    _linear_residual_rms(97 * 64, 1536, 512),
-    _linear_residual_rms(512, 512, 97, transposed=True),
-    _gate_up_swiglu(97 * 64, 512, 1536),
-    _qkv_rope(64, 97, 512, 64),
+    _linear("linear", 97 * 64, 512, 1536),
+    _linear("residual", 97 * 64, 1536, 512),
+    _linear("gate_up", 97 * 64, 512, 1536),
+    _linear("rows", 512, 512, 97, over_tokens=True),
     _attention(64, 97, 8, 64),
     _attention(64, 97, 8, 64, rotate=False),
 )
-# The widest and a small rms, the first product of the token-MLP, the longest and a small attention.
+# The tiles of few rows (B = 1, 8), a wide and a small net, the first product of the token-MLP, the
+# longest and a small attention.
 MORE = (
-    _linear_residual_rms(97 * 64, 768, 768),
-    _linear_residual_rms(17 * 64, 256, 64),
-    _gate_up_swiglu(512, 97, 512, transposed=True),
+    _linear("residual", 97, 1536, 512),
+    _linear("residual", 97 * 8, 1536, 512),
+    _linear("gate_up", 97 * 8, 512, 1536),
+    _linear("residual", 97 * 32, 768, 768),
+    _linear("residual", 17 * 64, 256, 64),
+    _linear("gate_up", 512, 97, 512, over_tokens=True),
+    _linear("gate_up", 512 * 64, 97, 512, over_tokens=True),
+    _linear("rows", 512, 512, 916, over_tokens=True),
+    _normalise(64, 97, 512),
     _attention(64, 916, 8, 64),
     _attention(64, 916, 8, 64, rotate=False),
     _attention(2, 40, 2, 128),
@@ -157,11 +172,12 @@ def cases(thorough: bool = False) -> Iterator[TritonCase]:
         yield _case(maker, bf16, ARCHS if thorough else GENERATIONS)
         if thorough:
             yield _case(maker, fp32, ARCHS)
-    from aot import recursion_cases, step_cases, triton_backward_cases
+    from aot import pointwise_cases, recursion_cases, step_cases, triton_backward_cases
 
     yield from recursion_cases.cases(thorough)
     yield from triton_backward_cases.cases(thorough)
     yield from step_cases.cases(ARCHS if thorough else GENERATIONS)
+    yield from pointwise_cases.cases(thorough)
 
 
 def _case(maker: Maker, dtype: torch.dtype, archs: tuple[str, ...]) -> TritonCase:

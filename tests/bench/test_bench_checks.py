@@ -15,8 +15,12 @@ from recurx.bench.provenance import ROOT
 from recurx.bench.suites import Group
 from recurx.bench.variants import Variant
 
+CALL_GRADIENT = "gradient of a call"
 
-@pytest.mark.parametrize("name, most", [("one call", 1.25), ("gradient", 1.25), ("logits", 1.5)])
+
+@pytest.mark.parametrize(
+    "name, most", [("one call", 1.25), ("gradient", 1.25), (CALL_GRADIENT, 1.25), ("logits", 1.5)]
+)
 def test_a_little_more_than_the_error_of_eager_is_right(name, most):
     exact, noise = torch.randn(1000), torch.randn(1000)
 
@@ -50,6 +54,32 @@ def test_a_gradient_may_drift_as_eagers_own_gradients_do():
     assert not reason(0.08) and "drift 0.1" in reason(0.1)
     del exact["gradient spread"]
     assert "allowed 0.01" in reason(0.08)
+
+
+def test_in_chaos_the_gradient_of_a_call_is_judged_and_the_whole_one_is_not():
+    """In bf16 eager's own gradient drifts by more than its norm."""
+    exact, noise = torch.randn(1000), torch.randn(1000)
+    yard, got = exact + noise, exact + 3 * noise
+
+    def verdict(name, got=got):
+        return checks.judge({name: got}, {name: exact}, {name: yard})
+
+    assert not verdict("gradient").reason and verdict("gradient").drift["gradient"] > 1
+    assert "not finite" in verdict("gradient", got / 0).reason
+    assert "drift" in verdict(CALL_GRADIENT).reason
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_wrong_gradient_of_a_call_is_seen(dtype):
+    """Planted: gradients that are too long, by a few roundings of bf16."""
+    exact = reference.outputs("toy", "train", 2, "cpu", "")
+    yard = subjects.subject("toy", "train", Variant("eager", dtype), 2, "cpu", "net", "")
+    made = subjects.subject("toy", "train", Variant("recurx-cpu", dtype), 2, "cpu", "net", "")
+    reason = checks.judge(made.call_gradient, exact, yard.call_gradient).reason
+    assert not reason
+    longer = 1.1 if dtype == "bf16" else 1.01
+    wrong = {name: longer * found for name, found in made.call_gradient.items()}
+    assert "gradient of a call: drift" in checks.judge(wrong, exact, yard.call_gradient).reason
 
 
 WRONG = {  # where a recursion whose states are right, or nearly, goes on to a wrong gradient

@@ -83,7 +83,7 @@ def residual_linear(x, w):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("m, n, k", [(67, 96, 160), (5, 768, 32), (130, 384, 48)])
 def test_dgrad(triton_device, m, n, k, dtype):
-    from recurx.kernels.dgrad import dgrad
+    from recurx.kernels.linear import dgrad
 
     w = randn(k, n, seed=0, scale=n**-0.5).to(triton_device, dtype)
     d_out = randn(m, k, seed=1).to(triton_device, dtype)
@@ -96,7 +96,7 @@ def test_dgrad(triton_device, m, n, k, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dgrad_over_tokens_writes_through_strides(triton_device, dtype):
-    from recurx.kernels.dgrad import dgrad
+    from recurx.kernels.linear import dgrad
 
     w = padded(randn(64, 33, seed=0, scale=0.2).to(triton_device, dtype))  # [2F, T]
     d_out = randn(2, 48, 64, seed=1).to(triton_device, dtype)  # [B, D, 2F]
@@ -105,25 +105,6 @@ def test_dgrad_over_tokens_writes_through_strides(triton_device, dtype):
     assert got.stride() == residual.stride()
     exact = residual.double().cpu() + d_out.double().cpu() @ w.double().cpu()
     assert_as_exact(got, residual.cpu() + d_out.cpu() @ w.cpu(), exact, 1.5)
-
-
-def product_and_residual_of_rms(x, w):
-    """Two results that together have the gradient d_y = residual + d_out @ w."""
-    y = rms(x)
-    return torch.cat([y @ w.T, y], dim=-1)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("m, n, k", [(67, 96, 160), (9, 384, 48), (33, 512, 64), (5, 768, 32)])
-def test_dgrad_rms_backward(triton_device, m, n, k, dtype):
-    from recurx.kernels.dgrad_rms_backward import dgrad_rms_backward
-
-    x = randn(m, n, seed=0).to(triton_device, dtype)
-    w = randn(k, n, seed=1, scale=n**-0.5).to(triton_device, dtype)
-    d_out, residual = (randn(m, c, seed=s).to(triton_device, dtype) for c, s in ((k, 2), (n, 3)))
-    y, scale = kept_by_forward(x)
-    got = dgrad_rms_backward(d_out, padded(w), residual, y, scale)
-    judge(got, product_and_residual_of_rms, (x, w), torch.cat([d_out, residual], dim=-1))
 
 
 # ---- swiglu ------------------------------------------------------------------------------------

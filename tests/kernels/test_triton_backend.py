@@ -154,21 +154,40 @@ def test_a_stale_sum_is_rejected(monkeypatch):
 
 BUGS = {
     "gate and up swapped": (
-        "gate_up_swiglu", "middle = gate * tl.sigmoid(gate) * up",
-        "middle = up * tl.sigmoid(up) * gate", (ATTENTION, TOKEN_MLP),
+        "linear", "gate_up_swiglu", "first * tl.sigmoid(first) * second",
+        "second * tl.sigmoid(second) * first", (ATTENTION, TOKEN_MLP),
     ),
-    "rope dropped": ("qkv_rope", '"ROTATE": cos_sin is not None', '"ROTATE": False', (ATTENTION,)),
+    "rope dropped": (
+        "block", "run_block", "cos_sin=cos_sin, out=mixed", "cos_sin=None, out=mixed", (ATTENTION,),
+    ),
     "no mask at T": (
-        "attention", 'scores = tl.where(keys[None, :] < T, scores, float("-inf"))',
+        "attention", "attention", 'scores = tl.where(keys[None, :] < T, scores, float("-inf"))',
         "scores = scores + 0", (ATTENTION,),
     ),
     "residual is not added": (
-        "linear_residual_rms", "acc0 += _load_residual", "acc0 += 0 * _load_residual",
-        (ATTENTION, TOKEN_MLP),
+        "linear", "linear_residual", "other=0.0).to(tl.float32)",
+        "other=0.0).to(tl.float32) * 0.0", (ATTENTION, TOKEN_MLP),
     ),
     "padding counts in the mean": (
-        "linear_residual_rms", "squares / N + EPS", "squares / (COLS * CHUNKS) + EPS",
-        (TOKEN_MLP,),
+        "linear", "linear_residual_rms", "/ N + EPS", "/ (2 * COLS) + EPS", (TOKEN_MLP,),
+    ),
+    "the middle is not scaled": (
+        "block", "run_block", "gate_up, squares=mid_squares", "gate_up, squares=None", (ATTENTION,),
+    ),
+    "squares of the block before": (
+        "block", "run_block", "gate_up, squares=mid_squares",
+        "gate_up, squares=mid_squares if squares is None else squares", (ATTENTION,),
+    ),
+    "the next block takes raw rows as they are": (
+        "block", "run_call", "squares = scratch.squares", "squares = None", (ATTENTION, TOKEN_MLP),
+    ),
+    "library: gate and up swapped": (
+        "pointwise", "swiglu", "middle = gate * tl.sigmoid(gate) * up",
+        "middle = up * tl.sigmoid(up) * gate", (ATTENTION, TOKEN_MLP),
+    ),
+    "library: residual is not added": (
+        "pointwise", "add_rms", "x = _load(residual", "x = 0 * _load(residual",
+        (ATTENTION, TOKEN_MLP),
     ),
 }  # fmt: skip
 
@@ -178,12 +197,49 @@ BUGS = {
     "bug, kind", [(bug, kind) for bug, (*_, kinds) in BUGS.items() for kind in kinds]
 )
 def test_planted_bugs_are_rejected(bug, kind, dtype, monkeypatch, tmp_path):
-    from recurx.kernels import block
+    from recurx.kernels import block, library, tiled
 
-    module, old, new, _ = BUGS[bug]
-    monkeypatch.setattr(block, module, getattr(planted(module, old, new, tmp_path), module))
-    with triton_on_cpu("tiled"), pytest.raises(AssertionError, match="relative error"):
-        teacher_forced(run, ONE_CALL, {"L": make_net(kind, blocks=1)}, dtype)
+    module, name, old, new, _ = BUGS[bug]
+    mutant, way = planted(module, old, new, tmp_path), "tiled"
+    if module == "block":
+        monkeypatch.setattr(tiled, "run_call", mutant.run_call)
+    elif module == "pointwise":
+        way = "library"
+        monkeypatch.setattr(library, name, getattr(mutant, name))
+    else:
+        monkeypatch.setattr(block, name, getattr(mutant, name))
+    net = make_net(kind, blocks=2 if module == "block" else 1)
+    with triton_on_cpu(way), pytest.raises(AssertionError, match="relative error"):
+        teacher_forced(run, ONE_CALL, {"L": net}, dtype)
+
+
+LEFT_RAW = {
+    "a raw state is summed as it is": (
+        "inject", "form_call_input", "value = tl.where(slot == raw, normed, value)",
+        "value = tl.where(slot < 0, normed, value)",
+    ),
+    "a raw state stays raw": ("inject", "form_call_input", "if raw != write:", "if raw < 0:"),
+    "the last state stays raw": ("tiled", "normalise", "", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", LEFT_RAW)
+def test_states_that_are_left_raw_are_rejected(bug, monkeypatch, tmp_path):
+    """Within a run of calls only: one call alone forms its input of states that are normalised."""
+    from recurx.kernels import tiled
+
+    module, name, old, new = LEFT_RAW[bug]
+    if module == "tiled":
+        monkeypatch.setattr(tiled, "normalise", lambda *_, **__: None)
+    else:
+        monkeypatch.setattr(tiled, name, getattr(planted(module, old, new, tmp_path), name))
+    schedule = SYSTEMS["trm"]
+    net = make_net(ATTENTION, **SMALL_NET)
+    x, carry = make_inputs(schedule, batch=1, dtype=torch.float32, **SMALL)
+    want = reference.run(schedule, {"L": net}, x, carry, TABLES)
+    with triton_on_cpu("tiled"):
+        got = run(schedule, {"L": net}, x, carry, cos_sin=TABLES)
+    assert any((got[name] - want[name]).norm() > 0.01 * want[name].norm() for name in want)
 
 
 # ---- what a call reads -------------------------------------------------------------------------
@@ -213,8 +269,9 @@ def test_call_inputs_have_the_bits_of_the_reference(system, dtype, triton_device
 
 def test_another_order_of_the_sums_is_rejected(triton_device, tmp_path):
     """(z_L + z_H) + x in the place of z_L + (z_H + x)."""
-    old = """        inject = read_sum(arena, table, at + states, injects,"""
-    new = """        h = read_sum(arena, table, at, states + injects, slot_stride, offset, mask)
+    old = """        inject = read_sum(arena, table, at, injects,"""
+    new = """        at -= states
+        h = read_sum(arena, table, at, states + injects, slot_stride, offset, mask, raw, factor)
         inject = 0 * read_sum(arena, table, at + states, injects,"""
     form = planted("inject", old, new, tmp_path).form_call_input
     for dtype in DTYPES:
@@ -235,8 +292,26 @@ def test_what_it_cannot_run_is_said_in_one_sentence():
     assert "head_dim" in refusal(make_net(heads=4))
     assert "float16" in refusal(make_net(), dtype=torch.float16)
     assert "T=1024" in refusal(make_net(), tokens=1025)
-    assert "D=1024" in refusal(make_net(hidden=1088, inner=32, heads=17), hidden=1088)
+    assert "D=4096" in refusal(make_net(hidden=4160, inner=1, heads=65), hidden=4160)
+    assert refusal(make_net(hidden=1088, inner=32, heads=17), hidden=1088) is None  # the library
     assert refusal(make_net()) is None
+
+
+def test_a_kind_of_plan_by_name_runs_or_refuses():
+    net, (x, carry) = make_net(blocks=1), make_inputs(ONE_CALL, batch=1)
+    wide = make_net(hidden=1088, inner=32, heads=17, blocks=1)
+    with triton_on_cpu():
+        for kind in KINDS:
+            alone = backends.get(f"triton/{kind}")
+            assert alone.name == f"triton/{kind}"
+            assert alone.tapes is backends.get("triton").tapes
+            assert alone.plan(problem_for(ONE_CALL, {"L": net}, x), x.device).kind == kind
+        x, carry = make_inputs(ONE_CALL, batch=1, hidden=1088)
+        for kind in ("tiled", "persistent"):
+            with pytest.raises(BackendUnavailable, match=r"got .*1088"):
+                recurx.recurse(ONE_CALL, {"L": wide}, x, carry, backend=f"triton/{kind}")
+        with pytest.raises(recurx.InvalidArgument, match="triton/tiled, triton/library"):
+            recurx.recurse(ONE_CALL, {"L": wide}, x, carry, backend="triton/best")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

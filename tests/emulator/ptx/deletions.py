@@ -174,7 +174,7 @@ def _one_entry(ptx: str, template: str) -> str:
 
 def triton_subject(arch: str) -> Subject:
     """The smallest linear_residual_rms whose pipeline fills and drains."""
-    from recurx.kernels.linear_residual_rms import linear_residual_rms
+    from recurx.kernels.linear import linear_residual_rms
 
     from .triton_launch import captured
 

@@ -41,47 +41,60 @@ def randn(*shape, seed, scale=1.0):
     return values.bfloat16()
 
 
-def linear_residual_rms():
-    from recurx.kernels.linear_residual_rms import linear_residual_rms
+def rms(x):
+    return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-5)
 
-    a, w, residual = (
-        randn(70, 256, seed=0),
-        randn(64, 256, seed=1, scale=0.06),
-        randn(70, 64, seed=2),
-    )
-    x = residual.double() + a.double() @ w.double().T
-    want = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-5)
-    return lambda: linear_residual_rms(a, w, residual), want
+
+def raw_rows(m, n):
+    """(rows, their squares as two tiles of columns left them, what the rows are when normalised)"""
+    raw = randn(m, n, seed=2, scale=3.0)
+    halves = raw.float().square().chunk(2, dim=1)
+    return raw, torch.stack([half.sum(1) for half in halves]).contiguous(), rms(raw.double())
+
+
+def linear():
+    from recurx.kernels.linear import linear
+
+    raw, squares, x = raw_rows(70, 256)
+    w = randn(80, 256, seed=1, scale=0.06)
+    return lambda: linear(raw, w, squares=squares), x @ w.double().T
+
+
+def linear_residual():
+    """The residual is scaled as it is added, and what is left raw is normalised in place."""
+    from recurx.kernels.linear import linear_residual, new_squares
+    from recurx.kernels.rms import normalise
+
+    raw, squares, x = raw_rows(70, 80)
+    a, w = randn(70, 256, seed=0), randn(80, 256, seed=1, scale=0.06)
+    sums = new_squares(70, raw)
+
+    def call():
+        linear_residual(a, w, raw, sums, squares=squares, out=raw)
+        return normalise(raw, sums)
+
+    return call, rms(x + a.double() @ w.double().T)
 
 
 def linear_residual_rms_over_tokens():
-    from recurx.kernels.linear_residual_rms import linear_residual_rms
+    from recurx.kernels.linear import linear_residual_rms
 
     middle, w = randn(1, 48, 64, seed=0), randn(97, 64, seed=1, scale=0.1)
     h = randn(1, 97, 48, seed=2).transpose(1, 2)
     x = h.double() + middle.double() @ w.double().T
-    want = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-5)
-    return lambda: linear_residual_rms(middle, w, h), want
+    return lambda: linear_residual_rms(middle, w, h), rms(x)
 
 
 def gate_up_swiglu():
-    from recurx.kernels.gate_up_swiglu import gate_up_swiglu
+    from recurx.kernels.linear import gate_up_swiglu
 
-    x, w = randn(70, 97, seed=0), randn(160, 97, seed=1, scale=0.1)
-    gate, up = (x.double() @ w.double().T).chunk(2, dim=1)
-    return lambda: gate_up_swiglu(x, w), torch.nn.functional.silu(gate) * up
-
-
-def qkv_rope():
-    from recurx.kernels.qkv_rope import qkv_rope
-
-    x, w = randn(1, 33, 64, seed=0), randn(192, 64, seed=1, scale=0.12)
-    angle = torch.arange(33)[:, None] * torch.linspace(1, 0.01, 32).repeat(2)
-    cos, sin = angle.cos(), angle.sin()
-    heads = (x.double() @ w.double().T).view(1, 33, 3, 64)
-    turned = reference.rope_rotate(heads[:, :, :2], cos.double(), sin.double())
-    want = torch.cat([turned, heads[:, :, 2:]], dim=2)
-    return lambda: qkv_rope(x, w, 64, (cos, sin)), want
+    raw, squares, x = raw_rows(70, 97)
+    w = randn(160, 97, seed=1, scale=0.1)
+    gate, up = (x @ w.double().T).chunk(2, dim=1)
+    return (
+        lambda: gate_up_swiglu(raw, w, squares=squares),
+        torch.nn.functional.silu(gate) * up,
+    )
 
 
 def attention():
@@ -115,31 +128,18 @@ def rotating_attention_of_many():
 
 
 TRITON = [
-    linear_residual_rms, linear_residual_rms_over_tokens, gate_up_swiglu, qkv_rope, attention,
+    linear, linear_residual, linear_residual_rms_over_tokens, gate_up_swiglu, attention,
     rotating_attention_of_one_step, rotating_attention_of_many,
 ]  # fmt: skip
-
-
-# NOTE: Triton 3.6 puts no fence.proxy.async between cp.async and the wgmma that reads what came;
-# the race checker found it, and 3.7 has the fence.
-UNFENCED = (linear_residual_rms, attention)
 
 
 @pytest.mark.parametrize("arch", ["80", "90"])
 @pytest.mark.parametrize("make", TRITON, ids=lambda make: make.__name__)
 def test_triton_ptx(arch, make):
-    triton = pytest.importorskip("triton")
+    pytest.importorskip("triton")
     from .triton_launch import emulating
 
     call, want = make()
-    old = tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 7)
-    if old and arch == "90" and make in UNFENCED:
-        with (
-            pytest.raises(build.EmulatorFault, match=r"missing fence\.proxy\.async"),
-            emulating(arch),
-        ):
-            call()
-        return
     with emulating(arch):
         got = call().double()
     # One rounding to bf16 of the result, and of the probabilities in attention.

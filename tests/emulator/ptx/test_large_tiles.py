@@ -1,4 +1,4 @@
-"""The 128-row tiles of large batches (kernels/tiles.py), from their PTX, on a small problem."""
+"""The largest tile, of large batches (kernels/tiles.py), from their PTX, on a small problem."""
 
 from __future__ import annotations
 
@@ -15,22 +15,30 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("arch", ["80", "90"])
-def test_gate_up(arch, monkeypatch):
+@pytest.mark.parametrize("what", ["gate_up", "residual"])
+def test_the_largest_tile(arch, what, monkeypatch):
     from recurx.kernels import tiles
-    from recurx.kernels.gate_up_swiglu import gate_up_swiglu, launch_arguments
+    from recurx.kernels.linear import gate_up_swiglu, linear_residual, new_squares
 
     from .triton_launch import emulating
 
-    monkeypatch.setattr(tiles, "LARGE_PROGRAMS", 1)
+    monkeypatch.setattr(tiles, "PRODUCT_TILES", {2: ((128, 256),)})
     shared = tiles.SHARED_BYTES[int(arch)]
     monkeypatch.setattr(tiles, "shared_bytes", lambda device: shared)
+    tiles.product_tile.cache_clear()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(130, 128, generator=generator).bfloat16()
     w = (torch.randn(2 * 144, 128, generator=generator) * 128**-0.5).bfloat16()
-    _, constants, _ = launch_arguments(x, w, x.new_empty(130, 144), shared)
-    assert (constants["ROWS"], constants["COLS"]) == (128, 128)
+    residual = torch.randn(130, 288, generator=generator).bfloat16()
+    tile = tiles.product_tile(130, 288, 128, 2, tiles.chip(x.device))
+    assert (tile.rows, tile.cols) == (128, 128)
+    sums = new_squares(130, residual)
     with emulating(arch):
-        got = gate_up_swiglu(x, w)
-    gate, up = (x.double() @ w.double().T).chunk(2, dim=1)
-    want = torch.nn.functional.silu(gate) * up
+        got = gate_up_swiglu(x, w) if what == "gate_up" else linear_residual(x, w, residual, sums)
+    product = x.double() @ w.double().T
+    gate, up = product.chunk(2, dim=1)
+    want = torch.nn.functional.silu(gate) * up if what == "gate_up" else product + residual
     torch.testing.assert_close(got.double(), want, rtol=2**-7, atol=4e-3)
+    if what == "residual":
+        torch.testing.assert_close(sums.sum(0).double(), want.square().sum(1), rtol=1e-4, atol=0)
+    tiles.product_tile.cache_clear()

@@ -135,3 +135,26 @@ def test_the_sums_before_a_call():
     inject = case.carry["z_H"] + case.x
     assert torch.equal(arena[3], inject)
     assert torch.equal(arena[1], case.carry["z_L"] + inject)
+
+
+def test_a_state_that_was_left_raw():
+    """It is normalised as it is summed, and where it lies, if the call writes another."""
+    from recurx.kernels.inject import form_call_input
+
+    from .triton_launch import emulating
+
+    case = Case()
+    arena = case.arena()
+    words = device_words(case.program.table(case.tape.of_net), arena.device)
+    rows = case.program.rows
+    before = next(n for n, row in enumerate(rows[:-1]) if rows[n + 1].write != row.write)
+    left, after = rows[before].write, rows[before + 1]
+    assert (after.state, after.inject) == ((after.write,), (left,))
+    raw = arena[left] = 3 * case.x
+    squares = torch.stack([half.sum(-1).view(-1) for half in raw.float().square().chunk(2, -1)])
+    state = arena[after.write].clone()
+    with emulating("80", watch=(arena,)):
+        form_call_input(arena, words, before + 1, before=before, squares=squares, eps=1e-5)
+    scale = torch.rsqrt(raw.double().square().mean(-1, keepdim=True) + 1e-5)
+    torch.testing.assert_close(arena[left].double(), raw.double() * scale, rtol=2**-8, atol=0)
+    assert torch.equal(arena[after.write], state + arena[left])

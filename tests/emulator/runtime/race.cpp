@@ -145,6 +145,7 @@ void RaceChecker::check_read(Cell& c, const Event& e, const View& view, const ui
 // Generic writes reach the async proxy (wgmma, bulk copies) only through fence.proxy.async, made by
 // the thread that wrote.
 void RaceChecker::check_proxy(const Cell& c, const Event& e, const View& view, const uint8_t* at) {
+  if (!gang_->config.proxies) return;
   if (e.kind != Kind::kAsync || !c.write.clock || c.write.kind == Kind::kAsync) return;
   if (!fenced(c.write, view))
     report("missing fence.proxy.async after a generic write", at, e, c.write);
