@@ -6,7 +6,7 @@ Importing this package needs neither triton nor a GPU; importing one of its modu
     linear                every product of a block: Q, K, V; gate and up with SwiGLU; O and down
                           with their residual, whose norm is left to who reads the rows
     rms                   that norm alone, where nobody can take it over
-    attention             softmax(Q K^T / sqrt(head_dim)) V
+    attention             softmax(Q K^T / sqrt(head_dim)) V, Q and K rotated as they are loaded
 
     swiglu_backward       d_gate_up of a SwiGLU from the gradient of its result
     attention_backward    d_qkv, rotated back

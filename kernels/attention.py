@@ -67,7 +67,7 @@ def load_head(
 @triton.jit
 def attention_kernel(
     qkv, cos, sin, out, lse, SCALE: tl.constexpr, ROTATE: tl.constexpr, KEEP_LSE: tl.constexpr,
-    T: tl.constexpr, H: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PEEL: tl.constexpr, T: tl.constexpr, H: tl.constexpr, HEAD_DIM: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # One axis: the others of a grid end at 65535, which B * H may pass.
@@ -85,8 +85,8 @@ def attention_kernel(
     highest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, HEAD_DIM), tl.float32)
-    REST: tl.constexpr = T % COLS
-    for part in tl.static_range(2):  # steps of COLS keys, then what is left, which needs a mask
+    REST: tl.constexpr = T % COLS if PEEL else T
+    for part in tl.static_range(2):  # steps of COLS keys, then the rest, which needs a mask
         for start in range(part * (T - REST), T - REST + part * REST, COLS):
             keys = start + tl.arange(0, COLS)
             k_low, k_high = load_head(k_g, cos, sin, keys, STRIDE, T, HALF, ROTATE, part == 0)
@@ -178,7 +178,8 @@ def launch_arguments(
     constants = {
         "SCALE": math.log2(math.e) / math.sqrt(head_dim),
         "ROTATE": rotate, "KEEP_LSE": lse is not None,
-        "T": tokens, "H": heads // 3, "HEAD_DIM": head_dim,
+        # Two loops want more registers than one: too many where fp32 operands come from registers.
+        "PEEL": qkv.element_size() == 2, "T": tokens, "H": heads // 3, "HEAD_DIM": head_dim,
         "ROWS": tile.rows, "COLS": tile.cols, "PRECISION": "ieee",
     }  # fmt: skip
     return (qkv, cos, sin, out, out if lse is None else lse), constants, tiles.options(tile)

@@ -56,7 +56,7 @@ def _store_rotated_back(
 def attention_backward_keys_kernel(
     qkv, out, d_out, lse, delta, cos, sin, d_qkv, SCALE: tl.constexpr,
     T: tl.constexpr, H: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr,
-    TURN: tl.constexpr, WHOLE: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr,
+    TURN: tl.constexpr, WHOLE: tl.constexpr, PEEL: tl.constexpr, ROWS: tl.constexpr,
     COLS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(T, COLS)
@@ -77,7 +77,8 @@ def attention_backward_keys_kernel(
     d_k_low = tl.zeros((COLS, HALF), tl.float32)
     d_k_high = tl.zeros((COLS, HALF), tl.float32)
     d_v = tl.zeros((COLS, 2 * HALF), tl.float32)
-    for part in tl.static_range(2):  # steps of ROWS queries, then the REST, under a mask
+    REST: tl.constexpr = T % ROWS if PEEL else T
+    for part in tl.static_range(2):  # steps of ROWS queries, then the rest, under a mask
         for start in range(part * (T - REST), T - REST + part * REST, ROWS):
             rows = start + tl.arange(0, ROWS)
             q_low, q_high = load_head(q_g, cos, sin, rows, stride, T, HALF, TURN, part == 0)
@@ -120,7 +121,8 @@ def attention_backward_keys_kernel(
 def attention_backward_queries_kernel(
     qkv, out, d_out, lse, delta, cos, sin, d_qkv, SCALE: tl.constexpr,
     T: tl.constexpr, H: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr,
-    TURN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.constexpr,
+    TURN: tl.constexpr, PEEL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(T, ROWS)
     number = tl.program_id(0) // across
@@ -143,7 +145,7 @@ def attention_backward_queries_kernel(
     shift = tl.load(lse + row_at + rows, mask=rows < T, other=0.0)
     d_q_low = tl.zeros((ROWS, HALF), tl.float32)
     d_q_high = tl.zeros((ROWS, HALF), tl.float32)
-    REST: tl.constexpr = T % COLS
+    REST: tl.constexpr = T % COLS if PEEL else T
     for part in tl.static_range(2):  # as above, over keys
         for start in range(part * (T - REST), T - REST + part * REST, COLS):
             keys = start + tl.arange(0, COLS)
@@ -174,9 +176,9 @@ def attention_backward(
 ) -> torch.Tensor:
     """d_qkv, like qkv [B, T, 3H, head_dim]: the gradient of X @ W^T, before the rotation.
 
-    qkv rotated, as `qkv_rope` writes it; or, with rotated=False, as X @ W^T and as `attention` took
-    it with the same cos_sin: then Q and K are rotated as they are loaded. Where cos_sin is None
-    there is no rotation at all. out and d_out [B, T, H, head_dim], lse [B, H, T] float32 of
+    qkv with Q and K rotated; or, with rotated=False, as X @ W^T and as `attention` took it with the
+    same cos_sin: then they are rotated as they are loaded. Where cos_sin is None there is no
+    rotation at all. out and d_out [B, T, H, head_dim], lse [B, H, T] float32 of
     `attention`, cos and sin float32 [T, head_dim] or None; all contiguous, head_dim 32, 64 or 128,
     T at most 1024. Raises InvalidArgument on anything else.
     """
@@ -217,17 +219,17 @@ def launch_arguments(
 ) -> tuple[tuple, dict, dict]:
     """(runtime arguments, compile-time arguments, compiler options) of the launch over keys."""
     _, tokens, heads, head_dim = qkv.shape
+    turn = cos_sin is not None and not rotated
     tile, whole = backward_tiles.attention_backward_tile(
-        tokens, head_dim, qkv.element_size(), shared
+        tokens, head_dim, qkv.element_size(), shared, turn
     )
     cos, sin = cos_sin if cos_sin else (lse, lse)  # not read without ROTATE
     # Two loops want more registers than one: they are for wgmma, and not for the widest heads.
-    peeled = shared >= backward_tiles.WGMMA_SHARED and head_dim < 128
+    peel = qkv.element_size() == 2 and shared >= backward_tiles.WGMMA_SHARED and head_dim < 128
     constants = {
         "SCALE": 1.0 / math.sqrt(head_dim),
         "T": tokens, "H": heads // 3, "HALF": head_dim // 2, "ROTATE": cos_sin is not None,
-        "TURN": cos_sin is not None and not rotated,
-        "WHOLE": whole, "REST": tokens % tile.rows if peeled else tokens,
+        "TURN": turn, "WHOLE": whole, "PEEL": peel,
         "ROWS": tile.rows, "COLS": tile.cols, "PRECISION": "ieee",
     }  # fmt: skip
     args = (qkv, out, d_out, lse, delta, cos, sin, d_qkv)
@@ -237,5 +239,5 @@ def launch_arguments(
 def over_queries(constants: dict) -> dict:
     """The compile-time arguments of the launch over queries: it owns as many queries as the other
     owns keys, and steps over as many keys."""
-    rest = {name: value for name, value in constants.items() if name not in ("WHOLE", "REST")}
+    rest = {name: value for name, value in constants.items() if name != "WHOLE"}
     return {**rest, "ROWS": constants["COLS"], "COLS": constants["ROWS"]}

@@ -1,15 +1,16 @@
-"""Tile sizes of the backward kernels, chosen as in tiles.py: from shape, storage type and shared
-memory, never from a device's name.
+"""Tile sizes of the backward kernels, chosen as in tiles.py: from shape, storage type, shared
+memory and the number of multiprocessors, never from a device's name.
 """
 
 from __future__ import annotations
 
 from .tiles import SCRATCH_BYTES, Chip, Tile
 
-# Programs that the split of a weight gradient aims at: two for each of an H100's 132 SMs.
-WGRAD_PROGRAMS = 264
 WGMMA_SHARED = 200_000  # a block with more is one of sm_90 or sm_100 (tiles.SHARED_BYTES)
 WGRAD_ROWS = 512  # fewest rows of one split: below it the partial sums cost more than the product
+WGRAD_BYTES = 1 << 26  # most memory for one weight's partial sums
+WGRAD_WAVES = 8  # most waves of programs: 7 of 8 are full even if the last has a single program
+FLOPS_A_BYTE = 200  # of bf16 products and of DRAM on an H100: 600 TFLOP/s and 3 TB/s (published)
 
 
 def _power(n: int) -> int:
@@ -36,42 +37,54 @@ def swiglu_backward_tile(m: int, n: int, k: int, itemsize: int, chip: Chip) -> T
     return _staged(rows, cols, 2, depth, warps, itemsize, chip.shared)
 
 
-def wgrad_tile(m: int, n: int, k: int, itemsize: int, shared: int) -> tuple[Tile, int]:
-    """rows x cols of a weight gradient [n, k] over m rows, and into how many ranges m is cut.
-
-    The cut follows from the shape alone, so a rerun adds in the same order.
-    """
+def wgrad_tile(m: int, n: int, k: int, itemsize: int, shared: int) -> Tile:
+    """rows x cols of a weight gradient [n, k] over m rows, depth rows a step."""
     largest = 64 if itemsize == 4 else 128
     rows, cols = min(largest, _power(n)), min(largest, _power(k))
     depth = min(32 if itemsize == 4 else 64, _power(max(1, m)))
-    warps = 8 if rows * cols >= 128 * 128 else 4
-    tiles = -(-n // rows) * -(-k // cols)
-    split = max(1, min(-(-WGRAD_PROGRAMS // tiles), m // WGRAD_ROWS))
-    return _staged(rows, cols, 1, depth, warps, itemsize, shared), split
+    return _staged(rows, cols, 1, depth, 8 if rows * cols >= 128 * 128 else 4, itemsize, shared)
+
+
+def wgrad_split(m: int, n: int, k: int, tile: Tile, units: int) -> int:
+    """Into how many ranges the m rows of a weight gradient [n, k] are cut on `units` SMs.
+
+    The split of least time, reckoned: an SM has one program of a wave, a wave ends with its last
+    program, and each range costs a read and a write of its fp32 partial sums.
+    """
+    tiles = -(-n // tile.rows) * -(-k // tile.cols)
+
+    def cost(split: int) -> int:
+        rows = -(-tiles * split // units) * -(-m // split)  # that one SM goes over, in its waves
+        return rows * units * 2 * tile.rows * tile.cols + split * n * k * 8 * FLOPS_A_BYTE
+
+    most = min(m // WGRAD_ROWS, WGRAD_BYTES // (4 * n * k), WGRAD_WAVES * units // tiles)
+    return min(range(1, max(1, most) + 1), key=cost)
 
 
 def attention_backward_tile(
-    tokens: int, head_dim: int, itemsize: int, shared: int
+    tokens: int, head_dim: int, itemsize: int, shared: int, turn: bool = False
 ) -> tuple[Tile, bool]:
     """rows are the queries a step, cols the keys that a program owns (and the other way round); and
     whether a program that owns all keys of a head shall make d_q too.
 
     A block with less shared memory than an sm_90's multiplies from registers (mma.sync): there it
-    takes fewer queries a step, and d_q beside 128 keys would spill.
+    takes fewer queries a step, and d_q beside 128 keys would spill. `turn`, rotating what is
+    loaded, wants registers too: there the addresses of copies ahead of a long loop would spill.
     """
     narrow, roomy = itemsize == 4, shared >= WGMMA_SHARED
     longest = _power(tokens)
     owned = 128 if head_dim < 128 else 64 if roomy else 32
     step = 64 if roomy and head_dim < 128 else 32
     if narrow:
-        owned, step = 32, 32
+        owned, step = 32, 16 if head_dim > 32 else 32
     rows, cols = min(longest, step), min(longest, owned)
     held = 2 * cols * head_dim * itemsize  # K and V
-    bytes_a_step = 3 * rows * head_dim * itemsize  # Q, the output and its gradient
-    stages = max(1, min(2, (shared - SCRATCH_BYTES - held) // bytes_a_step))
-    tile = Tile(
-        rows, cols, 1, head_dim, 8 if cols >= 64 or (narrow and head_dim == 128) else 4, stages
-    )
+    # Q, the output and its gradient, and the rows of cos and sin
+    bytes_a_step = rows * head_dim * (3 * itemsize + 8 * turn)
+    tight = turn and head_dim > 32 and tokens > cols and (narrow or not roomy)
+    stages = max(1, min(1 if tight else 2, (shared - SCRATCH_BYTES - held) // bytes_a_step))
+    wide = cols >= 64 or (narrow and head_dim == 128)
+    tile = Tile(rows, cols, 1, head_dim, 8 if wide else 4, stages)
     return tile, cols >= tokens and (roomy or cols <= 64)
 
 

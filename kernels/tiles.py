@@ -133,17 +133,21 @@ def attention_tile(
 ) -> Tile:
     """rows are queries, cols keys a step; depth is the head dimension.
 
-    Up to 128 tokens in bf16 a program has a whole head, and one step.
+    Up to 128 tokens in bf16 a program has a whole head, and one step. Above that a step of 128 keys
+    issues fewer instructions a key than one of 64 (sm_90: 3.6 and 4.7), but with mma.sync, or with
+    the widest heads while they are rotated, it would spill.
     """
     longest = max(16, 1 << (tokens - 1).bit_length())
-    rows, cols = (longest, longest) if longest <= 128 else (128, 64)
+    deep = 128 if shared >= WGMMA_SHARED and head_dim < 128 else 64
+    rows, cols = (longest, longest) if longest <= 128 else (128, deep)
     if itemsize == 4:
         rows, cols = min(rows, 32), min(cols, 32)
     # K and V of one step, and its rows of cos and sin
     step = 2 * cols * head_dim * (itemsize + 4 * rotate)
     held = rows * head_dim * itemsize
     stages = max(1, min(3, (shared - SCRATCH_BYTES - held) // step))
-    return Tile(rows, cols, 1, head_dim, 8 if rows == 128 else 4, stages)
+    wide = rows == 128 or (itemsize == 4 and head_dim == 128)
+    return Tile(rows, cols, 1, head_dim, 8 if wide else 4, stages)
 
 
 def options(tile: Tile) -> dict[str, object]:

@@ -2,12 +2,15 @@
 
     D [M, N] the gradient of X @ W^T, X [M, K]; d_W [N, K]; partial [split, N, K] fp32
 
-Rows are cut into `split` fixed ranges. A program owns one tile of one range's partial sum: it adds
-its rows to what earlier calls left there, so the sum over the calls of a window costs one read and
-one write of the partial sums and no launch of its own. `wgrad_sum` adds the ranges in their order,
-once a window. The same shape always adds in the same order: reruns are bit-equal.
+Rows are cut into steps of `depth`, steps into `split` fixed ranges. A program owns one tile of one
+range's partial sum: it adds its rows to what earlier calls left there, so the sum over the calls of
+a window costs one read and one write of the partial sums and no launch of its own. `wgrad_sum` adds
+the ranges in their order, once a window. The same shape on the same device always adds in the same
+order: reruns are bit-equal.
 
-D and X may be 2-D, or 3-D [B, R, ...] with any strides and M = B * R rows.
+D and X may be 2-D, or 3-D [B, R, ...] with any strides and M = B * R rows. A step lies within one
+sample, so that its addresses are one pointer and offsets that stay the same over the loop; where
+strides allow it all rows count as one sample.
 """
 
 from __future__ import annotations
@@ -26,8 +29,8 @@ SUM_BLOCK = 1024  # elements that a program of wgrad_sum adds
 @triton.jit
 def wgrad_kernel(
     d_out, x, partial,
-    M, span, d_batch, x_batch,
-    R: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    samples, R, span, d_batch, x_batch,
+    N: tl.constexpr, K: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr,
     D_ROW: tl.constexpr, D_COL: tl.constexpr, X_ROW: tl.constexpr, X_COL: tl.constexpr,
     ADD: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
@@ -44,15 +47,23 @@ def wgrad_kernel(
     acc = tl.zeros((ROWS, COLS), tl.float32)
     if ADD:
         acc += tl.load(to, mask=inside, other=0.0)
-    last = tl.minimum(M, (part + 1) * span)
-    for start in range(part * span, last, DEPTH):
-        rows = start + tl.arange(0, DEPTH)
-        live = rows < last
-        batch, row = (rows // R).to(tl.int64), (rows % R).to(tl.int64)
-        d_g = d_out + (batch * d_batch + row * D_ROW)[:, None] + ns[None, :] * D_COL
-        d_slab = tl.load(d_g, mask=live[:, None] & (ns[None, :] < N), other=0.0)
-        x_g = x + (batch * x_batch + row * X_ROW)[:, None] + ks[None, :] * X_COL
-        x_slab = tl.load(x_g, mask=live[:, None] & (ks[None, :] < K), other=0.0)
+    row = tl.arange(0, DEPTH).to(tl.int64)
+    d_at = d_out + row[:, None] * D_ROW + ns[None, :] * D_COL
+    x_at = x + row[:, None] * X_ROW + ks[None, :] * X_COL
+    # What is known to be inside has no mask: EVEN says that steps divide a sample.
+    d_inside = (ns[None, :] < N) | (N % ROWS == 0)
+    x_inside = (ks[None, :] < K) | (K % COLS == 0)
+    steps = tl.cdiv(R, DEPTH)
+    for step in range(part * span, tl.minimum(samples * steps, (part + 1) * span)):
+        sample = 0 if FLAT else step // steps
+        first = (step - sample * steps).to(tl.int64) * DEPTH
+        d_first, x_first = first * D_ROW, first * X_ROW
+        if not FLAT:
+            d_first += sample.to(tl.int64) * d_batch
+            x_first += sample.to(tl.int64) * x_batch
+        live = (row[:, None] < R - first) | EVEN
+        d_slab = tl.load(d_at + d_first, mask=live & d_inside, other=0.0)
+        x_slab = tl.load(x_at + x_first, mask=live & x_inside, other=0.0)
         acc = tl.dot(tl.trans(d_slab), x_slab, acc, input_precision=PRECISION)
     tl.store(to, acc, mask=inside)
 
@@ -71,8 +82,8 @@ def new_partial(d_out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Uninitialised partial sums [split, N, K] fp32 for gradients of this shape."""
     n, k = d_out.shape[-1], x.shape[-1]
     m = d_out.numel() // n
-    shared = tiles.shared_bytes(x.device)
-    _, split = backward_tiles.wgrad_tile(m, n, k, x.element_size(), shared)
+    tile = backward_tiles.wgrad_tile(m, n, k, x.element_size(), tiles.shared_bytes(x.device))
+    split = backward_tiles.wgrad_split(m, n, k, tile, tiles.multiprocessors(x.device))
     return torch.empty(split, n, k, dtype=torch.float32, device=x.device)
 
 
@@ -101,16 +112,20 @@ def launch_arguments(
     """(runtime arguments, compile-time arguments, compiler options) of one launch."""
     split, n, k = partial.shape
     d3, x3 = (t.unsqueeze(0) if t.ndim == 2 else t for t in (d_out, x))
-    m = x3.shape[0] * x3.shape[1]
-    tile, _ = backward_tiles.wgrad_tile(m, n, k, x.element_size(), shared)
-    span = triton.cdiv(triton.cdiv(m, split), tile.depth) * tile.depth
+    samples, rows = x3.shape[:2]
+    m = samples * rows
+    flat = all(samples == 1 or t.stride(0) == rows * t.stride(1) for t in (d3, x3))
+    samples, rows = (1, m) if flat else (samples, rows)
+    tile = backward_tiles.wgrad_tile(m, n, k, x.element_size(), shared)
+    span = triton.cdiv(samples * triton.cdiv(rows, tile.depth), split)
     constants = {
-        "R": max(1, x3.shape[1]), "N": n, "K": k,
+        "N": n, "K": k, "FLAT": flat, "EVEN": rows % tile.depth == 0,
         "D_ROW": d3.stride(1), "D_COL": d3.stride(2),
         "X_ROW": x3.stride(1), "X_COL": x3.stride(2), "ADD": add,
         "ROWS": tile.rows, "COLS": tile.cols, "DEPTH": tile.depth, "PRECISION": "ieee",
     }  # fmt: skip
-    return (d_out, x, partial, m, span, d3.stride(0), x3.stride(0)), constants, tiles.options(tile)
+    args = (d_out, x, partial, samples, rows, span, d3.stride(0), x3.stride(0))
+    return args, constants, tiles.options(tile)
 
 
 def wgrad_sum(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -133,7 +133,7 @@ FORWARD_BUGS = {
     "offset of a tile ignored": ("load_rows(sin, tokens,", "load_rows(sin, tokens % 64,"),
     "halves of the tables swapped": ("(cos + HALF, tokens, j", "(cos, tokens ^ 1, j"),
     "last step without a mask": ("            if part == 1:\n", "            if False:\n"),
-    "a step lost": ("range(part * (T - REST)", "range(COLS + part * (T - REST - COLS)"),
+    "a step lost": ("range(part * (T", "range(COLS * (1 - part * PEEL) + part * (T"),
     "sum not rescaled": ("total * rescale +", "total +"),
     "mix not rescaled": ("acc * rescale[:, None]", "acc"),
     "scale of another head_dim": ('"SCALE": math', '"SCALE": 2**-0.5 * math'),
@@ -153,7 +153,7 @@ BACKWARD_BUGS = {
     "queries not rotated": ("rows, stride, T, HALF, TURN, part", "rows, stride, T, HALF, 0, part"),
     "keys not rotated": ("keys, stride, T, HALF, TURN, T %", "keys, stride, T, HALF, 0, T %"),
     "gradient not rotated back": ('"ROTATE": cos_sin is not None', '"ROTATE": False'),
-    "rotated twice": ('"TURN": cos_sin is not None and not rotated', '"TURN": False'),
+    "rotated twice": ('"TURN": turn', '"TURN": False'),
     "a step lost": ("range(part * (T - REST)", "range(32 + part * (T - REST - 32)"),
 }
 

@@ -42,3 +42,29 @@ def test_the_largest_tile(arch, what, monkeypatch):
     if what == "residual":
         torch.testing.assert_close(sums.sum(0).double(), want.square().sum(1), rtol=1e-4, atol=0)
     tiles.product_tile.cache_clear()
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+def test_attention_in_steps_of_128_keys(rotate, monkeypatch):
+    from recurx.kernels import tiles
+    from recurx.kernels.attention import attention, launch_arguments
+
+    from recurx.nets import rope_tables
+    from recurx.reference import rope_rotate
+
+    from .triton_launch import emulating
+
+    monkeypatch.setattr(tiles, "shared_bytes", lambda device: tiles.SHARED_BYTES[90])
+    qkv = torch.randn(1, 300, 3, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    tables = rope_tables(300, 32) if rotate else None
+    out = torch.empty(1, 300, 1, 32, dtype=torch.bfloat16)
+    _, constants, _ = launch_arguments(qkv, out, tiles.SHARED_BYTES[90], None, tables)
+    assert (constants["ROWS"], constants["COLS"]) == (128, 128)
+    with emulating("90"):
+        attention(qkv, cos_sin=tables, out=out)
+    q, k, v = qkv.chunk(3, dim=2)
+    if rotate:
+        q, k = (rope_rotate(part, *tables) for part in (q, k))
+    q, k, v = (part.double().transpose(1, 2) for part in (q, k, v))
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    torch.testing.assert_close(out.double(), want, rtol=2**-7, atol=4e-3)
