@@ -14,7 +14,6 @@ where things lie; sizes here and there must agree, and the engine refuses others
 
 from __future__ import annotations
 
-import contextlib
 import math
 import mmap
 import weakref
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from recurx.backends import Window
+from recurx.forking import fork_lock
 from recurx.nets import ATTENTION, BlockSpec
 from recurx.operands import Operands, Span
 from recurx.problem import Problem
@@ -32,10 +32,10 @@ from recurx.program import lower
 
 SAVES = ("all", "block", "states")  # numbered as the engine does
 ALIGN = 32  # widths are padded to it
-# Bytes of memory that is used again, and of all that waits for it. From 32 MiB on malloc takes new
-# pages each time; less it holds on to itself.
+# Bytes of memory to use again (less than that malloc keeps itself), and of all that waits for it.
 LEAST_SPARE, MOST_SPARE = 1 << 25, 1 << 29
 _spare: list[mmap.mmap] = []  # oldest first
+_taking = fork_lock()
 
 # Of (problem, operands, span): the module, the first arguments of its window calls, the threads.
 Begin = Callable[[Problem, Operands, Span], tuple[Any, tuple[Any, ...], int]]
@@ -129,25 +129,21 @@ def _fresh(module: Any, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 def _used_again(module: Any, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Memory that an earlier call gave back, if it fits: the first touch of new pages took a sixth
     of a window (B=8, bf16 with AMX, one thread)."""
-    count = math.prod(shape)
-    nbytes = count * dtype.itemsize
+    nbytes = math.prod(shape) * dtype.itemsize
     if not LEAST_SPARE <= nbytes <= MOST_SPARE:
         return _fresh(module, shape, dtype)
-    memory = None
-    for spare in [each for each in _spare if nbytes <= len(each) <= nbytes * 5 // 4][:1]:
-        with contextlib.suppress(ValueError):  # another thread took it
-            _spare.remove(spare)
-            memory = spare
-    memory = memory or mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    made = torch.frombuffer(memory, dtype=dtype, count=count).view(*shape)
+    with _taking:
+        fits = [each for each in _spare if nbytes <= len(each) <= nbytes * 5 // 4]
+        memory = fits[0] if fits else mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        _spare[:] = [each for each in _spare if each is not memory]
+    made = torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(*shape)
     module.cpu_on_huge_pages(made.data_ptr(), made.nbytes)
     weakref.finalize(made.untyped_storage(), _give_back, memory).atexit = False
     return made
 
 
 def _give_back(memory: mmap.mmap) -> None:
-    """Without a lock: it runs wherever the last tensor dies, so inside `_used_again` too."""
-    _spare.append(memory)
+    _spare.append(memory)  # without a lock: it runs wherever the last tensor dies
     while sum(map(len, list(_spare))) > MOST_SPARE:
         del _spare[:1]
 

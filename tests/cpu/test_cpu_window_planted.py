@@ -27,6 +27,7 @@ TRM = dict(schedule=Schedule.trm(1, 1))
 WINDOW = dict(schedule=Schedule.trm(2, 1))
 MANY = dict(schedule=Schedule.trm(1, 1), batch=40)  # each call is summed alone
 TOKENS = dict(schedule=Schedule.trm(1, 1), kind=TOKEN_MLP)
+DEEP = dict(schedule=Schedule.trm(1, 1), hidden=32, inner=530, blocks=1, tokens=5)
 PAIRS = dict(schedule=Schedule.trm(1, 1), isa="avx512_bf16", dtype=torch.bfloat16)
 LONG_PAIRS = dict(**PAIRS, tokens=150, hidden=32, inner=32, heads=1, blocks=1, batch=1)
 TILES = {**PAIRS, "isa": "amx"}
@@ -46,6 +47,12 @@ BUGS = {
     "another panel of a weight": (
         "block_backward.hpp", "job.weights[at], first + i,",
         "job.weights[at], bug ? 0 : first + i,", TRM,
+    ),
+    "a slice of a weight's rows times the first slice's gradient": (
+        "block_backward.hpp", "dy.at(0, begin)", "dy.at(0, bug ? 0 : begin)", DEEP
+    ),
+    "a slice that begins in the up rows": (
+        "weight_rows.hpp", "(long)part * p.half()", "(long)(bug ? 0 : part) * p.half()", DEEP
     ),
     "pairs: scale of the gradient of q": (
         "pair_heads.hpp", "s.d_q, wide, scale,", "s.d_q, wide, bug ? 1.f : scale,", PAIRS
@@ -151,8 +158,7 @@ BUGS = {
         "{ return slice.end - slice.begin - (bug && slice.begin > 0); }", TWO_SLICES,
     ),
     "another block's weight": (
-        "block_backward.hpp", "ws.backward[number * weights_per_block + which]",
-        "ws.backward[(bug ? 0 : number) * weights_per_block + which]", TRM,
+        "block_backward.hpp", "job.weights[at],", "job.weights[bug ? which : at],", TRM
     ),
 }  # fmt: skip
 
@@ -199,10 +205,10 @@ def _compile() -> Path:
 
     def compile_one(file: Path) -> str:
         isa = file.stem.removeprefix("engine_")
-        own = build.native_tools.ISA_FLAGS[isa][0] if isa in build.usable() else PRETEND
+        real = isa in PAIR_CORES and isa in build.usable()
+        own = build.native_tools.ISA_FLAGS[isa][0] if real else PRETEND
         target = str(folder / f"{file.stem}.o")
-        build.run(*compiler.command, *flags, *(own if isa in PAIR_CORES else PRETEND),
-                  f"-I{folder}", "-c", str(file), "-o", target)  # fmt: skip
+        build.run(*compiler.command, *flags, *own, f"-I{folder}", "-c", str(file), "-o", target)
         return target
 
     with ThreadPoolExecutor(2) as pool:
