@@ -32,8 +32,8 @@ from recurx.program import lower
 
 SAVES = ("all", "block", "states")  # numbered as the engine does
 ALIGN = 32  # widths are padded to it
-# Bytes of memory to use again (less than that malloc keeps itself), and of all that waits for it.
-LEAST_SPARE, MOST_SPARE = 1 << 25, 1 << 29
+# Bytes of memory to use again (less would add to the optimiser's peak), and of all that waits.
+LEAST_SPARE, MOST_SPARE = 1 << 27, 1 << 29
 _spare: list[mmap.mmap] = []  # oldest first
 _taking = fork_lock()
 
