@@ -30,8 +30,10 @@ class AmxAttention {
   }
 
   // mixed[row0 + r, col..col + dim) <- softmax2(q k^T) v for the query rows r of `rows`.
-  // q, k, v [T, dim] with `stride` elements between rows.
-  void run(bf16* q, bf16* k, const bf16* v, Range rows, Mat<bf16> mixed, int row0, int col) {
+  // q, k, v [T, dim] with `stride` elements between rows. lse [T, heads] if not null: log2 of the
+  // sum of a row's 2^scores.
+  void run(bf16* q, bf16* k, const bf16* v, Range rows, Mat<bf16> mixed, int row0, int col,
+           float* lse, int heads) {
     clear_padding(q, rows.end);
     clear_padding(k, T_);
     head_.pack_keys(k);
@@ -59,8 +61,12 @@ class AmxAttention {
       if (i < tiles) {
         for (int r = 0; r < rows_; ++r) {
           advance(ops * (r + 1) / rows_);
-          inverse_[i & 1][r] =
-              softmax2<true>(scores_[i & 1] + r * wide_, weights_[i & 1] + r * wide_, T_);
+          const int row = rows.begin + i * rows_ + r;
+          float top;
+          const float inverse =
+              softmax2<true>(scores_[i & 1] + r * wide_, weights_[i & 1] + r * wide_, T_, &top);
+          inverse_[i & 1][r] = inverse;
+          if (lse && row < rows.end) lse[(long)row * heads] = top - log2f(inverse);
         }
       }
       advance(ops);

@@ -36,10 +36,12 @@ RX_INLINE void accumulate_pairs(const bf16* a, long lda, const char* b, long sid
 }
 
 // mixed[row0 + r, col..col + dim) <- softmax2(q k^T) v for the query rows r of `rows`.
-// q, k, v [T, dim] with `stride` elements between rows; `memory` holds attention_bytes().
+// q, k, v [T, dim] with `stride` elements between rows; `memory` holds attention_bytes(). lse
+// [T, heads] if not null: log2 of the sum of a row's 2^scores.
 static __attribute__((noinline)) void attend_pairs(char* memory, const bf16* q, const bf16* k,
                                                    const bf16* v, int stride, int T, int dim,
-                                                   Range rows, Mat<bf16> mixed, int row0, int col) {
+                                                   Range rows, Mat<bf16> mixed, int row0, int col,
+                                                   float* lse, int heads) {
   if (rows.begin >= rows.end) return;
   const HeadTiles head(memory, T, dim, stride);
   head.pack_keys(k);
@@ -70,10 +72,13 @@ static __attribute__((noinline)) void attend_pairs(char* memory, const bf16* q, 
       store_tile(scores + tile * W, acc, wide);
     }
     float inverse[kM];
-    for (int r = 0; r < kM; ++r)
-      inverse[r] = softmax2<true>(scores + r * wide, weights + 2L * r * wide, T);
-
     const int valid = imin(kM, rows.end - row);  // rows past the end belong to another thread
+    for (int r = 0; r < kM; ++r) {
+      float top;
+      inverse[r] = softmax2<true>(scores + r * wide, weights + 2L * r * wide, T, &top);
+      if (lse && r < valid) lse[(long)(row + r) * heads] = top - log2f(inverse[r]);
+    }
+
     int d = 0;
     for (; d + W < dim; d += kPanel) {
       V acc[kM][2];

@@ -185,11 +185,12 @@ struct AmxCore : PairPanels {
     return AmxAttention::bytes(tokens, head_stride);
   }
   static void attend(const Scratch& scratch, char* memory, bf16* q, bf16* k, const bf16* v,
-                     int stride, int T, int dim, Range rows, Mat<bf16> mixed, int row0, int col) {
+                     int stride, int T, int dim, Range rows, Mat<bf16> mixed, int row0, int col,
+                     float* lse = nullptr, int heads = 0) {
     if (rows.begin >= rows.end) return;
     const int R = tile_rows(rows.end - rows.begin);
     configure(scratch, R);
-    AmxAttention(memory, T, dim, stride, R).run(q, k, v, rows, mixed, row0, col);
+    AmxAttention(memory, T, dim, stride, R).run(q, k, v, rows, mixed, row0, col, lse, heads);
   }
 };
 

@@ -62,8 +62,9 @@ struct DotCore : PairPanels {
     return HeadTiles::bytes(tokens, head_stride) + (size_t)kRows * round_up(tokens, W) * 4;
   }
   static void attend(const Scratch&, char* memory, const bf16* q, const bf16* k, const bf16* v,
-                     int stride, int T, int dim, Range rows, Mat<bf16> mixed, int row0, int col) {
-    attend_pairs(memory, q, k, v, stride, T, dim, rows, mixed, row0, col);
+                     int stride, int T, int dim, Range rows, Mat<bf16> mixed, int row0, int col,
+                     float* lse = nullptr, int heads = 0) {
+    attend_pairs(memory, q, k, v, stride, T, dim, rows, mixed, row0, col, lse, heads);
   }
 };
 

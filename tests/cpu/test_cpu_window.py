@@ -7,13 +7,15 @@ PyTorch in the same dtype; test_cpu_window_planted.py shows that this bites.
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import recurx
 from recurx import Schedule, Step, comparing, ops, reference, route
-from recurx.backends import cpu
+from recurx.backends import cpu, cpu_window
 from recurx.nets import ATTENTION, KINDS, TOKEN_MLP, BlockSpec, Net, NetSpec
 from recurx.operands import Operands, Span
 from recurx.plan import cpu as plan
@@ -253,6 +255,61 @@ def test_a_window_keeps_what_its_knob_says(native, kind) -> None:
     # Two calls of one block: h and out of each, both outs as states, and a few floats a row.
     assert held["block"] < entering + 6.5 * rows
     assert held["states"] < held["block"] < held["all"]
+
+
+SCRATCH = """
+import torch
+from recurx import _C, Schedule, recurse
+from tests.factories import make_inputs, make_net, rope
+torch.set_num_threads(2)
+sizes = dict(tokens=97, hidden=512)
+net = make_net(**sizes, inner=1536, heads=8, requires_grad=True)
+schedule = Schedule.trm(1, 6)
+x, carry = make_inputs(schedule, batch=1, **sizes)
+out = recurse(schedule, {"L": net}, x, carry, backend="cpu", cos_sin=rope(**sizes, heads=8))
+out["z_H"].sum().backward()
+print(_C.cpu_scratch_bytes() / sum(weight.nbytes for weight in net.weights))
+"""
+
+
+def test_scratch_of_one_sample_is_about_one_copy_of_the_weights(native) -> None:
+    """In fp32, where PyTorch's own peak is near: another packed copy would go beyond it. A process
+    of its own, since scratch is held for the largest call so far."""
+    done = subprocess.run([sys.executable, "-c", SCRATCH], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1.1
+
+
+def test_what_was_kept_is_used_again(native, monkeypatch) -> None:
+    """Once nothing holds it, and by windows of about that size; the gradients are the same."""
+    monkeypatch.setattr(cpu_window, "LEAST_SPARE", 1)
+    monkeypatch.setattr(cpu_window, "_spare", [])
+    given = case(Schedule.trm(1, 1))
+    problem, operands, span, _ = window_of(*given)
+    window = cpu.BACKEND.window(problem)
+
+    def place(kept):
+        return kept[0].data_ptr()
+
+    _, first = window.forward(problem, operands, span, "all")
+    _, second = window.forward(problem, operands, span, "all")
+    places = {place(first), place(second)}
+    part = first[0][1]
+    del first
+    _, third = window.forward(problem, operands, span, "all")
+    assert place(third) not in places, "a view still holds the first"
+    del part, second, third
+    want = on_engine(cpu.BACKEND, case(Schedule.trm(1, 1), batch=1))  # too small for those
+    _, again = window.forward(problem, operands, span, "all")
+    assert place(again) in places
+    again[0].fill_(float("nan"))
+    most = again[0].nbytes
+    del again
+    got = on_engine(cpu.BACKEND, case(Schedule.trm(1, 1), batch=1))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    monkeypatch.setattr(cpu_window, "MOST_SPARE", most)
+    window.forward(problem, operands, span, "all")
+    assert sum(map(len, cpu_window._spare)) <= most
 
 
 def test_only_what_is_asked_for_is_computed(native) -> None:

@@ -38,8 +38,8 @@ def test_the_emulation_has_the_bits_of_the_instruction(tmp_path: Path) -> None:
 PLANTED = {
     "pairs that straddle": ("attention_dot.hpp", "a + r * lda + 2 * k", "a + r * lda + 2 * k + 1"),
     "weights of a pair exchanged": (
-        "backward/pack_rows.hpp", "bf16_bits(x(r, col)) | bf16_bits(x(r + 1, col)) << 16",
-        "bf16_bits(x(r + 1, col)) | bf16_bits(x(r, col)) << 16",
+        "backward/pack_rows.hpp", "bits | bits_of(x, r + 1, col + side * W, 0) << 16",
+        "bits_of(x, r + 1, col + side * W, 0) | bits << 16",
     ),
     "the last pair dropped": ("attention_dot.hpp", "k < pairs; ++k", "k + 1 < pairs; ++k"),
     "the tail of the depth dropped": ("attention_dot.hpp", "k < pairs; ++k", "false; ++k"),

@@ -55,7 +55,8 @@ struct BlockBackward {
     for (int item = items.begin; item < items.end; ++item) {
       const int head = item % shape.heads, row = item / shape.heads * rec.tokens;
       const int col = head * shape.head_dim;
-      WindowHead<State> one{ws.head, rec.tokens, shape.head_dim, rec.cos, rec.sin};
+      typename HeadOf<Core>::type one{ws.gemm,        ws.head, rec.tokens,
+                                      shape.head_dim, rec.cos, rec.sin};
       one.backward(k.qkv + (long)row * 3 * D + col, D, k.mixed + (long)row * D + col,
                    k.lse + (long)row * shape.heads + head, shape.heads,
                    ws.d_mixed + (long)row * D + col, ws.wide, row, col);
@@ -102,10 +103,34 @@ struct BlockBackward {
     };
   }
 
+  // dy W, the panels of W packed before or here.
   template <class Epilogue>
-  void multiply(Mat<Act> dy, int count, BlockWeight which, Epilogue epilogue) const {
-    split_product<Core>(team, ws.gemm, dy, count, product_of(shape, which).backward(),
-                        ws.backward[number * weights_per_block + which], epilogue);
+  void multiply(Mat<Act> dy, int count, BlockWeight which, Epilogue epilogue_of) const {
+    const int at = number * weights_per_block + which;
+    const Product p = product_of(shape, which);
+    const char* packed = packs_at_use<Core>() ? nullptr : ws.backward[at];
+    for (int begin = 0; begin < p.depth(); begin += p.template slice_depth<Core>()) {
+      const Linear l = p.template slice<Core>(begin);
+      const Mat<Act> columns{dy.at(0, begin), dy.ld, dy.chunk};
+      const Shares own = shares_of(team, count, l);
+      if (own.empty()) break;
+      const auto epilogue = epilogue_of(l, own.rows.end);
+      if constexpr (packs_at_use<Core>()) {
+        const int most = panels_at_once<Core>(l);
+        for (int first = own.panels.begin; first < own.panels.end; first += most) {
+          const int some = imin(most, own.panels.end - first);
+          for (int i = 0; i < some; ++i)
+            pack_panel<Core>(p, begin, job.weights[at], first + i, ws.panels, i);
+          Core::gemm(ws.gemm, columns, own.rows, l, ws.panels, {0, some}, ws.panels,
+                     [=](int panel)
+                         __attribute__((always_inline)) { return epilogue(first + panel); });
+        }
+      } else {
+        Core::gemm(ws.gemm, columns, own.rows, l, packed, own.panels, packed, epilogue);
+        packed += Core::linear_bytes(l);
+      }
+    }
+    team.sync();
     team.clock->lap(which == down ? Phase::down : Phase::gate_up);
   }
 

@@ -49,7 +49,8 @@ struct WindowBlock {
     for (int item = items.begin; item < items.end; ++item) {
       const int head = item % shape.heads, row = item / shape.heads * rec.tokens;
       const int col = head * shape.head_dim;
-      WindowHead<State> one{ws.head, rec.tokens, shape.head_dim, rec.cos, rec.sin};
+      typename HeadOf<Core>::type one{ws.gemm,        ws.head, rec.tokens,
+                                      shape.head_dim, rec.cos, rec.sin};
       one.forward(k.qkv + (long)row * 3 * D + col, D, k.mixed + (long)row * D + col, ws.narrow, row,
                   col, k.lse + (long)row * shape.heads + head, shape.heads);
     }

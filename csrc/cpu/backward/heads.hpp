@@ -7,6 +7,7 @@
 
 #include "../micro_kernel.hpp"
 #include "../softmax.hpp"
+#include "head_rows.hpp"
 
 namespace rx::cpu::RX_ISA {
 
@@ -48,8 +49,12 @@ struct HeadScratch {
   }
 };
 
-template <class T>
-struct WindowHead {
+template <class Core>
+struct VectorHead {
+  using Scratch = HeadScratch;
+  using T = typename Core::State;
+
+  const typename Core::Scratch& gemm;
   const HeadScratch& s;
   int tokens, dim;
   const float *cos, *sin;  // [T, dim] or null
@@ -57,6 +62,7 @@ struct WindowHead {
   int padded() const { return round_up(tokens, kPanel); }
   int wide() const { return round_up(dim, kPanel); }
   float scale() const { return 1.f / sqrtf((float)dim); }
+  Rotary turn() const { return {tokens, dim, cos, sin}; }
 
   // mixed <- softmax(q k^T) v, kept and as an operand; qkv [T, 3D] and mixed [T, D] from this
   // head's first column on; lse [T, H] from this head on.
@@ -97,75 +103,24 @@ struct WindowHead {
   void backward(const T* qkv, int hidden, const T* mixed, const float* lse, int heads,
                 const float* d_mixed, Mat<Act> d_qkv, int row0, int col) {
     load_all(qkv, hidden);
-    for (int row = 0; row < tokens; ++row) {
-      float sum = 0;
-      for (int d = 0; d < dim; ++d) {
-        const float g = d_mixed[(long)row * hidden + d];
-        s.d_out[row * wide() + d] = g;
-        sum += g * to_float(mixed[(long)row * hidden + d]);
-      }
-      s.delta[row] = sum;
-      clear_padding(s.d_out + row * wide());
-    }
+    load_gradient(tokens, dim, d_mixed, mixed, hidden, s.d_out, wide(), s.delta);
     to_panels(s.k, s.k_panels);
     to_panels(s.v, s.v_panels);
     memset(s.d_k, 0, (size_t)padded() * wide() * sizeof(float));
     memset(s.d_v, 0, (size_t)padded() * wide() * sizeof(float));
     for (int first = 0; first < tokens; first += kQueries)
       some_queries(first, imin(kQueries, tokens - first), lse, heads);
-    leave(s.d_q, scale(), d_qkv, row0, col, true);
-    leave(s.d_k, 1.f / kLog2e, d_qkv, row0, hidden + col, true);  // s.q has the scale already
-    leave(s.d_v, 1.f, d_qkv, row0, 2 * hidden + col, false);
+    leave_rows(turn(), s.d_q, wide(), scale(), d_qkv, row0, col, true);
+    // s.q has the scale already
+    leave_rows(turn(), s.d_k, wide(), 1.f / kLog2e, d_qkv, row0, hidden + col, true);
+    leave_rows(turn(), s.d_v, wide(), 1.f, d_qkv, row0, 2 * hidden + col, false);
   }
 
  private:
   void load_all(const T* qkv, int hidden) {
-    load_rows(qkv, hidden, s.q, scale() * kLog2e, true);
-    load_rows(qkv + hidden, hidden, s.k, 1.f, true);
-    load_rows(qkv + 2 * hidden, hidden, s.v, 1.f, false);
-  }
-
-  void load_rows(const T* from, int hidden, float* to, float by, bool rotate) {
-    const int half = dim / 2;
-    for (int row = 0; row < tokens; ++row) {
-      const T* const x = from + (long)row * 3 * hidden;
-      float* const y = to + (long)row * wide();
-      if (rotate && cos) {
-        const float *c = cos + (long)row * dim, *n = sin + (long)row * dim;
-        for (int j = 0; j < half; ++j) {
-          const float a = to_float(x[j]), b = to_float(x[j + half]);
-          y[j] = (a * c[j] - b * n[j]) * by;
-          y[j + half] = (b * c[j + half] + a * n[j + half]) * by;
-        }
-      } else {
-        for (int j = 0; j < dim; ++j) y[j] = to_float(x[j]) * by;
-      }
-      clear_padding(y);
-    }
-  }
-  // Scratch may hold what another shape left there.
-  void clear_padding(float* row) const {
-    for (int j = dim; j < wide(); ++j) row[j] = 0.f;
-  }
-
-  // d_qkv <- by * the rotation's transpose of d
-  template <class Act>
-  void leave(const float* d, float by, Mat<Act> to, int row0, int col, bool rotate) {
-    const int half = dim / 2;
-    for (int row = 0; row < tokens; ++row) {
-      const float* const g = d + (long)row * wide();
-      float y[256];
-      if (rotate && cos) {
-        const float *c = cos + (long)row * dim, *n = sin + (long)row * dim;
-        for (int j = 0; j < half; ++j) {
-          y[j] = (g[j] * c[j] + g[j + half] * n[j + half]) * by;
-          y[j + half] = (g[j + half] * c[j + half] - g[j] * n[j]) * by;
-        }
-      } else {
-        for (int j = 0; j < dim; ++j) y[j] = g[j] * by;
-      }
-      for (int j = 0; j < dim; j += W) store(to.at(row0 + row, col + j), load(y + j));
-    }
+    load_rows(turn(), qkv, 3L * hidden, scale() * kLog2e, true, s.q, wide());
+    load_rows(turn(), qkv + hidden, 3L * hidden, 1.f, true, s.k, wide());
+    load_rows(turn(), qkv + 2 * hidden, 3L * hidden, 1.f, false, s.v, wide());
   }
 
   // [T, dim] -> [T / kPanel][dim][kPanel]

@@ -17,6 +17,14 @@ static __attribute__((noinline)) V load_part(const T* p, int count) {
   return load(lane);
 }
 
+// W values as bf16, each in the low half of a lane.
+RX_INLINE VU pair_bits(const float* p) { return bf16_bits(load(p)); }
+RX_INLINE VU pair_bits(const bf16* p) {
+  VH h;
+  memcpy(&h, p, sizeof h);
+  return __builtin_convertvector(h, VU);
+}
+
 // Rows of a matrix by vectors of columns.
 template <class T>
 struct RowsOf {
@@ -27,11 +35,21 @@ struct RowsOf {
     const T* p = data + row * ld + col;
     return col + W <= cols ? load(p) : load_part(p, cols - col);
   }
+  void prefetch(long row, int col) const {
+    const char* const p = (const char*)data + (row * ld + col) * (long)sizeof(T);
+    __builtin_prefetch(p);
+    __builtin_prefetch(p + 64);
+  }
+  VU bits(long row, int col) const {
+    const T* p = data + row * ld + col;
+    return col + W <= cols ? pair_bits(p) : bf16_bits(load_part(p, cols - col));
+  }
 };
 template <class T>
 struct RowsOfMat {
   Mat<T> m;
   V operator()(long row, int col) const { return load(m.at(row, col)); }
+  VU bits(long row, int col) const { return pair_bits(m.at(row, col)); }
 };
 
 // The product of depth `depth` with plain columns.
@@ -51,15 +69,28 @@ RX_INLINE void store_pair(bf16* p, V v0, V v1) {
 
 template <class Weight>
 struct FlatPanels {
+  // Packing is a copy, so that it is done anew wherever a weight is read.
+  static constexpr bool kCopies = true;
   static Weight* row(const Linear& l, void* weight, int panel, int k) {
     return (Weight*)weight + ((long)panel * l.in + k) * kPanel;
   }
+  // A panel takes one or two lines of each row, which processors do not foresee.
+  static constexpr int kAhead = 16;
+  template <class Source>
+  static auto fetch(const Source& x, long row, int col, int) -> decltype(x.prefetch(row, col)) {
+    x.prefetch(row, col);
+  }
+  template <class Source>
+  static void fetch(const Source&, long, int, long) {}
+
   // Writes rows [0, count) of `x` at depth `first` of a panel.
   template <class Source>
   static void run(const Linear& l, void* weight, int panel, int first, int count, Source x) {
     const int col = panel * kPanel;
-    for (int r = 0; r < count; ++r)
+    for (int r = 0; r < count; ++r) {
+      fetch(x, r + kAhead, col, 0);
       store_pair(row(l, weight, panel, first + r), x(r, col), x(r, col + W));
+    }
   }
   // Once all rows are there: what the core reads beyond them.
   static void finish(const Linear&, void*, int) {}
@@ -68,7 +99,18 @@ struct FlatPanels {
 // ---- panels of cores of bf16 instructions: [32 k][side][pair of k][column][k of the pair]
 // --------
 
+// Sources that know their bits need no rounding.
+template <class Source>
+RX_INLINE auto bits_of(const Source& x, long row, int col, int) -> decltype(x.bits(row, col)) {
+  return x.bits(row, col);
+}
+template <class Source>
+RX_INLINE VU bits_of(const Source& x, long row, int col, long) {
+  return bf16_bits(x(row, col));
+}
+
 struct PairedPanels {
+  static constexpr bool kCopies = false;
   static constexpr int kStep = 32;
   static bf16* pairs(const Linear& l, void* weight, int panel, int side, int k) {
     const long step = (long)panel * ceil_div(l.in, kStep) + k / kStep;
@@ -76,29 +118,62 @@ struct PairedPanels {
   }
   template <class Source>
   static void run(const Linear& l, void* weight, int panel, int first, int count, Source x) {
-    for (int side = 0; side < 2; ++side) {
-      const int col = panel * kPanel + side * W;
-      for (int r = 0; r < count;) {
-        const int k = first + r;
+    const int col = panel * kPanel;
+    for (int r = 0; r < count;) {
+      const int k = first + r;
+      const bool whole = k % 2 == 0 && r + 1 < count;
+      for (int side = 0; side < 2; ++side) {
         bf16* const p = pairs(l, weight, panel, side, k);
+        const VU bits = bits_of(x, r, col + side * W, 0);
         VU both;
-        if (k % 2 == 0 && r + 1 < count) {
-          both = bf16_bits(x(r, col)) | bf16_bits(x(r + 1, col)) << 16;
-          r += 2;
+        if (whole) {
+          both = bits | bits_of(x, r + 1, col + side * W, 0) << 16;
         } else {  // the other half of the pair came or comes with another stretch of rows
           memcpy(&both, p, sizeof both);
-          const VU bits = bf16_bits(x(r, col));
           both = k % 2 ? (both & 0xffffu) | bits << 16 : (both & 0xffff0000u) | bits;
-          r += 1;
         }
         memcpy(p, &both, sizeof both);
       }
+      r += whole ? 2 : 1;
     }
   }
   static void finish(const Linear& l, void* weight, int panel) {
     run(l, weight, panel, l.in, round_up(l.in, kStep) - l.in, [](long, int) { return V{}; });
   }
+
+  // All panels of x^T: rows of x [l.out, l.in] as columns. Its columns are zero from l.in to kStep.
+  static void columns(const Linear& l, const bf16* x, long ld, char* to) {
+    for (int panel = 0; panel < l.panels(); ++panel)
+      for (int side = 0; side < 2; ++side)
+        for (int k = 0; k < l.in; k += 2 * W) {
+          const int first = panel * kPanel + side * W;
+          V block[W];
+          for (int i = 0; i < W; ++i)
+            block[i] = first + i < l.out ? load((const float*)(x + (first + i) * ld + k)) : V{};
+          transpose(block);
+          bf16* const out = pairs(l, to, panel, side, k);
+          for (int i = 0; i < W; ++i) store((float*)(out + i * 2 * W), block[i]);
+        }
+  }
 };
+
+// to [cols, depth] <- from [count, cols]^T, zero beyond `count` up to a multiple of 2 W. In pairs
+// of rows, which are lanes of 32 bits.
+static __attribute__((noinline)) void turn_pairs(const bf16* from, long ld, int count, int cols,
+                                                 bf16* to, long to_ld) {
+  for (int r = 0; r < count; r += 2 * W)
+    for (int col = 0; col < cols; col += W) {
+      V block[W];
+      for (int i = 0; i < W; ++i) {
+        const bf16* const p = from + (r + 2 * i) * ld + col;
+        const VU even = r + 2 * i < count ? pair_bits(p) : VU{};
+        const VU odd = r + 2 * i + 1 < count ? pair_bits(p + ld) : VU{};
+        block[i] = (V)(even | odd << 16);
+      }
+      transpose(block);
+      for (int i = 0; i < W; ++i) store((float*)(to + (col + i) * to_ld + r), block[i]);
+    }
+}
 
 template <class>
 struct Exists {

@@ -18,7 +18,8 @@ struct WeightSum {
   char* x;    // panels of x
   int depth;  // rows of all calls that are gathered
 
-  static int ld_of(int depth) { return round_up(depth, kAlign) + W; }
+  // What is turned over may write up to 2 W elements past the depth.
+  static int ld_of(int depth) { return round_up(depth, kAlign) + 2 * W; }
   static size_t a_size(int out, int depth) {
     return (size_t)(out + Core::kSpareRows) * ld_of(depth);
   }
@@ -27,15 +28,10 @@ struct WeightSum {
   template <class X>
   void append(const Team& team, int first, int count, Mat<Act> dy, int out, X rows_of_x,
               int cols) const {
-    const Range own = share(out, team.tid, team.size, W);
+    const Range own = share(out, team.tid, team.size, kAlign);
     const int ld = ld_of(depth);
-    for (int n = own.begin; n < own.end; n += W)
-      for (int r = 0; r < count; r += W) {
-        V block[W];
-        for (int j = 0; j < W; ++j) block[j] = r + j < count ? load(dy.at(r + j, n)) : V{};
-        transpose(block);
-        for (int j = 0; j < W; ++j) store(a + (long)(n + j) * ld + first + r, block[j]);
-      }
+    for (int n = own.begin; n < own.end; n += kAlign)  // whole lines of dy
+      turn(dy.at(0, n), dy.ld, count, a + (long)n * ld + first, ld);
     const Linear l = over_rows(depth, cols);
     const Range panels = share(l.panels(), team.tid, team.size);
     for (int panel = panels.begin; panel < panels.end; ++panel)
@@ -45,6 +41,21 @@ struct WeightSum {
       for (int i = depth; i < round_up(depth, kAlign); ++i) store_one(a + (long)n * ld + i, 0.f);
     for (int panel = panels.begin; panel < panels.end; ++panel)
       RowPacker<Core>::finish(l, x, panel);
+  }
+
+  // kAlign columns of dy as rows.
+  static void turn(const float* dy, long dy_ld, int count, float* to, long ld) {
+    for (int r = 0; r < count; r += W)
+      for (int col = 0; col < kAlign; col += W) {
+        V block[W];
+        for (int j = 0; j < W; ++j)
+          block[j] = r + j < count ? load(dy + (r + j) * dy_ld + col) : V{};
+        transpose(block);
+        for (int j = 0; j < W; ++j) store(to + (col + j) * ld + r, block[j]);
+      }
+  }
+  static void turn(const bf16* dy, long dy_ld, int count, bf16* to, long ld) {
+    turn_pairs(dy, dy_ld, count, kAlign, to, ld);
   }
 
   // gradient [rows, cols] (+)= dy^T x; of every `padded` rows of dy^T the first `real` count.

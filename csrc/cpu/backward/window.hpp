@@ -141,33 +141,19 @@ struct WindowRun {
            (size_t)(own.end - own.begin) * p.in * sizeof(float));
   }
 
-  // The weights as they are, row by row: dx = dy W.
   void pack_weights() const {
-    for (int at = 0; at < weights(); ++at) {
+    for (int at = 0; at < weights() && !packs_at_use<Core>(); ++at) {
       const Product p = product_of(shape_of(at / weights_per_block), at % weights_per_block);
-      const RawWeight& raw = job.weights[at];
-      if (raw.dtype == Dtype::f32) {
-        pack_weight(p, (const float*)raw.data, ws.backward[at]);
-      } else {
-        pack_weight(p, (const bf16*)raw.data, ws.backward[at]);
+      char* to = ws.backward[at];
+      for (int begin = 0; begin < p.depth(); begin += p.template slice_depth<Core>()) {
+        const Linear l = p.template slice<Core>(begin);
+        const Range panels = share(l.panels(), team.tid, team.size);
+        for (int panel = panels.begin; panel < panels.end; ++panel)
+          pack_panel<Core>(p, begin, job.weights[at], panel, to, panel);
+        to += Core::linear_bytes(l);
       }
     }
     team.sync();
-  }
-  template <class T>
-  void pack_weight(const Product& p, const T* data, void* to) const {
-    const Linear l = p.backward();
-    const Range panels = share(l.panels(), team.tid, team.size);
-    for (int panel = panels.begin; panel < panels.end; ++panel) {
-      for (int part = 0; part < (p.gate_up ? 2 : 1); ++part) {
-        const int at = part * p.padded_half(), real = p.half();
-        const RowsOf<T> rows{data + (long)part * real * p.in, p.in, p.in};
-        RowPacker<Core>::run(l, to, panel, at, real, rows);
-        RowPacker<Core>::run(l, to, panel, at + real, p.gate_up ? p.padded_half() - real : 0,
-                             [](long, int) { return V{}; });
-      }
-      RowPacker<Core>::finish(l, to, panel);
-    }
   }
 
   void through_calls() {

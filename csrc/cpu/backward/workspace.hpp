@@ -2,13 +2,16 @@
 #pragma once
 
 #include "../workspace.hpp"
-#include "heads.hpp"
 #include "kept.hpp"
+#include "pair_heads.hpp"
+#include "weight_rows.hpp"
 #include "weight_sums.hpp"
 
 namespace rx::cpu::RX_ISA {
 
-constexpr int kSumRows = 388;  // rows that small slices gather before they are summed into dW
+// Rows that small slices gather before they are summed into dW: three calls of 97. A fourth costs
+// 7 MB of a published net in fp32, for which a training step must not need more than PyTorch's.
+constexpr int kSumRows = 300;
 
 // Sizes of a window: the largest over its nets.
 struct WindowSizes {
@@ -43,21 +46,6 @@ RX_INLINE int gathered(const Window& job, int n, int rows) {
   return imax(1, imin(calls, kSumRows / imax(1, rows)));
 }
 
-// A product of a block as its gradient sees it. Gate and up rows are padded, each to kAlign.
-struct Product {
-  int in, out;   // as in the weight [out, in]
-  bool gate_up;  // two halves
-  int half() const { return gate_up ? out / 2 : out; }
-  int padded_half() const { return round_up(half(), kAlign); }
-  int padded_out() const { return gate_up ? 2 * padded_half() : padded_half(); }
-  // dx = dy W sums over the rows of the weight.
-  Linear backward() const { return over_rows(gate_up ? padded_out() : out, in); }
-};
-RX_INLINE Product product_of(const BlockShape& s, int which) {
-  const Linear l = linear_of(s, which);
-  return {l.in, l.out, l.columns == Columns::gate_up};
-}
-
 // Samples whose columns go through a token MLP at once.
 RX_INLINE int token_samples(const WindowSizes& sizes) {
   return imax(1, imin(sizes.samples, 1024 / sizes.hidden));
@@ -82,11 +70,12 @@ struct WindowSpace {
   // of the team, for the backward
   float* d_mixed;         // [rows, D]
   float** d_values;       // [x and states]: [rows, D]
-  char** backward;        // [all blocks x 4]: weights that dy is multiplied by
+  char** backward;        // [all blocks x 4]: packed weights that dy is multiplied by; see below
   WeightSum<Core>* sums;  // [all blocks x 4]
   // of a thread
   typename Core::Scratch gemm;
-  HeadScratch head;
+  typename HeadOf<Core>::type::Scratch head;
+  char* panels;          // of a weight that dy is multiplied by, if they are packed at use
   bool* fresh;           // [all blocks x 4]: whether nothing was added to the gradient yet
   int *filled, *group;   // [nets]: calls gathered in its sums so far, and in the end
   bool *active, *given;  // [calls]: whether a gradient reaches it; [states]: whether it has one
@@ -143,12 +132,26 @@ struct WindowSpace {
       own.active = c.take<bool>(job.rec.num_steps);
       own.given = c.take<bool>(job.rec.num_states);
       own.now = c.take<const State*>(job.rec.num_states);
-      if (z.heads) own.head = HeadScratch::carve(c, job.rec.tokens, z.head_dim);
+      if (back && packs_at_use<Core>()) own.panels = c.take<char>(most_panels(job.rec));
+      if (z.heads) own.head = HeadOf<Core>::type::Scratch::carve(c, job.rec.tokens, z.head_dim);
     }
     return c.used;
   }
 
  private:
+  static size_t most_panels(const Recursion& rec) {
+    size_t most = 0;
+    for (int n = 0; n < rec.num_nets; ++n)
+      for (int i = 0; i < rec.nets[n].num_blocks; ++i)
+        for (int which = 0; which < weights_per_block; ++which) {
+          const Linear l = product_of(rec.nets[n].blocks[i].shape, which).template slice<Core>(0);
+          const int count = imin(l.panels(), panels_at_once<Core>(l));
+          const size_t bytes = Core::linear_bytes(l) / l.panels() * count;
+          if (bytes > most) most = bytes;
+        }
+    return most;
+  }
+
   static void carve_backward(const Window& job, const WindowSizes& z, Carver& c, WindowSpace& w,
                              bool fill) {
     const Recursion& rec = job.rec;
@@ -172,8 +175,8 @@ struct WindowSpace {
           for (int which = 0; which < weights_per_block; ++which, ++at) {
             const BlockShape& s = rec.nets[n].blocks[i].shape;
             const Product p = product_of(s, which);
-            if (pass == 1) {
-              char* const packed = c.take<char>(Core::linear_bytes(p.backward()));
+            if (pass == 1 && !packs_at_use<Core>()) {
+              char* const packed = c.take<char>(Core::linear_bytes(over_rows(p.depth(), p.in)));
               if (fill) w.backward[at] = packed;
             }
             const bool turned = s.token_mlp && which <= mixer_out;
