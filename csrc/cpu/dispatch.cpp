@@ -27,6 +27,7 @@ bool has_avx2() { return true; }
 bool has_avx512() { return true; }
 bool has_avx512_bf16() { return true; }
 bool has_amx() { return true; }
+bool has_amx_int8() { return true; }
 bool has_avx_vnni() { return true; }
 bool has_avx512_vnni() { return true; }
 #elif defined(__x86_64__)
@@ -76,6 +77,8 @@ bool has_amx() {
   return false;
 #endif
 }
+
+bool has_amx_int8() { return has_amx() && (Cpuid(7).d >> 25 & 1); }
 #elif defined(__aarch64__) && defined(__linux__)
 bool has_neon_bf16() {
   constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16
@@ -108,6 +111,9 @@ constexpr Int8 on_avx512 = emulated;
 #if defined(RX_HAVE_AVX512_BF16)
 constexpr Int8 on_dot{has_avx512_bf16, on_avx512.f32, &dot_int8};
 #endif
+#if defined(RX_HAVE_AMX)
+constexpr Int8 on_amx{has_amx_int8, on_avx512.f32, &amx_int8};
+#endif
 
 struct Isa {
   const char* name;
@@ -129,7 +135,7 @@ const std::vector<Isa>& all_isas() {
       {"avx512_bf16", has_avx512_bf16, &avx512_f32, &dot_bf16, on_dot},
 #endif
 #if defined(RX_HAVE_AMX)
-      {"amx", has_amx, &avx512_f32, &amx_bf16, on_dot},
+      {"amx", has_amx, &avx512_f32, &amx_bf16, on_amx},
 #endif
 #if defined(RX_HAVE_NEON)
       {"neon", always, &neon_f32, &neon_bf16, emulated},

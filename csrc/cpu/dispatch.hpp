@@ -30,8 +30,8 @@ std::string best_isa(const std::vector<std::string>& names, double gain);
 // That gain, measured once in a process (a millisecond); 0 where the best one is no such core.
 double dot_gain();
 
-// Whether products of int8 run by an instruction (vpdpbusd) with the engine of that name; else by
-// plain code, slower than those of bf16.
+// Whether products of int8 run by an instruction (vpdpbusd, tdpbusd) with the engine of that name;
+// else by plain code, slower than those of bf16.
 bool has_int8(const std::string& isa);
 
 // A net packed for one instruction set and one state type; with weights of int8, for products of

@@ -6,9 +6,10 @@
 #define RX_GROUP_ROWS 390
 
 #include "engines.hpp"
-#include "gemm_amx.hpp"
+#include "gemm_int8_amx.hpp"
 #include "schedule.hpp"
 
 namespace rx::cpu {
 const Engine amx_bf16 = amx::engine_of<amx::AmxCore>();
+const Engine amx_int8 = amx::engine_without_window<amx::AmxInt8Core>();
 }  // namespace rx::cpu

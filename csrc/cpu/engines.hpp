@@ -12,6 +12,7 @@ extern const Engine dot_bf16;                       // AVX512_BF16; fp32 states 
 extern const Engine amx_bf16;                       // as well
 extern const Engine vnni_int8_f32, vnni_int8_bf16;  // AVX512_VNNI
 extern const Engine dot_int8;                       // and AVX512_BF16
+extern const Engine amx_int8;                       // AMX-INT8
 extern const Engine avx2_vnni_int8_f32, avx2_vnni_int8_bf16;  // AVX-VNNI
 extern const Engine portable_int8_f32, portable_int8_bf16;
 extern const Engine neon_f32, neon_bf16;

@@ -23,6 +23,16 @@ struct Pending {
   bool finish = false;  // whether this was the last K chunk
 };
 
+// What a tile of B is, of kPanelStep bytes of a panel, and how it is multiplied.
+struct Bf16Tiles {  // [16 pairs of k][16 columns][2], one side after the other
+  static constexpr long kLine = 64, kOtherSide = kTileBytes;
+  static constexpr int kRowsAStep = 1;  // of the pending block, finished meanwhile
+  template <int kC, int kA, int kB>
+  RX_INLINE void dot() {
+    tile_dot<kC, kA, kB>();
+  }
+};
+
 struct Block2x2 {
   const char *a0, *a1;  // row tiles
   long lda;             // bytes
@@ -32,17 +42,17 @@ struct Block2x2 {
   int rows;             // of a tile
 };
 
-template <bool kTwo>
+template <class Tiles, bool kTwo>
 RX_INLINE void load_operands(const Block2x2& block, int step) {
   const char* b = block.b + (long)step * kPanelStep;
-  tile_stream<6>(b, 64);
+  tile_stream<6>(b, Tiles::kLine);
   tile_load<4>(block.a0 + step * 64, block.lda);
   if (kTwo) tile_load<5>(block.a1 + step * 64, block.lda);
-  tile_stream<7>(b + kTileBytes, 64);
+  tile_stream<7>(b + Tiles::kOtherSide, Tiles::kLine);
 }
 
 // Store what the pending block left in tile kC, then start the new sum there.
-template <int kC, int kA, int kB>
+template <class Tiles, int kC, int kA, int kB>
 RX_INLINE void turn_over(const Block2x2& block, const Pending& pending) {
   if (pending.tile && (kC < 2 || pending.tiles == 2))
     tile_store<kC>(pending.tile + kC * kTileBytes, 64);
@@ -52,7 +62,7 @@ RX_INLINE void turn_over(const Block2x2& block, const Pending& pending) {
   } else {
     tile_zero<kC>();
   }
-  tile_dot<kC, kA, kB>();
+  Tiles::template dot<kC, kA, kB>();
 }
 
 template <class Finish>
@@ -65,28 +75,29 @@ RX_INLINE void finish_row(const Pending& pending, int rows, int r, Finish& finis
 }
 
 // Tiles 0-3 <- the block's products; meanwhile stores and finishes the pending block.
-template <bool kTwo, class Finish>
+template <class Tiles, bool kTwo, class Finish>
 RX_INLINE void multiply_block(const Block2x2& block, const Pending& pending, Prefetcher& prefetch,
                               Finish finish) {
-  load_operands<kTwo>(block, 0);
-  turn_over<0, 4, 6>(block, pending);
-  turn_over<1, 4, 7>(block, pending);
-  turn_over<2, kTwo ? 5 : 0, 6>(block, pending);
-  turn_over<3, kTwo ? 5 : 0, 7>(block, pending);
+  load_operands<Tiles, kTwo>(block, 0);
+  turn_over<Tiles, 0, 4, 6>(block, pending);
+  turn_over<Tiles, 1, 4, 7>(block, pending);
+  turn_over<Tiles, 2, kTwo ? 5 : 0, 6>(block, pending);
+  turn_over<Tiles, 3, kTwo ? 5 : 0, 7>(block, pending);
   prefetch.step();
   int row = 0;
   for (int step = 1; step < block.steps; ++step) {
-    load_operands<kTwo>(block, step);
-    tile_dot<0, 4, 6>();
-    tile_dot<1, 4, 7>();
+    load_operands<Tiles, kTwo>(block, step);
+    Tiles::template dot<0, 4, 6>();
+    Tiles::template dot<1, 4, 7>();
     if (kTwo) {
-      tile_dot<2, 5, 6>();
-      tile_dot<3, 5, 7>();
+      Tiles::template dot<2, 5, 6>();
+      Tiles::template dot<3, 5, 7>();
     }
     prefetch.step();
     // From the second step on, when the stores above have landed.
-    if (pending.finish && step > 1 && row < block.rows)
-      finish_row(pending, block.rows, row++, finish);
+    for (int i = 0; i < Tiles::kRowsAStep; ++i)
+      if (pending.finish && step > 1 && row < block.rows)
+        finish_row(pending, block.rows, row++, finish);
   }
   if (pending.finish)
     for (; row < block.rows; ++row) finish_row(pending, block.rows, row, finish);
@@ -129,12 +140,22 @@ struct AmxCore : PairPanels {
   static __attribute__((noinline)) void gemm(const Scratch& scratch, Mat<bf16> a, Range rows,
                                              const Linear& l, const void* weight, Range panels,
                                              const void* next_weight, Epilogue epilogue) {
+    const auto row_at = [=](int row, int step) __attribute__((always_inline)) {
+      return (const char*)a.at(row, step * kTileDepth);
+    };
+    multiply<Bf16Tiles>(scratch, row_at, a.ld * (long)sizeof(bf16), rows, steps(l), weight,
+                        panel_bytes(l), panels, next_weight, epilogue);
+  }
+
+  // A product of row_at(row, step), `lda` bytes between rows, by panels of all_steps tiles.
+  template <class Tiles, class RowAt, class Epilogue>
+  RX_INLINE void multiply(const Scratch& scratch, RowAt row_at, long lda, Range rows, int all_steps,
+                          const void* weight, long panel_size, Range panels,
+                          const void* next_weight, Epilogue epilogue) {
     if (rows.begin >= rows.end || panels.begin >= panels.end) return;
     const char* const w = (const char*)weight;
     const int R = tile_rows(rows.end - rows.begin), tiles = ceil_div(rows.end - rows.begin, R);
-    const int all_steps = steps(l);
     constexpr int kChunkSteps = kDepth / kTileDepth;
-    const long panel_size = panel_bytes(l);
     const int per_chunk = imax(1, imin(kMaxChunk, (int)(RX_L2_CHUNK_BYTES / panel_size)));
     const int prefetch_lines = ceil_div(kPanelStep / 64, ceil_div(tiles, 2));
     configure(scratch, R);
@@ -151,21 +172,18 @@ struct AmxCore : PairPanels {
         for (int step = 0; step < all_steps; step += kChunkSteps) {
           const int depth = imin(kChunkSteps, all_steps - step);
           const bool whole = depth == all_steps, final = step + depth == all_steps;
-          const bf16* const a0 = a.at(row, step * kTileDepth);
+          const char* const a0 = row_at(row, step);
           for (int panel = first; panel < last; ++panel) {
             char* const sums = whole ? scratch.turn + (turn ^= 1) * kBlockBytes
                                      : scratch.partial + (panel - first) * kBlockBytes;
-            const Block2x2 block{(const char*)a0,
-                                 (const char*)(a0 + (long)R * a.ld),
-                                 a.ld * (long)sizeof(bf16),
-                                 w + panel * panel_size + (long)step * kPanelStep,
-                                 depth,
-                                 step > 0 ? sums : nullptr,
+            const Block2x2 block{a0,    a0 + R * lda,
+                                 lda,   w + panel * panel_size + (long)step * kPanelStep,
+                                 depth, step > 0 ? sums : nullptr,
                                  R};
             if (two) {
-              multiply_block<true>(block, pending, prefetch, epilogue(pending.panel));
+              multiply_block<Tiles, true>(block, pending, prefetch, epilogue(pending.panel));
             } else {
-              multiply_block<false>(block, pending, prefetch, epilogue(pending.panel));
+              multiply_block<Tiles, false>(block, pending, prefetch, epilogue(pending.panel));
             }
             pending = {sums, panel, row, two ? 2 : 1, final};
           }
@@ -173,10 +191,10 @@ struct AmxCore : PairPanels {
       }
     }
     const Block2x2 none{};
-    turn_over<0, 0, 0>(none, pending);
-    turn_over<1, 0, 0>(none, pending);
-    turn_over<2, 0, 0>(none, pending);
-    turn_over<3, 0, 0>(none, pending);
+    turn_over<Tiles, 0, 0, 0>(none, pending);
+    turn_over<Tiles, 1, 0, 0>(none, pending);
+    turn_over<Tiles, 2, 0, 0>(none, pending);
+    turn_over<Tiles, 3, 0, 0>(none, pending);
     auto finish = epilogue(pending.panel);
     for (int r = 0; r < R; ++r) finish_row(pending, R, r, finish);
   }

@@ -18,28 +18,31 @@
 
 namespace rx::cpu::RX_ISA {
 
-template <class Base>
+// kStep: what the depth is padded to, with weights of zero.
+template <class Base, int kStep = 4>
 struct Int8Core : Base {
   using State = typename Base::State;
   using Act = typename Base::Act;
 
   struct Scratch : Base::Scratch {
-    uint8_t* codes;  // of the rows of a product, [rows][round_up(K, kAlign)], 128 added
+    uint8_t* codes;  // of the rows of a product, [rows][row_bytes(K)], 128 added
     float* scales;   // [rows]
   };
   template <class Carver>
   static Scratch carve_scratch(Carver& carver, int rows, int depth) {
     Scratch own{};
-    own.codes = carver.template take<uint8_t>((size_t)rows * round_up(depth, kAlign));
+    own.codes = carver.template take<uint8_t>(rows * row_bytes(depth));
     own.scales = carver.template take<float>(rows);
     return own;
   }
+
+  static long row_bytes(int depth) { return round_up(depth, imax(kStep, kAlign)); }
 
   // ---- weights --------------------------------------------------------------------------------
 
   static constexpr int kQuadBytes = kPanel * 4;
   static constexpr int kStepQuads = 8;  // of the depth, between two prefetches
-  static int quads(const Linear& l) { return ceil_div(l.in, 4); }
+  static int quads(const Linear& l) { return round_up(l.in, kStep) / 4; }
   static long panel_bytes(const Linear& l) { return (long)(quads(l) + 2) * kQuadBytes; }
   static size_t linear_bytes(const Linear& l) { return (size_t)l.panels() * panel_bytes(l); }
   static const void* panel_at(const Linear& l, const void* weight, int panel) {
@@ -72,7 +75,7 @@ struct Int8Core : Base {
   static void quantize_rows(const Scratch& own, Mat<Act> a, Range rows, int depth) {
     const int wide = round_up(depth, kAlign);  // zeros from `depth` on
     for (int row = rows.begin; row < rows.end; ++row) {
-      uint8_t* const codes = own.codes + (long)row * wide;
+      uint8_t* const codes = own.codes + row * row_bytes(depth);
       // As integers, absolute values have their order, with NaN above all.
       VI top = {};
       for (int k = 0; k < wide; k += W) {
@@ -137,7 +140,7 @@ struct Int8Core : Base {
     if (rows.begin >= rows.end) return;
     quantize_rows(own, a, rows, l.in);
     const char* const w = (const char*)weight;
-    const long panel_size = panel_bytes(l), lda = round_up(l.in, kAlign);
+    const long panel_size = panel_bytes(l), lda = row_bytes(l.in);
     const int per_chunk = imax(1, (int)(RX_L2_CHUNK_BYTES / panel_size));
     const int lines =
         ceil_div(kStepQuads * kQuadBytes / 64, ceil_div(rows.end - rows.begin, kRows));

@@ -66,6 +66,18 @@ RX_INLINE void tile_dot() {
     memcpy(tiles.data[kC][m], c, 64);
   }
 }
+template <int kC, int kA, int kB>
+RX_INLINE void tile_dot_int8() {
+  for (int m = 0; m < tiles.rows[kC]; ++m) {
+    uint32_t c[16];
+    memcpy(c, tiles.data[kC][m], 64);
+    for (int k = 0; k < 64; ++k)
+      for (int n = 0; n < 16; ++n)
+        c[n] += (uint32_t)(uint8_t)tiles.data[kA][m][k] *
+                (uint32_t)(int8_t)tiles.data[kB][k / 4][4 * n + k % 4];
+    memcpy(tiles.data[kC][m], c, 64);
+  }
+}
 
 #else
 
@@ -100,6 +112,11 @@ RX_INLINE void tile_store(void* p, long stride) {
 template <int kC, int kA, int kB>
 RX_INLINE void tile_dot() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
+}
+// C += A B, 64 deep: unsigned bytes by signed ones, modulo 2^32.
+template <int kC, int kA, int kB>
+RX_INLINE void tile_dot_int8() {
+  asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
 }
 
 #endif

@@ -149,9 +149,7 @@ class Cpu(Backend):
     def why_not_int8(self) -> str | None:
         """Why products of int8 are not faster than those of bf16 here, or None if they are."""
         isa = self._engine().cpu_isa()
-        if isa == "amx":
-            return "multiplies bf16 by AMX here, faster than int8 by AVX512_VNNI"
-        no = f"has no instruction for products of int8 here (AVX512_VNNI, AVX-VNNI), as {isa}"
+        no = f"has no instruction for products of int8 here (VNNI, AMX-INT8), as {isa}"
         return None if self._engine().cpu_has_int8(isa) else no
 
     def run(self, problem: Problem, operands: Operands, span: Span) -> list[Tensor]:

@@ -214,18 +214,6 @@ def test_bits_do_not_depend_on_threads_and_reruns_agree(engine, kind, dtype) -> 
             assert all(torch.equal(a, b) for a, b in zip(first, got, strict=True)), threads
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_hundreds_of_reruns_are_bit_equal(native, kind, dtype) -> None:
-    given = case(Schedule.trm(1, 2), kind, dtype, tokens=5, hidden=32, inner=32, heads=2)
-    first = {save: on_engine(cpu.BACKEND, given, save) for save in SAVE}
-    for _ in range(300):
-        for save in SAVE:
-            got = on_engine(cpu.BACKEND, given, save)
-            assert all(torch.equal(a, b) for a, b in zip(first[save], got, strict=True)), save
-
-
 # ---- the contract of a window --------------------------------------------------------------------
 
 

@@ -1,20 +1,13 @@
-"""The core for AVX512_BF16: what its instruction computes, bugs that the checks see, reruns."""
+"""The core for AVX512_BF16: what its instruction computes, bugs that the checks see."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 
-from recurx import Schedule
-from recurx.backends import cpu
-from recurx.plan import cpu as plan
 from tests.cpu import build
-from tests.cpu.test_cpu_engine import run
-from tests.factories import make_inputs, make_net, rope
 
 NAME = "avx512_bf16"
 
@@ -91,28 +84,3 @@ def test_no_access_outside_its_memory(tmp_path: Path) -> None:
         done = subprocess.run([str(program), NAME], capture_output=True, text=True)
         assert (done.returncode == 0) == (word == "ok"), done.stdout + done.stderr
         assert word in done.stdout + done.stderr and "runtime error" not in done.stderr
-
-
-def test_reruns_have_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hundreds, on one thread and on two."""
-    if NAME not in build.usable():
-        pytest.skip(f"this processor (or this build) has no {NAME}")
-    monkeypatch.setenv("RECURX_CPU_ISA", NAME)
-    monkeypatch.setattr(plan, "LEAST_SPLIT", 0)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    schedule, shape = Schedule.trm(1, 1), dict(tokens=27, hidden=160)
-    before = torch.get_num_threads()
-    try:
-        for kind in ("attention", "token_mlp"):
-            nets = {"L": make_net(kind, **shape, heads=2)}
-            x, carry = make_inputs(schedule, batch=3, dtype=torch.bfloat16, **shape)
-            cos_sin = rope(**shape, heads=2) if kind == "attention" else None
-            torch.set_num_threads(1)
-            expected = run(cpu.BACKEND, schedule, nets, x, carry, cos_sin)
-            for count in (1, 2):
-                torch.set_num_threads(count)
-                for _ in range(300):
-                    got = run(cpu.BACKEND, schedule, nets, x, carry, cos_sin)
-                    assert all(torch.equal(got[name], expected[name]) for name in expected)
-    finally:
-        torch.set_num_threads(before)

@@ -26,12 +26,13 @@ from tests.factories import make_inputs, make_net, problem_for, quantize_net, ro
 MOST_DEPTH = 133144  # csrc/cpu/types.hpp: 127 * 127 of them fit an int32
 # Vectors: width, rows of a tile, flags; by the instruction, or by plain code.
 PLAIN = {f"plain {w}": (w, r, ["-DRX_EMULATE_DOT"]) for w, r in ((4, 4), (8, 6), (16, 14))}
-BY_INSTRUCTION = {"avx512_vnni": (16, 14), "avx2_vnni": (8, 6)}
+PLAIN["plain tiles"] = (16, 14, ["-DRX_CHECK_AMX", "-DRX_EMULATE_AMX"])
+BY_INSTRUCTION = {"avx512_vnni": (16, 14), "avx2_vnni": (8, 6), "amx": (16, 14)}
 
 
 def has_instruction(name: str) -> bool:
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return {"avx512_vnni": "avx512_vnni", "avx2_vnni": "avx_vnni"}[name] in flags
+    return {"avx512_vnni": "avx512_vnni", "avx2_vnni": "avx_vnni", "amx": "amx_int8"}[name] in flags
 
 
 def variant(name: str) -> tuple[int, int, list[str]]:
@@ -39,7 +40,8 @@ def variant(name: str) -> tuple[int, int, list[str]]:
         return PLAIN[name]
     if not has_instruction(name):
         pytest.skip(f"this processor has no {name}")
-    return (*BY_INSTRUCTION[name], list(build.native_tools.ISA_FLAGS[name][0]))
+    flags = list(build.native_tools.ISA_FLAGS[name][0])
+    return (*BY_INSTRUCTION[name], [*flags, "-DRX_CHECK_AMX"] if name == "amx" else flags)
 
 
 def compiled(name: str, include: Path, program: Path, more: tuple[str, ...] = ()) -> Path:
@@ -100,7 +102,8 @@ def cases():
         x = rng.standard_normal((rows, depth), np.float32) * rng.exponential(9, (rows, 1))
         codes = rng.integers(-127, 128, (columns, depth), np.int8)
         x[rows // 2] *= rows % 3  # a row of zeros
-        yield x.astype(np.float32), codes, rng.random(columns, np.float32) + np.float32(0.1)
+        x = (x.astype(np.float32).view(np.int32) & -65536).view(np.float32)  # that bf16 holds
+        yield x, codes, rng.random(columns, np.float32) + np.float32(0.1)
     for sign in (1, -1):
         codes = np.full((2, MOST_DEPTH), 127, np.int8)
         codes[1] *= sign
@@ -139,6 +142,22 @@ PLANTED = {
         "plain 8", "int8.hpp", "((VU)a >> 8 * byte & 255)",
         "(VU)((VI)((VU)a << (24 - 8 * byte)) >> 24)",
     ),
+    "tiles: no correction of the 128": (
+        "plain tiles", "gemm_int8_amx.hpp", "(VU)load_lanes(starts);", "0;",
+    ),
+    "tiles: the scale of the first row": (
+        "plain tiles", "gemm_int8_amx.hpp", "row_scales[row]", "row_scales[0]",
+    ),
+    "tiles: one side for both": (
+        "plain tiles", "gemm_int8_amx.hpp", "kOtherSide = 64", "kOtherSide = 0",
+    ),
+    "tiles: the first depth again": ("plain tiles", "gemm_int8_amx.hpp", " + step * 64", ""),
+    "tiles: sums that start anew": (
+        "plain tiles", "gemm_amx.hpp", "step > 0 ? sums : nullptr", "nullptr",
+    ),
+    "tiles: signed activations": (
+        "plain tiles", "tile.hpp", "(uint32_t)(uint8_t)tiles", "(uint32_t)(int8_t)tiles",
+    ),
     "sums that saturate": (
         "avx512_vnni", "int8.hpp", "_mm512_dpbusd_epi32", "_mm512_dpbusds_epi32",
     ),
@@ -160,10 +179,11 @@ def test_a_planted_bug_is_seen(bug: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_no_access_outside_its_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["plain 4", "plain tiles"])
+def test_no_access_outside_its_memory(name: str, tmp_path: Path) -> None:
     """Nor undefined behaviour, where partial sums wrap too."""
     more = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    program = compiled("plain 4", build.ROOT / "csrc", tmp_path / "check", more)
+    program = compiled(name, build.ROOT / "csrc", tmp_path / "check", more)
     for case in cases():
         check(program, *case)
 
@@ -323,4 +343,4 @@ def test_why_it_would_be_no_faster() -> None:
 
     assert backend("avx512_bf16", True).why_not_int8() is None
     assert "no instruction for products of int8" in (backend("avx2", False).why_not_int8() or "")
-    assert "by AMX here, faster" in (backend("amx", True).why_not_int8() or "")
+    assert backend("amx", True).why_not_int8() is None

@@ -1,0 +1,415 @@
+// Random recursions, windows and solves by every engine that is linked in, for the sanitizers of
+// addresses, of undefined behaviour and of threads. No Python, no torch.
+//
+//   random_check first count [engines] [reruns]
+//
+// Cases number first and up, by all engines in turn whose name has that in it. All buffers have
+// their exact size and lie apart. Every call must give the bits of the first one, which ran on one
+// thread and on scratch of zeros: the others run on one to four threads, on scratch and kept values
+// that are NaN before, so that what is read and was not written shows.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cpu/engines.hpp"
+#include "cpu/machine.hpp"
+#include "sanitized.hpp"
+
+int rx_planted = -1;  // sanitized.hpp
+
+namespace rx::cpu {
+// Null where not linked in. Tiles are emulated: sanitizers do not see what instructions load.
+#define RX_WEAK extern const Engine __attribute__((weak))
+RX_WEAK portable_f32, portable_bf16, portable_int8_f32, portable_int8_bf16;
+RX_WEAK avx2_f32, avx2_bf16, avx2_vnni_int8_f32, avx2_vnni_int8_bf16;
+RX_WEAK avx512_f32, avx512_bf16, vnni_int8_f32, vnni_int8_bf16, dot_bf16, dot_int8, amx_bf16,
+    amx_int8;
+RX_WEAK neon_f32, neon_bf16, bfdot_bf16;
+}  // namespace rx::cpu
+
+using namespace rx::cpu;
+
+namespace {
+
+const struct {
+  const char* name;
+  const Engine* engine;
+} kEngines[] = {
+#define RX_NAMED(engine) {#engine, &engine}
+    RX_NAMED(portable_f32),       RX_NAMED(portable_bf16),
+    RX_NAMED(portable_int8_f32),  RX_NAMED(portable_int8_bf16),
+    RX_NAMED(avx2_f32),           RX_NAMED(avx2_bf16),
+    RX_NAMED(avx2_vnni_int8_f32), RX_NAMED(avx2_vnni_int8_bf16),
+    RX_NAMED(avx512_f32),         RX_NAMED(avx512_bf16),
+    RX_NAMED(vnni_int8_f32),      RX_NAMED(vnni_int8_bf16),
+    RX_NAMED(dot_bf16),           RX_NAMED(dot_int8),
+    RX_NAMED(amx_bf16),           RX_NAMED(amx_int8),
+    RX_NAMED(neon_f32),           RX_NAMED(neon_bf16),
+    RX_NAMED(bfdot_bf16),
+};
+
+// The same numbers with every standard library.
+struct Random {
+  uint64_t state;
+  uint64_t bits() {
+    uint64_t z = state += 0x9e3779b97f4a7c15ull;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
+    return z ^ z >> 31;
+  }
+  int from(int least, int most) { return least + (int)(bits() % (uint64_t)(most - least + 1)); }
+  bool one_in(int n) { return from(1, n) == 1; }
+  float value() { return (float)from(-1000, 1000) * 1.5e-3f; }
+};
+
+int reruns = 2;  // of each call; more of them are of small shapes, one in 256 on two threads
+
+using Bytes = std::shared_ptr<char>;  // of malloc, so that the first byte beyond is seen
+Bytes bytes(size_t count) {
+  char* const p = (char*)std::malloc(count);
+  std::memset(p, 0xff, count);  // NaN in every type
+  return {p, std::free};
+}
+
+Bytes values(Random& r, size_t count, size_t size, float scale) {
+  const Bytes all = bytes(count * size);
+  for (size_t i = 0; i < count; ++i) {
+    const float v = r.value() * scale;
+    std::memcpy(all.get() + i * size, (const char*)&v + 4 - size, size);
+  }
+  return all;
+}
+
+struct Results {
+  struct One {
+    Bytes data;
+    size_t count, size;  // bytes; of a number, or 0
+  };
+  std::vector<One> all;
+  void* add(size_t count, size_t size = 0) {
+    all.push_back({bytes(count), count, size});
+    return all.back().data.get();
+  }
+  bool operator==(const Results& other) const {
+    for (size_t i = 0; i < all.size(); ++i)
+      if (std::memcmp(all[i].data.get(), other.all[i].data.get(), all[i].count)) return false;
+    return true;
+  }
+  bool finite() const {
+    for (const One& one : all)
+      for (size_t at = 0; one.size && at < one.count; at += one.size) {
+        float v = 0;
+        std::memcpy((char*)&v + 4 - one.size, one.data.get() + at, one.size);
+        if (!std::isfinite(v)) return false;
+      }
+    return true;
+  }
+};
+
+struct Case {
+  Random r;
+  const Engine& engine;
+  size_t size = engine.state_bytes;  // of a value
+  bool int8 = !engine.window.forward;
+  int D, T, B;
+  std::vector<Bytes> held;
+  std::vector<std::vector<PackedBlock>> blocks;
+  std::vector<PackedNet> nets;
+  std::vector<RawWeight> weights;
+  std::vector<size_t> weight_sizes;
+  std::vector<std::vector<int>> lists;
+  std::vector<Step> steps;
+  std::vector<const void*> in;
+  int states;
+  const float *cos = nullptr, *sin = nullptr;
+  std::string text;
+
+  Case(uint64_t number, const char* name, const Engine& e) : r{number}, engine(e) {
+    D = 32 * (r.one_in(16) ? r.from(17, 18) : r.from(1, 4));
+    T = r.one_in(8) ? r.from(20, 40) : r.from(1, 18);
+    B = r.from(1, 9);
+    if (reruns > 2) D = 32, T = 1 + T % 6, B = 1 + B % 3;
+    text = std::string(name) + " case " + std::to_string(number) + ": D=" + std::to_string(D) +
+           " T=" + std::to_string(T) + " B=" + std::to_string(B);
+    int heads = r.from(1, 4);
+    while (D % (16 * heads) || D / heads > 128) heads = heads % 64 + 1;
+    const int mixer = r.from(0, 4);  // attention, token MLPs, or both
+    for (int net = r.from(1, 2); net > 0; --net) {
+      blocks.emplace_back();
+      for (int block = r.one_in(6) ? 3 : r.from(1, 2); block > 0; --block)
+        add_block(mixer < 2 || (mixer == 4 && r.one_in(2)), heads);
+      nets.push_back({blocks.back().data(), (int)blocks.back().size()});
+      text += " |";
+    }
+    if (!r.one_in(4)) {
+      const size_t count = (size_t)T * (D / heads);
+      cos = (const float*)hold(values(r, count, 4, 0.6f));
+      sin = (const float*)hold(values(r, count, 4, 0.6f));
+    }
+    states = r.from(2, 4);
+    for (int s = 0; s < states; ++s) in.push_back(hold(values(r, elements() * B, size, 1.f)));
+    add_steps();
+  }
+
+  size_t elements() const { return (size_t)T * D; }
+  const void* hold(Bytes b) {
+    held.push_back(b);
+    return b.get();
+  }
+
+  void add_block(bool attention, int heads) {
+    BlockShape s{};
+    s.token_mlp = !attention;
+    s.hidden = D;
+    s.inner = r.from(1, r.one_in(12) ? 530 : 70);
+    s.eps = 1e-5f;
+    if (attention) s.heads = heads, s.head_dim = D / heads;
+    if (!attention) s.tokens = T, s.token_inner = r.from(1, 70);
+    text +=
+        attention ? " heads " + std::to_string(heads) : " over " + std::to_string(s.token_inner);
+    text += " F " + std::to_string(s.inner);
+    const int mixed = attention ? D : s.token_inner, from = attention ? D : T;
+    const int shapes[weights_per_block][2] = {{attention ? 3 * D : 2 * mixed, from},
+                                              {attention ? D : T, mixed},
+                                              {2 * s.inner, D},
+                                              {D, s.inner}};
+    for (const auto& shape : shapes) {
+      const size_t count = (size_t)shape[0] * shape[1];
+      weight_sizes.push_back(count);
+      weights.push_back({nullptr, size == 4 ? Dtype::f32 : Dtype::bf16});
+      if (int8) {
+        const Bytes codes = bytes(count);
+        for (size_t i = 0; i < count; ++i) codes.get()[i] = (char)r.from(-127, 127);
+        weights.back() = {hold(codes), Dtype::int8,
+                          (const float*)hold(values(r, shape[0], 4, 0.01f))};
+      } else {
+        weights.back().data = hold(values(r, count, size, 1.f / std::sqrt((float)shape[1])));
+      }
+    }
+    // Each packed weight goes to memory of its own.
+    const size_t total = engine.packed_bytes(s);
+    const std::unique_ptr<void, void (*)(void*)> packed(allocate(total), std::free);
+    PackedBlock block;
+    engine.pack(s, &weights[weights.size() - weights_per_block], packed.get(), &block);
+    const char* end = (const char*)packed.get() + total;
+    for (int i = weights_per_block; i-- > 0;) {
+      const char* const begin = (const char*)block.weight[i];
+      const size_t count = end - begin;
+      block.weight[i] = hold({(char*)std::aligned_alloc(64, count), std::free});
+      std::memcpy((void*)block.weight[i], begin, count);
+      end = begin;
+    }
+    blocks.back().push_back(block);
+  }
+
+  const std::vector<int>& list(int least, int most) {
+    lists.emplace_back();
+    for (int n = r.from(least, most); n > 0; --n) lists.back().push_back(r.from(0, states - 1));
+    return lists.back();
+  }
+
+  void add_steps() {
+    const int count = r.from(1, 4);
+    lists.reserve(2 * count);
+    const std::vector<int>* kept = nullptr;
+    for (int i = 0; i < count; ++i) {
+      Step step{r.from(0, (int)nets.size() - 1), r.from(1, states - 1)};
+      const std::vector<int>& state = list(1, 2);
+      const bool again = kept && r.one_in(2), form = !kept || r.one_in(2);
+      const std::vector<int>& inject = again ? *kept : list(0, 3);
+      step.num_state = (int)state.size(), step.state = state.data();
+      step.num_inject = (int)inject.size(), step.inject = inject.data();
+      step.sum = again ? Sum::kept : form ? Sum::formed : Sum::own;
+      if (step.sum == Sum::formed) kept = &inject;
+      if (kept && std::count(kept->begin(), kept->end(), step.write)) kept = nullptr;
+      steps.push_back(step);
+      text += " " + std::to_string(step.net) + ">" + std::to_string(step.write);
+    }
+  }
+
+  Recursion recursion(void* const* out) const {
+    return {B,
+            T,
+            D,
+            states,
+            in.data(),
+            out,
+            (int)steps.size(),
+            steps.data(),
+            (int)nets.size(),
+            nets.data(),
+            cos,
+            sin};
+  }
+
+  // `in_place`: as a carry is updated.
+  Results run_calls(int threads, bool in_place) const {
+    Results got;
+    std::vector<void*> out{nullptr};
+    std::vector<const void*> from = in;
+    for (int s = 1; s < states; ++s) {
+      out.push_back(got.add(elements() * B * size, size));
+      if (!in_place) continue;
+      std::memcpy(out[s], in[s], elements() * B * size);
+      from[s] = out[s];
+    }
+    Recursion one = recursion(out.data());
+    one.in = from.data();
+    run(engine, one, threads);
+    return got;
+  }
+
+  // `choices` says which gradients there are.
+  Results run_training(Save save, Random choices, int threads, int threads_back) const {
+    Results got;
+    std::vector<void*> out{nullptr}, d_in;
+    for (int s = 1; s < states; ++s) out.push_back(got.add(elements() * B * size, size));
+    Window window{recursion(out.data()), save};
+    const KeptSize each = engine.window.kept_size(window.rec, save);
+    const Bytes kept = bytes(each.values * B * size), floats = bytes(each.floats * B * 4);
+    window.kept = kept.get();
+    window.kept_floats = (float*)floats.get();
+    run_window(engine, window, false, threads);
+    std::vector<Bytes> given;
+    std::vector<const void*> d_out{nullptr};
+    for (int s = 1; s < states; ++s) {
+      given.push_back(values(choices, elements() * B, size, 1.f));
+      d_out.push_back(choices.one_in(3) ? nullptr : given.back().get());
+    }
+    for (int s = 0; s < states; ++s)
+      d_in.push_back(choices.one_in(3) ? nullptr : got.add(elements() * B * size, size));
+    std::vector<float*> d_weights;
+    for (size_t count : weight_sizes)
+      d_weights.push_back(choices.one_in(5) ? nullptr : (float*)got.add(count * sizeof(float), 4));
+    window.rec.out = nullptr;
+    window.weights = weights.data();
+    window.d_out = d_out.data();
+    window.d_in = d_in.data();
+    window.d_weights = d_weights.data();
+    run_window(engine, window, true, threads_back);
+    return got;
+  }
+
+  Results run_solve(Random choices, int threads) const {
+    Results got;
+    std::atomic<int> done{0};
+    Solving how{};
+    how.rows = B;
+    how.max_steps = choices.from(1, 4);
+    how.by_q = choices.one_in(2);
+    how.against_continue = choices.one_in(2);
+    how.by_answer = choices.one_in(2);
+    how.patience = choices.from(1, 2);
+    how.sigma = choices.one_in(2) ? 0.3f : 0.f;
+    how.seed = choices.bits();
+    how.start_each = choices.one_in(2);
+    how.output = choices.from(1, states - 1);
+    how.prefix = choices.from(0, T - 1);
+    how.vocab = choices.from(1, 11);
+    std::vector<int64_t> numbers;
+    for (int row = 0; row < B; ++row) numbers.push_back(choices.from(0, 1000));
+    how.numbers = numbers.data();
+    how.x = in[0];
+    std::vector<Bytes> starts;
+    std::vector<const void*> start;
+    for (int s = 0; s < states; ++s) {
+      starts.push_back(values(choices, elements() * (how.start_each ? B : 1), size, 1.f));
+      start.push_back(starts.back().get());
+    }
+    how.start = start.data();
+    const Bytes lm_head = values(choices, (size_t)how.vocab * D, size, 1.f);
+    const Bytes q_head = values(choices, (size_t)2 * D, size, 1.f);
+    how.lm_head = lm_head.get();
+    how.q_head = q_head.get();
+    const size_t answers = (size_t)(T - how.prefix) * sizeof(int64_t);
+    how.steps = (int64_t*)got.add(B * sizeof(int64_t));
+    how.halted = (bool*)got.add(B);
+    how.final = got.add(elements() * B * size, size);
+    const bool trace = choices.one_in(2);
+    if (trace || how.by_answer) how.answers = (int64_t*)got.add(B * answers);
+    if (trace) how.trace = (int64_t*)got.add(how.max_steps * B * answers);
+    how.done = &done;
+    solve(engine, recursion(nullptr), how, threads);
+    return got;
+  }
+};
+
+void forget_scratch() {
+  Machine& machine = the_machine();
+  for (Scratch& one : machine.scratch) {
+    std::free(one.data);
+    one = {};
+  }
+  std::free(machine.window.data);
+  machine.window = {};
+}
+
+void spoil_scratch() {
+  Machine& machine = the_machine();
+  for (Scratch& one : machine.scratch)
+    if (one.data) std::memset(one.at_least(0), 0xff, one.bytes);
+  if (machine.window.data) std::memset(machine.window.at_least(0), 0xff, machine.window.bytes);
+}
+
+// Whether `work(threads)` has the same bits every time.
+template <class Work>
+bool repeats(Random& choices, const char* what, Work work) {
+  forget_scratch();
+  const Results first = work(1);
+  if (!first.finite()) {
+    std::printf("not finite, or not written: %s\n", what);
+    return false;
+  }
+  for (int i = 0; i < reruns; ++i) {
+    const int threads = reruns > 2 ? 1 + (i % 256 == 255) : choices.from(1 + i, 4);
+    spoil_scratch();
+    if (work(threads) == first) continue;
+    std::printf("other bits: %s on %d threads\n", what, threads);
+    return false;
+  }
+  return true;
+}
+
+bool holds(const Case& c) {
+  Random choices = c.r;
+  bool ok = repeats(choices, "run", [&](int threads) {
+    return c.run_calls(threads, threads > 1 && threads % 2 == c.B % 2);
+  });
+  const Random fixed{choices.bits()};
+  ok &= repeats(choices, "solve", [&](int threads) { return c.run_solve(fixed, threads); });
+  if (c.int8) return ok;
+  const Save save = (Save)choices.from(0, 2);
+  const int back = choices.from(0, 3);
+  return ok & repeats(choices, "window", [&](int threads) {
+           return c.run_training(save, fixed, threads, threads == 1 ? 1 : (threads + back) % 4 + 1);
+         });
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 3) return 2;
+  if (const char* bug = std::getenv("RX_PLANTED_BUG")) rx_planted = std::atoi(bug);
+  const char* const wanted = argc > 3 ? argv[3] : "";
+  if (argc > 4) reruns = std::max(2, std::atoi(argv[4]));
+  std::vector<size_t> linked;
+  for (size_t i = 0; i < sizeof kEngines / sizeof *kEngines; ++i)
+    if (kEngines[i].engine && std::strstr(kEngines[i].name, wanted)) linked.push_back(i);
+  if (linked.empty()) return 2;
+  const long first = std::atol(argv[1]), count = std::atol(argv[2]);
+  for (long number = first; number < first + count; ++number) {
+    const auto& chosen = kEngines[linked[number % linked.size()]];
+    const Case one(number, chosen.name, *chosen.engine);
+    std::fprintf(stderr, "%s\n", one.text.c_str());  // the last one is that of a report
+    if (holds(one)) continue;
+    std::printf("failed: %s\n", one.text.c_str());
+    return 1;
+  }
+  std::printf("ok\n");
+}
