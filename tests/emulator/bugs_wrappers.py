@@ -14,6 +14,7 @@ RELEASE = "    rx::red_add_release(arrived_g, 1);\n"
 RELEASED_TO_CTA = "emu::atomic_add(arrived_g, 1, emu::Order::kRelease, emu::Scope::kCta)"
 ACQUIRED_FOR_CTA = "emu::atomic_load(arrived_g, emu::Order::kAcquire, emu::Scope::kCta)"
 RELAXED = "emu::atomic_load(arrived_g, emu::Order::kRelaxed)"
+WATCHED = "    }\n  }\n  __syncthreads();"
 STALE = "stale L1: plain load of data written by another CTA"
 DIVERGED = r"diverged warp: lane \d+ is at "
 GLOBAL = r"race: (read after write|write after read) at global memory 'out_g'"
@@ -173,7 +174,7 @@ BUGS = [
         FLAG,
         (
             (POLL, RELAXED),
-            ("    }\n  }\n  __syncthreads();", "    }\n    __threadfence_block();\n  }\n  __syncthreads();"),
+            (WATCHED, WATCHED.replace("  }\n  __", "    __threadfence_block();\n  }\n  __")),
         ),
         STALE,
     ),

@@ -125,8 +125,7 @@ void RaceChecker::proxy_fence(Thread* t) {
 void RaceChecker::memory_fence(Thread* t, Scope scope) {
   if (!on) return;
   for (int s = 0; s <= int(scope); s++) acquire(t, t->marks.relaxed_acquired[s]);
-  for (int s = 0; s <= int(scope); s++)
-    t->marks.fence_view[s].assign(row(t), row(t) + width_);
+  for (int s = 0; s <= int(scope); s++) t->marks.fence_view[s].assign(row(t), row(t) + width_);
   row(t)[t->id]++;
 }
 

@@ -16,8 +16,9 @@
 // (causality is transitive).
 // An mbarrier is laxer in one respect. Libraries and this project hand memory back to another CTA
 // by arrivals at CTA scope, since the thread has used what it has read. Such an arrival, and a wait
-// at CTA scope for a wider one, carries `reads`: clocks that excuse a write over what was read, or
-// over a bulk copy that was waited for, and nothing else.
+// at CTA scope for a wider one, carries `reads`: clocks that excuse a write over what was read,
+// over a bulk copy that was waited for, and over what a CTA stored in its own shared memory (an SM
+// carries out its own stores there in order). They let nobody read anything.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -154,7 +155,7 @@ class RaceChecker {
   bool known(const Event& e, const View& view) const {
     return e.kind == Kind::kCpAsync ? cp_async_known(e, view) : view.of(e.actor) >= e.clock;
   }
-  // The same for an event that a write may follow when others are known to have used it.
+  // The same for an event that a write may follow once it is known to be over, see `reads`.
   bool used(const Event& e, const View& view) const {
     return known(e, view) || (view.reads() && known(e, View(view.reads())));
   }
@@ -181,7 +182,8 @@ class RaceChecker {
                    const View&, const uint8_t* at);
   void check_write(Cell&, const Event&, const View&, const uint8_t* at);
   void check_read(Cell&, const Event&, const View&, const uint8_t* at);
-  void check_proxy(const Cell&, const Event&, const View&, const uint8_t* at);
+  void check_proxy(const Cell&, const Event&, const View&, const uint8_t* at, bool laxly);
+  bool is_own(const Event&, const uint8_t* at) const;
   bool stale(const Event&, const Event& write, const uint8_t* at) const;
   [[noreturn]] void report(const char* fault, const uint8_t* at, const Event& now,
                            const Event& before);

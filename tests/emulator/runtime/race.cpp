@@ -108,8 +108,8 @@ static bool same_store(const Event& e, const Event& before) {
 }
 
 void RaceChecker::check_write(Cell& c, const Event& e, const View& view, const uint8_t* at) {
-  const bool copied = c.write.kind == Kind::kAsync;
-  if (c.write.clock && !(copied ? used(c.write, view) : known(c.write, view)) &&
+  const bool laxly = is_own(c.write, at);
+  if (c.write.clock && !(laxly ? used(c.write, view) : known(c.write, view)) &&
       !same_store(e, c.write))
     report("race: write after write", at, e, c.write);
   auto check = [&](const Event& r) {
@@ -122,7 +122,7 @@ void RaceChecker::check_write(Cell& c, const Event& e, const View& view, const u
     for (Event& r : *c.more_reads) check(r);
     c.more_reads.reset();
   }
-  check_proxy(c, e, view, at);
+  check_proxy(c, e, view, at, laxly);
   c.write = e;
   c.initialised = true;
   c.read[0].clock = c.read[1].clock = 0;
@@ -137,7 +137,7 @@ void RaceChecker::check_read(Cell& c, const Event& e, const View& view, const ui
                                    "by another CTA without a gpu-scope acquire by this thread's CTA"
                                  : "race: read after write",
            at, e, c.write);
-  check_proxy(c, e, view, at);
+  check_proxy(c, e, view, at, false);
   // A read that this one comes after need not be kept: what races with it races with this one.
   for (Event& r : c.read)
     if (!r.clock || (r.actor == e.actor && r.kind == e.kind) || known(r, view)) {
@@ -153,6 +153,14 @@ void RaceChecker::check_read(Cell& c, const Event& e, const View& view, const ui
   c.more_reads->push_back(e);
 }
 
+// A bulk copy, or a store of a thread to the shared memory of its own CTA.
+bool RaceChecker::is_own(const Event& write, const uint8_t* at) const {
+  if (write.kind == Kind::kAsync) return true;
+  const size_t offset = size_t(at - gang_->ctas[0].smem);
+  return offset < gang_->ctas.size() * kWindow &&
+         &gang_->ctas[offset / kWindow] == gang_->threads[write.actor].cta;
+}
+
 // Has the CTA read a flag that says the data is there, but not so that its L1 was emptied?
 bool RaceChecker::stale(const Event& e, const Event& write, const uint8_t* at) const {
   if (e.kind != Kind::kGeneric || write.kind != Kind::kGeneric) return false;
@@ -164,9 +172,10 @@ bool RaceChecker::stale(const Event& e, const Event& write, const uint8_t* at) c
 
 // Generic writes reach the async proxy (wgmma, bulk copies) only through fence.proxy.async, made by
 // the thread that wrote.
-void RaceChecker::check_proxy(const Cell& c, const Event& e, const View& view, const uint8_t* at) {
+void RaceChecker::check_proxy(const Cell& c, const Event& e, const View& view, const uint8_t* at,
+                              bool laxly) {
   if (e.kind != Kind::kAsync || !c.write.clock || c.write.kind == Kind::kAsync) return;
-  if (!fenced(c.write, view))
+  if (!fenced(c.write, view) && !(laxly && view.reads() && fenced(c.write, View(view.reads()))))
     report("missing fence.proxy.async after a generic write", at, e, c.write);
 }
 

@@ -97,7 +97,7 @@ struct Thread : ThreadContext {
   Groups<uint32_t> wgmmas;  // op numbers within the warpgroup
   bool wgmma_fenced = false, cluster_arrived = false;
   unsigned cluster_phase = 0;
-  OrderMarks marks;  // proxy fences and cp.async waits, see clocks.h
+  OrderMarks marks;            // proxy fences and cp.async waits, see clocks.h
   uint32_t aligned_count = 0;  // .aligned instructions so far
   uint64_t site = 0;           // of the next one, see at()
 };
@@ -164,7 +164,7 @@ struct Cta {
   std::vector<RegisterShare> registers;  // of each warpgroup
   Published exit_clocks;
   std::vector<Clock> seen;  // released by others and read here without an acquire, see stale()
-  uint64_t time_ns = 0;  // see global_time_ns()
+  uint64_t time_ns = 0;     // see global_time_ns()
 };
 
 struct Cluster {
