@@ -45,8 +45,9 @@ struct Config {  // EMU_ASYNC, EMU_RANDOM, EMU_SEED, EMU_RACE, EMU_YIELD, EMU_WO
   bool reader_may_fence = false;
   bool copies_may_write = false;  // threads of a CTA may store one value with one instruction
   bool aligned = true;            // .aligned instructions want a whole warp at one call site
-  double yield_chance = 0;        // chance of a switch at each instrumented access
-  int workers = 2;                // OS threads
+  bool together = false;    // all CTAs of every launch interleaved, as those of a cooperative one
+  double yield_chance = 0;  // chance of a switch at each instrumented access
+  int workers = 2;          // OS threads
   uint64_t max_switches = 2'000'000'000;  // a launch that needs more is reported as a livelock
 };
 Config& config();

@@ -98,6 +98,8 @@ int emu_set(const char* name, double value) {
     c.reader_may_fence = value != 0;
   else if (n == "copies_may_write")
     c.copies_may_write = value != 0;
+  else if (n == "together")
+    c.together = value != 0;
   else if (n == "aligned")
     c.aligned = value != 0;
   else if (n == "yield_chance")
