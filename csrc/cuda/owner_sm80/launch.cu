@@ -8,11 +8,18 @@
 #if defined(RX_LARGEST)  // the kernels that need most registers stand for all (tests/aot)
 #define RX_OWNER_PLANS(X) X(512, 8, kShared) X(512, 7, kScratch) X(512, 8, kScratch)
 #elif !defined(RX_OWNER_PLANS)
-#define RX_OWNER_PLANS(X)                                                                        \
-  X(64, 2, kShared)                                                                              \
-  X(64, 8, kShared)                                                                              \
-  X(128, 8, kShared) X(256, 8, kShared) X(384, 8, kShared) X(512, 6, kShared) X(512, 7, kShared) \
-      X(512, 8, kShared) X(512, 6, kScratch) X(512, 7, kScratch) X(512, 8, kScratch)
+#define RX_OWNER_PLANS(X) \
+  X(64, 2, kShared)       \
+  X(64, 8, kShared)       \
+  X(128, 8, kShared)      \
+  X(256, 8, kShared)      \
+  X(384, 8, kShared)      \
+  X(512, 6, kShared)      \
+  X(512, 7, kShared)      \
+  X(512, 8, kShared)      \
+  X(512, 6, kScratch)     \
+  X(512, 7, kScratch)     \
+  X(512, 8, kScratch)
 #endif
 
 namespace owner_sm80 {
