@@ -83,7 +83,7 @@ bench-ops: $(BUILT) $(DEV)
 	"$(PY)" -m pytest -q bench/ops --benchmark-group-by=func,param:batch
 
 bench-report: $(DEV)
-	"$(PY)" -m recurx bench report --write README.md docs/benchmarks.md
+	"$(PY)" -m recurx bench report --write README.md docs/benchmarks.md docs/engines.md
 
 lint: lint-python lint-layout lint-cpp
 

@@ -15,6 +15,10 @@ Importing this package needs neither triton nor a GPU; importing one of its modu
     rms_backward          the backward of an rms alone, over D or over T
     wgrad                 D^T X, added up over calls in fp32 without atomics
 
+Beside products of PyTorch's library:
+
+    pointwise             residual and rms, SwiGLU, and their backwards, each alone
+
 The rest of a training step (their addresses come in tables of `multi_tensor`):
 
     stablemax_cross_entropy   the loss of each token and its gradient, without fp64
@@ -29,4 +33,5 @@ What launches them in order, on tensors that it lays out (`recurx.backends` deci
     block, tiled              a block without gradient; a recursion over a slice of the batch
     block_training            a block that keeps what its backward reads, and that backward
     kept_layout               where a whole window keeps it
+    library                   all of this by PyTorch's products and `pointwise`
 """

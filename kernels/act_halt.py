@@ -61,7 +61,8 @@ def act_halt(
             steps, q_halt, q_continue, state, halted.view(torch.uint8), most, threshold, first
         )
         grid = (triton.cdiv(steps.numel(), BLOCK),)
-        act_halt_kernel[grid](*args, **constants, **options)
+        with torch.cuda.device_of(steps):  # Triton launches on the current device
+            act_halt_kernel[grid](*args, **constants, **options)
     return halted
 
 

@@ -138,11 +138,12 @@ def adam_atan2(
     if not live:
         return
     lists = [[ts[n] for n in live] for ts in (weights, grads, means, squares)]
-    table, aligned = tables.get(name, lists, [[steps[n] for n in live]])
-    args, constants, options = launch_arguments(
-        table, lr, betas, weight_decay, weights[0].dtype, grads[0].dtype, aligned
-    )
-    adam_atan2_kernel[(table.shape[0],)](*args, **constants, **options)
+    with torch.cuda.device_of(weights[0]):  # Triton launches on the current device
+        table, aligned = tables.get(name, lists, [[steps[n] for n in live]])
+        args, constants, options = launch_arguments(
+            table, lr, betas, weight_decay, weights[0].dtype, grads[0].dtype, aligned
+        )
+        adam_atan2_kernel[(table.shape[0],)](*args, **constants, **options)
 
 
 def launch_arguments(

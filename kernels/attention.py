@@ -1,11 +1,17 @@
 """out = softmax(Q K^T / sqrt(head_dim)) V for every head, not causal, one launch.
 
-    qkv [B, T, 3H, head_dim] as kernels/qkv_rope.py writes it; out [B, T, H, head_dim]
+    qkv [B, T, 3H, head_dim] as X @ W^T makes it; out [B, T, H, head_dim]
     bf16 or fp32 storage, fp32 accumulation and softmax
+    with cos and sin [T, head_dim] fp32, Q and K are rotated as they are loaded:
+    rope(x)[j]        = x[j] cos[t, j] - x[j + half] sin[t, j]         for j < half = head_dim / 2
+    rope(x)[j + half] = x[j + half] cos[t, j + half] + x[j] sin[t, j + half]
 
-A program owns `rows` queries of one head and goes over the keys once, with a running maximum and
-sum (Milakov and Gimelshein 2018; Dao et al. 2022, FlashAttention), so scores are never stored. For
-the backward it can keep `lse` [B, H, T] fp32, log2 of a row's sum of exp: p = exp2(score - lse).
+A program owns `rows` queries of one head. If a step holds every key (T up to 128 in bf16, where a
+program also owns all queries), the softmax has one pass. Else it goes over the keys once, with a
+running maximum and sum (Milakov and Gimelshein 2018; Dao et al. 2022, FlashAttention); only the
+last step has a mask. Scores are never stored. For the backward it can keep `lse` [B, H, T] fp32,
+log2 of a row's sum of exp: p = exp2(score - lse). The halves of a head of Q and K are kept apart,
+so that the pair (j, j + half) of the rotation is in one thread.
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ import triton
 import triton.language as tl
 
 from recurx.errors import bad_argument
+from recurx.operands import CosSin
 
 from . import checks, tiles
 from .products import add_product
@@ -26,8 +33,40 @@ MAX_TOKENS = 1024
 
 
 @triton.jit
+def load_rows(tensor, tokens, columns, STRIDE: tl.constexpr, T: tl.constexpr, WHOLE: tl.constexpr):
+    """[tokens, columns] of rows that lie STRIDE apart; 0 beyond T, unless WHOLE: nothing is."""
+    at = tensor + tokens[:, None] * STRIDE + columns[None, :]
+    return tl.load(at, mask=(tokens[:, None] < T) | WHOLE, other=0.0)
+
+
+@triton.jit
+def load_head(
+    head, cos, sin, tokens, STRIDE: tl.constexpr, T: tl.constexpr, HALF: tl.constexpr,
+    ROTATE: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """The two halves of a head of Q or K; with ROTATE turned in fp32, then rounded to storage."""
+    j = tl.arange(0, HALF)
+    low = load_rows(head, tokens, j, STRIDE, T, WHOLE)
+    high = load_rows(head + HALF, tokens, j, STRIDE, T, WHOLE)
+    if ROTATE:
+        dtype = low.dtype
+        low, high = low.to(tl.float32), high.to(tl.float32)
+        cos_low = load_rows(cos, tokens, j, 2 * HALF, T, WHOLE)
+        sin_low = load_rows(sin, tokens, j, 2 * HALF, T, WHOLE)
+        cos_high = load_rows(cos + HALF, tokens, j, 2 * HALF, T, WHOLE)
+        sin_high = load_rows(sin + HALF, tokens, j, 2 * HALF, T, WHOLE)
+        # NOTE: `here` is always true and costs nothing (LLVM knows), but Triton does not. Without
+        # it Triton rotates in the layout of mma.sync's operands, where each warp holds all keys.
+        here = j[None, :] < HALF
+        turned = (low * cos_low - high * sin_low).to(dtype)
+        high = (high * cos_high + low * sin_high).to(dtype)
+        low, high = tl.where(here, turned, 0.0), tl.where(here, high, 0.0)
+    return low, high
+
+
+@triton.jit
 def attention_kernel(
-    qkv, out, lse, SCALE: tl.constexpr, KEEP_LSE: tl.constexpr,
+    qkv, cos, sin, out, lse, SCALE: tl.constexpr, ROTATE: tl.constexpr, KEEP_LSE: tl.constexpr,
     T: tl.constexpr, H: tl.constexpr, HEAD_DIM: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -36,49 +75,82 @@ def attention_kernel(
     sequence = tl.program_id(0) // row_tiles
     batch, head = (sequence // H).to(tl.int64), sequence % H
     rows = tl.program_id(0) % row_tiles * ROWS + tl.arange(0, ROWS)
+    HALF: tl.constexpr = HEAD_DIM // 2
+    STRIDE: tl.constexpr = 3 * H * HEAD_DIM  # elements from token to token
     e = tl.arange(0, HEAD_DIM)
-    live = rows[:, None] < T
-    stride = 3 * H * HEAD_DIM  # elements from token to token
-    q_g = qkv + batch * T * stride + head * HEAD_DIM
-    query = tl.load(q_g + rows[:, None] * stride + e[None, :], mask=live, other=0.0)
+    q_g = qkv + batch * T * STRIDE + head * HEAD_DIM
+    k_g, v_g = q_g + H * HEAD_DIM, q_g + 2 * H * HEAD_DIM
+    q_low, q_high = load_head(q_g, cos, sin, rows, STRIDE, T, HALF, ROTATE, T % ROWS == 0)
 
-    # Scores are kept times log2(e), so that exp2 serves; SCALE has it in it.
     highest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, HEAD_DIM), tl.float32)
-    for start in range(0, T, COLS):
-        keys = start + tl.arange(0, COLS)
-        k_g = q_g + H * HEAD_DIM + keys[None, :] * stride + e[:, None]
-        key = tl.load(k_g, mask=keys[None, :] < T, other=0.0)
-        scores = tl.dot(query, key, input_precision=PRECISION) * SCALE
-        scores = tl.where(keys[None, :] < T, scores, float("-inf"))
-        higher = tl.maximum(highest, tl.max(scores, 1))  # finite: a step has at least one key
-        rescale = tl.exp2(highest - higher)
-        p = tl.exp2(scores - higher[:, None])
-        total = total * rescale + tl.sum(p, 1)
-        v_g = q_g + 2 * H * HEAD_DIM + keys[:, None] * stride + e[None, :]
-        value = tl.load(v_g, mask=keys[:, None] < T, other=0.0)
-        acc = acc * rescale[:, None]
-        acc = add_product(acc, p.to(value.dtype), value, PRECISION)
-        highest = higher
+    REST: tl.constexpr = T % COLS
+    for part in tl.static_range(2):  # steps of COLS keys, then what is left, which needs a mask
+        for start in range(part * (T - REST), T - REST + part * REST, COLS):
+            keys = start + tl.arange(0, COLS)
+            k_low, k_high = load_head(k_g, cos, sin, keys, STRIDE, T, HALF, ROTATE, part == 0)
+            scores = tl.dot(q_low, tl.trans(k_low), input_precision=PRECISION)
+            scores = tl.dot(q_high, tl.trans(k_high), scores, input_precision=PRECISION)
+            if part == 1:
+                scores = tl.where(keys[None, :] < T, scores, float("-inf"))
+            # Maximum and sum are of scores times log2(e), so that exp2 serves; SCALE has it in it,
+            # and costs nothing as part of a multiply-add.
+            higher = tl.max(scores, 1) * SCALE
+            if COLS < T:
+                higher = tl.maximum(highest, higher)
+            p = tl.exp2(scores * SCALE - higher[:, None])
+            value = load_rows(v_g, keys, e, STRIDE, T, part == 0)
+            if COLS < T:
+                rescale = tl.exp2(highest - higher)
+                total = total * rescale + tl.sum(p, 1)
+                acc = add_product(acc * rescale[:, None], p.to(value.dtype), value, PRECISION)
+            else:
+                total = tl.sum(p, 1)
+                acc = tl.dot(p.to(value.dtype), value, input_precision=PRECISION)
+            highest = higher
 
     mixed = (acc / total[:, None]).to(out.dtype.element_ty)
     o_g = out + batch * T * H * HEAD_DIM + head * HEAD_DIM
-    tl.store(o_g + rows[:, None] * (H * HEAD_DIM) + e[None, :], mixed, mask=live)
+    tl.store(o_g + rows[:, None] * (H * HEAD_DIM) + e[None, :], mixed, mask=rows[:, None] < T)
     if KEEP_LSE:
         tl.store(lse + (batch * H + head) * T + rows, highest + tl.log2(total), mask=rows < T)
 
 
 def attention(
-    qkv: torch.Tensor, *, out: torch.Tensor | None = None, lse: torch.Tensor | None = None
+    qkv: torch.Tensor,
+    *,
+    cos_sin: CosSin | None = None,
+    out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[B, T, H, head_dim] from qkv [B, T, 3H, head_dim] (contiguous, bfloat16 or float32).
 
-    Writes `lse` [B, H, T] (contiguous float32), if given, for the backward.
+    With `cos_sin` (contiguous float32 [T, head_dim] each) Q and K are rotated as they are loaded,
+    in fp32, and rounded to the dtype of qkv; without it qkv is taken as it is. Writes `lse`
+    [B, H, T] (contiguous float32), if given, for the backward.
     head_dim 32, 64 or 128; T at most 1024. Raises InvalidArgument on anything else.
     """
     op = "kernels.attention"
     checks.same_dtype_and_device(op, qkv=qkv, out=out)
+    batch, tokens, heads, head_dim = check_qkv(op, qkv, cos_sin)
+    expected = (batch, tokens, heads, head_dim)
+    if out is None:
+        out = torch.empty(expected, dtype=qkv.dtype, device=qkv.device)
+    checks.shape(op, "out", out, expected)
+    if lse is not None:
+        checks.float32(op, "lse", lse, (batch, heads, tokens))
+    if out.numel() == 0:
+        return out
+    shared = tiles.shared_bytes(qkv.device)
+    args, constants, options = launch_arguments(qkv, out, shared, lse, cos_sin)
+    grid = (triton.cdiv(tokens, constants["ROWS"]) * batch * heads,)
+    attention_kernel[grid](*args, **constants, **options)
+    return out
+
+
+def check_qkv(op: str, qkv: torch.Tensor, cos_sin: CosSin | None) -> tuple[int, int, int, int]:
+    """(B, T, H, head_dim) of a qkv that the kernels take; raises InvalidArgument on another."""
     if qkv.ndim != 4 or qkv.shape[2] % 3 or not qkv.is_contiguous():
         raise bad_argument(op, "qkv", "a contiguous [B, T, 3H, head_dim]", tuple(qkv.shape))
     batch, tokens, heads, head_dim = qkv.shape
@@ -86,29 +158,27 @@ def attention(
         raise bad_argument(op, "qkv", f"head_dim one of {HEAD_DIMS}", head_dim)
     if tokens > MAX_TOKENS:
         raise bad_argument(op, "qkv", f"at most {MAX_TOKENS} tokens", tokens)
-    expected = (batch, tokens, heads // 3, head_dim)
-    if out is None:
-        out = torch.empty(expected, dtype=qkv.dtype, device=qkv.device)
-    checks.shape(op, "out", out, expected)
-    if lse is not None:
-        checks.float32(op, "lse", lse, (batch, heads // 3, tokens))
-    if out.numel() == 0:
-        return out
-    args, constants, options = launch_arguments(qkv, out, tiles.shared_bytes(qkv.device), lse)
-    grid = (triton.cdiv(tokens, constants["ROWS"]) * (batch * heads // 3),)
-    attention_kernel[grid](*args, **constants, **options)
-    return out
+    for name, table in zip(("cos", "sin"), cos_sin or (), strict=False):
+        checks.float32(op, name, table, (tokens, head_dim))
+    return batch, tokens, heads // 3, head_dim
 
 
 def launch_arguments(
-    qkv: torch.Tensor, out: torch.Tensor, shared: int, lse: torch.Tensor | None = None
+    qkv: torch.Tensor,
+    out: torch.Tensor,
+    shared: int,
+    lse: torch.Tensor | None = None,
+    cos_sin: CosSin | None = None,
 ) -> tuple[tuple, dict, dict]:
     """(runtime arguments, compile-time arguments, compiler options) of one launch."""
     _, tokens, heads, head_dim = qkv.shape
-    tile = tiles.attention_tile(tokens, head_dim, qkv.element_size(), shared)
+    rotate = cos_sin is not None
+    tile = tiles.attention_tile(tokens, head_dim, qkv.element_size(), shared, rotate)
+    cos, sin = cos_sin if cos_sin else (out, out)  # not read without ROTATE
     constants = {
-        "SCALE": math.log2(math.e) / math.sqrt(head_dim), "KEEP_LSE": lse is not None,
+        "SCALE": math.log2(math.e) / math.sqrt(head_dim),
+        "ROTATE": rotate, "KEEP_LSE": lse is not None,
         "T": tokens, "H": heads // 3, "HEAD_DIM": head_dim,
         "ROWS": tile.rows, "COLS": tile.cols, "PRECISION": "ieee",
     }  # fmt: skip
-    return (qkv, out, out if lse is None else lse), constants, tiles.options(tile)
+    return (qkv, cos, sin, out, out if lse is None else lse), constants, tiles.options(tile)

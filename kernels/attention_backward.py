@@ -1,7 +1,8 @@
 """d_qkv of out = softmax(Q K^T / sqrt(head_dim)) V, rotated back, without atomics.
 
-    qkv [B, T, 3H, head_dim] and lse [B, H, T] as the forward left them; out and d_out
-    [B, T, H, head_dim]; d_qkv like qkv, the gradient of what the rotary embedding was given
+    qkv [B, T, 3H, head_dim] and lse [B, H, T] as the forward left them, qkv rotated or not yet
+    (TURN: Q and K are turned as they are loaded); out and d_out [B, T, H, head_dim]; d_qkv like
+    qkv, the gradient of what the rotary embedding was given (ROTATE: it is turned back)
     p = exp2(s log2(e) - lse);  d_v = p^T d_out;  delta = sum(out d_out)
     d_s = p (d_out v^T - delta)
     d_k = d_s^T q / sqrt(head_dim);  d_q = d_s k / sqrt(head_dim);  both rotated by minus the angle
@@ -23,15 +24,10 @@ import triton
 import triton.language as tl
 
 from recurx.errors import bad_argument
+from recurx.operands import CosSin
 
 from . import backward_tiles, checks, tiles
-from .attention import HEAD_DIMS, MAX_TOKENS
-
-
-@triton.jit
-def _load_rows(tensor, tokens, e, STRIDE: tl.constexpr, T: tl.constexpr):
-    at = tensor + tokens[:, None] * STRIDE + e[None, :]
-    return tl.load(at, mask=tokens[:, None] < T, other=0.0)
+from .attention import check_qkv, load_head, load_rows
 
 
 @triton.jit
@@ -60,13 +56,13 @@ def _store_rotated_back(
 def attention_backward_keys_kernel(
     qkv, out, d_out, lse, delta, cos, sin, d_qkv, SCALE: tl.constexpr,
     T: tl.constexpr, H: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr,
-    WHOLE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.constexpr,
+    TURN: tl.constexpr, WHOLE: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(T, COLS)
     number = tl.program_id(0) // across  # of the head, over the batch
     batch, head = (number // H).to(tl.int64), number % H
     keys = (tl.program_id(0) % across) * COLS + tl.arange(0, COLS)
-    j = tl.arange(0, HALF)
     e = tl.arange(0, 2 * HALF)
     stride = 6 * H * HALF  # elements from token to token in qkv
     o_stride = 2 * H * HALF
@@ -75,41 +71,42 @@ def attention_backward_keys_kernel(
     o_at = batch * T * o_stride + head * (2 * HALF)
     row_at = (batch * H + head) * T
 
-    k_low = _load_rows(k_g, keys, j, stride, T)
-    k_high = _load_rows(k_g + HALF, keys, j, stride, T)
-    value = _load_rows(v_g, keys, e, stride, T)
+    k_low, k_high = load_head(k_g, cos, sin, keys, stride, T, HALF, TURN, T % COLS == 0)
+    value = load_rows(v_g, keys, e, stride, T, T % COLS == 0)
     dtype = value.dtype
     d_k_low = tl.zeros((COLS, HALF), tl.float32)
     d_k_high = tl.zeros((COLS, HALF), tl.float32)
     d_v = tl.zeros((COLS, 2 * HALF), tl.float32)
-    for start in range(0, T, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        q_low = _load_rows(q_g, rows, j, stride, T)
-        q_high = _load_rows(q_g + HALF, rows, j, stride, T)
-        d_mixed = _load_rows(d_out + o_at, rows, e, o_stride, T)
-        # Transposed: [keys, rows]. A row beyond T has d_mixed = 0 and so adds nothing.
-        scores = tl.dot(k_low, tl.trans(q_low), input_precision=PRECISION)
-        scores = tl.dot(k_high, tl.trans(q_high), scores, input_precision=PRECISION)
-        shift = tl.load(lse + row_at + rows, mask=rows < T, other=0.0)
-        p = tl.exp2(scores * (SCALE * 1.4426950408889634) - shift[None, :])
-        p = tl.where(keys[:, None] < T, p, 0.0)
-        d_v = tl.dot(p.to(dtype), d_mixed, d_v, input_precision=PRECISION)
-        d_p = tl.dot(value, tl.trans(d_mixed), input_precision=PRECISION)
-        if WHOLE:
-            mixed = _load_rows(out + o_at, rows, e, o_stride, T)
-            along = tl.sum(mixed.to(tl.float32) * d_mixed.to(tl.float32), 1)
-        else:
-            along = tl.load(delta + row_at + rows, mask=rows < T, other=0.0)
-        d_s = (p * (d_p - along[None, :])).to(dtype)
-        d_k_low = tl.dot(d_s, q_low, d_k_low, input_precision=PRECISION)
-        d_k_high = tl.dot(d_s, q_high, d_k_high, input_precision=PRECISION)
-        if WHOLE:
-            turned = tl.trans(d_s)
-            d_q_low = tl.dot(turned, k_low, input_precision=PRECISION) * SCALE
-            d_q_high = tl.dot(turned, k_high, input_precision=PRECISION) * SCALE
-            _store_rotated_back(
-                d_qkv + at, d_q_low, d_q_high, cos, sin, rows, stride, T, HALF, ROTATE
-            )
+    for part in tl.static_range(2):  # steps of ROWS queries, then the REST, under a mask
+        for start in range(part * (T - REST), T - REST + part * REST, ROWS):
+            rows = start + tl.arange(0, ROWS)
+            q_low, q_high = load_head(q_g, cos, sin, rows, stride, T, HALF, TURN, part == 0)
+            d_mixed = load_rows(d_out + o_at, rows, e, o_stride, T, part == 0)
+            # Transposed: [keys, rows]. A row beyond T has d_mixed = 0 and so adds nothing.
+            scores = tl.dot(k_low, tl.trans(q_low), input_precision=PRECISION)
+            scores = tl.dot(k_high, tl.trans(q_high), scores, input_precision=PRECISION)
+            live = (rows < T) | (part == 0)
+            shift = tl.load(lse + row_at + rows, mask=live, other=0.0)
+            p = tl.exp2(scores * (SCALE * 1.4426950408889634) - shift[None, :])
+            if WHOLE and T % COLS != 0:  # else a key beyond T adds to its own, unstored, row alone
+                p = tl.where(keys[:, None] < T, p, 0.0)
+            d_v = tl.dot(p.to(dtype), d_mixed, d_v, input_precision=PRECISION)
+            d_p = tl.dot(value, tl.trans(d_mixed), input_precision=PRECISION)
+            if WHOLE:
+                mixed = load_rows(out + o_at, rows, e, o_stride, T, part == 0)
+                along = tl.sum(mixed.to(tl.float32) * d_mixed.to(tl.float32), 1)
+            else:
+                along = tl.load(delta + row_at + rows, mask=live, other=0.0)
+            d_s = (p * (d_p - along[None, :])).to(dtype)
+            d_k_low = tl.dot(d_s, q_low, d_k_low, input_precision=PRECISION)
+            d_k_high = tl.dot(d_s, q_high, d_k_high, input_precision=PRECISION)
+            if WHOLE:
+                turned = tl.trans(d_s)
+                d_q_low = tl.dot(turned, k_low, input_precision=PRECISION) * SCALE
+                d_q_high = tl.dot(turned, k_high, input_precision=PRECISION) * SCALE
+                _store_rotated_back(
+                    d_qkv + at, d_q_low, d_q_high, cos, sin, rows, stride, T, HALF, ROTATE
+                )
 
     to = d_qkv + at + 2 * H * HALF
     _store_rotated_back(
@@ -123,13 +120,12 @@ def attention_backward_keys_kernel(
 def attention_backward_queries_kernel(
     qkv, out, d_out, lse, delta, cos, sin, d_qkv, SCALE: tl.constexpr,
     T: tl.constexpr, H: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.constexpr,
+    TURN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(T, ROWS)
     number = tl.program_id(0) // across
     batch, head = (number // H).to(tl.int64), number % H
     rows = (tl.program_id(0) % across) * ROWS + tl.arange(0, ROWS)
-    j = tl.arange(0, HALF)
     e = tl.arange(0, 2 * HALF)
     stride = 6 * H * HALF
     o_stride = 2 * H * HALF
@@ -138,29 +134,30 @@ def attention_backward_queries_kernel(
     o_at = batch * T * o_stride + head * (2 * HALF)
     row_at = (batch * H + head) * T
 
-    q_low = _load_rows(qkv + at, rows, j, stride, T)
-    q_high = _load_rows(qkv + at + HALF, rows, j, stride, T)
-    d_mixed = _load_rows(d_out + o_at, rows, e, o_stride, T)
-    mixed = _load_rows(out + o_at, rows, e, o_stride, T)
+    q_low, q_high = load_head(qkv + at, cos, sin, rows, stride, T, HALF, TURN, T % ROWS == 0)
+    d_mixed = load_rows(d_out + o_at, rows, e, o_stride, T, T % ROWS == 0)
+    mixed = load_rows(out + o_at, rows, e, o_stride, T, T % ROWS == 0)
     dtype = mixed.dtype
     along = tl.sum(mixed.to(tl.float32) * d_mixed.to(tl.float32), 1)
     tl.store(delta + row_at + rows, along, mask=rows < T)
     shift = tl.load(lse + row_at + rows, mask=rows < T, other=0.0)
     d_q_low = tl.zeros((ROWS, HALF), tl.float32)
     d_q_high = tl.zeros((ROWS, HALF), tl.float32)
-    for start in range(0, T, COLS):
-        keys = start + tl.arange(0, COLS)
-        k_low = _load_rows(k_g, keys, j, stride, T)
-        k_high = _load_rows(k_g + HALF, keys, j, stride, T)
-        value = _load_rows(v_g, keys, e, stride, T)
-        scores = tl.dot(q_low, tl.trans(k_low), input_precision=PRECISION)
-        scores = tl.dot(q_high, tl.trans(k_high), scores, input_precision=PRECISION)
-        p = tl.exp2(scores * (SCALE * 1.4426950408889634) - shift[:, None])
-        p = tl.where(keys[None, :] < T, p, 0.0)
-        d_p = tl.dot(d_mixed, tl.trans(value), input_precision=PRECISION)
-        d_s = (p * (d_p - along[:, None])).to(dtype)
-        d_q_low = tl.dot(d_s, k_low, d_q_low, input_precision=PRECISION)
-        d_q_high = tl.dot(d_s, k_high, d_q_high, input_precision=PRECISION)
+    REST: tl.constexpr = T % COLS
+    for part in tl.static_range(2):  # as above, over keys
+        for start in range(part * (T - REST), T - REST + part * REST, COLS):
+            keys = start + tl.arange(0, COLS)
+            k_low, k_high = load_head(k_g, cos, sin, keys, stride, T, HALF, TURN, part == 0)
+            value = load_rows(v_g, keys, e, stride, T, part == 0)
+            scores = tl.dot(q_low, tl.trans(k_low), input_precision=PRECISION)
+            scores = tl.dot(q_high, tl.trans(k_high), scores, input_precision=PRECISION)
+            p = tl.exp2(scores * (SCALE * 1.4426950408889634) - shift[:, None])
+            if part == 1:
+                p = tl.where(keys[None, :] < T, p, 0.0)
+            d_p = tl.dot(d_mixed, tl.trans(value), input_precision=PRECISION)
+            d_s = (p * (d_p - along[:, None])).to(dtype)
+            d_q_low = tl.dot(d_s, k_low, d_q_low, input_precision=PRECISION)
+            d_q_high = tl.dot(d_s, k_high, d_q_high, input_precision=PRECISION)
     _store_rotated_back(
         d_qkv + at, d_q_low * SCALE, d_q_high * SCALE, cos, sin, rows, stride, T, HALF, ROTATE
     )
@@ -171,37 +168,34 @@ def attention_backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     d_out: torch.Tensor,
-    cos_sin: tuple[torch.Tensor, torch.Tensor] | None,
+    cos_sin: CosSin | None,
+    *,
+    rotated: bool = True,
 ) -> torch.Tensor:
     """d_qkv, like qkv [B, T, 3H, head_dim]: the gradient of X @ W^T, before the rotation.
 
-    qkv rotated (as `qkv_rope` writes it), out and d_out [B, T, H, head_dim], lse [B, H, T] float32
-    of `attention`, cos and sin float32 [T, head_dim] or None; all contiguous, head_dim 32, 64 or
-    128, T at most 1024. Raises InvalidArgument on anything else.
+    qkv rotated, as `qkv_rope` writes it; or, with rotated=False, as X @ W^T and as `attention` took
+    it with the same cos_sin: then Q and K are rotated as they are loaded. Where cos_sin is None
+    there is no rotation at all. out and d_out [B, T, H, head_dim], lse [B, H, T] float32 of
+    `attention`, cos and sin float32 [T, head_dim] or None; all contiguous, head_dim 32, 64 or 128,
+    T at most 1024. Raises InvalidArgument on anything else.
     """
     op = "kernels.attention_backward"
     checks.same_dtype_and_device(op, qkv=qkv, out=out, d_out=d_out)
-    if qkv.ndim != 4 or qkv.shape[2] % 3 or not qkv.is_contiguous():
-        raise bad_argument(op, "qkv", "a contiguous [B, T, 3H, head_dim]", tuple(qkv.shape))
-    batch, tokens, heads, head_dim = qkv.shape
-    heads //= 3
-    if head_dim not in HEAD_DIMS:
-        raise bad_argument(op, "qkv", f"head_dim one of {HEAD_DIMS}", head_dim)
-    if tokens > MAX_TOKENS:
-        raise bad_argument(op, "qkv", f"at most {MAX_TOKENS} tokens", tokens)
+    batch, tokens, heads, head_dim = check_qkv(op, qkv, cos_sin)
     for name, tensor in (("out", out), ("d_out", d_out)):
         checks.shape(op, name, tensor, (batch, tokens, heads, head_dim))
         if not tensor.is_contiguous():
             raise bad_argument(op, name, "a contiguous tensor", f"strides {tensor.stride()}")
     checks.float32(op, "lse", lse, (batch, heads, tokens))
-    for name, table in zip(("cos", "sin"), cos_sin or (), strict=False):
-        checks.float32(op, name, table, (tokens, head_dim))
     d_qkv = torch.empty_like(qkv)
     if qkv.numel() == 0:
         return d_qkv
     delta = torch.empty_like(lse)
     shared = tiles.shared_bytes(qkv.device)
-    args, constants, options = launch_arguments(qkv, out, lse, delta, d_out, cos_sin, d_qkv, shared)
+    args, constants, options = launch_arguments(
+        qkv, out, lse, delta, d_out, cos_sin, d_qkv, shared, rotated
+    )
     # One axis: the others of a grid end at 65535, which B * H may pass.
     grid = (triton.cdiv(tokens, constants["COLS"]) * batch * heads,)
     if not constants["WHOLE"]:
@@ -216,9 +210,10 @@ def launch_arguments(
     lse: torch.Tensor,
     delta: torch.Tensor,
     d_out: torch.Tensor,
-    cos_sin: tuple[torch.Tensor, torch.Tensor] | None,
+    cos_sin: CosSin | None,
     d_qkv: torch.Tensor,
     shared: int,
+    rotated: bool = True,
 ) -> tuple[tuple, dict, dict]:
     """(runtime arguments, compile-time arguments, compiler options) of the launch over keys."""
     _, tokens, heads, head_dim = qkv.shape
@@ -226,10 +221,14 @@ def launch_arguments(
         tokens, head_dim, qkv.element_size(), shared
     )
     cos, sin = cos_sin if cos_sin else (lse, lse)  # not read without ROTATE
+    # Two loops want more registers than one: they are for wgmma, and not for the widest heads.
+    peeled = shared >= backward_tiles.WGMMA_SHARED and head_dim < 128
     constants = {
         "SCALE": 1.0 / math.sqrt(head_dim),
         "T": tokens, "H": heads // 3, "HALF": head_dim // 2, "ROTATE": cos_sin is not None,
-        "WHOLE": whole, "ROWS": tile.rows, "COLS": tile.cols, "PRECISION": "ieee",
+        "TURN": cos_sin is not None and not rotated,
+        "WHOLE": whole, "REST": tokens % tile.rows if peeled else tokens,
+        "ROWS": tile.rows, "COLS": tile.cols, "PRECISION": "ieee",
     }  # fmt: skip
     args = (qkv, out, d_out, lse, delta, cos, sin, d_qkv)
     return args, constants, tiles.options(tile)
@@ -238,5 +237,5 @@ def launch_arguments(
 def over_queries(constants: dict) -> dict:
     """The compile-time arguments of the launch over queries: it owns as many queries as the other
     owns keys, and steps over as many keys."""
-    rest = {name: value for name, value in constants.items() if name != "WHOLE"}
+    rest = {name: value for name, value in constants.items() if name not in ("WHOLE", "REST")}
     return {**rest, "ROWS": constants["COLS"], "COLS": constants["ROWS"]}

@@ -62,10 +62,11 @@ def ema(
     pairs = [(a, v) for a, v in zip(averages, values, strict=True) if a.numel()]
     if not pairs:
         return
-    table, aligned = tables.get(name, list(zip(*pairs, strict=True)))
-    dtypes = pairs[0][0].dtype, pairs[0][1].dtype
-    args, constants, options = launch_arguments(table, weight, *dtypes, aligned)
-    ema_kernel[(table.shape[0],)](*args, **constants, **options)
+    with torch.cuda.device_of(averages[0]):  # Triton launches on the current device
+        table, aligned = tables.get(name, list(zip(*pairs, strict=True)))
+        dtypes = pairs[0][0].dtype, pairs[0][1].dtype
+        args, constants, options = launch_arguments(table, weight, *dtypes, aligned)
+        ema_kernel[(table.shape[0],)](*args, **constants, **options)
 
 
 def launch_arguments(

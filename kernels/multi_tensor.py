@@ -69,7 +69,8 @@ class Tables:
         key = (*addresses, *(t.numel() for t in lists[0]))
         kept = self._kept.get(name)
         if kept is None or kept[0] != key:
-            kept = (key, *self._build(lists, shared))
+            with torch.inference_mode(False):  # the next step may be outside
+                kept = (key, *self._build(lists, shared))
             self._kept[name] = kept
         return kept[1], kept[2]
 

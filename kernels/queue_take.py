@@ -37,7 +37,8 @@ def queue_take(halted: torch.Tensor, cursor: torch.Tensor, capacity: int) -> tor
         args, constants, options = launch_arguments(
             halted.contiguous().view(torch.uint8), cursor, index, capacity
         )
-        queue_take_kernel[(1,)](*args, **constants, **options)
+        with torch.cuda.device_of(halted):  # Triton launches on the current device
+            queue_take_kernel[(1,)](*args, **constants, **options)
     return index
 
 

@@ -79,7 +79,8 @@ def sign_sgd(
         return
     args, constants, options = launch_arguments(weights, grads, ids, lr, weight_decay)
     grid = (grads.shape[0], triton.cdiv(grads.shape[1], COLUMNS))
-    sign_sgd_kernel[grid](*args, **constants, **options)
+    with torch.cuda.device_of(weights):  # Triton launches on the current device
+        sign_sgd_kernel[grid](*args, **constants, **options)
 
 
 def launch_arguments(

@@ -116,7 +116,8 @@ def stablemax_forward(
     if logits.numel():
         args, constants, options = launch_arguments(logits, labels, ignore_index)
         grid = (triton.cdiv(labels.numel(), constants["ROWS"]),)
-        stablemax_forward_kernel[grid](*args[:2], loss, *args[2:], **constants, **options)
+        with torch.cuda.device_of(logits):  # Triton launches on the current device
+            stablemax_forward_kernel[grid](*args[:2], loss, *args[2:], **constants, **options)
     return loss
 
 
@@ -130,7 +131,9 @@ def stablemax_backward(
         args, constants, options = launch_arguments(logits, labels, ignore_index)
         outer = grad_loss.contiguous()
         grid = (triton.cdiv(labels.numel(), constants["ROWS"]),)
-        stablemax_backward_kernel[grid](*args[:2], outer, grad, *args[2:], **constants, **options)
+        with torch.cuda.device_of(logits):
+            args = (*args[:2], outer, grad, *args[2:])
+            stablemax_backward_kernel[grid](*args, **constants, **options)
     return grad
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,12 +37,15 @@ class TiledSlice:
         # Zeros, not empty: what a first short slice leaves unset must not be NaN bit patterns that
         # trap a debugger.
         self._arena = torch.zeros(shape, dtype=dtype, device=device)
-        elements = max(Scratch.elements(spec, size, problem.tokens) for spec in packed.specs)
-        self._scratch = Scratch(elements, dtype, device)
         self._words = device_words(program.table(packed.of_net), device)
         self._rows = program.rows
         self._packed = packed
+        self._scratch = self._new_scratch(size, problem.tokens)
         self._cos_sin = None if cos_sin is None else tuple(torch.empty_like(t) for t in cos_sin)
+
+    def _new_scratch(self, size: int, tokens: int) -> Any:
+        elements = max(Scratch.elements(spec, size, tokens) for spec in self._packed.specs)
+        return Scratch(elements, self._arena.dtype, self._arena.device)
 
     def set_tables(self, cos_sin: CosSin | None) -> None:
         """Take over the rotary tables: graphs hold the addresses of their own copy."""

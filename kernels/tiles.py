@@ -47,6 +47,13 @@ def shared_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of `device`; on the CPU (the interpreter) those of an H100."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def split_columns(n: int) -> tuple[int, int]:
     """(power of two, count) covering n columns with the least padding, at most 3 pieces.
 
@@ -112,15 +119,22 @@ def _output_tile(m: int, n: int, k: int, itemsize: int, shared: int, cols: int, 
     return Tile(rows, cols, 2, depth, warps, max(1, stages))
 
 
-def attention_tile(tokens: int, head_dim: int, itemsize: int, shared: int) -> Tile:
-    """rows are queries, cols keys a step; depth is the head dimension."""
+def attention_tile(
+    tokens: int, head_dim: int, itemsize: int, shared: int, rotate: bool = False
+) -> Tile:
+    """rows are queries, cols keys a step; depth is the head dimension.
+
+    Up to 128 tokens in bf16 a program has a whole head, and one step.
+    """
     longest = max(16, 1 << (tokens - 1).bit_length())
-    rows = min(longest, 64 if itemsize == 2 else 32)
-    cols = min(longest, 64 if itemsize == 2 else 32)
-    step = 2 * cols * head_dim * itemsize  # K and V of one step
+    rows, cols = (longest, longest) if longest <= 128 else (128, 64)
+    if itemsize == 4:
+        rows, cols = min(rows, 32), min(cols, 32)
+    # K and V of one step, and its rows of cos and sin
+    step = 2 * cols * head_dim * (itemsize + 4 * rotate)
     held = rows * head_dim * itemsize
     stages = max(1, min(3, (shared - SCRATCH_BYTES - held) // step))
-    return Tile(rows, cols, 1, head_dim, 4, stages)
+    return Tile(rows, cols, 1, head_dim, 8 if rows == 128 else 4, stages)
 
 
 def options(tile: Tile) -> dict[str, object]:

@@ -6,6 +6,8 @@ somebody watches or transforms operators, through the ops of recurx/ops.py.
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -101,10 +103,22 @@ def recurse(
     if call.opaque or not torch.is_autocast_enabled(device):
         return _run(call, traced)
     dtype = torch.get_autocast_dtype(device)
+    if dtype is torch.float16 and call.backend == "auto" and not traced:
+        _tell_of_float16(device)
     cast = {name: state.to(dtype) for name, state in call.states.items()}
     with torch.autocast(device, enabled=False):
         out = _run(call._replace(x=x.to(dtype), states=cast, checked=None), traced)
     return {name: state.to(x.dtype) for name, state in out.items()}
+
+
+@functools.cache
+def _tell_of_float16(device: str) -> None:
+    """Warn once: it is the default of CUDA's autocast, and seldom meant."""
+    warnings.warn(
+        f"recurx.recurse: autocast on {device} is in float16, which no fused backend runs; `auto` "
+        f'runs PyTorch. Use torch.autocast("{device}", dtype=torch.bfloat16).',
+        stacklevel=3,
+    )
 
 
 class _Way(NamedTuple):

@@ -35,7 +35,8 @@ def window_half(save: str) -> str:
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend, why it, and whether nothing is left to compare or to time for it."""
+    """A backend, or one with a kind of plan ("triton/library"), why it, and whether nothing is left
+    to compare or to time for it."""
 
     backend: str
     why: str
@@ -66,12 +67,9 @@ class Compared:
 
     @staticmethod
     def _key(half: str, name: str, problem: Problem, device: torch.device) -> tuple[object, ...]:
-        """By kind of plan (another kernel) and shape of one sample, whatever a window saves."""
-        kind = ""
-        if half == CALLS and name in PLANNED and device.type != "cpu":
-            kind = plan_of(name, problem, device).kind
+        """By the shape of one sample, whatever a window saves."""
         sample = (problem.tokens, problem.hidden, problem.dtype, problem.nets, problem.rope)
-        return (half.split()[0], name, kind, device, *sample)
+        return (half.split()[0], name, device, *sample)
 
 
 COMPARED = Compared()
@@ -95,9 +93,12 @@ def refusal(name: str, problem: Problem, device: Where) -> str | None:
         return backends.why_not(name, problem)
     if problem.opaque and name != EAGER:
         return f"cannot look inside the plain callable {problem.opaque[0]!r}"
-    if name in PLANNED and not all_candidates(problem, device, name):
+    base = name.partition("/")[0]
+    if base in PLANNED and not all_candidates(problem, device, name):
         return "; ".join(all_refusals(problem, device, name)) or "has no plan for it"
-    return None if device.kind == "cuda" and name == "cuda" else backend.why_unsupported(problem)
+    if device.kind == "cuda" and base == "cuda":
+        return None
+    return backends.get(base).why_unsupported(problem)  # what is left to a kind, its plans say
 
 
 def autotune() -> bool:
@@ -106,13 +107,14 @@ def autotune() -> bool:
 
 
 def fused_for(problem: Problem, device: Where) -> list[str]:
-    """The backends beside PyTorch that `auto` may take, by predicted time, then `ORDER`."""
+    """What `auto` may take beside PyTorch: backends, and each kind of plan of those that have
+    several; by predicted time, then `ORDER`."""
     names = [
-        name
+        entrant
         for name in backends.ORDER
-        if name != EAGER
-        and backends.auto_may_take(name, problem.device_type)
-        and refusal(name, problem, device) is None
+        if name != EAGER and backends.auto_may_take(name, problem.device_type)
+        for entrant in backends.entrants(name)
+        if refusal(entrant, problem, device) is None
     ]
     if len(names) > 1 and problem.batch:
         names.sort(key=lambda name: predicted(name, problem, device))
@@ -120,10 +122,11 @@ def fused_for(problem: Problem, device: Where) -> list[str]:
 
 
 def windows_for(problem: Problem, device: Where, asked: str) -> list[str]:
-    """The backends whose window may serve under the requested name, best first: an explicit one's
-    own, or that of the backend which it hands over to."""
+    """Whose window may serve under the requested name, best first: an explicit backend's own, or
+    that of the backend which it hands over to; of "auto", what `backends.entrants` has."""
     if asked == "auto":
         names = [n for n in backends.ORDER if backends.auto_may_take(n, problem.device_type)]
+        names = [entrant for name in names for entrant in backends.entrants(name)]
     else:
         names = [backends.get(asked).window_of or asked]
     wanted = dataclasses.replace(problem, needs_grad=True)
@@ -138,8 +141,9 @@ def windows_for(problem: Problem, device: Where, asked: str) -> list[str]:
 
 @functools.lru_cache(maxsize=1024)
 def predicted(name: str, problem: Problem, device: Where) -> float:
-    """Seconds that the best plan of a backend is predicted to take; inf if it makes no plans."""
-    if name not in PLANNED:
+    """Seconds that the best plan of a backend, or of one kind, is predicted to take; inf without a
+    plan."""
+    if name.partition("/")[0] not in PLANNED:
         return float("inf")
     where = described(device)
     plans = all_candidates(problem, where, name)
@@ -185,7 +189,8 @@ def choose_calls(problem: Problem, device: Where, asked: str, proven: bool = Fal
                 f"recurx.recurse: backend {asked!r} {reason}. "
                 f'Use backend="auto" to let recurx choose, or see recurx.explain(...).'
             )
-        return Choice(asked, "asked for", True)
+        name, verdict = measured_best(CALLS, problem, device, asked)
+        return Choice(name, "asked for" if verdict is None else comparison(verdict, name), True)
     fused = fused_for(problem, device)
     if not fused:
         return Choice(EAGER, "no other backend runs it here", True)
@@ -204,10 +209,28 @@ def choose_window(
     names = windows_for(problem, device, asked)
     if not names:
         return Choice(EAGER, "", True)
-    if asked != "auto" or problem.batch == 0:
-        return Choice(names[0], "", True)
     half = window_half(save)
+    if asked != "auto" or problem.batch == 0:
+        name, verdict = measured_best(half, problem, device, names[0])
+        return Choice(name, "" if verdict is None else comparison(verdict, name), True)
     return _choose(half, problem, device, names, {}, proven)
+
+
+def measured_best(
+    half: str, problem: Problem, device: Where, asked: str
+) -> tuple[str, Verdict | None]:
+    """Of the kinds of plan of the backend asked for the fastest by a verdict, with that; the
+    backend itself, whose model decides, where none has one."""
+    verdict = known(half, problem, device)
+    if verdict is None or isinstance(device, Device):
+        return asked, None
+    times, kinds = dict(verdict.seconds), backends.entrants(asked) if "/" not in asked else ()
+    alive = [name for name in kinds if name in times
+             and COMPARED.get(half, name, problem, device) is not False
+             and refusal(name, problem, device) is None]  # fmt: skip
+    if not alive:
+        return asked, None
+    return min(alive, key=lambda name: times[name]), verdict
 
 
 def _choose(
@@ -240,12 +263,12 @@ def _choose(
     return Choice(best, "predicted to be fastest" if times else "", timed and sure)
 
 
-def comparison(verdict: Verdict) -> str:
-    """Who beats whom by how much: PyTorch is the rival, or the fastest other if it won."""
+def comparison(verdict: Verdict, chosen: str = "") -> str:
+    """How `chosen`, or the verdict's choice, stands to PyTorch, or PyTorch to the fastest other."""
     times = dict(verdict.seconds)
     if not times:
         return "as stored with the run"
-    took = times.pop(verdict.chosen)
+    took = times.pop(chosen or verdict.chosen)
     if not times:
         return "measured, alone"
     rival = EAGER if EAGER in times else min(times, key=lambda name: times[name])

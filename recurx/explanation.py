@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from torch import nn
 
 from recurx import fp8
@@ -15,6 +16,7 @@ from recurx.nets import Net, is_block_stack
 from recurx.patching import sharded
 from recurx.patching.handle import PatchHandle, installed
 from recurx.patching.install import find
+from recurx.plan import Device
 from recurx.problem import Problem
 from recurx.proof import as_net, examine
 from recurx.route import Request, refusals, route
@@ -118,6 +120,17 @@ def _explain_problem(problem: Problem, asked: str, both: bool = False) -> str:
         found = route(forward if both else problem, None, Request(asked))
     except BackendUnavailable as error:
         return "\n".join([str(problem), f"  {error}", *refusals(forward)])
-    if not both:
-        return str(found)
-    return f"{found}\n  {route(forward, None, Request(asked, grad=True)).sentence}"
+    text = str(found)
+    if both:
+        text += f"\n  {route(forward, None, Request(asked, grad=True)).sentence}"
+    return text + _device_note(problem.device_type)
+
+
+def _device_note(kind: str) -> str:
+    """What the plans do not say of the device and of this moment, as further lines."""
+    text = ""
+    if kind == "cuda" and torch.cuda.is_available() and Device.of(kind).guess:
+        text += f"\n  rates of {Device.of(kind).name}: {Device.of(kind).source}"
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.float16:
+        text += "\n  under this autocast in float16 PyTorch runs it, as no fused backend does"
+    return text

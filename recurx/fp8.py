@@ -52,7 +52,8 @@ def registered(weight: Tensor) -> Codes | None:
     """What was registered; whether `weight` is still that product, `are_quantized` says."""
     codes: Codes | None = getattr(weight, "_recurx_codes", None)
     if codes is not None and codes.scales.device != weight.device:
-        codes = Codes(codes.codes.to(weight.device), codes.scales.to(weight.device))
+        with torch.inference_mode(False):  # the next call may be outside
+            codes = Codes(codes.codes.to(weight.device), codes.scales.to(weight.device))
         register(weight, codes)
     return codes
 

@@ -130,6 +130,17 @@ def engine_isa() -> str:
         return ""
 
 
+def cluster_places(index: int) -> tuple[tuple[int, int, int], ...]:
+    """(D, CTAs of a cluster, clusters that run at once) of each cluster kernel on a GPU."""
+    try:
+        from recurx import _C
+
+        with torch.cuda.device(index):
+            return tuple(_C.cuda_cluster_places())
+    except (ImportError, AttributeError):
+        return ()
+
+
 def last_cache_bytes() -> int:
     """Size of the CPU's last cache as Linux tells it, else 0."""
     sizes = []

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from recurx import backends, reference_backward, trials
+from recurx.backends.graphs import UNSAFE_IN_GRAPHS
 from recurx.errors import RecurxError
 from recurx.operands import Operands, Span
 from recurx.problem import Problem, decode
@@ -38,7 +39,9 @@ def _problem(
     return Problem(*decode(key), *shape, dtype, device_type, rope, needs_grad)
 
 
-def _register(name: str, kernel: Callable[..., list[Tensor]], fake: Callable[..., Any]) -> Any:
+def _register(
+    name: str, kernel: Callable[..., list[Tensor]], fake: Callable[..., Any], tags: Any = ()
+) -> Any:
     """Define an op and return its overload.
 
     Not `torch.library.custom_op`: that imports torch._dynamo at the first call, 2 s and 150 MB for
@@ -54,7 +57,7 @@ def _register(name: str, kernel: Callable[..., list[Tensor]], fake: Callable[...
         compiling = hasattr(sys.modules.get("torch._dynamo"), "disable")
         return (hidden() if compiling else kernel)(*arguments)
 
-    torch.library.define(name, torch.library.infer_schema(kernel, mutates_args=()))
+    torch.library.define(name, torch.library.infer_schema(kernel, mutates_args=()), tags=tags)
     torch.library.impl(name, "CompositeExplicitAutograd", run)
     torch.library.register_fake(name, fake)
     namespace, _, base = name.partition("::")
@@ -119,7 +122,7 @@ def _recurse_backward_fake(
     return [_fresh(tensor) for tensor in (x, *states, *weights)]
 
 
-recurse_op = _register("recurx::recurse", _recurse, _recurse_fake)
+recurse_op = _register("recurx::recurse", _recurse, _recurse_fake, UNSAFE_IN_GRAPHS)
 recurse_backward_op = _register(
     "recurx::recurse_backward", _recurse_backward, _recurse_backward_fake
 )
@@ -232,8 +235,10 @@ def _window_backward_fake(
     return [tensor for tensor, wanted in both if wanted]
 
 
-window_op = _register("recurx::window", _window, _window_fake)
-window_backward_op = _register("recurx::window_backward", _window_backward, _window_backward_fake)
+window_op = _register("recurx::window", _window, _window_fake, UNSAFE_IN_GRAPHS)
+window_backward_op = _register(
+    "recurx::window_backward", _window_backward, _window_backward_fake, UNSAFE_IN_GRAPHS
+)
 
 
 def _save_window(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

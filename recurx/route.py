@@ -8,7 +8,8 @@ answer, `recurx.explain` prints it, the profiler labels by it. It computes nothi
     measured   a verdict on this problem, of this process or from disk (recurx/verdicts.py)
     predicted  the least time by the plans of each backend (recurx/plan/), PyTorch by MARGIN
 
-An explicit backend never falls back.
+Where a backend has several kinds of plan, each is one to choose: "triton/library". An explicit
+backend never falls back; of its own plans it takes the one that was measured to be the fastest.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Considered:
-    """What is known of one backend: why it cannot, or seconds by model and by clock (None: not)."""
+    """What is known of a backend or a kind of its plans: why it cannot, or seconds by model and by
+    clock (None: not)."""
 
     backend: str
     refused: str | None
@@ -98,7 +100,7 @@ class Route:
 
     @property
     def backend(self) -> str:
-        """The backend that runs the calls before the window, or all of them."""
+        """What runs the calls before the window, or all of them: a name for `backends.get`."""
         return self.calls.backend
 
     @property
@@ -123,7 +125,7 @@ class Route:
 
     @property
     def considered(self) -> tuple[Considered, ...]:
-        """Every backend for the calls, in the order of `backends.ORDER`."""
+        """Every backend for the calls, each kind of plan of it that fits, by `backends.ORDER`."""
         return _considered(self.problem, self.device, stamp())
 
     def __str__(self) -> str:
@@ -163,7 +165,9 @@ class Route:
     def _line(self, entry: Considered) -> str:
         if entry.refused is not None:
             return f"{entry.backend}: refused: {entry.refused}"
-        parts = ["chosen" if entry.backend == self.backend else "can run it"]
+        # Of a backend asked for by name the model picks the first kind of plan that is listed.
+        ours = (c for c in self.considered if f"{c.backend}/".startswith(f"{self.backend}/"))
+        parts = ["chosen" if entry is next(ours, None) else "can run it"]
         if entry.predicted is not None:
             parts.append(f"predicted {_time(entry.predicted)}")
         if entry.measured is not None:
@@ -272,12 +276,16 @@ def _considered(problem: Problem, device: Where, now: Stamp) -> tuple[Considered
     here = isinstance(device, Device) or device.type == "cpu" or torch.cuda.is_available()
     found = []
     for name in backends.ORDER:
-        reason, seconds = refusal(name, problem, device), math.inf
-        if reason is None and here and not problem.opaque:
-            seconds = predicted(name, problem, device)
-        found.append(
-            Considered(name, reason, seconds if seconds < math.inf else None, measured.get(name))
-        )
+        reason = refusal(name, problem, device)
+        if reason is not None:
+            found.append(Considered(name, reason, None, None))
+            continue
+        kinds = [n for n in backends.entrants(name) if refusal(n, problem, device) is None]
+        planned = here and not problem.opaque
+        times = {n: predicted(n, problem, device) if planned else math.inf for n in kinds}
+        for n in sorted(times, key=lambda n: times[n]):
+            seconds = times[n] if times[n] < math.inf else None
+            found.append(Considered(n, None, seconds, measured.get(n)))
     return tuple(found)
 
 

@@ -9,7 +9,10 @@ a backend for the first time, on the user's own tensors:
     timed      the fused backends and PyTorch in turns over the first calls of the schedule, and
                over the window where a backend has one; PyTorch must win by route.MARGIN
 
-Nothing is tried while a CUDA graph is captured. A backend asked for by name is used as it is.
+A backend with several kinds of plan enters with each of them. The model only leaves out what is
+hopeless, and never `SAFE`: so `auto` is at worst as fast as that and as PyTorch, whatever is wrong
+with the model. Nothing is tried while a CUDA graph is captured. A backend that is asked for by name
+is used as it is.
 """
 
 from __future__ import annotations
@@ -52,6 +55,7 @@ BUDGET = 0.3  # seconds of timing, about; three calls of each are the least in a
 ROUNDS = 5
 HOPELESS = 10  # times slower than a fused backend at its first run: not run again
 PRUNE = 2.5  # times slower than a fused backend by one clock or by the model: out without more
+SAFE = "triton/library"  # PyTorch's products in a graph, pointwise kernels between them: never out
 # FLOPs of one timed call on a CPU: of a larger batch a part is timed, as ratios no longer change.
 CPU_FLOPS = 4e9
 
@@ -117,7 +121,8 @@ def _try(found: Route, operands: Operands) -> Route:
         fused = fused_for(problem, device)
         fused = [n for n in fused if COMPARED.get(CALLS, n, problem, device) is not False]
         times = {name: predicted(name, problem, device) for name in fused}
-        fused = [name for name in fused if times[name] <= PRUNE * min(times.values())]
+        most = PRUNE * min(times.values(), default=0.0)
+        fused = [name for name in fused if times[name] <= most or name == SAFE]
         _settle(CALLS, fused, problem, operands, _run_calls)
         found = routes.route(problem, device, request)
     if found.window is not None and not found.window.settled:
@@ -139,6 +144,8 @@ def _settle(
     device = operands.x.device
     before = known(half, problem, device)
     timing = autotune() and (before is None or before.chosen not in (*fused, EAGER))
+    if before is not None:
+        fused = sorted(fused, key=lambda name: name != before.chosen)  # all that is left to compare
     trusted = []
     for name in fused:
         verdict = COMPARED.get(half, name, problem, device)
@@ -157,6 +164,8 @@ def _settle(
         most -= problem.schedule.grad_from if problem.needs_grad else 0
         names = [*trusted, EAGER]
         found = _race(names, lambda name, calls: run(name, *part, calls), most, device)
+        for name in trusted:
+            backends.get(name).free()  # what only the race needed
         if found is not None:
             machine = machine_of(device, torch.get_num_threads())
             whole = len(found.seconds) == len(names)  # else memory was short, or an engine failed
@@ -181,6 +190,8 @@ def _race(names: list[str], run: Run, most: int, device: torch.device) -> Verdic
             if name == EAGER and first > max(BUDGET, HOPELESS * min(one.values(), default=first)):
                 one[name] = first
                 continue
+            if device.type == "cuda":
+                run(name, 1)  # captures a graph
             again = [_seconds(run, name, 1, device)]
             while len(again) < 3 and sum(again) < BUDGET / 10:
                 again.append(_seconds(run, name, 1, device))

@@ -5,8 +5,8 @@ compared, so that a file of another machine, version or problem is never taken f
 is a convenience: what cannot be read or written is passed over in silence.
 
     RECURX_CACHE=0       nothing is read or written
-    RECURX_CACHE=FOLDER  files lie in FOLDER/verdicts-v1
-    (else)               in $XDG_CACHE_HOME/recurx/verdicts-v1, or ~/.cache/recurx/verdicts-v1
+    RECURX_CACHE=FOLDER  files lie in FOLDER/verdicts-v2
+    (else)               in $XDG_CACHE_HOME/recurx/verdicts-v2, or ~/.cache/recurx/verdicts-v2
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from recurx.atomic import write_json
 from recurx.measure import engine_isa
 from recurx.problem import Problem, encode
 
-FORMAT = "verdicts-v1"  # another meaning of the files takes another folder
+FORMAT = "verdicts-v2"  # another meaning takes another folder; in v1 backends had no kinds of plan
 LARGEST_FILE = 1 << 16  # bytes; ours have about two thousand
 
 # What reading something that is no verdict may raise; the last one: a number without end.
@@ -42,9 +42,9 @@ class Verdict:
     """What was measured for one half of a recursion.
 
     Args:
-        chosen: name of the backend that runs it.
-        seconds: (backend, seconds of the same calls), the best of several runs; empty for a choice
-            that was stored without (`pin`).
+        chosen: name of what runs it, for `backends.get`: "eager", "triton/library".
+        seconds: (such a name, seconds of the same calls), the best of several runs; empty for a
+            choice that was stored without (`pin`).
         calls: number of net calls that were timed.
     """
 

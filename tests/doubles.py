@@ -99,24 +99,41 @@ class Slow(Windowed):
         return ReferenceWindow(pause=self.slow_backward)
 
 
+class Kinds(Windowed):
+    """A double with several kinds of plan, each of them a double."""
+
+    def __init__(self, **ways):
+        super().__init__()
+        self.ways, self.kinds = ways, tuple(ways)
+        for kind, way in ways.items():
+            way.kind, way.name = kind, f"double/{kind}"
+
+    def restricted(self, kind):
+        return self.ways[kind]
+
+
+def a_problem(dtype=torch.bfloat16):
+    block = BlockSpec(ATTENTION, 64, 128, num_heads=2)
+    nets = (("L", NetSpec((block, block))),)
+    return Problem(Schedule.trm(2, 2), nets, 3, 17, 64, dtype, "cpu", rope=True)
+
+
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def inputs(request):
     """A problem on the CPU, and its tensors."""
-    block = BlockSpec(ATTENTION, 64, 128, num_heads=2)
-    problem = Problem(
-        Schedule.trm(2, 2), (("L", NetSpec((block, block))),), 3, 17, 64, request.param, "cpu",
-        rope=True,
-    )  # fmt: skip
-    weights = [torch.randn(shape) / shape[1] ** 0.5 for shape in block.weight_shapes * 2]
+    problem = a_problem(request.param)
+    shapes = [shape for block in problem.nets[0][1].blocks for shape in block.weight_shapes]
+    weights = [torch.randn(shape) / shape[1] ** 0.5 for shape in shapes]
     x, *states = (torch.randn(3, 17, 64).to(request.param) for _ in range(3))
     return problem, Operands(x, tuple(states), tuple(weights), rope_tables(17, 32))
 
 
 def use(monkeypatch, double):
     """`auto` knows this double and PyTorch; returns what `auto` takes for (problem, operands)."""
-    eager = backends.get("eager")
+    known = {"double": double, "eager": backends.get("eager")}
+    known |= {f"double/{kind}": double.restricted(kind) for kind in double.kinds}
     monkeypatch.setattr(backends, "ORDER", ("double", "eager"))
-    monkeypatch.setattr(backends, "get", {"double": double, "eager": eager}.__getitem__)
+    monkeypatch.setattr(backends, "get", known.__getitem__)
     trials.forget()
 
     def choose(problem, operands):

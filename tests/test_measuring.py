@@ -36,7 +36,7 @@ def measuring(monkeypatch, tmp_path):
     monkeypatch.setenv("RECURX_AUTOTUNE", "1")
     monkeypatch.setenv("RECURX_CACHE", str(tmp_path))
     trials.forget()
-    return tmp_path / "verdicts-v1"
+    return tmp_path / "verdicts-v2"
 
 
 def test_a_fused_backend_that_is_slower_is_not_taken(monkeypatch, inputs, measuring):
@@ -180,9 +180,9 @@ def test_where_files_lie(monkeypatch, tmp_path):
     assert verdicts.folder() is None
     monkeypatch.delenv("RECURX_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert verdicts.folder() == tmp_path / "recurx" / "verdicts-v1"
+    assert verdicts.folder() == tmp_path / "recurx" / "verdicts-v2"
     monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
-    assert verdicts.folder() == Path.home() / ".cache" / "recurx" / "verdicts-v1"
+    assert verdicts.folder() == Path.home() / ".cache" / "recurx" / "verdicts-v2"
 
 
 # ---- routes of devices that are not here --------------------------------------------------------
@@ -192,11 +192,16 @@ def test_a_device_that_is_not_here_is_taken_by_the_model():
     config = TRMConfig.sudoku_att(forward_dtype="bfloat16")
     problem = problem_of_config(config, 64, "cuda")
     found = route(problem, DEVICES["h100"], Request(grad=True))
-    assert found.settled and found.backend == "cuda" and found.plan.backend == "cuda"
-    assert (found.split, found.forward, found.backward) == (14, "triton", "triton")
-    assert "calls 0..13 on cuda without gradient; window 14..20 on triton" in str(found)
+    assert found.settled and found.backend == f"cuda/{found.plan.kind}" == "cuda/cluster"
+    assert (found.split, found.forward, found.backward) == (14, "triton/tiled", "triton/tiled")
+    on = "calls 0..13 on cuda/cluster without gradient; window 14..20 on triton/tiled, forward"
+    assert on in str(found) and "cuda/cluster: chosen, predicted" in str(found)
+    assert "triton/library: can run it, predicted" in str(found)
     states = route(problem, DEVICES["h100"], Request(grad=True, save="states"))
-    assert (states.forward, states.backward) == ("cuda", "triton")
+    assert (states.forward, states.backward) == ("cuda/cluster", "triton/tiled")
+    named = route(problem, DEVICES["h100"], Request("triton"))
+    lines = [line for line in str(named).splitlines() if "triton/" in line]
+    assert [("chosen" in line) for line in lines] == [True, False], "the model's, listed first"
     again = problem_of_config(config, 64, "cuda")
     assert again is not problem
     assert route(again, DEVICES["h100"], Request(grad=True)) is found

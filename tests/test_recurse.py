@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from torch import Tensor
 
 import recurx
-from recurx import BackendUnavailable, InvalidArgument, Schedule, Step, ops, reference
+from recurx import BackendUnavailable, InvalidArgument, Schedule, Step, api, ops, reference
 from recurx.nets import ATTENTION, KINDS, TOKEN_MLP, Net
 from recurx.problem import encode
-from tests.factories import HEADS, HIDDEN, TOKENS, make_inputs, make_net, rope, runnable_backends
+from tests.factories import (
+    HEADS,
+    HIDDEN,
+    TOKENS,
+    make_inputs,
+    make_net,
+    problem_for,
+    rope,
+    runnable_backends,
+)  # fmt: skip
 
 SCHEDULE = Schedule.trm(3, 2)
 BACKENDS = ["auto", *runnable_backends()]
@@ -244,6 +254,25 @@ def test_autocast_runs_in_its_dtype_and_returns_the_callers(backend: str) -> Non
     for name, state in out.items():
         assert state.dtype == torch.float32
         assert torch.equal(state, direct[name].float())
+
+
+def test_autocast_in_float16_says_that_pytorch_runs_it() -> None:
+    """It is the default of autocast on CUDA, and `auto` would otherwise be PyTorch in silence."""
+    net, (x, carry) = make_net(), make_inputs(SCHEDULE)
+    given = SCHEDULE, {"L": net}, x, carry
+    api._tell_of_float16.cache_clear()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with torch.autocast("cpu", dtype=torch.float16):
+            for backend in ("eager", "auto", "auto"):
+                out = recurx.recurse(*given, cos_sin=rope(), backend=backend)
+                assert len(told) == (backend == "auto"), backend
+            assert "under this autocast in float16" in recurx.explain(problem_for(*given[:3]))
+        recurx.recurse(*given, cos_sin=rope())
+    assert "float16, which no fused backend runs" in str(told[0].message)
+    assert told[0].filename == __file__ and len(told) == 1
+    assert out["z_H"].dtype == torch.float32
+    assert "under this autocast" not in recurx.explain(problem_for(*given[:3]))
 
 
 def test_any_callable_runs_on_eager_only() -> None:

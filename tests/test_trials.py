@@ -65,6 +65,7 @@ def test_the_order_follows_the_predicted_times_of_several_fused_backends(monkeyp
     problem = inputs[0]
     monkeypatch.setattr(backends, "ORDER", ("slow", "fast", "eager"))
     monkeypatch.setattr(backends, "auto_may_take", lambda name, device: True)
+    monkeypatch.setattr(backends, "entrants", lambda name: (name,))
     monkeypatch.setattr(backends, "why_not", lambda name, problem: None)
     times = {"slow": 2.0, "fast": 1.0}
     monkeypatch.setattr(choices, "predicted", lambda name, p, device: times[name])

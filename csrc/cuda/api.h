@@ -165,6 +165,8 @@ int rx_cluster_sm90a_run(const RxRecursion* r, const RxClusterPlan* plan, void* 
 int64_t rx_cluster_sm90a_scratch_bytes(const RxRecursion* r, const RxClusterPlan* plan);
 int64_t rx_cluster_sm90a_tape_bytes(const RxPack* pack);
 int rx_cluster_sm90a_pack(const RxPack* pack, void* stream);
+/* Clusters of so many CTAs that the current device runs at once; 0 where nobody knows. */
+int rx_cluster_sm90a_places(int32_t hidden, int32_t cluster, int32_t* count);
 
 /* ---- the build ------------------------------------------------------------------------------
  *

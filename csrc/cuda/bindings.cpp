@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "api.h"
 
@@ -23,6 +24,20 @@ std::tuple<int, int, int, std::string> devices() {
   int count, driver, runtime;
   rx_cuda_device_count(&count, &driver, &runtime);
   return {count, driver, runtime, rx_cuda_last_error()};
+}
+
+// (hidden, CTAs of a cluster, clusters at once) of each cluster kernel on the current device.
+std::vector<std::tuple<int, int, int>> cluster_places() {
+  std::vector<std::tuple<int, int, int>> found;
+#ifdef RX_HAVE_SM90A
+  for (int hidden : {128, 256, 384, 512})
+    for (int cluster : {2, 4, 8}) {
+      int count = 0;
+      if (!rx_cluster_sm90a_places(hidden, cluster, &count) && count > 0)
+        found.emplace_back(hidden, cluster, count);
+    }
+#endif
+  return found;
 }
 
 py::dict entries() {
@@ -59,6 +74,9 @@ void bind(py::module_& m) {
   m.def(
       "cuda_devices", &devices,
       "(devices, driver version, runtime version, reason): 0 devices and a reason without a GPU.");
+  m.def("cuda_cluster_places", &cluster_places,
+        "[(D, CTAs of a cluster, clusters that run at once)] of the cluster kernels on the current "
+        "device.");
 }
 
 }  // namespace rx::cuda

@@ -4,13 +4,16 @@ A backend is asked three questions: can it run on this machine, can it run this 
 it. Who is asked to run what is decided in recurx/route.py.
 
 A backend that has a backward offers a `Window`; without one the gradient window runs on PyTorch.
+One that has several kinds of plan is asked as a whole, "triton", or about one: "triton/library".
 """
 
 from __future__ import annotations
 
 import abc
+import copy
 import functools
 import importlib
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -27,10 +30,18 @@ class Backend(abc.ABC):
     name: str
     device_types: tuple[str, ...]  # devices that `auto` uses it on; () means any
     window_of: str = ""  # the backend whose window serves when this one is asked for by name
+    kinds: tuple[str, ...] = ()  # of plan, each a way of its own that `auto` may choose
+    kind: str = ""  # the one that it is restricted to
 
     def runs_on(self, device_type: str) -> bool:
         """Whether it takes tensors on this type of device when it is asked for by name."""
         return not self.device_types or device_type in self.device_types
+
+    def restricted(self, kind: str) -> Backend:
+        """The same backend, caches and all, with one of its kinds of plan alone."""
+        alone = copy.copy(self)
+        alone.kind, alone.name = kind, f"{self.name}/{kind}"
+        return alone
 
     @abc.abstractmethod
     def why_unavailable(self) -> str | None:
@@ -47,6 +58,9 @@ class Backend(abc.ABC):
         Returns:
             All states in the same order, in fresh contiguous tensors that alias no input.
         """
+
+    def free(self) -> None:  # noqa: B027 (most keep nothing)
+        """Let go of GPU memory that is kept for the next call; that one fills it anew."""
 
     def window(self, problem: Problem) -> Window | None:
         """Its differentiable window for `problem`, or None: then PyTorch runs the window.
@@ -117,11 +131,24 @@ NAMES = ("auto", *ORDER)
 
 @functools.cache
 def get(name: str) -> Backend:
-    """The backend called `name`; an unknown name lists the known ones."""
-    if name not in ORDER:
+    """The backend called `name`, or "name/kind", with that kind of plan alone; an unknown one lists
+    the known ones."""
+    base, _, kind = name.partition("/")
+    if base not in ORDER:
         raise bad_argument("recurse", "backend", f"one of {', '.join(NAMES)}", repr(name))
-    module = importlib.import_module(f"recurx.backends.{name}")
-    return module.BACKEND
+    backend: Backend = importlib.import_module(f"recurx.backends.{base}").BACKEND
+    if base == name:
+        return backend
+    if kind not in backend.kinds:
+        known = ", ".join((base, *entrants(base)))
+        raise bad_argument("recurse", "backend", f"one of {known}", repr(name))
+    return backend.restricted(kind)
+
+
+def entrants(name: str) -> tuple[str, ...]:
+    """What `auto` may choose of a backend: each of its kinds of plan, or itself."""
+    kinds = get(name).kinds
+    return tuple(f"{name}/{kind}" for kind in kinds) if kinds else (name,)
 
 
 _version = 0
@@ -137,6 +164,13 @@ def changed() -> None:
     global _version
     _version += 1
     get.cache_clear()
+
+
+def free() -> None:
+    """`Backend.free` of all that have been used."""
+    for name in ORDER:
+        if f"recurx.backends.{name}" in sys.modules:
+            get(name).free()
 
 
 def why_not(name: str, problem: Problem) -> str | None:

@@ -44,6 +44,8 @@ class Cuda(Backend):
     name = "cuda"
     device_types = ("cuda",)
     window_of = "triton"  # the kernels here have no backward
+    kinds = KINDS
+    _timeline: KernelTimeline | None = None  # of the class: a restricted copy records, too
 
     def __init__(
         self,
@@ -64,7 +66,6 @@ class Cuda(Backend):
         self._missing: str | None = None
         self.tapes = WeightCache(MAX_TAPES)
         self.exact = WeightCache(MAX_TAPES)  # whether weights are the products of their FP8 codes
-        self._timeline: KernelTimeline | None = None
         # What does not depend on the tensors is found out once, and looked up after that.
         remember = functools.lru_cache(maxsize=256)
         self._pick = remember(self._find_plan)
@@ -92,7 +93,7 @@ class Cuda(Backend):
             return self._missing
         if self._source is None and not torch.cuda.is_available():
             return "needs an NVIDIA GPU; torch sees none (no device, no driver, or a CPU build)"
-        return None
+        return _why_no_driver(self._source or _compiled_module())
 
     def why_unsupported(self, problem: Problem) -> str | None:
         found = self._pick(problem, problem.device_type, self._kinds(), False)
@@ -118,7 +119,9 @@ class Cuda(Backend):
         """Kinds of plan that the build holds; the owner kernels alone write a timeline."""
         library = self.library()
         kinds = KINDS if library is None else library.kinds
-        return ("owner",) if self._timeline is not None else kinds
+        if self._timeline is not None:
+            return ("owner",)
+        return tuple(kind for kind in kinds if self.kind in ("", kind))
 
     def plan_device(self, device: torch.device | str) -> Device:
         return Device.of(device) if self._device is None else self._device
@@ -131,7 +134,10 @@ class Cuda(Backend):
         plans = candidates(problem, device, self.owner_plans, kinds, fp8)
         if not plans:
             return "; ".join(refusals(problem, device, self.owner_plans, kinds))
-        return min(plans, key=lambda plan: (plan.seconds(device), plan.settings))
+        return min(plans, key=lambda plan: plan.order(device))
+
+    def free(self) -> None:
+        self.tapes.clear()
 
     # ---- run it ----------------------------------------------------------------------------
 
@@ -273,7 +279,7 @@ class Cuda(Backend):
     def _quantized(self, weights: Sequence[Tensor]) -> bool:
         """Whether the kernel may read codes. Not inside somebody's CUDA graph: there the host
         cannot ask, and a replay would not see a weight that is no longer the product of its."""
-        if any(registered(w) is None for w in weights) or captured_outside(weights[0].device):
+        if captured_outside(weights[0].device) or any(registered(w) is None for w in weights):
             return False
         quantized: bool = self.exact.get("fp8", weights, lambda _: are_quantized(weights))
         return quantized
@@ -293,17 +299,34 @@ class Cuda(Backend):
                 "recurx: these kernels record no timeline; build with "
                 "RECURX_TIMELINE=1 python csrc/native_build.py"
             )
-        self._timeline = KernelTimeline(events_per_owner)
+        Cuda._timeline = timeline = KernelTimeline(events_per_owner)
         try:
-            yield self._timeline
+            yield timeline
         finally:
-            self._timeline = None
+            Cuda._timeline = None
 
 
 def _aligned(tensor: Tensor) -> Tensor:
     """Contiguous and 16-byte aligned: a view into the middle of a buffer is copied."""
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+
+
+@functools.cache
+def _why_no_driver(source: Any) -> str | None:
+    """Why the driver cannot run the kernels of a build, whose CUDA runtime asks for its version."""
+    if not hasattr(source, "cuda_devices"):
+        return None
+    count, driver, runtime, reason = source.cuda_devices()
+    if count:
+        return None
+    if driver // 1000 >= runtime // 1000:
+        return f"finds no device: {reason}"
+    had, needs = (f"CUDA {v // 1000}.{v % 1000 // 10}" for v in (driver, runtime))
+    return (
+        f"is built with {needs}, and the driver here is for {had}: install a newer one (CUDA 13 "
+        "came with driver 580), or build recurx with a toolkit that the driver knows"
+    )
 
 
 def _compiled_module() -> ModuleType:

@@ -8,6 +8,8 @@ that all of this runs, and is tested, without a GPU.
 
 from __future__ import annotations
 
+import functools
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -15,23 +17,63 @@ from typing import Any
 
 import torch
 
+# Tags of ops that keep memory between calls: mode="reduce-overhead" then runs them between graphs.
+UNSAFE_IN_GRAPHS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
 Replay = Callable[[], None]
 Capture = Callable[[Callable[[], None]], Replay]
 
 
 def cuda_capture(launch: Callable[[], None]) -> Replay:
     """Capture what `launch` launches in a CUDA graph, without running it."""
-    graph = torch.cuda.CUDAGraph()
-    # Thread-local: another thread may allocate or synchronise meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        launch()
-    replay: Replay = graph.replay
+    index = torch.cuda.current_device()
+    stream, pool, _ = _side_of(index, stream_of(torch.device("cuda", index)))
+    replay: Replay = _captured(launch, stream, pool).replay
     return replay
 
 
+def _captured(launch: Callable[[], object], stream: Any, pool: Any) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    # Thread-local: another thread may allocate or synchronise meanwhile.
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        launch()
+    return graph
+
+
+@functools.cache
+def _side_of(index: int, stream: int) -> tuple[torch.cuda.Stream, Any, torch.cuda.CUDAGraph]:
+    """Where graphs that a stream replays are captured: a stream and a memory pool of their own.
+
+    PyTorch's own default is one stream a process, on whichever GPU captured first. And cuBLAS has
+    one workspace a stream, so graphs that were captured on the same one must not run side by side.
+    The graph holds the pool: whoever clears PyTorch's workspaces (torch.compile does) gives back to
+    it what older graphs still write to, and to nobody else.
+    """
+    side, pool = torch.cuda.Stream(index), torch.cuda.graph_pool_handle()
+    return side, pool, _captured(lambda: torch.zeros(1, device=f"cuda:{index}"), side, pool)
+
+
 def captured_outside(device: torch.device) -> bool:
-    """Whether somebody is capturing a CUDA graph of which this call becomes a part."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    """Whether somebody is capturing a CUDA graph of which this call becomes a part.
+
+    So is the run before a graph that `torch.compile(mode="reduce-overhead")` will record: nothing
+    may be kept that it allocates. Where PyTorch knows the tag, our ops never run there.
+    """
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        capturing: bool = torch.cuda.is_current_stream_capturing()
+        return capturing or (not UNSAFE_IN_GRAPHS and _before_a_graph())
+
+
+def _before_a_graph() -> bool:
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    if trees is None:
+        return False
+    try:
+        manager = trees.get_manager(torch.cuda.current_device(), False)
+    except AssertionError:  # a thread that never ran such a graph
+        return False
+    return manager is not None and manager.path_state == trees.ExecutionState.WARMUP
 
 
 def stream_of(device: torch.device) -> int:

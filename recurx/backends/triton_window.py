@@ -19,19 +19,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from recurx.backends import Window
-from recurx.kernels.block_training import (
-    Matrices,
-    Saved,
-    WeightGrads,
-    feed_forward,
-    mix,
-    net_backward,
-)
+from recurx.kernels import block_training
+from recurx.kernels import library as by_library
+from recurx.kernels.block_training import Matrices, Saved
 from recurx.kernels.kept_layout import kept_shapes, saved_in
 from recurx.nets import NetSpec
 from recurx.operands import CosSin, Operands, Span
@@ -42,17 +39,33 @@ from recurx.program import Call, lower
 Nets = dict[str, tuple[NetSpec, list[Matrices]]]  # a net's blocks and their matrices
 
 
-class TritonWindow(Window):
-    """`rounded` makes the matrices in the states' dtype out of the master weights."""
+def _on_its_device(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, which need not be that of the tensors."""
 
-    def __init__(self, rounded: Callable[[Problem, Sequence[Tensor]], PackedNets]) -> None:
+    @functools.wraps(method)
+    def guarded(self: Any, problem: Problem, operands: Operands, *rest: Any, **named: Any) -> Any:
+        with torch.cuda.device_of(operands.x):
+            return method(self, problem, operands, *rest, **named)
+
+    return guarded
+
+
+class TritonWindow(Window):
+    """`rounded` makes the matrices in the states' dtype out of the master weights; `library` says
+    that PyTorch multiplies them."""
+
+    def __init__(
+        self, rounded: Callable[[Problem, Sequence[Tensor]], PackedNets], library: bool = False
+    ) -> None:
         self._rounded = rounded
+        self._way: ModuleType = by_library if library else block_training
 
     def kept(
         self, problem: Problem, span: Span, save: str
     ) -> list[tuple[tuple[int, ...], torch.dtype]]:
         return kept_shapes(problem, span, save)
 
+    @_on_its_device
     def forward(
         self, problem: Problem, operands: Operands, span: Span, save: str
     ) -> tuple[list[Tensor], list[Tensor]]:
@@ -63,17 +76,17 @@ class TritonWindow(Window):
             for shape, dtype in kept_shapes(problem, span, save)
         ]
         inputs, values = CallInputs(), [x, *operands.states]
-        with torch.cuda.device_of(x):  # Triton launches on the current device
-            for k, call in enumerate(lower(problem.schedule, span).calls):
-                spec, own = nets[call.net]
-                saved = saved_in(kept, problem, span, k) if kept else _unsaved(x, spec)
-                inputs(call, values, saved[0].h)
-                values[call.write] = _run_net(saved, spec, own, cos_sin, save == "all")
+        for k, call in enumerate(lower(problem.schedule, span).calls):
+            spec, own = nets[call.net]
+            saved = saved_in(kept, problem, span, k) if kept else _unsaved(x, spec)
+            inputs(call, values, saved[0].h)
+            values[call.write] = _run_net(self._way, saved, spec, own, cos_sin, save == "all")
         return [
             value.clone() if value is state else value
             for value, state in zip(values[1:], operands.states, strict=True)
         ], kept
 
+    @_on_its_device
     def backward(
         self,
         problem: Problem,
@@ -89,14 +102,15 @@ class TritonWindow(Window):
         calls = lower(problem.schedule, span).calls
         nets, cos_sin = self._nets(problem, operands.weights), operands.float_rope()
         wanted = wants[len(entered) :]
-        grads = WeightGrads(operands.weights, wanted)
+        way = self._way
+        grads = way.WeightGrads(operands.weights, wanted)
         first = {name: cut.start for (name, _), cut in zip(problem.nets, problem.cuts, strict=True)}
         if kept:
 
             def saved_of(k: int) -> list[Saved]:
                 return saved_in(kept, problem, span, k, outs[calls[k].write - 1])
         else:
-            saved_of = _Recomputed(calls, nets, cos_sin, list(entered))
+            saved_of = _Recomputed(way, calls, nets, cos_sin, list(entered))
 
         d_values = _Gradients([None, *d_outs])
         needed = _needed(calls, wants[: len(entered)])
@@ -106,7 +120,7 @@ class TritonWindow(Window):
             if d_out is None:
                 continue
             spec, own = nets[call.net]
-            d_h = net_backward(saved_of(k), spec, own, cos_sin, d_out, grads, first[call.net])
+            d_h = way.net_backward(saved_of(k), spec, own, cos_sin, d_out, grads, first[call.net])
             for slot in (*call.state, *call.inject):
                 if slot in needed[k]:
                     d_values.add(slot, d_h)
@@ -162,8 +176,10 @@ class _Recomputed:
     """
 
     def __init__(
-        self, calls: Sequence[Call], nets: Nets, cos_sin: CosSin | None, values: list[Tensor]
-    ) -> None:
+        self, way: ModuleType, calls: Sequence[Call], nets: Nets, cos_sin: CosSin | None,
+        values: list[Tensor],
+    ) -> None:  # fmt: skip
+        self._way = way
         self._calls, self._nets, self._cos_sin = calls, nets, cos_sin
         self._inputs = CallInputs()
         self._before: list[list[Tensor]] = []
@@ -174,7 +190,7 @@ class _Recomputed:
             self._before.append(list(values))
             self._saved = _unsaved(values[0], spec)
             self._inputs(call, values, self._saved[0].h)
-            values[call.write] = _run_net(self._saved, spec, own, cos_sin, True)
+            values[call.write] = _run_net(way, self._saved, spec, own, cos_sin, True)
             self._last.append((self._saved[-1].out, self._saved[-1].scale_out))
 
     def __call__(self, k: int) -> list[Saved]:
@@ -186,11 +202,12 @@ class _Recomputed:
         saved = _unsaved(values[0], spec)
         saved[-1].out, saved[-1].scale_out = self._last[k]
         self._inputs(call, values, saved[0].h)
-        _run_net(saved, spec, own, self._cos_sin, True, again=True)
+        _run_net(self._way, saved, spec, own, self._cos_sin, True, again=True)
         return saved
 
 
 def _run_net(
+    way: ModuleType,
     saved: list[Saved],
     spec: NetSpec,
     matrices: Sequence[Matrices],
@@ -204,9 +221,9 @@ def _run_net(
     """
     for number, (own, block, weights) in enumerate(zip(saved, spec.blocks, matrices, strict=True)):
         full = own if keep else Saved(own.h, own.out, own.scale_out)
-        mix(full, block, weights, cos_sin)
+        way.mix(full, block, weights, cos_sin)
         if not (again and number == len(saved) - 1):
-            feed_forward(full, block, weights)
+            way.feed_forward(full, block, weights)
             own.out, own.scale_out = full.out, full.scale_out
     out = saved[-1].out
     assert out is not None

@@ -39,6 +39,11 @@ def frozen_weights() -> Iterator[None]:
         _freeze.reset(token)
 
 
+def frozen() -> bool:
+    """Whether this thread is inside `frozen_weights`."""
+    return _freeze.get() is not None
+
+
 class _Entry(NamedTuple):
     made: Any
     digest: Hashable  # of the contents that it was made of; None: unknown

@@ -241,7 +241,7 @@ def host(asked: Host) -> int:
 
 def report(asked: Report) -> int:
     from recurx import atomic
-    from recurx.bench import plots, results
+    from recurx.bench import pages, plots, results
     from recurx.bench import report as tables
     from recurx.bench.provenance import results_folder
 
@@ -256,7 +256,7 @@ def report(asked: Report) -> int:
             text = page.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise InvalidArgument(f"--write {path}: not a page of text: {error}.") from error
-        edited = tables.fill_in(text, found, str(path))
+        edited = pages.fill_in(text, found, str(path))
         with atomic.replacing(page) as new:
             new.write_text(edited, encoding="utf-8")
         print(f"written to {path}")

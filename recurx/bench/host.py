@@ -38,7 +38,7 @@ ROWS = (
       for batch in (1, 8, 64)),
     ("small-64", 1, "bf16", "triton", BUDGET_US),
 )  # fmt: skip
-TRITON_KINDS = ("tiled", "persistent")  # of plan
+TRITON_KINDS = triton.Triton.kinds  # of plan
 WARM = 20  # calls that plan, lower and pack
 Reached = Callable[..., Any]
 
@@ -76,10 +76,15 @@ class _Simulated(triton.Triton):
         return triton.why_no_triton()
 
     def plan(self, problem: Problem, device: torch.device) -> LaunchPlan:
-        return self._pick(problem) if device.type == "cpu" else super().plan(problem, device)
+        if device.type == "cpu":
+            return self._pick(problem, self.name)
+        return super().plan(problem, device)
 
-    def _find_plan(self, problem: Problem) -> LaunchPlan:
-        plans = [p for p in all_candidates(problem, self._device, "triton")
+    def plan_device(self, device: torch.device | str) -> Device:
+        return self._device if "cpu" in str(device) else super().plan_device(device)
+
+    def _find_plan(self, problem: Problem, name: str) -> LaunchPlan:
+        plans = [p for p in all_candidates(problem, self._device, name)
                  if p.kind in self._kinds
                  and self._slice in (None, dict(p.settings).get("slice"))]  # fmt: skip
         return min(plans, key=lambda plan: plan.seconds(self._device))
@@ -134,10 +139,12 @@ def stubbed(name: str, reached: Reached) -> Iterator[None]:
             stack.enter_context(mock.patch.object(_C, "cpu_run", reached))
             stack.enter_context(mock.patch.object(_C, "cpu_digest", lambda *_: 0))
         elif name == "triton":
+            from recurx.kernels.library import LibrarySlice
             from recurx.kernels.tiled import TiledSlice
 
             for copies in ("launch", "enter", "leave"):  # a GPU makes them beside the host
-                stack.enter_context(mock.patch.object(TiledSlice, copies, lambda *_: None))
+                for slices in (TiledSlice, LibrarySlice):
+                    stack.enter_context(mock.patch.object(slices, copies, lambda *_: None))
             stack.enter_context(mock.patch("recurx.kernels.recursion.recursion", reached))
             capture = lambda launch: reached  # noqa: E731
             stack.enter_context(simulated(DEVICES["h100"], capture=capture))

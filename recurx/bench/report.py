@@ -1,7 +1,7 @@
-"""Tables for documents, from result files. Rows where recurx loses are shown like the others.
+"""All tables (docs/benchmarks.md) from result files. Rows where recurx loses are shown like others.
 
-`markdown` writes everything (docs/benchmarks.md), `ratios` one row a machine and case (README.md).
-A document says by a pair of markers which of the two it holds; `fill_in` replaces what is between.
+Beside this, `ratios.py` has one row a machine and case (README.md), and `pages.py` puts either into
+a document.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from recurx.bench import quantities, scaling
-from recurx.bench.cases import CASES, DTYPES, MODES
+from recurx.bench.cases import CASES, MODES
 from recurx.bench.predict import predict
 from recurx.bench.provenance import ROOT
 from recurx.bench.results import Key, Result
 from recurx.errors import InvalidArgument
 
-BEGIN, END = "<!-- bench:begin", "<!-- bench:end -->"
-RATIOS_BEGIN, RATIOS_END = "<!-- ratios:begin", "<!-- ratios:end -->"
 UNITS = {
     "step": "Milliseconds of a supervision step",
     "train": "Milliseconds of a training step",
@@ -83,6 +81,8 @@ def markdown(results: Sequence[Result]) -> str:
         parts.append(_reached(ours, newest))
         parts.append(_foretold(newest))
         parts.append(_reasons(newest))
+    if not any(result.facts.get("gpu") for result in results):
+        parts.append("Every case on a GPU: not measured.")
     parts.append(scaling.report())
     return "\n\n".join(part for part in parts if part)
 
@@ -159,7 +159,7 @@ def _cell(mode: str, variant: str, rows: dict[str, Row]) -> str:
         return NONE
     if row["status"] != "timed":
         return str(row["status"])
-    value = _figure(row["puzzles_per_s"] if mode == "solve" else row["p50_ms"])
+    value = figure(row["puzzles_per_s"] if mode == "solve" else row["p50_ms"])
     exact = (
         f", {row['exact']:.0%} exact in {row['steps_mean']:.1f} steps" if mode == "solve" else ""
     )
@@ -176,62 +176,12 @@ def times(ratio: float) -> str:
     return f"{ratio:.2f}x" if ratio < 2 else f"{ratio:.1f}x" if ratio < 10 else f"{ratio:.0f}x"
 
 
-def _figure(value: float, digits: int = 3) -> str:
+def figure(value: float, digits: int = 3) -> str:
     """`digits` significant digits without an exponent: 1543, 17.1, 0.0123."""
     if value == 0 or value >= 10 ** (digits - 1):
         return f"{value:,.0f}"
     text = f"{value:.{digits}g}"
     return f"{value:.6f}".rstrip("0") if "e" in text else text
-
-
-# ---- ratios --------------------------------------------------------------------------------------
-
-NAMES = {"step": "step", "train": "training step", "solve": "solving"}  # of columns
-
-
-def ratios(results: Sequence[Result]) -> str:
-    """One row a machine and case: how many times recurx's time the fastest other way takes.
-
-    A bf16 row is compared with the fastest in bf16 or fp32: where bf16 has no instructions, PyTorch
-    is faster in fp32, and that is what a user would run.
-
-    Raises:
-        InvalidArgument: no results.
-    """
-    if not results:
-        raise InvalidArgument("bench report: no result file. Measure: python -m recurx bench run.")
-    cells: dict[tuple[str, str], dict[tuple[str, str], list[str]]] = {}
-    for device, of_device in by_device(results).items():
-        groups = grouped(newest_rows(of_device))
-        for case, mode, batch in sorted(groups, key=lambda g: (case_order(g[0]), g[2])):
-            for dtype in DTYPES:
-                found = _ratio(groups[case, mode, batch], dtype)
-                if found:
-                    row = cells.setdefault((device, case), {})
-                    row.setdefault((mode, dtype), []).append(f"{found} (B={batch})")
-    used = {column for row in cells.values() for column in row}
-    columns = [(m, d) for m in MODES for d in ("fp32", "bf16") if (m, d) in used]
-    heads = ["machine", "case", *(f"{NAMES[mode]}, {dtype}" for mode, dtype in columns)]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for (device, case), row in cells.items():
-        name = device.replace("(R)", "").replace(" Processor", "")
-        texts = [", ".join(row.get(column, [NONE])) for column in columns]
-        lines.append("| " + " | ".join([name, case, *texts]) + " |")
-    return "\n".join(lines)
-
-
-def _ratio(rows: dict[str, Row], dtype: str) -> str:
-    """The ratio, and which way it is against; "" if one of the two has no time."""
-    ours = best_ours(rows, dtype)
-    theirs = [
-        row for row in rows.values()
-        if not row["ours"] and row["status"] == "timed" and row["dtype"] in ("fp32", dtype)
-    ]  # fmt: skip
-    if ours is None or not theirs:
-        return ""
-    best = min(theirs, key=lambda row: row["p50_ms"])
-    name = best["engine"] if best["dtype"] == dtype else f"{best['engine']} {best['dtype']}"
-    return f"**{times(best['p50_ms'] / ours['p50_ms'])}** {name}"
 
 
 # ---- what recurx reaches -------------------------------------------------------------------------
@@ -253,16 +203,16 @@ def _reached(keys: list[Key], newest: dict[Key, tuple[Row, dict, Result]]) -> st
         row = newest[key][0]
         if row["status"] != "timed":
             continue
-        spread = f"{_figure(row['p20_ms'])}-{_figure(row['p80_ms'])}"
+        spread = f"{figure(row['p20_ms'])}-{figure(row['p80_ms'])}"
         name = f"{key.case} {key.mode}, {key.variant.removeprefix('recurx-').replace('/', ' ')}"
         cells = [
             name, str(key.batch), spread,
-            _optional(row.get("tflops"), lambda v: _figure(1e3 * v)),
+            _optional(row.get("tflops"), lambda v: figure(1e3 * v)),
             _optional(row.get("of_peak"), lambda v: f"{v:.0%}"),
             _optional(row.get("of_floor"), lambda v: f"{v:.0%}"),
-            _optional(row.get("predicted_ms"), _figure),
+            _optional(row.get("predicted_ms"), figure),
             _optional(row.get("launches"), str),
-            _optional(row.get("peak_mib"), _figure),
+            _optional(row.get("peak_mib"), figure),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) if len(lines) > 4 else ""
@@ -298,41 +248,3 @@ def _reasons(newest: dict[Key, tuple[Row, dict, Result]]) -> str:
         if row["status"] != "timed"
     ]
     return "\n".join(["Not timed:", *found]) if found else ""
-
-
-# ---- into a file ---------------------------------------------------------------------------------
-
-
-def fill_in(text: str, results: Sequence[Result], where: str) -> str:
-    """`text` with all tables between its markers made anew: `markdown`, `ratios`, or both.
-
-    Raises:
-        InvalidArgument: it has no markers, has them twice, or in the wrong order.
-    """
-    tables = {(BEGIN, END): markdown, (RATIOS_BEGIN, RATIOS_END): ratios}
-    present = [pair for pair in tables if pair[0] in text or pair[1] in text]
-    if not present:
-        raise InvalidArgument(
-            f"bench report: {where} needs one line '{BEGIN} -->' and after it one '{END}' for all "
-            f"tables, or '{RATIOS_BEGIN} -->' and '{RATIOS_END}' for the table of ratios."
-        )
-    for pair in present:
-        text = replace_between_markers(text, tables[pair](results), where, *pair)
-    return text
-
-
-def replace_between_markers(
-    text: str, generated: str, where: str, begin: str = BEGIN, end: str = END
-) -> str:
-    """`text` with what lies between two markers replaced.
-
-    Raises:
-        InvalidArgument: the markers are missing, twice there, or in the wrong order.
-    """
-    first, last = text.find(begin), text.find(end)
-    if text.count(begin) != 1 or text.count(end) != 1 or last < first:
-        raise InvalidArgument(
-            f"bench report: {where} needs one line '{begin} -->' and after it one '{end}'."
-        )
-    head_end = text.index("-->", first) + 3
-    return f"{text[:head_end]}\n{generated}\n{text[last:]}"

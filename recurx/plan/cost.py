@@ -44,10 +44,9 @@ class Costs:
         return self[backend].seconds(self.device)
 
     def __str__(self) -> str:
-        source = "measured here" if self.device.measured else "published peaks, not measured here"
         lines = [
             f"{self.problem}",
-            f"on {self.device.name} (rates: {source}): {self.flops / 1e9:.2f} GFLOP, "
+            f"on {self.device.name} (rates: {self.device.source}): {self.flops / 1e9:.2f} GFLOP, "
             f"weights {self.weight_bytes / 1e6:.1f} MB",
             f"{'plan':24} {'ms':>9} {'TFLOP/s':>8} {'DRAM MB':>9} {'L2 MB':>9} "
             f"{'launches':>8} {'barriers':>8}  limited by  sizes",
@@ -90,6 +89,6 @@ def cost(problem: Problem, device: torch.device | str | Device | None = None) ->
         device=found,
         flops=count.flops(problem),
         weight_bytes=count.weight_values(problem) * problem.dtype.itemsize,
-        plans=tuple(sorted(plans, key=lambda p: (p.seconds(found), p.backend, p.kind))),
+        plans=tuple(sorted(plans, key=lambda plan: plan.order(found))),
         refused=tuple(all_refusals(problem, found)),
     )

@@ -18,11 +18,12 @@ MIDDLE, TOKEN_MIDDLE = 128, 64  # columns of the middles a round
 STAGE = 16384  # bytes of the tape
 MAX_CALLS = 65535
 CLUSTERS = (2, 4, 8)
-# Multiprocessors of an H100's GPC that clusters of more than two can count on: some have 18.
+# Multiprocessors of a GPC that clusters of more than two can count on, where the driver was not
+# asked: some have 18, one has fewer (an H100 of 132 runs 15 clusters of 8 at once, not 16).
 GPC = 16
-# Share of the peak left by wgmma's shared-memory traffic, waits for the exchange, softmax and the
-# epilogues: reckoned phase by phase in its kernel.cuh, not measured.
-EFFICIENCY = 0.6
+# Share of the peak that waits for the exchange, softmax and the epilogues leave to wgmma: reckoned
+# phase by phase in its kernel.cuh, not measured.
+EFFICIENCY = 0.85
 
 
 def why_not_cluster(problem: Problem, device: Device) -> str | None:
@@ -67,32 +68,44 @@ def block_stages(block: BlockSpec) -> int:
     return mixer + ceil_div(block.inner, MIDDLE) * (first + second)
 
 
-def _block_flops(block: BlockSpec) -> float:
-    """FLOPs of both CTAs of a sample, padding to 128 rows included."""
-    d, rows = block.hidden, 2 * ROWS
+def _block_work(block: BlockSpec) -> tuple[float, float]:
+    """(FLOPs, bytes of wgmma's operands in shared memory) of a CTA, which has 64 rows."""
+    d = block.hidden
     middle = MIDDLE * ceil_div(block.inner, MIDDLE)
+    # (FLOPs, N of the product): 64 rows and N columns of K values are 2 (64 + N) K bytes.
+    products = [(4.0 * ROWS * middle * d, 128), (2.0 * ROWS * middle * d, d // 2)]
     if block.kind == ATTENTION:
-        mixer = 2.0 * rows * 4 * d * d + 4.0 * rows * rows * d
+        products += [(4.0 * ROWS * d * d, 128), (2.0 * ROWS * d * d, 64)]  # K and V, Q
+        products += [(2.0 * ROWS * d * d, d // 2), (8.0 * ROWS * ROWS * d, 128)]  # O, attention
     else:
-        mixer = 2.0 * d * 3 * TOKEN_MIDDLE * ceil_div(block.token_inner, TOKEN_MIDDLE) * rows
-    return mixer + 2.0 * rows * 3 * middle * d
+        tokens = TOKEN_MIDDLE * ceil_div(block.token_inner, TOKEN_MIDDLE)
+        products += [(6.0 * ROWS * tokens * d, 128)]
+    flops = sum(f for f, _ in products)
+    return flops, sum(f * (ROWS + n) / (ROWS * n) for f, n in products)
+
+
+def _places(device: Device, hidden: int, cluster: int) -> int:
+    """Clusters that run at once."""
+    asked = {(width, size): count for width, size, count in device.clusters}
+    assumed = device.units // 2 if cluster == 2 else device.units // GPC * (GPC // cluster) - 1
+    return max(1, asked.get((hidden, cluster), assumed))
 
 
 def _plan(problem: Problem, device: Device, cluster: int) -> LaunchPlan:
     clusters = max(1, ceil_div(2 * problem.batch, cluster))
-    places = device.units // 2 if cluster == 2 else device.units // GPC * (GPC // cluster)
-    busy = min(clusters, max(1, places))
+    busy = min(clusters, _places(device, problem.hidden, cluster))
     rounds = ceil_div(clusters, busy)
     specs = dict(problem.nets)
     nets = [specs[step.net] for step in problem.schedule.steps]
-    a_sample = sum(_block_flops(block) for spec in nets for block in spec.blocks)
+    each = [_block_work(block) for spec in nets for block in spec.blocks]
+    ctas = busy * rounds * cluster  # the last round is as long as the others, however few it has
     tape = STAGE * sum(block_stages(block) for spec in nets for block in spec.blocks)
     state_bytes = 2.0 * problem.batch * problem.tokens * problem.hidden
     reads = sum(len(step.reads) for step in problem.schedule.steps)
     work = Work(
         flops=flops(problem),
-        # The last round is as long as the others, however few clusters still work in it.
-        padded_flops=busy * rounds * (cluster // 2) * a_sample,
+        padded_flops=ctas * sum(f for f, _ in each),
+        shared_bytes=ctas * (sum(b for _, b in each) + tape),
         dram_bytes=state_bytes * (1 + 2 * len(problem.schedule.states)),
         l2_bytes=busy * rounds * tape + state_bytes * reads,
         launches=1,

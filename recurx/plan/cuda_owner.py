@@ -26,8 +26,9 @@ HEAD_DIMS = (32, 64, 128)
 WARPS = 8
 RING = 4 * WARPS * 1024  # bytes
 MIDDLE_CHUNK, TOKEN_CHUNK = 128, 32
-# Of what mma.sync reaches, the share that the L1 pipe, softmax and epilogues leave: reckoned in the
-# header of the kernel, not measured.
+# Of what mma.sync reaches, the share that softmax and epilogues leave: reckoned in the kernel's
+# header, not measured. On Hopper its operands from shared memory take as long, and longer than the
+# cluster kernel's: 614k clocks a sample and call against 2 x 270k.
 EFFICIENCY = 0.85
 
 
@@ -175,6 +176,8 @@ def _plan(
         padded_flops=padded,
         dram_bytes=state_bytes * (1 + 2 * len(problem.schedule.states)),
         l2_bytes=tape + state_bytes * reads,
+        # 128 values of a row of A serve 32 columns; weights go into the ring and out of it.
+        shared_bytes=padded * (1 / 32 + 1 / (8 * tiles)),
         launches=1,
         parallel=owners,
         efficiency=device.mma_sync * EFFICIENCY,

@@ -41,6 +41,9 @@ class Device:
             cache; 0 where that is not known, and hides behind the products.
         measured: whether the rates were measured on this very machine.
         isa: of a CPU, which of the engine's instruction sets runs; "" without an engine.
+        clusters: (D, CTAs of a cluster, clusters that run at once) of each cluster kernel, as the
+            driver counts them; () where nobody asked it.
+        guess: name of the device that the rates were taken from, scaled; "" if they are its own.
     """
 
     name: str
@@ -60,6 +63,8 @@ class Device:
     isa: str = ""
     stream_gbs: float = 0.0
     split_us: float = 0.0
+    clusters: tuple[tuple[int, int, int], ...] = ()
+    guess: str = ""
 
     def flops(self, itemsize: int) -> float:
         """Products per second (FLOP/s) with operands of `itemsize` bytes."""
@@ -71,12 +76,28 @@ class Device:
         has instructions of its own beyond that (capability 10) is taken for half as good."""
         return {8: 1.0, 9: 0.62, 12: 1.0}.get(self.capability[0], 0.3)
 
+    @property
+    def shared_gbs(self) -> float:
+        """GB/s of all shared memories of a GPU: 128 bytes a clock and multiprocessor, the clock
+        being that of the bf16 rate, or of the fp32 rate where makers sell products at half."""
+        fp32 = 128 * 2, self.fp32_tflops
+        bf16 = {(8, 0): 2048, (9, 0): 4096, (10, 0): 8192}.get(self.capability)
+        flops_a_clock, rate = fp32 if bf16 is None else (bf16, self.bf16_tflops)
+        return 1e3 * rate * 128 / flops_a_clock
+
+    @property
+    def source(self) -> str:
+        """Where the rates come from, in a few words."""
+        if self.guess:
+            return f"a guess, those of {self.guess} scaled by multiprocessors"
+        return "measured here" if self.measured else "published peaks, not measured here"
+
     @staticmethod
     def of(device: torch.device | str | Device | None = None) -> Device:
         """The description of a torch device, of a name in `DEVICES`, or of this CPU (None).
 
         A CPU is measured once a process (a second); a GPU that is not in `DEVICES` gets
-        the rates of the nearest one, scaled by its multiprocessors.
+        the rates of the nearest one, scaled by its multiprocessors, and says so (`guess`).
 
         Raises:
             InvalidArgument: an unknown name.
@@ -107,42 +128,61 @@ def _gpu(
     )  # fmt: skip
 
 
-# Data sheets: multiprocessors, shared memory a block may use, L2, DRAM GB/s, dense bf16 and fp32
-# TFLOP/s. The makers do not publish L2 bandwidth: it is an assumption, from microbenchmarks that
-# report about 5,500 GB/s for an H100, scaled by multiprocessors and clock.
+# Data sheets: multiprocessors, shared memory a block may use, L2 MB, DRAM GB/s, dense bf16 (fp32
+# sums) and fp32 TFLOP/s. The makers do not publish L2 bandwidth: it is an assumption, 5,500 GB/s of
+# an H100 (microbenchmarks report about that) and 16 bytes a clock and multiprocessor of the others,
+# but 30 on an A100. GB10: an eighth of its sparse FP4 rate, as on other cards with full rate.
+# h200: NOT the data sheet's 4,800 GB/s and 989 TFLOP/s, but what others report to have measured on
+# one (large copies, large products at its power limit); recurx has not measured them.
 DEVICES = {
     "a100": _gpu("a100", (8, 0), 108, 166912, 40, 2039, 4500, 312, 19.5),
+    "rtx3090": _gpu("rtx3090", (8, 6), 82, 101376, 6, 936, 2200, 71, 35.6),
+    "rtxa6000": _gpu("rtxa6000", (8, 6), 84, 101376, 6, 768, 2400, 154.8, 38.7),
+    "a10": _gpu("a10", (8, 6), 72, 101376, 6, 600, 1900, 125, 31.2),
+    "a10g": _gpu("a10g", (8, 6), 80, 101376, 6, 600, 2200, 70, 35),
     "l4": _gpu("l4", (8, 9), 58, 101376, 48, 300, 2000, 121, 30.3),
+    "l40s": _gpu("l40s", (8, 9), 142, 101376, 96, 864, 5700, 362, 91.6),
     "rtx4090": _gpu("rtx4090", (8, 9), 128, 101376, 72, 1008, 5000, 165, 82.6),
     "h100": _gpu("h100", (9, 0), 132, 232448, 50, 3350, 5500, 989, 67),
-    "h200": _gpu("h200", (9, 0), 132, 232448, 50, 4800, 5500, 989, 67),
+    "h200": _gpu("h200", (9, 0), 132, 232448, 60, 4300, 5500, 788, 67),
+    "gh200": _gpu("gh200", (9, 0), 132, 232448, 60, 4000, 5500, 989, 67),
+    "h20": _gpu("h20", (9, 0), 78, 232448, 60, 4000, 3300, 148, 44),
     "b200": _gpu("b200", (10, 0), 148, 232448, 126, 8000, 10000, 2250, 75),
+    "rtx5090": _gpu("rtx5090", (12, 0), 170, 101376, 96, 1792, 6500, 209.5, 104.8),
+    "rtxpro6000": _gpu("rtxpro6000", (12, 0), 188, 101376, 128, 1792, 7800, 503.8, 125),
+    "gb10": _gpu("gb10", (12, 1), 48, 101376, 24, 273, 1900, 125, 31),
 }
 
 
 @functools.cache
 def _cuda(index: int) -> Device:
     found = torch.cuda.get_device_properties(index)
-    return gpu_device(
+    made = gpu_device(
         found.name, (found.major, found.minor), found.multi_processor_count,
         getattr(found, "shared_memory_per_block_optin", 0), getattr(found, "L2_cache_size", 0),
     )  # fmt: skip
+    return replace(made, clusters=measure.cluster_places(index))
 
 
 def gpu_device(
     name: str, capability: tuple[int, int], units: int, shared_bytes: int = 0, l2_bytes: int = 0
 ) -> Device:
-    """The entry of `DEVICES` that a GPU's own name and size mean, or the nearest one, scaled by
-    multiprocessors; sizes of 0 are the nearest one's."""
+    """The entry of `DEVICES` that a GPU's own name and size mean, or a guess from the nearest by
+    architecture and multiprocessors; sizes of 0 are that one's."""
     compact = name.lower().replace(" ", "").replace("-", "")
-    for key, known in DEVICES.items():
-        if key in compact and known.units == units:
-            return known
-    nearest = min(DEVICES.values(), key=lambda d: (_distance(d.capability, capability), d.name))
+    listed = [d for d in DEVICES.values() if d.name in compact and d.units == units]
+    if listed:
+        known = max(listed, key=lambda d: len(d.name))  # a GH200's name holds "h200"
+        sizes = shared_bytes or known.shared_bytes, l2_bytes or known.l2_bytes
+        return replace(known, shared_bytes=sizes[0], l2_bytes=sizes[1])
+    nearest = min(
+        DEVICES.values(),
+        key=lambda d: (_distance(d.capability, capability), abs(d.units - units)),
+    )
     share = units / nearest.units
     rates = ("dram_gbs", "l2_gbs", "bf16_tflops", "fp32_tflops")
     return replace(
-        nearest, name=name, capability=capability, units=units,
+        nearest, name=name, capability=capability, units=units, guess=nearest.name,
         shared_bytes=shared_bytes or nearest.shared_bytes, l2_bytes=l2_bytes or nearest.l2_bytes,
         **{rate: getattr(nearest, rate) * share for rate in rates},
     )  # fmt: skip

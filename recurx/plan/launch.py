@@ -12,6 +12,9 @@ from recurx.plan.device import Device
 from recurx.problem import Problem
 
 Setting = int | float | str | bool
+# Share of the cycles of shared memory that waits, softmax and epilogues leave to the operands of
+# products: 270k of 316k clocks a call of the cluster kernel, reckoned from its code, not measured.
+SHARED = 0.85
 
 
 @dataclass(frozen=True)
@@ -20,8 +23,10 @@ class Work:
 
     Args:
         flops: FLOPs that the mathematics asks for.
-        padded_flops: FLOPs that the tiles do, padding included.
+        padded_flops: FLOPs that the tiles do, padding included; and those that a kernel which waits
+            for L2 could do meanwhile, where a plan is a row of kernels.
         dram_bytes, l2_bytes: bytes moved from and to device memory, and from and to L2.
+        shared_bytes: bytes moved from and to shared memory, of all multiprocessors.
         vector_flops: work on single values (exponentials, norms), as FLOPs at the rate of fp32
             products; 0 where the plan's efficiency has it in.
         launches: kernels (GPU) or operators (CPU).
@@ -34,6 +39,7 @@ class Work:
         overlap: whether products and memory traffic run at the same time; operators one after the
             other, each bound by its own limit, do not.
         from_python: each launch comes from Python by itself, not from a graph or a single call.
+            On a GPU they run ahead of the device, so the slower of the two decides.
     """
 
     flops: float
@@ -50,9 +56,10 @@ class Work:
     overlap: bool = True
     from_python: bool = False
     splits: float = 0
+    shared_bytes: float = 0
 
     def parts(self, device: Device) -> dict[str, float]:
-        """Seconds of each limit on `device`: products, vectors, dram, l2, launches, barriers."""
+        """Seconds of each limit on `device`, by its name."""
         busy = min(1.0, self.parallel / device.units)
         launch = device.call_us if self.from_python else device.launch_us
         return {
@@ -60,16 +67,20 @@ class Work:
             "vectors": self.vector_flops / (device.flops(4) * busy),
             "dram": self.dram_bytes / (device.dram_gbs * 1e9 * self.bandwidth),
             "l2": self.l2_bytes / (device.l2_gbs * 1e9 * busy),
+            "shared": self.shared_bytes / (device.shared_gbs * 1e9 * busy * SHARED),
             "launches": (self.launches * launch + self.splits * device.split_us) * 1e-6,
             "barriers": self.barriers * device.barrier_us * 1e-6,
         }
 
     def seconds(self, device: Device) -> float:
         """Predicted time: the largest of products and traffic (their sum without overlap), and
-        what nothing hides: launches and barriers."""
+        what nothing hides: barriers, and on a CPU or in a graph launches."""
         parts = self.parts(device)
         waiting = parts.pop("launches") + parts.pop("barriers")
-        return waiting + (max(parts.values()) if self.overlap else sum(parts.values()))
+        working = max(parts.values()) if self.overlap else sum(parts.values())
+        if self.from_python and device.kind == "cuda":
+            return max(waiting, working + 1e-6 * self.launches * device.launch_us)
+        return waiting + working
 
 
 @hash_once
@@ -98,6 +109,11 @@ class LaunchPlan:
         """Predicted seconds of the recursion on `device`."""
         return self.work.seconds(device)
 
+    def order(self, device: Device) -> tuple[object, ...]:
+        """What plans are sorted by: predicted time; of equal ones, less traffic through L2."""
+        seconds = self.seconds(device)
+        return float(f"{seconds:.6g}"), self.work.l2_bytes, self.backend, self.kind, self.settings
+
     def __str__(self) -> str:
         settings = ", ".join(f"{name}={value}" for name, value in self.settings)
         return f"{self.backend}/{self.kind}({settings}): {self.why}"
@@ -111,7 +127,7 @@ class LaunchPlan:
         Args:
             problem: what to run.
             device: where; None for the device of the problem's type in this machine.
-            backend: one name, or None for every backend that has plans.
+            backend: one name, also "name/kind", or None for every backend that has plans.
 
         Raises:
             BackendUnavailable: no plan fits; the message gives the reason of each kind.
@@ -124,7 +140,7 @@ class LaunchPlan:
                 f"recurx.LaunchPlan.pick: no plan of backend {backend or 'any'!r} runs {problem} "
                 f"on {device.name}: {reasons}."
             )
-        return min(plans, key=lambda plan: (plan.seconds(device), plan.backend, plan.kind))
+        return min(plans, key=lambda plan: plan.order(device))
 
 
 # The files of this package that hold a backend's candidates; each is imported when it is asked.
@@ -134,10 +150,13 @@ BACKENDS = ("cuda", "cpu", "triton", "eager")
 def all_candidates(
     problem: Problem, device: Device, backend: str | None = None
 ) -> list[LaunchPlan]:
-    """The plans that fit `device`, of one backend or of all; none for no tokens at all."""
+    """The plans that fit `device`, of one backend ("triton", or a kind: "triton/library") or of
+    all; none for no tokens at all."""
     if problem.tokens == 0:
         return []
-    return [plan for file in _files(backend) for plan in file.candidates(problem, device)]
+    plans = (plan for file in _files(backend) for plan in file.candidates(problem, device))
+    kind = (backend or "").partition("/")[2]
+    return [plan for plan in plans if kind in ("", plan.kind)]
 
 
 def all_refusals(problem: Problem, device: Device, backend: str | None = None) -> list[str]:
@@ -148,5 +167,5 @@ def all_refusals(problem: Problem, device: Device, backend: str | None = None) -
 
 
 def _files(backend: str | None) -> list[ModuleType]:
-    names = BACKENDS if backend is None else (backend,)
+    names = BACKENDS if backend is None else (backend.partition("/")[0],)
     return [importlib.import_module(f"recurx.plan.{name}") for name in names]

@@ -1,6 +1,6 @@
 """The plans of backend "triton" (recurx/backends/triton.py), and their thresholds.
 
-persistent: see recurx/plan/triton_persistent.py.
+persistent, library: see recurx/plan/triton_persistent.py and triton_library.py.
 tiled: the batch is cut into slices whose activations stay in L2 for the whole recursion; a slice is
 one captured graph of five kernels a block and one a call. Several slice sizes are proposed, because
 the last wave of tiles is rarely full, and because one may be better off outside L2 than in slices
@@ -22,6 +22,7 @@ from recurx.operands import Span
 from recurx.plan.count import blocks_of, flops, round_up, weight_values
 from recurx.plan.device import Device
 from recurx.plan.launch import LaunchPlan, Work
+from recurx.plan.triton_library import library
 from recurx.plan.triton_persistent import persistent, why_not
 from recurx.problem import Problem
 from recurx.program import Program, lower
@@ -29,17 +30,24 @@ from recurx.program import Program, lower
 # Share of the L2 that a slice's activations may take; weights and what passes through need the
 # rest. An assumption: caches hash addresses, so a working set of all of it does not stay.
 L2_SHARE = 0.7
+MAX_ROW = 1024  # values of a row, over D or T, that an rms's tile holds
 SLICES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32, 48, 64)  # numbers of slices that are tried
+# Samples of the largest slice: a recording keeps all its activations (110 MB at T=97, D=512).
+MAX_SLICE = 128
 # Share of the rate that the inner loops of Triton's products reach on whole tiles. An assumption
 # (published figures of Triton's matmul on sm_80 and sm_90 are 0.6 to 0.8), not measured here.
 EFFICIENCY = 0.65
+ALONE = (
+    0.5  # of L2's bandwidth, what a few multiprocessors alone leave: an assumption, 64 B a clock
+)
 
 
 def candidates(problem: Problem, device: Device) -> list[LaunchPlan]:
     """Plans that fit `device`."""
     if device.kind != "cuda" or problem.batch == 0:
         return []
-    return [*_tiled(problem, device), *persistent(problem, device)]
+    found = [*persistent(problem, device), *library(problem, device, _sizes(problem), L2_SHARE)]
+    return found if why_not_tiled(problem) else [*_tiled(problem, device), *found]
 
 
 def refusals(problem: Problem, device: Device) -> list[str]:
@@ -48,11 +56,19 @@ def refusals(problem: Problem, device: Device) -> list[str]:
         return [f"backend triton does not run on {device.name}"]
     if problem.batch == 0:
         return ["backend triton needs no plan for an empty batch"]
-    reason = why_not(problem, device)
-    return [] if reason is None else [f"triton/{reason}"]
+    reasons = why_not(problem, device), why_not_tiled(problem)
+    return [f"triton/{reason}" for reason in reasons if reason is not None]
 
 
 # ---- tiled -----------------------------------------------------------------------------------
+
+
+def why_not_tiled(problem: Problem) -> str | None:
+    """One sentence: why no plan of this kind fits, or None."""
+    widest = max(size for b in blocks_of(problem) for size in (b.hidden, b.tokens))
+    if widest > MAX_ROW:
+        return f"tiled: a program holds rows of at most {MAX_ROW} values, got {widest}"
+    return None
 
 
 @dataclass(frozen=True)
@@ -67,10 +83,15 @@ class _Kernel:
     stored: float
 
 
+def _sizes(problem: Problem) -> set[int]:
+    """Samples of a slice that are tried."""
+    return {min(MAX_SLICE, math.ceil(problem.batch / n)) for n in SLICES}
+
+
 def _tiled(problem: Problem, device: Device) -> Iterator[LaunchPlan]:
     program = lower(problem.schedule, Span(0, len(problem.schedule)))
-    sizes = {math.ceil(problem.batch / n) for n in SLICES}
-    sizes.add(min(problem.batch, max(1, _samples_in_l2(problem, program, device))))
+    sizes = _sizes(problem)
+    sizes.add(min(problem.batch, MAX_SLICE, max(1, _samples_in_l2(problem, program, device))))
     for size in sorted(sizes, reverse=True):
         work = _tiled_work(problem, program, size, device)
         slices = math.ceil(problem.batch / size)
@@ -112,6 +133,7 @@ def _tiled_work(problem: Problem, program: Program, size: int, device: Device) -
     activations_stay = held <= L2_SHARE * device.l2_bytes
     padded = l2 = dram = 0.0
     launches = 0
+    flops_a_byte = device.flops(itemsize) * EFFICIENCY / (device.l2_gbs * 1e9)
     for call in program.rows:
         if not call.is_identity:
             launches += 1
@@ -122,8 +144,13 @@ def _tiled_work(problem: Problem, program: Program, size: int, device: Device) -
             if not weights_stay:
                 dram += sum(a * b for a, b in block.weight_shapes) * itemsize
             for kernel in _block_kernels(block, size, problem.tokens, itemsize, device):
+                # A wave is as long as one program: as its products, or as its operands from L2, of
+                # whose bandwidth a multiprocessor has its share, and twice that among idle ones.
                 waves = math.ceil(kernel.programs / device.units)
-                padded += waves * device.units * kernel.program_flops
+                loading = min(1.0, max(ALONE, kernel.programs / device.units))
+                waiting = loading * kernel.loaded / kernel.programs * flops_a_byte
+                if kernel.program_flops:
+                    padded += waves * device.units * max(kernel.program_flops, waiting)
                 l2 += kernel.loaded + kernel.stored
                 dram += 0 if activations_stay else kernel.read + kernel.stored
                 launches += 1

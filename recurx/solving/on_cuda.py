@@ -126,6 +126,6 @@ def owner_plan(backend: Cuda, problem: Problem, device: torch.device) -> Any:
         where, compiled = backend.plan_device(device), backend.owner_plans
         found = plans.candidates(problem, where, compiled, ("owner",))
         if found:
-            return min(found, key=lambda plan: (plan.seconds(where), plan.settings))
+            return min(found, key=lambda plan: plan.order(where))
         reason = "; ".join(plans.refusals(problem, where, compiled, ("owner",)))
     raise BackendUnavailable(f"recurx.solve: backend 'cuda' {reason}")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recurx import small_ops
+from recurx import backends, small_ops
 from recurx.errors import RecurxError, bad_argument
 from recurx.models.puzzle_embedding import PuzzleEmbedding
 from recurx.train.ema import Average
@@ -134,6 +134,10 @@ class CapturedStep:
         Raises:
             RecurxError: a tensor moved since the capture.
         """
+        with torch.cuda.device_of(self.count):  # streams, events and kernels are its device's
+            self._run()
+
+    def _run(self) -> None:
         self.queue.refill()
         self.head.train()
         if self.capturer is None:
@@ -143,6 +147,7 @@ class CapturedStep:
             self._warmed += 1
         else:
             if self._replay is None:
+                backends.free()  # of the warm-up: the graph has buffers of its own
                 self._replay = self.capturer.capture(self._step)
                 self._addresses = [t.data_ptr() for t in self.static_tensors()]
             elif self._addresses != [t.data_ptr() for t in self.static_tensors()]:

@@ -95,7 +95,7 @@ class SampleQueue:
         said = torch.empty((), dtype=torch.int64, pin_memory=True)
         said.copy_(self.cursor, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         self._news.append((said, event))
 
     def _most_taken(self) -> int:

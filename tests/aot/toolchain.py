@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +71,12 @@ def triton_tools() -> Path | None:
     return folder if (folder / "cuobjdump").exists() else None
 
 
+@functools.cache
+def nvcc_version() -> str:
+    """What nvcc says of itself, in the place of where it lies."""
+    return run([find_nvcc(), "--version"])
+
+
 def cuobjdump() -> str:
     folder = triton_tools()
     found = str(folder / "cuobjdump") if folder else shutil.which("cuobjdump")
@@ -79,7 +86,11 @@ def cuobjdump() -> str:
 
 
 def cached(kind: str, suffix: str, *ingredients: object) -> Path:
-    """The path of a cached result; the same ingredients give the same path."""
+    """The path of a cached result; the same ingredients give the same path.
+
+    No ingredient is an absolute path: a checkout elsewhere, with the cache carried along, finds it.
+    """
+    assert not any(str(CUDA_FOLDER.parents[1]) in str(part) for part in ingredients), ingredients
     digest = hashlib.sha256("\0".join(map(str, ingredients)).encode()).hexdigest()[:24]
     CACHE.mkdir(parents=True, exist_ok=True)
     return CACHE / f"{kind}-{digest}{suffix}"
@@ -95,13 +106,23 @@ def sources_digest(folder: Path, patterns: tuple[str, ...] = ("*.cu", "*.cuh", "
     return digest.hexdigest()
 
 
+def identity(sources: Sequence[Path]) -> tuple[object, ...]:
+    """Names and contents of sources and of all that they may include, wherever they lie."""
+    # A copy of csrc/cuda, whose families include each other, or some folder.
+    roots = [
+        next((f for f in source.parents[:2] if (f / "api.h").exists()), source.parent)
+        for source in sources
+    ]
+    names = [str(source.relative_to(root)) for source, root in zip(sources, roots, strict=True)]
+    return (*names, *(sources_digest(folder) for folder in (*dict.fromkeys(roots), *INCLUDED)))
+
+
 def nvcc_compile(source: Path, arch: str, to: str, flags: tuple[str, ...] = ()) -> Built:
     """Compile a .cu for one architecture ("80", "90a") to "cubin" or "ptx"."""
     nvcc = find_nvcc()
     if nvcc is None:
         raise ToolFailed("nvcc not found: install CUDA, or set CUDA_HOME")
-    digests = [sources_digest(folder) for folder in (source.parent, *INCLUDED)]
-    out = cached("nvcc", f".{to}", nvcc, source, digests, arch, flags)
+    out = cached("nvcc", f".{to}", nvcc_version(), *identity([source]), arch, flags)
     log = out.with_suffix(".log")
     if not (out.exists() and log.exists()):
         # -gencode and not -arch: the shorthand also runs a pass without the "a" features.

@@ -103,7 +103,9 @@ def _wgrad_sum(n: int, k: int) -> Maker:
     return f"wgrad_sum n={n} k={k}", kernel, launch
 
 
-def _attention_backward(over: str, batch: int, tokens: int, heads: int, head_dim: int) -> Maker:
+def _attention_backward(
+    over: str, batch: int, tokens: int, heads: int, head_dim: int, rotated: bool = False
+) -> Maker:
     def kernel():
         from recurx.kernels import attention_backward
 
@@ -116,10 +118,13 @@ def _attention_backward(over: str, batch: int, tokens: int, heads: int, head_dim
         out = _meta(batch, tokens, heads, head_dim, dtype=dtype)
         lse = _meta(batch, heads, tokens, dtype=torch.float32)
         tables = (_meta(tokens, head_dim, dtype=torch.float32),) * 2
-        args, constants, options = launch_arguments(qkv, out, lse, lse, out, tables, qkv, shared)
+        args, constants, options = launch_arguments(
+            qkv, out, lse, lse, out, tables, qkv, shared, rotated
+        )
         return args, over_queries(constants) if over == "queries" else constants, options
 
-    return f"attention_backward_{over} t={tokens} head={head_dim}", kernel, launch
+    name = f"attention_backward_{over}" + (" rotated" if rotated else "")
+    return f"{name} t={tokens} head={head_dim}", kernel, launch
 
 
 # What the window of TRM-att and TRM-mlp Sudoku launches; compiled for every architecture.
@@ -130,6 +135,7 @@ MAIN = (
     _swiglu_backward(97 * 64, 512, 1536),
     _wgrad(97 * 64, 1536, 512),
     _attention_backward("keys", 64, 97, 8, 64),
+    _attention_backward("keys", 64, 97, 8, 64, rotated=True),
 )
 # Over tokens, the widest rows, long and wide attention.
 MORE = (
@@ -147,6 +153,10 @@ THOROUGH = (
     _wgrad_sum(1536, 512),
     _attention_backward("keys", 2, 40, 2, 128),
     _attention_backward("queries", 2, 300, 2, 32),
+    _attention_backward("queries", 64, 97, 8, 64),
+    _attention_backward("queries", 64, 916, 8, 64, rotated=True),
+    _attention_backward("keys", 64, 916, 8, 64, rotated=True),
+    _attention_backward("keys", 2, 128, 2, 128),
 )
 
 

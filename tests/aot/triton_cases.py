@@ -105,7 +105,7 @@ def _qkv_rope(batch: int, tokens: int, d: int, head_dim: int) -> Maker:
     return f"qkv_rope t={tokens} d={d} head={head_dim}", kernel, launch
 
 
-def _attention(batch: int, tokens: int, heads: int, head_dim: int) -> Maker:
+def _attention(batch: int, tokens: int, heads: int, head_dim: int, rotate: bool = True) -> Maker:
     def kernel():
         from recurx.kernels.attention import attention_kernel
 
@@ -115,9 +115,13 @@ def _attention(batch: int, tokens: int, heads: int, head_dim: int) -> Maker:
         from recurx.kernels.attention import launch_arguments
 
         qkv = _meta(batch, tokens, 3 * heads, head_dim, dtype=dtype)
-        return launch_arguments(qkv, _meta(batch, tokens, heads, head_dim, dtype=dtype), shared)
+        out = _meta(batch, tokens, heads, head_dim, dtype=dtype)
+        lse = _meta(batch, heads, tokens, dtype=torch.float32)
+        table = _meta(tokens, head_dim, dtype=torch.float32)
+        return launch_arguments(qkv, out, shared, lse, (table, table) if rotate else None)
 
-    return f"attention t={tokens} head={head_dim}", kernel, launch
+    name = "attention" + (" rotating" if rotate else "")
+    return f"{name} t={tokens} head={head_dim}", kernel, launch
 
 
 # What TRM-att and TRM-mlp Sudoku launch; compiled for every architecture.
@@ -127,6 +131,7 @@ MAIN = (
     _gate_up_swiglu(97 * 64, 512, 1536),
     _qkv_rope(64, 97, 512, 64),
     _attention(64, 97, 8, 64),
+    _attention(64, 97, 8, 64, rotate=False),
 )
 # The widest and a small rms, the first product of the token-MLP, the longest and a small attention.
 MORE = (
@@ -134,7 +139,10 @@ MORE = (
     _linear_residual_rms(17 * 64, 256, 64),
     _gate_up_swiglu(512, 97, 512, transposed=True),
     _attention(64, 916, 8, 64),
+    _attention(64, 916, 8, 64, rotate=False),
     _attention(2, 40, 2, 128),
+    _attention(2, 128, 2, 128),
+    _attention(2, 300, 2, 128),
 )
 GENERATIONS = ("80", "90")  # mma.sync and wgmma: they stand for the others
 
@@ -149,11 +157,12 @@ def cases(thorough: bool = False) -> Iterator[TritonCase]:
         yield _case(maker, bf16, ARCHS if thorough else GENERATIONS)
         if thorough:
             yield _case(maker, fp32, ARCHS)
-    from aot import recursion_cases, step_cases, triton_backward_cases
+    from aot import pointwise_cases, recursion_cases, step_cases, triton_backward_cases
 
     yield from recursion_cases.cases(thorough)
     yield from triton_backward_cases.cases(thorough)
     yield from step_cases.cases(ARCHS if thorough else GENERATIONS)
+    yield from pointwise_cases.cases(thorough)
 
 
 def _case(maker: Maker, dtype: torch.dtype, archs: tuple[str, ...]) -> TritonCase:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from recurx.backends import cuda_abi, cuda_grid
 from recurx.backends.cuda import Cuda
@@ -12,22 +11,8 @@ from recurx.backends.weight_cache import frozen_weights
 from recurx.nets import ATTENTION, KINDS, TOKEN_MLP
 from recurx.packed import PackedNets
 from recurx.plan import DEVICES
-from tests.backends.test_second_call import StubLibrary
+from tests.backends.test_second_call import Launches, StubLibrary
 from tests.factories import make_net
-
-
-class Launches(TorchDispatchMode):
-    """Operators that launch something: neither views nor allocations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__ not in ("detach", "empty", "new_empty"):
-            self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
 
 NETS = [
     make_net(kind, blocks=blocks, tokens=tokens, hidden=96, inner=40, token_inner=24, heads=3)

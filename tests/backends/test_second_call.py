@@ -11,11 +11,13 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import recurx
 from recurx import Schedule, ops
 from recurx.backends import cuda_abi
 from recurx.backends.cuda import Cuda
+from recurx.backends.weight_cache import frozen_weights
 from recurx.bench.host import simulated
 from recurx.operands import Operands, Span
 from recurx.plan import DEVICES
@@ -64,6 +66,22 @@ def recursion(batch: int, dtype: torch.dtype) -> tuple[recurx.Problem, Operands,
     weights = tuple(nets["L"].weights)
     operands = Operands(x, tuple(carry.values()), weights, rope(**SHAPE))
     return problem_for(SCHEDULE, nets, x), operands, Span(0, len(SCHEDULE))
+
+
+class Launches(TorchDispatchMode):
+    """Operators of PyTorch that launch something: neither views nor allocations."""
+
+    QUIET = ("detach", "empty", "new_empty", "empty_like", "slice", "select", "view", "alias",
+             "split", "transpose", "unbind", "unsqueeze")  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ not in self.QUIET:
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 class StubLibrary:
@@ -135,6 +153,56 @@ def test_triton(kind: str) -> None:
         assert_decided_once(lambda given: triton.BACKEND.run(problem, given, span), operands)
     triton.forget()
     assert launches
+
+
+# ---- launches of a supervision step ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_on_cuda_kernels_is_one_launch(kind: str) -> None:
+    """All 21 calls are one launch: two before it pack weights, unless these are frozen."""
+    library = StubLibrary(kind)
+    cuda = Cuda(library, DEVICES["h100"])
+    problem, operands, span = recursion(1, torch.bfloat16)
+    problem = dataclasses.replace(problem, device_type="cuda")
+    plan = cuda.plan(problem)
+    assert plan.work.launches == (2 if kind == "grid" else 1)  # a memset of the grid barrier
+    cuda.run(problem, operands, span)
+    with frozen_weights():
+        cuda.run(problem, operands, span)
+        library.launches = 0
+        with Launches() as seen:
+            cuda.run(problem, operands, span)
+    assert (library.launches, seen.names) == (1, [])
+    library.launches = 0
+    with Launches() as seen:
+        cuda.run(problem, operands, span)
+    packing = ["_foreach_copy_", "index_select"] if kind == "grid" else ["_foreach_copy_"]
+    assert seen.names == packing and library.launches + len(seen.names) == 3
+
+
+@pytest.mark.parametrize("kind, batch", [("tiled", 1), ("tiled", 7), ("persistent", 3)])
+def test_triton_launches_as_many_kernels_as_its_plan_says(kind: str, batch: int) -> None:
+    """Kernels in a slice's graph and copies around it; and one that rounds the weights."""
+    jit = pytest.importorskip("triton.runtime.jit", reason="triton has no wheel for this platform")
+    from recurx.backends import triton
+
+    problem, operands, span = recursion(batch, torch.bfloat16)
+    kernels: list[int] = []
+    with (
+        simulated(DEVICES["h100"], kinds=(kind,)),
+        mock.patch.object(jit.JITFunction, "run", lambda *_, **__: kernels.append(1)),
+    ):
+        triton.BACKEND.run(problem, operands, span)
+        kernels.clear()
+        with Launches() as seen:
+            triton.BACKEND.run(problem, operands, span)
+        plan = triton.BACKEND.plan(problem, operands.x.device)
+    slices = -(-batch // plan["slice"]) if kind == "tiled" else 1
+    copies = [name for name in seen.names if name == "_foreach_copy_"]
+    tables = 1 if kind == "tiled" else 0  # rotary tables into the graph's own
+    assert len(seen.names) == len(copies) == 1 + tables + 2 * slices
+    assert len(kernels) + 2 * slices == plan.work.launches
 
 
 def test_the_op_makes_one_problem(native) -> None:

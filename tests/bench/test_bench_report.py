@@ -10,7 +10,7 @@ from documents import document, row, untimed, write
 
 from recurx import atomic
 from recurx.atomic import write_json
-from recurx.bench import plots, report, results
+from recurx.bench import plots, ratios, report, results
 from recurx.bench.provenance import ROOT
 from recurx.commands import main
 from recurx.errors import InvalidArgument, RecurxError
@@ -84,17 +84,17 @@ def test_markers(tmp_path, result, capsys):
 
 def test_ratios_compare_with_the_fastest_pytorch_a_user_could_take(result, tmp_path):
     """fp32 with fp32; bf16 with the faster of both: here PyTorch's fp32 beats its own bf16."""
-    text = report.ratios([result])
+    text = ratios.ratios([result])
     assert "| machine | case | step, fp32 | step, bf16 |" in text
     assert "trm-att | **0.50x** eager (B=1) | **1.00x** eager fp32 (B=1) |" in text
     rows = [row("recurx-cpu/fp32", [1.0]), row("tuned/fp32", [3.0]), row("eager/fp32", [4.0])]
     made = document(rows)
     made["groups"] += document(rows[::2], batch=8)["groups"]
-    assert report.ratios([write(tmp_path / "fast.json", made)]).splitlines()[2:] == [
+    assert ratios.cpu_table([write(tmp_path / "fast.json", made)]).splitlines()[2:] == [
         "| Some CPU (1/2), 2 threads | trm-att | **3.0x** tuned (B=1), **4.0x** eager (B=8) |"
     ]
     alone = document([row("recurx-cpu/fp32", [1.0])])
-    assert "trm-att" not in report.ratios([write(tmp_path / "alone.json", alone)])
+    assert "trm-att" not in ratios.cpu_table([write(tmp_path / "alone.json", alone)])
 
 
 def test_a_page_holds_all_tables_or_those_of_ratios(tmp_path, result):
@@ -103,7 +103,7 @@ def test_a_page_holds_all_tables_or_those_of_ratios(tmp_path, result):
     page.write_text("<!-- bench:begin -->\nold\n<!-- bench:end -->\n")
     command = ["bench", "report", str(result.path), "--no-plots"]
     assert main([*command, "--write", str(readme), str(page)]) == 0
-    table = report.ratios([result])
+    table = ratios.ratios([result])
     assert (
         readme.read_text()
         == f"# head\n<!-- ratios:begin (made) -->\n{table}\n<!-- ratios:end -->\n"
@@ -112,7 +112,7 @@ def test_a_page_holds_all_tables_or_those_of_ratios(tmp_path, result):
 
 
 def test_without_results_it_says_what_to_do():
-    for tables in (report.markdown, report.ratios):
+    for tables in (report.markdown, ratios.ratios):
         with pytest.raises(InvalidArgument, match="python -m recurx bench run"):
             tables([])
 
@@ -122,7 +122,7 @@ def test_without_results_it_says_what_to_do():
                     (0.000012, "0.000012"), (0, "0")]
 )  # fmt: skip
 def test_figures_have_three_digits_and_no_exponent(value, text):
-    assert report._figure(value) == text
+    assert report.figure(value) == text
 
 
 # ---- plots ---------------------------------------------------------------------------------------
@@ -207,3 +207,53 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         write_json(path, document([]))
     assert path.read_text() == before and list(path.parent.iterdir()) == [path]
+
+
+# ---- GPUs ----------------------------------------------------------------------------------------
+
+GPU = {"name": "SYNTHETIC GPU", "capability": [9, 0], "multiprocessors": 132, "memory_mib": 1}
+
+
+def on_gpu(folder, name, rows, **what):
+    made = document(rows, date="2026-03-01T00:00:00+00:00", device="cuda", gpu=GPU, **what)
+    return write(folder / name, made)
+
+
+def test_without_a_gpu_the_tables_say_that_none_was_measured(result):
+    assert ratios.ratios([result]).endswith("\n\nGPUs: not measured.")
+    assert "Every case on a GPU: not measured." in report.markdown([result])
+
+
+def test_a_gpu_is_compared_with_eager_and_with_the_fastest_way_of_pytorch(tmp_path, result):
+    """recurx's time is that of `auto`: the family that beats it here is what auto missed."""
+    step = [
+        row("recurx-auto/bf16", [2.0]), row("recurx-owner-graph/bf16", [1.0]),
+        row("eager/bf16", [20.0]), row("graph/bf16", [8.0]), row("reduce-overhead/bf16", [5.0]),
+        untimed("recurx-library/bf16", "refused", "absent"),
+    ]  # fmt: skip
+    train = [row("recurx-triton-tiled/bf16", [100.0]), row("eager/bf16", [90.0])]
+    found = [
+        result,
+        on_gpu(tmp_path, "step.json", step, batch=8),
+        on_gpu(tmp_path, "one.json", [row("recurx-auto/bf16", [0.5])], batch=1),
+        on_gpu(tmp_path, "train.json", train, mode="train", batch=768),
+    ]
+    table = ratios.ratios(found)
+    cpus, gpus = table.split("\n\n")
+    assert "GPU" not in cpus and gpus.splitlines()[2:] == [
+        "| SYNTHETIC GPU | trm-att, step | 0.5 (B=1), 2 (B=8) | **10x** (B=8) "
+        "| **2.5x** reduce-overhead (B=8) |",
+        "| SYNTHETIC GPU | trm-att, training step | 100 (B=768) | **0.90x** (B=768) "
+        "| **0.90x** eager (B=768) |",
+    ]
+    assert "not measured" not in gpus
+    everything = report.markdown(found)
+    assert "**SYNTHETIC GPU**" in everything and "on a GPU: not measured" not in everything
+    assert "recurx-owner-graph bf16" in everything
+
+
+def test_a_gpu_alone_has_one_table(tmp_path):
+    found = on_gpu(
+        tmp_path, "step.json", [row("recurx-auto/bf16", [2.0]), row("eager/bf16", [3.0])]
+    )
+    assert ratios.ratios([found]).startswith("| GPU, bf16 | case |")

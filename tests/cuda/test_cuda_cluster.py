@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import re
 
@@ -108,13 +109,21 @@ def test_clusters_are_as_large_as_the_batch_fills():
 
 def test_more_samples_than_fit_take_another_round():
     """64 samples fill 32 clusters of 4; one more needs a second round."""
+    hidden = problem().hidden
+    h100 = dataclasses.replace(DEVICES["h100"], clusters=((hidden, 4, 32),))
     plans = [
-        {p["cluster"]: p for p in cuda_cluster.cluster_plans(problem(batch=b), DEVICES["h100"])}[4]
+        {p["cluster"]: p for p in cuda_cluster.cluster_plans(problem(batch=b), h100)}[4]
         for b in (64, 65)
     ]
-    one, two = (plan.seconds(DEVICES["h100"]) for plan in plans)
+    one, two = (plan.seconds(h100) for plan in plans)
     assert 1.9 < two / one < 2.1
     assert "33 clusters in 2 rounds" in str(plans[1])
+
+
+def test_an_emulated_gpu_does_not_say_how_many_clusters_it_runs(backend):
+    places, count = backend.emulated.library.rx_cluster_sm90a_places, ctypes.c_int32(7)
+    assert places(128, 4, ctypes.byref(count)) == 0 and count.value == 0
+    assert places(96, 4, ctypes.byref(count)) != 0  # no kernel is that wide
 
 
 def test_wider_clusters_read_less():

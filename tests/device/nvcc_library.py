@@ -6,6 +6,7 @@ The library links the CUDA runtime statically and shares the device's primary co
 from __future__ import annotations
 
 import ctypes
+import fcntl
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,10 +23,15 @@ class CudaError(RuntimeError):
 
 def library(sources: Sequence[Path], arch: str) -> ctypes.CDLL:
     """The sources for one architecture ("80", "90", "90a"), built once for each content."""
-    folders = {*toolchain.INCLUDED, *(source.parent for source in sources)}
-    digests = [toolchain.sources_digest(folder) for folder in sorted(folders)]
-    nvcc = toolchain.find_nvcc()
-    path = toolchain.cached("gpu", ".so", nvcc, arch, sources, digests)
+    nvcc, identity = toolchain.find_nvcc(), toolchain.identity(sources)
+    path = toolchain.cached("gpu", ".so", toolchain.nvcc_version(), arch, *identity)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # whoever needs it next waits, and does not compile too
+        _make(path, nvcc, sources, arch)
+    return ctypes.CDLL(str(path))
+
+
+def _make(path: Path, nvcc: str | None, sources: Sequence[Path], arch: str) -> None:
     if not path.exists():
         command = [nvcc, "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC"]
         command += [f"-I{folder}" for folder in toolchain.INCLUDED]
@@ -34,7 +40,6 @@ def library(sources: Sequence[Path], arch: str) -> ctypes.CDLL:
         command += ["-gencode", f"arch=compute_{arch},code={codes}"]
         toolchain.run([*command, *sources, "-o", path.with_suffix(".part")])
         path.with_suffix(".part").replace(path)
-    return ctypes.CDLL(str(path))
 
 
 def call(lib: ctypes.CDLL, entry: str, *arguments: object) -> None:

@@ -4,50 +4,26 @@ from __future__ import annotations
 
 import pytest
 import torch
+from device_sizes import PUBLISHED, RERUNS, SHAPE, waves
 
 import recurx
-from emulator.owner import installed
-from recurx import Schedule
-from recurx.backends.cuda import Cuda
+from bench.gpu_check.families import FAMILIES, held
+from recurx import Schedule, backends
 from recurx.nets import KINDS, Net
-from recurx.plan import Device
-from recurx.plan.cuda_cluster import CLUSTERS, cluster_plans
+from recurx.plan.cuda_cluster import CLUSTERS
 from tests.factories import make_inputs, make_net, rope
 from tests.test_numerics import SYSTEMS, teacher_forced
 
 pytestmark = pytest.mark.gpu
-PUBLISHED = dict(tokens=97, hidden=512, inner=1536, heads=8, token_inner=512)
-SHAPE = dict(tokens=97, hidden=512)
 
 
-class ClusterAlone(Cuda):
-    """The backend with no kernel but this one, and one size of cluster if `cluster` says so."""
-
-    cluster: int | None = None
-
-    def _kinds(self) -> tuple[str, ...]:
-        return ("cluster",)
-
-    def plan(self, problem, device=None):
-        if self.cluster is None:
-            return super().plan(problem, device)
-        (plan,) = [
-            plan
-            for plan in cluster_plans(problem, Device.of(device or "cuda"))
-            if plan["cluster"] == self.cluster
-        ]
-        return plan
-
-
-@pytest.fixture
-def backend():
+@pytest.fixture(autouse=True)
+def hopper():
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("this kernel runs on compute capability 9.0")
-    cuda = ClusterAlone()
-    if cuda.why_unavailable():
-        pytest.skip(cuda.why_unavailable())
-    with installed(cuda):
-        yield cuda
+    reason = backends.get("cuda").why_unavailable()
+    if reason:
+        pytest.skip(reason)
 
 
 def on_device(nets):
@@ -65,28 +41,28 @@ def recurse(schedule, nets, x, carry, cos_sin, **named):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_every_call_teacher_forced(backend, system, kind):
+def test_every_call_teacher_forced(system, kind):
     schedule = SYSTEMS[system]
     nets = {n: make_net(kind, seed=seed, **PUBLISHED) for seed, n in enumerate(schedule.nets)}
-    teacher_forced(recurse, schedule, nets, torch.bfloat16, **PUBLISHED)
+    with held(FAMILIES["cluster-2"]):
+        teacher_forced(recurse, schedule, nets, torch.bfloat16, **PUBLISHED)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("batch", [1, 3, 64, 200])
-def test_reruns_and_clusters_give_the_same_bits(backend, kind, batch):
+@pytest.mark.parametrize("share", [0, 0.03, 0.5, 1.5])  # samples for each multiprocessor
+def test_reruns_and_clusters_give_the_same_bits(kind, share):
     schedule, nets = Schedule.trm(3, 6), on_device({"L": make_net(kind, **PUBLISHED)})
+    batch = waves(share)
     x, carry = make_inputs(schedule, batch=batch, dtype=torch.bfloat16, **SHAPE)
     x, carry = x.cuda(), {name: state.cuda() for name, state in carry.items()}
-    tables = tuple(table.cuda() for table in rope(97, 512, 8))
-
-    def run():
-        return recurx.recurse(schedule, nets, x, carry, backend="cuda", cos_sin=tables)
-
-    first = run()
+    tables = tuple(table.cuda() for table in rope(**SHAPE, heads=PUBLISHED["heads"]))
+    first = None
     for cluster in CLUSTERS:
         if cluster > 2 and cluster > 2 * batch:
             continue
-        backend.cluster = cluster
-        for rerun in range(100):
-            for name, state in run().items():
-                assert torch.equal(first[name], state), f"cluster {cluster}, rerun {rerun}: {name}"
+        with held(FAMILIES[f"cluster-{cluster}"]):
+            for rerun in range(min(RERUNS, 100)):
+                out = recurx.recurse(schedule, nets, x, carry, backend="cuda", cos_sin=tables)
+                first = first or out
+                for name, state in out.items():
+                    assert torch.equal(first[name], state), f"cluster {cluster}, {rerun}: {name}"

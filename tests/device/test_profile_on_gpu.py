@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from device_sizes import SMALL
 
 import recurx
 from recurx.models import TRM, TRMConfig
@@ -17,7 +18,8 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("train", [False, True])
 def test_kernels_by_stage(train: bool, tmp_path: Path) -> None:
-    config = TRMConfig.sudoku_att(batch_size=4, H_cycles=2, L_cycles=2)
+    small = dict(hidden_size=64, num_heads=1, puzzle_emb_ndim=64) if SMALL else {}
+    config = TRMConfig.sudoku_att(batch_size=4, H_cycles=2, L_cycles=2, **small)
     model: Any = TRM(config, backend="eager").cuda()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4) if train else None
     found = recurx.profile(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from device_sizes import SMALL, waves
 
 import recurx
 from recurx import tasks
@@ -16,7 +17,8 @@ pytestmark = pytest.mark.gpu
 def model(request):
     torch.manual_seed(0)
     make = TRMConfig.sudoku_att if request.param == "attention" else TRMConfig.sudoku_mlp
-    made = TRM(make(puzzle_emb_ndim=512)).cuda().eval()
+    small = dict(hidden_size=128, num_heads=2, puzzle_emb_ndim=128, H_cycles=1, L_cycles=1)
+    made = TRM(make(**(small if SMALL else dict(puzzle_emb_ndim=512)))).cuda().eval()
     with torch.no_grad():
         made.inner.q_head.weight.normal_(std=0.05)
         made.inner.q_head.bias.zero_()
@@ -29,7 +31,7 @@ def puzzles(count):
 
 
 def test_a_queue_longer_than_the_owners_gives_the_answers_of_the_loop(model):
-    batch = puzzles(3 * torch.cuda.get_device_properties(0).multi_processor_count + 5)
+    batch = puzzles(waves(3) + 4)
     inside = recurx.solve(model, batch, backend="cuda", max_steps=3)
     model.backend = "cuda"
     loop = recurx.solve(model, batch, max_steps=3)

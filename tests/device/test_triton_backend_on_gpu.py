@@ -4,34 +4,29 @@ from __future__ import annotations
 
 import pytest
 import torch
+from device_sizes import PUBLISHED, waves
 
 import recurx
+from bench.gpu_check.families import Family, held
 from recurx import Schedule, Step
 from recurx.backends import triton as backend
 from recurx.bench.host import TRITON_KINDS
 from recurx.nets import ATTENTION, KINDS, Net
-from recurx.plan.launch import all_candidates
 from tests.factories import make_inputs, make_net, rope
 from tests.test_numerics import SYSTEMS, teacher_forced
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.bfloat16, torch.float32)
-PUBLISHED = dict(tokens=97, hidden=512, inner=1536, heads=8, token_inner=512)
 SMALL = dict(tokens=33, hidden=64, inner=256, heads=2, token_inner=128)
 ONE_CALL = Schedule((Step("L", "z_L", ("z_L",), ("z_H", "x")),))
 
 
 @pytest.fixture(params=TRITON_KINDS)
-def plan(request, monkeypatch):
+def plan(request):
     """Hold the backend to one kind of plan."""
-
-    def pick(problem, device):
-        plans = all_candidates(problem, recurx.plan.Device.of(device), "triton")
-        return next(p for p in plans if p.kind == request.param)
-
-    monkeypatch.setattr(backend.BACKEND, "plan", pick)
     backend.forget()
-    return request.param
+    with held(Family("triton", request.param)):
+        yield request.param
 
 
 def on_gpu(net: Net) -> Net:
@@ -80,7 +75,7 @@ def recurse(net, x, carry, tables):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_replays_are_bit_equal_and_see_new_weights(kind, plan):
-    net, x, carry, tables = case(batch=300, kind=kind)
+    net, x, carry, tables = case(batch=waves(2.2), kind=kind)
     first = recurse(net, x, carry, tables)
     for _ in range(4):  # plain, captured, replayed
         again = recurse(net, x, carry, tables)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from device_sizes import HEAD_DIM, PUBLISHED, SHAPE, waves
 
 from recurx import Schedule, rope_tables
 from recurx.nets import ATTENTION, KINDS, Net
@@ -11,7 +12,6 @@ from tests.factories import make_inputs, make_net, rounded
 from tests.kernels.window_gradients import assert_close, gradients_of, on_triton
 
 pytestmark = pytest.mark.gpu
-PUBLISHED = dict(tokens=97, hidden=512, inner=1536, heads=8, token_inner=512)
 SAVE = ("all", "block", "states")
 
 
@@ -22,9 +22,9 @@ def problem(kind, dtype, batch, schedule=None):
         for n, name in enumerate(schedule.nets)
     }
     nets = {name: Net(net.spec, [w.cuda() for w in net.weights]) for name, net in nets.items()}
-    x, carry = make_inputs(schedule, batch=batch, tokens=97, hidden=512, dtype=dtype)
+    x, carry = make_inputs(schedule, batch=batch, dtype=dtype, **SHAPE)
     carry = {name: state.cuda() for name, state in carry.items()}
-    cos_sin = rope_tables(97, 64, device="cuda") if kind == ATTENTION else None
+    cos_sin = rope_tables(SHAPE["tokens"], HEAD_DIM, device="cuda") if kind == ATTENTION else None
     return (schedule, nets, x.cuda(), carry), cos_sin
 
 
@@ -37,8 +37,8 @@ def test_gradients_against_autograd(kind, dtype):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bit_equal_for_every_save_and_when_run_again(kind):
-    """128 samples: more rows than one wave of programs, and weight gradients in several ranges."""
-    given, cos_sin = problem(kind, torch.bfloat16, batch=128)
+    """More rows than one wave of programs, and weight gradients in several ranges."""
+    given, cos_sin = problem(kind, torch.bfloat16, batch=waves(1))
     first = gradients_of(on_triton(cos_sin), *given)
     for save in ("all", *SAVE):
         again = gradients_of(on_triton(cos_sin, save), *given)
@@ -57,7 +57,7 @@ def peak_bytes(save, given, cos_sin):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_less_kept_is_less_memory(kind):
-    given, cos_sin = problem(kind, torch.bfloat16, 64, Schedule.trm(1, 6))
+    given, cos_sin = problem(kind, torch.bfloat16, waves(0.5), Schedule.trm(1, 6))
     peaks = [peak_bytes(save, given, cos_sin) for save in ("states", "block", "all")]
     assert peaks == sorted(peaks) and peaks[0] < peaks[2] / 2, peaks
 

@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from unittest import mock
 
+import torch
+
 from recurx.backends import triton as backend
 from recurx.bench.host import TRITON_KINDS as KINDS
 from recurx.bench.host import simulated
@@ -35,11 +37,13 @@ def triton_on_cpu(
 class FakeGraphs:
     """Stands for CUDA graphs: capturing notes the launches without running them, replay runs them.
 
-    `captures` and `replays` count; a torch operation that is no view fails the capture, because on
-    a GPU it would allocate or be forgotten.
+    `captures` and `replays` count; a torch operation that is neither a view nor a product into
+    memory that is there fails the capture, because on a GPU it would allocate or be forgotten.
+    Where `allocates`, new memory may be asked for too: that of the graph's own pool.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, allocates: bool = False) -> None:
+        self._allowed = (*VIEWS, *(ALLOCATE if allocates else ()))
         self.captures = self.replays = 0
         self.launches = 0  # of the last capture
 
@@ -52,7 +56,7 @@ class FakeGraphs:
             noted.append((kernel, arguments, keywords))
 
         run = JITFunction.run
-        with mock.patch.object(JITFunction, "run", note), _only_views():
+        with mock.patch.object(JITFunction, "run", note), _noting_products(noted, self._allowed):
             launch()
         self.captures += 1
         self.launches = len(noted)
@@ -60,21 +64,33 @@ class FakeGraphs:
         def replay() -> None:
             self.replays += 1
             for kernel, arguments, keywords in noted:
-                run(kernel, *arguments, **keywords)
+                if isinstance(kernel, JITFunction):
+                    run(kernel, *arguments, **keywords)
+                else:
+                    kernel(*arguments, **keywords)
 
         return replay
 
 
-VIEWS = ("slice", "select", "view", "transpose", "unsqueeze", "as_strided", "alias", "detach")
+VIEWS = (
+    "slice", "select", "view", "transpose", "unsqueeze", "as_strided", "alias", "detach",
+    "t", "expand", "_unsafe_view", "narrow",
+)  # fmt: skip
+ALLOCATE = ("empty", "new_empty", "empty_like")
 
 
-def _only_views() -> contextlib.AbstractContextManager:
+def _noting_products(
+    noted: list[tuple], allowed: tuple[str, ...]
+) -> contextlib.AbstractContextManager:
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    class OnlyViews(TorchDispatchMode):
+    class Noting(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.aten.mm.out, torch.ops.aten.bmm.out):
+                noted.append((func, args, kwargs))
+                return kwargs["out"]
             name = func.overloadpacket.__name__
-            assert name in VIEWS, f"{name} while a graph is captured"
+            assert name in allowed, f"{name} while a graph is captured"
             return func(*args, **(kwargs or {}))
 
-    return OnlyViews()
+    return Noting()

@@ -170,6 +170,14 @@ BUGS = {
         "linear_residual_rms", "squares / N + EPS", "squares / (COLS * CHUNKS) + EPS",
         (TOKEN_MLP,),
     ),
+    "library: gate and up swapped": (
+        "pointwise.swiglu", "middle = gate * tl.sigmoid(gate) * up",
+        "middle = up * tl.sigmoid(up) * gate", (ATTENTION, TOKEN_MLP),
+    ),
+    "library: residual is not added": (
+        "pointwise.add_rms", "x = _load(residual", "x = 0 * _load(residual",
+        (ATTENTION, TOKEN_MLP),
+    ),
 }  # fmt: skip
 
 
@@ -178,11 +186,16 @@ BUGS = {
     "bug, kind", [(bug, kind) for bug, (*_, kinds) in BUGS.items() for kind in kinds]
 )
 def test_planted_bugs_are_rejected(bug, kind, dtype, monkeypatch, tmp_path):
-    from recurx.kernels import block
+    from recurx.kernels import block, library
 
     module, old, new, _ = BUGS[bug]
-    monkeypatch.setattr(block, module, getattr(planted(module, old, new, tmp_path), module))
-    with triton_on_cpu("tiled"), pytest.raises(AssertionError, match="relative error"):
+    module, _, name = module.partition(".")
+    way, name = (library, name) if name else (block, module)
+    monkeypatch.setattr(way, name, getattr(planted(module, old, new, tmp_path), name))
+    with (
+        triton_on_cpu("library" if way is library else "tiled"),
+        pytest.raises(AssertionError, match="relative error"),
+    ):
         teacher_forced(run, ONE_CALL, {"L": make_net(kind, blocks=1)}, dtype)
 
 
@@ -235,8 +248,26 @@ def test_what_it_cannot_run_is_said_in_one_sentence():
     assert "head_dim" in refusal(make_net(heads=4))
     assert "float16" in refusal(make_net(), dtype=torch.float16)
     assert "T=1024" in refusal(make_net(), tokens=1025)
-    assert "D=1024" in refusal(make_net(hidden=1088, inner=32, heads=17), hidden=1088)
+    assert "D=4096" in refusal(make_net(hidden=4160, inner=1, heads=65), hidden=4160)
+    assert refusal(make_net(hidden=1088, inner=32, heads=17), hidden=1088) is None  # the library
     assert refusal(make_net()) is None
+
+
+def test_a_kind_of_plan_by_name_runs_or_refuses():
+    net, (x, carry) = make_net(blocks=1), make_inputs(ONE_CALL, batch=1)
+    wide = make_net(hidden=1088, inner=32, heads=17, blocks=1)
+    with triton_on_cpu():
+        for kind in KINDS:
+            alone = backends.get(f"triton/{kind}")
+            assert alone.name == f"triton/{kind}"
+            assert alone.tapes is backends.get("triton").tapes
+            assert alone.plan(problem_for(ONE_CALL, {"L": net}, x), x.device).kind == kind
+        x, carry = make_inputs(ONE_CALL, batch=1, hidden=1088)
+        for kind in ("tiled", "persistent"):
+            with pytest.raises(BackendUnavailable, match=r"got .*1088"):
+                recurx.recurse(ONE_CALL, {"L": wide}, x, carry, backend=f"triton/{kind}")
+        with pytest.raises(recurx.InvalidArgument, match="triton/tiled, triton/library"):
+            recurx.recurse(ONE_CALL, {"L": wide}, x, carry, backend="triton/best")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -56,11 +56,9 @@ def autograd(cos_sin):
     return run
 
 
-def on_triton(cos_sin, save="all"):
+def on_triton(cos_sin, save="all", way="triton"):
     def run(schedule, nets, x, carry):
-        return recurx.recurse(
-            schedule, nets, x, carry, backend="triton", cos_sin=cos_sin, save=save
-        )
+        return recurx.recurse(schedule, nets, x, carry, backend=way, cos_sin=cos_sin, save=save)
 
     return run
 

@@ -265,8 +265,8 @@ def test_a_gpu_is_known_by_its_name_wherever_the_file_is_read():
     wanted = [1e3 * costs.seconds(name) for name in ("triton", "eager")]
     assert found[0][:2] == [pytest.approx(ms, abs=1e-3) for ms in wanted]
     assert found[0][2:] == [None, None] and found[1] == [None] * 4
-    unknown = device.gpu_device("NVIDIA H800", (9, 0), 66)
-    assert unknown.bf16_tflops == device.DEVICES["h100"].bf16_tflops / 2
+    unknown = device.gpu_device("NVIDIA H100 PCIe", (9, 0), 114)
+    assert unknown.bf16_tflops == device.DEVICES["h100"].bf16_tflops * 114 / 132
 
 
 def test_without_ceilings_there_is_no_prediction():

@@ -1,6 +1,8 @@
 """Plans and their predicted costs: counts against closed formulas, selection, printing."""
 
+import contextlib
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -8,9 +10,12 @@ import torch
 import recurx
 from recurx import plan
 from recurx.bench import data_parallel
+from recurx.explanation import _device_note
 from recurx.models.config import TRMConfig
 from recurx.nets import ATTENTION, TOKEN_MLP, BlockSpec, NetSpec
 from recurx.plan import Device, LaunchPlan, Work, count
+from recurx.plan import device as device_file
+from recurx.plan.device import gpu_device
 from recurx.problem import Problem
 
 CPU = Device("test", "cpu", (0, 0), 2, 0, 0, 20.0, 20.0, 0.1, 0.2, 2.0, 2.0, 1.0)
@@ -108,12 +113,126 @@ def test_this_cpu_is_measured_and_leaves_the_random_state_alone():
 
 
 def test_published_devices_are_complete_and_ordered_as_known():
-    assert set(plan.DEVICES) == {"a100", "l4", "rtx4090", "h100", "h200", "b200"}
+    assert set(plan.DEVICES) == {
+        "a100", "rtx3090", "rtxa6000", "a10", "a10g", "l4", "l40s", "rtx4090", "h100", "h200",
+        "gh200", "h20", "b200", "rtx5090", "rtxpro6000", "gb10",
+    }  # fmt: skip
     for name, device in plan.DEVICES.items():
         assert device.name == name and device.kind == "cuda" and not device.measured
+        assert not device.guess and "published" in device.source
     rates = [plan.DEVICES[name].bf16_tflops for name in ("l4", "a100", "h100", "b200")]
     assert rates == sorted(rates)
     assert plan.DEVICES["l4"].shared_bytes < plan.DEVICES["a100"].shared_bytes
+
+
+@pytest.mark.parametrize(
+    "name, capability, units, key",
+    [
+        ("NVIDIA H200", (9, 0), 132, "h200"),
+        ("NVIDIA GH200 480GB", (9, 0), 132, "gh200"),
+        ("NVIDIA H20", (9, 0), 78, "h20"),
+        ("NVIDIA H100 80GB HBM3", (9, 0), 132, "h100"),
+        ("NVIDIA A100-SXM4-80GB", (8, 0), 108, "a100"),
+        ("NVIDIA A10G", (8, 6), 80, "a10g"),
+        ("NVIDIA L40S", (8, 9), 142, "l40s"),
+        ("NVIDIA L4", (8, 9), 58, "l4"),
+        ("NVIDIA RTX A6000", (8, 6), 84, "rtxa6000"),
+        ("NVIDIA GeForce RTX 3090", (8, 6), 82, "rtx3090"),
+        ("NVIDIA GeForce RTX 5090", (12, 0), 170, "rtx5090"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", (12, 0), 188, "rtxpro6000"),
+        ("NVIDIA GB10", (12, 1), 48, "gb10"),
+    ],
+)
+def test_a_gpus_own_name_finds_its_entry(name, capability, units, key):
+    assert gpu_device(name, capability, units) == plan.DEVICES[key]
+    assert gpu_device(name, capability, units, l2_bytes=7).l2_bytes == 7  # what it says of itself
+
+
+def test_what_is_not_listed_is_a_guess_and_says_so():
+    laptop = gpu_device("NVIDIA GeForce RTX 4070", (8, 9), 46)  # as an L4 before a 4090
+    assert laptop.guess == "l4" and laptop.bf16_tflops == pytest.approx(121 * 46 / 58)
+    assert gpu_device("NVIDIA GeForce RTX 5080", (12, 0), 84).guess == "rtx5090"
+    text = str(recurx.cost(problem(device="cuda"), laptop))
+    assert "a guess, those of l4 scaled by multiprocessors" in text
+    assert "guess" not in str(recurx.cost(problem(device="cuda"), "l4"))
+
+
+def test_explain_says_that_the_rates_are_guessed(monkeypatch):
+    guessed = gpu_device("NVIDIA GeForce RTX 4070", (8, 9), 46)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(Device, "of", staticmethod(lambda kind: guessed))
+    assert "rates of NVIDIA GeForce RTX 4070: a guess, those of l4" in _device_note("cuda")
+    assert _device_note("cpu") == ""
+
+
+def test_a_gpu_is_asked_for_its_sizes_and_its_clusters(monkeypatch):
+    """By the driver, on that very device; without kernels for clusters nobody is asked."""
+    asked = []
+
+    @contextlib.contextmanager
+    def on(index):
+        asked.append(index)
+        yield
+
+    found = types.SimpleNamespace(
+        name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132,
+        shared_memory_per_block_optin=232448, L2_cache_size=50 << 20,
+    )  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found)
+    monkeypatch.setattr(torch.cuda, "device", on)
+    build = types.SimpleNamespace(cuda_cluster_places=lambda: [(512, 2, 66), (512, 8, 15)])
+    monkeypatch.setattr(recurx, "_C", build, raising=False)
+    made = device_file._cuda.__wrapped__(3)
+    assert asked == [3] and made.clusters == ((512, 2, 66), (512, 8, 15))
+    assert dataclasses.replace(made, clusters=()) == plan.DEVICES["h100"]
+    monkeypatch.setattr(recurx, "_C", types.SimpleNamespace())
+    assert device_file._cuda.__wrapped__(3).clusters == ()
+
+
+# ---- GPUs: what overlaps, and how plans are ordered --------------------------------------------
+
+
+def test_eagers_launches_run_ahead_of_the_device():
+    """The slower of the two decides, not their sum; a graph's launches are still added."""
+    h100 = plan.DEVICES["h100"]
+    few, many = (recurx.cost(problem(batch=b, device="cuda"), h100)["eager"] for b in (1, 512))
+    assert few.seconds(h100) == pytest.approx(1764 * h100.call_us * 1e-6)
+    parts = many.work.parts(h100)
+    between = 1764 * h100.launch_us * 1e-6
+    assert many.seconds(h100) == pytest.approx(parts["dram"] + parts["products"] + between)
+    graphed = dataclasses.replace(many.work, from_python=False)
+    assert graphed.seconds(h100) == pytest.approx(parts["dram"] + parts["products"] + between)
+
+
+def test_shared_memory_is_a_limit_of_its_own():
+    """An H100 reads 128 bytes a clock and multiprocessor while it multiplies 4096 FLOP."""
+    h100 = plan.DEVICES["h100"]
+    assert h100.shared_gbs == pytest.approx(132 * 128 * 989e12 / 132 / 4096 / 1e9)
+    assert plan.DEVICES["rtx4090"].shared_gbs == pytest.approx(128 * 128 * 2.52, rel=0.01)
+    work = Work(1e9, 1e9, 0, 0, launches=0, shared_bytes=1e9)
+    assert work.seconds(h100) == pytest.approx(1e9 / (0.85e9 * h100.shared_gbs))
+
+
+def test_of_equal_plans_the_one_with_less_traffic_is_taken():
+    """64 samples take as long in any cluster: the largest reads the tape least often."""
+    h100 = plan.DEVICES["h100"]
+    asked = dataclasses.replace(h100, clusters=((512, 2, 66), (512, 4, 33), (512, 8, 16)))
+    found = problem(batch=64, device="cuda")
+    assert LaunchPlan.pick(found, asked, "cuda")["cluster"] == 8
+    # As real ones are cut, 15 of 8 run at once: another round for one sample more than they hold.
+    fewer = dataclasses.replace(h100, clusters=((512, 2, 66), (512, 4, 33), (512, 8, 15)))
+    assert LaunchPlan.pick(found, fewer, "cuda")["cluster"] == 4
+    assert LaunchPlan.pick(found, h100, "cuda")["cluster"] == 2  # nobody asked: assumed to be cut
+    other = dataclasses.replace(h100, clusters=((256, 8, 99),))  # of another kernel
+    assert LaunchPlan.pick(found, other, "cuda")["cluster"] == 2
+
+
+@pytest.mark.parametrize("device", ["h100", "h200", "gh200"])
+@pytest.mark.parametrize("batch", [64, 132, 512])
+def test_on_hopper_the_cluster_kernel_goes_before_the_owner(batch, device):
+    assert LaunchPlan.pick(problem(batch=batch, device="cuda"), plan.DEVICES[device]).kind == (
+        "cluster"
+    )
 
 
 def test_a_model_gives_the_same_problem_as_its_shapes():

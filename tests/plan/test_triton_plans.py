@@ -12,7 +12,7 @@ from recurx.nets import ATTENTION, TOKEN_MLP, BlockSpec, NetSpec
 from recurx.operands import Span
 from recurx.plan import DEVICES, Device, LaunchPlan
 from recurx.plan.count import flops
-from recurx.plan.triton import candidates, refusals, sample_bytes
+from recurx.plan.triton import MAX_SLICE, candidates, refusals, sample_bytes
 from recurx.program import lower
 
 H100 = DEVICES["h100"]
@@ -36,7 +36,7 @@ def kinds(found: list[LaunchPlan]) -> set[str]:
 
 
 def picked(wanted: Problem, device: Device) -> LaunchPlan:
-    return LaunchPlan.pick(wanted, device, "triton")
+    return LaunchPlan.pick(wanted, device, "triton/tiled")
 
 
 def resident(wanted: Problem, device: Device) -> LaunchPlan:
@@ -55,12 +55,21 @@ def test_slices_that_are_said_to_stay_in_l2_fit_it():
 
 
 def test_what_leaves_l2_is_counted_as_dram_traffic_and_avoided_where_that_is_slow():
-    whole = next(p for p in candidates(problem(), H100) if p["slice"] == 512)
+    whole = next(p for p in candidates(problem(), H100) if p["slice"] == MAX_SLICE)
     kept = resident(problem(), H100)
     assert "more than L2" in whole.why
     assert whole.work.dram_bytes > 20 * kept.work.dram_bytes
     slow = replace(H100, dram_gbs=300)
     assert picked(problem(), slow).work.dram_bytes < whole.work.dram_bytes / 10
+
+
+def test_few_programs_wait_for_their_own_share_of_l2():
+    """O and down run on one multiprocessor at B = 1: as its products, or as what it reads."""
+    fast = replace(H100, l2_gbs=1e9)
+    one, all_of_it = (picked(problem(batch=1), d).work.padded_flops for d in (H100, fast))
+    assert 1.1 < one / all_of_it < 3
+    many, unlimited = (picked(problem(batch=64), d).work.padded_flops for d in (H100, fast))
+    assert 1 < many / unlimited < one / all_of_it * 1.5
 
 
 def test_weights_beyond_l2_are_read_again_at_each_call():
@@ -77,10 +86,10 @@ def test_weights_beyond_l2_are_read_again_at_each_call():
 
 def test_launches_are_counted_kernel_by_kernel():
     """21 calls of 2 blocks of 5 kernels, 21 sums, 3 kept sums (z_H + x, a cycle), 2 copies."""
-    plan = picked(problem(batch=1), H100)
-    assert plan.work.launches == 21 * 2 * 5 + 21 + 3 + 2
-    mlp = next(p for p in candidates(problem(batch=1, kind=TOKEN_MLP), H100))
-    assert mlp.work.launches == 21 * 2 * 4 + 21 + 3 + 2
+    for kind, tiled in ((ATTENTION, 5), (TOKEN_MLP, 4)):
+        for way, block in (("tiled", tiled), ("library", 8)):
+            plan = LaunchPlan.pick(problem(batch=1, kind=kind), H100, f"triton/{way}")
+            assert plan.kind == way and plan.work.launches == 21 * 2 * block + 21 + 3 + 2
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
@@ -97,8 +106,8 @@ def test_padding_is_counted_on_top(batch, kind, device):
 
 
 def test_persistent_is_for_small_nets_and_says_so():
-    assert kinds(candidates(problem(**SMALL), H100)) == {"tiled", "persistent"}
-    assert kinds(candidates(problem(), H100)) == {"tiled"}
+    assert kinds(candidates(problem(**SMALL), H100)) == {"tiled", "library", "persistent"}
+    assert kinds(candidates(problem(), H100)) == {"tiled", "library"}
     (reason,) = refusals(problem(), H100)
     assert "D=512" in reason and "persistent" in reason
     (reason,) = refusals(problem(**{**SMALL, "tokens": 129}), H100)
@@ -109,6 +118,14 @@ def test_persistent_is_for_small_nets_and_says_so():
     several = replace(problem(**SMALL), nets=(("L", NetSpec(mixed)),))
     assert "differ" in refusals(several, H100)[0]
     assert refusals(problem(**SMALL), H100) == []
+
+
+def test_the_library_takes_rows_that_no_tile_holds():
+    wide = problem(hidden=2048, heads=32, inner=6144)
+    assert kinds(candidates(wide, H100)) == {"library"}
+    assert "tiled: a program holds rows of at most 1024" in "; ".join(refusals(wide, H100))
+    long = problem(tokens=1500, kind=TOKEN_MLP)
+    assert kinds(candidates(long, H100)) == {"library"}
 
 
 def test_samples_share_a_program_only_where_rows_do_not_mix():

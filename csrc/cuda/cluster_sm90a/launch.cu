@@ -35,6 +35,13 @@ static int check(const RxRecursion& r, int cluster) {
 }
 
 template <int kHidden>
+static rx::LaunchShape shape(int clusters, int cluster) {
+  using P = Plan<kHidden>;
+  return {"cluster_sm90a", dim3(unsigned(clusters * cluster)), dim3(P::kThreads), P::kShared,
+          unsigned(cluster)};
+}
+
+template <int kHidden>
 static int launch(const RxRecursion& r, int cluster, void* stream) {
   using P = Plan<kHidden>;
   Params p{r, {}, cluster};
@@ -42,9 +49,7 @@ static int launch(const RxRecursion& r, int cluster, void* stream) {
     for (int b = 0; b < r.nets[n].num_blocks; b++)
       p.stages[n] += P::tape().block(r.nets[n].blocks[b]);
   const int clusters = (2 * r.batch + cluster - 1) / cluster;
-  const rx::LaunchShape s{"cluster_sm90a", dim3(unsigned(clusters * cluster)), dim3(P::kThreads),
-                          P::kShared, unsigned(cluster)};
-  return rx::launch(s, stream, kernel<kHidden>, p);
+  return rx::launch(shape<kHidden>(clusters, cluster), stream, kernel<kHidden>, p);
 }
 
 }  // namespace cluster_sm90a
@@ -63,6 +68,20 @@ extern "C" int rx_cluster_sm90a_run(const RxRecursion* r, const RxClusterPlan* p
     RX_CLUSTER_WIDTHS(RX_CASE)
     default:
       return c::refuse("hidden is " + std::to_string(r->hidden) + "; compiled are" +
+                       RX_CLUSTER_WIDTHS(RX_NAME));
+  }
+}
+
+extern "C" int rx_cluster_sm90a_places(int32_t hidden, int32_t cluster, int32_t* count) {
+  namespace c = cluster_sm90a;
+#undef RX_CASE
+#define RX_CASE(width) \
+  case width:          \
+    return rx::cluster_places(c::shape<width>(1, cluster), c::kernel<width>, count);
+  switch (hidden) {
+    RX_CLUSTER_WIDTHS(RX_CASE)
+    default:
+      return c::refuse("hidden is " + std::to_string(hidden) + "; compiled are" +
                        RX_CLUSTER_WIDTHS(RX_NAME));
   }
 }

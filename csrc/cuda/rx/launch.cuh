@@ -61,6 +61,13 @@ int launch(const LaunchShape& s, void*, void (*kernel)(Params...), const Args&..
   return 0;
 }
 
+// Nobody knows of how many clusters an emulated GPU has place for.
+template <class... Params>
+int cluster_places(const LaunchShape&, void (*)(Params...), int* count) {
+  *count = 0;
+  return 0;
+}
+
 // Zeros in device memory, in the order of the stream.
 inline int clear(void* p, size_t bytes, void*) {
   memset(p, 0, bytes);
@@ -79,8 +86,11 @@ inline int clear(void* p, size_t bytes, void* stream) {
   return e ? fail("cudaMemsetAsync", e) : 0;
 }
 
-template <class... Params, class... Args>
-int launch(const LaunchShape& s, void* stream, void (*kernel)(Params...), const Args&... args) {
+// What a launch needs to be told: attributes of the kernel, and the configuration that points to
+// `attributes`.
+template <class... Params>
+int configure(const LaunchShape& s, void (*kernel)(Params...), cudaLaunchAttribute attributes[2],
+              cudaLaunchConfig_t* c) {
   auto set = [&](cudaFuncAttribute attribute, int value) {
     return cudaFuncSetAttribute(kernel, attribute, value);
   };
@@ -92,19 +102,35 @@ int launch(const LaunchShape& s, void* stream, void (*kernel)(Params...), const 
   if (s.cluster > 8)  // 8 is what every device of the architecture supports
     if (cudaError_t e = set(cudaFuncAttributeNonPortableClusterSizeAllowed, 1))
       return fail(s.name, e);
-  cudaLaunchAttribute attributes[2];
-  cudaLaunchConfig_t c{};
-  c.gridDim = s.grid, c.blockDim = s.block, c.dynamicSmemBytes = s.smem;
-  c.stream = static_cast<cudaStream_t>(stream), c.attrs = attributes;
+  c->gridDim = s.grid, c->blockDim = s.block, c->dynamicSmemBytes = s.smem, c->attrs = attributes;
   if (s.cluster > 1) {
-    attributes[c.numAttrs].id = cudaLaunchAttributeClusterDimension;
-    attributes[c.numAttrs++].val.clusterDim = {s.cluster, 1, 1};
+    attributes[c->numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[c->numAttrs++].val.clusterDim = {s.cluster, 1, 1};
   }
   if (s.cooperative) {
-    attributes[c.numAttrs].id = cudaLaunchAttributeCooperative;
-    attributes[c.numAttrs++].val.cooperative = 1;
+    attributes[c->numAttrs].id = cudaLaunchAttributeCooperative;
+    attributes[c->numAttrs++].val.cooperative = 1;
   }
+  return 0;
+}
+
+template <class... Params, class... Args>
+int launch(const LaunchShape& s, void* stream, void (*kernel)(Params...), const Args&... args) {
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t c{};
+  c.stream = static_cast<cudaStream_t>(stream);
+  if (int e = configure(s, kernel, attributes, &c)) return e;
   if (cudaError_t e = cudaLaunchKernelEx(&c, kernel, Params(args)...)) return fail(s.name, e);
+  return 0;
+}
+
+// Clusters of this shape that the current device runs at once: its GPCs differ in size.
+template <class... Params>
+int cluster_places(const LaunchShape& s, void (*kernel)(Params...), int* count) {
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t c{};
+  if (int e = configure(s, kernel, attributes, &c)) return e;
+  if (cudaError_t e = cudaOccupancyMaxActiveClusters(count, kernel, &c)) return fail(s.name, e);
   return 0;
 }
 

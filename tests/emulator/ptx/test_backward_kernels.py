@@ -96,7 +96,7 @@ def wgrad():
     return call, [1.0 + d.double().T @ x.double()]
 
 
-def attention_backward(tokens: int):
+def attention_backward(tokens: int, rotated: bool = True):
     from recurx.kernels.attention_backward import attention_backward
 
     qkv, d_out = randn(1, tokens, 3, 64, seed=0), randn(1, tokens, 1, 64, seed=1)
@@ -110,8 +110,8 @@ def attention_backward(tokens: int):
     scores = q.transpose(1, 2) @ k.transpose(1, 2).mT / 8
     lse = (torch.logsumexp(scores, -1) * 1.4426950408889634).float().detach().contiguous()
     turned = torch.cat([q, k, v], dim=2).bfloat16().detach()
-    given = (turned, out.bfloat16().detach(), lse, d_out, tables)
-    return lambda: [attention_backward(*given)], [want]
+    given = (turned if rotated else qkv, out.bfloat16().detach(), lse, d_out, tables)
+    return lambda: [attention_backward(*given, rotated=rotated)], [want]
 
 
 def attention_backward_of_one_block():
@@ -122,6 +122,14 @@ def attention_backward_of_two_kernels():
     return attention_backward(150)
 
 
+def rotating_attention_backward_of_one_block():
+    return attention_backward(97, rotated=False)
+
+
+def rotating_attention_backward_of_two_kernels():
+    return attention_backward(150, rotated=False)
+
+
 # All on an sm_90 (wgmma), and on an sm_80 (mma.sync) those whose code differs most.
 CASES = [
     ("90", forward_that_keeps_the_factors), ("80", rms_backward_over_tokens),
@@ -129,6 +137,9 @@ CASES = [
     ("90", dgrad_rms_backward), ("90", wgrad), ("80", wgrad),
     ("90", attention_backward_of_one_block), ("90", attention_backward_of_two_kernels),
     ("80", attention_backward_of_two_kernels),
+    ("90", rotating_attention_backward_of_one_block),
+    ("90", rotating_attention_backward_of_two_kernels),
+    ("80", rotating_attention_backward_of_two_kernels),
 ]  # fmt: skip
 
 

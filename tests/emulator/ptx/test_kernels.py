@@ -93,31 +93,40 @@ def attention():
     return lambda: attention(qkv), want
 
 
+def rotating_attention(tokens):
+    from recurx.kernels.attention import attention
+
+    qkv = randn(1, tokens, 3, 64, seed=0)
+    angle = torch.arange(tokens)[:, None] * torch.linspace(1, 0.01, 32).repeat(2)
+    cos, sin = angle.cos(), angle.sin()
+    q, k, v = qkv.chunk(3, dim=2)
+    q, k = (reference.rope_rotate(part, cos, sin) for part in (q, k))
+    q, k, v = (part.double().transpose(1, 2) for part in (q, k, v))
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    return lambda: attention(qkv, cos_sin=(cos, sin)), want
+
+
+def rotating_attention_of_one_step():
+    return rotating_attention(97)
+
+
+def rotating_attention_of_many():
+    return rotating_attention(200)
+
+
 TRITON = [
     linear_residual_rms, linear_residual_rms_over_tokens, gate_up_swiglu, qkv_rope, attention,
+    rotating_attention_of_one_step, rotating_attention_of_many,
 ]  # fmt: skip
-
-
-# NOTE: Triton 3.6 puts no fence.proxy.async between cp.async and the wgmma that reads what came;
-# the race checker found it, and 3.7 has the fence.
-UNFENCED = (linear_residual_rms, attention)
 
 
 @pytest.mark.parametrize("arch", ["80", "90"])
 @pytest.mark.parametrize("make", TRITON, ids=lambda make: make.__name__)
 def test_triton_ptx(arch, make):
-    triton = pytest.importorskip("triton")
+    pytest.importorskip("triton")
     from .triton_launch import emulating
 
     call, want = make()
-    old = tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 7)
-    if old and arch == "90" and make in UNFENCED:
-        with (
-            pytest.raises(build.EmulatorFault, match=r"missing fence\.proxy\.async"),
-            emulating(arch),
-        ):
-            call()
-        return
     with emulating(arch):
         got = call().double()
     # One rounding to bf16 of the result, and of the probabilities in attention.

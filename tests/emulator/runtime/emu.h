@@ -43,6 +43,7 @@ struct Config {  // EMU_ASYNC, EMU_RANDOM, EMU_SEED, EMU_RACE, EMU_YIELD, EMU_WO
   // it must be the writer's own, which is the rule of this project's kernels and finds more
   // mistakes.
   bool reader_may_fence = false;
+  bool proxies = true;            // whether wgmma needs a fence.proxy.async after other writes
   bool copies_may_write = false;  // threads of a CTA may store one value with one instruction
   bool aligned = true;            // .aligned instructions want a whole warp at one call site
   bool together = false;    // all CTAs of every launch interleaved, as those of a cooperative one

@@ -96,6 +96,8 @@ int emu_set(const char* name, double value) {
     c.race = value != 0;
   else if (n == "reader_may_fence")
     c.reader_may_fence = value != 0;
+  else if (n == "proxies")
+    c.proxies = value != 0;
   else if (n == "copies_may_write")
     c.copies_may_write = value != 0;
   else if (n == "together")

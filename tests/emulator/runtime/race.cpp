@@ -174,6 +174,7 @@ bool RaceChecker::stale(const Event& e, const Event& write, const uint8_t* at) c
 // the thread that wrote.
 void RaceChecker::check_proxy(const Cell& c, const Event& e, const View& view, const uint8_t* at,
                               bool laxly) {
+  if (!gang_->config.proxies) return;
   if (e.kind != Kind::kAsync || !c.write.clock || c.write.kind == Kind::kAsync) return;
   if (!fenced(c.write, view) && !(laxly && view.reads() && fenced(c.write, View(view.reads()))))
     report("missing fence.proxy.async after a generic write", at, e, c.write);

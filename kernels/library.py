@@ -1,0 +1,231 @@
+"""The plan "library": products by the vendor's library (cuBLAS), the rest pointwise.
+
+A block is eight launches: of an attention block four products, attention, which rotates Q and K as
+it loads them, and three of kernels/pointwise.py; a token MLP in attention's place makes it eight,
+too. It is the first plan for a device that nobody has tested, and what a fused kernel must beat.
+Names, and what is kept for the backward, are those of kernels/block_training.py.
+
+Backward: gate and up are computed again; data gradients are products rounded to the storage dtype;
+weight gradients are summed in fp32, those of a token MLP, which run over samples and channels, by
+kernels/wgrad.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recurx.forking import fork_lock
+from recurx.nets import ATTENTION, BlockSpec, NetSpec
+from recurx.operands import CosSin
+
+from . import block_training
+from .attention import attention
+from .attention_backward import attention_backward
+from .block_training import Matrices, Saved
+from .inject import form_call_input
+from .pointwise import add_rms, add_rms_backward, swiglu
+from .tiled import TiledSlice
+
+_lock = fork_lock()
+_inside, _before = 0, {}
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Inside, cuBLAS adds in fp32 and takes fp32 operands as they are, whatever the process set:
+    its settings are changed until the last thread has left."""
+    global _inside, _before
+    matmul: Any = torch.backends.cuda.matmul
+    # From 2.9 on the old name must not be read where somebody set the new one.
+    fp32 = (
+        ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    )
+    bf16 = "allow_bf16_reduced_precision_reduction"
+    with _lock:
+        if not _inside:
+            reduced, split = getattr(matmul, bf16), getattr(matmul, f"{bf16}_split_k", None)
+            _before = {fp32[0]: getattr(matmul, fp32[0]),
+                       bf16: reduced if split is None else (reduced, split)}  # fmt: skip
+            setattr(matmul, *fp32)
+            setattr(matmul, bf16, False if split is None else (False, split))
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            for name, value in () if _inside else _before.items():
+                setattr(matmul, name, value)
+
+
+def multiply(
+    x: Tensor, matrix: Tensor, over_tokens: bool = False, out: Tensor | None = None
+) -> Tensor:
+    """Of x [B, T, K] and matrix [N, K], x matrix^T [B, T, N]; over tokens, of x [B, K, D], matrix x
+    [B, N, D]. Each sample or row of x is one piece of memory, `out` contiguous."""
+    shape = (len(x), len(matrix), x.shape[2]) if over_tokens else (*x.shape[:2], len(matrix))
+    out = x.new_empty(shape) if out is None else out
+    if over_tokens:
+        return torch.bmm(matrix.expand(len(x), -1, -1), x, out=out)
+    torch.mm(x.flatten(0, 1), matrix.t(), out=out.flatten(0, 1))
+    return out
+
+
+def _trimmed(spec: BlockSpec, weights: Matrices) -> Matrices:
+    """The matrices of a block without the padding of their rows."""
+    return tuple(w[:, : shape[1]] for w, shape in zip(weights, spec.weight_shapes, strict=True))
+
+
+# ---- forward -------------------------------------------------------------------------------------
+
+
+class LibrarySlice(TiledSlice):
+    """A slice whose intermediates are allocated as it goes: in a capture, from the graph's pool."""
+
+    def _new_scratch(self, size: int, tokens: int) -> None:
+        return None
+
+    def launch(self) -> None:
+        """Every row of the program, launch by launch."""
+        for number, row in enumerate(self._rows):
+            if not row.is_identity:
+                form_call_input(self._arena, self._words, number)
+            h, packed = self._arena[row.write], self._packed
+            for index in range(*packed.of_net[row.net]) if row.net is not None else ():
+                spec, own = packed.specs[index], packed.blocks[index]
+                saved = Saved(h, out=h, mid=h)
+                mix(saved, spec, own, self._cos_sin)
+                saved.qkv = saved.mixed = None
+                feed_forward(saved, spec, own)
+
+
+@exact_products()
+def mix(saved: Saved, spec: BlockSpec, weights: Matrices, cos_sin: CosSin | None) -> None:
+    """The first half of a block, h -> mid, into `saved`; what it lacks is allocated."""
+    h, own, attends = saved.h, _trimmed(spec, weights), spec.kind == ATTENTION
+    batch, tokens, hidden = h.shape
+    if saved.mid is None:
+        saved.mid = torch.empty_like(h)
+        saved.scale_mix = h.new_empty(batch, tokens if attends else hidden, dtype=torch.float32)
+    if not attends:
+        return _feed(h, *own[:2], spec.eps, saved.mid, saved.scale_mix, over_tokens=True)
+    if saved.mixed is None:
+        saved.mixed, saved.qkv = torch.empty_like(h), h.new_empty(batch, tokens, 3 * hidden)
+        if saved.scale_mix is not None:
+            saved.lse = h.new_empty(batch, spec.num_heads, tokens, dtype=torch.float32)
+    multiply(h, own[0], out=saved.qkv)
+    qkv, mixed = _by_head(saved.qkv, spec), _by_head(saved.mixed, spec)
+    attention(qkv, cos_sin=cos_sin, out=mixed, lse=saved.lse)
+    return add_rms(h, multiply(saved.mixed, own[1]), saved.mid, spec.eps, scale=saved.scale_mix)
+
+
+@exact_products()
+def feed_forward(saved: Saved, spec: BlockSpec, weights: Matrices) -> None:
+    """The second half of a block, mid -> out, into `saved`."""
+    if saved.out is None:
+        saved.out = torch.empty_like(saved.h)
+    if saved.scale_out is None and saved.scale_mix is not None:
+        saved.scale_out = saved.h.new_empty(saved.h.shape[:2], dtype=torch.float32)
+    _feed(saved.mid, *_trimmed(spec, weights)[2:], spec.eps, saved.out, saved.scale_out)
+
+
+def _feed(
+    h: Tensor, gate_up: Tensor, down: Tensor, eps: float, out: Tensor, scale: Tensor | None,
+    over_tokens: bool = False,
+) -> None:  # fmt: skip
+    """out = rms(h + swiglu(h)) over D or over T."""
+    wide = multiply(h, gate_up, over_tokens)
+    swiglu(wide, len(h) if over_tokens else h.shape[0] * h.shape[1])
+    middle = wide.narrow(1 if over_tokens else 2, 0, down.shape[1])
+    add_rms(h, multiply(middle, down, over_tokens), out, eps, over_tokens=over_tokens, scale=scale)
+
+
+def _by_head(x: Tensor, spec: BlockSpec) -> Tensor:
+    return x.unflatten(2, (x.shape[2] // spec.head_dim, spec.head_dim))
+
+
+# ---- backward ------------------------------------------------------------------------------------
+
+
+def product_in_fp32(a: Tensor, b: Tensor) -> Tensor | None:
+    """a @ b as float32, summed in fp32; None where PyTorch cannot: bf16 before 2.8, or on a CPU."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.device.type != "cuda" or "dtype" not in torch.ops.aten.mm.overloads():
+        return None
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+class WeightGrads(block_training.WeightGrads):
+    """Gradients of all weights, added up over calls in fp32; by the library where rows are one axis
+    of memory."""
+
+    def add(self, index: int, d_out: Tensor, x: Tensor) -> None:
+        made = None
+        if self._wanted[index] and d_out.is_contiguous() and x.is_contiguous():
+            made = product_in_fp32(d_out.flatten(0, -2).t(), x.flatten(0, -2))
+        if made is None:
+            super().add(index, d_out, x)
+        elif index in self._partials:
+            self._partials[index][0].add_(made)
+        else:
+            self._partials[index] = made[None]
+
+
+@exact_products()
+def net_backward(
+    saved: Sequence[Saved], spec: NetSpec, matrices: Sequence[Matrices], cos_sin: CosSin | None,
+    d_out: Tensor, grads: block_training.WeightGrads, first: int,
+) -> Tensor:  # fmt: skip
+    """d_h of one net call, from d_out of its last block; as `block_training.net_backward`."""
+    product = None
+    for number in reversed(range(len(saved))):
+        held, one, own = saved[number], spec.blocks[number], matrices[number]
+        d_pre_out = add_rms_backward(held.out, held.scale_out, d_out, product)
+        if held.mid is None:
+            held = Saved(held.h, held.out, held.scale_out)
+            mix(held, one, own, cos_sin)
+        index = first + number * len(own)
+        own = _trimmed(one, own)
+        d_out, product = _block_backward(held, one, own, cos_sin, d_pre_out, grads, index)
+    return d_out.add_(product)
+
+
+def _block_backward(
+    saved: Saved, spec: BlockSpec, weights: Matrices, cos_sin: CosSin | None,
+    d_pre_out: Tensor, grads: block_training.WeightGrads, index: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The two summands of d_h: what comes past the mixer, and what comes through it."""
+    mixer_in, mixer_out, gate_up, down = weights
+    h, over_tokens = saved.h, spec.kind != ATTENTION
+    product = _feed_backward(saved.mid, gate_up, down, d_pre_out, grads, index + 2)
+    factors = saved.mid, saved.scale_mix
+    d_pre_mix = add_rms_backward(*factors, d_pre_out, product, over_tokens=over_tokens)
+    if over_tokens:
+        return d_pre_mix, _feed_backward(h, mixer_in, mixer_out, d_pre_mix, grads, index, True)
+    d_mixed = multiply(d_pre_mix, mixer_out.t())
+    grads.add(index + 1, d_pre_mix, saved.mixed)
+    qkv, mixed, d_mixed = (_by_head(t, spec) for t in (saved.qkv, saved.mixed, d_mixed))
+    kept = qkv, mixed, saved.lse, d_mixed
+    d_qkv = attention_backward(*kept, cos_sin, rotated=False).flatten(2)
+    grads.add(index, d_qkv, h)
+    return d_pre_mix, multiply(d_qkv, mixer_in.t())
+
+
+def _feed_backward(
+    x: Tensor, gate_up: Tensor, down: Tensor, d_out: Tensor, grads: block_training.WeightGrads,
+    index: int, over_tokens: bool = False,
+) -> Tensor:  # fmt: skip
+    """The gradient of x through swiglu(x), from that of its result."""
+    wide = multiply(x, gate_up, over_tokens)
+    middle = multiply(d_out, down.t(), over_tokens)  # its gradient, until the next line
+    swiglu(wide, len(x) if over_tokens else x.shape[0] * x.shape[1], d_middle=middle)
+    rows = [t.transpose(1, 2) if over_tokens else t for t in (d_out, middle, wide, x)]
+    grads.add(index + 1, *rows[:2])
+    grads.add(index, *rows[2:])
+    return multiply(wide, gate_up.t(), over_tokens)
