@@ -192,7 +192,7 @@ def _plan(
     many = f"{samples} samples" if samples > 1 else "a sample"
     where = "scratch in L2" if in_scratch else "shared memory"
     why = f"one CTA owns {many} for all {len(calls)} calls, the carry in its {where}"
-    if in_scratch:  # two would find room in shared memory at most
+    if in_scratch:  # 255 registers for each of 256 threads
         why += "; one CTA a multiprocessor, whose registers it fills"
     if rounds > 1:
         why += f"; {groups} groups in {rounds} rounds"
