@@ -47,7 +47,7 @@ BUGS = [
         "h is written while others multiply it",
         TOP,
         "    __syncthreads();  // the operand",
-        "    if (!BUG) __syncthreads();  // the operand",
+        "    if (!BUG || mixes_tokens) __syncthreads();  // the operand",
         SCRATCH,
     ),
     Bug(
