@@ -95,9 +95,10 @@ typedef struct {
 /* owner_sm80: one CTA owns `samples` samples and runs every call on them (sm_80 and later).
  * hidden 64, 128, 256, 384 or 512; head_dim 32, 64 or 128; samples * ceil(tokens / 16) <= tiles. */
 typedef struct {
-  int32_t owners;  /* CTAs; each takes the next group of samples until none is left */
-  int32_t samples; /* samples a group, stacked in rows */
-  int32_t tiles;   /* row tiles of 16 that the kernel is compiled for */
+  int32_t owners;     /* CTAs; each takes the next group of samples until none is left */
+  int32_t samples;    /* samples a group, stacked in rows */
+  int32_t tiles;      /* row tiles of 16 that the kernel is compiled for */
+  int32_t in_scratch; /* 1: h in the owner's scratch, where shared memory is too small for it */
 } RxOwnerPlan;
 
 int rx_owner_sm80_run(const RxRecursion* r, const RxOwnerPlan* plan, void* stream);

@@ -100,7 +100,7 @@ class RxPack(Structure):
 class RxOwnerPlan(Structure):
     """Settings of a plan of kind "owner"."""
 
-    _fields_ = [(name, c_int32) for name in ("owners", "samples", "tiles")]
+    _fields_ = [(name, c_int32) for name in ("owners", "samples", "tiles", "in_scratch")]
 
 
 class RxSolve(Structure):

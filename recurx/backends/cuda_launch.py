@@ -49,7 +49,11 @@ def _settings(plan: LaunchPlan) -> ctypes.Structure:
         return cuda_grid.settings(plan)
     if plan.kind == "cluster":
         return RxClusterPlan(plan["cluster"])
-    return RxOwnerPlan(*(plan[name] for name in ("owners", "samples", "tiles")))
+    return owner_settings(plan)
+
+
+def owner_settings(plan: LaunchPlan) -> RxOwnerPlan:
+    return RxOwnerPlan(*(plan[name] for name, _ in RxOwnerPlan._fields_))
 
 
 def check_inputs(problem: Problem, operands: Operands) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from recurx import backends
-from recurx.backends import cuda_abi
+from recurx.backends import cuda_abi, cuda_launch
 from recurx.backends.cuda import Cuda
 from recurx.errors import BackendUnavailable
 from recurx.operands import Operands, Span
@@ -50,7 +50,7 @@ def refine(model: Any, batch: Mapping[str, Tensor], rules: Rules) -> Answers:
     plan = owner_plan(backend, problem, device)
     library = backend.library()
     assert library is not None, "checked by owner_plan"
-    owner = cuda_abi.RxOwnerPlan(*(plan[name] for name in ("owners", "samples", "tiles")))
+    owner = cuda_launch.owner_settings(plan)
     slots = owner.owners * owner.samples
     tokens, hidden, answers = problem.tokens, problem.hidden, problem.tokens - who.prefix
     halting = "q_continue" if rules.halt == "q" and who.q_learning else rules.halt

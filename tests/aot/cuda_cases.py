@@ -16,8 +16,12 @@ from pathlib import Path
 from aot.resources import Need
 from aot.toolchain import CUDA_FOLDER
 
-ARCHS = ("80", "89", "90", "100", "120")
-_NEEDS = {"80": Need(tensor=("HMMA",)), "90a": Need(tensor=("HGMMA",), bulk=True)}
+ARCHS = ("80", "86", "89", "90", "100", "120")
+# Recursion kernels: they read the states and the scratch that they write.
+_NEEDS = {
+    "80": Need(tensor=("HMMA",), constant_loads=False),
+    "90a": Need(tensor=("HGMMA",), bulk=True, constant_loads=False),
+}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from aot.toolchain import BAD_PTXAS_LINES, Built, cuobjdump, run
 
 # CUDA C programming guide, table of technical specifications per compute capability: the most
 # shared memory one block may use (bytes).
-SHARED_LIMIT = {"80": 166912, "89": 101376, "90": 232448, "100": 232448, "120": 101376}
+SHARED_LIMIT = {"80": 166912, "86": 101376, "89": 101376, "90": 232448}
+SHARED_LIMIT |= {"100": 232448, "120": 101376}
 RESERVED_SHARED = 1024  # of it the driver takes this much a block on sm_90 and later; in cubins too
 
 # SASS mnemonics by what they stand for.
@@ -24,6 +25,9 @@ KINDS = {
     "LDL": r"LDL",  # spill loads
     "STL": r"STL",  # spill stores
     "BAR": r"BAR",
+    # Loads through the cache of constants, which no acquire empties: what a launch writes must not
+    # be read so, and nvcc decides by itself what it takes for constant.
+    "LDG.CONSTANT": r"LDG\S*\.CONSTANT",
 }
 TENSOR_KINDS = ("HMMA", "HGMMA", "UTCMMA")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.M)
@@ -37,6 +41,7 @@ class Need:
     bulk: bool = False  # bulk copies are meant
     max_registers: int = 255
     max_spills: int = 0  # spill instructions of each sort that are put up with
+    constant_loads: bool = True  # False: the kernel reads what its own launch wrote
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ class Usage:
             found.append(f"{self.registers} registers, at most {need.max_registers} are meant")
         if need.tensor and not any(self.counts[kind] for kind in need.tensor):
             found.append(f"no {' or '.join(need.tensor)} instruction")
+        if not need.constant_loads and self.counts["LDG.CONSTANT"]:
+            found.append(f"{self.counts['LDG.CONSTANT']} LDG.CONSTANT")
         if need.bulk and not self.counts["BULK"]:
             found.append("no bulk copy")
         found += [f"ptxas: {line}" for line in self.ptxas_lines]

@@ -58,6 +58,7 @@ __global__ void __launch_bounds__(1024) spills(float* p) {
   for (int i = 0; i < 200; i++) p[i * 1024 + threadIdx.x] = v[199 - i] * v[i];
 }
 """
+CONSTANT = "__global__ void constant(float* p, const float* q) { *p = __ldg(q + threadIdx.x); }"
 PLAIN = "__global__ void plain(float* p) { p[threadIdx.x] *= 2; }"
 # wgmma whose accumulators are touched between the product and its wait.
 UNWAITED = """
@@ -100,6 +101,17 @@ def test_a_missing_tensor_core_instruction_is_found(tmp_path):
     assert usage.faults(Need(tensor=())) == []
     assert usage.faults(Need(tensor=("HMMA",))) == ["no HMMA instruction"]
     assert "no bulk copy" in usage.faults(Need(tensor=(), bulk=True))
+
+
+@needs_cuobjdump
+@needs_nvcc
+@pytest.mark.parametrize("arch", cuda_cases.ARCHS)
+def test_a_load_through_the_cache_of_constants_is_found(tmp_path, arch):
+    usage = compiled(tmp_path, CONSTANT, arch)
+    assert usage.faults(Need(tensor=(), constant_loads=False)) == ["1 LDG.CONSTANT"]
+    assert usage.faults(Need(tensor=())) == []
+    clean = compiled(tmp_path, PLAIN, arch)
+    assert clean.faults(Need(tensor=(), constant_loads=False)) == []
 
 
 @needs_cuobjdump

@@ -215,8 +215,8 @@ BUGS = [
         SM90A,
         ((END, END.removeprefix("  __syncwarp();\n")),),
         "misuse",
-        not_yet="convergence is not emulated; PTX leaves a diverged warp at an .aligned "
-        "barrier.cluster undefined, and nothing but __syncwarp promises that it is together",
+        not_yet="all lanes come to one call site, which is what is checked; PTX wants them there "
+        "together, and nothing but __syncwarp promises that",
     ),
 ]
 

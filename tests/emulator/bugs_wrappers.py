@@ -7,6 +7,16 @@ from .planted import Bug
 FENCED = "  rx::fence_proxy_async();\n  __syncthreads();\n\n"  # before the first wgmma
 WGMMA, GROUPS = "sm90a.cu wgmma_64", "sm80.cu cp_async_groups"
 NAMED, STORE = "sm80.cu named_barrier", "sm90.cu bulk_store"
+FLAG = "sm80.cu grid_barrier"
+POLL = "rx::ld_acquire(arrived_g)"
+RELEASE = "    rx::red_add_release(arrived_g, 1);\n"
+# What has no wrapper, for no kernel needs it: the emulator's own calls.
+RELEASED_TO_CTA = "emu::atomic_add(arrived_g, 1, emu::Order::kRelease, emu::Scope::kCta)"
+ACQUIRED_FOR_CTA = "emu::atomic_load(arrived_g, emu::Order::kAcquire, emu::Scope::kCta)"
+RELAXED = "emu::atomic_load(arrived_g, emu::Order::kRelaxed)"
+WATCHED = "    }\n  }\n  __syncthreads();"
+STALE = "stale L1: plain load of data written by another CTA"
+DIVERGED = r"diverged warp: lane \d+ is at "
 GLOBAL = r"race: (read after write|write after read) at global memory 'out_g'"
 
 BUGS = [
@@ -143,5 +153,117 @@ BUGS = [
         "sm90.cu bulk_scratch",
         (("i] = 7 * i;\n  rx::fence_proxy_async();", "i] = 7 * i;"),),
         "missing fence.proxy.async after a generic write at global memory",
+    ),
+    # ---- scopes
+    Bug(
+        "flag released to the CTA alone",
+        FLAG,
+        ((RELEASE, RELEASE.replace("rx::red_add_release(arrived_g, 1)", RELEASED_TO_CTA)),),
+        GLOBAL,
+    ),
+    Bug(
+        "fence of the CTA before a relaxed flag",
+        FLAG,
+        ((RELEASE, "    __threadfence_block();\n    atomicAdd(arrived_g, 1u);\n"),),
+        GLOBAL,
+    ),
+    Bug("flag acquired for the CTA alone", FLAG, ((POLL, ACQUIRED_FOR_CTA),), STALE),
+    Bug("flag polled by relaxed loads", FLAG, ((POLL, RELAXED),), STALE),
+    Bug(
+        "fence of the CTA after a relaxed flag",
+        FLAG,
+        (
+            (POLL, RELAXED),
+            (WATCHED, WATCHED.replace("  }\n  __", "    __threadfence_block();\n  }\n  __")),
+        ),
+        STALE,
+    ),
+    Bug(
+        "scratch read through the cache of constants",
+        "sm80.cu scratch",
+        (("= out_g[63 - t];", "= __ldg(out_g + 63 - t);"),),
+        "ld.global.nc of memory that this launch has written",
+    ),
+    Bug(
+        "data handed over by an arrival at CTA scope",
+        "sm90.cu mbarrier",
+        (("rx::mbar_arrive_remote(rx::mapa(turn", "rx::mbar_arrive_remote_reads(rx::mapa(turn"),),
+        "race: read after write at cta",
+    ),
+    Bug(
+        "data taken over by a wait at CTA scope",
+        "sm90.cu mbarrier",
+        (("if (rank || round) rx::mbar_wait(", "if (rank || round) rx::mbar_wait_copies("),),
+        "race: read after write at cta",
+    ),
+    # ---- .aligned
+    Bug(
+        "half a warp at another bar.sync",
+        NAMED,
+        (
+            (
+                "    rx::bar_sync(2, 64);",
+                "    if (lane < 16) rx::bar_sync(2, 64);\n    else rx::bar_sync(2, 64);",
+            ),
+        ),
+        DIVERGED + "bar.sync",
+    ),
+    Bug(
+        "mma in two branches of a warp",
+        "sm80.cu mma_m16n8k16",
+        (
+            (
+                "if (shapes & kM16n8) rx::mma_m16n8k16(d[0], a[0], b[0], b[1]);",
+                "if (lane & 1) rx::mma_m16n8k16(d[0], a[0], b[0], b[1]);\n"
+                "  else rx::mma_m16n8k16(d[0], a[0], b[0], b[1]);",
+            ),
+        ),
+        DIVERGED + "mma",
+    ),
+    Bug(
+        "ldmatrix in two branches of a warp",
+        "sm80.cu ldmatrix_x4",
+        (
+            (
+                "if (kind == 0) rx::ldmatrix_x4(r, addr);",
+                "if (lane < 4) rx::ldmatrix_x4(r, addr);\n  else rx::ldmatrix_x4(r, addr);",
+            ),
+        ),
+        DIVERGED + "ldmatrix",
+    ),
+    Bug(
+        "cluster barrier in two branches of a warp",
+        "sm90.cu bulk_hand_back",
+        (
+            (
+                "  const uint32_t rank = rx::cluster_rank();\n  for (uint32_t round = 0",
+                "  if (threadIdx.x < 8) cluster_sync();\n  else cluster_sync();\n"
+                "  const uint32_t rank = rx::cluster_rank();\n  for (uint32_t round = 0",
+            ),
+        ),
+        DIVERGED + r"barrier\.cluster",
+    ),
+    Bug(
+        "wgmma in two branches of a warp",
+        "sm90a.cu wgmma_setmaxnreg",
+        (
+            (
+                "    rx::wgmma<64>(d, tile, tile, 0);",
+                "    if (t & 1) rx::wgmma<64>(d, tile, tile, 0);\n"
+                "    else rx::wgmma<64>(d, tile, tile, 0);",
+            ),
+        ),
+        DIVERGED + "wgmma",
+    ),
+    Bug(
+        "setmaxnreg in two branches of a warp",
+        "sm90a.cu wgmma_setmaxnreg",
+        (
+            (
+                "    rx::setmaxnreg_dec<40>();",
+                "    if (t & 1) rx::setmaxnreg_dec<40>();\n    else rx::setmaxnreg_dec<40>();",
+            ),
+        ),
+        DIVERGED + "setmaxnreg",
     ),
 ]

@@ -38,6 +38,10 @@ COMMON = ["-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 COMMON += ["-fno-gnu-unique"]
 # native: the caches below are keyed by the CPU, and the products of the emulator want FMA.
 SPEED = ["-O3", "-march=native"]
+# One call of the emulator stays one place in the code, for that is how it knows an instruction.
+COMMON += ["-fno-thread-jumps", "-fno-split-paths", "-fno-unswitch-loops", "-fno-partial-inlining"]
+COMMON += ["-fno-ipa-cp-clone", "-fno-tree-tail-merge", "-fno-crossjumping"]
+COMMON += ["-freorder-blocks-algorithm=simple", "-fno-optimize-sibling-calls"]
 # Every access calls hooks.cpp instead of libtsan; -g1 lets reports name the source line.
 CHECKED = ["-O2", "-march=native", "-g1", "-fsanitize=thread"]
 CHECKED += ["--param", "tsan-instrument-func-entry-exit=0"]
@@ -152,6 +156,9 @@ def build(sources: Sequence[Path], checked: bool, flags: Sequence[str] = ()) -> 
     return _cached(name, lambda made: _run([*link, made]))
 
 
+_WRAPPERS = re.compile(r"/rx/\w+\.cuh:|/more_rx\.cuh:|/cuda_names\.h:")
+
+
 def source_lines(message: str) -> str:
     """Replaces <library+0xaddress> in a report by file:line, as far as addr2line knows."""
 
@@ -160,8 +167,11 @@ def source_lines(message: str) -> str:
             return match[0]
         # A return address: the access is in the instruction before it.
         address = hex(int(match[2], 16) - 1)
-        command = ["addr2line", "-e", match[1], address]
-        line = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        command = ["addr2line", "-i", "-e", match[1], address]
+        lines = subprocess.run(command, capture_output=True, text=True).stdout.split("\n")
+        # Inlined, the innermost first: a wrapper says less than the line that calls it.
+        outside = [line for line in lines if line and not _WRAPPERS.search(line)]
+        line = (outside or lines)[0].strip()
         name = line.rsplit("/", 1)[-1].split(" ")[0]
         return match[0] if line.startswith("??") or not name else name
 

@@ -76,7 +76,8 @@ class EmulatedCuda(Cuda):
 
 def only(plans: Shapes) -> str:
     """The compiler's flag that leaves out all other kernels."""
-    return "-DRX_OWNER_PLANS(X)=" + " ".join(f"X({hidden}, {tiles})" for hidden, tiles in plans)
+    each = (f"X({h}, {t}, {'kScratch' if place else 'kShared'})" for h, t, *place in plans)
+    return "-DRX_OWNER_PLANS(X)=" + " ".join(each)
 
 
 def emulate(

@@ -130,23 +130,23 @@ def grid_barrier() -> Words:
     return np.r_[written.ravel(), np.roll(written, -1, 0)[:, ::-1].ravel(), 4].astype(np.uint32)
 
 
-def dsmem() -> Words:
-    rank, t = (x.ravel() for x in np.meshgrid(np.arange(4), LANE, indexing="ij"))
-    beyond = (rank + 1) % 4
-    out = np.zeros((128, 10), np.uint32)
+def dsmem(ctas: int) -> Words:
+    rank, t = (x.ravel() for x in np.meshgrid(np.arange(ctas), LANE, indexing="ij"))
+    beyond = (rank + 1) % ctas
+    out = np.zeros((32 * ctas, 10), np.uint32)
     out[:, :4] = np.stack([beyond * 1000 + t, t, beyond, t * t], 1)
     out[:, 4] = (beyond * 1000 + 31 - t).astype(np.uint32)  # the bits of a word read as float
-    out[:, 5] = as_words((rank + 2) % 4 * 100 + t)
-    sender = (rank + 1) % 4  # it sent what it had read from its own neighbour
-    out[:, 6:] = np.stack([sender, t, (sender + 1) % 4 * 1000 + t, t * t], 1)
+    out[:, 5] = as_words((rank - 2) % ctas * 100 + t)
+    sender = (rank - 3) % ctas  # it sent what it had read from its own neighbour
+    out[:, 6:] = np.stack([sender, t, (sender + 1) % ctas * 1000 + t, t * t], 1)
     return out.ravel()
 
 
-def mbarrier() -> Words:
-    number = [0.0] * 4
-    for step in range(11):
-        rank = step % 4
-        number[(rank + 1) % 4] = number[rank] * 2 + rank
+def mbarrier(ctas: int, rounds: int) -> Words:
+    number = [0.0] * ctas
+    for step in range(ctas * rounds - 1):
+        rank = step % ctas
+        number[(rank + 1) % ctas] = number[rank] * 2 + rank
     return as_words(np.array(number))
 
 
@@ -154,9 +154,15 @@ def bulk_source(count: int = 256) -> Words:
     return (np.arange(1, count + 1, dtype=np.uint64) * 0x01000193).astype(np.uint32)
 
 
-def bulk(offset: int = 0) -> Words:
+def bulk(ctas: int = 2, numbered: int = 0) -> Words:
+    """The source, then what each CTA got: from the one before it, which added its rank."""
     a = bulk_source()
-    return np.concatenate([a, a + np.uint32(offset), a])
+    return np.concatenate([a, *(a + np.uint32(numbered * ((r - 1) % ctas)) for r in range(ctas))])
+
+
+def bulk_hand_back(ctas: int) -> Words:
+    rounds = (np.arange(4)[:, None] * 1000 + np.arange(256)).ravel().astype(np.uint32)
+    return np.tile(rounds, ctas - 1)
 
 
 def bulk_store() -> Words:
@@ -235,12 +241,20 @@ EXPECTED: dict[str, Callable[[], Words]] = {
     "bf16": bf16,
     "scratch": lambda: np.concatenate([np.arange(64) * 3, np.arange(63, -1, -1) * 3]).astype("u4"),
     "grid_barrier": grid_barrier,
-    "dsmem": dsmem,
-    "mbarrier": mbarrier,
+    "dsmem": lambda: dsmem(4),
+    "dsmem_8": lambda: dsmem(8),
+    "mbarrier": lambda: mbarrier(4, 3),
+    "mbarrier_8": lambda: mbarrier(8, 2),
     "bulk_load": bulk,
-    "bulk_load_multicast": bulk,
-    "bulk_to_cluster": lambda: bulk(1),
-    "bulk_hand_back": lambda: (np.arange(4)[:, None] * 1000 + np.arange(256)).ravel().astype("u4"),
+    **{
+        f"{name}{suffix}": (lambda make=make, ctas=ctas: make(ctas))
+        for ctas, suffix in ((2, ""), (4, "_4"), (8, "_8"))
+        for name, make in (
+            ("bulk_load_multicast", bulk),
+            ("bulk_to_cluster", lambda ctas: bulk(ctas, 1)),
+            ("bulk_hand_back", bulk_hand_back),
+        )
+    },
     "bulk_store": bulk_store,
     "bulk_scratch": lambda: 7 * np.r_[np.arange(256), np.arange(255, -1, -1)].astype("u4"),
     "tensor_load_2d": lambda: tensor(False),
@@ -256,6 +270,7 @@ EXPECTED: dict[str, Callable[[], Words]] = {
     "wgmma_32_transposed_high": lambda: wgmma(32),
     "wgmma_128_transposed_a": lambda: wgmma(128),
     "wgmma_64_swizzle_64b": lambda: wgmma(64),
+    "wgmma_128_swizzle_64b": lambda: wgmma(128),
     "wgmma_256_swizzle_64b": lambda: wgmma(256),
     "wgmma_64_swizzle_32b": lambda: wgmma(64),
     "wgmma_256_swizzle_32b": lambda: wgmma(256),

@@ -162,7 +162,8 @@ def test_several_samples_share_an_owner(engine):
     model, batch = make(), puzzles(5)
     who = on_cuda.reasoner(model, {n: s[0] for n, s in model.inner.initial_states(1).items()})
     plan = on_cuda.owner_plan(engine, who.problem(5, "cpu"), torch.device("cpu"))
-    one = dataclasses.replace(plan, settings=(("owners", 1), ("samples", 2), ("tiles", 2)))
+    settings = (("owners", 1), ("samples", 2), ("tiles", 2), ("in_scratch", 0))
+    one = dataclasses.replace(plan, settings=settings)
     original = on_cuda.owner_plan
     on_cuda.owner_plan = lambda *_: one
     try:

@@ -4,10 +4,11 @@
 //   attention block   h = rms(h + O(attn(rope(Q h), rope(K h), V h)));  h = rms(h + swiglu_D(h))
 //   token-MLP block   h' = h^T;  h' = rms(h' + swiglu_T(h'));  h = h'^T;  h = rms(h + swiglu_D(h))
 //
-// h [T, D] of one sample, or of several small ones, stays in shared memory from call to call; the
-// other states are in L2. The weights are a tape that each warp streams through its part of a ring
-// (ring.cuh). The stages are attention.cuh, mlp.cuh and token_mlp.cuh, on top of product.cuh and
-// residual.cuh; states.cuh forms the input of a call.
+// h [T, D] of one sample, or of several small ones, stays in shared memory from call to call, or in
+// the CTA's scratch where that is too small (place.cuh); the other states are in L2. The weights
+// are a tape that each warp streams through its part of a ring (ring.cuh). The stages are
+// attention.cuh, mlp.cuh and token_mlp.cuh, on top of product.cuh and residual.cuh; states.cuh
+// forms the input of a call.
 //
 //   shared memory at T=97, D=512 (A100: 163 KB): h 104 KB | K, V of a head 26 KB | ring 32 KB |
 //                                                row scales 0.5 KB; partial sums lie over K
@@ -20,7 +21,18 @@
 //                 352 clocks against 448 on an A100's tensor cores; H100 614k clocks, 0.35 ms
 //   L2            13.6 MB of tape a call: 2.8 TB/s over 108 owners (A100), 5.1 over 132 (H100),
 //                 which is near the limit; the cluster kernel of sm_90a shares one tape instead
-// So 21 calls take 11 ms on an A100 and 7.4 ms on an H100, for as many samples as there are SMs.
+// So 21 calls of shared h take 11 ms on an A100 and 7.4 ms on an H100, for as many samples as there
+// are SMs.
+//
+// Devices of 99 KB (sm_86, sm_89, sm_120), h in scratch: attention 58 KB of shared memory (K, V 26
+// | ring 32), token MLP 84 KB (columns of h 52 | ring 32). One CTA an SM all the same, whose
+// registers it fills. Reckoned with 85 % of the tensor cores' rate, not measured: 21 calls of
+// TRM-att take 30 ms on an RTX 4090 (128 samples) and 15 ms on an L40S (142); of TRM-mlp 27 and 14
+// ms.
+//   tensor cores  RTX 4090 256 FMA a clock and SM: a step of all warps 1,792 clocks; L40S 896
+//   L1 pipe       as above, 352 clocks; A comes by 16 bytes a lane in the place of ldmatrix
+//   L2            a call moves 13.6 MB of tape and 8.5 MB of scratch if the warps find in L1 what
+//                 another has asked for (3.5 KB a step), and up to eight times the scratch if not
 #pragma once
 #include "attention.cuh"
 #include "mlp.cuh"
@@ -77,10 +89,10 @@ RX_DEVICE void run_recursion(Owner<P>& o, int first_sample) {
   o.timeline.end();
 }
 
-template <int kHidden, int kTiles>
+template <int kHidden, int kTiles, int kPlace>
 __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Params p) {
   RX_DYN_SMEM(smem);
-  Owner<Plan<kHidden, kTiles>> o(p, smem);
+  Owner<Plan<kHidden, kTiles, kPlace>> o(p, smem);
   const bool solves = p.solve.entries > 0;
   int first = int(blockIdx.x) * p.at.samples;
   if (solves) fill_slots(p);

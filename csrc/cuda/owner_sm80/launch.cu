@@ -3,13 +3,23 @@
 
 #include "../rx/launch.cuh"
 
-// Each pair (hidden, row tiles) is a kernel of its own; recurx/plan/cuda_owner.py knows the same
-// list.
-#if defined(RX_LARGEST)  // the kernel that needs most registers stands for all (tests/aot)
-#define RX_OWNER_PLANS(X) X(512, 8)
+// Each triple (hidden, row tiles, place of h) is a kernel of its own; recurx/plan/cuda_owner.py
+// knows the same list.
+#if defined(RX_LARGEST)  // the kernels that need most registers stand for all (tests/aot)
+#define RX_OWNER_PLANS(X) X(512, 8, kShared) X(512, 7, kScratch) X(512, 8, kScratch)
 #elif !defined(RX_OWNER_PLANS)
 #define RX_OWNER_PLANS(X) \
-  X(64, 2) X(64, 8) X(128, 8) X(256, 8) X(384, 8) X(512, 6) X(512, 7) X(512, 8)
+  X(64, 2, kShared)       \
+  X(64, 8, kShared)       \
+  X(128, 8, kShared)      \
+  X(256, 8, kShared)      \
+  X(384, 8, kShared)      \
+  X(512, 6, kShared)      \
+  X(512, 7, kShared)      \
+  X(512, 8, kShared)      \
+  X(512, 6, kScratch)     \
+  X(512, 7, kScratch)     \
+  X(512, 8, kScratch)
 #endif
 
 namespace owner_sm80 {
@@ -62,23 +72,23 @@ static void list_segments(const RxNet& net, const RxRecursion& r, const RxOwnerP
   out[-1].ends_net = 1;
 }
 
-template <int kHidden, int kTiles>
+template <int kHidden, int kTiles, int kPlace>
 static int launch(const Params& params, const RxOwnerPlan& plan, void* stream) {
   const int groups = ceil_div(params.r.batch, plan.samples);
   const rx::LaunchShape shape{"owner_sm80",
                               dim3(unsigned(groups < plan.owners ? groups : plan.owners)),
                               dim3(kThreads), params.at.shared_bytes};
-  return rx::launch(shape, stream, kernel<kHidden, kTiles>, params);
+  return rx::launch(shape, stream, kernel<kHidden, kTiles, kPlace>, params);
 }
 
 }  // namespace owner_sm80
 
 extern "C" int64_t rx_owner_sm80_scratch_bytes(const RxRecursion* r, const RxOwnerPlan* plan) {
-  return owner_sm80::geometry(*r, plan->samples, plan->tiles).scratch_bytes * plan->owners;
+  return owner_sm80::geometry(*r, *plan).scratch_bytes * plan->owners;
 }
 
 extern "C" int64_t rx_owner_sm80_shared_bytes(const RxRecursion* r, const RxOwnerPlan* plan) {
-  return owner_sm80::geometry(*r, plan->samples, plan->tiles).shared_bytes;
+  return owner_sm80::geometry(*r, *plan).shared_bytes;
 }
 
 namespace owner_sm80 {
@@ -86,19 +96,19 @@ namespace owner_sm80 {
 static int launch_any(const RxRecursion& r, const RxOwnerPlan& plan, const RxSolve& solve,
                       void* stream) {
   if (int e = check(r, plan)) return e;
-  Params params{r, solve, geometry(r, plan.samples, plan.tiles), {}};
+  Params params{r, solve, geometry(r, plan), {}};
   if (r.scratch_bytes < params.at.scratch_bytes * plan.owners)
     return refuse("scratch has " + number(r.scratch_bytes) + " bytes, " +
                   number(params.at.scratch_bytes * plan.owners) + " are needed");
   for (int n = 0; n < r.num_nets; n++)
     list_segments(r.nets[n], r, plan, params.segments + n * kMaxSegments);
-#define RX_OWNER_LAUNCH(hidden_, tiles_)           \
-  if (r.hidden == hidden_ && plan.tiles == tiles_) \
-    return launch<hidden_, tiles_>(params, plan, stream);
+#define RX_OWNER_LAUNCH(hidden_, tiles_, place_)                                \
+  if (r.hidden == hidden_ && plan.tiles == tiles_ && plan.in_scratch == place_) \
+    return launch<hidden_, tiles_, place_>(params, plan, stream);
   RX_OWNER_PLANS(RX_OWNER_LAUNCH)
 #undef RX_OWNER_LAUNCH
   return refuse("no kernel is compiled for hidden " + number(r.hidden) + " and " +
-                number(plan.tiles) + " row tiles");
+                number(plan.tiles) + " row tiles" + (plan.in_scratch ? " with h in scratch" : ""));
 }
 
 static int check_solve(const RxRecursion& r, const RxOwnerPlan& plan, const RxSolve& s) {

@@ -19,10 +19,13 @@ constexpr int kTokenSteps = 3;     // ring steps of such a pass: gate + up twice
 constexpr uint32_t kMatrix = 128;  // bytes: 8 x 8 bf16, what ldmatrix reads at once
 constexpr int kMaxSegments = 4 * kRxMaxBlocks;
 
-template <int kHidden_, int kTiles_>
+enum Place : int { kShared, kScratch };  // of h
+
+template <int kHidden_, int kTiles_, int kPlace>
 struct Plan {
   static constexpr int kHidden = kHidden_;  // D
   static constexpr int kTiles = kTiles_;    // row tiles of 16
+  static constexpr bool kInScratch = kPlace == kScratch;
   static constexpr int kRows = kTiles * 16;
   static constexpr int kColumnBlocks = kHidden / 8;
   static constexpr int kSteps = kHidden / 16;  // steps of a product over D
@@ -89,10 +92,10 @@ struct Geometry {
   int32_t row_blocks;    // rows of 8 that are stored: the last may be left out when nobody needs it
   int32_t unit;          // widest attention unit of any block; 0 without attention
   int32_t middle;        // widest padded middle of any block
-  // byte offsets in shared memory; h is at 0
+  // byte offsets in shared memory; h is at 0, if it is there
   uint32_t keys, values, ring, scales, shared_bytes;
   // byte offsets in the scratch of one owner
-  int64_t query, mixed, middle_at, inject, slots, scratch_bytes;
+  int64_t query, mixed, middle_at, inject, h, slots, scratch_bytes;
 };
 
 struct Params {
@@ -102,8 +105,10 @@ struct Params {
   Segment segments[kRxMaxNets * kMaxSegments];  // of net n from n * kMaxSegments on
 };
 
-inline Geometry geometry(const RxRecursion& r, int samples, int tiles) {
+inline Geometry geometry(const RxRecursion& r, const RxOwnerPlan& plan) {
+  const int samples = plan.samples, tiles = plan.tiles;
   Geometry g{};
+  bool token_mlp = false;
   g.samples = samples;
   g.sample_tiles = ceil_div(r.tokens, 16);
   g.tiles = samples * g.sample_tiles;
@@ -112,15 +117,24 @@ inline Geometry geometry(const RxRecursion& r, int samples, int tiles) {
   for (int n = 0; n < r.num_nets; n++)
     for (int i = 0; i < r.nets[n].num_blocks; i++) {
       const RxBlock& b = r.nets[n].blocks[i];
+      token_mlp |= b.token_mlp != 0;
       if (!b.token_mlp && attention_unit(r.hidden / b.heads) > g.unit)
         g.unit = attention_unit(r.hidden / b.heads);
       if (padded(b.inner, kMiddleChunk) > g.middle) g.middle = padded(b.inner, kMiddleChunk);
     }
   const uint32_t panel = uint32_t(g.row_blocks * (g.unit / 8)) * kMatrix;
-  const uint32_t sums = uint32_t(kWarps * tiles * 16 * 4);  // partial sums of squares lie over K
-  g.keys = uint32_t(g.row_blocks * (r.hidden / 8)) * kMatrix;
+  // Partial sums of squares lie over K, as do the token MLP's columns of h in scratch.
+  uint32_t stage = uint32_t(kWarps * tiles * 16 * 4);
+  if (2 * panel > stage) stage = 2 * panel;
+  if (plan.in_scratch && token_mlp) {
+    const int blocks = g.row_blocks < 2 * g.sample_tiles ? g.row_blocks : 2 * g.sample_tiles;
+    const uint32_t columns =
+        uint32_t(blocks * 2 * kWarps * token_row_tiles(r.hidden, tiles)) * kMatrix;
+    if (columns > stage) stage = columns;
+  }
+  g.keys = plan.in_scratch ? 0 : uint32_t(g.row_blocks * (r.hidden / 8)) * kMatrix;
   g.values = g.keys + panel;
-  g.ring = g.keys + (2 * panel > sums ? 2 * panel : sums);
+  g.ring = g.keys + stage;
   g.scales = g.ring + kStages * kSlot;
   g.shared_bytes = g.scales + uint32_t(tiles * 16 * 4);
   const int64_t tile_row = int64_t(tiles) * kFragment;  // one k16 column of A fragments
@@ -128,7 +142,8 @@ inline Geometry geometry(const RxRecursion& r, int samples, int tiles) {
   g.mixed = g.query + tile_row * (g.unit / 16);
   g.middle_at = g.mixed + tile_row * (r.hidden / 16);
   g.inject = g.middle_at + tile_row * (g.middle / 16);
-  g.slots = g.inject + int64_t(2 * tiles) * (r.hidden / 8) * kMatrix;
+  g.h = g.inject + int64_t(2 * tiles) * (r.hidden / 8) * kMatrix;
+  g.slots = g.h + (plan.in_scratch ? tile_row * (r.hidden / 16) : 0);
   g.scratch_bytes = g.slots + 8 * 16;  // up to 8 slots of 16 bytes (solve.cuh)
   return g;
 }

@@ -1,8 +1,8 @@
 // owner.cuh - what every stage of the owner kernel sees: the CTA's memory and its addresses.
 //
-// h, K and V lie in shared memory as 8 x 8 matrices of 128 bytes, row block after row block:
-// ldmatrix, plain or transposed, the stores of accumulators and 16-byte vectors are all free of
-// bank conflicts without a swizzle. Where a warp's accumulators become the next product's A
+// h (place.cuh), K and V lie in shared memory as 8 x 8 matrices of 128 bytes, row block after row
+// block: ldmatrix, plain or transposed, the stores of accumulators and 16-byte vectors are all free
+// of bank conflicts without a swizzle. Where a warp's accumulators become the next product's A
 // operand (Q, attention's output, the SwiGLU's middle), they go through the owner's scratch in L2
 // as fragments: each lane writes and reads 16 bytes, 512 consecutive ones a warp.
 //
@@ -42,6 +42,7 @@ struct Owner {
   RX_DEVICE uint4* mixed_g() const { return scratch(p.at.mixed); }
   RX_DEVICE uint4* middle_g() const { return scratch(p.at.middle_at); }
   RX_DEVICE uint4* inject_g() const { return scratch(p.at.inject); }
+  RX_DEVICE uint4* h_g() const { return scratch(p.at.h); }  // where h is in scratch
   // 16-byte vector of a scratch panel: this lane's registers of k16 column kt, row tile i.
   RX_DEVICE int fragment(int kt, int i) const { return (kt * P::kTiles + i) * 32 + lane; }
 

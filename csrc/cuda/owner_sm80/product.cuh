@@ -3,7 +3,7 @@
 // Every warp multiplies all rows with its own columns: a weight fragment is read once by one warp,
 // an A fragment by all eight. A comes from h in shared memory or from fragments in scratch.
 #pragma once
-#include "owner.cuh"
+#include "place.cuh"
 
 namespace owner_sm80 {
 
@@ -52,9 +52,9 @@ RX_DEVICE void multiply(float (&acc0)[kColumns][4], float (&acc1)[kColumns][4],
   }
 }
 
-// acc += h W^T: K is hidden.
+// acc += h W^T with h in shared memory: K is hidden.
 template <class P, int kColumns>
-RX_DEVICE void multiply_h(Owner<P>& o, float (&acc)[P::kTiles][kColumns][4]) {
+RX_DEVICE void multiply_shared(Owner<P>& o, float (&acc)[P::kTiles][kColumns][4]) {
   const int half = o.lane >> 3 & 1, column = o.lane >> 4;  // which matrix of the fragment
   uint32_t a_s = o.row_address(0, 0, half, P::kColumnBlocks, column);
   // From tile 0 to the last one, whose second half may not be stored.
@@ -94,6 +94,7 @@ RX_DEVICE void multiply_scratch(Owner<P>& o, float (&acc)[P::kTiles][kColumns][4
   };
 #pragma unroll
   for (int i = 0; i < P::kTiles; i++) load(0, i);
+#pragma unroll 1
   for (int step = 0; step < steps; step++) {
     const bool more = step + 1 < steps;
     Weights<kColumns> w;
@@ -108,6 +109,15 @@ RX_DEVICE void multiply_scratch(Owner<P>& o, float (&acc)[P::kTiles][kColumns][4
       if (more) load(step + 1, P::kTiles - 1);
     }
   }
+}
+
+// acc += h W^T, wherever h is.
+template <class P, int kColumns>
+RX_DEVICE void multiply_h(Owner<P>& o, float (&acc)[P::kTiles][kColumns][4]) {
+  if constexpr (P::kInScratch)
+    multiply_scratch(o, acc, o.h_g(), P::kSteps);
+  else
+    multiply_shared(o, acc);
 }
 
 }  // namespace owner_sm80

@@ -11,31 +11,34 @@ namespace owner_sm80 {
 template <class P>
 RX_DEVICE void add_to_h(Owner<P>& o, const float (&acc)[P::kTiles][P::kOutTiles][4], int pass) {
   const int block0 = (pass * kWarps + o.warp) * P::kOutTiles;
-  const bool inside = block0 < P::kColumnBlocks;  // 64 columns keep four warps busy
   const float* scale_s = o.scales();
 #pragma unroll
-  for (int i = 0; i < P::kTiles; i++)
+  for (int i = 0; i < P::kTiles; i++) {
+    if (i >= o.p.at.tiles) continue;
+    ResidualTile<P> h(o, i, block0);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      if (i >= o.p.at.tiles || !o.is_stored(i, half)) continue;
+      if (!o.is_stored(i, half)) continue;
       const int row = o.row(i, half);
       const float scale = scale_s[row];
       float sum = 0.f;
-      if (inside) {
+      if (h.inside) {
 #pragma unroll
         for (int j = 0; j < P::kOutTiles; j++) {
-          uint32_t* at_s = o.pair(0, i, half, P::kColumnBlocks, block0 + j);
-          const float2 x = rx::unpack_bf16(*at_s);
+          uint32_t& word = h.at(o, half, j);
+          const float2 x = rx::unpack_bf16(word);
           const float lo = acc[i][j][half * 2] + x.x * scale;
           const float hi = acc[i][j][half * 2 + 1] + x.y * scale;
           sum += lo * lo + hi * hi;
-          *at_s = rx::pack_bf16(lo, hi);
+          word = rx::pack_bf16(lo, hi);
         }
       }
       sum = sum_of_row(sum);
       float* sum_s = o.sums() + o.warp * P::kRows + row;
       if ((o.lane & 3) == 0) *sum_s = pass ? *sum_s + sum : sum;
     }
+    h.store(o);
+  }
 }
 
 // scale[row] = 1 / rms of the new row. All warps have added their columns by then.

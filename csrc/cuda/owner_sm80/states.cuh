@@ -3,7 +3,7 @@
 // A thread always handles the same vectors of h, so these passes need no barrier between them.
 #pragma once
 #include "../recursion.cuh"
-#include "owner.cuh"
+#include "place.cuh"
 
 namespace owner_sm80 {
 
@@ -14,7 +14,7 @@ template <class P, class F>
 RX_DEVICE void for_each_vector(Owner<P>& o, F f) {
   constexpr int kGroups = P::kColumnBlocks / 4;
   o.forget_addresses();
-  for (int v = o.warp; v < o.p.at.row_blocks * kGroups; v += kWarps) {
+  for (int v = o.warp; v < row_blocks(o) * kGroups; v += kWarps) {
     const int row_block = v / kGroups, column_block = v % kGroups * 4 + (o.lane >> 3);
     const int row = o.lane & 7;
     const uint32_t at =
@@ -49,13 +49,12 @@ RX_DEVICE void form_input(Owner<P>& o, int first_sample, uint32_t written, int k
   const bool resident = k > 0 && r.calls[k - 1].write == call.state[0];
   const bool was_kept = call.sum == kRxSumKept, keep = call.sum == kRxSumFormed;
   for_each_vector(o, [&](int row, uint32_t at, int column) {
-    uint4* h_s = reinterpret_cast<uint4*>(o.smem + at);
     const int vector = state_vector(o, first_sample, row, column);
     uint4 x = make_uint4(0, 0, 0, 0);
     if (vector >= 0) {
       const size_t offset = size_t(vector) * 8;
       if (resident)
-        x = rx::scale_rounded(*h_s, o.scales()[row]);
+        x = rx::scale_rounded(load_vector(o, row, at, column), o.scales()[row]);
       else
         x = rx::sum_states(r, written, call.state, 1, offset);
       for (int i = 1; i < call.num_state; i++)
@@ -68,7 +67,7 @@ RX_DEVICE void form_input(Owner<P>& o, int first_sample, uint32_t written, int k
         x = rx::add_rounded(x, inject);
       }
     }
-    *h_s = x;
+    store_vector(o, row, at, column, x);
   });
   reset_scales(o);
 }
@@ -80,7 +79,7 @@ RX_DEVICE void store_state(Owner<P>& o, int first_sample, int state) {
   for_each_vector(o, [&](int row, uint32_t at, int column) {
     const int vector = state_vector(o, first_sample, row, column);
     if (vector < 0) return;
-    const uint4 x = *reinterpret_cast<const uint4*>(o.smem + at);
+    const uint4 x = load_vector(o, row, at, column);
     out_g[vector] = rx::scale_rounded(x, o.scales()[row]);
   });
 }

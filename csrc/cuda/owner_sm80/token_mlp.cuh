@@ -12,18 +12,19 @@ namespace owner_sm80 {
 // h *= scale, and the scales become 1: here the norm's factor varies along k, not along the rows.
 template <class P>
 RX_DEVICE void apply_scales(Owner<P>& o) {
-  for_each_vector(o, [&](int row, uint32_t at, int) {
-    uint4* h_s = reinterpret_cast<uint4*>(o.smem + at);
-    *h_s = rx::scale_rounded(*h_s, o.scales()[row]);
+  for_each_vector(o, [&](int row, uint32_t at, int column) {
+    const uint4 x = load_vector(o, row, at, column);
+    store_vector(o, row, at, column, rx::scale_rounded(x, o.scales()[row]));
   });
   reset_scales(o);
 }
 
 // Fragments of h^T: 16 columns of h from tile `d` by the 16 tokens of row tile i.
 template <class P>
-RX_DEVICE void load_transposed(Owner<P>& o, uint32_t (&a)[4], int d, int i) {
-  rx::ldmatrix_x4_trans(
-      a, o.row_address(0, i, o.lane >> 4, P::kColumnBlocks, 2 * d + (o.lane >> 3 & 1)));
+RX_DEVICE void load_transposed(Owner<P>& o, const TokenColumns<P>& h, uint32_t (&a)[4], int d,
+                               int i) {
+  rx::ldmatrix_x4_trans(a, o.row_address(h.panel, i, o.lane >> 4, TokenColumns<P>::kBlocks,
+                                         2 * d + (o.lane >> 3 & 1)));
 }
 
 RX_DEVICE void load_fragment(uint32_t (&w)[4], const unsigned char* slot, int fragment, int lane) {
@@ -33,8 +34,8 @@ RX_DEVICE void load_fragment(uint32_t (&w)[4], const unsigned char* slot, int fr
 
 // 16 columns of the middle, as fragments of the product with down.
 template <class P, int kRowTiles>
-RX_DEVICE void token_middle(Owner<P>& o, uint32_t (&middle)[kRowTiles][4],
-                            const unsigned char* slot, int d0, int first) {
+RX_DEVICE void token_middle(Owner<P>& o, const TokenColumns<P>& h, uint32_t (&middle)[kRowTiles][4],
+                            const unsigned char* slot) {
   float acc[kRowTiles][4][4];  // two column tiles of gate, two of up
   clear(acc);
   for (int k = 0; k < o.p.at.sample_tiles; k++) {
@@ -44,7 +45,7 @@ RX_DEVICE void token_middle(Owner<P>& o, uint32_t (&middle)[kRowTiles][4],
 #pragma unroll
     for (int m = 0; m < kRowTiles; m++) {
       uint32_t a[4];
-      load_transposed(o, a, d0 + m, first + k);
+      load_transposed(o, h, a, h.d0 + m, h.first + k);
       rx::mma_m16n16k16(acc[m][0], acc[m][1], a, gate);
       rx::mma_m16n16k16(acc[m][2], acc[m][3], a, up);
     }
@@ -60,15 +61,15 @@ RX_DEVICE void token_middle(Owner<P>& o, uint32_t (&middle)[kRowTiles][4],
 
 // Adds h^T, divides by the rms over the tokens and writes back: 16 columns of h.
 template <class P>
-RX_DEVICE void store_normalised(Owner<P>& o, float (&out)[2 * P::kTiles][4], int d, int first,
-                                float eps) {
+RX_DEVICE void store_normalised(Owner<P>& o, const TokenColumns<P>& h,
+                                float (&out)[2 * P::kTiles][4], int d, float eps) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int column = half * 8 + (o.lane >> 2);  // of this column tile pair
     auto at = [&](int n, int e) {                 // element (token, column) of h
-      const uint32_t block = uint32_t((2 * first + n) * P::kColumnBlocks + 2 * d + half);
+      const uint32_t block = uint32_t((2 * h.first + n) * TokenColumns<P>::kBlocks + 2 * d + half);
       const uint32_t token = uint32_t((o.lane & 3) * 2 + e);
-      return reinterpret_cast<bf16*>(o.smem + block * kMatrix + token * 16 +
+      return reinterpret_cast<bf16*>(o.smem + h.panel + block * kMatrix + token * 16 +
                                      uint32_t(column & 7) * 2);
     };
     auto inside = [&](int n, int e) { return n * 8 + (o.lane & 3) * 2 + e < o.p.r.tokens; };
@@ -96,8 +97,10 @@ template <class P>
 RX_DEVICE void token_pass(Owner<P>& o, const RxBlock& b, int pass, int first) {
   constexpr int kRowTiles = token_row_tiles(P::kHidden, P::kTiles);
   o.forget_addresses();
-  const int d0 = (pass * kWarps + o.warp) * kRowTiles;
-  const bool active = d0 * 2 < P::kColumnBlocks;  // a warp without columns keeps the ring company
+  const TokenColumns<P> h(o, pass, first);
+  // A warp without columns keeps the ring company.
+  const bool active = h.column_tile * 2 < P::kColumnBlocks;
+  if (active) h.copy_in(o);  // the ring's barrier follows
   const int chunks = (b.token_inner + kTokenChunk - 1) / kTokenChunk;
   float out[kRowTiles][2 * P::kTiles][4];
   clear(out);
@@ -106,7 +109,7 @@ RX_DEVICE void token_pass(Owner<P>& o, const RxBlock& b, int pass, int first) {
 #pragma unroll
     for (int sub = 0; sub < 2; sub++) {
       const unsigned char* slot = o.smem + o.ring.acquire_shared();
-      if (active) token_middle<P, kRowTiles>(o, middle[sub], slot, d0, first);
+      if (active) token_middle<P, kRowTiles>(o, h, middle[sub], slot);
     }
     const unsigned char* slot = o.smem + o.ring.acquire_shared();
     if (!active) continue;
@@ -125,16 +128,18 @@ RX_DEVICE void token_pass(Owner<P>& o, const RxBlock& b, int pass, int first) {
   }
   if (!active) return;
 #pragma unroll
-  for (int m = 0; m < kRowTiles; m++) store_normalised<P>(o, out[m], d0 + m, first, b.eps);
+  for (int m = 0; m < kRowTiles; m++) store_normalised<P>(o, h, out[m], h.d0 + m, b.eps);
+  h.copy_out(o);
 }
 
 template <class P>
 RX_DEVICE void token_mlp(Owner<P>& o, const RxBlock& b) {
-  apply_scales(o);
+  if constexpr (!P::kInScratch) apply_scales(o);
   for (int sample = 0; sample < o.p.at.samples; sample++)
     for (int pass = 0; pass < token_passes(P::kHidden, P::kTiles); pass++)
       token_pass(o, b, pass, sample * o.p.at.sample_tiles);
   o.ring.release_shared();
+  if constexpr (P::kInScratch) reset_scales(o);  // they are applied on the way in
 }
 
 }  // namespace owner_sm80

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 
+from .sync import scope
 from .types import is_type
 
 _HINTS = re.compile(
@@ -40,6 +41,8 @@ def _seen(i, size: int, stored: list[str] | None = None) -> str:
     if i.has("param", "local"):
         return ""  # constant, or the thread's own
     what = f'"{i.opcode} at PTX line {i.line}"'
+    if stored is None and i.has("nc"):
+        return f"emu::access_constant(p, {size}, {what});"
     if stored is None:
         return f"emu::access(p, {size}, false, {what});"
     values = ", ".join(f"({i.type.register})({value})" for value in stored)
@@ -47,11 +50,11 @@ def _seen(i, size: int, stored: list[str] | None = None) -> str:
 
 
 def _order(i, size: int) -> str:
-    for word, order in (("acq_rel", "kAcqRel"), ("acquire", "kAcquire"), ("release", "kRelease")):
+    known = (("acq_rel", "kAcqRel"), ("acquire", "kAcquire"), ("release", "kRelease"))
+    known += (("relaxed", "kRelaxed"), ("volatile", "kRelaxed"))
+    for word, order in known:
         if i.has(word):
-            return f"emu::atomic_order(p, {size}, emu::Order::{order});"
-    if i.has("relaxed", "volatile"):
-        return f"emu::atomic_order(p, {size}, emu::Order::kRelaxed);"
+            return f"emu::atomic_order(p, {size}, emu::Order::{order}, {scope(i, 'kGpu')});"
     return ""
 
 
@@ -101,7 +104,8 @@ def atomic(f, i) -> str:
     operands = list(i.operands)
     target = operands.pop(0) if i.opcode == "atom" else "_"
     values = [f.value(i, o) for o in operands[1:]]
-    order = _order(i, kind.bytes) or (f"emu::atomic_order(p, {kind.bytes}, emu::Order::kRelaxed);")
+    relaxed = f"emu::atomic_order(p, {kind.bytes}, emu::Order::kRelaxed, {scope(i, 'kGpu')});"
+    order = _order(i, kind.bytes) or relaxed
     type_name = {"f32": "float", "f64": "double"}.get(kind.name, kind.integer)
     if kind.is_float:
         values = [f"ptx::from_{kind.name}({v})" for v in values]

@@ -30,6 +30,22 @@ def barrier(f, i) -> str:
     return f"emu::{name}({f.value(i, i.operands[0])}, {count});"
 
 
+def scope(i, otherwise: str) -> str:
+    """The scope that an instruction names, as the emulator's."""
+    for word, name in (("cta", "kCta"), ("cluster", "kCluster"), ("gpu", "kGpu"), ("sys", "kGpu")):
+        if i.has(word):
+            return f"emu::Scope::{name}"
+    return f"emu::Scope::{'kGpu' if i.has('gl') else otherwise}"
+
+
+def site(i) -> str:
+    """Says which instruction comes, for those that want all lanes of a warp at once."""
+    barrier = i.opcode in ("bar", "barrier") and not i.has("warp")
+    if i.has("aligned") or (barrier and i.opcode == "bar"):
+        return f'emu::at("{i.opcode} at PTX line {i.line}"); '
+    return "emu::at(nullptr); " if barrier else ""
+
+
 def fence(f, i) -> str:
     if i.has("mbarrier_init"):
         return "emu::mbar_init_fence();"
@@ -37,7 +53,7 @@ def fence(f, i) -> str:
         if not i.has("async", "async::generic", "alias"):
             raise i.error("proxy not known")
         return "emu::proxy_fence();"
-    return "emu::fence();"
+    return f"emu::fence({scope(i, 'kGpu')});"
 
 
 def mbarrier(f, i) -> str:
@@ -55,13 +71,18 @@ def mbarrier(f, i) -> str:
         _no_state(i)
         if i.has("expect_tx"):
             return f"emu::mbar_arrive_expect_tx({bar}, {after[0]});"
-        return f"emu::mbar_arrive({bar}, {after[0] if after else 1});"
+        if i.has("relaxed"):
+            raise i.error("a relaxed arrival is not translated")
+        return f"emu::mbar_arrive({bar}, {after[0] if after else 1}, {scope(i, 'kCta')});"
     if kind in ("try_wait", "test_wait") and i.has("parity"):
         # try_wait may return early, but every use loops on it: waiting is the same.
-        wait = f"emu::mbar_wait({bar}, {after[0]});"
+        if i.has("relaxed"):
+            raise i.error("a relaxed wait is not translated")
+        arguments = f"{bar}, {after[0]}, {scope(i, 'kCta')}"
+        wait = f"emu::mbar_wait({arguments});"
         if kind == "try_wait":
             return f"{wait} {f.set(i, i.operands[0], 'true')}"
-        return f"emu::yield(); {f.set(i, i.operands[0], f'emu::mbar_test({bar}, {after[0]})')}"
+        return f"emu::yield(); {f.set(i, i.operands[0], f'emu::mbar_test({arguments})')}"
     raise i.error("mbarrier operation not known")
 
 

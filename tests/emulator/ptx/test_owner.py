@@ -30,7 +30,8 @@ PLANS = ((64, 2),)
 def from_ptx(tmp_path_factory: pytest.TempPathFactory) -> EmulatedCuda:
     # Host code and PTX of one small kernel.
     source: Path = tmp_path_factory.mktemp("ptx") / "small_owner.cu"
-    source.write_text(f'#define RX_OWNER_PLANS(X) X(64, 2)\n#include "{KERNELS / FILES[0]}"\n')
+    define = "#define RX_OWNER_PLANS(X) X(64, 2, kShared)"
+    source.write_text(f'{define}\n#include "{KERNELS / FILES[0]}"\n')
     ptx = [
         toolchain.nvcc_compile(file, "80", to="ptx").cubin.read_text()
         for file in (source, KERNELS / FILES[1])

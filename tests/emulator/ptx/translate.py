@@ -155,7 +155,7 @@ class Function:
         rule = RULES.get(i.opcode)
         if rule is None:
             raise i.error("unknown instruction")
-        code = rule(self, i)
+        code = sync.site(i) + rule(self, i)
         if not i.predicate:
             return code
         return f"if ({self.value(i, i.predicate)}) {{ {code} }}"

@@ -6,7 +6,7 @@ namespace emu {
 // ---- bar.sync, bar.arrive
 static void complete(NamedBarrier& b) {
   for (Thread* t : b.waiting) gang->race.acquire(t, b.clocks);
-  b.clocks.v.clear();
+  b.clocks.v.clear(), b.clocks.reads.clear();
   b.arrived = b.expected = 0;
   wake(b.waiting);
 }
@@ -27,8 +27,14 @@ static void arrive(int id, int threads, bool wait) {
   if (wait) block({Wait::kBarrier, "bar.sync", uint32_t(id)});
 }
 
-void bar_sync(int id, int threads) { arrive(id, threads, true); }
-void bar_arrive(int id, int threads) { arrive(id, threads, false); }
+void bar_sync(int id, int threads) {
+  aligned("bar.sync", __builtin_return_address(0));
+  arrive(id, threads, true);
+}
+void bar_arrive(int id, int threads) {
+  aligned("bar.arrive", __builtin_return_address(0));
+  arrive(id, threads, false);
+}
 
 // ---- barrier.cluster
 static void complete_if_full(Cluster& c) {
@@ -36,7 +42,7 @@ static void complete_if_full(Cluster& c) {
   c.arrived = 0;
   c.phase++;
   c.done_clocks = std::move(c.clocks);
-  c.clocks.v.clear();
+  c.clocks = {};
   wake(c.waiting);
 }
 
@@ -46,15 +52,25 @@ static void arrive_at_cluster(bool relaxed) {
   if (me->cluster_arrived) die("cluster barrier: second arrive without a wait");
   me->cluster_arrived = true;
   me->cluster_phase = c.phase;
-  relaxed ? gang->race.release_relaxed(me, c.clocks) : gang->race.release(me, c.clocks);
+  if (relaxed)
+    gang->race.release_relaxed(me, c.clocks, Scope::kCluster);
+  else
+    gang->race.release(me, c.clocks);
   c.arrived++;
   complete_if_full(c);
 }
 
-void cluster_arrive() { arrive_at_cluster(false); }
-void cluster_arrive_relaxed() { arrive_at_cluster(true); }
+void cluster_arrive() {
+  aligned("barrier.cluster.arrive", __builtin_return_address(0));
+  arrive_at_cluster(false);
+}
+void cluster_arrive_relaxed() {
+  aligned("barrier.cluster.arrive.relaxed", __builtin_return_address(0));
+  arrive_at_cluster(true);
+}
 
 void cluster_wait() {
+  aligned("barrier.cluster.wait", __builtin_return_address(0));
   Thread* me = self();
   Cluster& c = *me->cta->cluster;
   if (!me->cluster_arrived) die("cluster barrier: wait without an arrive");
@@ -74,36 +90,24 @@ void barrier_thread_exit(Thread* t) {
 }
 
 // ---- fences and atomics
-void fence() { gang->race.memory_fence(self()); }
+void fence(Scope scope) { gang->race.memory_fence(self(), scope); }
 void proxy_fence() { gang->race.proxy_fence(self()); }
 
-// One synchronisation variable per address, as far as the race checker is concerned. Relaxed
-// operations carry what the last fence before them made visible, and are acquired by the next
-// fence.
-void atomic_order(const void* p, size_t n, Order order) {
+// One synchronisation variable per address, as far as the race checker is concerned.
+void atomic_order(const void* p, size_t n, Order order, Scope scope) {
   Thread* me = self();
   if (uintptr_t(p) % n) die("atomic of %zu bytes at a misaligned address", n);
   yield();  // whoever spins on p lets the others run
-  RaceChecker& race = gang->race;
-  if (!race.on) return;
-  Published& at = gang->sync_variables[p];
-  if (order == Order::kAcquire || order == Order::kAcqRel)
-    race.acquire(me, at);
-  else if (!at.v.empty())
-    max_into(me->marks.relaxed_acquired.v, at.v.data(), at.v.size());
-  if (order == Order::kRelease || order == Order::kAcqRel)
-    race.release(me, at);
-  else
-    race.release_relaxed(me, at);
+  if (gang->race.on) gang->race.access_variable(me, gang->sync_variables[p], order, scope);
 }
 
 // Here and not in a header, for kernels are instrumented and the sanitizer would take over.
-uint32_t atomic_add(uint32_t* p, uint32_t n, Order order) {
-  atomic_order(p, 4, order);
+uint32_t atomic_add(uint32_t* p, uint32_t n, Order order, Scope scope) {
+  atomic_order(p, 4, order, scope);
   return __atomic_fetch_add(p, n, __ATOMIC_SEQ_CST);
 }
-uint32_t atomic_load(const uint32_t* p, Order order) {
-  atomic_order(p, 4, order);
+uint32_t atomic_load(const uint32_t* p, Order order, Scope scope) {
+  atomic_order(p, 4, order, scope);
   return __atomic_load_n(p, __ATOMIC_SEQ_CST);
 }
 

@@ -33,24 +33,86 @@ void RaceChecker::start(Gang& g) {
 }
 
 Clock* RaceChecker::row(const Thread* t) { return on ? &rows_[size_t(t->id) * width_] : nullptr; }
+View RaceChecker::view(const Thread* t) { return View(row(t), &t->marks.reads); }
 Clock RaceChecker::now(const Thread* t) { return on ? row(t)[t->id] : 1; }
 
 void RaceChecker::release(Thread* t, Published& p) {
   if (!on) return;
   max_into(p.v, row(t), width_);
+  if (!t->marks.reads.empty()) max_into(p.reads, t->marks.reads.data(), width_);
   row(t)[t->id]++;
 }
 
-void RaceChecker::release_relaxed(Thread* t, Published& p) {
-  if (!on || t->marks.fence_view.empty()) return;
-  max_into(p.v, t->marks.fence_view.data(), width_);
+void RaceChecker::release_reads(Thread* t, Published& p) {
+  if (!on) return;
+  max_into(p.reads, row(t), width_);
+  if (!t->marks.reads.empty()) max_into(p.reads, t->marks.reads.data(), width_);
+  row(t)[t->id]++;
+}
+
+void RaceChecker::release_relaxed(Thread* t, Published& p, Scope scope) {
+  if (!on) return;
+  const std::vector<Clock>& fenced = t->marks.fence_view[int(scope)];
+  if (!fenced.empty()) max_into(p.v, fenced.data(), width_);
 }
 
 void RaceChecker::acquire(Thread* t, const Published& p) {
-  if (!on || p.v.empty()) return;
+  if (!on) return;
+  if (!p.reads.empty()) max_into(t->marks.reads, p.reads.data(), width_);
+  if (p.v.empty()) return;
   Clock* mine = row(t);
   const Clock* theirs = p.v.data();
   for (unsigned i = 0; i < width_; i++) mine[i] = mine[i] > theirs[i] ? mine[i] : theirs[i];
+}
+
+void RaceChecker::acquire_reads(Thread* t, const Published& p) {
+  if (!on) return;
+  if (!p.v.empty()) max_into(t->marks.reads, p.v.data(), width_);
+  if (!p.reads.empty()) max_into(t->marks.reads, p.reads.data(), width_);
+}
+
+// The set of threads that a scope holds, by the thing that is theirs; a cluster of one is its CTA.
+static const void* domain(const Thread* t, Scope scope) {
+  const Cluster* cluster = t->cta->cluster;
+  if (scope == Scope::kGpu) return nullptr;
+  return scope == Scope::kCta || cluster->ctas.size() == 1 ? static_cast<const void*>(t->cta)
+                                                           : cluster;
+}
+
+// An atomic, an ld.acquire or an st.release. Relaxed ones carry what the last fence before them
+// made visible, and are acquired by the next fence.
+void RaceChecker::access_variable(Thread* t, Scoped& at, Order order, Scope scope) {
+  const bool acquires = order == Order::kAcquire || order == Order::kAcqRel;
+  const bool releases = order == Order::kRelease || order == Order::kAcqRel;
+  auto each_domain = [&](auto f) {
+    const void* last = t;  // no domain
+    for (int s = 0; s <= int(scope); s++) {
+      const void* d = domain(t, Scope(s));
+      if (d != last) f(Scope(s), d);
+      last = d;
+    }
+  };
+  each_domain([&](Scope s, const void* d) {
+    auto found = at.of.find(d);
+    if (found == at.of.end()) return;
+    if (acquires)
+      acquire(t, found->second);
+    else if (!found->second.v.empty())
+      max_into(t->marks.relaxed_acquired[int(s)].v, found->second.v.data(), width_);
+  });
+  auto wide = at.of.find(nullptr);
+  if ((!acquires || scope != Scope::kGpu) && wide != at.of.end() && !wide->second.v.empty())
+    max_into(t->cta->seen, wide->second.v.data(), width_);
+  bool fenced = releases;
+  for (const auto& v : t->marks.fence_view) fenced |= !v.empty();
+  if (!fenced) return;
+  const Clock before = now(t);
+  each_domain([&](Scope s, const void* d) {
+    if (!releases) return release_relaxed(t, at.of[d], s);
+    release(t, at.of[d]);
+    row(t)[t->id] = before;
+  });
+  row(t)[t->id] = before + releases;
 }
 
 void RaceChecker::proxy_fence(Thread* t) {
@@ -60,17 +122,17 @@ void RaceChecker::proxy_fence(Thread* t) {
   row(t)[t->id]++;
 }
 
-void RaceChecker::memory_fence(Thread* t) {
+void RaceChecker::memory_fence(Thread* t, Scope scope) {
   if (!on) return;
-  acquire(t, t->marks.relaxed_acquired);
-  t->marks.fence_view.assign(row(t), row(t) + width_);
+  for (int s = 0; s <= int(scope); s++) acquire(t, t->marks.relaxed_acquired[s]);
+  for (int s = 0; s <= int(scope); s++) t->marks.fence_view[s].assign(row(t), row(t) + width_);
   row(t)[t->id]++;
 }
 
 void RaceChecker::mbarrier_init_fence(Thread* t) {
   if (!on) return;
   t->marks.init_fences.push_back(now(t));
-  memory_fence(t);
+  memory_fence(t, Scope::kCluster);
 }
 
 // Was what `thread` initialised at `init` fenced, as far as the user knows?

@@ -9,6 +9,16 @@
 //   cp.async   group g of thread t is complete for whoever knows the epoch in which t waited for g
 //   fence.proxy.async   writes of t up to epoch e are visible to the async proxy for whoever knows
 //                       an epoch of t in which t fenced, at or after e
+//
+// Scopes: a release is filed under the sets of threads that its scope holds (its CTA, its cluster,
+// all), an acquire looks into those that its own scope holds, so the two meet only where each scope
+// holds the other thread. What a thread has acquired it passes on at any scope, as PTX has it
+// (causality is transitive).
+// An mbarrier is laxer in one respect. Libraries and this project hand memory back to another CTA
+// by arrivals at CTA scope, since the thread has used what it has read. Such an arrival, and a wait
+// at CTA scope for a wider one, carries `reads`: clocks that excuse a write over what was read,
+// over a bulk copy that was waited for, and over what a CTA stored in its own shared memory (an SM
+// carries out its own stores there in order). They let nobody read anything.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -16,6 +26,8 @@
 #include <memory>
 #include <unordered_map>
 #include <vector>
+
+#include "emu.h"
 
 namespace emu {
 
@@ -35,18 +47,25 @@ struct Event {
   Kind kind = Kind::kGeneric;
   uint64_t where = 0;      // code address, or named()
   bool unchanged = false;  // a write of the bytes that were there
+  bool constant = false;   // ld.global.nc
 };
 
 struct Published {  // what a synchronisation object carries from its releasers to its acquirers
-  std::vector<Clock> v;
+  std::vector<Clock> v, reads;
+};
+struct Scoped {  // a synchronisation variable: by CTA, by cluster, and null for all
+  std::unordered_map<const void*, Published> of;
 };
 
 struct OrderMarks {
   std::vector<Clock> proxy_fences;  // epochs that ended with fence.proxy.async, ascending
   std::vector<Clock> init_fences;   // the same for fence.mbarrier_init
   std::vector<Clock> cp_waits;      // cp_waits[g]: epoch after the wait for group g, ascending
-  std::vector<Clock> fence_view;    // V at the last memory fence, published by relaxed operations
-  Published relaxed_acquired;       // clocks read by relaxed loads, taken over at the next fence
+  // By scope: V at the last memory fence, published by relaxed operations, and the clocks that
+  // relaxed loads read, taken over at the next fence.
+  std::vector<Clock> fence_view[3];
+  Published relaxed_acquired[3];
+  std::vector<Clock> reads;  // what others are known to have read, beyond V
 };
 
 // What all threads of a warpgroup know: the least of their clocks, looked up when first asked for.
@@ -58,7 +77,9 @@ struct WarpgroupView {
 // What the issuer of an access knows: a thread's row, or a warpgroup.
 class View {
  public:
-  View(const Clock* row) : row_(row) {}
+  View(const Clock* row, const std::vector<Clock>* reads = nullptr) : row_(row) {
+    if (reads && !reads->empty()) reads_ = reads->data();
+  }
   View(WarpgroupView& group) : group_(&group) {}
   Clock of(unsigned actor) const {
     if (row_) return row_[actor];
@@ -68,8 +89,10 @@ class View {
     return it->second;
   }
 
+  const Clock* reads() const { return reads_; }
+
  private:
-  const Clock* row_ = nullptr;
+  const Clock *row_ = nullptr, *reads_ = nullptr;
   WarpgroupView* group_ = nullptr;
 };
 
@@ -105,16 +128,20 @@ class RaceChecker {
 
   // clocks
   void release(Thread*, Published&);
-  void release_relaxed(Thread*, Published&);  // publishes what the last fence made visible
+  void release_relaxed(Thread*, Published&, Scope);  // publishes what the last fence made visible
   void acquire(Thread*, const Published&);
+  void release_reads(Thread*, Published&);
+  void acquire_reads(Thread*, const Published&);
+  void access_variable(Thread*, Scoped&, Order, Scope);
   void proxy_fence(Thread*);
-  void memory_fence(Thread*);
+  void memory_fence(Thread*, Scope);
   void mbarrier_init_fence(Thread*);
   bool init_fenced(unsigned thread, Clock init, const Thread* user) const;
   void cp_async_waited(Thread*, size_t groups);
   void completed(Published&, Event);  // an asynchronous operation signals an object
   void completed(Thread*, Event);     // ... or is waited for by a thread
   Clock* row(const Thread*);
+  View view(const Thread*);
   Clock now(const Thread*);
 
   // events
@@ -127,6 +154,10 @@ class RaceChecker {
   void touch(const void* p, size_t n, bool write, const Event&, const View&);
   bool known(const Event& e, const View& view) const {
     return e.kind == Kind::kCpAsync ? cp_async_known(e, view) : view.of(e.actor) >= e.clock;
+  }
+  // The same for an event that a write may follow once it is known to be over, see `reads`.
+  bool used(const Event& e, const View& view) const {
+    return known(e, view) || (view.reads() && known(e, View(view.reads())));
   }
   void check_mbarrier_init(const uint8_t* bar, const Thread*, const char* op);
   void exit_check(const Cta&);
@@ -151,7 +182,9 @@ class RaceChecker {
                    const View&, const uint8_t* at);
   void check_write(Cell&, const Event&, const View&, const uint8_t* at);
   void check_read(Cell&, const Event&, const View&, const uint8_t* at);
-  void check_proxy(const Cell&, const Event&, const View&, const uint8_t* at);
+  void check_proxy(const Cell&, const Event&, const View&, const uint8_t* at, bool laxly);
+  bool is_own(const Event&, const uint8_t* at) const;
+  bool stale(const Event&, const Event& write, const uint8_t* at) const;
   [[noreturn]] void report(const char* fault, const uint8_t* at, const Event& now,
                            const Event& before);
   std::string describe(const Event&) const;

@@ -46,8 +46,8 @@ void cp_async(uint32_t dst, const void* src, int bytes, int src_bytes) {
   Copy c{shared_ptr(dst), static_cast<const uint8_t*>(src), uint32_t(src_bytes),
          uint32_t(bytes - src_bytes), race.cp_async_event(me, "cp.async")};
   if (race.on) {
-    race.touch(c.src, c.bytes, false, c.event, race.row(me));
-    race.touch(c.dst, size_t(bytes), true, c.event, race.row(me));
+    race.touch(c.src, c.bytes, false, c.event, race.view(me));
+    race.touch(c.dst, size_t(bytes), true, c.event, race.view(me));
   }
   gang->stats.async_bytes += uint64_t(bytes);
   if (happens_now()) return carry_out(c);
@@ -96,7 +96,7 @@ static void load(const char* what, uint32_t dst, uint32_t bytes, uint32_t bar, u
           what, m.cta->bid_x);
     Event e = race.bulk_event(me, what);
     window_check(data, bytes, what);
-    race.touch(data, bytes, true, e, race.row(me));
+    race.touch(data, bytes, true, e, race.view(me));
     memset(data, 0xff, bytes);
     later([=, &m] {
       fill(data);
@@ -117,7 +117,7 @@ static void check_bulk(const char* what, uint64_t a, uint64_t b, uint32_t bytes)
 void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar, uint32_t cta_mask) {
   check_bulk("cp.async.bulk", dst, uintptr_t(src), bytes);
   RaceChecker& race = gang->race;
-  race.touch(src, bytes, false, race.bulk_event(self(), "cp.async.bulk"), race.row(self()));
+  race.touch(src, bytes, false, race.bulk_event(self(), "cp.async.bulk"), race.view(self()));
   load("cp.async.bulk", dst, bytes, bar, cta_mask, [=](uint8_t* d) { memcpy(d, src, bytes); });
 }
 
@@ -177,7 +177,7 @@ static void check_source(const TensorMap& m, int x, int y, int z) {
     for (int64_t j = y0; j < y1; j++) {
       const uint8_t* row = m.base + k * int64_t(m.stride[2]) + j * int64_t(m.stride[1]);
       race.touch(row + x0 * m.elem_bytes, size_t(x1 - x0) * m.elem_bytes, false, e,
-                 race.row(self()));
+                 race.view(self()));
     }
 }
 
@@ -208,8 +208,8 @@ void bulk_to_cluster(uint32_t dst, uint32_t src, uint32_t bytes, uint32_t bar) {
   window_check(to, bytes, what);
   window_check(from, bytes, what);
   Event e = race.bulk_event(self(), what);
-  race.touch(from, bytes, false, e, race.row(self()));
-  race.touch(to, bytes, true, e, race.row(self()));
+  race.touch(from, bytes, false, e, race.view(self()));
+  race.touch(to, bytes, true, e, race.view(self()));
   memset(to, 0xff, bytes);
   later([=, &m] {
     memcpy(to, from, bytes);
@@ -224,7 +224,7 @@ void st_async(uint32_t dst, const void* value, uint32_t bytes, uint32_t bar) {
   mbarrier_use(m, "st.async", true);
   if (bytes > 16 || dst % bytes) die("st.async: %u bytes at 0x%x", bytes, dst);
   Event e = race.bulk_event(self(), "st.async");
-  race.touch(to, bytes, true, e, race.row(self()));
+  race.touch(to, bytes, true, e, race.view(self()));
   std::array<uint8_t, 16> copy{};
   memcpy(copy.data(), value, bytes);
   later([=, &m] {
@@ -240,8 +240,8 @@ void bulk_store(void* dst, uint32_t src, uint32_t bytes) {
   Copy c{static_cast<uint8_t*>(dst), shared_ptr(src), bytes, 0, race.bulk_event(self(), what)};
   c.write_event = race.bulk_event(self(), what);
   window_check(c.src, bytes, what);
-  race.touch(c.src, bytes, false, c.event, race.row(self()));
-  race.touch(c.dst, bytes, true, c.write_event, race.row(self()));
+  race.touch(c.src, bytes, false, c.event, race.view(self()));
+  race.touch(c.dst, bytes, true, c.write_event, race.view(self()));
   if (happens_now()) carry_out(c);
   self()->bulk_stores.add(c);
 }

@@ -36,9 +36,10 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-inline void __syncthreads() { emu::bar_sync(0, -1); }
+__forceinline__ void __syncthreads() { emu::bar_sync(0, -1); }
 inline void __syncwarp(uint32_t mask = 0xffffffffu) { emu::syncwarp(mask); }
-inline void __threadfence() { emu::fence(); }
+inline void __threadfence() { emu::fence(emu::Scope::kGpu); }
+inline void __threadfence_block() { emu::fence(emu::Scope::kCta); }
 
 template <class T>
 inline T emu_shfl(uint32_t mask, T value, int arg, emu::Shfl mode) {
@@ -74,6 +75,7 @@ inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 template <class T>
 inline T __ldg(const T* p) {
+  emu::access_constant(p, sizeof *p);
   return *p;
 }
 using std::max;

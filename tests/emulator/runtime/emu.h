@@ -45,8 +45,10 @@ struct Config {  // EMU_ASYNC, EMU_RANDOM, EMU_SEED, EMU_RACE, EMU_YIELD, EMU_WO
   bool reader_may_fence = false;
   bool proxies = true;            // whether wgmma needs a fence.proxy.async after other writes
   bool copies_may_write = false;  // threads of a CTA may store one value with one instruction
-  double yield_chance = 0;        // chance of a switch at each instrumented access
-  int workers = 2;                // OS threads
+  bool aligned = true;            // .aligned instructions want a whole warp at one call site
+  bool together = false;    // all CTAs of every launch interleaved, as those of a cooperative one
+  double yield_chance = 0;  // chance of a switch at each instrumented access
+  int workers = 2;          // OS threads
   uint64_t max_switches = 2'000'000'000;  // a launch that needs more is reported as a livelock
 };
 Config& config();
@@ -95,10 +97,18 @@ uint32_t mapa(uint32_t addr, unsigned rank);
 // make it together by one instruction (`what`), as compilers do with a value that all of them hold.
 void access(const void* p, size_t n, bool write, const char* what = "ld/st",
             bool unchanged = false);
+// ld.global.nc: memory that nobody writes during the launch, for its cache is never emptied.
+void access_constant(const void* p, size_t n, const char* what = "ld.global.nc");
 
 uint64_t global_time_ns();  // of the calling CTA: 32 more at each call, so that runs repeat
 
 // ---- synchronisation
+// Who is ordered by a release, an acquire or a fence: the threads of the caller's CTA, of its
+// cluster, or all.
+enum class Scope : uint8_t { kCta, kCluster, kGpu };
+// C++ translated from PTX names the next .aligned instruction by its line; null: it is not aligned.
+// Elsewhere the place in the code that calls the emulator stands for the instruction.
+void at(const char* site);
 void bar_sync(int id, int threads);  // threads -1: every live thread of the CTA
 void bar_arrive(int id, int threads);
 void syncwarp(uint32_t mask);
@@ -108,20 +118,23 @@ void cluster_wait();
 void yield();
 enum class Order { kRelaxed, kAcquire, kRelease, kAcqRel };
 // To be called before an atomic, an ld.acquire or an st.release.
-void atomic_order(const void* p, size_t n, Order);
-uint32_t atomic_add(uint32_t* p, uint32_t n, Order);  // these two call it themselves
-uint32_t atomic_load(const uint32_t* p, Order);
-void fence();            // membar / fence.acq_rel, any scope
+void atomic_order(const void* p, size_t n, Order, Scope = Scope::kGpu);
+// These two call it themselves.
+uint32_t atomic_add(uint32_t* p, uint32_t n, Order, Scope = Scope::kGpu);
+uint32_t atomic_load(const uint32_t* p, Order, Scope = Scope::kGpu);
+void fence(Scope);       // membar, fence.acq_rel, fence.sc
 void proxy_fence();      // fence.proxy.async
 void mbar_init_fence();  // fence.mbarrier_init.release.cluster
 
 void mbar_init(uint32_t bar, uint32_t count);
 void mbar_inval(uint32_t bar);
-void mbar_arrive(uint32_t bar, uint32_t n = 1);  // local or mapa'd address
+// A local or mapa'd address. At CTA scope, as the PTX default has it, an arrival at another CTA's
+// barrier orders this thread's reads alone: see clocks.h.
+void mbar_arrive(uint32_t bar, uint32_t n = 1, Scope = Scope::kCta);
 void mbar_expect_tx(uint32_t bar, uint32_t bytes);
 void mbar_arrive_expect_tx(uint32_t bar, uint32_t bytes);
-bool mbar_test(uint32_t bar, uint32_t parity);
-void mbar_wait(uint32_t bar, uint32_t parity);
+bool mbar_test(uint32_t bar, uint32_t parity, Scope = Scope::kCta);
+void mbar_wait(uint32_t bar, uint32_t parity, Scope = Scope::kCta);
 
 // ---- warp collectives
 enum class Shfl { kIdx, kUp, kDown, kXor };

@@ -9,7 +9,8 @@ namespace emu {
 extern __thread const uint8_t* window_base;
 extern __thread size_t window_bytes;
 
-static void check(const void* p, size_t n, bool write, uint64_t where, bool unchanged = false) {
+static void check(const void* p, size_t n, bool write, uint64_t where, bool unchanged = false,
+                  bool constant = false) {
   Gang* g = gang;
   g->stats.accesses++;
   if (g->config.yield_chance > 0 && (g->random() & 0xffff) < g->config.yield_chance * 65536)
@@ -20,13 +21,18 @@ static void check(const void* p, size_t n, bool write, uint64_t where, bool unch
   if (!g->race.on) return;
   Event event = g->race.thread_event(self(), where);
   event.unchanged = unchanged;
-  g->race.touch(p, n, write, event, g->race.row(self()));
+  event.constant = constant;
+  g->race.touch(p, n, write, event, g->race.view(self()));
 }
 
 PtxEntry (*find_ptx)(const void* kernel, size_t* static_smem) = nullptr;
 
 void access(const void* p, size_t n, bool write, const char* what, bool unchanged) {
   check(p, n, write, named(what), unchanged);
+}
+
+void access_constant(const void* p, size_t n, const char* what) {
+  check(p, n, false, named(what), false, true);
 }
 
 static inline void hook(const void* p, size_t n, bool write, void* caller) {
@@ -94,6 +100,10 @@ int emu_set(const char* name, double value) {
     c.proxies = value != 0;
   else if (n == "copies_may_write")
     c.copies_may_write = value != 0;
+  else if (n == "together")
+    c.together = value != 0;
+  else if (n == "aligned")
+    c.aligned = value != 0;
   else if (n == "yield_chance")
     c.yield_chance = value;
   else if (n == "workers")

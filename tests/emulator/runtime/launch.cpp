@@ -230,7 +230,7 @@ static void check_launch(const Launch& l) {
 void launch(const Launch& l, const std::function<void()>& body) {
   check_launch(l);
   unsigned blocks = l.grid.x * l.grid.y * l.grid.z;
-  unsigned each = l.cooperative ? blocks : l.cluster, gangs = blocks / each;
+  unsigned each = l.cooperative || config().together ? blocks : l.cluster, gangs = blocks / each;
   std::atomic<unsigned> next{0};
   std::atomic<bool> failed{false};
   std::mutex lock;

@@ -53,8 +53,11 @@ static void complete_if_full(Mbarrier& m) {
   if (m.pending || m.tx) return;
   m.phase++;
   m.pending = m.expected;
-  std::swap(m.done_clocks.v, m.clocks.v);
-  m.clocks.v.clear();
+  auto hand_over = [](Published& from, Published& to) {
+    std::swap(to.v, from.v), std::swap(to.reads, from.reads);
+    from.v.clear(), from.reads.clear();
+  };
+  hand_over(m.clocks, m.done_clocks), hand_over(m.far, m.done_far);
   wake(m.waiting);
 }
 
@@ -68,13 +71,18 @@ void mbarrier_use(Mbarrier& m, const char* op, bool by_copy) {
   if (m.cta != me->cta && !by_copy) m.remote[me->id] = gang->race.now(me);
 }
 
-void mbar_arrive(uint32_t bar, uint32_t n) {
+void mbar_arrive(uint32_t bar, uint32_t n, Scope scope) {
   Mbarrier& m = mbarrier_at(checked_address(bar));
   mbarrier_use(m, "mbarrier.arrive");
   if (m.pending < n)
     die("mbarrier at %s: more arrivals in a phase than its count %u",
         describe_location(m.where).c_str(), m.expected);
-  gang->race.release(self(), m.clocks);
+  if (m.cta == self()->cta)
+    gang->race.release(self(), m.clocks);
+  else if (scope == Scope::kCta)
+    gang->race.release_reads(self(), m.clocks);
+  else
+    gang->race.release(self(), m.far);
   m.pending -= n;
   complete_if_full(m);
 }
@@ -103,17 +111,21 @@ void mbarrier_complete_tx(Mbarrier& m, uint32_t bytes, Event e) {
   complete_if_full(m);
 }
 
-bool mbar_test(uint32_t bar, uint32_t parity) {
+bool mbar_test(uint32_t bar, uint32_t parity, Scope scope) {
   Mbarrier& m = mbarrier_at(checked_address(bar));
   mbarrier_use(m, "mbarrier.try_wait");
   if ((m.phase & 1) == (parity & 1)) return false;
   gang->race.acquire(self(), m.done_clocks);
+  if (scope == Scope::kCta)
+    gang->race.acquire_reads(self(), m.done_far);
+  else
+    gang->race.acquire(self(), m.done_far);
   return true;
 }
 
-void mbar_wait(uint32_t bar, uint32_t parity) {
+void mbar_wait(uint32_t bar, uint32_t parity, Scope scope) {
   if (parity > 1) die("mbarrier wait: parity %u", parity);
-  while (!mbar_test(bar, parity)) {
+  while (!mbar_test(bar, parity, scope)) {
     mbarrier_at(shared_ptr(bar)).waiting.push_back(self());
     block({Wait::kMbarrier, "mbarrier.try_wait", bar, parity});
   }

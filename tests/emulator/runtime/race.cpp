@@ -108,16 +108,21 @@ static bool same_store(const Event& e, const Event& before) {
 }
 
 void RaceChecker::check_write(Cell& c, const Event& e, const View& view, const uint8_t* at) {
-  if (c.write.clock && !known(c.write, view) && !same_store(e, c.write))
+  const bool laxly = is_own(c.write, at);
+  if (c.write.clock && !(laxly ? used(c.write, view) : known(c.write, view)) &&
+      !same_store(e, c.write))
     report("race: write after write", at, e, c.write);
+  auto check = [&](const Event& r) {
+    if (r.constant) report("write to memory that ld.global.nc has read in this launch", at, e, r);
+    if (!used(r, view)) report("race: write after read", at, e, r);
+  };
   for (Event& r : c.read)
-    if (r.clock && !known(r, view)) report("race: write after read", at, e, r);
+    if (r.clock) check(r);
   if (c.more_reads) {
-    for (Event& r : *c.more_reads)
-      if (!known(r, view)) report("race: write after read", at, e, r);
+    for (Event& r : *c.more_reads) check(r);
     c.more_reads.reset();
   }
-  check_proxy(c, e, view, at);
+  check_proxy(c, e, view, at, laxly);
   c.write = e;
   c.initialised = true;
   c.read[0].clock = c.read[1].clock = 0;
@@ -125,8 +130,14 @@ void RaceChecker::check_write(Cell& c, const Event& e, const View& view, const u
 
 void RaceChecker::check_read(Cell& c, const Event& e, const View& view, const uint8_t* at) {
   if (!c.initialised) report("read of uninitialised shared memory", at, e, {});
-  if (c.write.clock && !known(c.write, view)) report("race: read after write", at, e, c.write);
-  check_proxy(c, e, view, at);
+  if (e.constant && c.write.clock)
+    report("ld.global.nc of memory that this launch has written", at, e, c.write);
+  if (c.write.clock && !known(c.write, view))
+    report(stale(e, c.write, at) ? "race: read after write, stale L1: plain load of data written "
+                                   "by another CTA without a gpu-scope acquire by this thread's CTA"
+                                 : "race: read after write",
+           at, e, c.write);
+  check_proxy(c, e, view, at, false);
   // A read that this one comes after need not be kept: what races with it races with this one.
   for (Event& r : c.read)
     if (!r.clock || (r.actor == e.actor && r.kind == e.kind) || known(r, view)) {
@@ -142,12 +153,30 @@ void RaceChecker::check_read(Cell& c, const Event& e, const View& view, const ui
   c.more_reads->push_back(e);
 }
 
+// A bulk copy, or a store of a thread to the shared memory of its own CTA.
+bool RaceChecker::is_own(const Event& write, const uint8_t* at) const {
+  if (write.kind == Kind::kAsync) return true;
+  const size_t offset = size_t(at - gang_->ctas[0].smem);
+  return offset < gang_->ctas.size() * kWindow &&
+         &gang_->ctas[offset / kWindow] == gang_->threads[write.actor].cta;
+}
+
+// Has the CTA read a flag that says the data is there, but not so that its L1 was emptied?
+bool RaceChecker::stale(const Event& e, const Event& write, const uint8_t* at) const {
+  if (e.kind != Kind::kGeneric || write.kind != Kind::kGeneric) return false;
+  const Cta* mine = gang_->threads[e.actor].cta;
+  const bool is_global = size_t(at - gang_->ctas[0].smem) >= gang_->ctas.size() * kWindow;
+  return is_global && gang_->threads[write.actor].cta != mine && !mine->seen.empty() &&
+         mine->seen[write.actor] >= write.clock;
+}
+
 // Generic writes reach the async proxy (wgmma, bulk copies) only through fence.proxy.async, made by
 // the thread that wrote.
-void RaceChecker::check_proxy(const Cell& c, const Event& e, const View& view, const uint8_t* at) {
+void RaceChecker::check_proxy(const Cell& c, const Event& e, const View& view, const uint8_t* at,
+                              bool laxly) {
   if (!gang_->config.proxies) return;
   if (e.kind != Kind::kAsync || !c.write.clock || c.write.kind == Kind::kAsync) return;
-  if (!fenced(c.write, view))
+  if (!fenced(c.write, view) && !(laxly && view.reads() && fenced(c.write, View(view.reads()))))
     report("missing fence.proxy.async after a generic write", at, e, c.write);
 }
 
@@ -166,10 +195,10 @@ void RaceChecker::check_mbarrier_init(const uint8_t* bar, const Thread* t, const
 // as its own threads know.
 void RaceChecker::exit_check(const Cta& cta) {
   if (!on) return;
-  View view(cta.exit_clocks.v.data());
+  View view(cta.exit_clocks.v.data(), &cta.exit_clocks.reads);
   auto outside = [&](const Event& e) {
     bool own_thread = e.actor >= cta.first_thread && e.actor < cta.first_thread + cta.thread_count;
-    return e.clock && !own_thread && !known(e, view);
+    return e.clock && !own_thread && !used(e, view);
   };
   std::function<void(const Piece&, unsigned, const uint8_t*)> visit =
       [&](const Piece& p, unsigned size, const uint8_t* at) {

@@ -97,7 +97,9 @@ struct Thread : ThreadContext {
   Groups<uint32_t> wgmmas;  // op numbers within the warpgroup
   bool wgmma_fenced = false, cluster_arrived = false;
   unsigned cluster_phase = 0;
-  OrderMarks marks;  // proxy fences and cp.async waits, see clocks.h
+  OrderMarks marks;            // proxy fences and cp.async waits, see clocks.h
+  uint32_t aligned_count = 0;  // .aligned instructions so far
+  uint64_t site = 0;           // of the next one, see at()
 };
 
 struct Rendezvous {
@@ -105,6 +107,11 @@ struct Rendezvous {
   const char* op = nullptr;
   std::function<void(Warp&, Rendezvous&)> work;
   std::array<void*, 32> arg;
+};
+struct AlignedStep {  // an .aligned instruction and the lanes that have come to it
+  uint64_t where;
+  const char* op;
+  uint32_t lanes, first_lane;
 };
 struct BankInstruction {  // see banks.cpp
   uint32_t lanes = 0;
@@ -125,6 +132,8 @@ struct Warp {
   bool starved = false;     // the random scheduler avoids it for a while
   std::array<Rendezvous, 4> rendezvous;
   std::unordered_map<uint64_t, BankSite> bank_sites;  // by place in the code
+  std::deque<AlignedStep> aligned;  // from step number `aligned_done` on: not yet done by all lanes
+  uint32_t aligned_done = 0;
   // Operands and results of mma and ldmatrix. Each lane writes and reads its own elements, so that
   // the lane that does the work need not visit the other lanes' stacks.
   alignas(32) float a[32][16], b[16 * 16], d[32 * 16];
@@ -154,7 +163,8 @@ struct Cta {
   std::vector<std::unique_ptr<Warpgroup>> warpgroups;
   std::vector<RegisterShare> registers;  // of each warpgroup
   Published exit_clocks;
-  uint64_t time_ns = 0;  // see global_time_ns()
+  std::vector<Clock> seen;  // released by others and read here without an acquire, see stale()
+  uint64_t time_ns = 0;     // see global_time_ns()
 };
 
 struct Cluster {
@@ -172,7 +182,8 @@ struct Mbarrier {
   bool valid = true;
   uint32_t expected, pending, phase = 0;
   int64_t tx = 0;
-  Published clocks, done_clocks;
+  // Of this phase and of the last: `far` are arrivals of other CTAs at cluster scope.
+  Published clocks, done_clocks, far, done_far;
   std::vector<Thread*> waiting;
   std::unordered_map<uint32_t, Clock> remote;  // last use by each thread of another CTA
 };
@@ -201,7 +212,7 @@ struct Gang {
 
   std::vector<std::function<void()>> in_flight;  // asynchronous work not yet carried out
   std::deque<Mbarrier> mbarriers;
-  std::unordered_map<const void*, Published> sync_variables;  // atomics
+  std::unordered_map<const void*, Scoped> sync_variables;  // atomics
   RaceChecker race;
 };
 
@@ -229,6 +240,7 @@ void count_banks(uint32_t offset, size_t bytes, uint64_t where);
 void finish_banks(Warp&);
 uint8_t* shared_in(Cluster&, unsigned rank, uint32_t addr);
 void barrier_thread_exit(Thread*);
+void aligned(const char* op, const void* caller);
 void warp_thread_exit(Warp&);
 Mbarrier& mbarrier_at(uint8_t*);
 void mbarrier_use(Mbarrier&, const char* op, bool by_copy = false);

@@ -47,6 +47,29 @@ void warp_thread_exit(Warp& w) {
     if (r.arrived && r.arrived == (r.mask & w.live)) complete(w, r, 0);
 }
 
+// The same instruction must be every lane's k-th .aligned one, for all k: a warp that diverged and
+// has not come together again is at several at once. Lanes that have left are not asked.
+void aligned(const char* op, const void* caller) {
+  Thread* me = self();
+  const uint64_t where = me->site ? me->site : uint64_t(caller);
+  me->site = 0;
+  if (!gang->config.aligned || where == named(nullptr)) return;
+  Warp& w = *me->home;
+  uint32_t step = me->aligned_count++ - w.aligned_done;
+  if (step == w.aligned.size()) w.aligned.push_back({where, op, 0, me->lane});
+  AlignedStep& s = w.aligned[step];
+  if (s.where != where || s.op != op)
+    die("diverged warp: lane %u is at %s (%s), lane %u was at %s (%s) instead; these are .aligned: "
+        "all lanes of a warp must come to one call site",
+        me->lane, op, describe_code(where).c_str(), s.first_lane, s.op,
+        describe_code(s.where).c_str());
+  s.lanes |= 1u << me->lane;
+  while (!w.aligned.empty() && (w.aligned[0].lanes & w.live) == w.live)
+    w.aligned.pop_front(), w.aligned_done++;
+}
+
+void at(const char* site) { self()->site = named(site); }
+
 template <class F>
 static void each_lane(uint32_t mask, F f) {
   for (; mask; mask &= mask - 1) f(unsigned(__builtin_ctz(mask)));
@@ -120,7 +143,7 @@ static void move_matrix(Warp& w, Rendezvous& r, unsigned matrix, bool trans, boo
     row[i] = static_cast<uint8_t*>(r.arg[owner->lane]);
     if (race.on) {
       Event e = race.thread_event(owner, named(store ? "stmatrix" : "ldmatrix"));
-      race.touch(row[i], 16, store, e, race.row(owner));
+      race.touch(row[i], 16, store, e, race.view(owner));
     }
   }
   if (!store) count_conflicts(row);
@@ -150,6 +173,7 @@ static uint8_t* row_address(uint32_t addr) {
 
 // Lanes of matrices that an .x1 or .x2 does not have need no valid address.
 void ldmatrix(uint32_t addr, uint32_t* out, int n, bool trans) {
+  aligned("ldmatrix", __builtin_return_address(0));
   Thread* me = self();
   void* row = int(me->lane) < 8 * n ? row_address(addr) : nullptr;
   collective(~0u, trans ? "ldmatrix.trans" : "ldmatrix", row, [=](Warp& w, Rendezvous& r) {
@@ -159,6 +183,7 @@ void ldmatrix(uint32_t addr, uint32_t* out, int n, bool trans) {
 }
 
 void stmatrix(uint32_t addr, const uint32_t* in, int n, bool trans) {
+  aligned("stmatrix", __builtin_return_address(0));
   Thread* me = self();
   void* row = int(me->lane) < 8 * n ? row_address(addr) : nullptr;
   memcpy(me->home->words[me->lane], in, size_t(n) * 4);
@@ -210,18 +235,22 @@ static void multiply(const char* op, float* const (&d)[kRows * kColumns],
 }
 
 void mma_m16n8k16_bf16(float* d, const uint32_t* a, const uint32_t* b, const float* c) {
+  aligned("mma", __builtin_return_address(0));
   multiply<1, 1>("mma.m16n8k16", {d}, {c}, {a}, b);
 }
 void mma_m32n16k16_bf16(float* d00, float* d01, float* d10, float* d11, const uint32_t* a0,
                         const uint32_t* a1, const uint32_t* b) {
+  aligned("mma", __builtin_return_address(0));
   multiply<2, 2>("four mma.m16n8k16", {d00, d01, d10, d11}, {d00, d01, d10, d11}, {a0, a1}, b);
 }
 
 void mma_m16n16k16_bf16(float* d0, float* d1, const uint32_t* a, const uint32_t* b) {
+  aligned("mma", __builtin_return_address(0));
   multiply<1, 2>("two mma.m16n8k16", {d0, d1}, {d0, d1}, {a}, b);
 }
 void mma_m32n8k16_bf16(float* d0, float* d1, const uint32_t* a0, const uint32_t* a1,
                        const uint32_t* b) {
+  aligned("mma", __builtin_return_address(0));
   multiply<2, 1>("two mma.m16n8k16 of two rows", {d0, d1}, {d0, d1}, {a0, a1}, b);
 }
 

@@ -201,12 +201,24 @@ static void join(const WgmmaArgs& mine, bool at_once) {
     if (other != me) make_ready(other);
 }
 
-void wgmma(const WgmmaArgs& args) { join(args, false); }
-void wgmma_now(const WgmmaArgs& args) { join(args, true); }
+void wgmma(const WgmmaArgs& args) {
+  aligned("wgmma", __builtin_return_address(0));
+  join(args, false);
+}
+void wgmma_now(const WgmmaArgs& args) {
+  aligned("wgmma", __builtin_return_address(0));
+  join(args, true);
+}
 
 // ---- fence, commit, wait
-void wgmma_fence() { self()->wgmma_fenced = true; }
-void wgmma_commit() { self()->wgmmas.commit(); }
+void wgmma_fence() {
+  aligned("wgmma.fence", __builtin_return_address(0));
+  self()->wgmma_fenced = true;
+}
+void wgmma_commit() {
+  aligned("wgmma.commit_group", __builtin_return_address(0));
+  self()->wgmmas.commit();
+}
 
 static void check_untouched(const Accumulator& acc, unsigned lane) {
   for (int i = 0; i < acc.n / 2; i++)
@@ -234,6 +246,7 @@ static void hand_back(Warpgroup& g, Thread* t, int64_t last_done) {
 }
 
 void wgmma_wait(int groups_left) {
+  aligned("wgmma.wait_group", __builtin_return_address(0));
   Thread* me = self();
   Warpgroup& g = my_warpgroup();
   int64_t last_done = -1;
@@ -262,6 +275,7 @@ static void grant_registers(Cta& cta) {
 }
 
 void setmaxnreg(int registers, bool increase) {
+  aligned("setmaxnreg", __builtin_return_address(0));
   Thread* me = self();
   if (registers % 8 || registers < 24 || registers > 256)
     die("setmaxnreg %d: a multiple of 8 in 24..256 is needed", registers);

@@ -9,7 +9,7 @@ RX_DEVICE void cluster_sync() {
 }
 
 // Each CTA reads its neighbour's box with ld, and writes into the box after that with st.
-__global__ void dsmem_kernel(uint32_t* out_g) {
+__global__ void dsmem_kernel(uint32_t* out_g, uint32_t ctas) {
   RX_DYN_SMEM(smem);
   uint4* box = reinterpret_cast<uint4*>(smem);
   float* mail = reinterpret_cast<float*>(smem + 32 * 16);
@@ -17,10 +17,10 @@ __global__ void dsmem_kernel(uint32_t* out_g) {
   const uint32_t rank = rx::cluster_rank(), t = threadIdx.x;
   box[t] = make_uint4(rank * 1000 + t, t, rank, t * t);
   cluster_sync();
-  const uint4 v = rx::ld_cluster_v4(rx::mapa(rx::smem_u32(box + t), (rank + 1) % 4));
-  const float f = rx::ld_cluster_f32(rx::mapa(rx::smem_u32(box + (31 - t)), (rank + 1) % 4));
-  rx::st_cluster_f32(rx::mapa(rx::smem_u32(mail + t), (rank + 2) % 4), float(rank * 100 + t));
-  rx::st_cluster_v4(rx::mapa(rx::smem_u32(mail4 + t), (rank + 3) % 4),
+  const uint4 v = rx::ld_cluster_v4(rx::mapa(rx::smem_u32(box + t), (rank + 1) % ctas));
+  const float f = rx::ld_cluster_f32(rx::mapa(rx::smem_u32(box + (31 - t)), (rank + 1) % ctas));
+  rx::st_cluster_f32(rx::mapa(rx::smem_u32(mail + t), (rank + 2) % ctas), float(rank * 100 + t));
+  rx::st_cluster_v4(rx::mapa(rx::smem_u32(mail4 + t), (rank + 3) % ctas),
                     make_uint4(rank, t, v.x, v.w));
   cluster_sync();
   uint32_t* o = out_g + (rank * 32 + t) * 10;
@@ -28,14 +28,16 @@ __global__ void dsmem_kernel(uint32_t* out_g) {
   o[0] = v.x, o[1] = v.y, o[2] = v.z, o[3] = v.w, o[4] = bits(f), o[5] = bits(mail[t]);
   o[6] = m.x, o[7] = m.y, o[8] = m.z, o[9] = m.w;
 }
+template <uint32_t kCtas>
 int run_dsmem(uint32_t* out_g, void* stream) {
-  return rx::launch({"dsmem", dim3(4), dim3(32), 32 * 36, 4}, stream, dsmem_kernel, out_g);
+  return rx::launch({"dsmem", dim3(kCtas), dim3(32), 32 * 36, kCtas}, stream, dsmem_kernel, out_g,
+                    kCtas);
 }
 
-// Four CTAs pass a number round by remote arrivals; CTA r goes on when r - 1 has arrived. Both
+// The CTAs pass a number round by remote arrivals; CTA r goes on when r - 1 has arrived. Both
 // parities are waited for, and a barrier with a count of two takes one local and one remote
 // arrival.
-__global__ void mbarrier_kernel(uint32_t* out_g) {
+__global__ void mbarrier_kernel(uint32_t* out_g, uint32_t ctas, uint32_t rounds) {
   RX_DYN_SMEM(smem);
   const uint32_t turn = rx::smem_u32(smem), both = turn + 8, rank = rx::cluster_rank();
   float* number = reinterpret_cast<float*>(smem + 16);
@@ -47,12 +49,12 @@ __global__ void mbarrier_kernel(uint32_t* out_g) {
   }
   cluster_sync();
   if (threadIdx.x == 0) {
-    for (uint32_t round = 0; round < 3; round++) {
+    for (uint32_t round = 0; round < rounds; round++) {
       if (rank || round) rx::mbar_wait(turn, (rank ? round : round - 1) & 1);
       const float next = number[0] * 2.f + float(rank);
-      if (rank == 3 && round == 2) break;
-      rx::st_cluster_f32(rx::mapa(turn + 16, (rank + 1) % 4), next);
-      rx::mbar_arrive_remote(rx::mapa(turn, (rank + 1) % 4));
+      if (rank == ctas - 1 && round == rounds - 1) break;
+      rx::st_cluster_f32(rx::mapa(turn + 16, (rank + 1) % ctas), next);
+      rx::mbar_arrive_remote(rx::mapa(turn, (rank + 1) % ctas));
     }
     rx::mbar_arrive(both);
     rx::mbar_arrive_remote(rx::mapa(both, rank ^ 1));
@@ -63,8 +65,10 @@ __global__ void mbarrier_kernel(uint32_t* out_g) {
   cluster_sync();
   if (threadIdx.x == 0) rx::mbar_inval(turn);
 }
+template <uint32_t kCtas, uint32_t kRounds>
 int run_mbarrier(uint32_t* out_g, void* stream) {
-  return rx::launch({"mbarrier", dim3(4), dim3(32), 32, 4}, stream, mbarrier_kernel, out_g);
+  return rx::launch({"mbarrier", dim3(kCtas), dim3(32), 32, kCtas}, stream, mbarrier_kernel, out_g,
+                    kCtas, kRounds);
 }
 
 // ---- bulk copies: the first kWords words of the output are the source
@@ -84,45 +88,46 @@ RX_DEVICE void init_barrier(uint32_t bar, uint32_t bytes) {
 }
 
 enum Route { kLoad, kMulticast, kToCluster };
-__global__ void bulk_kernel(uint32_t* out_g, int route) {
+__global__ void bulk_kernel(uint32_t* out_g, int route, uint32_t ctas) {
   RX_DYN_SMEM(smem);
   const uint32_t data = rx::smem_u32(smem), bar = data + kWords * 4, rank = rx::cluster_rank();
   uint32_t* words = reinterpret_cast<uint32_t*>(smem);
   init_barrier(bar, kWords * 4);
   if (route == kLoad && threadIdx.x == 0) rx::bulk_load(data, out_g, kWords * 4, bar);
-  if (route == kMulticast && threadIdx.x == 0)  // each CTA sends its half to both
-    rx::bulk_load_multicast(data + rank * kWords * 2, out_g + rank * kWords / 2, kWords * 2, bar,
-                            3);
+  if (route == kMulticast && threadIdx.x == 0)  // each CTA sends its share to all
+    rx::bulk_load_multicast(data + rank * kWords * 4 / ctas, out_g + rank * kWords / ctas,
+                            kWords * 4 / ctas, bar, uint16_t((1u << ctas) - 1));
   if (route == kToCluster) {  // from a second buffer to the peer's first
     uint32_t* mine = words + kWords + 4;
     for (int i = threadIdx.x; i < kWords; i += 32) mine[i] = out_g[i] + rank;
     rx::fence_proxy_async();
     __syncwarp();
     if (threadIdx.x == 0)
-      rx::bulk_to_cluster(rx::mapa(data, rank ^ 1), rx::smem_u32(mine), kWords * 4,
-                          rx::mapa(bar, rank ^ 1));
+      rx::bulk_to_cluster(rx::mapa(data, (rank + 1) % ctas), rx::smem_u32(mine), kWords * 4,
+                          rx::mapa(bar, (rank + 1) % ctas));
   }
   rx::mbar_wait(bar, 0);
   for (int i = threadIdx.x; i < kWords; i += 32) out_g[(1 + rank) * kWords + i] = words[i];
   __syncwarp();
   cluster_sync();
 }
-template <Route kRoute>
+template <Route kRoute, uint32_t kCtas>
 int run_bulk(uint32_t* out_g, void* stream) {
   if (int e = rx::launch({"fill", dim3(1), dim3(kWords)}, stream, fill_kernel, out_g)) return e;
-  return rx::launch({"bulk", dim3(2), dim3(32), kWords * 8 + 32, 2}, stream, bulk_kernel, out_g,
-                    int(kRoute));
+  return rx::launch({"bulk", dim3(kCtas), dim3(32), kWords * 8 + 32, kCtas}, stream, bulk_kernel,
+                    out_g, int(kRoute), kCtas);
 }
 
-// CTA 0 sends four rounds into one buffer of CTA 1, each after CTA 1 has handed the buffer back.
+// CTA 0 sends four rounds into one buffer of every other CTA, each after all have handed theirs
+// back.
 constexpr int kRounds = 4;
-__global__ void bulk_hand_back_kernel(uint32_t* out_g) {
+__global__ void bulk_hand_back_kernel(uint32_t* out_g, uint32_t ctas) {
   RX_DYN_SMEM(smem);
   const uint32_t data = rx::smem_u32(smem), full = data + kWords * 4, empty = full + 8;
   uint32_t* words = reinterpret_cast<uint32_t*>(smem);
   if (threadIdx.x == 0) {
     rx::mbar_init(full, 1);
-    rx::mbar_init(empty, 1);
+    rx::mbar_init(empty, ctas - 1);
     rx::fence_mbarrier_init();
   }
   cluster_sync();
@@ -134,11 +139,13 @@ __global__ void bulk_hand_back_kernel(uint32_t* out_g) {
       rx::fence_proxy_async_shared();
       __syncwarp();
       if (threadIdx.x == 0)
-        rx::bulk_to_cluster(rx::mapa(data, 1), data, kWords * 4, rx::mapa(full, 1));
+        for (uint32_t to = 1; to < ctas; to++)
+          rx::bulk_to_cluster(rx::mapa(data, to), data, kWords * 4, rx::mapa(full, to));
     } else {
       if (threadIdx.x == 0) rx::mbar_arrive_expect_tx(full, kWords * 4);
       rx::mbar_wait_copies(full, round & 1);
-      for (int i = threadIdx.x; i < kWords; i += 32) out_g[round * kWords + i] = words[i];
+      for (int i = threadIdx.x; i < kWords; i += 32)
+        out_g[((rank - 1) * kRounds + round) * kWords + i] = words[i];
       __syncwarp();
       if (threadIdx.x == 0) rx::mbar_arrive_remote_reads(rx::mapa(empty, 0));
     }
@@ -146,9 +153,10 @@ __global__ void bulk_hand_back_kernel(uint32_t* out_g) {
   __syncwarp();
   cluster_sync();
 }
+template <uint32_t kCtas>
 int run_bulk_hand_back(uint32_t* out_g, void* stream) {
-  return rx::launch({"bulk_hand_back", dim3(2), dim3(32), kWords * 4 + 16, 2}, stream,
-                    bulk_hand_back_kernel, out_g);
+  return rx::launch({"bulk_hand_back", dim3(kCtas), dim3(32), kWords * 4 + 16, kCtas}, stream,
+                    bulk_hand_back_kernel, out_g, kCtas);
 }
 
 // A bulk copy reads what the threads of the CTA have just written to global memory.
@@ -247,12 +255,20 @@ int run_stmatrix(uint32_t* out_g, void* stream) {
 }
 
 constexpr Entry kTable[] = {
-    {"dsmem", 4 * 32 * 10, run_dsmem},
-    {"mbarrier", 4, run_mbarrier},
-    {"bulk_load", 3 * kWords, run_bulk<kLoad>},
-    {"bulk_load_multicast", 3 * kWords, run_bulk<kMulticast>},
-    {"bulk_to_cluster", 3 * kWords, run_bulk<kToCluster>},
-    {"bulk_hand_back", kRounds * kWords, run_bulk_hand_back},
+    {"dsmem", 4 * 32 * 10, run_dsmem<4>},
+    {"dsmem_8", 8 * 32 * 10, run_dsmem<8>},
+    {"mbarrier", 4, run_mbarrier<4, 3>},
+    {"mbarrier_8", 8, run_mbarrier<8, 2>},
+    {"bulk_load", 3 * kWords, run_bulk<kLoad, 2>},
+    {"bulk_load_multicast", 3 * kWords, run_bulk<kMulticast, 2>},
+    {"bulk_load_multicast_4", 5 * kWords, run_bulk<kMulticast, 4>},
+    {"bulk_load_multicast_8", 9 * kWords, run_bulk<kMulticast, 8>},
+    {"bulk_to_cluster", 3 * kWords, run_bulk<kToCluster, 2>},
+    {"bulk_to_cluster_4", 5 * kWords, run_bulk<kToCluster, 4>},
+    {"bulk_to_cluster_8", 9 * kWords, run_bulk<kToCluster, 8>},
+    {"bulk_hand_back", kRounds * kWords, run_bulk_hand_back<2>},
+    {"bulk_hand_back_4", 3 * kRounds * kWords, run_bulk_hand_back<4>},
+    {"bulk_hand_back_8", 7 * kRounds * kWords, run_bulk_hand_back<8>},
     {"bulk_store", kWords, run_bulk_store},
     {"bulk_scratch", 2 * kWords, run_bulk_scratch},
     {"tensor_load_2d", kMatrixWords + 4 * kBoxWords, run_tensor<0>},

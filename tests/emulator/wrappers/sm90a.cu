@@ -139,6 +139,7 @@ constexpr Entry kTable[] = {
     {"wgmma_32_transposed_high", 64 * 32, run_wgmma<32, kHighB>},
     {"wgmma_128_transposed_a", 64 * 128, run_wgmma<128, kTransposedA>},
     {"wgmma_64_swizzle_64b", 64 * 64, run_wgmma<64, kSwizzle64>},
+    {"wgmma_128_swizzle_64b", 64 * 128, run_wgmma<128, kSwizzle64>},
     {"wgmma_256_swizzle_64b", 64 * 256, run_wgmma<256, kSwizzle64>},
     {"wgmma_64_swizzle_32b", 64 * 64, run_wgmma<64, kSwizzle32>},
     {"wgmma_256_swizzle_32b", 64 * 256, run_wgmma<256, kSwizzle32>},
