@@ -83,7 +83,7 @@ def _store(out, row_offset, cols, live, value, N: tl.constexpr, COL: tl.constexp
 @triton.jit
 def linear_kernel(
     a, w, residual, squares, out, kept,
-    M, a_batch, r_batch, o_batch,
+    M, depth, a_batch, r_batch, o_batch,
     R: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W_N: tl.constexpr, W_K: tl.constexpr,
     W_COLS: tl.constexpr, A_ROW: tl.constexpr, A_COL: tl.constexpr, R_ROW: tl.constexpr,
     R_COL: tl.constexpr, O_ROW: tl.constexpr, O_COL: tl.constexpr,
@@ -124,7 +124,9 @@ def linear_kernel(
     # The residual comes first: after the products, beside both accumulators, it would spill.
     first = _start(residual, r_rows, cols, live, scale, N, R_COL, RESIDUAL, SCALED, ROWS, COLS)
     second = _start(residual, r_rows, more, live, scale, N, R_COL, RESIDUAL, SCALED, ROWS, COLS)
-    for start in range(0, K, DEPTH):
+    # Both are K. LLVM unrolls a short loop whose end it knows, and then it spills.
+    end = K if K >= 16 * DEPTH else depth
+    for start in range(0, end, DEPTH):
         ks = start + tl.arange(0, DEPTH)
         inside = live[:, None]
         if not WHOLE_K:
@@ -339,5 +341,5 @@ def launch_arguments(
         "PRECISION": "ieee",  # read for fp32 only: tf32 would lose 13 of its 23 mantissa bits
     }  # fmt: skip
     args = (a, w, around, a if squares is None else squares, out, a if kept is None else kept)
-    args += (m, a3.stride(0), r3.stride(0), o3.stride(0))
+    args += (m, k, a3.stride(0), r3.stride(0), o3.stride(0))
     return args, constants, tiles.options(tile)

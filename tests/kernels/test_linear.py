@@ -149,7 +149,7 @@ BUGS = {
     "gate and up swapped": (
         "first * tl.sigmoid(first) * second", "second * tl.sigmoid(second) * first",
     ),
-    "last slab of K is dropped": ("range(0, K, DEPTH)", "range(0, K - 16, DEPTH)"),
+    "last slab of K is dropped": ("range(0, end, DEPTH)", "range(0, end - 16, DEPTH)"),
 }  # fmt: skip
 SCALE_BUGS = {
     "a tile is missing in the sum": ("tl.static_range(1, PARTS)", "tl.static_range(2, PARTS)"),
