@@ -116,9 +116,10 @@ def test_a_model_with_other_weights() -> None:
         got = grad(loss)({name: p.detach() for name, p in parameters.items()})
         want = torch.autograd.grad(loss(parameters), [*parameters.values()], allow_unused=True)
         for name, slope in zip(parameters, want, strict=True):
-            torch.testing.assert_close(
-                got[name], torch.zeros_like(got[name]) if slope is None else slope
-            )
+            want_of = torch.zeros_like(got[name]) if slope is None else slope
+            # Under `grad` PyTorch runs it, else an engine may, whose sums round otherwise.
+            far = float((got[name] - want_of).abs().max())
+            assert far <= 1e-5 * max(1.0, float(want_of.abs().max())), (name, far)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])

@@ -86,15 +86,15 @@ def by_the_loop(model, batch, **rules):
         return recurx.solve(model, batch, **rules)
 
 
-def differences(inside, loop):
+def differences(inside, loop, same_batches=True):
     """Names of what is not the same."""
     found = []
     for name in ("predictions", "steps", "halted", "rollout_steps", "trace", "q", "logits"):
         got, want = getattr(inside, name), getattr(loop, name)
         if got is None or want is None:
             same = got is want
-        elif name in ("q", "logits") and loop.halted.any():
-            # PyTorch's product of a batch that shrank may round otherwise.
+        elif name in ("q", "logits") and (loop.halted.any() or not same_batches):
+            # PyTorch's product of a batch of another size may round otherwise.
             same = got.dtype == want.dtype and torch.allclose(got, want, rtol=1e-5, atol=1e-5)
         else:
             same = torch.equal(got, want)
@@ -140,7 +140,8 @@ def test_a_queue_of_several_parts(monkeypatch, calls):
     monkeypatch.setattr(on_cpu, "MOST_BYTES", 9 * TOKENS * 64 * 4)
     inside = recurx.solve(model, puzzles(), progress=told.append, **rules)
     assert calls == [9, 9, 5]
-    assert not differences(inside, by_the_loop(model, puzzles(), **rules))
+    loop = by_the_loop(model, puzzles(), **rules)
+    assert not differences(inside, loop, same_batches=False)
     assert told == sorted(told) and told[-1] == 23
 
 
