@@ -328,8 +328,7 @@ def launch_arguments(
     if norm == "rows":
         tile = tiles.row_tile(n, k, itemsize, chip)
     else:
-        plain = not swiglu or (flat and k % 32 == 0)
-        tile = tiles.product_tile(m, 2 * n if swiglu else n, k, itemsize, chip, plain)
+        tile = tiles.product_tile(m, 2 * n if swiglu else n, k, itemsize, chip)
     constants = {
         "R": 0 if flat else o3.shape[1], "K": k, "N": n, "W_N": w.stride(0), "W_K": w.stride(1),
         "W_COLS": w.shape[1], "A_ROW": a3.stride(1), "A_COL": a3.stride(2),

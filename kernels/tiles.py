@@ -79,8 +79,8 @@ def _power(n: int) -> int:
 
 def _deep(rows: int, cols: int, k: int, itemsize: int, shared: int, warps: int) -> Tile:
     """Two tiles of `cols` columns each, with the depth and the stages that k and `shared` allow."""
-    # With 64 columns of K the largest tile spills where products read registers (mma.sync).
-    large = rows * cols >= 128 * 128 and shared < WGMMA_SHARED
+    # With 64 columns of K large tiles spill where products read registers (mma.sync).
+    large = rows * cols >= 128 * 64 and shared < WGMMA_SHARED
     depth = min(32 if itemsize == 4 or large else 64, _power(k))
     while depth > 16 and 3 * (rows + 2 * cols) * depth * itemsize > shared - SCRATCH_BYTES:
         depth //= 2
@@ -90,16 +90,17 @@ def _deep(rows: int, cols: int, k: int, itemsize: int, shared: int, warps: int) 
 
 
 @functools.lru_cache(maxsize=256)
-def product_tile(m: int, n: int, k: int, itemsize: int, chip: Chip, plain: bool = True) -> Tile:
+def product_tile(m: int, n: int, k: int, itemsize: int, chip: Chip) -> Tile:
     """The tile of a product [m, n] over k whose columns are cut (kernels/linear.py).
 
     The one with the shortest time: as many rounds as the multiprocessors need for all programs,
     each as long as its products, or as its operands take from L2. Rows and columns do not depend on
-    k, so products of one shape leave equally many sums of squares. Not `plain` (strided rows, masks
-    over k): there the largest tile spills with mma.sync, which holds operands in registers.
+    k, so products of one shape leave equally many sums of squares. With mma.sync, which holds
+    operands in registers, the largest tile is on the edge of spilling; there products take twice as
+    long beside their loads, so that the next one is large enough.
     """
     sizes = PRODUCT_TILES[itemsize]
-    if not plain and chip.shared < WGMMA_SHARED and len(sizes) > 1:
+    if chip.shared < WGMMA_SHARED and len(sizes) > 1:
         sizes = sizes[1:]
 
     def time(size: tuple[int, int]) -> int:

@@ -184,8 +184,7 @@ def _block_kernels(
         inner, state = block.token_inner, m * d * itemsize
         if raw:
             yield _Kernel(1, 0, state, state, state)
-        tile = tiles.product_tile(batch * d, 2 * inner, tokens, itemsize, chip, plain=False)
-        yield _product(batch * d, tokens, inner, itemsize, chip, swiglu=True, tile=tile)
+        yield _product(batch * d, tokens, inner, itemsize, chip, swiglu=True)
         tile = tiles.row_tile(tokens, inner, itemsize, chip)
         yield _product(batch * d, inner, tokens, itemsize, chip, residual=True, tile=tile)
     yield _product(m, d, block.inner, itemsize, chip, swiglu=True)
