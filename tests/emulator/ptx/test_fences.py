@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=str(buil
 triton = pytest.importorskip("triton")
 from aot import triton_cases  # noqa: E402
 
-from .test_kernels import linear_residual_rms  # noqa: E402
+from .test_kernels import linear_residual  # noqa: E402
 from .triton_launch import emulating, fences_are_there  # noqa: E402
 
 
@@ -28,7 +28,7 @@ def unfenced(ptx: str) -> bool:
 
 def test_the_race_checker_tells_the_versions_apart() -> None:
     """The same kernel, checked for proxies: right since 3.7, a fault before."""
-    call, _ = linear_residual_rms()
+    call, _ = linear_residual()
     if fences_are_there():
         with emulating("90", proxies=1):
             call()
