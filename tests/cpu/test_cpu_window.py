@@ -6,6 +6,7 @@ PyTorch in the same dtype; test_cpu_window_planted.py shows that this bites.
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -77,14 +78,14 @@ def small_work_is_split_too(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(before)
 
 
-def case(schedule, kind=ATTENTION, dtype=FP32, batch=3, **shape):
+def case(schedule, kind=ATTENTION, dtype=FP32, batch=3, seed=1, **shape):
     """(schedule, nets, x, carry, rope) with weights that the states' dtype holds exactly."""
     nets = {
         name: rounded(make_net(kind, seed=n, **shape), dtype, FP32)
         for n, name in enumerate(schedule.nets)
     }
     sizes = {k: shape[k] for k in ("tokens", "hidden") if k in shape}
-    x, carry = make_inputs(schedule, batch=batch, dtype=dtype, **sizes)
+    x, carry = make_inputs(schedule, batch=batch, dtype=dtype, seed=seed, **sizes)
     tables = rope(**{k: shape[k] for k in ("tokens", "hidden", "heads") if k in shape})
     return schedule, nets, x, carry, tables
 
@@ -106,7 +107,8 @@ def on_engine(engine, given, save="all"):
     return comparing.gradients(engine, problem, operands, span, save, d_outs)
 
 
-def assert_right(got, given, ratio=ERROR_RATIO):
+def errors(got, given):
+    """Of all gradients together, against fp64: the engine's and PyTorch's."""
     problem, operands, span, d_outs = window_of(*given)
     plain = comparing.gradients_by_autograd(problem, operands, span, d_outs)
     double = [tuple(t.double() for t in part) for part in (operands.states, operands.weights)]
@@ -116,9 +118,14 @@ def assert_right(got, given, ratio=ERROR_RATIO):
     assert [g.dtype for g in got] == [g.dtype for g in plain]
     used = [i for i, g in enumerate(exact) if g.any()]
     assert all(not got[i].any() for i in range(len(exact)) if i not in used)
-    ours, theirs = (
-        sum(relative_error(grads[i], exact[i]) ** 2 for i in used) ** 0.5 for grads in (got, plain)
+    return tuple(
+        float(sum(relative_error(grads[i], exact[i]) ** 2 for i in used) ** 0.5)
+        for grads in (got, plain)
     )
+
+
+def assert_right(got, given, ratio=ERROR_RATIO):
+    ours, theirs = errors(got, given)
     assert ours <= ratio * theirs, f"gradients: error {ours:.3g}, PyTorch's {theirs:.3g}"
 
 
@@ -131,7 +138,14 @@ def assert_right(got, given, ratio=ERROR_RATIO):
 def test_gradients_of_every_system_however_kept(engine, system, kind, dtype) -> None:
     given = case(SYSTEMS[system], kind, dtype)
     first = on_engine(engine, given)
-    assert_right(first, given)
+    if (system, kind, dtype) == ("hier", ATTENTION, FP32):
+        # Badly conditioned: of 32 draws the ratios of the errors are 0.4 to 2.8, their mean 0.93 to
+        # 1.07 (of "trm" 0.7 to 1.3, and 0.97).
+        draws = [case(SYSTEMS[system], seed=seed) for seed in range(1, 33)]
+        both = [errors(on_engine(engine, draw), draw) for draw in draws]
+        assert math.prod(o / p for o, p in both) <= ERROR_RATIO ** len(draws), both
+    else:
+        assert_right(first, given)
     for save in SAVE[1:]:
         other = on_engine(engine, given, save)
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True)), save
