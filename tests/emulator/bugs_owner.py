@@ -213,7 +213,7 @@ BUGS = [
     OwnerBug(
         "row scales forgotten before tokens are mixed",
         TOKENS,
-        "  apply_scales(o);\n",
+        "  if constexpr (!P::kInScratch) apply_scales(o);\n",
         "",
         WRONG,
         TOKEN_MLP,
@@ -249,8 +249,8 @@ BUGS = [
     OwnerBug(
         "the resident state loses its scale",
         STATES,
-        "x = rx::scale_rounded(*h_s, o.scales()[row]);",
-        "x = *h_s;",
+        "x = rx::scale_rounded(load_vector(o, row, at, column), o.scales()[row]);",
+        "x = load_vector(o, row, at, column);",
         WRONG,
         schedule=TWICE,
     ),

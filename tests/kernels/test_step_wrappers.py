@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from recurx import small_ops
+from recurx.backends.triton_window import TritonWindow
 from recurx.models import PuzzleEmbedding, fused_stablemax_cross_entropy
 from recurx.train import AdamATan2, Average, SparseSignSGD, Trainer
 from tests.train import cases, guards
@@ -128,7 +129,7 @@ def test_the_triton_engine_never_waits_inside_a_step(monkeypatch):
 
     with triton_on_cpu("tiled") as engine:
         monkeypatch.setattr(small_ops, "on_triton", lambda tensor: True)
-        window = engine.window(None)
+        window = TritonWindow(engine.packed_nets)
         monkeypatch.setattr(engine, "window", lambda problem: window)
         for owner, name in ((engine, "run"), (window, "forward"), (window, "backward")):
             monkeypatch.setattr(owner, name, guarded(name, getattr(owner, name)))
