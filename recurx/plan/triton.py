@@ -37,9 +37,8 @@ MAX_SLICE = 128
 # Share of the rate that the inner loops of Triton's products reach on whole tiles. An assumption
 # (published figures of Triton's matmul on sm_80 and sm_90 are 0.6 to 0.8), not measured here.
 EFFICIENCY = 0.65
-ALONE = (
-    0.5  # of L2's bandwidth, what a few multiprocessors alone leave: an assumption, 64 B a clock
-)
+# Of L2's bandwidth, what a few multiprocessors alone leave: an assumption, 64 B a clock.
+ALONE = 0.5
 
 
 def candidates(problem: Problem, device: Device) -> list[LaunchPlan]:

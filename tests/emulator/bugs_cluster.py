@@ -8,16 +8,15 @@ so all of them cost one compilation.
 
 from __future__ import annotations
 
-import ctypes
 import re
-import shutil
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import asleep
 from .bugs_gemm import DEADLOCK, RACE
-from .build import KERNELS, Emulated, build
+from .build import Emulated, build
 from .cluster_recursion import ATT, FILES, MLP, Case, Shape, outcome
 
 WRONG = r"is wrong: error"
@@ -160,23 +159,7 @@ BUGS = [
 
 def plant_all(folder: Path) -> Emulated:
     """Builds a copy of the sources with every bug asleep."""
-    shutil.copytree(KERNELS, folder, dirs_exist_ok=True)
-    texts = {bug.file: (folder / bug.file).read_text() for bug in BUGS}
-    for number, bug in enumerate(BUGS, 1):
-        count = texts[bug.file].count(bug.old)
-        assert count == 1, f"{bug.name}: {bug.old!r} occurs {count} times"
-        new = bug.new.replace("BUG", f"(rx_bug == {number})")
-        texts[bug.file] = texts[bug.file].replace(bug.old, new)
-    for name, text in texts.items():
-        (folder / name).write_text(text)
-    layout = folder / "cluster_sm90a" / "layout.cuh"
-    layout.write_text(
-        layout.read_text().replace(
-            "namespace cluster_sm90a {", "inline int rx_bug = 0;\nnamespace cluster_sm90a {", 1
-        )
-    )
-    with (folder / FILES[0]).open("a") as host:
-        host.write('\nextern "C" void rx_wake_bug(int number) { rx_bug = number; }\n')
+    asleep.plant(folder, BUGS, "cluster_sm90a")
     widths = sorted({bug.shape.hidden for bug in BUGS})
     listed = " ".join(f"X({width})" for width in widths)
     sources = [folder / name for name in FILES]
@@ -184,8 +167,7 @@ def plant_all(folder: Path) -> Emulated:
 
 
 def wake(library: Emulated, bug: Bug | None) -> None:
-    number = 0 if bug is None else BUGS.index(bug) + 1
-    library.library.rx_wake_bug(ctypes.c_int(number))
+    asleep.wake(library.library, BUGS, bug)
 
 
 def main() -> None:

@@ -6,11 +6,10 @@ so forty bugs cost one compilation. Edits are made one after another, in this or
 
 from __future__ import annotations
 
-import ctypes
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import asleep
 from .build import KERNELS, Emulated, build
 from .grid import FILES
 
@@ -292,24 +291,10 @@ BUGS = [
 
 def plant_all(folder: Path) -> Emulated:
     """Builds a copy of the sources with every bug asleep."""
-    shutil.copytree(KERNELS, folder, dirs_exist_ok=True)
-    texts = {bug.file: (folder / bug.file).read_text() for bug in BUGS}
-    for number, bug in enumerate(BUGS, 1):
-        count = texts[bug.file].count(bug.old)
-        assert count == 1, f"{bug.name}: {bug.old!r} occurs {count} times"
-        new = bug.new.replace("BUG", f"(rx_bug == {number})")
-        texts[bug.file] = texts[bug.file].replace(bug.old, new)
-    texts[SIZES] = texts[SIZES].replace(
-        "namespace grid_sm80 {", "inline int rx_bug = 0;\nnamespace grid_sm80 {", 1
-    )
-    for name, text in texts.items():
-        (folder / name).write_text(text)
-    with (folder / FILES[0]).open("a") as host:
-        host.write('\nextern "C" void rx_wake_bug(int number) { rx_bug = number; }\n')
+    asleep.plant(folder, BUGS, "grid_sm80")
     sources = [folder / FILES[0], *(KERNELS / name for name in FILES[1:])]
     return Emulated(build(sources, True, ("-DRX_NO_FP8",)), True)
 
 
 def wake(library: Emulated, bug: Bug | None) -> None:
-    number = 0 if bug is None else BUGS.index(bug) + 1
-    library.library.rx_wake_bug(ctypes.c_int(number))
+    asleep.wake(library.library, BUGS, bug)

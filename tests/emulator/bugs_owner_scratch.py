@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from recurx.nets import ATTENTION, TOKEN_MLP
 
-from .build import KERNELS
+from . import asleep
 from .owner import EmulatedCuda, emulate
 
 PLACE, PRODUCT, RESIDUAL, TOKENS, TOP, OWNER = (
@@ -123,23 +121,9 @@ BUGS = [
 
 def plant_all(folder: Path) -> EmulatedCuda:
     """Builds a copy of the sources with every bug asleep: D=64, three row tiles."""
-    shutil.copytree(KERNELS, folder, dirs_exist_ok=True)
-    texts = {bug.file: (folder / bug.file).read_text() for bug in BUGS}
-    for number, bug in enumerate(BUGS, 1):
-        count = texts[bug.file].count(bug.old)
-        assert count == 1, f"{bug.name}: {bug.old!r} occurs {count} times in {bug.file}"
-        new = bug.new.replace("BUG", f"(rx_bug == {number})")
-        texts[bug.file] = texts[bug.file].replace(bug.old, new)
-    for name, text in texts.items():
-        (folder / name).write_text(text)
-    layout = folder / "owner_sm80" / "layout.cuh"
-    begin = "namespace owner_sm80 {"
-    layout.write_text(layout.read_text().replace(begin, f"inline int rx_bug = 0;\n{begin}", 1))
-    with (folder / "owner_sm80" / "launch.cu").open("a") as host:
-        host.write('\nextern "C" void rx_wake_bug(int number) { rx_bug = number; }\n')
+    asleep.plant(folder, BUGS, "owner_sm80")
     return emulate(((64, 3, 1),), folder=folder, flags=("-O1", "-g1"))
 
 
 def wake(cuda: EmulatedCuda, bug: Bug | None) -> None:
-    number = 0 if bug is None else BUGS.index(bug) + 1
-    cuda.emulated.library.rx_wake_bug(ctypes.c_int(number))
+    asleep.wake(cuda.emulated.library, BUGS, bug)
