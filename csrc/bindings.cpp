@@ -17,6 +17,7 @@
 
 #include "cpu/dispatch.hpp"
 #include "cpu/hash.hpp"
+#include "packing.hpp"
 #ifdef RX_CUDA
 #include "cuda/bindings.hpp"
 #endif
@@ -30,38 +31,18 @@ using namespace rx::cpu;
 
 namespace {
 
-// (token_mlp, hidden, inner, heads, head_dim, tokens, token_inner, eps)
-using BlockTuple = std::tuple<bool, int, int, int, int, int, int, float>;
-using WeightTuple = std::tuple<uintptr_t, bool>;  // pointer, is bf16
 using RowsTuple = std::tuple<uintptr_t, size_t, size_t, size_t>;
 using StepTuple = std::tuple<int, int, std::vector<int>, std::vector<int>, int>;
-
-Dtype dtype_of(bool is_bf16) { return is_bf16 ? Dtype::bf16 : Dtype::f32; }
-
-std::unique_ptr<Packed> pack(const std::vector<BlockTuple>& blocks,
-                             const std::vector<WeightTuple>& weights, bool bf16_states,
-                             const std::string& isa, const std::vector<uintptr_t>& scales) {
-  const size_t count = blocks.size() * weights_per_block;
-  if (weights.size() != count || (!scales.empty() && scales.size() != count))
-    throw std::invalid_argument("cpu_pack: expected four weights a block, and scales for all");
-  std::vector<BlockShape> shapes;
-  for (const auto& [token_mlp, hidden, inner, heads, head_dim, tokens, token_inner, eps] : blocks)
-    shapes.push_back({token_mlp, hidden, inner, heads, head_dim, tokens, token_inner, eps});
-  std::vector<RawWeight> raw;
-  for (const auto& [pointer, is_bf16] : weights)
-    raw.push_back({(const void*)pointer, dtype_of(is_bf16)});
-  for (size_t i = 0; i < scales.size(); ++i)
-    raw[i].dtype = Dtype::int8, raw[i].scales = (const float*)scales[i];
-  py::gil_scoped_release release;
-  return std::make_unique<Packed>(shapes, raw, dtype_of(bf16_states), isa);
-}
+using FactorTuple = std::tuple<float, float, float, float, int>;
 
 // The steps of a recursion, translated once. The steps point into `reads`.
 struct Program {
   std::vector<int> reads;
   std::vector<Step> steps;
 
-  explicit Program(const std::vector<StepTuple>& given) {
+  Program(const std::vector<StepTuple>& given, const std::vector<FactorTuple>& factors) {
+    if (!factors.empty() && factors.size() != given.size())
+      throw std::invalid_argument("Program: expected factors for each step or for none");
     size_t total = 0;
     for (const auto& [net, write, state, inject, sum] : given)
       total += state.size() + inject.size();
@@ -72,6 +53,10 @@ struct Program {
       reads.insert(reads.end(), inject.begin(), inject.end());
       steps.push_back(
           {net, write, (int)state.size(), (int)inject.size(), at, at + state.size(), (Sum)sum});
+    }
+    for (size_t i = 0; i < factors.size(); ++i) {
+      Step& step = steps[i];
+      std::tie(step.keep, step.share, step.scale, step.noise, step.number) = factors[i];
     }
   }
   Program(const Program&) = delete;
@@ -129,13 +114,18 @@ void interruptible(Work work) {
   if (!done) throw py::error_already_set();
 }
 
+// Of the steps' noise: its seed, and the number of the first sample.
+using SeedAndFirst = std::pair<uint64_t, long>;
+
 void run_recursion(const std::vector<const Packed*>& nets, const Program& program,
                    const std::tuple<int, int, int>& shape, const std::vector<uintptr_t>& in,
-                   const std::vector<uintptr_t>& out, uintptr_t cos, uintptr_t sin, int threads) {
+                   const std::vector<uintptr_t>& out, uintptr_t cos, uintptr_t sin, int threads,
+                   SeedAndFirst noise) {
   if (in.size() != out.size())
     throw std::invalid_argument("cpu_run: expected nets, x, and one output a state");
-  const Given given("cpu_run", nets, program, shape, (const void* const*)in.data(),
-                    (void* const*)out.data(), (int)in.size(), cos, sin);
+  Given given("cpu_run", nets, program, shape, (const void* const*)in.data(),
+              (void* const*)out.data(), (int)in.size(), cos, sin);
+  std::tie(given.recursion.seed, given.recursion.first) = noise;
   interruptible(
       [&] { return rx::cpu::run(nets[0]->engine(), given.recursion, threads, interrupted); });
 }
@@ -158,11 +148,12 @@ Window window_of(const Engine& engine, const Recursion& recursion, int save,
 void window_forward(const std::vector<const Packed*>& nets, const Program& program,
                     const std::tuple<int, int, int>& shape, const Addresses& in,
                     const Addresses& out, uintptr_t cos, uintptr_t sin, int save,
-                    const KeptTuple& kept, int threads) {
+                    const KeptTuple& kept, int threads, SeedAndFirst noise) {
   if (in.size() != out.size())
     throw std::invalid_argument("cpu_window_forward: expected nets, x, and one output a state");
-  const Given given("cpu_window_forward", nets, program, shape, (const void* const*)in.data(),
-                    (void* const*)out.data(), (int)in.size(), cos, sin);
+  Given given("cpu_window_forward", nets, program, shape, (const void* const*)in.data(),
+              (void* const*)out.data(), (int)in.size(), cos, sin);
+  std::tie(given.recursion.seed, given.recursion.first) = noise;
   const Engine& engine = nets[0]->engine();
   const Window window = window_of(engine, given.recursion, save, kept);
   interruptible([&] { return rx::cpu::run_window(engine, window, false, threads, interrupted); });
@@ -172,25 +163,20 @@ void window_backward(const std::vector<const Packed*>& nets, const Program& prog
                      const std::tuple<int, int, int>& shape, const Addresses& in, uintptr_t cos,
                      uintptr_t sin, int save, const KeptTuple& kept,
                      const std::vector<WeightTuple>& weights, const Addresses& d_out,
-                     const Addresses& d_in, const Addresses& d_weights, int threads) {
-  const Given given("cpu_window_backward", nets, program, shape, (const void* const*)in.data(),
-                    (void* const*)in.data(), (int)in.size(), cos, sin);
+                     const Addresses& d_in, const Addresses& d_weights, int threads,
+                     SeedAndFirst noise) {
+  Given given("cpu_window_backward", nets, program, shape, (const void* const*)in.data(),
+              (void* const*)in.data(), (int)in.size(), cos, sin);
+  std::tie(given.recursion.seed, given.recursion.first) = noise;
   const Engine& engine = nets[0]->engine();
   Window window = window_of(engine, given.recursion, save, kept);
-  size_t expected = 0;
-  for (const PackedNet& net : given.views) expected += net.num_blocks * weights_per_block;
-  if (weights.size() != expected || d_weights.size() != expected || d_out.size() != in.size() ||
-      d_in.size() != in.size())
-    throw std::invalid_argument(
-        "cpu_window_backward: expected four weights a block, and a "
-        "gradient of x and each state");
-  std::vector<RawWeight> raw;
-  for (const auto& [pointer, is_bf16] : weights)
-    raw.push_back({(const void*)pointer, dtype_of(is_bf16)});
-  window.weights = raw.data();
+  Gradients slots(nets, weights, d_weights);
+  if (d_out.size() != in.size() || d_in.size() != in.size())
+    throw std::invalid_argument("cpu_window_backward: expected a gradient of x and each state");
+  window.weights = slots.weights.data();
   window.d_out = (const void* const*)d_out.data();
   window.d_in = (void* const*)d_in.data();
-  window.d_weights = (float* const*)d_weights.data();
+  window.d_weights = slots.gradients.data();
   interruptible([&] { return rx::cpu::run_window(engine, window, true, threads, interrupted); });
 }
 
@@ -298,33 +284,43 @@ PYBIND11_MODULE(RX_MODULE_NAME, m) {
 
   py::class_<Program>(m, "Program", py::module_local(), "The steps of a recursion.")
       .def(
-          py::init<const std::vector<StepTuple>&>(), py::arg("steps"),
+          py::init<const std::vector<StepTuple>&, const std::vector<FactorTuple>&>(),
+          py::arg("steps"), py::arg("factors") = std::vector<FactorTuple>(),
           "Steps (net, write, state, inject, sum); sum 0: over inject for this step alone, 1: also "
-          "kept, 2: the one that was kept.");
+          "kept, 2: the one that was kept. Factors (keep, share, scale, noise, number of the "
+          "call): "
+          "write <- keep * write + share * net(scale * sum(state) + sum(inject)) + noise * "
+          "normals.");
 
   m.def("cpu_isas", &usable_isas, "Instruction sets usable here, slowest first.");
   m.def("cpu_isa", &chosen_isa, "The one in use: the best, or what RECURX_CPU_ISA names.");
   m.def(
-      "cpu_dot_gain", &dot_gain,
-      "Times that products of bf16 pairs are faster than by FMA here; 0 where that is no choice.");
+      "cpu_dot_gains", &dot_gains,
+      "Times that products of bf16 pairs are faster than by FMA here, of each core that there is; "
+      "empty where that is no choice.");
   m.def("cpu_pack", &pack, py::arg("blocks"), py::arg("weights"), py::arg("bf16_states"),
         py::arg("isa"), py::arg("scales") = std::vector<uintptr_t>(),
+        py::arg("variants") = std::vector<VariantTuple>(),
         "Pack the weights of a net; weights are (pointer, is_bf16), [out, in]. With pointers to "
-        "scales [out] they are int8 codes.");
+        "scales [out] they are int8 codes. A variant is (the fields in which a block is not TRM's, "
+        "the names of its weights).");
   m.def("cpu_has_int8", &has_int8, py::arg("isa"),
         "Whether that engine multiplies int8 by an instruction; else by plain code.");
   m.def("cpu_run", &run_recursion, py::arg("nets"), py::arg("program"), py::arg("shape"),
         py::arg("in_"), py::arg("out"), py::arg("cos"), py::arg("sin"), py::arg("threads"),
+        py::arg("noise") = SeedAndFirst(),
         "Run a Program; index 0 of in_ is x, out holds the new states.");
   m.def("cpu_window_forward", &window_forward, py::arg("nets"), py::arg("program"),
         py::arg("shape"), py::arg("in_"), py::arg("out"), py::arg("cos"), py::arg("sin"),
-        py::arg("save"), py::arg("kept"), py::arg("threads"),
+        py::arg("save"), py::arg("kept"), py::arg("threads"), py::arg("noise") = SeedAndFirst(),
         "Run a Program as a window; kept is (values, how many, floats, how many).");
   m.def("cpu_window_backward", &window_backward, py::arg("nets"), py::arg("program"),
         py::arg("shape"), py::arg("in_"), py::arg("cos"), py::arg("sin"), py::arg("save"),
         py::arg("kept"), py::arg("weights"), py::arg("d_out"), py::arg("d_in"),
-        py::arg("d_weights"), py::arg("threads"),
+        py::arg("d_weights"), py::arg("threads"), py::arg("noise") = SeedAndFirst(),
         "Gradients of what entered and of the weights (fp32); address 0: none given or wanted.");
+  m.def("cpu_window_kept", &kept_of, py::arg("block"), py::arg("fields"), py::arg("tokens"),
+        py::arg("save"), "Values and floats that a window keeps of a sample for a block's call.");
   m.def(
       "cpu_on_huge_pages", [](uintptr_t data, size_t bytes) { on_huge_pages((void*)data, bytes); },
       py::arg("data"), py::arg("bytes"), "Ask for huge pages inside fresh memory.");

@@ -11,9 +11,10 @@ namespace rx::cpu::RX_ISA {
 
 // mixed[row0 + r, col..col + dim) <- softmax2(q k^T) v for the query rows r of `rows`.
 // q, k, v [T, dim] with `stride` floats between rows; `scratch` holds attention_bytes().
+template <class Seen>
 RX_INLINE void attend_head(float* scratch, const float* q, const float* k, const float* v,
                            int stride, int T, int dim, Range rows, Mat<float> mixed, int row0,
-                           int col) {
+                           int col, Seen seen) {
   const int padded = round_up(T, kPanel);
   float* const keys = scratch;                         // [padded / kPanel][dim][kPanel]
   float* const scores = scratch + (long)padded * dim;  // [kRows][padded]
@@ -40,7 +41,7 @@ RX_INLINE void attend_head(float* scratch, const float* q, const float* k, const
     float inverse[kM];
     for (int r = 0; r < kM; ++r) {
       float* const p = scores + (long)r * padded;
-      inverse[r] = softmax2<false>(p, p, T);
+      inverse[r] = seen.template softmax<false>(p, p, row + r, T);
     }
     const int valid = imin(kM, rows.end - row);  // rows past the end belong to another thread
     for (int d = 0; d < dim; d += kPanel) {

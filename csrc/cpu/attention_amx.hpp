@@ -32,8 +32,9 @@ class AmxAttention {
   // mixed[row0 + r, col..col + dim) <- softmax2(q k^T) v for the query rows r of `rows`.
   // q, k, v [T, dim] with `stride` elements between rows. lse [T, heads] if not null: log2 of the
   // sum of a row's 2^scores.
+  template <class Seen>
   void run(bf16* q, bf16* k, const bf16* v, Range rows, Mat<bf16> mixed, int row0, int col,
-           float* lse, int heads) {
+           float* lse, int heads, Seen seen) {
     clear_padding(q, rows.end);
     clear_padding(k, T_);
     head_.pack_keys(k);
@@ -63,8 +64,8 @@ class AmxAttention {
           advance(ops * (r + 1) / rows_);
           const int row = rows.begin + i * rows_ + r;
           float top;
-          const float inverse =
-              softmax2<true>(scores_[i & 1] + r * wide_, weights_[i & 1] + r * wide_, T_, &top);
+          const float inverse = seen.template softmax<true>(
+              scores_[i & 1] + r * wide_, weights_[i & 1] + r * wide_, row, T_, &top);
           inverse_[i & 1][r] = inverse;
           if (lse && row < rows.end) lse[(long)row * heads] = top - log2f(inverse);
         }

@@ -1,47 +1,19 @@
-// Attention of one head of one sample with AVX512_BF16 or BFDOT, and the inner loop of all its
-// products.
+// Attention of one head of one sample with AVX512_BF16, BFDOT or BFMMLA.
 #pragma once
 
-#include "dot.hpp"
-#include "micro_kernel.hpp"
-#include "pairs.hpp"
+#include "dot_kernel.hpp"
 #include "softmax.hpp"
 
 namespace rx::cpu::RX_ISA {
 
-// acc[r][v] += A[r, 0..2 pairs) * B, whose column tile v lies `side` bytes after the one before and
-// whose next tile of the depth lies `step` bytes on. `beside` is told of every whole tile.
-template <int kM, int kN, class Beside>
-RX_INLINE void accumulate_pairs(const bf16* a, long lda, const char* b, long side, long step,
-                                int pairs, V (&acc)[kM][kN], Beside& beside) {
-  const auto pair = [&](int k) __attribute__((always_inline)) {
-    V column[kN];
-#pragma GCC unroll 2
-    for (int v = 0; v < kN; ++v) column[v] = load((const float*)(b + v * side) + k * W);
-#pragma GCC unroll 16
-    for (int r = 0; r < kM; ++r) {
-      const V x = splat_pair(a + r * lda + 2 * k);
-#pragma GCC unroll 2
-      for (int v = 0; v < kN; ++v) acc[r][v] = dot(acc[r][v], x, column[v]);
-    }
-  };
-  for (; pairs >= 16; pairs -= 16) {
-    beside.step();
-#pragma GCC unroll 4
-    for (int k = 0; k < 16; ++k) pair(k);
-    a += kTileDepth;
-    b += step;
-  }
-  for (int k = 0; k < pairs; ++k) pair(k);
-}
-
 // mixed[row0 + r, col..col + dim) <- softmax2(q k^T) v for the query rows r of `rows`.
 // q, k, v [T, dim] with `stride` elements between rows; `memory` holds attention_bytes(). lse
 // [T, heads] if not null: log2 of the sum of a row's 2^scores.
+template <class Seen>
 static __attribute__((noinline)) void attend_pairs(char* memory, const bf16* q, const bf16* k,
                                                    const bf16* v, int stride, int T, int dim,
                                                    Range rows, Mat<bf16> mixed, int row0, int col,
-                                                   float* lse, int heads) {
+                                                   float* lse, int heads, Seen seen) {
   if (rows.begin >= rows.end) return;
   const HeadTiles head(memory, T, dim, stride);
   head.pack_keys(k);
@@ -75,7 +47,8 @@ static __attribute__((noinline)) void attend_pairs(char* memory, const bf16* q, 
     const int valid = imin(kM, rows.end - row);  // rows past the end belong to another thread
     for (int r = 0; r < kM; ++r) {
       float top;
-      inverse[r] = softmax2<true>(scores + r * wide, weights + 2L * r * wide, T, &top);
+      inverse[r] =
+          seen.template softmax<true>(scores + r * wide, weights + 2L * r * wide, row + r, T, &top);
       if (lse && r < valid) lse[(long)(row + r) * heads] = top - log2f(inverse[r]);
     }
 

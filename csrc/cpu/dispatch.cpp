@@ -80,7 +80,7 @@ bool has_amx() {
 
 bool has_amx_int8() { return has_amx() && (Cpuid(7).d >> 25 & 1); }
 #elif defined(__aarch64__) && defined(__linux__)
-bool has_neon_bf16() {
+bool has_neon_bf16() {                        // BFDOT and BFMMLA
   constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16
   return getauxval(AT_HWCAP2) & kBf16;
 }
@@ -143,6 +143,9 @@ const std::vector<Isa>& all_isas() {
 #if defined(RX_HAVE_NEON_BF16) && defined(__linux__)
       {"neon_bf16", has_neon_bf16, &neon_f32, &bfdot_bf16, emulated},
 #endif
+#if defined(RX_HAVE_NEON_BFMMLA) && defined(__linux__)
+      {"neon_bfmmla", has_neon_bf16, &neon_f32, &bfmmla_bf16, emulated},
+#endif
   };
   return isas;
 }
@@ -161,7 +164,9 @@ const std::vector<const Isa*>& usable() {
 [[maybe_unused]] const bool asked = !usable().empty();
 
 // Whether it only adds products of pairs of bf16 to the one before.
-bool is_dot(const std::string& name) { return name == "avx512_bf16" || name == "neon_bf16"; }
+bool is_dot(const std::string& name) {
+  return name == "avx512_bf16" || name == "neon_bf16" || name == "neon_bfmmla";
+}
 
 const Isa& isa_of(const std::string& name) {
   for (const Isa* isa : usable())
@@ -180,12 +185,24 @@ const Engine* engine_for(const std::string& name, Dtype state, bool int8) {
 }
 
 // Whether weights are codes, all of them.
-bool are_int8(const std::vector<RawWeight>& weights) {
-  size_t codes = 0;
-  for (const RawWeight& weight : weights) codes += weight.dtype == Dtype::int8;
-  if (codes != 0 && codes != weights.size())
+bool are_int8(const std::vector<RawBlock>& blocks) {
+  size_t codes = 0, all = 0;
+  for (const RawBlock& block : blocks)
+    for (const RawWeight& weight : block.matrix) {
+      all += weight.data != nullptr;
+      codes += weight.dtype == Dtype::int8;
+    }
+  if (codes != 0 && codes != all)
     throw std::invalid_argument("recurx cpu engine: expected codes for all weights or for none");
   return codes != 0;
+}
+
+// Four weights a block.
+std::vector<RawBlock> in_blocks(const std::vector<RawWeight>& weights) {
+  std::vector<RawBlock> blocks(weights.size() / weights_per_block);
+  for (size_t i = 0; i < blocks.size(); ++i)
+    std::copy_n(&weights[i * weights_per_block], weights_per_block, blocks[i].matrix);
+  return blocks;
 }
 
 }  // namespace
@@ -198,15 +215,23 @@ std::vector<std::string> usable_isas() {
   return names;
 }
 
-std::string best_isa(const std::vector<std::string>& names, double gain) {
-  return is_dot(names.back()) && gain < kLeastDotGain ? names[names.size() - 2] : names.back();
+std::string best_isa(const std::vector<std::string>& names, const std::vector<double>& gains) {
+  size_t best = names.size() - gains.size() - 1;
+  double gain = 1.0;
+  for (size_t i = 0; i < gains.size(); ++i)
+    if (gains[i] >= kLeastDotGain * gain) best = names.size() - gains.size() + i, gain = gains[i];
+  return names[best];
 }
 
-double dot_gain() {
-  static const double gain = [] {
-    const std::vector<const Isa*>& isas = usable();
-    if (!is_dot(isas.back()->name)) return 0.0;
-    const Engine *fma = isas[isas.size() - 2]->bf16, *dot = isas.back()->bf16;
+const std::vector<double>& dot_gains() {
+  static const std::vector<double> gains = [] {
+    std::vector<const Engine*> cores;  // last first, down to the first that is no such core
+    for (size_t i = usable().size(); i-- > 0;) {
+      cores.push_back(usable()[i]->bf16);
+      if (!is_dot(usable()[i]->name)) break;
+    }
+    std::vector<double> best(cores.size(), 1.0);
+    if (cores.size() == 1) return std::vector<double>();
     const std::unique_ptr<void, void (*)(void*)> scratch(allocate(kSampleBytes), std::free);
     const auto seconds = [&](const Engine* engine) {
       engine->sample_product(scratch.get());  // warms the clock, the caches and the branches
@@ -214,14 +239,13 @@ double dot_gain() {
       engine->sample_product(scratch.get());
       return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     };
-    double best[2] = {1, 1};
-    for (int round = 0; round < 12; ++round) {
-      best[0] = std::min(best[0], seconds(fma));
-      best[1] = std::min(best[1], seconds(dot));
-    }
-    return best[0] / best[1];
+    for (int round = 0; round < 12; ++round)
+      for (size_t i = 0; i < cores.size(); ++i) best[i] = std::min(best[i], seconds(cores[i]));
+    std::vector<double> found;
+    for (size_t i = cores.size() - 1; i-- > 0;) found.push_back(best.back() / best[i]);
+    return found;
   }();
-  return gain;
+  return gains;
 }
 
 std::string chosen_isa() {
@@ -231,7 +255,7 @@ std::string chosen_isa() {
                              threads + "'. Unset it to use PyTorch's threads where there are any.");
   const std::vector<std::string> names = usable_isas();
   const char* wanted = std::getenv("RECURX_CPU_ISA");
-  if (!wanted || !*wanted) return best_isa(names, dot_gain());
+  if (!wanted || !*wanted) return best_isa(names, dot_gains());
   for (const std::string& name : names)
     if (name == wanted) return name;
   throw std::runtime_error("RECURX_CPU_ISA: expected one of " + joined(names) +
@@ -241,6 +265,10 @@ std::string chosen_isa() {
 
 Packed::Packed(const std::vector<BlockShape>& shapes, const std::vector<RawWeight>& weights,
                Dtype state, const std::string& isa)
+    : Packed(shapes, in_blocks(weights), state, isa) {}
+
+Packed::Packed(const std::vector<BlockShape>& shapes, const std::vector<RawBlock>& weights,
+               Dtype state, const std::string& isa)
     : engine_(engine_for(isa, state, are_int8(weights))),
       memory_(nullptr, std::free),
       blocks_(shapes.size()) {
@@ -249,8 +277,14 @@ Packed::Packed(const std::vector<BlockShape>& shapes, const std::vector<RawWeigh
   memory_.reset(allocate(bytes_));
   char* out = (char*)memory_.get();
   for (size_t i = 0; i < shapes.size(); ++i) {
-    engine_->pack(shapes[i], &weights[i * weights_per_block], out, &blocks_[i]);
+    check(shapes[i], weights[i]);
+    engine_->pack(shapes[i], weights[i].matrix, out, &blocks_[i]);
     out += engine_->packed_bytes(shapes[i]);
+    for (int v = 0; v < vectors_per_block; ++v) {
+      if (!weights[i].vector[v].data) continue;
+      vectors_.push_back(pack_vector(shapes[i], v, weights[i].vector[v]));
+      blocks_[i].vector[v] = vectors_.back().data();
+    }
   }
 }
 

@@ -13,22 +13,24 @@
 namespace rx::cpu {
 
 // What this processor, its operating system and this build have, slowest first:
-// portable, avx2, avx512, avx512_bf16, amx; on aarch64 portable, neon, neon_bf16.
+// portable, avx2, avx512, avx512_bf16, amx; on aarch64 portable, neon, neon_bf16,
+// neon_bfmmla.
 std::vector<std::string> usable_isas();
 
 // The best usable one, or the one that RECURX_CPU_ISA names; throws std::runtime_error if that is
 // unknown or cannot run here.
 std::string chosen_isa();
 
-// The best of `names` where products of pairs of bf16 (AVX512_BF16, BFDOT) run `gain` times as fast
-// as those by FMA. An instruction does twice the work: processors that start as many of them are at
-// 2, those with half as many ports for them at 1. The limit is half way, beyond the reach of a
+// The best of `names`, slowest first, whose last ones, one for each of `gains`, are cores of pairs
+// of bf16 (AVX512_BF16, BFDOT, BFMMLA) with products so many times as fast as those by FMA. Each
+// has an instruction of twice the work of the one before: processors that start as many of them are
+// at 2, those with half as many ports for them at 1. The limit is half way, beyond the reach of a
 // noisy measurement, since the same machine must always answer the same.
 constexpr double kLeastDotGain = 1.4;
-std::string best_isa(const std::vector<std::string>& names, double gain);
+std::string best_isa(const std::vector<std::string>& names, const std::vector<double>& gains);
 
-// That gain, measured once in a process (a millisecond); 0 where the best one is no such core.
-double dot_gain();
+// Those gains, measured once in a process (a millisecond); none where the best one is no such core.
+const std::vector<double>& dot_gains();
 
 // Whether products of int8 run by an instruction (vpdpbusd, tdpbusd) with the engine of that name;
 // else by plain code, slower than those of bf16.
@@ -41,22 +43,33 @@ class Packed {
   // `weights` holds weights_per_block for each shape; not kept.
   Packed(const std::vector<BlockShape>& shapes, const std::vector<RawWeight>& weights, Dtype state,
          const std::string& isa);
+  // `weights` of a block each, of a variant too.
+  Packed(const std::vector<BlockShape>& shapes, const std::vector<RawBlock>& weights, Dtype state,
+         const std::string& isa);
   PackedNet view() const { return {blocks_.data(), (int)blocks_.size()}; }
   const Engine& engine() const { return *engine_; }
   size_t bytes() const { return bytes_; }
+  // Where each weight of `BlockSpec.slots` is among slots_per_block of each block.
+  std::vector<int> slots;
 
  private:
   const Engine* engine_;
   size_t bytes_ = 0;
   std::unique_ptr<void, void (*)(void*)> memory_;
   std::vector<PackedBlock> blocks_;
+  std::vector<std::vector<float>> vectors_;
 };
+
+// A vector of a variant as its engine reads it: fp32, padded with zeros, a bias of pairs and a
+// convolution of them in halves, residual scales with their constant, taps before channels.
+std::vector<float> pack_vector(const BlockShape& shape, int which, const RawWeight& raw);
 
 constexpr int kMostThreads = 1024;
 
 // Throw std::invalid_argument for what no engine runs: sizes of zero, or too large, or that do not
 // belong together, and steps that name what is not there.
 void check(const BlockShape& shape, bool int8 = false);
+void check(const BlockShape& shape, const RawBlock& weights);
 void check(const Engine& engine, const Recursion& recursion, int threads);
 
 // Runs the whole recursion on `threads` threads. Bit-equal for any number of threads. The calling
@@ -99,6 +112,9 @@ bool solve(const Engine& engine, const Recursion& step, const Solving& how, int 
 // false as `run`.
 bool run_window(const Engine& engine, const Window& window, bool backward, int threads,
                 bool (*wanted)() = nullptr);
+
+// What a window keeps of one sample for one call of a block, beside the call's result.
+KeptSize kept_of_block(const BlockShape& shape, int tokens, Save save);
 
 // Asks for huge pages inside memory that somebody else allocated and nobody touched yet: the first
 // touch of small ones took a quarter of a window's forward.

@@ -16,6 +16,6 @@ extern const Engine amx_int8;                       // AMX-INT8
 extern const Engine avx2_vnni_int8_f32, avx2_vnni_int8_bf16;  // AVX-VNNI
 extern const Engine portable_int8_f32, portable_int8_bf16;
 extern const Engine neon_f32, neon_bf16;
-extern const Engine bfdot_bf16;  // fp32 states run on neon there
+extern const Engine bfdot_bf16, bfmmla_bf16;  // fp32 states run on neon there
 
 }  // namespace rx::cpu

@@ -21,6 +21,7 @@ struct VectorCore {
   // Products are summed over this depth, then the sums: the rounding error of one fp32 sum over
   // 512 is 1.7x that of PyTorch's blocked products. bf16 weights have far larger errors.
   static constexpr int kSum = sizeof(State) == 4 ? 128 : kDepth;
+  static constexpr bool kVariants = true;
   static constexpr bool kCoarse = false;  // exponentials and reciprocals to fp32 accuracy
   static constexpr int kSpareRows = kRows;
   static constexpr int kHeadAlign = kPanel;  // heads are padded to this many columns
@@ -49,9 +50,11 @@ struct VectorCore {
   static size_t attention_bytes(int tokens, int head_stride) {
     return (size_t)round_up(tokens, kPanel) * (head_stride + kRows) * sizeof(float);
   }
+  template <class Seen = SeesAll>
   static void attend(const Scratch&, char* memory, const float* q, const float* k, const float* v,
-                     int stride, int T, int dim, Range rows, Mat<float> mixed, int row0, int col) {
-    attend_head((float*)memory, q, k, v, stride, T, dim, rows, mixed, row0, col);
+                     int stride, int T, int dim, Range rows, Mat<float> mixed, int row0, int col,
+                     Seen seen = {}) {
+    attend_head((float*)memory, q, k, v, stride, T, dim, rows, mixed, row0, col, seen);
   }
 
   static size_t linear_bytes(const Linear& l) {

@@ -202,13 +202,14 @@ struct AmxCore : PairPanels {
   static size_t attention_bytes(int tokens, int head_stride) {
     return AmxAttention::bytes(tokens, head_stride);
   }
+  template <class Seen = SeesAll>
   static void attend(const Scratch& scratch, char* memory, bf16* q, bf16* k, const bf16* v,
                      int stride, int T, int dim, Range rows, Mat<bf16> mixed, int row0, int col,
-                     float* lse = nullptr, int heads = 0) {
+                     Seen seen = {}, float* lse = nullptr, int heads = 0) {
     if (rows.begin >= rows.end) return;
     const int R = tile_rows(rows.end - rows.begin);
     configure(scratch, R);
-    AmxAttention(memory, T, dim, stride, R).run(q, k, v, rows, mixed, row0, col, lse, heads);
+    AmxAttention(memory, T, dim, stride, R).run(q, k, v, rows, mixed, row0, col, lse, heads, seen);
   }
 };
 

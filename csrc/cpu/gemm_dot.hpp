@@ -61,10 +61,11 @@ struct DotCore : PairPanels {
   static size_t attention_bytes(int tokens, int head_stride) {
     return HeadTiles::bytes(tokens, head_stride) + (size_t)kRows * round_up(tokens, W) * 4;
   }
+  template <class Seen = SeesAll>
   static void attend(const Scratch&, char* memory, const bf16* q, const bf16* k, const bf16* v,
                      int stride, int T, int dim, Range rows, Mat<bf16> mixed, int row0, int col,
-                     float* lse = nullptr, int heads = 0) {
-    attend_pairs(memory, q, k, v, stride, T, dim, rows, mixed, row0, col, lse, heads);
+                     Seen seen = {}, float* lse = nullptr, int heads = 0) {
+    attend_pairs(memory, q, k, v, stride, T, dim, rows, mixed, row0, col, lse, heads, seen);
   }
 };
 

@@ -23,6 +23,7 @@ template <class Base, int kStep = 4>
 struct Int8Core : Base {
   using State = typename Base::State;
   using Act = typename Base::Act;
+  static constexpr bool kVariants = false;
 
   struct Scratch : Base::Scratch {
     uint8_t* codes;  // of the rows of a product, [rows][row_bytes(K)], 128 added

@@ -94,7 +94,42 @@ struct Linear {
   }
 };
 
+RX_INLINE int kv_heads(const BlockShape& s) {
+  return s.variant.kv_heads ? s.variant.kv_heads : s.heads;
+}
+
+// The products of a variant: K/V heads of their own number, so qkv is plain.
+RX_INLINE Linear variant_linear(const BlockShape& s, int which) {
+  const Variant& v = s.variant;
+  const Columns pairs = v.gated ? Columns::gate_up : Columns::plain;
+  const int both = v.gated ? 2 : 1, heads = s.heads * s.head_dim;
+  switch (which) {
+    case mixer_in:
+      return s.token_mlp
+                 ? Linear{pairs, s.tokens, both * s.token_inner, {}}
+                 : Linear{Columns::plain, s.hidden, heads + 2 * kv_heads(s) * s.head_dim, {}};
+    case mixer_out:
+      return s.token_mlp ? Linear{Columns::plain, s.token_inner, s.tokens, {}}
+                         : Linear{Columns::plain, heads, s.hidden, {}};
+    case gate_up:
+      return Linear{pairs, s.hidden, both * s.inner, {}};
+    case attn_gate:
+      return Linear{Columns::plain, s.hidden, heads, {}};
+    default:
+      return Linear{Columns::plain, s.inner, s.hidden, {}};
+  }
+}
+
+// Which of its matrices a block has.
+RX_INLINE bool has_matrix(const BlockShape& s, int which) {
+  const Variant& v = s.variant;
+  if (!v.on) return which < weights_per_block;
+  if (which == attn_gate) return v.attn_gate;
+  return which < gate_up ? v.kind < Kind::none : v.kind != Kind::norm;
+}
+
 RX_INLINE Linear linear_of(const BlockShape& s, int which) {
+  if (s.variant.on) return variant_linear(s, which);
   Heads heads{s.heads, s.head_dim};
   switch (which) {
     case mixer_in:

@@ -15,6 +15,7 @@ constexpr int kPanelStep = 2 * kTileBytes;  // bytes of a panel for one tile dep
 
 // Packed weights: the part of a Core that is the same for all.
 struct PairPanels {
+  static constexpr bool kVariants = true;
   static int steps(const Linear& l) { return ceil_div(l.in, kTileDepth); }
   static long panel_bytes(const Linear& l) { return (long)steps(l) * kPanelStep; }
   static size_t linear_bytes(const Linear& l) { return (size_t)l.panels() * panel_bytes(l); }

@@ -1,4 +1,5 @@
 // Runs a window on one team of threads, forward or backward.
+#include "engines.hpp"
 #include "machine.hpp"
 
 namespace rx::cpu {
@@ -22,6 +23,17 @@ struct Job {
   }
 };
 }  // namespace
+
+KeptSize kept_of_block(const BlockShape& shape, int tokens, Save save) {
+  const PackedBlock block{shape};
+  const PackedNet net{&block, 1};
+  Step step{};
+  const Recursion rec{1,     tokens, shape.hidden, 0,       nullptr, nullptr, 1,
+                      &step, 1,      &net,         nullptr, nullptr};
+  KeptSize size = portable_f32.window.kept_size(rec, save);
+  if (save != Save::states) size.values -= (size_t)tokens * shape.hidden;
+  return size;
+}
 
 bool run_window(const Engine& engine, const Window& window, bool backward, int threads,
                 bool (*wanted)()) {

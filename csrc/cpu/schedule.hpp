@@ -7,8 +7,9 @@
 
 #include "backward/window.hpp"
 #include "block.hpp"
-#include "heads.hpp"
+#include "factors.hpp"
 #include "sample_product.hpp"
+#include "variant_block.hpp"
 
 namespace rx::cpu::RX_ISA {
 
@@ -51,13 +52,14 @@ struct Group {
     return total;
   }
 
-  // x <- sum(state) + (sum(inject))
+  // x <- scale * sum(state) + (sum(inject))
   void begin(const Step& step) {
     const State* type = nullptr;
     for (long row = own.begin; row < own.end; ++row) {
       State* kept = ws.inject + row * rec.hidden;
       for (int col = 0; col < rec.hidden; col += W) {
         V h = sum(step.state, step.num_state, row, col);
+        if (step.scale != 1.f) h = round_as(type, h * step.scale);
         if (step.num_inject) {
           const V extra = step.sum == Sum::kept ? load(kept + col)
                                                 : sum(step.inject, step.num_inject, row, col);
@@ -77,6 +79,13 @@ struct Group {
     typename Block<Core>::Hidden in{ws.x, ws.scale_a}, out{ws.z, ws.scale_a};
     for (int i = 0; i < net.num_blocks && !team.stopped(); ++i) {
       const PackedBlock& next = net.blocks[(i + 1) % net.num_blocks];
+      if constexpr (Core::kVariants) {
+        if (net.blocks[i].shape.variant.on) {
+          scale_rows(in);
+          VariantBlock<Core>{rec, team, ws, net.blocks[i], next, in.y, out.y, in.scale}.run();
+          continue;
+        }
+      }
       Block<Core>{rec, team, ws, net.blocks[i], next}.run(in, {ws.y, ws.scale_b}, out);
       const auto swap = in;
       in = out;
@@ -85,12 +94,40 @@ struct Group {
     return in;
   }
 
+  // What a variant begins with: rows whose scale is 1.
+  void scale_rows(typename Block<Core>::Hidden h) const {
+    for (long row = own.begin; row < own.end; ++row)
+      for (int col = 0; col < rec.hidden; col += W)
+        store(h.y.at(row, col), load(h.y.at(row, col)) * h.scale[row]);
+    for (int row = 0; row < ws.rows_pad; ++row) h.scale[row] = 1.f;
+    team.sync();
+  }
+
   // write <- h, in the state's type
   void end(const Step& step, typename Block<Core>::Hidden h) {
+    if (!is_plain(step)) {
+      end_with_factors(step, h);
+      return;
+    }
     for (long row = own.begin; row < own.end; ++row) {
       State* out = state(step.write, row);
       for (int col = 0; col < rec.hidden; col += W)
         store(out + col, load(h.y.at(row, col)) * h.scale[row]);
+    }
+    team.clock->lap(Phase::inject);
+  }
+
+  void end_with_factors(const Step& step, typename Block<Core>::Hidden h) {
+    const State* type = nullptr;
+    for (long row = own.begin; row < own.end; ++row) {
+      State* out = state(step.write, row);
+      for (int col = 0; col < rec.hidden; col += W) {
+        const V y = round_as(type, load(h.y.at(row, col)) * h.scale[row]);
+        store(out + col, damped(type, step, load(out + col), y));
+      }
+      if (step.noise != 0.f)
+        add_call_noise(step, rec.seed, rec.first + first_sample + row / rec.tokens,
+                       row % rec.tokens * rec.hidden, out, rec.hidden);
     }
     team.clock->lap(Phase::inject);
   }
@@ -115,16 +152,17 @@ size_t scratch_bytes(const Recursion& rec, int samples, int team_size) {
 template <class Core>
 size_t packed_bytes(const BlockShape& shape) {
   size_t total = 0;
-  for (int i = 0; i < weights_per_block; ++i)
-    total += (Core::linear_bytes(linear_of(shape, i)) + 63) / 64 * 64;
+  for (int i = 0; i < matrices_per_block; ++i)
+    if (has_matrix(shape, i)) total += (Core::linear_bytes(linear_of(shape, i)) + 63) / 64 * 64;
   return total;
 }
 
 template <class Core, void (*kPackLinear)(const Linear&, const RawWeight&, void*)>
 void pack(const BlockShape& shape, const RawWeight* weights, void* out, PackedBlock* packed) {
   char* p = (char*)out;
-  packed->shape = shape;
-  for (int i = 0; i < weights_per_block; ++i) {
+  *packed = {shape};
+  for (int i = 0; i < matrices_per_block; ++i) {
+    if (!has_matrix(shape, i)) continue;
     const Linear l = linear_of(shape, i);
     kPackLinear(l, weights[i], p);
     packed->weight[i] = p;

@@ -30,4 +30,54 @@ RX_INLINE float softmax2(const float* scores, Out* p, int count, float* maximum 
   return 1.f / reduce_add(sum);
 }
 
+// What a query sees of `count` keys: all of them, as in TRM and HRM, ...
+struct SeesAll {
+  template <bool kCoarse, class Out>
+  RX_INLINE float softmax(const float* scores, Out* p, int, int count, float* maximum = nullptr) {
+    return softmax2<kCoarse>(scores, p, count, maximum);
+  }
+  RX_INLINE V kept(V weight, VI, VI) { return weight; }
+};
+
+// ... or those from [0, prefix) and, if causal, up to itself, that are less than `window` away:
+// always an interval, which holds the query's own place.
+struct Sees {
+  bool causal;
+  int prefix, window;  // window 0: all
+
+  // 0 outside of the interval.
+  template <bool kCoarse, class Out>
+  float softmax(const float* scores, Out* p, int query, int count, float* maximum = nullptr) const {
+    query = imin(query, count - 1);  // rows of a last tile that nobody reads
+    const int begin = window ? imax(0, query - window + 1) : 0;
+    int end = causal ? imin(count, imax(prefix, query + 1)) : count;
+    if (window) end = imin(end, query + window);
+    const auto seen = [=](int i) __attribute__((always_inline)) {
+      const VI key = lane_numbers() + i;
+      return (key >= begin) & (key < end);
+    };
+    V top = splat(-INFINITY), sum{};
+    const int first = begin / W * W, last = round_up(end, W);
+    for (int i = first; i < last; i += W)
+      top = at_least(top, seen(i) ? load(scores + i) : splat(-INFINITY));
+    const float max = reduce_max(top);
+    if (maximum) *maximum = max;
+    for (int i = 0; i < round_up(count, W); i += W) {
+      V e{};
+      if (i >= first && i < last) e = seen(i) ? exp2<kCoarse>(load(scores + i) - max) : V{};
+      store(p + i, e);
+      sum += e;
+    }
+    return 1.f / reduce_add(sum);
+  }
+
+  // The weights of lanes whose query sees their key, 0 of the others.
+  V kept(V weight, VI query, VI key) const {
+    VI sees = query == query;
+    if (causal) sees = (key <= query) | (key < prefix);
+    if (window) sees &= (query - key < window) & (key - query < window);
+    return sees ? weight : V{};
+  }
+};
+
 }  // namespace rx::cpu::RX_ISA

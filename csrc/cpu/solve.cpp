@@ -4,49 +4,14 @@
 // say which rows end; the last slot moves into the place of one that did, and the queue fills the
 // rest. Nothing is computed for a row that ended, and no thread waits for another.
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <stdexcept>
 
 #include "machine.hpp"
+#include "noise.hpp"
 
 namespace rx::cpu {
 namespace {
-
-// Philox 4x32, 10 rounds, then Box-Muller: recurx/solving/noise.py is the same formula.
-struct Words {
-  uint32_t w[4];
-};
-
-Words philox(Words counter, uint64_t seed) {
-  uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
-  uint32_t* w = counter.w;
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t a = (uint64_t)w[0] * 0xD2511F53u, c = (uint64_t)w[2] * 0xCD9E8D57u;
-    counter = {(uint32_t)(c >> 32) ^ w[1] ^ key0, (uint32_t)c, (uint32_t)(a >> 32) ^ w[3] ^ key1,
-               (uint32_t)a};
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
-  }
-  return counter;
-}
-
-void box_muller(uint32_t a, uint32_t b, float* out) {
-  const float u = ((float)(a >> 8) + 0.5f) * 5.9604644775390625e-8f;
-  const double angle = (double)(b >> 8) * (2 * M_PI * 5.9604644775390625e-8);
-  const float radius = (float)std::sqrt(-2.0 * std::log((double)u));
-  out[0] = radius * (float)std::cos(angle);
-  out[1] = radius * (float)std::sin(angle);
-}
-
-// `count`, a multiple of 4, standard normals of one row before one step.
-void normals(int64_t number, int step, uint64_t seed, float* out, long count) {
-  for (long quad = 0; quad < count / 4; ++quad) {
-    const Words bits = philox({(uint32_t)quad, (uint32_t)number, (uint32_t)step, 0}, seed);
-    box_muller(bits.w[0], bits.w[1], out + 4 * quad);
-    box_muller(bits.w[2], bits.w[3], out + 4 * quad + 2);
-  }
-}
 
 struct Slot {
   int row, steps, unchanged;
@@ -146,7 +111,9 @@ struct Queue {
 
     void disturb() {
       for (size_t i = 0; i < slots.size(); ++i) {
-        normals(how.numbers[slots[i].row], slots[i].steps, how.seed, noise, queue.values());
+        const NoiseOf which{(uint32_t)how.numbers[slots[i].row], (uint32_t)slots[i].steps,
+                            kStepNoise};
+        normals(which, how.seed, 0, noise, queue.values());
         queue.engine.add_noise(at(how.output, (int)i), noise, how.sigma, queue.values());
       }
     }

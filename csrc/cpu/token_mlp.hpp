@@ -33,7 +33,7 @@ struct TokenMlp {
                  {0, back.panels()}, packed.weight[gate_up],
                  residual<Core>(ws.token_in, nullptr, ws.token_out, ws.token_sums, kSlabRows));
       sum_to_scale(ws.token_sums, kSlabRows, count, tokens, packed.shape.eps, ws.token_scale);
-      transpose_out(out, row0, d, count);
+      transpose_out(ws.token_out, ws.token_scale, out, row0, d, count);
       first += count;
     }
   }
@@ -53,13 +53,12 @@ struct TokenMlp {
     }
   }
 
-  // out[t, d + i] <- token_out[i, t] * token_scale[i]
-  void transpose_out(Mat<Act> out, long row0, int d, int count) {
+  // out[t, d + i] <- from[i, t] * scale[i]
+  void transpose_out(Mat<Act> from, const float* scale, Mat<Act> out, long row0, int d, int count) {
     for (int i = 0; i < count; i += W) {
       for (int t = 0; t < tokens; t += W) {
         V block[W];
-        for (int j = 0; j < W; ++j)
-          block[j] = load(ws.token_out.at(i + j, t)) * ws.token_scale[i + j];
+        for (int j = 0; j < W; ++j) block[j] = load(from.at(i + j, t)) * scale[i + j];
         transpose(block);
         for (int j = 0; j < imin(W, tokens - t); ++j) store(out.at(row0 + t + j, d + i), block[j]);
       }

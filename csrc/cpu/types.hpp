@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "variant.hpp"
+
 namespace rx::cpu {
 
 enum class Dtype { f32, bf16, int8 };
@@ -19,22 +21,29 @@ struct BlockShape {
   int tokens;       // token MLP only: the T it is built for
   int token_inner;  // token MLP only: inner width of the SwiGLU over T
   float eps;
+  Variant variant{};
 };
 
 // One weight as PyTorch holds it: row-major [out, in].
 struct RawWeight {
-  const void* data;
-  Dtype dtype;
+  const void* data = nullptr;
+  Dtype dtype = Dtype::f32;
   const float* scales = nullptr;  // [out], of int8: the weight is data * scales
 };
 
-// The four products of a block, in the order of the flat op.
-enum BlockWeight { mixer_in, mixer_out, gate_up, down, weights_per_block };
+// The weights of a block; data is null where it has none.
+struct RawBlock {
+  RawWeight matrix[matrices_per_block];
+  RawWeight vector[vectors_per_block];
+};
 
 struct PackedBlock {
   BlockShape shape;
-  const void* weight[weights_per_block];  // panels, in the layout of one engine
+  const void* weight[matrices_per_block] = {};  // panels, in the layout of one engine, or null
+  const float* vector[vectors_per_block] = {};  // of a variant, or null
 };
+
+VectorSize size_of_vector(const BlockShape& shape, int which);  // as PyTorch holds it
 
 struct PackedNet {
   const PackedBlock* blocks;
@@ -44,13 +53,16 @@ struct PackedNet {
 // What becomes of the sum over the injected states: recurx/program.py decides which are shared.
 enum class Sum : int { own, formed, kept };  // of this step alone; formed and kept; kept earlier
 
-// write <- N_net( sum(state) + (sum(inject)) ); state 0 is x, which no step writes.
+// write <- keep * write + share * N_net( scale * sum(state) + (sum(inject)) ) + noise * normals;
+// state 0 is x, which no step writes.
 struct Step {
   int net, write;
   int num_state, num_inject;
   const int* state;
   const int* inject;
   Sum sum = Sum::own;
+  float keep = 0.f, share = 1.f, scale = 1.f, noise = 0.f;
+  int number = 0;  // of the call in the whole schedule, which its noise counts
 };
 
 struct Recursion {
@@ -62,15 +74,17 @@ struct Recursion {
   const Step* steps;
   int num_nets;
   const PackedNet* nets;
-  const float* cos;  // [T, head_dim] or null
+  const float* cos;  // [T, head_dim] or null; T of a line, where attention is axial
   const float* sin;
+  uint64_t seed = 0;  // of the steps' noise, which sample i of the batch has as entry first + i
+  long first = 0;
 };
 
 // What a window keeps for its backward, see backward/kept.hpp.
 enum class Save : int { all, block, states };
 
 // The differentiable calls of a recursion. Lists of states have x first, those of weights are flat,
-// net after net, block after block.
+// net after net, block after block, slots_per_block each.
 struct Window {
   Recursion rec;  // `in` is what entered; `out` what leaves, of the forward only
   Save save;

@@ -131,6 +131,17 @@ RX_INLINE V at_most(V bound, V x) {
 #endif
 }
 
+RX_INLINE V root(V x) {
+#if defined(__AVX512F__) && RX_VECTOR_WIDTH == 16
+  return (V)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__) && RX_VECTOR_WIDTH == 8
+  return (V)_mm256_sqrt_ps((__m256)x);
+#else
+  for (int i = 0; i < W; ++i) x[i] = sqrtf(x[i]);
+  return x;
+#endif
+}
+
 RX_INLINE float reduce_add(V v) {
 #if defined(__AVX512F__) && RX_VECTOR_WIDTH == 16
   return _mm512_reduce_add_ps((__m512)v);

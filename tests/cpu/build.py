@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -25,21 +26,24 @@ import native_tools  # noqa: E402 (beside setup.py, no package)
 
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 MODULE = "_cpu_emulated"
+INT8 = ("avx2_vnni", "avx512_vnni")  # engines of nothing else
+# The driver neither trains nor quantizes, and the window is most of an engine's code.
+DOES_NOT_TRAIN = ("-DRX_WITHOUT_WINDOW",)
+OF_DRIVER = (*DOES_NOT_TRAIN, *(f"-URX_HAVE_{isa.upper()}" for isa in INT8))
 DEFINES = (
-    *(f"-DRX_HAVE_{isa.upper()}=1" for isa in (*ISAS[1:], "avx2_vnni", "avx512_vnni")),
+    *(f"-DRX_HAVE_{isa.upper()}=1" for isa in (*ISAS[1:], *INT8)),
     "-DRX_PRETEND_ISA",
     "-DRX_EMULATE_AMX",
     f"-DRX_MODULE_NAME={MODULE}",
 )
 
 
-def sources() -> list[Path]:
-    """bindings.cpp, the engines, and the driver that needs no Python."""
-    return [
-        ROOT / "csrc" / "bindings.cpp",
-        *sorted((ROOT / "csrc" / "cpu").glob("*.cpp")),
-        ROOT / "tests" / "cpu" / "engines_check.cpp",
-    ]
+def sources(without: Sequence[str] = ()) -> list[Path]:
+    """The engines, those of other processors than x86 left out."""
+    neon = [isa for isa in native_tools.ISA_FLAGS if isa.startswith("neon")]
+    others = tuple(f"engine_{isa}" for isa in (*neon, *without))
+    found = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+    return [file for file in found if not file.stem.endswith(others)]
 
 
 @functools.cache
@@ -49,7 +53,7 @@ def settings(include: Path) -> tuple[native_tools.Compiler, list[str]]:
 
     compiler = native_tools.find_compiler()
     vectors = native_tools.ISA_FLAGS["avx2"][0] if "avx2" in compiler.isas else ()
-    flags = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-pthread", "-w", *vectors]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-pthread", "-w", *vectors]
     flags += [*DEFINES, f"-I{include}", f"-I{pybind11.get_include()}"]
     return compiler, [*flags, f"-I{sysconfig.get_path('include')}"]
 
@@ -60,19 +64,32 @@ def run(*command: str) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
 
 
-def build() -> tuple[Path, Path]:
-    """(the extension module, the driver); raises native_tools.NotFound without a compiler."""
+def module() -> Path:
+    """The extension module; raises native_tools.NotFound without a compiler."""
+    undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+    name = f"{MODULE}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    files = [ROOT / "csrc" / "bindings.cpp", *sources()]
+    return _linked(files, name, (), ("-shared", *undefined))
+
+
+def driver() -> Path:
+    """The driver that needs no Python, of parts of the engines; their objects lie beside it.
+
+    Raises native_tools.NotFound without a compiler.
+    """
+    files = [Path(__file__).with_name("engines_check.cpp"), *sources(INT8)]
+    return _linked(files, "engines_check", OF_DRIVER)
+
+
+def _linked(files: list[Path], name: str, more: Sequence[str], link: Sequence[str] = ()) -> Path:
     compiler, flags = settings(ROOT / "csrc")
-    files = [*sources(), *sorted((ROOT / "csrc" / "cpu").rglob("*.hpp"))]
+    flags = [*flags, *more]
     digest = hashlib.sha256(repr((compiler, flags)).encode())
-    for file in files:
+    for file in [*files, *sorted((ROOT / "csrc" / "cpu").rglob("*.hpp"))]:
         digest.update(file.read_bytes())
     folder = ROOT / "build" / "cpu_emulated" / digest.hexdigest()[:16]
-    module = folder / f"{MODULE}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    driver = folder / "engines_check"
-    if module.exists() and driver.exists():
-        return module, driver
-
+    if (folder / name).exists():
+        return folder / name
     folder.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source: Path) -> str:
@@ -81,16 +98,9 @@ def build() -> tuple[Path, Path]:
         return target
 
     with ThreadPoolExecutor(2) as pool:
-        objects = dict(
-            zip([s.stem for s in sources()], pool.map(compile_one, sources()), strict=True)
-        )
-    check, bindings = objects.pop("engines_check"), objects.pop("bindings")
-    engines = list(objects.values())
-    undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-    run(*compiler.command, "-pthread", check, *engines, "-o", str(driver))
-    shared = [*compiler.command, "-shared", "-pthread", *undefined]
-    run(*shared, bindings, *engines, "-o", str(module))
-    return module, driver
+        objects = list(pool.map(compile_one, files))
+    run(*compiler.command, *link, "-pthread", *objects, "-o", str(folder / name))
+    return folder / name
 
 
 def usable() -> list[str]:
@@ -113,7 +123,7 @@ def edited(
     `sanitized`: the memory of all engines under g++'s sanitizers of addresses and undefined
         behaviour (their accesses only in this engine).
     """
-    _, driver = build()
+    beside = driver().parent
     shutil.copytree(ROOT / "csrc" / "cpu", folder / "csrc" / "cpu")
     for file, old, new in edits:
         path = folder / "csrc" / "cpu" / file
@@ -125,10 +135,9 @@ def edited(
     source = folder / "csrc" / "cpu" / f"engine_{name}.cpp"
     own = native_tools.ISA_FLAGS[name][0] if name in usable() else ()
     watched = ["-fsanitize=address,undefined"] if sanitized else []
-    # The driver does not train, and the window is most of an engine's code.
-    part = [*own, *watched, "-DRX_WITHOUT_WINDOW"]
+    part = [*own, *watched, *DOES_NOT_TRAIN]
     run(*compiler.command, *flags, *part, "-c", str(source), "-o", str(engine))
-    others = [driver.parent / f"{s.stem}.o" for s in sources() if s.stem != "bindings"]
+    others = [beside / f"{s}.o" for s in ("engines_check", *(f.stem for f in sources(INT8)))]
     objects = [str(o) for o in others if o.name != engine.name]
     link = [*compiler.command, "-pthread", *watched]
     run(*link, *objects, str(engine), "-o", str(folder / "check"))

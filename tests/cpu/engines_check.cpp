@@ -276,8 +276,12 @@ int main(int argc, char** argv) {
 #endif
   // Which of the two best is taken depends on a measurement, what it says does not.
   const std::vector<std::string> names{"avx2", "avx512", "avx512_bf16"};
-  failures += best_isa(names, 2.0) != "avx512_bf16" || best_isa(names, 1.0) != "avx512" ||
-              best_isa({"avx512", "avx512_bf16", "amx"}, 1.0) != "amx";
+  failures += best_isa(names, {2.0}) != "avx512_bf16" || best_isa(names, {1.0}) != "avx512" ||
+              best_isa({"avx512", "avx512_bf16", "amx"}, {}) != "amx";
+  const std::vector<std::string> arms{"neon", "neon_bf16", "neon_bfmmla"};
+  failures += best_isa(arms, {2.0, 4.0}) != "neon_bfmmla" ||
+              best_isa(arms, {2.0, 2.1}) != arms[1] ||
+              best_isa(arms, {1.0, 2.0}) != "neon_bfmmla" || best_isa(arms, {1.0, 1.1}) != "neon";
   std::printf("%s\n", failures ? "failed" : "ok");
   return failures != 0;
 }

@@ -1,12 +1,14 @@
 // Random recursions, windows and solves by every engine that is linked in, for the sanitizers of
 // addresses, of undefined behaviour and of threads. No Python, no torch.
 //
-//   random_check first count [engines] [reruns]
+//   random_check first count [engines] [reruns] [against]
 //
 // Cases number first and up, by all engines in turn whose name has that in it. All buffers have
 // their exact size and lie apart. Every call must give the bits of the first one, which ran on one
 // thread and on scratch of zeros: the others run on one to four threads, on scratch and kept values
-// that are NaN before, so that what is read and was not written shows.
+// that are NaN before, so that what is read and was not written shows. With `against` given,
+// results are also held against those of another engine that is linked in: plain code of the same
+// type, or BFDOT for BFMMLA, whose bits are the same.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -30,7 +32,7 @@ RX_WEAK portable_f32, portable_bf16, portable_int8_f32, portable_int8_bf16;
 RX_WEAK avx2_f32, avx2_bf16, avx2_vnni_int8_f32, avx2_vnni_int8_bf16;
 RX_WEAK avx512_f32, avx512_bf16, vnni_int8_f32, vnni_int8_bf16, dot_bf16, dot_int8, amx_bf16,
     amx_int8;
-RX_WEAK neon_f32, neon_bf16, bfdot_bf16;
+RX_WEAK neon_f32, neon_bf16, bfdot_bf16, bfmmla_bf16;
 }  // namespace rx::cpu
 
 using namespace rx::cpu;
@@ -51,7 +53,7 @@ const struct {
     RX_NAMED(dot_bf16),           RX_NAMED(dot_int8),
     RX_NAMED(amx_bf16),           RX_NAMED(amx_int8),
     RX_NAMED(neon_f32),           RX_NAMED(neon_bf16),
-    RX_NAMED(bfdot_bf16),
+    RX_NAMED(bfdot_bf16),         RX_NAMED(bfmmla_bf16),
 };
 
 // The same numbers with every standard library.
@@ -90,6 +92,12 @@ struct Results {
   struct One {
     Bytes data;
     size_t count, size;  // bytes; of a number, or 0
+    float value(size_t at) const {
+      if (!size) return data.get()[at];
+      float v = 0;
+      std::memcpy((char*)&v + 4 - size, data.get() + at, size);
+      return v;
+    }
   };
   std::vector<One> all;
   void* add(size_t count, size_t size = 0) {
@@ -101,12 +109,24 @@ struct Results {
       if (std::memcmp(all[i].data.get(), other.all[i].data.get(), all[i].count)) return false;
     return true;
   }
+  // The largest distance of one result from that of `other`, relative to its norm.
+  double distance(const Results& other) const {
+    double worst = 0;
+    for (size_t i = 0; i < all.size(); ++i) {
+      const One &one = all[i], &two = other.all[i];
+      double error = 0, norm = 0;
+      for (size_t at = 0; at < one.count; at += one.size ? one.size : 1) {
+        const float a = one.value(at), b = two.value(at);
+        error += (a - b) * (a - b), norm += b * b;
+      }
+      if (error > 0) worst = std::fmax(worst, std::sqrt(error / norm));
+    }
+    return worst;
+  }
   bool finite() const {
     for (const One& one : all)
       for (size_t at = 0; one.size && at < one.count; at += one.size) {
-        float v = 0;
-        std::memcpy((char*)&v + 4 - one.size, one.data.get() + at, one.size);
-        if (!std::isfinite(v)) return false;
+        if (!std::isfinite(one.value(at))) return false;
       }
     return true;
   }
@@ -192,11 +212,13 @@ struct Case {
         weights.back().data = hold(values(r, count, size, 1.f / std::sqrt((float)shape[1])));
       }
     }
+    weights.resize(weights.size() + slots_per_block - weights_per_block);
+    weight_sizes.resize(weights.size());
     // Each packed weight goes to memory of its own.
     const size_t total = engine.packed_bytes(s);
     const std::unique_ptr<void, void (*)(void*)> packed(allocate(total), std::free);
     PackedBlock block;
-    engine.pack(s, &weights[weights.size() - weights_per_block], packed.get(), &block);
+    engine.pack(s, &weights[weights.size() - slots_per_block], packed.get(), &block);
     const char* end = (const char*)packed.get() + total;
     for (int i = weights_per_block; i-- > 0;) {
       const char* const begin = (const char*)block.weight[i];
@@ -286,7 +308,8 @@ struct Case {
       d_in.push_back(choices.one_in(3) ? nullptr : got.add(elements() * B * size, size));
     std::vector<float*> d_weights;
     for (size_t count : weight_sizes)
-      d_weights.push_back(choices.one_in(5) ? nullptr : (float*)got.add(count * sizeof(float), 4));
+      d_weights.push_back(!count || choices.one_in(5) ? nullptr
+                                                      : (float*)got.add(count * sizeof(float), 4));
     window.rec.out = nullptr;
     window.weights = weights.data();
     window.d_out = d_out.data();
@@ -340,6 +363,12 @@ struct Case {
   }
 };
 
+// What results are held against, within a relative distance.
+struct Other {
+  const Case* engine = nullptr;
+  double limit = 0;
+};
+
 void forget_scratch() {
   Machine& machine = the_machine();
   for (Scratch& one : machine.scratch) {
@@ -357,11 +386,11 @@ void spoil_scratch() {
   if (machine.window.data) std::memset(machine.window.at_least(0), 0xff, machine.window.bytes);
 }
 
-// Whether `work(threads)` has the same bits every time.
+// Whether `work(case, threads)` has the same bits every time, and those or nearly those of `other`.
 template <class Work>
-bool repeats(Random& choices, const char* what, Work work) {
+bool repeats(Random& choices, const char* what, const Case& c, const Other& other, Work work) {
   forget_scratch();
-  const Results first = work(1);
+  const Results first = work(c, 1);
   if (!first.finite()) {
     std::printf("not finite, or not written: %s\n", what);
     return false;
@@ -369,25 +398,30 @@ bool repeats(Random& choices, const char* what, Work work) {
   for (int i = 0; i < reruns; ++i) {
     const int threads = reruns > 2 ? 1 + (i % 256 == 255) : choices.from(1 + i, 4);
     spoil_scratch();
-    if (work(threads) == first) continue;
+    if (work(c, threads) == first) continue;
     std::printf("other bits: %s on %d threads\n", what, threads);
     return false;
   }
-  return true;
+  if (!other.engine) return true;
+  const double distance = first.distance(work(*other.engine, 1));
+  std::printf("%s: %s %.1e\n", c.text.c_str(), what, distance);
+  return distance <= other.limit;
 }
 
-bool holds(const Case& c) {
+bool holds(const Case& c, const Other& other) {
   Random choices = c.r;
-  bool ok = repeats(choices, "run", [&](int threads) {
-    return c.run_calls(threads, threads > 1 && threads % 2 == c.B % 2);
+  bool ok = repeats(choices, "run", c, other, [&](const Case& one, int threads) {
+    return one.run_calls(threads, threads > 1 && threads % 2 == c.B % 2);
   });
   const Random fixed{choices.bits()};
-  ok &= repeats(choices, "solve", [&](int threads) { return c.run_solve(fixed, threads); });
+  ok &= repeats(choices, "solve", c, other,
+                [&](const Case& one, int threads) { return one.run_solve(fixed, threads); });
   if (c.int8) return ok;
   const Save save = (Save)choices.from(0, 2);
   const int back = choices.from(0, 3);
-  return ok & repeats(choices, "window", [&](int threads) {
-           return c.run_training(save, fixed, threads, threads == 1 ? 1 : (threads + back) % 4 + 1);
+  return ok & repeats(choices, "window", c, other, [&](const Case& one, int threads) {
+           const int threads_back = threads == 1 ? 1 : (threads + back) % 4 + 1;
+           return one.run_training(save, fixed, threads, threads_back);
          });
 }
 
@@ -407,7 +441,15 @@ int main(int argc, char** argv) {
     const auto& chosen = kEngines[linked[number % linked.size()]];
     const Case one(number, chosen.name, *chosen.engine);
     std::fprintf(stderr, "%s\n", one.text.c_str());  // the last one is that of a report
-    if (holds(one)) continue;
+    Other other;
+    std::unique_ptr<Case> same;
+    if (argc > 5) {
+      const bool dot = chosen.engine == &bfmmla_bf16;
+      const Engine& plain = one.size == 4 ? portable_f32 : portable_bf16;
+      same.reset(new Case(number, "", dot ? bfdot_bf16 : plain));
+      other = {same.get(), dot ? 0 : one.size == 4 ? 1e-5 : 0.5};
+    }
+    if (holds(one, other)) continue;
     std::printf("failed: %s\n", one.text.c_str());
     return 1;
   }

@@ -44,13 +44,14 @@ BUGS = {
         "AddressSanitizer", "qkv.hpp", "to.cos + (long)to.position[row] * dim",
         "to.cos + ((long)to.position[row] + 1) * dim",
     ),
-    "a shift by all bits": ("runtime error", "solve.cpp", "b >> 8", "b >> 32"),
+    "a shift by all bits": ("runtime error", "noise.cpp", "b >> 8", "b >> 32"),
     "padding that is not cleared": (
         "other bits", "token_mlp.hpp", "t < round_up(tokens, kAlign)", "t < tokens",
     ),
 }  # fmt: skip
-SOURCES = ("run", "run_window", "solve", "pool", "checks")
-ENGINES = ("portable", "avx2", "avx512", "avx512_bf16", "amx", "neon", "neon_bf16")
+SOURCES = ("run", "run_window", "solve", "noise", "variant_pack", "pool", "checks")
+X86 = ("avx2", "avx512", "avx512_bf16", "amx")
+ENGINES = ("portable", *X86, "neon", "neon_bf16", "neon_bfmmla")
 
 
 def engines() -> list[str]:

@@ -21,7 +21,10 @@ from recurx import Schedule
 from recurx.backends import cpu
 from recurx.nets import ATTENTION, TOKEN_MLP
 from tests.cpu import build
+from tests.cpu.test_cpu_variant_window import given_of
+from tests.cpu.test_cpu_variants import spec_of
 from tests.cpu.test_cpu_window import assert_right, case, on_engine
+from tests.kernels.compare import ERROR_RATIO
 
 TRM = dict(schedule=Schedule.trm(1, 1))
 WINDOW = dict(schedule=Schedule.trm(2, 1))
@@ -32,6 +35,11 @@ PAIRS = dict(schedule=Schedule.trm(1, 1), isa="avx512_bf16", dtype=torch.bfloat1
 LONG_PAIRS = dict(**PAIRS, tokens=150, hidden=32, inner=32, heads=1, blocks=1, batch=1)
 TILES = {**PAIRS, "isa": "amx"}
 TWO_SLICES = dict(schedule=Schedule.trm(1, 1), batch=90, hidden=32, inner=32)
+
+
+def _of(variant: str, **more: object) -> dict:
+    return dict(variant=variant, **more)
+
 
 # name: (file, text, text with `bug` for whether the bug is there, the case that shows it)
 BUGS = {
@@ -140,17 +148,18 @@ BUGS = {
         "place{(bug ? ws.group[net] - 1 : filled) * rows(),", TRM,
     ),
     "window off by one": (
-        "window.hpp", "if (!ws.active[call]) continue;\n      copy",
-        "if (!ws.active[call] || (bug && call == 0)) continue;\n      copy", WINDOW,
+        "window.hpp", "if (!ws.active[call]) continue;\n      take_gradient",
+        "if (!ws.active[call] || (bug && call == 0)) continue;\n      take_gradient", WINDOW,
     ),
     "gradient of an overwritten state survives": (
-        "window.hpp", "ws.given[step.write] = false;\n      const bool enters",
-        "ws.given[step.write] = bug;\n      const bool enters",
+        "window.hpp", "    if (ws.given[step.write]) each_own(",
+        "    if (bug)\n      ws.given[step.write] = true;\n"
+        "    else if (ws.given[step.write])\n      each_own(",
         dict(schedule=Schedule.hrm(1, 2, window="full")),
     ),
     "stale z_H": (
-        "window.hpp", "now[step.write] = ws.blocks[net.num_blocks - 1].out;",
-        "if (!bug || call > 0) now[step.write] = ws.blocks[net.num_blocks - 1].out;",
+        "window.hpp", "write(step, ws.blocks[net.num_blocks - 1].out);",
+        "if (!bug || call > 0) write(step, ws.blocks[net.num_blocks - 1].out);",
         dict(schedule=Schedule.trm(2, 1, window="full")),
     ),
     "the last sample of a slice lost": (
@@ -159,6 +168,128 @@ BUGS = {
     ),
     "another block's weight": (
         "block_backward.hpp", "job.weights[at],", "job.weights[bug ? which : at],", TRM
+    ),
+    # ---- variants: (file, text, the bug in its place, the spec that shows it)
+    "a norm before f": (
+        "sublayer_backward.hpp", "store(p, load(p) + d);", "store(p, bug ? load(p) : load(p) + d);",
+        _of("pre-LayerNorm, ReLU"),
+    ),
+    "the weight of a norm after f": (
+        "sublayer_backward.hpp", "weight + 2, true", "bug ? weight : weight + 2, true",
+        _of("sandwich"),
+    ),
+    "what a layer norm subtracts": (
+        "variant_passes.hpp", "n.kind == Norm::layer ? reduce_add(sum)",
+        "!bug && n.kind == Norm::layer ? reduce_add(sum)", _of("post-LayerNorm, GELU"),
+    ),
+    "the weight of a norm left out": (
+        "variant_passes.hpp", "if (n.weight) g *=", "if (!bug && n.weight) g *=",
+        _of("norm weights"),
+    ),
+    "the gradient of a norm's weight": (
+        "variant_passes.hpp", "return d(row, col) * hat(row, col);",
+        "return d(row, col) * (bug ? x(row, col) : hat(row, col));", _of("a norm alone"),
+    ),
+    "the constant of a learned scale": (
+        "sublayer_backward.hpp", "columns, v.residual_scale",
+        "columns, bug ? 1.f : v.residual_scale", _of("scalar scales"),
+    ),
+    "the scale of f's result": (
+        "sublayer_backward.hpp", "store(narrow.at(row, col), left(row, col) * by(col));",
+        "store(narrow.at(row, col), bug ? left(row, col) : left(row, col) * by(col));",
+        _of("channel scales"),
+    ),
+    "the bias of up is that of gate": (
+        "sublayer_backward.hpp", "load(dy.at(row, half * p.padded_half() + col))",
+        "load(dy.at(row, (bug ? 0 : half) * p.padded_half() + col))",
+        _of("token MLP, pre-norm, biases"),
+    ),
+    "slope of gelu": (
+        "../activations.hpp", "fma(x * 0.39894228f,", "fma(x * (bug ? 0.f : 0.39894228f),",
+        _of("post-LayerNorm, GELU"),
+    ),
+    "slope of gelu by tanh": (
+        "../activations.hpp", "splat(0.134145f)", "splat(bug ? 0.044715f : 0.134145f)",
+        _of("inner norm, GEGLU"),
+    ),
+    "slope of relu": (
+        "../activations.hpp", "x > V{} ? splat(1.f) : V{};", "x > V{} ? splat(1.f) : splat(bug);",
+        _of("pre-LayerNorm, ReLU"),
+    ),
+    "slope of relu squared": (
+        "../activations.hpp", "at_least(V{}, x) * 2.f", "at_least(V{}, x) * (bug ? 1.f : 2.f)",
+        _of("no mixer, ReLU²"),
+    ),
+    "slope of sigmoid": (
+        "../activations.hpp", "return s * (1.f - s);", "return bug ? s : s * (1.f - s);",
+        _of("sigmoid"),
+    ),
+    "taps of a convolution in the wrong order": (
+        "variant_passes.hpp", "(t + width - 1 - j) * kStrip",
+        "(t + (bug ? j : width - 1 - j)) * kStrip", _of("ConvSwiGLU"),
+    ),
+    "the weight of another tap": (
+        "variant_passes.hpp", "v * load(strip + (t + j) * kStrip + c)",
+        "v * load(strip + (t + (bug ? 0 : j)) * kStrip + c)", _of("convolution before the gate"),
+    ),
+    "the activation after a convolution": (
+        "variant_passes.hpp", "if (activates) v *=", "if (!bug && activates) v *=",
+        _of("ConvSwiGLU"),
+    ),
+    "up convolved as gate": (
+        "variant_passes.hpp", "/ padded * inner + in_half",
+        "/ padded * (bug ? 0 : inner) + in_half", _of("convolution before the gate"),
+    ),
+    "an inner norm left out": (
+        "variant_backward.hpp", "if (m.norm >= 0)", "if (!bug && m.norm >= 0)",
+        _of("inner norm, GEGLU"),
+    ),
+    "the gate of a norm of the product": (
+        "variant_backward.hpp", "fma(g, up,", "fma(bug ? V{} : g, up,", _of("norm of the product")
+    ),
+    "the gate of attention": (
+        "variant_backward.hpp", "* gate * (1.f - gate);", "* gate * (bug ? gate : 1.f - gate);",
+        _of("grouped heads, gate, prefix"),
+    ),
+    "a gate's way to h lost": (
+        "variant_backward.hpp", "if (enters) add_back(own.mixed,",
+        "if (!bug && enters) add_back(own.mixed,", _of("grouped heads, gate, prefix"),
+    ),
+    "the norm before o left out": (
+        "variant_backward.hpp", "if (v.attn_norm != Norm::none)",
+        "if (!bug && v.attn_norm != Norm::none)", _of("norm of the product"),
+    ),
+    "one head alone of those that share a key": (
+        "variant_backward.hpp", "(part ? group : 1)", "(part && !bug ? group : 1)",
+        _of("grouped heads, gate, prefix"),
+    ),
+    "the norm of k left out": (
+        "variant_backward.hpp", "part < 2; ++part", "part < (bug ? 1 : 2); ++part",
+        _of("causal window, QK-norm"),
+    ),
+    "keys before the prefix ends": (
+        "../softmax.hpp", "| (key < prefix);", "| (key < (bug ? 0 : prefix));",
+        _of("grouped heads, gate, prefix"),
+    ),
+    "a window of one side": (
+        "../softmax.hpp", "(query - key < window) &", "(bug | (query - key < window)) &",
+        _of("plain QK-norm, window"),
+    ),
+    "pairs: the mask of other queries": (
+        "pair_heads.hpp", "near + W, key", "bug ? near : near + W, key",
+        _of("causal window, QK-norm", isa="avx512_bf16", dtype=torch.bfloat16, tokens=40),
+    ),
+    "lines of a grid left out": (
+        "variant_backward.hpp", "own.d_lines + this->line_of(row) * wide",
+        "own.d_lines + (bug ? row : this->line_of(row)) * wide", _of("axial, columns"),
+    ),
+    "a token MLP's result turned over": (
+        "variant_backward.hpp", "RowsOfMat<Act>{one.narrow}",
+        "RowsOfMat<Act>{bug ? one.normed : one.narrow}", _of("token MLP normed over D"),
+    ),
+    "a token MLP's rows turned back": (
+        "variant_backward.hpp", "leave_back(slab);", "if (!bug) leave_back(slab);",
+        _of("token MLP with inner norms"),
     ),
 }  # fmt: skip
 
@@ -180,7 +311,7 @@ def _compile() -> Path:
     flags += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     sources = sorted((build.ROOT / "csrc" / "cpu").rglob("*.?pp"))
     digest = hashlib.sha256(repr((compiler, flags, BUGS)).encode())
-    for file in (*sources, build.ROOT / "csrc" / "bindings.cpp"):
+    for file in (*sources, *sorted((build.ROOT / "csrc").glob("*.?pp"))):
         digest.update(file.read_bytes())
     folder = build.ROOT / "build" / "cpu_planted" / digest.hexdigest()[:16]
     module = folder / f"_cpu_planted{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -188,7 +319,8 @@ def _compile() -> Path:
         return module
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(build.ROOT / "csrc" / "cpu", folder / "cpu")
-    shutil.copy(build.ROOT / "csrc" / "bindings.cpp", folder)
+    for name in ("bindings.cpp", "packing.hpp"):
+        shutil.copy(build.ROOT / "csrc" / name, folder)
     for number, (name, text, planted, _) in enumerate(BUGS.values(), 1):
         file = folder / "cpu" / "backward" / name
         before = file.read_text()
@@ -229,6 +361,9 @@ def planted():
 
 
 def given_by(shown: dict):
+    if "variant" in shown:
+        sizes = {name: value for name, value in shown.items() if name not in ("variant", "isa")}
+        return given_of(spec_of(shown["variant"]), **{"dtype": torch.float32, **sizes})
     given = {"kind": ATTENTION, "dtype": torch.float32, **shown}
     return case(**{name: value for name, value in given.items() if name != "isa"})
 
@@ -239,11 +374,11 @@ def test_planted_bugs_are_rejected(planted, name, monkeypatch) -> None:
     shown = BUGS[name][-1]
     monkeypatch.setenv("RECURX_CPU_ISA", shown.get("isa", "portable"))
     engine, number = planted
-    given = given_by(shown)
-    assert_right(on_engine(engine, given), given)
+    given, ratio = given_by(shown), 2 if "variant" in shown else ERROR_RATIO  # of one draw
+    assert_right(on_engine(engine, given), given, ratio)
     number.value = list(BUGS).index(name) + 1
     try:
         with pytest.raises(AssertionError, match=r"gradients: error|any\(\)"):
-            assert_right(on_engine(engine, given), given)
+            assert_right(on_engine(engine, given), given, ratio)
     finally:
         number.value = 0

@@ -29,13 +29,13 @@ def test_the_emulation_has_the_bits_of_the_instruction(tmp_path: Path) -> None:
 
 
 PLANTED = {
-    "pairs that straddle": ("attention_dot.hpp", "a + r * lda + 2 * k", "a + r * lda + 2 * k + 1"),
+    "pairs that straddle": ("dot_kernel.hpp", "a + r * lda + 2 * k", "a + r * lda + 2 * k + 1"),
     "weights of a pair exchanged": (
         "backward/pack_rows.hpp", "bits | bits_of(x, r + 1, col + side * W, 0) << 16",
         "bits_of(x, r + 1, col + side * W, 0) | bits << 16",
     ),
-    "the last pair dropped": ("attention_dot.hpp", "k < pairs; ++k", "k + 1 < pairs; ++k"),
-    "the tail of the depth dropped": ("attention_dot.hpp", "k < pairs; ++k", "false; ++k"),
+    "the last pair dropped": ("dot_kernel.hpp", "k < pairs; ++k", "k + 1 < pairs; ++k"),
+    "the tail of the depth dropped": ("dot_kernel.hpp", "k < pairs; ++k", "false; ++k"),
     "the second depth from the first's weights": (
         "gemm_dot.hpp", "b += kDepth / kTileDepth * kPanelStep", "b += 0",
     ),

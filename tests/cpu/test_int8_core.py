@@ -330,10 +330,11 @@ def test_what_an_int32_cannot_sum_is_refused() -> None:
     module = cpu.BACKEND._engine()
     isa, scales = module.cpu_isa(), torch.ones(1)
     block = (False, 32, MOST_DEPTH + 1, 2, 16, 0, 0, 1e-5)
+    codes = [(scales.data_ptr(), False)] * 4  # refused before anybody reads there
     with pytest.raises(ValueError, match=r"int32 from 1 to 133144, got 133145"):
-        module.cpu_pack([block], [(0, False)] * 4, True, isa, [scales.data_ptr()] * 4)
+        module.cpu_pack([block], codes, True, isa, [scales.data_ptr()] * 4)
     with pytest.raises(ValueError, match="scales for all"):
-        module.cpu_pack([block], [(0, False)] * 4, True, isa, [scales.data_ptr()])
+        module.cpu_pack([block], codes, True, isa, [scales.data_ptr()])
 
 
 def test_why_it_would_be_no_faster() -> None:

@@ -43,7 +43,6 @@ struct BlockBackward {
     }
   }
 
- private:
   void attend(const Kept<State>& k, bool enters) {
     norm_rows_backward(ws.sum, D, D, shape.eps, own, RowsOf<State>{k.mid, D, D}, k.scale_mid,
                        ws.narrow);
@@ -106,7 +105,7 @@ struct BlockBackward {
   // dy W, the panels of W packed before or here.
   template <class Epilogue>
   void multiply(Mat<Act> dy, int count, BlockWeight which, Epilogue epilogue_of) const {
-    const int at = number * weights_per_block + which;
+    const int at = number * slots_per_block + which;
     const Product p = product_of(shape, which);
     const char* packed = packs_at_use<Core>() ? nullptr : ws.backward[at];
     for (int begin = 0; begin < p.depth(); begin += p.template slice_depth<Core>()) {
@@ -137,7 +136,7 @@ struct BlockBackward {
   // Adds dy^T x to the gradient of a weight; `columns`: rows of the token MLP, not gathered.
   template <class X>
   void sum_rows(BlockWeight which, Mat<Act> dy, X x, int columns = 0) const {
-    const int at = number * weights_per_block + which;
+    const int at = number * slots_per_block + which;
     float* const gradient = job.d_weights[at];
     if (!gradient) return;
     const Product p = product_of(shape, which);

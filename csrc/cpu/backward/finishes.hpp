@@ -53,6 +53,24 @@ RX_INLINE auto onto_rows(H h, float* sum, long ld, int end) {
   };
 }
 
+// product + bias, columns in the order of the panels (gate, then up, each padded), as far as a row
+// of `ld` goes.
+template <class T>
+RX_INLINE auto keep_product(const Linear l, T* out, long ld, const float* bias, int end) {
+  const bool pairs = l.columns == Columns::gate_up;
+  const int second = pairs ? round_up(l.out / 2, kAlign) : W;
+  return [=](int panel) __attribute__((always_inline)) {
+    const int col = panel * (pairs ? W : kPanel);
+    const V b0 = bias ? load(bias + col) : V{}, b1 = bias ? load(bias + col + second) : V{};
+    return [=](int row, V v0, V v1) __attribute__((always_inline)) {
+      if (row >= end || col >= ld) return;
+      T* const p = out + row * ld + col;
+      store(p, v0 + b0);
+      if (col + second < ld) store(p + second, v1 + b1);
+    };
+  };
+}
+
 // gate and up [row, 2 * width], kept as the states' type rounds them; middle <- silu(gate) * up
 template <class Core, class T, class Act>
 RX_INLINE auto keep_gated(T* gate_up, int width, Mat<Act> middle, int end) {

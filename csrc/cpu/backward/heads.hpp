@@ -66,9 +66,9 @@ struct VectorHead {
 
   // mixed <- softmax(q k^T) v, kept and as an operand; qkv [T, 3D] and mixed [T, D] from this
   // head's first column on; lse [T, H] from this head on.
-  template <class Act>
+  template <class Act, class Seen = SeesAll>
   void forward(const T* qkv, int hidden, T* mixed, Mat<Act> also, int row0, int col, float* lse,
-               int heads) {
+               int heads, Seen seen = {}) {
     load_all(qkv, hidden);
     to_panels(s.k, s.k_panels);
     for_row_tiles(0, tokens, [&](int row, auto m) __attribute__((always_inline)) {
@@ -78,7 +78,7 @@ struct VectorHead {
       for (int r = 0; r < imin(kM, tokens - row); ++r) {
         float* const p = s.p + (long)r * padded();
         float top;
-        inverse[r] = softmax2<false>(p, p, tokens, &top);
+        inverse[r] = seen.template softmax<false>(p, p, row + r, tokens, &top);
         lse[(long)(row + r) * heads] = top - log2f(inverse[r]);
       }
       for (int d = 0; d < wide(); d += kPanel) {
@@ -99,9 +99,9 @@ struct VectorHead {
   }
 
   // The gradients of q, k and v as projected, from that of mixed; [T, D] rows from this head on.
-  template <class Act>
+  template <class Act, class Seen = SeesAll>
   void backward(const T* qkv, int hidden, const T* mixed, const float* lse, int heads,
-                const float* d_mixed, Mat<Act> d_qkv, int row0, int col) {
+                const float* d_mixed, Mat<Act> d_qkv, int row0, int col, Seen seen = {}) {
     load_all(qkv, hidden);
     load_gradient(tokens, dim, d_mixed, mixed, hidden, s.d_out, wide(), s.delta);
     to_panels(s.k, s.k_panels);
@@ -109,7 +109,7 @@ struct VectorHead {
     memset(s.d_k, 0, (size_t)padded() * wide() * sizeof(float));
     memset(s.d_v, 0, (size_t)padded() * wide() * sizeof(float));
     for (int first = 0; first < tokens; first += kQueries)
-      some_queries(first, imin(kQueries, tokens - first), lse, heads);
+      some_queries(first, imin(kQueries, tokens - first), lse, heads, seen);
     leave_rows(turn(), s.d_q, wide(), scale(), d_qkv, row0, col, true);
     // s.q has the scale already
     leave_rows(turn(), s.d_k, wide(), 1.f / kLog2e, d_qkv, row0, hidden + col, true);
@@ -148,7 +148,8 @@ struct VectorHead {
   }
 
   // The share of queries [first, first + count) in all three gradients.
-  void some_queries(int first, int count, const float* lse, int heads) {
+  template <class Seen>
+  void some_queries(int first, int count, const float* lse, int heads, Seen seen) {
     for_row_tiles(0, count, [&](int row, auto m) __attribute__((always_inline)) {
       constexpr int kM = decltype(m)::value;
       float *const p = s.p + (long)row * padded(), *const d_s = s.d_s + (long)row * padded();
@@ -157,7 +158,8 @@ struct VectorHead {
       for (int r = 0; r < imin(kM, count - row); ++r) {
         const float top = lse[(long)(first + row + r) * heads], delta = s.delta[first + row + r];
         for (int i = r * padded(); i < (r + 1) * padded(); i += W) {
-          const V weight = exp2<false>(load(p + i) - top);
+          const VI query = VI{} + (first + row + r), key = lane_numbers() + (i - r * padded());
+          const V weight = seen.kept(exp2<false>(load(p + i) - top), query, key);
           store(p + i, weight);
           store(d_s + i, weight * (load(d_s + i) - delta));
         }

@@ -9,6 +9,12 @@
 //           attention: q, k, v as projected [R, 3D], mixed [R, D], lse [R, H], scale_mid [R]
 //           token MLP: gate and up over T [samples x D, 2G], scale_mid [samples x D]
 //   states  nothing
+//
+// A variant keeps no scales (norms go back from what they read), and with `all` mid, what its
+// products made (up alone if there is no gate), with their biases: y1 and y2, the results of its
+// sublayers before norms, scales and sums, [R, D] or [samples x D, T]; of attention the gate, mixed
+// and lse too, and where K/V heads are shared, normed or in lines of a grid, `heads`, each head's
+// own q, k, v as attention reads them.
 #pragma once
 
 #include "../layout.hpp"
@@ -34,8 +40,15 @@ template <class T>
 struct Kept {
   T *h, *out, *mid, *gate_up;
   T *qkv, *mixed, *token_gate_up;
+  T *y1, *y2, *heads, *gate;  // of a variant
   float *scale_out, *scale_mid, *lse;
 };
+
+// Whether attention reads other rows of heads than the product wrote.
+RX_INLINE bool own_heads(const BlockShape& s) {
+  const Variant& v = s.variant;
+  return kv_heads(s) != s.heads || v.qk_norm != Norm::none || (v.axial[0] && v.axial[2] == 0);
+}
 
 // Takes pieces of the two stretches in turn; with null pointers it only counts.
 template <class T>
@@ -56,11 +69,15 @@ struct KeptCarver {
 
   void block(Kept<T>& k, const BlockShape& s, int samples, int tokens) {
     k.h = take((size_t)samples * tokens * s.hidden);
-    k.scale_out = take_floats((size_t)samples * tokens);
+    if (!s.variant.on) k.scale_out = take_floats((size_t)samples * tokens);
   }
   // What save="all" adds, or what is computed again.
   void rest(Kept<T>& k, const BlockShape& s, int samples, int tokens) {
     const size_t rows = (size_t)samples * tokens, columns = (size_t)samples * s.hidden;
+    if (s.variant.on) {
+      rest_of_variant(k, s, rows, columns, tokens);
+      return;
+    }
     k.mid = take(rows * s.hidden);
     k.gate_up = take(rows * 2 * round_up(s.inner, kAlign));
     k.qkv = k.mixed = k.token_gate_up = nullptr;
@@ -74,6 +91,27 @@ struct KeptCarver {
       k.lse = take_floats(rows * s.heads);
       k.scale_mid = take_floats(rows);
     }
+  }
+  void rest_of_variant(Kept<T>& k, const BlockShape& s, size_t rows, size_t columns, int tokens) {
+    const Variant& v = s.variant;
+    const int halves = v.gated ? 2 : 1, wide = s.heads * s.head_dim;
+    k.mid = k.h;
+    if (v.kind == Kind::norm) return;
+    k.gate_up = take(rows * halves * round_up(s.inner, kAlign));
+    k.y2 = take(rows * s.hidden);
+    if (v.kind == Kind::none) return;
+    k.mid = take(rows * s.hidden);
+    const bool over_tokens = s.token_mlp && !v.token_norm_hidden;
+    k.y1 = take(over_tokens ? columns * round_up(tokens, kAlign) : rows * s.hidden);
+    if (s.token_mlp) {
+      k.token_gate_up = take(columns * halves * round_up(s.token_inner, kAlign));
+      return;
+    }
+    k.qkv = take(rows * linear_of(s, mixer_in).out);
+    k.heads = own_heads(s) ? take(rows * 3 * wide) : k.qkv;
+    k.mixed = take(rows * wide);
+    k.gate = v.attn_gate ? take(rows * wide) : nullptr;
+    k.lse = take_floats(rows * s.heads);
   }
 };
 

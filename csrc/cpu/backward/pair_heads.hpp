@@ -79,18 +79,20 @@ struct PairHead {
   const Rotary turn{tokens, dim, cos, sin};
 
   // As VectorHead.
+  template <class Seen = SeesAll>
   void forward(const bf16* qkv, int hidden, bf16* mixed, Mat<bf16> also, int row0, int col,
-               float* lse, int heads) {
+               float* lse, int heads, Seen seen = {}) {
     load_all(qkv, hidden);
     Core::attend(gemm, s.attention, s.q, s.k, s.v, wide, tokens, dim, {0, tokens},
-                 Mat<bf16>{mixed, hidden, kDepth}, 0, 0, lse, heads);
+                 Mat<bf16>{mixed, hidden, kDepth}, 0, 0, seen, lse, heads);
     for (int row = 0; row < tokens; ++row)
       for (int d = 0; d < dim; d += W)
         memcpy(also.at(row0 + row, col + d), mixed + (long)row * hidden + d, W * sizeof(bf16));
   }
 
+  template <class Seen = SeesAll>
   void backward(const bf16* qkv, int hidden, const bf16* mixed, const float* lse, int heads,
-                const float* d_mixed, Mat<bf16> d_qkv, int row0, int col) {
+                const float* d_mixed, Mat<bf16> d_qkv, int row0, int col, Seen seen = {}) {
     load_all(qkv, hidden);
     load_gradient(tokens, dim, d_mixed, mixed, hidden, s.d_out, wide, s.delta);
     for (int row = 0; row < round_up(tokens, kAlign); ++row) {
@@ -102,7 +104,7 @@ struct PairHead {
     PairedPanels::columns(over_rows(dim, tokens), s.d_out, wide, s.d_out_columns);
     turn_pairs(s.k, wide, tokens, dim, s.k_turned, Scratch::turned_ld(tokens));
     for (int first = 0; first < tokens; first += kPairQueries)
-      some_queries(first, imin(kPairQueries, tokens - first));
+      some_queries(first, imin(kPairQueries, tokens - first), seen);
     leave_rows(turn, s.d_q, wide, scale, d_qkv, row0, col, true);
     // s.q has the scale already
     leave_rows(turn, s.d_k, wide, 1.f / kLog2e, d_qkv, row0, hidden + col, true);
@@ -130,7 +132,8 @@ struct PairHead {
   }
 
   // The share of queries [first, first + count) in all three gradients.
-  void some_queries(int first, int count) const {
+  template <class Seen>
+  void some_queries(int first, int count, Seen seen) const {
     const Linear queries = over_rows(dim, count), over_queries = over_rows(count, dim);
     const int panel0 = first / kPanel;
     const Scratch& s = this->s;
@@ -139,8 +142,10 @@ struct PairHead {
       bf16* const p = s.p + query - first;
       const V lse0 = load(s.lse + query), lse1 = load(s.lse + query + W);
       return [=](int row, V v0, V v1) __attribute__((always_inline)) {
-        store(p + (long)row * kPairLd, exp2<Core::kCoarse>(v0 - lse0));
-        store(p + (long)row * kPairLd + W, exp2<Core::kCoarse>(v1 - lse1));
+        const VI key = VI{} + row, near = lane_numbers() + query;
+        const V weight0 = exp2<Core::kCoarse>(v0 - lse0), weight1 = exp2<Core::kCoarse>(v1 - lse1);
+        store(p + (long)row * kPairLd, seen.kept(weight0, near, key));
+        store(p + (long)row * kPairLd + W, seen.kept(weight1, near + W, key));
       };
     });
     multiply(s.v, wide, tokens, queries, s.d_out_columns, panel0, [=](int panel) {

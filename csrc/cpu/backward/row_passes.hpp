@@ -80,6 +80,22 @@ RX_INLINE void turn_in(const T* h, int tokens, int hidden, Range columns, Put pu
   }
 }
 
+// The same from rows that are read by from(row, col), `row0` the first.
+template <class Rows, class Put>
+RX_INLINE void turn_in(const Rows& from, long row0, int tokens, int hidden, Range columns,
+                       Put put) {
+  for (int first = columns.begin; first < columns.end; first += W) {
+    const long top = row0 + (long)(first / hidden) * tokens;
+    for (int t = 0; t < round_up(tokens, kAlign); t += W) {
+      V block[W];
+      for (int j = 0; j < W; ++j)
+        block[j] = t + j < tokens ? from(top + t + j, first % hidden) : V{};
+      transpose(block);
+      for (int j = 0; j < W; ++j) put(first + j, t, block[j]);
+    }
+  }
+}
+
 // h <- get(row, t), the way back.
 template <class T, class Get>
 RX_INLINE void turn_out(T* h, int tokens, int hidden, Range columns, Get get) {

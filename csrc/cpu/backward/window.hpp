@@ -4,7 +4,7 @@
 // states are summed in fp32 over a slice, those of the weights over all slices.
 #pragma once
 
-#include "block_backward.hpp"
+#include "variant_backward.hpp"
 
 namespace rx::cpu::RX_ISA {
 
@@ -71,8 +71,8 @@ struct WindowRun {
       find(call);
       form_input(step, now, ws.blocks[0].h);
       team.sync();
-      for (int i = 0; i < net.num_blocks; ++i) block(net.blocks[i], ws.sum).forward(ws.blocks[i]);
-      now[step.write] = ws.blocks[net.num_blocks - 1].out;
+      for (int i = 0; i < net.num_blocks; ++i) forward_block(net.blocks[i], ws.sum, ws.blocks[i]);
+      write(step, ws.blocks[net.num_blocks - 1].out);
     }
     if (!leave) return;
     for (int s = 1; s < rec.num_states; ++s) {
@@ -82,8 +82,28 @@ struct WindowRun {
     team.sync();
   }
 
-  WindowBlock<Core> block(const PackedBlock& packed, float* sum) {
-    return {rec, team, ws, packed, samples(), sum};
+  // What a call's result makes of the state that it is written to.
+  void write(const Step& step, const State* out) {
+    const State*& now = ws.now[step.write];
+    const State* const before = now;
+    now = out;
+    if (is_plain(step)) return;
+    State* const to = ws.values + (size_t)step.write * slices.largest() * rec.tokens * rec.hidden;
+    each_own(
+        [&](size_t at) { store(to + at, damped(out, step, load(before + at), load(out + at))); });
+    for (long row = own().begin; step.noise != 0.f && row < own().end; ++row)
+      add_call_noise(step, rec.seed, rec.first + slice.begin + row / rec.tokens,
+                     row % rec.tokens * rec.hidden, to + row * rec.hidden, rec.hidden);
+    now = to;
+  }
+
+  void forward_block(const PackedBlock& packed, float* sum, const Kept<State>& k,
+                     bool again = false) {
+    if (packed.shape.variant.on) {
+      VariantForward<Core>{rec, team, ws, packed, samples()}.forward(k, again);
+    } else {
+      WindowBlock<Core>{rec, team, ws, packed, samples(), sum}.forward(k, again);
+    }
   }
 
   V sum(const int* slots, int count, const State* const* now, size_t at) const {
@@ -93,12 +113,13 @@ struct WindowRun {
     return total;
   }
 
-  // h <- sum(state) + (sum(inject))
+  // h <- scale * sum(state) + (sum(inject))
   void form_input(const Step& step, const State* const* now, State* h) const {
     const State* type = nullptr;
     const size_t begin = (size_t)own().begin * rec.hidden, end = (size_t)own().end * rec.hidden;
     for (size_t at = begin; at < end; at += W) {
       V total = sum(step.state, step.num_state, now, at);
+      if (step.scale != 1.f) total = round_as(type, total * step.scale);
       if (step.num_inject)
         total = round_as(type, total + sum(step.inject, step.num_inject, now, at));
       store(h + at, total);
@@ -122,7 +143,7 @@ struct WindowRun {
       if (job.d_weights[i] && ws.fresh[i]) clear_gradient(i);
   }
 
-  int weights() const { return blocks_before(rec.num_nets) * weights_per_block; }
+  int weights() const { return blocks_before(rec.num_nets) * slots_per_block; }
   int blocks_before(int net) const {
     int blocks = 0;
     for (int n = 0; n < net; ++n) blocks += rec.nets[n].num_blocks;
@@ -135,15 +156,22 @@ struct WindowRun {
   }
 
   void clear_gradient(int at) const {
-    const Product p = product_of(shape_of(at / weights_per_block), at % weights_per_block);
-    const Range own = share(p.out, team.tid, team.size);
-    memset(job.d_weights[at] + (size_t)own.begin * p.in, 0,
-           (size_t)(own.end - own.begin) * p.in * sizeof(float));
+    const BlockShape& shape = shape_of(at / slots_per_block);
+    const int slot = at % slots_per_block;
+    const bool matrix = slot < matrices_per_block;
+    const Linear l = linear_of(shape, matrix ? slot : 0);
+    const int out = matrix ? l.out : size_of_vector(shape, slot - matrices_per_block).count();
+    const Range own = share(out, team.tid, team.size);
+    const size_t in = matrix ? l.in : 1;
+    memset(job.d_weights[at] + own.begin * in, 0, (own.end - own.begin) * in * sizeof(float));
   }
 
   void pack_weights() const {
     for (int at = 0; at < weights() && !packs_at_use<Core>(); ++at) {
-      const Product p = product_of(shape_of(at / weights_per_block), at % weights_per_block);
+      const int which = at % slots_per_block;
+      const BlockShape& shape = shape_of(at / slots_per_block);
+      if (which >= matrices_per_block || !has_matrix(shape, which)) continue;
+      const Product p = product_of(shape, which);
       char* to = ws.backward[at];
       for (int begin = 0; begin < p.depth(); begin += p.template slice_depth<Core>()) {
         const Linear l = p.template slice<Core>(begin);
@@ -165,13 +193,12 @@ struct WindowRun {
     for (int call = rec.num_steps - 1; call >= 0 && !team.stopped(); --call) {
       const Step& step = rec.steps[call];
       if (!ws.active[call]) continue;
-      copy(ws.d_values[step.write], ws.sum);
-      ws.given[step.write] = false;
+      take_gradient(step, call);
       const bool enters = flows(step, call);
       through_call(call, enters);
       if (!enters) continue;
-      for (int i = 0; i < step.num_state; ++i) add_to(step.state[i], call);
-      for (int i = 0; i < step.num_inject; ++i) add_to(step.inject[i], call);
+      for (int i = 0; i < step.num_state; ++i) add_to(step.state[i], call, step.scale);
+      for (int i = 0; i < step.num_inject; ++i) add_to(step.inject[i], call, 1.f);
     }
     for (int s = 0; s < rec.num_states; ++s)
       if (job.d_in[s]) write_gradient(s);
@@ -185,12 +212,20 @@ struct WindowRun {
       const Step& step = rec.steps[call];
       ws.active[call] = ws.given[step.write];
       if (!ws.active[call]) continue;
-      ws.given[step.write] = false;
+      ws.given[step.write] = step.keep != 0.f && wanted(step.write, call);
       for (int i = 0; i < step.num_state; ++i)
         ws.given[step.state[i]] |= wanted(step.state[i], call);
       for (int i = 0; i < step.num_inject; ++i)
         ws.given[step.inject[i]] |= wanted(step.inject[i], call);
     }
+  }
+
+  // sum <- share of the gradient of what a step wrote; what was there before gets the rest.
+  void take_gradient(const Step& step, int call) {
+    float* const d = ws.d_values[step.write];
+    each_own([&](size_t at) { store(ws.sum + at, load(d + at) * step.share); });
+    ws.given[step.write] = step.keep != 0.f && wanted(step.write, call);
+    if (ws.given[step.write]) each_own([&](size_t at) { store(d + at, load(d + at) * step.keep); });
   }
 
   // Whether anything has use for the gradient of a value as call `call` read it.
@@ -215,9 +250,14 @@ struct WindowRun {
     const Range place = gather(net_number, call);
     const int before = blocks_before(net_number);
     for (int i = net.num_blocks - 1; i >= 0; --i) {
-      if (save != Save::all) block(net.blocks[i], ws.d_mixed).forward(ws.blocks[i], true);
-      BlockBackward<Core>{job, team, ws, net.blocks[i].shape, samples(), before + i, place}.run(
-          ws.blocks[i], enters || i > 0);
+      if (save != Save::all) forward_block(net.blocks[i], ws.d_mixed, ws.blocks[i], true);
+      BlockBackward<Core> back{job, team, ws, net.blocks[i].shape, samples(), before + i, place};
+      if (net.blocks[i].shape.variant.on) {
+        VariantBackward<Core>{{rec, team, ws, net.blocks[i], samples()}, back}.run(ws.blocks[i],
+                                                                                   enters || i > 0);
+      } else {
+        back.run(ws.blocks[i], enters || i > 0);
+      }
     }
     team.sync();
   }
@@ -243,15 +283,13 @@ struct WindowRun {
     State* const to = (State*)job.d_in[s] + first();
     each_own([&](size_t at) { store(to + at, ws.given[s] ? load(ws.d_values[s] + at) : V{}); });
   }
-  void copy(const float* from, float* to) const {
-    each_own([&](size_t at) { store(to + at, load(from + at)); });
-  }
-  void add_to(int slot, int call) {
+  void add_to(int slot, int call, float by) {
     if (!wanted(slot, call)) return;
     float* const total = ws.d_values[slot];
     const bool fresh = !ws.given[slot];
     each_own([&](size_t at) {
-      store(total + at, fresh ? load(ws.sum + at) : load(total + at) + load(ws.sum + at));
+      const V more = load(ws.sum + at) * by;
+      store(total + at, fresh ? more : load(total + at) + more);
     });
     ws.given[slot] = true;
   }

@@ -1,9 +1,11 @@
 // Scratch of a window: what one block of one slice needs at a time.
 #pragma once
 
+#include "../factors.hpp"
 #include "../workspace.hpp"
 #include "kept.hpp"
 #include "pair_heads.hpp"
+#include "variant_space.hpp"
 #include "weight_rows.hpp"
 #include "weight_sums.hpp"
 
@@ -13,42 +15,11 @@ namespace rx::cpu::RX_ISA {
 // 7 MB of a published net in fp32, for which a training step must not need more than PyTorch's.
 constexpr int kSumRows = 300;
 
-// Sizes of a window: the largest over its nets.
-struct WindowSizes {
-  int samples, rows, hidden, inner = 0, token_inner = 0, heads = 0, head_dim = 0, blocks = 0,
-                             all_blocks = 0;
-  bool token_mlp = false;
-
-  explicit WindowSizes(const Recursion& rec)
-      : samples(Slices(rec).largest()), rows(samples * rec.tokens), hidden(rec.hidden) {
-    for (int n = 0; n < rec.num_nets; ++n) {
-      blocks = imax(blocks, rec.nets[n].num_blocks);
-      all_blocks += rec.nets[n].num_blocks;
-      for (int i = 0; i < rec.nets[n].num_blocks; ++i) {
-        const BlockShape& s = rec.nets[n].blocks[i].shape;
-        inner = imax(inner, round_up(s.inner, kAlign));
-        if (s.token_mlp) {
-          token_mlp = true;
-          token_inner = imax(token_inner, round_up(s.token_inner, kAlign));
-        } else {
-          heads = imax(heads, s.heads);
-          head_dim = imax(head_dim, s.head_dim);
-        }
-      }
-    }
-  }
-};
-
 // Calls whose rows are gathered before they are summed into the gradient of net `n`.
 RX_INLINE int gathered(const Window& job, int n, int rows) {
   int calls = 0;
   for (int k = 0; k < job.rec.num_steps; ++k) calls += job.rec.steps[k].net == n;
   return imax(1, imin(calls, kSumRows / imax(1, rows)));
-}
-
-// Samples whose columns go through a token MLP at once.
-RX_INLINE int token_samples(const WindowSizes& sizes) {
-  return imax(1, imin(sizes.samples, 1024 / sizes.hidden));
 }
 
 template <class Core>
@@ -67,16 +38,18 @@ struct WindowSpace {
   float* window_floats;
   Mat<Act> token_rows, token_h, token_middle, token_wide;  // the same, turned over
   float* token_sum;
+  VariantSpace<Core> variant;
   // of the team, for the backward
-  float* d_mixed;         // [rows, D]
+  float* d_mixed;         // [rows, D], or as wide as the heads
   float** d_values;       // [x and states]: [rows, D]
-  char** backward;        // [all blocks x 4]: packed weights that dy is multiplied by; see below
-  WeightSum<Core>* sums;  // [all blocks x 4]
+  State* values;          // [x and states][rows, D], of steps that damp or add noise; or null
+  char** backward;        // [all blocks x slots]: packed weights that dy is multiplied by
+  WeightSum<Core>* sums;  // [all blocks x slots]
   // of a thread
   typename Core::Scratch gemm;
   typename HeadOf<Core>::type::Scratch head;
   char* panels;          // of a weight that dy is multiplied by, if they are packed at use
-  bool* fresh;           // [all blocks x 4]: whether nothing was added to the gradient yet
+  bool* fresh;           // [all blocks x slots]: whether nothing was added to the gradient yet
   int *filled, *group;   // [nets]: calls gathered in its sums so far, and in the end
   bool *active, *given;  // [calls]: whether a gradient reaches it; [states]: whether it has one
   const State** now;     // [states]: where their values are
@@ -116,23 +89,29 @@ struct WindowSpace {
       w.token_rows = matrix(columns + Core::kSpareRows, wide);
       w.token_middle = matrix(columns + Core::kSpareRows, z.token_inner);
       w.token_sum = c.take<float>((size_t)columns * wide);
+      if (back || z.variants) w.token_h = matrix(columns + Core::kSpareRows, wide);
       if (back) {
-        w.token_h = matrix(columns + Core::kSpareRows, wide);
         w.token_wide = matrix(columns + Core::kSpareRows, 2 * z.token_inner);
       }
     }
+    w.values = nullptr;
+    for (int i = 0; i < job.rec.num_steps; ++i)
+      if (!is_plain(job.rec.steps[i]) && !w.values)
+        w.values = c.take<State>((size_t)job.rec.num_states * z.rows * z.hidden);
     if (back) carve_backward(job, z, c, w, tid == 0);
+    if (z.variants) w.variant.carve_shared(job.rec, z, c, back);
     for (int t = 0; t < team_size; ++t) {
       WindowSpace skipped;
       WindowSpace& own = t == tid ? w : skipped;
       own.gemm = Core::carve_scratch(c, 0, 0);  // sizes that int8 alone asks for
-      own.fresh = c.take<bool>(z.all_blocks * weights_per_block);
+      own.fresh = c.take<bool>(z.all_blocks * slots_per_block);
       own.filled = c.take<int>(job.rec.num_nets);
       own.group = c.take<int>(job.rec.num_nets);
       own.active = c.take<bool>(job.rec.num_steps);
       own.given = c.take<bool>(job.rec.num_states);
       own.now = c.take<const State*>(job.rec.num_states);
       if (back && packs_at_use<Core>()) own.panels = c.take<char>(most_panels(job.rec));
+      if (z.variants) own.variant.carve_own(job.rec, z, c);
       if (z.heads) own.head = HeadOf<Core>::type::Scratch::carve(c, job.rec.tokens, z.head_dim);
     }
     return c.used;
@@ -143,7 +122,8 @@ struct WindowSpace {
     size_t most = 0;
     for (int n = 0; n < rec.num_nets; ++n)
       for (int i = 0; i < rec.nets[n].num_blocks; ++i)
-        for (int which = 0; which < weights_per_block; ++which) {
+        for (int which = 0; which < matrices_per_block; ++which) {
+          if (!has_matrix(rec.nets[n].blocks[i].shape, which)) continue;
           const Linear l = product_of(rec.nets[n].blocks[i].shape, which).template slice<Core>(0);
           const int count = imin(l.panels(), panels_at_once<Core>(l));
           const size_t bytes = Core::linear_bytes(l) / l.panels() * count;
@@ -155,25 +135,26 @@ struct WindowSpace {
   static void carve_backward(const Window& job, const WindowSizes& z, Carver& c, WindowSpace& w,
                              bool fill) {
     const Recursion& rec = job.rec;
-    const int wide = imax(2 * z.inner, 3 * z.hidden);
+    const int wide = imax(2 * z.inner, round_up(3 * z.mixed, kAlign));
     w.wide = make_mat(c.take<Act>(mat_size(z.rows + Core::kSpareRows, wide)),
                       z.rows + Core::kSpareRows, wide);
-    w.d_mixed = c.take<float>((size_t)z.rows * z.hidden);
+    w.d_mixed = c.take<float>((size_t)z.rows * z.mixed);
     w.d_values = c.take<float*>(rec.num_states);
     for (int s = 0; s < rec.num_states; ++s) {
       float* const p = c.take<float>((size_t)z.rows * z.hidden);
       if (fill) w.d_values[s] = p;
     }
-    w.backward = c.take<char*>(z.all_blocks * weights_per_block);
-    w.sums = c.take<WeightSum<Core>>(z.all_blocks * weights_per_block);
+    w.backward = c.take<char*>(z.all_blocks * slots_per_block);
+    w.sums = c.take<WeightSum<Core>>(z.all_blocks * slots_per_block);
     Act* shared_a = nullptr;
     char* shared_x = nullptr;
     for (int pass = 0; pass < 2; ++pass) {  // first the largest of those that share
       size_t most_a = 0, most_x = 0;
       for (int n = 0, at = 0; n < rec.num_nets; ++n)
         for (int i = 0; i < rec.nets[n].num_blocks; ++i)
-          for (int which = 0; which < weights_per_block; ++which, ++at) {
+          for (int which = 0; which < slots_per_block; ++which, ++at) {
             const BlockShape& s = rec.nets[n].blocks[i].shape;
+            if (which >= matrices_per_block || !has_matrix(s, which)) continue;
             const Product p = product_of(s, which);
             if (pass == 1 && !packs_at_use<Core>()) {
               char* const packed = c.take<char>(Core::linear_bytes(over_rows(p.depth(), p.in)));
