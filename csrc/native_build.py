@@ -8,7 +8,7 @@ build serves every torch version. Objects go to build/, ninja compiles what chan
 
     RECURX_NATIVE      0 installs pure Python, 1 makes a missing C++ compiler an error
     RECURX_CUDA        0 leaves CUDA out, 1 makes its absence or a failed compile an error
-    RECURX_CUDA_ARCHS  e.g. "90": fewer GPU generations, a shorter build
+    RECURX_CUDA_ARCHS  e.g. "90" or "80;120": for these GPU generations; "all": every tested one
     RECURX_TIMELINE    1 lets the recursion kernels record when each phase ran (and slows them)
     CXX, CXXFLAGS, LDFLAGS, MAX_JOBS   as usual; a CXX that does not compile is an error
 

@@ -25,7 +25,7 @@ _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
 _VNNI = (*_AVX512, "-mavx512vnni")
 _DOT = (*_VNNI, "-mavx512bf16")
 _AMX = (*_DOT, "-mamx-tile", "-mamx-bf16", "-mamx-int8")
-_BFDOT = ("-march=armv8.2-a+bf16",)
+_BF16 = ("-march=armv8.2-a+bf16",)
 # File suffix -> flags, and macros of which one proves that the compiler really targets it: some
 # compilers for other processors merely warn about an unknown -m flag. Lowest level first.
 ISA_FLAGS = {
@@ -36,16 +36,21 @@ ISA_FLAGS = {
     "avx512_bf16": (_DOT, ("__AVX512BF16__",)),
     "amx": (_AMX, ("__AMX_BF16__", "__AMXBF16__")),  # the second: clang before 16
     "neon": ((), ("__aarch64__",)),
-    "neon_bf16": (_BFDOT, ("__ARM_FEATURE_BF16_VECTOR_ARITHMETIC",)),
+    "neon_bf16": (_BF16, ("__ARM_FEATURE_BF16_VECTOR_ARITHMETIC",)),
+    "neon_bfmmla": (_BF16, ("__ARM_FEATURE_BF16_VECTOR_ARITHMETIC",)),
 }
 
 # Words that may stand before the compiler in CXX: they run it, or answer from a cache.
 LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")
 
-# SASS for Ampere and Ada (sm_80 code runs on sm_86 and sm_89 too), for Hopper, and for the GPUs of
-# this machine; PTX of the last for all newer ones, which the driver compiles at first use. Each
-# generation costs a minute of compiling. "90a" kernels (wgmma) run on nothing but sm_90.
+# The generations that the kernels are tested for. Machine code runs on its own generation and on
+# later ones with the same first digit (sm_80 code on sm_86 and sm_89), and each costs a minute or
+# two of compiling (docs/engines.md has the table); a newer GPU compiles the PTX at first use.
+ALL_CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
+# What a build from source makes: Ampere, Ada, Hopper, and the GPUs of this machine.
 CUDA_ARCHS = ("80", "90")
+# What a wheel for other machines holds (.ci/wheel.py): code for every generation, none twice.
+WHEEL_CUDA_ARCHS = ("80", "90", "100", "120")
 
 
 class NotFound(Exception):
@@ -209,8 +214,9 @@ def _toolkit_of(nvcc: str) -> Path:
 
 
 def _wanted_archs() -> tuple[str, ...]:
-    """RECURX_CUDA_ARCHS="90" (or "80;90") names the list: a shorter build for one machine."""
-    named = tuple(re.findall(r"\d+", os.environ.get("RECURX_CUDA_ARCHS", "")))
+    """RECURX_CUDA_ARCHS="90" (or "80;90", or "all") names the list."""
+    wanted = os.environ.get("RECURX_CUDA_ARCHS", "").strip()
+    named = ALL_CUDA_ARCHS if wanted == "all" else tuple(re.findall(r"\d+", wanted))
     return named or tuple(sorted({*CUDA_ARCHS, *_newer_archs_here()}, key=int))
 
 
@@ -236,9 +242,10 @@ def gencode(source: str, archs: tuple[str, ...]) -> list[str]:
     own = own_generation(source).removeprefix("sm")
     if own:
         return [f"-gencode=arch=compute_{own},code=sm_{own}"] if own[:-1] in archs else []
-    newest = max(archs, key=int)
+    # Not PTX of the newest: sm_110 runs neither code for sm_100 nor PTX for sm_120.
+    ptx = min((arch for arch in archs if int(arch) >= 90), key=int, default=max(archs, key=int))
     sass = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    return [*sass, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+    return [*sass, f"-gencode=arch=compute_{ptx},code=compute_{ptx}"]
 
 
 def _glob(root: Path, *folders: str, name: str) -> Iterator[Path]:

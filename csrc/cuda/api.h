@@ -21,9 +21,11 @@ int rx_cuda_device_count(int* count, int* driver_version, int* runtime_version);
 
 /* ---- the recursion: all net calls of a schedule in one launch -------------------------------
  *
- * One call:  state[write] <- net(sum(state) + (sum(inject))), each sum left to right, every partial
- * sum rounded to bf16 (recurx/reference.py: call_input). States and x are bf16 [batch, tokens,
- * hidden], contiguous and 16-byte aligned. */
+ * One call:  state[write] <- keep * state[write] + damping * net(input) + noise
+ *            input = scale * sum(state) + (sum(inject))
+ * Each sum goes left to right, every partial sum and product is rounded to bf16
+ * (recurx/reference.py: call_input, written). States and x are bf16 [batch, tokens, hidden],
+ * contiguous and 16-byte aligned. */
 enum { kRxMaxStates = 8, kRxMaxReads = 8, kRxMaxNets = 2, kRxMaxBlocks = 8 };
 
 enum { kRxSumOwn, kRxSumFormed, kRxSumKept };
@@ -35,7 +37,12 @@ typedef struct {
   int32_t stays; /* 1: the next call overwrites state[write] and reads it as its first operand
                     alone, so nobody needs a copy in global memory */
   int32_t state[kRxMaxReads], inject[kRxMaxReads]; /* indices of states; num_states means x */
+  float scale, keep, damping; /* 1, 0 and 1 where a call has none of these factors */
+  float noise;                /* its standard deviation; 0: none */
+  int32_t number;             /* of the call in its schedule: which noise is drawn */
 } RxCall;
+
+enum { kRxSilu, kRxGelu, kRxGeluTanh, kRxRelu, kRxRelu2, kRxSigmoid, kRxActivations };
 
 typedef struct {
   int32_t token_mlp; /* 1: token-MLP block, 0: attention block */
@@ -43,6 +50,12 @@ typedef struct {
   int32_t heads;     /* attention: heads * head_dim = hidden; else 0 */
   int32_t token_inner;
   float eps;
+  /* Fields of variants, which owner_sm80 alone reads; recurx/plan/cuda.py refuses them for the
+     others. */
+  float residual_scale; /* of what a half of the block adds to h; 1 in TRM and HRM */
+  int32_t activation;   /* of the MLPs: kRxSilu in TRM and HRM */
+  int32_t kv_heads;     /* attention: they divide heads; 0: as many */
+  int32_t biases;       /* bit k: matrix k of the block has a bias, as RxPack counts them */
 } RxBlock;
 
 typedef struct {
@@ -62,7 +75,7 @@ typedef struct {
   const RxCall* calls; /* device memory: the calls to run, in order */
   RxNet nets[kRxMaxNets];
   const void* x;
-  const float *cos, *sin; /* [tokens, head_dim] fp32, or both null */
+  const float *cos, *sin; /* [tokens, head_dim] fp32, 16-byte aligned, or both null */
   const void* states_in[kRxMaxStates];
   void* states_out[kRxMaxStates]; /* every state is written, also one that no call writes;
                                      no output may alias an input or another output */
@@ -70,6 +83,8 @@ typedef struct {
   int64_t scratch_bytes;
   RxEvent* timeline; /* [owners][timeline_events], zeroed; null: none is written */
   int64_t timeline_events;
+  const uint64_t* seed; /* [2] of the noise of calls, device memory: the seed, and the number of
+                           the first sample; null: no call has any */
 } RxRecursion;
 
 /* The weights of one net to pack: bf16, [out, in] contiguous, four a block in the order of
@@ -78,6 +93,7 @@ typedef struct {
   int32_t hidden, tokens, num_blocks;
   RxBlock blocks[kRxMaxBlocks];
   const void* weights[4 * kRxMaxBlocks];
+  const void* biases[4 * kRxMaxBlocks]; /* bf16 [out] of each weight; null: it has none */
   void* tape;
 } RxPack;
 
@@ -108,9 +124,10 @@ int rx_owner_sm80_pack(const RxPack* pack, void* stream);
 /* Shared memory of a CTA: recurx/plan/cuda_owner.py reckons the same. */
 int64_t rx_owner_sm80_shared_bytes(const RxRecursion* r, const RxOwnerPlan* plan);
 
-/* For rx_owner_sm80_solve: supervision steps, heads and halting inside the owner kernel
- * (owner_sm80/solve.cuh). The recursion's batch is the number of slots: owners * samples of the
- * plan; its states_in are its states_out, slot buffers that are zero at first, and its x is slot_x.
+/* For rx_FAMILY_solve: supervision steps, heads and halting inside the owner or the cluster kernel
+ * (solve.cuh). The recursion's batch is the number of slots: owners * samples of an owner plan, a
+ * multiple of a cluster's samples; its states_in are its states_out, slot buffers that
+ * are zero at first, and its x is slot_x.
  * Entry e of the queue is rollout e % rollouts of puzzle e / rollouts. Head weights are bf16 and
  * contiguous; all pointers are device memory. */
 typedef struct {
@@ -155,13 +172,16 @@ int64_t rx_grid_sm80_tape_bytes(const RxPack* pack, int fp8);
 /* Shared memory of a CTA before its first weight: recurx/plan/cuda_grid.py reckons the same. */
 int64_t rx_grid_sm80_fixed_shared_bytes(const RxRecursion* r, const RxGridPlan* plan);
 
-/* cluster_sm90a: two CTAs a sample, weights multicast to a cluster (Hopper alone).
+/* cluster_sm90a: two CTAs a sample, or two samples of up to 64 tokens where no block mixes them;
+ * weights are multicast to a cluster (Hopper alone).
  * hidden 128, 256, 384 or 512; heads 64 wide; 1 to 128 tokens. A tape is 16-byte aligned. */
 typedef struct {
   int32_t cluster; /* CTAs that share a tape: 2, 4 or 8 */
 } RxClusterPlan;
 
 int rx_cluster_sm90a_run(const RxRecursion* r, const RxClusterPlan* plan, void* stream);
+int rx_cluster_sm90a_solve(const RxRecursion* r, const RxClusterPlan* plan, const RxSolve* solve,
+                           void* stream);
 int64_t rx_cluster_sm90a_scratch_bytes(const RxRecursion* r, const RxClusterPlan* plan);
 int64_t rx_cluster_sm90a_tape_bytes(const RxPack* pack);
 int rx_cluster_sm90a_pack(const RxPack* pack, void* stream);

@@ -59,6 +59,7 @@ py::dict entries() {
   RX_ENTRY(rx_grid_sm80_tape_bytes);
 #ifdef RX_HAVE_SM90A  // RECURX_CUDA_ARCHS may leave it out
   RX_ENTRY(rx_cluster_sm90a_run);
+  RX_ENTRY(rx_cluster_sm90a_solve);
   RX_ENTRY(rx_cluster_sm90a_scratch_bytes);
   RX_ENTRY(rx_cluster_sm90a_tape_bytes);
   RX_ENTRY(rx_cluster_sm90a_pack);

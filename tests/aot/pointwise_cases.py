@@ -49,6 +49,52 @@ def _swiglu(rows: int, width: int, dtype: torch.dtype, backward: bool) -> Callab
     return call
 
 
+def _variants(dtype: torch.dtype) -> dict[str, Callable]:
+    """What blocks that differ from TRM's launch, each with all that a kernel can do."""
+
+    def vector(n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return _meta(n, dtype=dtype)
+
+    def row(tokens: int = 97, width: int = 512) -> torch.Tensor:
+        return _meta(64, tokens, width, dtype=dtype)
+
+    def norms() -> object:
+        from recurx.kernels.pointwise import Branch, Norm, add_norm
+
+        norm = Norm("layer", 1e-5, vector(512), vector(512))
+        branch = Branch(vector(97, dtype), True, norm, 0.5, vector(512, dtype))
+        return add_norm(row(), row(), row(), norm, branch=branch, total=row())
+
+    def activation() -> object:
+        from recurx.kernels.pointwise import swiglu
+
+        bias = vector(2 * 512, dtype)
+        return swiglu(row(2 * 512), 64, activation="gelu", bias=bias)
+
+    def inner_norm() -> object:
+        from recurx.kernels.middles import gated_norm
+        from recurx.kernels.pointwise import Norm
+
+        how = dict(activation="silu", gated=True, of_product=True, bias=vector(2 * 1536, dtype))
+        return gated_norm(row(97, 2 * 1536), Norm("layer", 1e-5, vector(1536)), **how)
+
+    def convolution() -> object:
+        from recurx.kernels.middles import depthwise
+
+        x = row(97, 2 * 1536).narrow(2, 0, 1536)
+        return depthwise(x, _meta(1536, 1, 2, dtype=dtype), vector(1536, dtype), "gelu_tanh")
+
+    def heads() -> object:
+        from recurx.kernels.attention import Heads, attention
+
+        qkv, table = _meta(64, 97, 8 + 2 * 2, 64, dtype=dtype), _meta(97, 64, dtype=torch.float32)
+        how = Heads(2, True, 16, 40, "layer", 1e-5, vector(64), vector(64))
+        return attention(qkv, cos_sin=(table, table), heads=how, gate=row())
+
+    made = norms, activation, inner_norm, convolution, heads
+    return {f"variant {call.__name__}": call for call in made}
+
+
 def cases(thorough: bool = False) -> Iterator[TritonCase]:
     """The published rows in bf16; if `thorough` also fp32, and the longest rows that are taken."""
     for dtype in (torch.bfloat16, torch.float32) if thorough else (torch.bfloat16,):
@@ -70,3 +116,9 @@ def cases(thorough: bool = False) -> Iterator[TritonCase]:
                     label, dtype, ARCHS, lambda call=call: _launched(call)[0],
                     lambda _, __, call=call: _launched(call)[1], products=False,
                 )  # fmt: skip
+    for name, call in _variants(torch.bfloat16).items():
+        yield TritonCase(
+            f"{name} bf16", torch.bfloat16, ARCHS if thorough else ("80", "90"),
+            lambda call=call: _launched(call)[0], lambda _, __, call=call: _launched(call)[1],
+            products=False,
+        )  # fmt: skip

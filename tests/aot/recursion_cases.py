@@ -8,13 +8,19 @@ from dataclasses import replace
 import torch
 
 from aot.triton_cases import ARCHS, GENERATIONS, Launch, TritonCase, _meta, _short
+from recurx import Schedule
 from recurx.nets import ATTENTION, TOKEN_MLP, BlockSpec
+from recurx.operands import Span
 from recurx.plan import DEVICES
+from recurx.program import lower
+
+EQR = Schedule.trm(3, 6).with_factors(damping=0.95, scale=0.7, noise=0.01)
 
 
 def _recursion(
-    spec: BlockSpec, tokens: int, dtype: torch.dtype, archs: tuple[str, ...], spills: int = 0
-) -> TritonCase:
+    spec: BlockSpec, tokens: int, dtype: torch.dtype, archs: tuple[str, ...], spills: int = 0,
+    schedule: Schedule | None = None,
+) -> TritonCase:  # fmt: skip
     def kernel():
         from recurx.kernels.recursion import recursion_kernel
 
@@ -28,14 +34,19 @@ def _recursion(
         rows = next(rows for rows in ROWS if rows >= tokens)
         device = replace(DEVICES["a100"], shared_bytes=shared)
         settings = launch_settings(spec.hidden, rows, 1, dtype.itemsize, device)
-        constants, options = launch_constants([spec], tokens, bool(spec.num_heads), dict(settings))
+        program = None if schedule is None else lower(schedule, Span(0, len(schedule)))
+        constants, options = launch_constants(
+            [spec], tokens, bool(spec.num_heads), dict(settings), program
+        )
         arena = _meta(4, 64, tokens, spec.hidden, dtype=dtype)
         tape, words = _meta(1 << 20, dtype=dtype), _meta(4096, dtype=torch.int32)
         table = _meta(tokens, spec.head_dim or 1, dtype=torch.float32)
-        args = (arena, tape, table, table, words, words, 21, 64, arena.stride(0), 0)
+        seed = _meta((2,), dtype=torch.int64)
+        args = (arena, tape, table, table, words, words, seed, 21, 64, arena.stride(0), 0)
         return args, constants, options
 
     kind = "a" if spec.kind == ATTENTION else "t"
+    kind += "" if schedule is None else " factors"
     label = f"recursion_{kind} t={tokens} d={spec.hidden} {_short(dtype)}"
     return TritonCase(label, dtype, archs, kernel, launch, spills)
 
@@ -56,6 +67,22 @@ def _call_input(dtype: torch.dtype, archs: tuple[str, ...]) -> TritonCase:
     return TritonCase(f"call_input {_short(dtype)}", dtype, archs, kernel, launch, products=False)
 
 
+def _finish(dtype: torch.dtype, archs: tuple[str, ...]) -> TritonCase:
+    def kernel():
+        from recurx.kernels.finish import finish_kernel
+
+        return finish_kernel
+
+    def launch(dtype: torch.dtype, shared: int) -> Launch:
+        from recurx.kernels.finish import launch_arguments
+
+        x, squares = _meta(64, 97, 512, dtype=dtype), _meta(2, 64 * 97, dtype=torch.float32)
+        words, stream = _meta(256, dtype=torch.int32), _meta(2, dtype=torch.int64)
+        return launch_arguments(x, x, words, 3, stream, squares, 1e-5)
+
+    return TritonCase(f"finish {_short(dtype)}", dtype, archs, kernel, launch, products=False)
+
+
 def _attention(hidden: int, heads: int) -> BlockSpec:
     return BlockSpec(ATTENTION, hidden, 4 * hidden, num_heads=heads)
 
@@ -73,11 +100,15 @@ def cases(thorough: bool = False) -> Iterator[TritonCase]:
     bf16, fp32 = torch.bfloat16, torch.float32
     some = ARCHS if thorough else GENERATIONS
     yield _call_input(bf16, some)
+    yield _finish(bf16, some)
     yield _recursion(_attention(64, 2), 17, bf16, ARCHS)
+    yield _recursion(_attention(64, 2), 17, bf16, some, schedule=EQR)
     yield _recursion(_attention(128, 2), 97, bf16, some, spills=100)
     yield _recursion(_token_mlp(128, 97), 97, bf16, some[-1:], spills=64)
     if thorough:
+        yield _finish(fp32, ARCHS)
         yield _recursion(_attention(64, 2), 97, bf16, ARCHS)
+        yield _recursion(_attention(128, 2), 97, bf16, ARCHS, spills=100, schedule=EQR)
         yield _recursion(_attention(128, 4), 33, bf16, ARCHS, spills=160)
         yield _recursion(_attention(256, 4), 17, bf16, ARCHS, spills=100)
         yield _recursion(_token_mlp(128, 33), 33, bf16, ARCHS, spills=64)

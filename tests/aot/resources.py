@@ -28,6 +28,7 @@ KINDS = {
     # Loads through the cache of constants, which no acquire empties: what a launch writes must not
     # be read so, and nvcc decides by itself what it takes for constant.
     "LDG.CONSTANT": r"LDG\S*\.CONSTANT",
+    "RECIPROCAL": r"MUFU\.RCP",  # of a division: of integers, too, and then with twenty more
 }
 TENSOR_KINDS = ("HMMA", "HGMMA", "UTCMMA")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.M)
@@ -42,6 +43,7 @@ class Need:
     max_registers: int = 255
     max_spills: int = 0  # spill instructions of each sort that are put up with
     constant_loads: bool = True  # False: the kernel reads what its own launch wrote
+    max_reciprocals: int | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,9 @@ class Usage:
             found.append(f"no {' or '.join(need.tensor)} instruction")
         if not need.constant_loads and self.counts["LDG.CONSTANT"]:
             found.append(f"{self.counts['LDG.CONSTANT']} LDG.CONSTANT")
+        if need.max_reciprocals is not None and self.counts["RECIPROCAL"] > need.max_reciprocals:
+            count = self.counts["RECIPROCAL"]
+            found.append(f"{count} MUFU.RCP, at most {need.max_reciprocals} are meant")
         if need.bulk and not self.counts["BULK"]:
             found.append("no bulk copy")
         found += [f"ptxas: {line}" for line in self.ptxas_lines]

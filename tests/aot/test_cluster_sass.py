@@ -27,7 +27,7 @@ def listings() -> dict[str, str]:
 
 def test_registers_stay_within_what_setmaxnreg_leaves(listings):
     """ptxas does not promise it: the producer must do with 24, the consumers with 240."""
-    assert len(listings) == 4
+    assert len(listings) == 5  # the widest with 112 and with 128 rows
     for name, listing in listings.items():
         assert re.findall(r"USETMAXREG.* (0x\w+) ;", listing) == ["0xf0", "0x18"], name
         # Behind the producer's EXIT are the consumers' loops of a wait that did not pass at once.
@@ -37,9 +37,10 @@ def test_registers_stay_within_what_setmaxnreg_leaves(listings):
             assert used < limit, f"{name}: R{used}, {limit} are granted"
 
 
-def test_no_fence_of_the_whole_gpu_but_at_both_ends(listings):
+def test_no_fence_of_the_whole_gpu_but_at_the_cluster_barriers(listings):
     """MEMBAR.ALL.GPU at every stage, and an empty L1 after every wait, is what mbar_arrive_remote,
-    mbar_wait and fence_proxy_async would bring; the two cluster barriers have one each."""
+    mbar_wait and fence_proxy_async would bring; cluster barriers have one each. There is one at
+    both ends, one behind the first slots, and three a supervision step for either role."""
     for name, listing in listings.items():
         for instruction in ("MEMBAR.ALL.GPU", "CCTL.IVALL"):
-            assert listing.count(instruction) == 2, f"{name}: {instruction}"
+            assert listing.count(instruction) == 9, f"{name}: {instruction}"

@@ -59,6 +59,7 @@ __global__ void __launch_bounds__(1024) spills(float* p) {
 }
 """
 CONSTANT = "__global__ void constant(float* p, const float* q) { *p = __ldg(q + threadIdx.x); }"
+DIVIDES = "__global__ void divides(int* p, int d) { p[threadIdx.x] /= d; }"
 PLAIN = "__global__ void plain(float* p) { p[threadIdx.x] *= 2; }"
 # wgmma whose accumulators are touched between the product and its wait.
 UNWAITED = """
@@ -112,6 +113,15 @@ def test_a_load_through_the_cache_of_constants_is_found(tmp_path, arch):
     assert usage.faults(Need(tensor=())) == []
     clean = compiled(tmp_path, PLAIN, arch)
     assert clean.faults(Need(tensor=(), constant_loads=False)) == []
+
+
+@needs_cuobjdump
+@needs_nvcc
+def test_a_division_is_found(tmp_path):
+    usage = compiled(tmp_path, DIVIDES, "90")
+    assert usage.faults(Need(tensor=(), max_reciprocals=1)) == []
+    fault = "1 MUFU.RCP, at most 0 are meant"
+    assert usage.faults(Need(tensor=(), max_reciprocals=0)) == [fault]
 
 
 @needs_cuobjdump

@@ -45,7 +45,7 @@ class Built:
 def run(command: list[object]) -> str:
     """Standard output and error of `command` together; ToolFailed if it fails."""
     done = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, timeout=600, check=False
+        [str(part) for part in command], capture_output=True, text=True, timeout=1800, check=False
     )
     if done.returncode:
         raise ToolFailed(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")

@@ -40,6 +40,7 @@ def compile_kernel(
     from triton.compiler import ASTSource
 
     signature, attributes = _describe(kernel, arguments, constants)
+    constants = {**dict.fromkeys(n for n in signature if signature[n] == "constexpr"), **constants}
     recipe = (triton.__version__, kernel.cache_key, signature, attributes, constants, options)
     path = cached("triton", ".json", arch, *recipe)
     if not path.exists():
@@ -74,6 +75,8 @@ def _describe(kernel, arguments: tuple, constants: dict) -> tuple[dict, dict]:
     signature: dict[str, str] = dict.fromkeys(parameters, "constexpr")
     attributes = {}
     for name, value in zip((n for n in parameters if n not in constants), arguments, strict=True):
+        if value is None:  # as its launcher does, no part of the kernel
+            continue
         if isinstance(value, torch.Tensor):
             signature[name] = _POINTERS[value.dtype]
         else:

@@ -15,6 +15,7 @@ from emulator.cluster_recursion import (
     FILES,
     HEAD_DIM,
     MLP,
+    NAN,
     SCHEDULES,
     Case,
     Shape,
@@ -42,10 +43,17 @@ SMALL = [
     Shape((MLP, MLP), tokens=97, token_inner=128),
     Shape((ATT, MLP), tokens=65),
     Shape((MLP, ATT), tokens=64, schedule="single_z", rope=False),
+    # Packed, two to eight samples in two CTAs, the last ones not full.
+    Shape((ATT, ATT), tokens=42, batch=3, cluster=4, schedule="trm"),
+    Shape((ATT,), hidden=256, tokens=20, batch=7, schedule="hrm"),
+    Shape((ATT,), tokens=16, batch=9, cluster=4, schedule="single_z"),
+    Shape((ATT,), tokens=64, batch=3, cluster=4),
 ]
 FULL = [
     Shape((ATT, ATT), 512, 97, 1536),
     Shape((MLP, MLP), 512, 97, 1536, 512),
+    Shape((ATT, ATT), 512, 52, 1536, batch=2),
+    Shape((ATT,), 512, 12, 1536, batch=7),  # in 112 rows
 ]
 
 
@@ -87,10 +95,11 @@ def test_width_384(library):
     runs(library, Case(Shape((ATT, MLP), 384, 97, 256, 128)), [1])
 
 
-@pytest.mark.parametrize("kinds", [(ATT,), (MLP,)])
-@pytest.mark.parametrize("schedule", ["trm", "hrm"])
-def test_every_call_by_itself(library, kinds, schedule):
-    case = Case(Shape(kinds, tokens=33, schedule=schedule))
+@pytest.mark.parametrize("kinds, batch", [((ATT,), 3), ((MLP,), 1)])
+@pytest.mark.parametrize("schedule", ["trm", "hrm", "single_z"])
+def test_every_call_by_itself(library, kinds, batch, schedule):
+    """Two samples of attention share two CTAs."""
+    case = Case(Shape(kinds, tokens=33, batch=batch, schedule=schedule))
     library.configure(seed=1)
     for k, (call, one) in enumerate(case.one_call_each()):
         assert one.compare(one.run(library)) is None, f"call {k}: {call}"
@@ -117,6 +126,21 @@ def test_clusters_of_all_sizes_give_the_same_bits(library):
         outs.append(case.run(library))
     for out in outs[1:]:
         assert all(map(np.array_equal, out, outs[0]))
+
+
+def test_samples_that_share_two_ctas_do_not_meet(library):
+    """Equal ones have equal bits on either side, and one that is not finite spoils itself alone."""
+    case = Case(Shape((ATT, ATT), tokens=42, batch=2))
+    for tensor in (case.x, *case.states):
+        tensor[1] = tensor[0]
+    outs, clean = case.run(library), case.x[0].copy()
+    assert all(np.array_equal(out[0], out[1]) for out in outs)
+    for spoiled in (0, 1):
+        case.x[:] = clean
+        case.x[spoiled] = NAN
+        found = case.run(library)
+        assert np.isnan(from_bf16(found[1][spoiled])).all()
+        assert np.array_equal(found[1][1 - spoiled], outs[1][0])
 
 
 def test_same_bits_without_the_race_checker(library):

@@ -44,20 +44,22 @@ def checked(small: EmulatedCuda) -> EmulatedCuda:
 
 # ---- right and clean -----------------------------------------------------------------------
 
-# one call: kind, tokens, hidden, heads, inner, token_inner, blocks
+# one call: kind, tokens, hidden, heads, inner, token_inner, blocks, and fields of variants
 CASES = {
     "one head": (ATTENTION, 17, 64, 1, 96, 0, 2),
     "two heads of 32": (ATTENTION, 13, 64, 2, 256, 0, 1),
     "no padding": (ATTENTION, 32, 64, 1, 96, 0, 1),
     "last rows not stored": (ATTENTION, 33, 128, 2, 160, 0, 2),
     "head of 128": (ATTENTION, 33, 128, 1, 96, 0, 1),
+    "head of 128, biases": (ATTENTION, 33, 128, 1, 96, 0, 1, dict(biases=("qkv", "o"))),
+    "four heads of 32 on two": (ATTENTION, 17, 128, 4, 96, 0, 1, dict(kv_heads=2)),
     "tokens": (TOKEN_MLP, 17, 64, 0, 96, 40, 2),
     "more tokens": (TOKEN_MLP, 33, 128, 0, 96, 32, 1),
 }
 
 
 def sizes(case: tuple) -> dict[str, int]:
-    _, tokens, hidden, heads, inner, token_inner, blocks = case
+    tokens, hidden, heads, inner, token_inner, blocks = case[1:7]
     return dict(
         tokens=tokens, hidden=hidden, heads=heads or 1, inner=inner, token_inner=token_inner,
         blocks=blocks,
@@ -67,7 +69,7 @@ def sizes(case: tuple) -> dict[str, int]:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_one_call_is_right_and_clean_under_ten_seeds(checked: EmulatedCuda, case: tuple) -> None:
     size = sizes(case)
-    nets = {"L": make_net(case[0], **size)}
+    nets = {"L": make_net(case[0], **size, **dict(*case[7:]))}
     teacher_forced(checked, ONE_CALL, nets, BF16, **size)
     x, carry = make_inputs(
         ONE_CALL, batch=2, tokens=size["tokens"], hidden=size["hidden"], dtype=BF16
@@ -287,9 +289,13 @@ def test_the_kernel_refuses_what_its_plan_does_not_fit(checked: EmulatedCuda) ->
     p.scratch_bytes = 1 << 30
     with pytest.raises(CudaError, match="no kernel is compiled for hidden 64 and 5 row tiles"):
         library.call("rx_owner_sm80_run", p, cuda_abi.RxOwnerPlan(1, 1, 5), None)
-    p.nets[0].blocks[0].heads = 3
-    with pytest.raises(CudaError, match="3 heads at hidden 64; head_dim must be 32, 64 or 128"):
-        library.call("rx_owner_sm80_run", p, cuda_abi.RxOwnerPlan(1, 1, 4), None)
+    for heads, words in (
+        (3, "3 heads of D=64; it must be a multiple of them"),
+        (4, "4 heads of D=64; the width of a head must be 32, 64 or 128"),
+    ):
+        p.nets[0].blocks[0].heads = heads
+        with pytest.raises(CudaError, match=words):
+            library.call("rx_owner_sm80_run", p, cuda_abi.RxOwnerPlan(1, 1, 4), None)
 
 
 def test_a_build_with_other_structs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,8 +311,13 @@ def test_a_build_with_other_structs_is_refused(monkeypatch: pytest.MonkeyPatch) 
 # ---- the in-kernel timeline --------------------------------------------------------------------
 
 
-def test_the_timeline_names_every_phase_in_order() -> None:
-    recording = emulate(((64, 2),), checked=False, flags=("-DRX_TIMELINE=1",))
+TIMED = ((64, 2), (64, 2, 1))
+
+
+@pytest.mark.parametrize("shape", TIMED, ids=["h in shared memory", "h in scratch"])
+def test_the_timeline_names_every_phase_in_order(shape: tuple[int, ...]) -> None:
+    recording = emulate(TIMED, checked=False, flags=("-DRX_TIMELINE=1",))
+    recording.owner_plans = (shape,)
     schedule = Schedule.trm(1, 2)
     nets = {"L": make_net(tokens=17)}
     x, carry = make_inputs(schedule, batch=3, tokens=17, dtype=BF16)
@@ -314,6 +325,7 @@ def test_the_timeline_names_every_phase_in_order() -> None:
     recording._device = few
     with recording.timeline() as timeline:
         recorded = recording(schedule, nets, x, carry, rope(17))
+        assert recording.plan(problem_for(schedule, nets, x))["in_scratch"] == (len(shape) == 3)
     events = timeline.events
     halves = ["qkv", "attention", "o", "gate_up", "down"]
     call = ["input", *halves, *halves]
@@ -329,14 +341,13 @@ def test_the_timeline_names_every_phase_in_order() -> None:
         assert [e["call"] for e in own[: len(phases)]] == [0] * 11 + [1] * 12 + [2] * 12
         assert [e["block"] for e in own if e["call"] == 0 and e["phase"] == "o"][:2] == [0, 1]
     assert {e["phase"] for e in events} == {*halves, "input", "store"}
-    table = timeline.table()
-    assert all(f"| {phase} |" in table for phase in (*halves, "input", "store"))
     # What is recorded is the same recursion.
     assert torch.equal(recorded["z_H"], recording(schedule, nets, x, carry, rope(17))["z_H"])
 
 
 def test_a_short_timeline_buffer_is_not_overrun() -> None:
-    recording = emulate(((64, 2),), checked=False, flags=("-DRX_TIMELINE=1",))
+    recording = emulate(TIMED, checked=False, flags=("-DRX_TIMELINE=1",))
+    recording.owner_plans = TIMED[:1]
     x, carry = make_inputs(ONE_CALL, batch=2, dtype=BF16)
     with recording.timeline(events_per_owner=4) as timeline:
         recording(ONE_CALL, {"L": make_net()}, x, carry, rope())

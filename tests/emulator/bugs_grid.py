@@ -19,10 +19,12 @@ WRONG = r"relative error"
 SPLIT = r"calls in one launch differ from calls one by one"
 PLAN = r"another plan gave other bits"
 
-GRID, SIZES, PRODUCT, ATTEND, ROWS, TOKENS = (
+GRID, SIZES, FLAGS, PRODUCT, FINISH, ATTEND, ROWS, TOKENS = (
     f"grid_sm80/{part}.cuh"
-    for part in ("kernel", "layout", "product", "attention", "states", "token_mlp")
-)
+    for part in (
+        "kernel", "layout", "flags", "product", "finish", "attention", "states", "token_mlp"
+    )
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,56 +40,118 @@ class Bug:
 
 
 BUGS = [
-    # ---- the grid barrier
-    Bug(
-        "the others do not wait",
-        GRID,
-        "      }\n    }\n    __syncthreads();\n",
-        "      }\n    }\n    if (!BUG) __syncthreads();\n",
-        RACE,
-    ),
-    Bug(
-        "arrives before the others",
-        GRID,
-        "    __syncthreads();\n    target += gridDim.x;",
-        "    if (!BUG) __syncthreads();\n    target += gridDim.x;",
-        RACE,
-    ),
-    Bug(
-        "waits for the first generation only",
-        GRID,
-        "target += gridDim.x;",
-        "target = (BUG ? 0 : target) + gridDim.x;",
-        RACE,
-    ),
-    Bug("no wait", GRID, "while (rx::ld", "while (!BUG && rx::ld", RACE),
-    Bug(
-        "watches without acquire",
-        GRID,
-        "rx::ld_acquire(arrived_g)",
-        "(BUG ? atomicAdd(arrived_g, 0u) : rx::ld_acquire(arrived_g))",
-        RACE,
-    ),
-    Bug("waits for one CTA too few", GRID, " < target) {", " + (BUG ? 1 : 0) < target) {", RACE),
+    # ---- flags
     Bug(
         "arrives without release",
-        GRID,
-        "      rx::red_add_release(arrived_g, 1);",
-        "      if (BUG) atomicAdd(arrived_g, 1u);\n      else rx::red_add_release(arrived_g, 1);",
+        FLAGS,
+        "if (lane_id() == 0) rx::red_add_release(flag_g, n);",
+        "if (lane_id() || (BUG && atomicAdd(flag_g, n) + 1)) return;\n"
+        "  rx::red_add_release(flag_g, n);",
         RACE,
     ),
     Bug(
-        "no arrival",
-        GRID,
-        "else rx::red_add_release",
-        "else if (!BUG) rx::red_add_release",
-        "livelock",
+        "arrives before the other lanes",
+        FLAGS,
+        "  __syncwarp();\n  if (lane",
+        "  if (!BUG) __syncwarp();\n  if (lane",
+        RACE,
+    ),
+    Bug("no arrival", FLAGS, "if (lane_id() || (", "if (lane_id() || BUG || (", "livelock"),
+    Bug(
+        "watches without acquire",
+        FLAGS,
+        "seen = rx::ld_acquire(flag_g);",
+        "seen = BUG ? atomicAdd(const_cast<uint32_t*>(flag_g), 0u) : rx::ld_acquire(flag_g);",
+        RACE,
+    ),
+    Bug("no wait", FLAGS, "while (seen < least)", "while (!BUG && seen < least)", RACE),
+    Bug(
+        "the other lanes do not wait",
+        FLAGS,
+        "    __syncwarp();\n    return seen;",
+        "    if (!BUG) __syncwarp();\n    return seen;",
+        RACE,
     ),
     Bug(
-        "no barrier between attention and O",
+        "watches the tile before",
+        FLAGS,
+        "per.of(tile) * count",
+        "per.of(BUG ? max(tile - 1, 0) : tile) * count",
+        RACE,
+    ),
+    Bug("one arrival too few", FLAGS, "wait(tile, epoch);", "wait(tile, epoch - BUG);", RACE),
+    Bug(
+        "the epoch of the first call",
         GRID,
-        "attention(block.heads);\n        barrier();",
-        "attention(block.heads);\n        if (!BUG) barrier();",
+        "Needs needs = {rows_g(), epoch.rows,",
+        "Needs needs = {rows_g(), BUG ? uint32_t(kWarps) : epoch.rows,",
+        RACE,
+    ),
+    Bug(
+        "residual before it is complete",
+        GRID,
+        "ready = done + 1;",
+        "ready = BUG ? 0 : done + 1;",
+        RACE,
+    ),
+    Bug(
+        "K and V of one tile are waited for",
+        ATTEND,
+        "p.token_tiles, kOne}.wait(sample);",
+        "BUG ? 1 : p.token_tiles, kOne}.wait(BUG ? first + query_tile : sample);",
+        RACE,
+    ),
+    Bug("K and V in one buffer", GRID, "kv = attended & 1;", "kv = BUG ? 0 : attended & 1;", RACE),
+    Bug(
+        "O before the heads are mixed",
+        GRID,
+        "done += share.heads * kWarps,",
+        "done += BUG ? 0 : share.heads * kWarps,",
+        RACE,
+    ),
+    Bug(
+        "rows are entered before they are there",
+        ROWS,
+        "Needs{flags_g, epoch, 1, kOne}.wait(tile);",
+        "if (!BUG) Needs{flags_g, epoch, 1, kOne}.wait(tile);",
+        RACE,
+    ),
+    Bug(
+        "the injected sum does not wait for its state",
+        ROWS,
+        "after == late",
+        "after == (late && !BUG)",
+        SPLIT,
+    ),
+    Bug(
+        "h^T of one tile is waited for",
+        GRID,
+        "needs.count = z.token_tiles, needs.per",
+        "needs.count = BUG ? 1 : z.token_tiles, needs.per",
+        RACE,
+        "token_mlp",
+    ),
+    Bug(
+        "h is not turned back yet",
+        GRID,
+        "needs.epoch = epoch.samples,",
+        "needs.epoch = BUG ? 0 : epoch.samples,",
+        RACE,
+        "token_mlp",
+    ),
+    Bug(
+        "both middles in one buffer",
+        GRID,
+        "middle = turned ? z.token_middle",
+        "middle = turned && !BUG ? z.token_middle",
+        RACE,
+        "token_mlp",
+    ),
+    Bug(
+        "the next stage takes shared memory at once",
+        GRID,
+        "next_stage() const { __syncthreads(); }",
+        "next_stage() const { if (!BUG) __syncthreads(); }",
         RACE,
     ),
     # ---- slices of weights
@@ -96,7 +160,7 @@ BUGS = [
         SIZES,
         "ceil_div(units * (mine + 1), columns)",
         "ceil_div(units * (mine + 1), columns) - BUG",
-        WRONG,
+        "livelock",
     ),
     Bug(
         "slice begins a unit late",
@@ -115,17 +179,37 @@ BUGS = [
     Bug(
         "weights used before they came",
         GRID,
-        "rx::cp_async_wait<0>();",
-        "if (!BUG) rx::cp_async_wait<0>();",
+        "  rx::cp_async_wait<0>();\n  __syncthreads();\n}\n",
+        "  if (!BUG) rx::cp_async_wait<0>();\n  __syncthreads();\n}\n",
         RACE,
     ),
     Bug(
+        "staged weights used before they came",
+        GRID,
+        "if (!s.staged) return;",
+        "if (BUG || !s.staged) return;",
+        rf"{UNSET}|{PLAN}",
+    ),
+    Bug(
+        "the next slice comes while one is read",
+        GRID,
+        "    __syncthreads();\n    if (s.staged) send_for(",
+        "    if (!BUG) __syncthreads();\n    if (s.staged) send_for(",
+        RACE,
+    ),
+    Bug(
+        "the slice after the next one",
+        GRID,
+        "s.next < 0 ? upcoming : s.next",
+        "BUG || s.next < 0 ? upcoming : s.next",
+        rf"{UNSET}|{PLAN}",
+    ),
+    Bug(
         "row group misses its last tile",
-        PRODUCT,
-        "ceil_div(p.row_tiles - p.slice.group, p.slice.groups)",
-        "(BUG ? p.row_tiles / p.slice.groups"
-        " : ceil_div(p.row_tiles - p.slice.group, p.slice.groups))",
-        rf"{WRONG}|uninitialised",
+        GRID,
+        "ceil_div(rows - mine.group, mine.groups)",
+        "(BUG ? rows / mine.groups : ceil_div(rows - mine.group, mine.groups))",
+        "livelock",
     ),
     # ---- sums of parts
     Bug(
@@ -154,50 +238,50 @@ BUGS = [
     Bug(
         "parts read before they are there",
         PRODUCT,
-        "  __syncthreads();\n  if (part > 0) return;",
-        "  if (!BUG) __syncthreads();\n  if (part > 0) return;",
+        "  rx::bar_sync(1 + row, splits * 32);\n  if (part > 0) return;",
+        "  if (!BUG) rx::bar_sync(1 + row, splits * 32);\n  if (part > 0) return;",
         UNSET,
     ),
     Bug(
         "parts written before they are read",
         PRODUCT,
-        "if (p.splits > 1) __syncthreads();",
-        "if (p.splits > 1 && !BUG) __syncthreads();",
+        "if (splits > 1) rx::bar_sync(",
+        "if (splits > 1 && !BUG) rx::bar_sync(",
         RACE,
     ),
     # ---- arithmetic of a stage
     Bug(
         "gate and up exchanged",
-        PRODUCT,
+        FINISH,
         "swiglu(acc[0][e] * scale[e >> 1], acc[1][e]",
         "swiglu(acc[BUG][e] * scale[e >> 1], acc[!BUG][e]",
         WRONG,
     ),
-    Bug("K is not rotated", PRODUCT, "part < 2 && r.cos", "part < 2 - BUG && r.cos", WRONG),
+    Bug("K is not rotated", FINISH, "part < 2 && r.cos", "part < 2 - BUG && r.cos", WRONG),
     Bug(
         "rotates by the next token's angle",
-        PRODUCT,
-        "min(token, r.tokens - 1)",
-        "min(token + BUG, r.tokens - 1)",
+        FINISH,
+        "min(token + row * 8, r.tokens - 1)",
+        "min(token + row * 8 + BUG, r.tokens - 1)",
         WRONG,
     ),
     Bug(
         "V is not transposed",
-        PRODUCT,
-        "    v = make_uint4(transpose_8x8(v.x)",
-        "    if (!BUG) v = make_uint4(transpose_8x8(v.x)",
+        FINISH,
+        "    x = make_uint4(transpose_8x8(x.x)",
+        "    if (!BUG) x = make_uint4(transpose_8x8(x.x)",
         WRONG,
     ),
     Bug(
         "both rows get the scale of the first",
-        PRODUCT,
+        FINISH,
         "acc[n][e] *= scale[e >> 1]",
         "acc[n][e] *= scale[BUG ? 0 : e >> 1]",
         WRONG,
     ),
     Bug(
         "residual without its scale",
-        PRODUCT,
+        FINISH,
         "scale_g ? scale_g[row] : 1.f",
         "scale_g && !BUG ? scale_g[row] : 1.f",
         WRONG,
@@ -230,15 +314,16 @@ BUGS = [
     Bug(
         "z_H is read as it came in",
         GRID,
-        "if (made >= 0) written |=",
-        "if (made >= 0 && (c == r.num_calls || !BUG)) written |=",
+        "if (last) written |=",
+        "if (last && (c == r.num_calls || !BUG)) written |=",
         SPLIT,
     ),
     Bug(
         "the injected sum is added twice",
         ROWS,
-        "sum[t][w] = add_bf16(sum[t][w], inject[t][w]);",
-        "sum[t][w] = add_bf16(BUG ? add_bf16(sum[t][w], inject[t][w]) : sum[t][w], inject[t][w]);",
+        "sum[t][w] = rx::add_bf16(sum[t][w], inject[t][w]);",
+        "sum[t][w] = rx::add_bf16("
+        "BUG ? rx::add_bf16(sum[t][w], inject[t][w]) : sum[t][w], inject[t][w]);",
         WRONG,
     ),
     Bug(
@@ -251,8 +336,8 @@ BUGS = [
     Bug(
         "rms over too many columns",
         ROWS,
-        "float(z.width * 16) + eps",
-        "float(z.width * 16 + (BUG ? 16 : 0)) + eps",
+        "float(z.width * 16)) + eps",
+        "float(z.width * 16 + (BUG ? 16 : 0))) + eps",
         WRONG,
     ),
     Bug(

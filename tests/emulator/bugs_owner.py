@@ -249,8 +249,8 @@ BUGS = [
     OwnerBug(
         "the resident state loses its scale",
         STATES,
-        "x = rx::scale_rounded(load_vector(o, row, at, column), o.scales()[row]);",
-        "x = load_vector(o, row, at, column);",
+        "        x = rx::scale_rounded(load_vector(o, row, at, column), o.scales()[row]);",
+        "        x = load_vector(o, row, at, column);",
         WRONG,
         schedule=TWICE,
     ),

@@ -18,7 +18,7 @@ import numpy as np
 
 from recurx.backends import cuda_abi
 from recurx.operands import Span
-from recurx.program import lower
+from recurx.program import PLAIN, lower
 from recurx.schedule import INPUT, Schedule, Step
 
 from .build import Emulated, EmulatorFault, load_kernels
@@ -206,6 +206,7 @@ class Case:
             c.net, c.write, c.num_state, c.num_inject, c.stays = (
                 call.net, call.write, len(call.state), len(call.inject), stays,
             )  # fmt: skip
+            c.scale, c.keep, c.damping, c.noise, c.number = PLAIN
             c.state[: c.num_state], c.inject[: c.num_inject] = (
                 number[: c.num_state], number[c.num_state :],
             )  # fmt: skip

@@ -74,11 +74,11 @@ class GridKernel:
     """`run` has the signature of `recurx.recurse` without its backend.
 
     `library` is an emulated build, or an object with the same `call` and `library` for a GPU.
-    `barriers` is how often the CTAs of the last launch met.
+    `progress` is what the flag of the first row tile came to in the last launch.
     """
 
     def __init__(self, library: Emulated, plan: Plan | None = None) -> None:
-        self.library, self.plan, self.barriers = library, plan or Plan(), 0
+        self.library, self.plan, self.progress = library, plan or Plan(), 0
 
     def run(
         self,
@@ -123,7 +123,7 @@ class GridKernel:
             self.library.call(ENTRY, ctypes.byref(p), ctypes.byref(plan), None)
         finally:
             self.library.unwatch_all()
-        self.barriers = int(scratch.bytes[:4].view(torch.int32)) // self.plan.ctas
+        self.progress = int(scratch.bytes[:4].view(torch.int32))
         assert (scratch.bytes[need:] == 0x7F).all(), "bytes behind scratch were written"
         return {
             name: out.as_bf16(state.shape)

@@ -57,6 +57,8 @@ class EmulatedCuda(Cuda):
         cos_sin: reference.CosSin | None = None,
         start_from: int = 0,
         stop_after: int | None = None,
+        seed: int | None = None,
+        first_sample: int = 0,
     ) -> dict[str, Tensor]:
         """As `recurx.recurse`, without its checks."""
         specs = tuple((name, nets[name].spec) for name in schedule.nets)
@@ -67,7 +69,8 @@ class EmulatedCuda(Cuda):
         stop = len(schedule) if stop_after is None else stop_after
         states = [carry[name] for name in schedule.states]
         try:
-            operands = Operands(x, states, weights, cos_sin)
+            given = None if seed is None else torch.tensor([seed, first_sample])
+            operands = Operands(x, states, weights, cos_sin, given)
             out = self.run(problem, operands, Span(start_from, stop))
         finally:
             self.emulated.unwatch_all()
@@ -86,9 +89,11 @@ def emulate(
     folder: Path = KERNELS,
     flags: tuple[str, ...] = (),
     device: Device = DEVICES["a100"],
+    copied: int = 1,
 ) -> EmulatedCuda:
-    """A build of these kernels; their launch.cu may come from a copy of csrc/cuda with a bug."""
-    sources = [folder / FILES[0], *(KERNELS / name for name in FILES[1:])]
+    """A build of these kernels; the first `copied` of FILES may be of a copy of csrc/cuda with a
+    bug."""
+    sources = [(folder if n < copied else KERNELS) / name for n, name in enumerate(FILES)]
     path = build(sources, checked, (*flags, only(plans)))
     return EmulatedCuda(Emulated(path, checked), plans, device)
 

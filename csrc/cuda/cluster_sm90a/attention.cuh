@@ -1,9 +1,9 @@
-// attention.cuh - h = rms(h + O(attention(rope(Q h), rope(K h), V h))), 64 rows.
+// attention.cuh - h = rms(h + O(attention(rope(Q h), rope(K h), V h))).
 //
-// Two heads at a time, one a warpgroup. K and V of 64 rows go to the peer by a bulk copy between
-// shared memories, its own come back the same way; then each CTA attends with its rows to all keys.
-// Scores, probabilities and Q stay in registers; the mixed heads go through shared memory into O,
-// which accumulates over all heads in registers.
+// A head at a time in each CTA, whose warpgroups put K and V of their rows where both attend to all
+// of them, or each to its own where it has a sample of its own. Scores, probabilities and Q stay in
+// registers. The mixed head goes through shared memory, and to the peer, into O, which accumulates
+// over all heads in registers.
 #pragma once
 #include "product.cuh"
 
@@ -17,7 +17,7 @@ RX_DEVICE void rope_rotate(const Consumer<P>& me, float (&d)[R]) {
 #pragma unroll
   for (int e = 0; e < 2; e++) {
     // Rows beyond T are computed and never used: they take the angles of the last token.
-    const int token = min(int(me.at.half()) * kRows + me.row() + 8 * e, r.tokens - 1);
+    const int token = min(token_of(me.p, me.w * kRows) + me.row() + 8 * e, r.tokens - 1);
     const int first = token * kHeadDim + me.lane() % 4 * 2;
     auto pair = [&](const float* table_g, int column) {
       return *reinterpret_cast<const float2*>(table_g + first + column);
@@ -40,23 +40,13 @@ RX_DEVICE void as_operand(uint32_t (&a)[4], const float* d) {
   for (int i = 0; i < 4; i++) a[i] = rx::pack_bf16(d[2 * i], d[2 * i + 1]);
 }
 
-// My rows of K and V to both CTAs.
+// My rows of K and V, for both warpgroups.
 template <class P>
-RX_DEVICE void exchange_keys(Consumer<P>& me, float (&kv)[64]) {
-  const Cta<P>& at = me.at;
-  const uint32_t k = at.exchange_tile(me.w, at.half()), v = at.exchange_tile(me.w + 2, at.half());
-  me.wait_exchange_free();
-  me.store_chunks(v, kv + 32, 0, 8);
+RX_DEVICE void store_keys(Consumer<P>& me, float (&kv)[64]) {
+  me.store_chunks(me.at.exchange_tile(2 + me.w), kv + 32, 0, 8);
   rope_rotate(me, kv);  // now: its loads take the registers that V held
-  me.store_chunks(k, kv, 0, 8);
-  rx::fence_proxy_async_shared();
-  me.sync_warpgroup();
-  if (me.t() == 0) {
-    const uint32_t there = rx::mapa(at.exchanged(me.w), at.peer());
-    me.announce_exchange(2 * kTile);
-    rx::bulk_to_cluster(rx::mapa(k, at.peer()), k, kTile, there);
-    rx::bulk_to_cluster(rx::mapa(v, at.peer()), v, kTile, there);
-  }
+  me.store_chunks(me.at.exchange_tile(me.w), kv, 0, 8);
+  me.hand_over();
 }
 
 // Scores of 64 keys from `first_key` on become exp((score - top) / sqrt(head_dim)), none for keys
@@ -96,19 +86,22 @@ RX_DEVICE float2 exponentials(const Consumer<P>& me, float (&s)[32], int first_k
   return make_float2(correction[0], correction[1]);
 }
 
-// softmax(q K^T / sqrt(head_dim)) V of this warpgroup's head into tile `mixed`.
+// softmax(q K^T / sqrt(head_dim)) V of this CTA's head into tile `mixed`.
 // NOTE: 64 keys at a time, as 128 would need 16 registers more beside the accumulators of O, which
 // are not there.
 template <class P>
 RX_DEVICE void attend(Consumer<P>& me, const uint32_t (&q)[4][4], uint32_t mixed) {
+  const bool alone = me.p.samples > 1;  // the other warpgroup's rows are of another sample
+  const int tile = alone ? me.w : 0;
   // Formed here, not outside of the loops over pairs and blocks, where they would be spilled.
-  const uint32_t keys = rx::opaque(me.at.exchange_tile(me.w, 0));
-  const uint32_t values = rx::opaque(me.at.exchange_tile(me.w + 2, 0));
+  const uint32_t keys = rx::opaque(me.at.exchange_tile(tile));
+  const uint32_t values = rx::opaque(me.at.exchange_tile(2 + tile));
   float top[2] = {-1e30f, -1e30f}, sum[2] = {0.f, 0.f};
   float2 correction;
   uint32_t probability[2][4][4];
 #pragma unroll
-  for (int part = 0; part < 2; part++) {  // the rows of one CTA
+  for (int part = 0; part < 2; part++) {  // the rows of one warpgroup
+    if (part == 1 && alone) break;
     const uint32_t k = keys + uint32_t(part) * kTile;
     float s[32];
     me.clear(s);
@@ -129,13 +122,13 @@ RX_DEVICE void attend(Consumer<P>& me, const uint32_t (&q)[4][4], uint32_t mixed
     sum[e] += __shfl_xor_sync(rx::kFullWarp, sum[e], 2);
     sum[e] = __fdividef(1.f, sum[e]);
   }
-  me.sync_warpgroup();  // `mixed` is a part of K, which no warp's product may still read
 #pragma unroll
   for (int n = 0; n < 2; n++) {  // 32 columns: no room for the accumulators of 64
     float out[16];
     me.clear(out);
 #pragma unroll
     for (int part = 0; part < 2; part++) {
+      if (part == 1 && alone) break;
       const uint32_t v = values + uint32_t(part) * kTile + uint32_t(n) * 64;
       rx::wgmma_fence();
 #pragma unroll
@@ -148,7 +141,7 @@ RX_DEVICE void attend(Consumer<P>& me, const uint32_t (&q)[4][4], uint32_t mixed
 #pragma unroll
       for (int i = 0; i < 16; i++) {
         const int e = i / 2 % 2;
-        out[i] *= part == 1 ? sum[e] : e ? correction.y : correction.x;
+        out[i] *= part == 1 || alone ? sum[e] : e ? correction.y : correction.x;
       }
     }
     me.store_chunks(mixed, out, 4 * n, 4);
@@ -157,9 +150,8 @@ RX_DEVICE void attend(Consumer<P>& me, const uint32_t (&q)[4][4], uint32_t mixed
 
 template <class P>
 RX_DEVICE void attention(Consumer<P>& me) {
-  const Cta<P>& at = me.at;
+  constexpr int kMixed = 1;  // place of the mixed heads
   const int pairs = me.block().heads / 2;
-  auto mixed = [&](int w) { return at.exchange_tile(w, at.half() ^ 1); };
   float acc[P::kColumns / 2];
   me.clear(acc);
 #pragma unroll 1
@@ -167,13 +159,16 @@ RX_DEVICE void attention(Consumer<P>& me) {
     float kv[64];
     me.first(kv);
     if (pair > 0) {
-      me.take_over();
-      me.second(acc, mixed(0), mixed(1));
+      me.wait_exchanged();
+      me.second(acc, kMixed);
     }
     me.ring.drain();
     rx::wgmma_pin(kv);
-    if (pair > 0) me.free_exchange();
-    exchange_keys(me, kv);
+    if (pair > 0) {
+      me.take();
+      me.take_over();  // the other warpgroup has read the last K and V
+    }
+    store_keys(me, kv);
 
     float query[32];
     uint32_t q[4][4];
@@ -184,14 +179,17 @@ RX_DEVICE void attention(Consumer<P>& me) {
 #pragma unroll
     for (int ks = 0; ks < 4; ks++) as_operand(q[ks], query + 8 * ks);
     rx::wgmma_pin(q);
-    me.wait_exchanged();
-    attend(me, q, mixed(me.w));
+    me.take_over();  // its K and V are there
+    if (pair > 0) me.wait_taken();
+    attend(me, q, me.at.own(kMixed, me.w));
     me.hand_over();
+    me.send_tile(kMixed);
   }
-  me.take_over();
-  me.second(acc, mixed(0), mixed(1));
+  me.wait_exchanged();
+  me.second(acc, kMixed);
   me.ring.drain();
   rx::wgmma_pin(acc);
+  me.take_over();  // nobody reads K and V any more: the SwiGLU may use their place
   me.add_and_norm(acc, me.block().eps);
 }
 

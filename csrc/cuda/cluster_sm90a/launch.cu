@@ -34,22 +34,43 @@ static int check(const RxRecursion& r, int cluster) {
   return 0;
 }
 
-template <int kHidden>
+template <class P>
 static rx::LaunchShape shape(int clusters, int cluster) {
-  using P = Plan<kHidden>;
   return {"cluster_sm90a", dim3(unsigned(clusters * cluster)), dim3(P::kThreads), P::kShared,
           unsigned(cluster)};
 }
 
-template <int kHidden>
-static int launch(const RxRecursion& r, int cluster, void* stream) {
-  using P = Plan<kHidden>;
-  Params p{r, {}, cluster};
+static void list_parts(const RxNet& net, int hidden, int token_passes, Part* part) {
+  const Tape tape{hidden};
+  uint32_t offset = 0;
+  for (int i = 0; i < net.num_blocks; i++) {
+    const RxBlock& b = net.blocks[i];
+    const int token = b.token_mlp ? tape.mixer(b) : 0, rest = tape.block(b) - token;
+    for (int pass = 0; token && pass < token_passes; pass++) *part++ = {offset, 2 * token, 1};
+    offset += uint32_t(token) * kStage;
+    *part++ = {offset, rest, 0};
+    offset += uint32_t(rest) * kStage;
+  }
+  *part = {0, 0, 0};
+}
+
+template <class P>
+static int launch(const RxRecursion& r, int cluster, const RxSolve& solve, void* stream) {
+  const int samples = packed_samples(r), pairs = (r.batch + samples - 1) / samples;
+  Params p{r, solve, cluster, samples, {}};
   for (int n = 0; n < r.num_nets; n++)
-    for (int b = 0; b < r.nets[n].num_blocks; b++)
-      p.stages[n] += P::tape().block(r.nets[n].blocks[b]);
-  const int clusters = (2 * r.batch + cluster - 1) / cluster;
-  return rx::launch(shape<kHidden>(clusters, cluster), stream, kernel<kHidden>, p);
+    list_parts(r.nets[n], P::kHidden, P::kTokenPasses, p.parts + n * kMaxParts);
+  const int clusters = (2 * pairs + cluster - 1) / cluster;
+  return rx::launch(shape<P>(clusters, cluster), stream, kernel<P>, p);
+}
+
+// 512 wide, 112 rows leave room for a stage more, which 128 do not.
+template <int kHidden>
+static int launch_width(const RxRecursion& r, int cluster, const RxSolve& solve, void* stream) {
+  if constexpr (kHidden == 512)
+    if ((packed_samples(r) - 1) * kRows + r.tokens <= 112)
+      return launch<Plan<kHidden, 112>>(r, cluster, solve, stream);
+  return launch<Plan<kHidden, 128>>(r, cluster, solve, stream);
 }
 
 }  // namespace cluster_sm90a
@@ -58,26 +79,44 @@ extern "C" int64_t rx_cluster_sm90a_scratch_bytes(const RxRecursion*, const RxCl
   return 0;
 }
 
-extern "C" int rx_cluster_sm90a_run(const RxRecursion* r, const RxClusterPlan* plan, void* stream) {
-  namespace c = cluster_sm90a;
-  if (int e = c::check(*r, plan->cluster)) return e;
+namespace cluster_sm90a {
+
+static int launch_any(const RxRecursion& r, int cluster, const RxSolve& solve, void* stream) {
+  if (int e = check(r, cluster)) return e;
 #define RX_CASE(hidden) \
   case hidden:          \
-    return c::launch<hidden>(*r, plan->cluster, stream);
-  switch (r->hidden) {
+    return launch_width<hidden>(r, cluster, solve, stream);
+  switch (r.hidden) {
     RX_CLUSTER_WIDTHS(RX_CASE)
     default:
-      return c::refuse("hidden is " + std::to_string(r->hidden) + "; compiled are" +
-                       RX_CLUSTER_WIDTHS(RX_NAME));
+      return refuse("hidden is " + std::to_string(r.hidden) + "; compiled are" +
+                    RX_CLUSTER_WIDTHS(RX_NAME));
   }
+}
+
+}  // namespace cluster_sm90a
+
+extern "C" int rx_cluster_sm90a_run(const RxRecursion* r, const RxClusterPlan* plan, void* stream) {
+  return cluster_sm90a::launch_any(*r, plan->cluster, RxSolve{}, stream);
+}
+
+extern "C" int rx_cluster_sm90a_solve(const RxRecursion* r, const RxClusterPlan* plan,
+                                      const RxSolve* solve, void* stream) {
+  namespace c = cluster_sm90a;
+  if (int e = c::check(*r, plan->cluster)) return e;
+  const int each = plan->cluster / 2 * c::packed_samples(*r);  // samples of a cluster
+  if (int e = rx::check_solve(*r, *solve, (r->batch + each - 1) / each * each, "cluster_sm90a"))
+    return e;
+  return c::launch_any(*r, plan->cluster, *solve, stream);
 }
 
 extern "C" int rx_cluster_sm90a_places(int32_t hidden, int32_t cluster, int32_t* count) {
   namespace c = cluster_sm90a;
 #undef RX_CASE
-#define RX_CASE(width) \
-  case width:          \
-    return rx::cluster_places(c::shape<width>(1, cluster), c::kernel<width>, count);
+#define RX_CASE(width)                                                   \
+  case width:                                                            \
+    return rx::cluster_places(c::shape<c::Plan<width, 128>>(1, cluster), \
+                              c::kernel<c::Plan<width, 128>>, count);
   switch (hidden) {
     RX_CLUSTER_WIDTHS(RX_CASE)
     default:

@@ -33,27 +33,27 @@ RX_DEVICE Source gate_up(const rx::bf16* w_g, int inner, int columns, int first,
 }
 
 RX_DEVICE Source first_keys(const Params& p, int pair, int stage, int chunk) {
-  const int w = chunk / 512, row = chunk % 512 / 4, head = 2 * pair + w;
+  const int c = chunk / 512, row = chunk % 512 / 4, head = 2 * pair + c;
   return {p.mixer_in_g, (1 + row / 64) * p.hidden + head * kHeadDim + row % 64,
           stage * 32 + column_of(row, chunk % 4), p.hidden};
 }
 RX_DEVICE Source query(const Params& p, int pair, int stage, int chunk) {
-  const int w = chunk / 512, tile = chunk % 512 / 256, row = chunk % 256 / 4;
-  return {p.mixer_in_g, (2 * pair + w) * kHeadDim + row,
+  const int c = chunk / 512, tile = chunk % 512 / 256, row = chunk % 256 / 4;
+  return {p.mixer_in_g, (2 * pair + c) * kHeadDim + row,
           stage * 64 + tile * 32 + column_of(row, chunk % 4), p.hidden};
 }
 RX_DEVICE Source first_middle(const Params& p, int round, int stage, int chunk) {
-  const int w = chunk / 512, row = chunk % 512 / 4;
-  return gate_up(p.gate_up_g, p.block.inner, p.hidden, round * kMiddle + w * 64, row,
+  const int c = chunk / 512, row = chunk % 512 / 4;
+  return gate_up(p.gate_up_g, p.block.inner, p.hidden, round * kMiddle + c * 64, row,
                  stage * 32 + column_of(row, chunk % 4));
 }
 RX_DEVICE Source second(const Params& p, const rx::bf16* w_g, int depth, int round, int stage,
                         int chunk) {
-  const int unit_chunks = int(Tape{p.hidden}.unit() / 16), at = stage * kChunks + chunk;
-  const int unit = at / unit_chunks, row = at % unit_chunks / 2;
+  const int unit_chunks = int(Tape{p.hidden}.unit() / 16), c = chunk / 512;
+  const int at = stage * 512 + chunk % 512, unit = at / unit_chunks, row = at % unit_chunks / 2;
   const int column = (at % 2 ^ (row >> 2 & 1)) * 8;
-  return {w_g, row < p.hidden / 2 ? unit % 2 * (p.hidden / 2) + row : -1,
-          round * kMiddle + unit / 2 * 16 + column, depth};
+  return {w_g, row < p.hidden / 2 ? c * (p.hidden / 2) + row : -1,
+          round * kMiddle + unit * 16 + column, depth};
 }
 RX_DEVICE Source token_mix(const Params& p, int stage, int chunk) {
   const int round = stage / 3, part = stage % 3, tile = chunk / 512, row = chunk % 512 / 4;

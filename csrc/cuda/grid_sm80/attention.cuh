@@ -11,7 +11,10 @@ namespace grid_sm80 {
 struct Attention {
   const uint4 *q_g, *k_g, *v_g;
   unsigned char* out_g;  // [row tiles][width] tiles
-  int items, heads, head_tiles, width, token_tiles, tokens;
+  uint32_t* flags_g;     // of the row tiles
+  uint32_t epoch;        // when Q, K and V are there
+  int items, head_tiles, width, token_tiles, tokens;
+  Divisor by_heads, by_token_tiles;
   float scale;
 };
 
@@ -46,10 +49,13 @@ RX_DEVICE void leave(float* rows, float low, float high) {
 
 RX_DEVICE void attend(const Attention& p, int item, float* sums_s, float* maxima_s,
                       uint4* probabilities_s) {
-  const int query_tile = item % p.token_tiles, head = item / p.token_tiles % p.heads;
-  const int sample = item / p.token_tiles / p.heads, first = sample * p.token_tiles;
+  const int query_tile = p.by_token_tiles.rest(item), among = p.by_token_tiles.of(item);
+  const int head = p.by_heads.rest(among), sample = p.by_heads.of(among);
+  const int first = sample * p.token_tiles;
   const int row = lane_id() >> 2, columns = p.head_tiles * 2;
   const bool has_keys = warp_id() < p.token_tiles;
+
+  Needs{p.flags_g, p.epoch, p.token_tiles, kOne}.wait(sample);
 
   // V of this warp's columns (warp, and warp + 8 of a wide head), asked for before it is needed.
   uint2 v[kMaxHeadDim / 64][kMaxKeyTiles];
@@ -105,6 +111,7 @@ RX_DEVICE void attend(const Attention& p, int item, float* sums_s, float* maxima
   float total[2] = {0.f, 0.f};
   for (int w = 0; w < p.token_tiles; w++)
     total[0] += sums_s[w * 16 + row], total[1] += sums_s[w * 16 + row + 8];
+  const float low = __fdividef(1.f, total[0]), high = __fdividef(1.f, total[1]);
 #pragma unroll
   for (int c = 0; c < kMaxHeadDim / 64; c++) {
     const int column = warp_id() + c * kWarps;
@@ -118,10 +125,10 @@ RX_DEVICE void attend(const Attention& p, int item, float* sums_s, float* maxima
       rx::mma_m16n8k16(acc, a, v[c][t].x, v[c][t].y);
     }
     const int64_t tile = int64_t(first + query_tile) * p.width + head * p.head_tiles + column / 2;
-    *reinterpret_cast<uint2*>(p.out_g + (tile * 32 + lane_id()) * 16 + column % 2 * 8) =
-        make_uint2(rx::pack_bf16(acc[0] / total[0], acc[1] / total[0]),
-                   rx::pack_bf16(acc[2] / total[1], acc[3] / total[1]));
+    *reinterpret_cast<uint2*>(p.out_g + (tile * 32 + lane_id()) * 16 + column % 2 * 8) = make_uint2(
+        rx::pack_bf16(acc[0] * low, acc[1] * low), rx::pack_bf16(acc[2] * high, acc[3] * high));
   }
+  arrive(p.flags_g + (first + query_tile) * kFlagStride, 1);
   // No barrier here: the next item writes maxima, which all have read, and only after its first
   // barrier the sums and probabilities.
 }

@@ -17,16 +17,20 @@
 //
 // A product whose rows are dealt to g groups of CTAs reads 1/g of the rows and keeps g copies of
 // the weight in the grid: the plan (recurx/plan/cuda_grid.py) chooses g for each product, least
-// predicted time first, and what does not fit in shared memory is read from L2 in each call. Above
-// that is 144 of the two blocks' 320 KB, and costs less than the rows that fewer groups would read
-// (g = 1, 2, 2, 2 keeps all weights and reads 432 KB of rows a block instead of 224). With FP8 all
-// fits. Ten barriers a call (about 1.2 us each) and one to enter; TRM's 21 calls are 231 barriers.
-// A cluster a sample would have cheaper barriers, but 1/8 of the paths to L2 and no room for the
-// weights; and the grid runs on any sm_80.
+// predicted time first. What does not fit in shared memory comes from L2 in each call, one slice
+// after another to a place set aside for the largest (the stage), while the CTA waits or is at
+// products whose weights it keeps. Above that is 192 of the two blocks' 320 KB, and costs less than
+// the rows that fewer groups would read (g = 1, 2, 2, 2 keeps all weights and reads 432 KB of rows
+// a block instead of 224). With FP8 all fits.
 //
-// Deterministic: every sum has one owner and one order; no float atomics. Between stages stands a
-// barrier over the grid: a counter in global memory that each CTA adds to (release) and watches
-// (acquire).
+// Stages wait for each other by flags of row tiles (flags.cuh): TRM's 21 calls are 231 stages one
+// after another, and at none does the whole grid wait. A CTA sends for weights as soon as the stage
+// is free, for the residual as soon as that is complete, for injected states before the rows that
+// they are added to, and for rotary tables before the parts of a sum are added. A cluster a sample
+// would wait less, but it has 1/8 of the paths to L2 and no room for the weights; and the grid runs
+// on any sm_80.
+//
+// Deterministic: every sum has one owner and one order; no float atomics.
 #pragma once
 #include "attention.cuh"
 #include "states.cuh"
@@ -34,41 +38,62 @@
 
 namespace grid_sm80 {
 
-// All CTAs' writes before are seen by all after. `target` counts arrivals since the launch.
-struct GridBarrier {
-  uint32_t* arrived_g;
-  uint32_t target;
-
-  RX_DEVICE void operator()() {
-    __syncthreads();
-    target += gridDim.x;
-    if (threadIdx.x == 0) {
-      rx::red_add_release(arrived_g, 1);
-      while (rx::ld_acquire(arrived_g) < target) {
-      }
-    }
-    __syncthreads();
-  }
-};
-
 // What is where, at the start of shared memory.
 struct Header {
   Sizes sizes;
   Shared shared;
 };
 
-// Fills shared memory with this CTA's slices, and the tables of where everything lies.
+// Copies a slice of weights to shared memory; the caller commits.
+RX_DEVICE void copy_slice(unsigned char* to, const unsigned char* from_g, int64_t bytes) {
+  for (int64_t i = threadIdx.x * 16; i < bytes; i += kThreads * 16)
+    rx::cp_async<16>(rx::smem_u32(to + i), from_g + i);
+}
+
+// Fills shared memory with this CTA's slices, and the table of its shares.
 RX_DEVICE void keep_weights(const RxRecursion& r, const RxGridPlan& plan, unsigned char* smem) {
-  const Shared at = shared_of(r, plan);
-  Place* table = reinterpret_cast<Place*>(smem + at.table);
-  if (threadIdx.x == 0) *reinterpret_cast<Header*>(smem) = {sizes_of(r), at};
+  Header& header = *reinterpret_cast<Header*>(smem);
+  const Shared at = shared_of(r, plan, blockIdx.x);
+  BlockShare* table = reinterpret_cast<BlockShare*>(smem + at.table);
+  const Sizes z = sizes_of(r);
+  if (threadIdx.x == 0) header = {z, at};
+  int32_t* next = nullptr;  // where the number of the next staged product belongs
+  int net = -1;
   for_each_slice(
-      r, plan, blockIdx.x, [&](int n, int b, int slot, int64_t tape, int64_t bytes, int offset) {
-        if (threadIdx.x == 0) table[(n * kRxMaxBlocks + b) * kSlots + slot] = {tape, offset, 0};
-        if (offset < 0) return;
-        const unsigned char* from = static_cast<const unsigned char*>(r.nets[n].tape) + tape;
-        for (int64_t i = threadIdx.x * 16; i < bytes; i += kThreads * 16)
-          rx::cp_async<16>(rx::smem_u32(smem + offset + i), from + i);
+      r, plan, blockIdx.x,
+      [&](int n, int b, int slot, const Weight& w, const Slice& mine, int64_t tape, int64_t bytes,
+          int offset, bool stage) {
+        const unsigned char* from_g = static_cast<const unsigned char*>(r.nets[n].tape) + tape;
+        if (threadIdx.x == 0) {
+          const RxBlock& block = r.nets[n].blocks[b];
+          BlockShare& share = table[n * kRxMaxBlocks + b];
+          const int rows = block.token_mlp && slot < kGateUp ? z.column_tiles : z.row_tiles;
+          const bool staged = offset < 0 && stage;
+          share.product[slot] = {offset >= 0 ? smem + offset
+                                 : staged    ? smem + at.weights
+                                             : from_g,
+                                 staged ? from_g : nullptr,
+                                 mine.first,
+                                 mine.last,
+                                 w.units,
+                                 ceil_div(rows - mine.group, mine.groups),
+                                 w.depth,
+                                 int(w.unit_bytes()),
+                                 handover_bytes(w, mine),
+                                 -1};
+          if (slot == 0) {
+            share.heads = block.token_mlp ? 0 : block.heads;
+            share.head_tiles = block.token_mlp ? 1 : z.width / block.heads;
+            share.by_heads = divisor(block.token_mlp ? 1 : block.heads);
+            share.by_head_tiles = divisor(share.head_tiles);
+          }
+          if (n != net) net = n, next = header.shared.staged + n, *next = -1;
+          if (staged) {
+            *next = (n * kRxMaxBlocks + b) * kSlots + slot;
+            next = &share.product[slot].next;
+          }
+        }
+        if (offset >= 0) copy_slice(smem + offset, from_g, bytes);
       });
   rx::cp_async_commit();
   rx::cp_async_wait<0>();
@@ -84,42 +109,64 @@ struct Grid {
   const Shared& at;  // too
   unsigned char* smem;
   unsigned char* scratch_g;
-  GridBarrier barrier;
+  Epochs epoch;
+  int attended;  // attention blocks so far: which of two buffers K and V are in
+  int upcoming;  // the first product of later calls whose slice is staged, or -1
 
   RX_DEVICE float* sums_s() const { return reinterpret_cast<float*>(smem + at.rows); }
   RX_DEVICE float* scale_g() const { return reinterpret_cast<float*>(scratch_g + z.scale); }
+  RX_DEVICE uint32_t* rows_g() const { return reinterpret_cast<uint32_t*>(scratch_g); }
+  RX_DEVICE uint32_t* columns_g() const { return rows_g() + z.row_tiles * kFlagStride; }
+  RX_DEVICE uint32_t* samples_g() const { return columns_g() + z.column_tiles * kFlagStride; }
   RX_DEVICE uint4* tiles_g(int64_t offset) const {
     return reinterpret_cast<uint4*>(scratch_g + offset);
   }
+  RX_DEVICE const BlockShare& share_of(int n, int b) const {
+    return reinterpret_cast<const BlockShare*>(smem + at.table)[n * kRxMaxBlocks + b];
+  }
 
-  RX_DEVICE Product describe(int n, int b, int slot, int64_t rows, int row_tiles, bool normalise,
-                             float eps) const {
-    const RxNet& net = r.nets[n];
-    const Weight w = weight_of(r, net.blocks[b], slot, kFp8);
-    const Place place =
-        reinterpret_cast<const Place*>(smem + at.table)[(n * kRxMaxBlocks + b) * kSlots + slot];
-    const unsigned char* weights = place.shared < 0
-                                       ? static_cast<const unsigned char*>(net.tape) + place.tape
-                                       : smem + place.shared;
-    const Slice slice = slice_of(plan, slot, w.units, blockIdx.x);
-    return {tiles_g(rows),       weights, row_tiles,           w.depth,
-            int(w.unit_bytes()), slice,   plan.k_splits[slot], handover_bytes(w, slice),
+  // The CTA's own warps: shared memory that one stage used is free for the next.
+  RX_DEVICE void next_stage() const { __syncthreads(); }
+
+  // Sends for the slice of a staged product, as soon as nobody reads the one before.
+  RX_DEVICE void send_for(int product) const {
+    if (product < 0) return;
+    const Share& s = share_of(0, product / kSlots).product[product % kSlots];
+    copy_slice(smem + at.weights, s.staged, int64_t(s.last - s.first) * s.unit_bytes);
+    rx::cp_async_commit();
+  }
+  RX_DEVICE void wait_for_stage(const Share& s) const {
+    if (!s.staged) return;
+    rx::cp_async_wait<0>();
+    __syncthreads();
+  }
+  RX_DEVICE void next_stage(const Share& s) const {
+    __syncthreads();
+    if (s.staged) send_for(s.next < 0 ? upcoming : s.next);
+  }
+
+  RX_DEVICE Product describe(const Share& share, int slot, int64_t rows, const Needs& needs,
+                             uint32_t ready, uint32_t* done_g, bool normalise, float eps) const {
+    return {tiles_g(rows),       share, at.group[slot], plan.row_groups[slot],
+            at.split_bits[slot], needs, ready,          done_g,
             normalise,           eps};
   }
 
-  RX_DEVICE void attention(int heads) {
-    const int head_tiles = z.width / heads;
+  RX_DEVICE void attention(const BlockShare& share, int kv, uint32_t ready) {
     const Attention a{tiles_g(z.q),
-                      tiles_g(z.k),
-                      tiles_g(z.v),
+                      tiles_g(z.k[kv]),
+                      tiles_g(z.v[kv]),
                       scratch_g + z.mixed,
-                      r.batch * heads * z.token_tiles,
-                      heads,
-                      head_tiles,
+                      rows_g(),
+                      ready,
+                      z.row_tiles * share.heads,
+                      share.head_tiles,
                       z.width,
                       z.token_tiles,
                       r.tokens,
-                      rsqrtf(float(head_tiles * 16))};
+                      share.by_heads,
+                      z.by_token_tiles,
+                      rsqrtf(float(share.head_tiles * 16))};
     for (int item = blockIdx.x; item < a.items; item += gridDim.x)
       attend(a, item, sums_s(), reinterpret_cast<float*>(smem + at.maxima),
              reinterpret_cast<uint4*>(smem + at.scratch));
@@ -132,44 +179,68 @@ struct Grid {
   //   SwiGLU      rows h -> middle -> h, before its rms
   RX_DEVICE void block_call(int n, int b, bool normalise, float before) {
     const RxBlock& block = r.nets[n].blocks[b];
+    const BlockShare& share = share_of(n, b);
 #pragma unroll 1
     for (int pair = 0; pair < 2; pair++) {
       const bool mixer = pair == 0, turned = mixer && block.token_mlp;
       const bool attends = mixer && !block.token_mlp;
-      const int row_tiles = turned ? z.column_tiles : z.row_tiles;
-      const int inner = round_up(mixer ? block.token_inner : block.inner, 32) / 16;
+      const Share &in = share.product[pair * 2], &out = share.product[pair * 2 + 1];
       const bool scaled = !block.token_mlp && (normalise || !mixer);
-      const int64_t rows = turned ? z.ht : z.h;
+      const int64_t rows = turned ? z.ht : z.h, middle = turned ? z.token_middle : z.middle;
+      const int kv = attended & 1;
+      // What the rows wait for, and what counts how far they are.
+      Needs needs = {rows_g(), epoch.rows, 1, kOne};
+      if (turned) needs.count = z.token_tiles, needs.per = z.by_width;
+      if (!mixer && block.token_mlp)
+        needs.flags_g = samples_g(), needs.epoch = epoch.samples, needs.per = z.by_token_tiles;
+      uint32_t* done_g = turned ? columns_g() : rows_g();
+      uint32_t done = turned ? epoch.columns : epoch.rows;
+      // Whoever adds to a row tile's flag has waited for all of that tile of h.
+      const uint32_t ready = done + 1;
+      wait_for_stage(in);
       product<2, kFp8>(
-          describe(n, b, pair * 2, rows, row_tiles, scaled, mixer ? before : block.eps),
+          describe(in, pair * 2, rows, needs, 0, done_g, scaled, mixer ? before : block.eps),
           smem + at.scratch,
-          FinishWide{
-              {r, z, attends ? z.width / block.heads : 1}, inner, attends, !block.token_mlp});
-      barrier();
+          FinishWide{r, z, share, z.k[kv], z.v[kv], middle, out.depth, attends, !block.token_mlp});
+      done += in.all_units;
+      next_stage(in);
       if (attends) {
-        attention(block.heads);
-        barrier();
+        attention(share, kv, done);
+        done += share.heads * kWarps, attended++;
+        next_stage();
       }
-      product<1, kFp8>(
-          describe(n, b, pair * 2 + 1, attends ? z.mixed : z.middle, row_tiles, false, 0.f),
-          smem + at.scratch,
-          FinishResidual{scratch_g + rows, block.token_mlp ? nullptr : scale_g(),
-                         turned ? z.token_tiles : z.width});
-      barrier();
+      wait_for_stage(out);
+      product<1, kFp8>(describe(out, pair * 2 + 1, attends ? z.mixed : middle,
+                                {done_g, done, 1, kOne}, ready, done_g, false, 0.f),
+                       smem + at.scratch,
+                       FinishResidual{scratch_g + rows, block.token_mlp ? nullptr : scale_g(),
+                                      turned ? z.token_tiles : z.width});
+      done += out.all_units;
+      next_stage(out);
       if (turned) {
-        turn_back(r, z, block.eps);
-        barrier();
+        turn_back(r, z, columns_g(), done, samples_g(), block.eps);
+        epoch.columns = done, epoch.samples += z.width;
+      } else {
+        epoch.rows = done;
       }
     }
   }
 
-  RX_DEVICE void net_call(int n) {
+  // Number of the first staged product from call c on, or -1.
+  RX_DEVICE int staged_from(int c) const {
+    int found = -1;
+    for (; c < r.num_calls && found < 0; c++) found = at.staged[r.calls[c].net];
+    return found;
+  }
+
+  RX_DEVICE void net_call(int n, int c) {
+    upcoming = staged_from(c + 1);
 #pragma unroll 1
     for (int b = 0; b < r.nets[n].num_blocks; b++) {
       const float before = b ? r.nets[n].blocks[b - 1].eps : 0.f;
       if (b && r.nets[n].blocks[b].token_mlp) {
-        turn(r, z, before, sums_s());
-        barrier();
+        turn(r, z, rows_g(), epoch.rows, before, sums_s());
+        epoch.rows += kWarps;
       }
       block_call(n, b, b > 0, before);
     }
@@ -183,26 +254,22 @@ __global__ void __launch_bounds__(kThreads, 1)
   unsigned char* scratch_g = static_cast<unsigned char*>(r.scratch);
   keep_weights(r, plan, smem);
   const Header& header = *reinterpret_cast<const Header*>(smem);
-  Grid<kFp8> grid{r,
-                  plan,
-                  header.sizes,
-                  header.shared,
-                  smem,
-                  scratch_g,
-                  {reinterpret_cast<uint32_t*>(scratch_g), 0}};
+  Grid<kFp8> grid{r, plan, header.sizes, header.shared, smem, scratch_g, {}, 0, -1};
+  grid.send_for(grid.staged_from(0));
   uint32_t written = 0;  // bit i: state i is in states_out
-  int made = -1;         // the state that the last call wrote: its rows are in scratch yet
-  float eps = 0.f;
+  float eps = 0.f;       // of the last call's last rms
 #pragma unroll 1
   for (int c = 0; c <= r.num_calls; c++) {
+    // The rows that the last call left are in scratch yet.
+    const RxCall* last = c ? r.calls + c - 1 : nullptr;
     const RxCall* call = c < r.num_calls ? r.calls + c : nullptr;
     const bool turned = call && r.nets[call->net].blocks[0].token_mlp;
-    enter(r, grid.z, written, made, eps, call, turned, grid.sums_s());
-    if (made >= 0) written |= 1u << made;
+    enter(r, grid.z, grid.rows_g(), grid.epoch.rows, written, last, eps, call, turned,
+          grid.sums_s());
+    grid.epoch.rows += kWarps;
+    if (last) written |= 1u << last->write;
     if (!call) break;
-    grid.barrier();
-    grid.net_call(call->net);
-    made = call->write;
+    grid.net_call(call->net, c);
     eps = r.nets[call->net].blocks[r.nets[call->net].num_blocks - 1].eps;
   }
   copy_unwritten(r, written);

@@ -28,12 +28,23 @@ constexpr int kRowWarpTiles = 4;  // tiles of a row that one warp normalises: D 
 constexpr int kMaxKeyTiles = 8;   // attention has a warp for every 16 keys: T <= 128
 constexpr int kMaxHeadDim = 128;  // 16 columns of n8, two for each warp
 constexpr uint32_t kTileBytes = 512;
-constexpr uint32_t kBarrierBytes = 256;  // at the start of scratch; a line of its own
+constexpr int kFlagStride = 32;  // words from one flag to the next: a line of L2 each
 
 enum Slot { kMixerIn, kMixerOut, kGateUp, kDown, kSlots };
 
-RX_BOTH constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-RX_BOTH constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
+using rx::ceil_div, rx::round_up;
+
+// n / d and n % d by a product, where a division would take a reciprocal and twenty instructions.
+// Exact as long as n * d < 2^31: the multiplier is too large by less than 1, the quotient by less
+// than n / 2^31.
+struct Divisor {
+  uint32_t multiplier, d;
+  RX_BOTH int of(int n) const { return int(uint64_t(uint32_t(n)) * multiplier >> 31); }
+  RX_BOTH int rest(int n) const { return n - of(n) * int(d); }
+};
+RX_BOTH Divisor divisor(int d) {
+  return {(0x80000000u + uint32_t(d) - 1) / uint32_t(d), uint32_t(d)};
+}
 
 // One weight as the tape holds it: `units` of output channels, each `depth` tiles of 16 deep.
 struct Weight {
@@ -61,10 +72,15 @@ RX_BOTH Weight weight_of(const RxRecursion& r, const RxBlock& b, int slot, bool 
   return weight_of(r.hidden, r.tokens, b, slot, fp8);
 }
 
-// Row tiles and what is kept in scratch, in tiles from the start of each buffer.
+// Row tiles and what is kept in scratch. Flags (flags.cuh) lie at its start.
 struct Sizes {
-  int token_tiles, row_tiles, width, column_tiles;    // of a sample; of all; D / 16; rows of h^T
-  int64_t h, ht, q, k, v, mixed, middle, scale, end;  // bytes from the start of scratch
+  int token_tiles, row_tiles, width, column_tiles;  // of a sample; of all; D / 16; rows of h^T
+  Divisor by_token_tiles, by_width;
+  int64_t h, ht, q, mixed, middle, token_middle, scale, end;  // bytes from the start of scratch
+  // K and V, twice: while one attention block reads them, rows that are further on write the next.
+  int64_t k[2], v[2];
+
+  RX_BOTH int flags() const { return row_tiles + column_tiles + row_tiles / token_tiles; }
 };
 
 RX_BOTH Sizes sizes_of(const RxRecursion& r) {
@@ -73,44 +89,60 @@ RX_BOTH Sizes sizes_of(const RxRecursion& r) {
   s.row_tiles = r.batch * s.token_tiles;
   s.width = r.hidden / 16;
   s.column_tiles = r.batch * s.width;
-  int64_t middle = 0;
+  s.by_token_tiles = divisor(s.token_tiles), s.by_width = divisor(s.width);
+  int64_t middle = 0, token_middle = 0;
   for (int n = 0; n < r.num_nets; n++)
     for (int b = 0; b < r.nets[n].num_blocks; b++) {
       const RxBlock& block = r.nets[n].blocks[b];
       const int64_t rows = int64_t(s.row_tiles) * weight_of(r, block, kDown).depth;
       const int64_t columns = int64_t(s.column_tiles) * (round_up(block.token_inner, 32) / 16);
       middle = rows > middle ? rows : middle;
-      middle = columns > middle ? columns : middle;
+      token_middle = columns > token_middle ? columns : token_middle;
     }
   const int64_t whole = int64_t(s.row_tiles) * s.width * kTileBytes;
-  int64_t at = kBarrierBytes;
+  int64_t at = s.flags() * kFlagStride * 4;
   auto take = [&at](int64_t bytes) {
     const int64_t here = at;
     at += bytes;
     return here;
   };
   s.h = take(whole), s.ht = take(whole);
-  s.q = take(whole), s.k = take(whole), s.v = take(whole), s.mixed = take(whole);
-  s.middle = take(middle * kTileBytes);
+  s.q = take(whole), s.mixed = take(whole);
+  for (int i = 0; i < 2; i++) s.k[i] = take(whole), s.v[i] = take(whole);
+  s.middle = take(middle * kTileBytes), s.token_middle = take(token_middle * kTileBytes);
   s.scale = take(int64_t(s.row_tiles) * 16 * 4);
   s.end = at;
   return s;
 }
 
-// Where a CTA's slice of a weight begins: in the tape, and in shared memory (-1: only in the tape).
-struct Place {
-  int64_t tape;
-  int32_t shared, unused;
+// A CTA's share of one product, worked out once.
+struct Share {
+  const unsigned char* weights;  // its slice, in shared memory or in the tape
+  const unsigned char* staged;   // the slice in the tape, if it comes to the stage in each call
+  int first, last, all_units;    // units of output channels: its own, of all CTAs
+  int tiles;                     // row tiles, group, group + groups, ..
+  int depth, unit_bytes;
+  int slot_bytes;  // what a warp hands over that shares a row tile's depth with others
+  int next;        // number of the next product of the net whose slice is staged, or -1
+};
+
+// What a CTA knows of a block.
+struct alignas(16) BlockShare {
+  Share product[kSlots];
+  int heads, head_tiles;  // of attention
+  Divisor by_heads, by_head_tiles;
 };
 
 // Shared memory of a CTA: fixed parts first, then as many slices of weights as fit.
 struct Shared {
-  uint32_t sizes;    // Sizes and this struct: read when needed, for registers are scarce
-  uint32_t table;    // [nets][blocks][slots] Place
-  uint32_t rows;     // [warps][16] fp32, partial sums of a row
-  uint32_t maxima;   // the same, for attention
+  uint32_t table;          // [nets][blocks] BlockShare, behind Sizes and this struct
+  int group[kSlots];       // of the row groups of each product, this CTA's
+  int split_bits[kSlots];  // 2^so many warps share a row tile's depth
+  uint32_t rows;           // [warps][16] fp32, partial sums of a row
+  uint32_t maxima;         // the same, for attention
   uint32_t scratch;  // probabilities of a row tile, or accumulators on their way to another warp
-  uint32_t weights;  // the first slice
+  uint32_t weights;  // the stage if there is one, then the slices that are kept
+  int32_t staged[kRxMaxNets];  // number of the first product whose slice is staged, or -1
 };
 
 // The row group and the units of output channels that are this CTA's in one product.
@@ -137,10 +169,11 @@ RX_BOTH int handover_bytes(const Weight& w, const Slice& s) {
 
 static_assert(sizeof(Sizes) + sizeof(Shared) <= 256, "they lie in front of the table");
 
-RX_BOTH Shared shared_of(const RxRecursion& r, const RxGridPlan& plan) {
+RX_BOTH Shared shared_of(const RxRecursion& r, const RxGridPlan& plan, int cta) {
   int scratch = kMaxKeyTiles * int(kTileBytes);  // probabilities
   for (int n = 0; n < r.num_nets; n++)
     for (int b = 0; b < r.nets[n].num_blocks; b++)
+#pragma unroll 1
       for (int slot = 0; slot < kSlots; slot++) {
         const Weight w = weight_of(r, r.nets[n].blocks[b], slot);
         const Slice widest = slice_of(plan, slot, w.units, 0);
@@ -149,8 +182,12 @@ RX_BOTH Shared shared_of(const RxRecursion& r, const RxGridPlan& plan) {
         scratch = need > scratch ? need : scratch;
       }
   Shared s{};
+  for (int slot = 0; slot < kSlots; slot++) {
+    s.group[slot] = cta % plan.row_groups[slot];
+    while (2 << s.split_bits[slot] <= plan.k_splits[slot]) s.split_bits[slot]++;
+  }
   s.table = 256;
-  s.rows = s.table + kRxMaxNets * kRxMaxBlocks * kSlots * uint32_t(sizeof(Place));
+  s.rows = s.table + kRxMaxNets * kRxMaxBlocks * uint32_t(sizeof(BlockShare));
   s.maxima = s.rows + kWarps * 16 * 4;
   s.scratch = s.maxima + kWarps * 16 * 4;
   s.weights = s.scratch + uint32_t(scratch);
@@ -158,23 +195,41 @@ RX_BOTH Shared shared_of(const RxRecursion& r, const RxGridPlan& plan) {
 }
 
 // Walks over all slices of a CTA in the order of use, calling
-// visit(net, block, slot, bytes before the slice in the tape, bytes of the slice, offset or -1).
-// Slices lie in shared memory as long as they fit; the others are read from L2 in every call.
+// visit(net, block, slot, weight, slice, bytes before it in the tape, bytes of it, offset or -1,
+// whether there is a stage).
+// If not all fit in shared memory, place for the largest is set aside: the stage. Those for which
+// no place is left then come to the stage while other stages are at work (-1); or are read from L2
+// where they are used, if the stage alone does not fit.
 template <class Visit>
 RX_BOTH void for_each_slice(const RxRecursion& r, const RxGridPlan& plan, int cta, Visit visit) {
-  int64_t at = shared_of(r, plan).weights;
-  for (int n = 0; n < r.num_nets; n++) {
-    int64_t tape = 0;
-    for (int b = 0; b < r.nets[n].num_blocks; b++)
-      for (int slot = 0; slot < kSlots; slot++) {
-        const Weight w = weight_of(r, r.nets[n].blocks[b], slot, plan.fp8);
-        const Slice slice = slice_of(plan, slot, w.units, cta);
-        const int64_t bytes = (slice.last - slice.first) * w.unit_bytes();
-        const bool fits = at + bytes <= plan.shared_bytes;
-        visit(n, b, slot, tape + slice.first * w.unit_bytes(), bytes, fits ? int(at) : -1);
-        if (fits) at += bytes;
-        tape += w.bytes();
-      }
+  const int64_t first = shared_of(r, plan, cta).weights;
+  int64_t all = 0, largest = 0, at = first;
+  bool stage = false;
+#pragma unroll 1
+  for (int pass = 0; pass < 2; pass++) {
+    for (int n = 0; n < r.num_nets; n++) {
+      int64_t tape = 0;
+      for (int b = 0; b < r.nets[n].num_blocks; b++)
+#pragma unroll 1
+        for (int slot = 0; slot < kSlots; slot++) {
+          const Weight w = weight_of(r, r.nets[n].blocks[b], slot, plan.fp8);
+          const Slice slice = slice_of(plan, slot, w.units, cta);
+          const int64_t bytes = (slice.last - slice.first) * w.unit_bytes();
+          if (pass == 0) {
+            all += bytes, largest = bytes > largest ? bytes : largest;
+            continue;
+          }
+          const bool fits = at + bytes <= plan.shared_bytes;
+          visit(n, b, slot, w, slice, tape + slice.first * w.unit_bytes(), bytes,
+                fits ? int(at) : -1, stage);
+          if (fits) at += bytes;
+          tape += w.bytes();
+        }
+    }
+    if (pass == 0) {
+      stage = first + all > plan.shared_bytes && first + largest <= plan.shared_bytes;
+      if (stage) at += largest;
+    }
   }
 }
 

@@ -6,7 +6,7 @@
 // a barrier between.
 #pragma once
 #include "../recursion.cuh"
-#include "product.cuh"
+#include "finish.cuh"
 
 namespace grid_sm80 {
 
@@ -45,8 +45,8 @@ RX_DEVICE void normalised_rows(Words& x, const uint4* h_g, int tile, const Sizes
   for (int half = 0; half < 2; half++) {
     float sum = 0.f;
     for (int w = 0; w < kWarps; w++) sum += sums_s[w * 16 + half * 8 + first_row()];
-    scale[half] = rsqrtf(sum / float(z.width * 16) + eps);
-    if (tile % z.token_tiles * 16 + half * 8 + first_row() >= tokens) scale[half] = 0.f;
+    scale[half] = rsqrtf(__fdividef(sum, float(z.width * 16)) + eps);
+    if (z.by_token_tiles.rest(tile) * 16 + half * 8 + first_row() >= tokens) scale[half] = 0.f;
   }
   __syncthreads();  // the sums may be written again
 #pragma unroll
@@ -62,9 +62,9 @@ RX_DEVICE void normalised_rows(Words& x, const uint4* h_g, int tile, const Sizes
 // Where word w of tile t lies in a state [B, T, D], or null beyond the last token.
 RX_DEVICE uint32_t* word_of(const void* state_g, int tile, int t, int w, const Sizes& z,
                             int tokens) {
-  const int token = tile % z.token_tiles * 16 + (w & 1) * 8 + first_row();
+  const int token = z.by_token_tiles.rest(tile) * 16 + (w & 1) * 8 + first_row();
   if (token >= tokens) return nullptr;
-  const int64_t row = int64_t(tile / z.token_tiles) * tokens + token;
+  const int64_t row = int64_t(z.by_token_tiles.of(tile)) * tokens + token;
   return static_cast<uint32_t*>(const_cast<void*>(state_g)) +
          (row * z.width * 16 + column_of(t, w)) / 2;
 }
@@ -84,7 +84,7 @@ RX_DEVICE void store_rows(unsigned char* scratch_g, const Words& x, int tile, co
                           bool transposed) {
   uint4* h_g = reinterpret_cast<uint4*>(scratch_g + z.h);
   uint4* ht_g = reinterpret_cast<uint4*>(scratch_g + z.ht);
-  const int sample = tile / z.token_tiles, token_tile = tile % z.token_tiles;
+  const int sample = z.by_token_tiles.of(tile), token_tile = z.by_token_tiles.rest(tile);
 #pragma unroll
   for (int t = 0; t < kRowWarpTiles; t++) {
     const int column = warp_id() + t * kWarps;
@@ -99,11 +99,6 @@ RX_DEVICE void store_rows(unsigned char* scratch_g, const Words& x, int tile, co
           make_uint4(x[t][0], x[t][1], x[t][2], x[t][3]);
     }
   }
-}
-
-RX_DEVICE uint32_t add_bf16(uint32_t a, uint32_t b) {
-  const float2 x = rx::unpack_bf16(a), y = rx::unpack_bf16(b);
-  return rx::pack_bf16(x.x + y.x, x.y + y.y);
 }
 
 // sum <- left-to-right sum of `count` states, each partial sum rounded; `fresh` is state `made`.
@@ -123,33 +118,78 @@ RX_DEVICE void add_states(Words& sum, const int32_t* which, int count, const RxR
           v = fresh[t][w];
         else if (const uint32_t* at = word_of(state_g, tile, t, w, z, r.tokens))
           v = *at;
-        sum[t][w] = i ? add_bf16(sum[t][w], v) : v;
+        sum[t][w] = i ? rx::add_bf16(sum[t][w], v) : v;
       }
   }
 }
 
-// Between two calls: the rows that the last one left become state `made` (-1: there was none), and
-// the next one's input is formed (null: there is none). `written`: states of earlier calls.
-RX_DEVICE void enter(const RxRecursion& r, const Sizes& z, uint32_t written, int made, float eps,
-                     const RxCall* call, bool transposed, float* sums_s) {
+// x <- what call `last` writes, of what its net left: damped, with noise; `old` is what it damps.
+// Rows beyond the last token stay zeros. Words take turns in the first place: the noise is long.
+RX_DEVICE void finish_rows(Words& x, Words& old, const RxRecursion& r, const RxCall& last, int tile,
+                           const Sizes& z) {
+  const int first = z.by_token_tiles.rest(tile) * 16 + first_row();
+#pragma unroll 1
+  for (int i = 0; i < kRowWarpTiles * 4; i++) {
+    const int t = i >> 2, token = first + (i & 1) * 8;
+    uint32_t word = x[0][0];
+    if (token < r.tokens && warp_id() + t * kWarps < z.width)
+      word = rx::finish_pair(r, last, word, old[0][0], uint32_t(z.by_token_tiles.of(tile)),
+                             uint32_t(token * z.width * 16 + column_of(t, i & 3)) / 2);
+#pragma unroll
+    for (int j = 0; j < kRowWarpTiles * 4 - 1; j++) {
+      x[j >> 2][j & 3] = x[(j + 1) >> 2][(j + 1) & 3];
+      old[j >> 2][j & 3] = old[(j + 1) >> 2][(j + 1) & 3];
+    }
+    x[kRowWarpTiles - 1][3] = word;
+  }
+}
+
+// Between two calls: the rows that the last one (null: there was none) left become the state that
+// it writes, and the next one's input is formed (null: there is none). `written`: states of earlier
+// calls.
+RX_DEVICE void enter(const RxRecursion& r, const Sizes& z, uint32_t* flags_g, uint32_t epoch,
+                     uint32_t written, const RxCall* last, float eps, const RxCall* call,
+                     bool transposed, float* sums_s) {
   unsigned char* scratch_g = static_cast<unsigned char*>(r.scratch);
+  const int made = last ? last->write : -1;
+  const bool finishes = last && rx::finishes(*last);
+  bool late = made >= 0;  // the injected sum has to wait for the last call's rows, too
+  if (call && late) {
+    late = false;
+    for (int i = 0; i < call->num_inject; i++) late |= call->inject[i] == made;
+  }
   for (int tile = blockIdx.x; tile < z.row_tiles; tile += gridDim.x) {
     Words fresh = {}, sum = {}, inject = {};
-    if (made >= 0) {
-      normalised_rows(fresh, reinterpret_cast<const uint4*>(scratch_g + z.h), tile, z, r.tokens,
-                      eps, sums_s);
-      store_state(r.states_out[made], fresh, tile, z, r.tokens);
+    if (finishes) add_states(sum, &last->write, 1, r, written, fresh, -1, tile, z);
+#pragma unroll 1
+    for (int after = 0; after < 2; after++) {
+      if (after && made >= 0) {
+        Needs{flags_g, epoch, 1, kOne}.wait(tile);
+        normalised_rows(fresh, reinterpret_cast<const uint4*>(scratch_g + z.h), tile, z, r.tokens,
+                        eps, sums_s);
+        if (finishes) finish_rows(fresh, sum, r, *last, tile, z);
+      }
+      if (call && after == late)
+        add_states(inject, call->inject, call->num_inject, r, written, fresh, made, tile, z);
     }
-    if (!call) continue;
-    add_states(sum, call->state, call->num_state, r, written, fresh, made, tile, z);
-    add_states(inject, call->inject, call->num_inject, r, written, fresh, made, tile, z);
-    if (call->num_inject) {
+    if (call) {
+      add_states(sum, call->state, call->num_state, r, written, fresh, made, tile, z);
+      if (call->scale != 1.f) {
 #pragma unroll
-      for (int t = 0; t < kRowWarpTiles; t++)
+        for (int t = 0; t < kRowWarpTiles; t++)
 #pragma unroll
-        for (int w = 0; w < 4; w++) sum[t][w] = add_bf16(sum[t][w], inject[t][w]);
+          for (int w = 0; w < 4; w++) sum[t][w] = rx::scale_bf16(sum[t][w], call->scale);
+      }
+      if (call->num_inject) {
+#pragma unroll
+        for (int t = 0; t < kRowWarpTiles; t++)
+#pragma unroll
+          for (int w = 0; w < 4; w++) sum[t][w] = rx::add_bf16(sum[t][w], inject[t][w]);
+      }
+      store_rows(scratch_g, sum, tile, z, transposed);
+      arrive(flags_g + tile * kFlagStride, 1);
     }
-    store_rows(scratch_g, sum, tile, z, transposed);
+    if (made >= 0) store_state(r.states_out[made], fresh, tile, z, r.tokens);
   }
 }
 

@@ -3,6 +3,9 @@
 // Unit by unit (one head of 64 or 128, or two of 32): the product makes Q, K and V of the unit, its
 // epilogue applies the row scales and the rotation and stores Q to scratch, K and V to shared
 // memory; then each warp takes row tiles of queries, with all their scores in registers.
+//
+// Heads that share a K/V head make its K and V anew, each for itself: the tape repeats the weights
+// (pack.cu), and this code knows nothing of groups.
 #pragma once
 #include "product.cuh"
 
@@ -76,11 +79,12 @@ RX_DEVICE void store_value(Owner<P>& o, const float (&acc)[4], int i, int block)
 
 // Q, K and V of one unit. The barriers keep K, V and Q of the unit before until all have read them.
 template <class P, int kColumns>
-RX_DEVICE void project_unit(Owner<P>& o, int head_dim) {
+RX_DEVICE void project_unit(Owner<P>& o, int unit, int head_dim) {
   if constexpr (kColumns == 64) {  // a warp: a pair of tiles of Q (warps 0..3) or K, one of V
     float acc[P::kTiles][3][4];
     clear(acc);
     multiply_h(o, acc);
+    add_bias<true>(o, acc, 0, unit);
     __syncthreads();
     const Part part = o.warp < 4 ? Part::kQuery : Part::kKey;
     TokenCounter tokens{o.p.at.sample_tiles};
@@ -96,6 +100,7 @@ RX_DEVICE void project_unit(Owner<P>& o, int head_dim) {
       float acc[P::kTiles][2][4];
       clear(acc);
       multiply_h(o, acc);
+      add_bias<true>(o, acc, 0, unit * 3 + pass);
       if (pass == 0) __syncthreads();
       TokenCounter tokens{o.p.at.sample_tiles};
 #pragma unroll
@@ -225,7 +230,7 @@ RX_DEVICE void attention_units(Owner<P>& o, int head_dim, int block) {
   for (int unit = 0; unit < P::kHidden / kColumns; unit++) {
     o.forget_addresses();
     o.timeline.begin(kQkv, block);
-    project_unit<P, kColumns>(o, head_dim);
+    project_unit<P, kColumns>(o, unit, head_dim);
     o.forget_addresses();
     o.timeline.begin(kAttention, block);
     attend<P, kColumns>(o, unit, head_dim);

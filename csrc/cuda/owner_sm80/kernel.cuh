@@ -1,8 +1,11 @@
 // kernel.cuh - a whole recursion in one launch: a CTA owns its samples and runs every call.
 //
 //   for each call of the schedule:  state[write] <- net(sum(state) + (sum(inject)))
+//                                   (recursion.cuh says where factors stand)
 //   attention block   h = rms(h + O(attn(rope(Q h), rope(K h), V h)));  h = rms(h + swiglu_D(h))
 //   token-MLP block   h' = h^T;  h' = rms(h' + swiglu_T(h'));  h = h'^T;  h = rms(h + swiglu_D(h))
+// A block may scale what it adds to h, have another activation, fewer K/V heads and biases
+// (RxBlock).
 //
 // h [T, D] of one sample, or of several small ones, stays in shared memory from call to call, or in
 // the CTA's scratch where that is too small (place.cuh); the other states are in L2. The weights
@@ -45,10 +48,12 @@ namespace owner_sm80 {
 
 // A block is two halves, each a residual and a norm: tokens are mixed, then columns.
 template <class P>
-RX_DEVICE void net_call(Owner<P>& o, const RxNet& net) {
+RX_DEVICE void net_call(Owner<P>& o, int n) {
+  const RxNet& net = o.p.r.nets[n];
   for (int half = 0; half < 2 * net.num_blocks; half++) {
     const int block = half / 2;
     const RxBlock& b = net.blocks[block];
+    o.first_bias = n * kMaxBiases + block * 4;
     const bool mixes_tokens = half % 2 == 0;
     if (mixes_tokens && b.token_mlp) {
       o.timeline.begin(kTokenMlp, block);
@@ -65,7 +70,7 @@ RX_DEVICE void net_call(Owner<P>& o, const RxNet& net) {
     }
     __syncthreads();  // the operand is complete, and nobody reads h as an operand any more
     o.timeline.begin(mixes_tokens ? kOut : kDown, block);
-    residual_product(o, operand_g, steps, b.eps);
+    residual_product(o, operand_g, steps, b, mixes_tokens ? 1 : 3);
   }
 }
 
@@ -78,7 +83,11 @@ RX_DEVICE void run_recursion(Owner<P>& o, int first_sample) {
     o.timeline.at(k, first_sample);
     o.timeline.begin(kInput, 0);
     form_input(o, first_sample, written, k);
-    net_call(o, r.nets[r.calls[k].net]);
+    net_call(o, r.calls[k].net);
+    if (rx::finishes(r.calls[k])) {
+      o.timeline.begin(kStore, 0);
+      finish_call(o, first_sample, written, k);
+    }
     if (r.calls[k].stays) continue;
     o.timeline.begin(kStore, 0);
     store_state(o, first_sample, r.calls[k].write);

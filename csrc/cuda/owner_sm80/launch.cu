@@ -1,7 +1,7 @@
 // launch.cu - host side of the owner kernel: what fits, where things lie, and the launch.
 #include "kernel.cuh"
 
-#include "../rx/launch.cuh"
+#include "../checks.cuh"
 
 // Each triple (hidden, row tiles, place of h) is a kernel of its own; recurx/plan/cuda_owner.py
 // knows the same list.
@@ -24,44 +24,30 @@
 
 namespace owner_sm80 {
 
-static int refuse(const std::string& why) {
-  return rx::fail(kRxInvalidShape, "owner_sm80: " + why);
-}
+static int refuse(const std::string& why) { return rx::refuse("owner_sm80", why); }
 
 static std::string number(int64_t n) { return std::to_string(n); }
 
-static int check_block(const RxBlock& b, int hidden) {
-  if (b.inner < 1) return refuse("inner is " + number(b.inner) + "; it must be positive");
-  if (b.token_mlp) {
-    if (b.token_inner < 1)
-      return refuse("token_inner is " + number(b.token_inner) + "; it must be positive");
-    return 0;
-  }
-  const int head_dim = b.heads > 0 && hidden % b.heads == 0 ? hidden / b.heads : 0;
-  if (head_dim == 32 || head_dim == 64 || (head_dim == 128 && hidden % 128 == 0)) return 0;
-  return refuse(number(b.heads) + " heads at hidden " + number(hidden) +
-                "; head_dim must be 32, 64 or 128");
-}
-
 static int check(const RxRecursion& r, const RxOwnerPlan& plan) {
-  if (r.batch < 1 || r.tokens < 1) return refuse("batch and tokens must be positive");
-  if (r.num_states < 1 || r.num_states > kRxMaxStates || r.num_nets < 1 ||
-      r.num_nets > kRxMaxNets || r.num_calls < 1)
-    return refuse("needs 1.." + number(kRxMaxStates) + " states, 1.." + number(kRxMaxNets) +
-                  " nets and a call");
-  if (plan.owners < 1 || plan.samples < 1) return refuse("owners and samples must be positive");
-  if (plan.samples * ceil_div(r.tokens, 16) > plan.tiles)
-    return refuse(number(plan.samples) + " samples of " + number(r.tokens) +
-                  " tokens need more than " + number(plan.tiles) + " row tiles");
-  for (int n = 0; n < r.num_nets; n++) {
-    const RxNet& net = r.nets[n];
-    if (net.num_blocks < 1 || net.num_blocks > kRxMaxBlocks)
-      return refuse("a net has " + number(net.num_blocks) + " blocks; 1.." + number(kRxMaxBlocks) +
-                    " are possible");
-    for (int i = 0; i < net.num_blocks; i++)
-      if (int e = check_block(net.blocks[i], r.hidden)) return e;
-  }
-  return 0;
+  std::string why = rx::why_not(r);
+  if (why.empty() && r.num_calls < 1) why = "needs a call";
+  if (why.empty() && (plan.owners < 1 || plan.samples < 1))
+    why = "owners and samples must be positive";
+  if (why.empty() && plan.samples * ceil_div(r.tokens, 16) > plan.tiles)
+    why = number(plan.samples) + " samples of " + number(r.tokens) + " tokens need more than " +
+          number(plan.tiles) + " row tiles";
+  if (why.empty())
+    why = rx::first_reason(r, [&](const RxBlock& b) -> std::string {
+      if (b.activation < 0 || b.activation >= kRxActivations)
+        return "activation " + number(b.activation);
+      if (b.kv_heads < 0 || (b.kv_heads && b.heads % b.kv_heads))
+        return number(b.heads) + " heads of " + number(b.kv_heads) + " K/V heads";
+      const int head_dim = b.token_mlp ? 64 : r.hidden / b.heads;
+      if (head_dim == 32 || head_dim == 64 || (head_dim == 128 && r.hidden % 128 == 0)) return "";
+      return number(b.heads) + " heads of D=" + number(r.hidden) +
+             "; the width of a head must be 32, 64 or 128";
+    });
+  return why.empty() ? 0 : refuse(why);
 }
 
 static void list_segments(const RxNet& net, const RxRecursion& r, const RxOwnerPlan& plan,
@@ -70,6 +56,20 @@ static void list_segments(const RxNet& net, const RxRecursion& r, const RxOwnerP
   for (int i = 0; i < net.num_blocks; i++)
     out += block_segments(net.blocks[i], r.hidden, r.tokens, token_repeats, out);
   out[-1].ends_net = 1;
+}
+
+static void list_biases(const RxNet& net, const RxRecursion& r, const float** out) {
+  const float* at = reinterpret_cast<const float*>(
+      static_cast<const char*>(net.tape) +
+      tape_bytes(net.blocks, net.num_blocks, r.hidden, r.tokens, false));
+  for (int i = 0; i < net.num_blocks; i++) {
+    BiasTable tables[4];
+    bias_tables(net.blocks[i], r.hidden, r.tokens, tables);
+    for (const BiasTable& table : tables) {
+      *out++ = bias_values(table) ? at : nullptr;
+      at += bias_values(table);
+    }
+  }
 }
 
 template <int kHidden, int kTiles, int kPlace>
@@ -96,12 +96,12 @@ namespace owner_sm80 {
 static int launch_any(const RxRecursion& r, const RxOwnerPlan& plan, const RxSolve& solve,
                       void* stream) {
   if (int e = check(r, plan)) return e;
-  Params params{r, solve, geometry(r, plan), {}};
-  if (r.scratch_bytes < params.at.scratch_bytes * plan.owners)
-    return refuse("scratch has " + number(r.scratch_bytes) + " bytes, " +
-                  number(params.at.scratch_bytes * plan.owners) + " are needed");
-  for (int n = 0; n < r.num_nets; n++)
+  Params params{r, solve, geometry(r, plan), {}, {}};
+  if (int e = rx::check_scratch("owner_sm80", r, params.at.scratch_bytes * plan.owners)) return e;
+  for (int n = 0; n < r.num_nets; n++) {
     list_segments(r.nets[n], r, plan, params.segments + n * kMaxSegments);
+    list_biases(r.nets[n], r, params.biases + n * kMaxBiases);
+  }
 #define RX_OWNER_LAUNCH(hidden_, tiles_, place_)                                \
   if (r.hidden == hidden_ && plan.tiles == tiles_ && plan.in_scratch == place_) \
     return launch<hidden_, tiles_, place_>(params, plan, stream);
@@ -109,20 +109,6 @@ static int launch_any(const RxRecursion& r, const RxOwnerPlan& plan, const RxSol
 #undef RX_OWNER_LAUNCH
   return refuse("no kernel is compiled for hidden " + number(r.hidden) + " and " +
                 number(plan.tiles) + " row tiles" + (plan.in_scratch ? " with h in scratch" : ""));
-}
-
-static int check_solve(const RxRecursion& r, const RxOwnerPlan& plan, const RxSolve& s) {
-  if (s.entries < 1 || s.rollouts < 1 || s.max_steps < 1 || s.vocab < 1)
-    return refuse("entries, rollouts, max_steps and vocab must be positive");
-  if (s.prefix < 0 || s.prefix >= r.tokens)
-    return refuse("a prefix of " + number(s.prefix) + " leaves no answer in " + number(r.tokens) +
-                  " tokens");
-  if (s.output < 0 || s.output >= r.num_states) return refuse("output is no state");
-  if (s.halt < 0 || s.halt > 2) return refuse("halt is " + number(s.halt) + "; 0, 1 or 2");
-  if (r.batch != plan.owners * plan.samples)
-    return refuse("batch is " + number(r.batch) + "; it must be the number of slots, " +
-                  number(plan.owners * plan.samples));
-  return 0;
 }
 
 }  // namespace owner_sm80
@@ -133,6 +119,6 @@ extern "C" int rx_owner_sm80_run(const RxRecursion* r, const RxOwnerPlan* plan, 
 
 extern "C" int rx_owner_sm80_solve(const RxRecursion* r, const RxOwnerPlan* plan,
                                    const RxSolve* solve, void* stream) {
-  if (int e = owner_sm80::check_solve(*r, *plan, *solve)) return e;
+  if (int e = rx::check_solve(*r, *solve, plan->owners * plan->samples, "owner_sm80")) return e;
   return owner_sm80::launch_any(*r, *plan, *solve, stream);
 }

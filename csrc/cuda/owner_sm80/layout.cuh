@@ -18,6 +18,7 @@ constexpr int kTokenChunk = 32;    // columns of the token SwiGLU's middle a pas
 constexpr int kTokenSteps = 3;     // ring steps of such a pass: gate + up twice, down
 constexpr uint32_t kMatrix = 128;  // bytes: 8 x 8 bf16, what ldmatrix reads at once
 constexpr int kMaxSegments = 4 * kRxMaxBlocks;
+constexpr int kMaxBiases = 4 * kRxMaxBlocks;  // of a net
 
 enum Place : int { kShared, kScratch };  // of h
 
@@ -47,8 +48,7 @@ RX_BOTH int64_t segment_bytes(const Segment& s) {
   return int64_t(s.steps) * s.warp_bytes * s.warps;
 }
 
-RX_BOTH constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-RX_BOTH constexpr int padded(int n, int to) { return ceil_div(n, to) * to; }
+using rx::ceil_div;
 // Columns of Q (and K, V) that one pass of the attention stage makes: one head of 64 or 128, or two
 // of 32.
 RX_BOTH constexpr int attention_unit(int head_dim) { return head_dim == 128 ? 128 : 64; }
@@ -69,10 +69,50 @@ inline int block_segments(const RxBlock& b, int hidden, int tokens, int token_re
                           : Segment{units * 3 * steps, 1, 512, kWarps, 0};
     out[n++] = {passes * steps, 1, wide, kWarps, 0};
   }
-  const int middle = padded(b.inner, kMiddleChunk);
+  const int middle = rx::round_up(b.inner, kMiddleChunk);
   out[n++] = {middle / kMiddleChunk * steps, 1, 1024, kWarps, 0};
   out[n++] = {passes * (middle / 16), 1, wide, kWarps, 0};
   return n;
+}
+
+// How the biases of a matrix lie: fp32, [pass][warp][column tile][8], the order in which warps hold
+// the product. They follow a net's weights, matrix after matrix of those that have one.
+struct BiasTable {
+  int32_t passes, warps, tiles;
+};
+RX_BOTH int bias_values(const BiasTable& t) { return t.passes * t.warps * t.tiles * 8; }
+
+// Matrices of a block as RxPack counts them; those without a bias have no values.
+inline void bias_tables(const RxBlock& b, int hidden, int tokens, BiasTable (&out)[4]) {
+  Segment segments[4];
+  const int count = block_segments(b, hidden, tokens, 1, segments);
+  for (int k = 0; k < 4; k++) {
+    out[k] = {0, 0, 0};
+    if (!(b.biases >> k & 1)) continue;
+    if (b.token_mlp && k == 0) {  // all warps have the columns of a ring step
+      out[k] = {2 * ceil_div(b.token_inner, kTokenChunk), 1, 4};
+    } else if (b.token_mlp && k == 1) {  // a bias a token
+      out[k] = {1, ceil_div(tokens, 16), 2};
+    } else {
+      const Segment& s = segments[count - 4 + k];
+      const int depth = k == 3 ? rx::round_up(b.inner, kMiddleChunk) : hidden;
+      out[k] = {s.steps / (depth / 16), kWarps, s.warp_bytes / 256};
+    }
+  }
+}
+
+// Bytes of a net's tape, with its biases or without.
+inline int64_t tape_bytes(const RxBlock* blocks, int count, int hidden, int tokens, bool biases) {
+  int64_t bytes = 0;
+  for (int i = 0; i < count; i++) {
+    Segment segments[4];
+    BiasTable tables[4];
+    const int stages = block_segments(blocks[i], hidden, tokens, 1, segments);
+    bias_tables(blocks[i], hidden, tokens, tables);
+    for (int s = 0; s < stages; s++) bytes += segment_bytes(segments[s]);
+    for (int k = 0; k < 4 && biases; k++) bytes += 4 * bias_values(tables[k]);
+  }
+  return bytes;
 }
 
 // Rows of 16 d that the token MLP takes a pass and warp: two tiles share each weight fragment. With
@@ -95,20 +135,21 @@ struct Geometry {
   // byte offsets in shared memory; h is at 0, if it is there
   uint32_t keys, values, ring, scales, shared_bytes;
   // byte offsets in the scratch of one owner
-  int64_t query, mixed, middle_at, inject, h, slots, scratch_bytes;
+  int64_t query, mixed, middle_at, inject, h, slots, gate, scratch_bytes;
 };
 
 struct Params {
   RxRecursion r;
   RxSolve solve;  // entries 0: one recursion on every sample of the batch
   Geometry at;
-  Segment segments[kRxMaxNets * kMaxSegments];  // of net n from n * kMaxSegments on
+  Segment segments[kRxMaxNets * kMaxSegments];   // of net n from n * kMaxSegments on
+  const float* biases[kRxMaxNets * kMaxBiases];  // of matrix k of block i of net n; null: none
 };
 
 inline Geometry geometry(const RxRecursion& r, const RxOwnerPlan& plan) {
   const int samples = plan.samples, tiles = plan.tiles;
   Geometry g{};
-  bool token_mlp = false;
+  bool token_mlp = false, gates = false;
   g.samples = samples;
   g.sample_tiles = ceil_div(r.tokens, 16);
   g.tiles = samples * g.sample_tiles;
@@ -118,9 +159,11 @@ inline Geometry geometry(const RxRecursion& r, const RxOwnerPlan& plan) {
     for (int i = 0; i < r.nets[n].num_blocks; i++) {
       const RxBlock& b = r.nets[n].blocks[i];
       token_mlp |= b.token_mlp != 0;
+      gates |= b.activation != kRxSilu;
       if (!b.token_mlp && attention_unit(r.hidden / b.heads) > g.unit)
         g.unit = attention_unit(r.hidden / b.heads);
-      if (padded(b.inner, kMiddleChunk) > g.middle) g.middle = padded(b.inner, kMiddleChunk);
+      if (rx::round_up(b.inner, kMiddleChunk) > g.middle)
+        g.middle = rx::round_up(b.inner, kMiddleChunk);
     }
   const uint32_t panel = uint32_t(g.row_blocks * (g.unit / 8)) * kMatrix;
   // Partial sums of squares lie over K, as do the token MLP's columns of h in scratch.
@@ -144,7 +187,8 @@ inline Geometry geometry(const RxRecursion& r, const RxOwnerPlan& plan) {
   g.inject = g.middle_at + tile_row * (g.middle / 16);
   g.h = g.inject + int64_t(2 * tiles) * (r.hidden / 8) * kMatrix;
   g.slots = g.h + (plan.in_scratch ? tile_row * (r.hidden / 16) : 0);
-  g.scratch_bytes = g.slots + 8 * 16;  // up to 8 slots of 16 bytes (solve.cuh)
+  g.gate = g.slots + 8 * 16;  // up to 8 slots of 16 bytes (solve.cuh)
+  g.scratch_bytes = g.gate + (gates ? tile_row * kWarps : 0);
   return g;
 }
 

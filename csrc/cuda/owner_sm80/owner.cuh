@@ -14,6 +14,8 @@
 
 namespace owner_sm80 {
 
+using rx::swiglu;
+
 template <class P>
 struct Owner {
   const Params& p;
@@ -21,6 +23,7 @@ struct Owner {
   Ring ring;
   Timeline timeline;
   int warp, lane;
+  int first_bias = 0;  // of the block, in Params.biases
 
   RX_DEVICE Owner(const Params& params, unsigned char* shared)
       : p(params),
@@ -42,9 +45,18 @@ struct Owner {
   RX_DEVICE uint4* mixed_g() const { return scratch(p.at.mixed); }
   RX_DEVICE uint4* middle_g() const { return scratch(p.at.middle_at); }
   RX_DEVICE uint4* inject_g() const { return scratch(p.at.inject); }
-  RX_DEVICE uint4* h_g() const { return scratch(p.at.h); }  // where h is in scratch
+  RX_DEVICE uint4* gate_g() const { return scratch(p.at.gate); }  // of activations but silu
+  RX_DEVICE uint4* h_g() const { return scratch(p.at.h); }        // where h is in scratch
   // 16-byte vector of a scratch panel: this lane's registers of k16 column kt, row tile i.
   RX_DEVICE int fragment(int kt, int i) const { return (kt * P::kTiles + i) * 32 + lane; }
+
+  // The bias of a matrix of the block at this lane's first accumulators of a pass; null: none. The
+  // next column tile is 4 on.
+  RX_DEVICE const float2* bias_g(int matrix, int first_tile) const {
+    const float* table_g = p.biases[first_bias + matrix];
+    if (!table_g) return nullptr;
+    return reinterpret_cast<const float2*>(table_g) + first_tile * 4 + (lane & 3);
+  }
 
   // False for rows 8..15 of the last row tile where they are padding that is not stored.
   RX_DEVICE bool is_stored(int i, int half) const {
@@ -89,6 +101,27 @@ RX_DEVICE void clear(float (&acc)[kRows][kColumns][4]) {
       for (int e = 0; e < 4; e++) acc[i][j][e] = 0.f;
 }
 
+// acc = acc * factor + bias of two neighbouring columns, times another factor in rows l / 4 and
+// l / 4 + 8 of the column tile.
+RX_DEVICE void add_bias(float (&acc)[4], float factor, float2 bias, float scale, float scale8) {
+  acc[0] = acc[0] * factor + bias.x * scale, acc[1] = acc[1] * factor + bias.y * scale;
+  acc[2] = acc[2] * factor + bias.x * scale8, acc[3] = acc[3] * factor + bias.y * scale8;
+}
+
+// acc = (acc + bias) * factor in the first column tiles; the bias of the same columns for all rows.
+template <int kRows, int kColumns>
+RX_DEVICE void add_columns(float (&acc)[kRows][kColumns][4], const float2* bias_g, float factor,
+                           int tiles) {
+  if (!bias_g && factor == 1.f) return;
+#pragma unroll
+  for (int j = 0; j < kColumns; j++) {
+    if (j >= tiles) break;
+    const float2 bias = bias_g ? bias_g[j * 4] : make_float2(0.f, 0.f);
+#pragma unroll
+    for (int i = 0; i < kRows; i++) add_bias(acc[i][j], factor, bias, factor, factor);
+  }
+}
+
 // The sum over the four lanes that share a row of accumulators.
 RX_DEVICE float sum_of_row(float x) {
   x += __shfl_xor_sync(rx::kFullWarp, x, 1);
@@ -98,7 +131,5 @@ RX_DEVICE float max_of_row(float x) {
   x = fmaxf(x, __shfl_xor_sync(rx::kFullWarp, x, 1));
   return fmaxf(x, __shfl_xor_sync(rx::kFullWarp, x, 2));
 }
-
-RX_DEVICE float swiglu(float gate, float up) { return __fdividef(gate, 1.f + __expf(-gate)) * up; }
 
 }  // namespace owner_sm80

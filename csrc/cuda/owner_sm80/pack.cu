@@ -17,6 +17,10 @@ struct Job {
   int stage, words;  // of the segment, 32 bits each
   int warp_words, warps;
   int hidden, tokens, inner, token_inner, head_dim;
+  int group;  // heads that share a K/V head
+  // biases alone
+  BiasTable table;
+  int matrix;  // as RxPack counts
 };
 
 // Where two neighbouring values come from: row n, columns k and k + 1 of a [rows, columns] matrix.
@@ -68,7 +72,12 @@ RX_DEVICE Source qkv_source(const Job& j, const Place& at) {
     }
   }
   const int k = at.step % steps * 16 + (at.reg & 1) * 8 + (at.lane & 3) * 2;
-  return {j.first_g, part * j.hidden + unit * columns + block * 8 + row, k, 3 * j.hidden, j.hidden};
+  int n = unit * columns + block * 8 + row;
+  if (part) {  // K or V of the head's group
+    const int head = n / j.head_dim, width = j.hidden / j.group;
+    n = j.hidden + (part - 1) * width + head / j.group * j.head_dim + n % j.head_dim;
+  }
+  return {j.first_g, n, k, j.hidden + 2 * (j.hidden / j.group), j.hidden};
 }
 
 RX_DEVICE Source gate_up_source(const Job& j, const Place& at) {
@@ -118,37 +127,65 @@ __global__ void kernel(const Job j) {
   reinterpret_cast<uint32_t*>(j.tape_g)[word] = value(s.k) | value(s.k + 1) << 16;
 }
 
-static int64_t tape_bytes(const RxPack& p) {
-  int64_t bytes = 0;
-  for (int i = 0; i < p.num_blocks; i++) {
-    Segment segments[4];
-    const int count = block_segments(p.blocks[i], p.hidden, p.tokens, 1, segments);
-    for (int s = 0; s < count; s++) bytes += segment_bytes(segments[s]);
-  }
-  return bytes;
+// One of a bias table's values a thread: that of the row which the weight in its place comes from.
+__global__ void bias_kernel(const Job j) {
+  const BiasTable t = j.table;
+  const int value = int(blockIdx.x) * kThreads + int(threadIdx.x);
+  if (value >= j.words) return;
+  const int column = value & 7, tile = value / 8 % t.tiles, warp = value / 8 / t.tiles % t.warps;
+  const int pass = value / 8 / t.tiles / t.warps;
+  int step = pass * ((j.stage == kDown ? rx::round_up(j.inner, kMiddleChunk) : j.hidden) / 16);
+  if (j.stage == kTokens) step = j.matrix ? kTokenSteps - 1 : pass / 2 * kTokenSteps + pass % 2;
+  const Source s = source_of(j, {step, warp, tile / 2, column * 4, tile % 2 * 2});
+  reinterpret_cast<uint32_t*>(j.tape_g)[value] = s.n < s.rows ? uint32_t(s.matrix_g[s.n]) << 16 : 0;
+}
+
+static int start(void (*run)(const Job), const Job& job, void* stream) {
+  const rx::LaunchShape shape{"owner_sm80 pack",
+                              dim3(unsigned(job.words + kThreads - 1) / kThreads), dim3(kThreads)};
+  return rx::launch(shape, stream, run, job);
 }
 
 static int launch(const RxPack& p, void* stream) {
   char* tape_g = static_cast<char*>(p.tape);
+  auto job_of = [&](const RxBlock& b, const void* first, const void* second, int stage) {
+    Job job{};
+    job.first_g = static_cast<const bf16*>(first), job.second_g = static_cast<const bf16*>(second);
+    job.tape_g = tape_g, job.stage = stage;
+    job.hidden = p.hidden, job.tokens = p.tokens;
+    job.inner = b.inner, job.token_inner = b.token_inner;
+    job.head_dim = b.heads ? p.hidden / b.heads : 0;
+    job.group = b.kv_heads ? b.heads / b.kv_heads : 1;
+    return job;
+  };
   for (int i = 0; i < p.num_blocks; i++) {
     const RxBlock& b = p.blocks[i];
-    auto weight = [&](int k) { return static_cast<const bf16*>(p.weights[4 * i + k]); };
+    const void* const* weights = p.weights + 4 * i;
     Segment segments[4];
     const int count = block_segments(b, p.hidden, p.tokens, 1, segments);
     for (int s = 0; s < count; s++) {
-      const int stage = b.token_mlp ? (s ? s + 2 : 0) : s + 1;
       // Weights in the order of RxPack: a stage is one of them, the token MLP the first two.
-      const bf16* first_g = weight(b.token_mlp && s ? s + 1 : s);
-      const Segment& segment = segments[s];
-      const int words = int(segment_bytes(segment) / 4);
-      const Job job{first_g,       weight(1),     tape_g,
-                    stage,         words,         segment.warp_bytes / 4,
-                    segment.warps, p.hidden,      p.tokens,
-                    b.inner,       b.token_inner, b.heads ? p.hidden / b.heads : 0};
-      const rx::LaunchShape shape{"owner_sm80 pack",
-                                  dim3(unsigned(words + kThreads - 1) / kThreads), dim3(kThreads)};
-      if (int e = rx::launch(shape, stream, kernel, job)) return e;
-      tape_g += segment_bytes(segment);
+      const int k = b.token_mlp && s ? s + 1 : s;
+      Job job = job_of(b, weights[k], weights[1], b.token_mlp && !s ? kTokens : kQkv + k);
+      job.words = int(segment_bytes(segments[s]) / 4);
+      job.warp_words = segments[s].warp_bytes / 4, job.warps = segments[s].warps;
+      if (int e = start(kernel, job, stream)) return e;
+      tape_g += segment_bytes(segments[s]);
+    }
+  }
+  for (int i = 0; i < p.num_blocks; i++) {
+    const RxBlock& b = p.blocks[i];
+    BiasTable tables[4];
+    bias_tables(b, p.hidden, p.tokens, tables);
+    for (int k = 0; k < 4; k++) {
+      const void* bias = p.biases[4 * i + k];
+      Job job = job_of(b, bias, bias, b.token_mlp && k < 2 ? kTokens : kQkv + k);
+      job.table = tables[k], job.matrix = k;
+      job.warp_words = tables[k].tiles * 64;
+      job.words = bias_values(tables[k]);
+      if (!job.words) continue;
+      if (int e = start(bias_kernel, job, stream)) return e;
+      tape_g += job.words * 4;
     }
   }
   return 0;
@@ -157,7 +194,7 @@ static int launch(const RxPack& p, void* stream) {
 }  // namespace owner_sm80::pack
 
 extern "C" int64_t rx_owner_sm80_tape_bytes(const RxPack* p) {
-  return owner_sm80::pack::tape_bytes(*p);
+  return owner_sm80::tape_bytes(p->blocks, p->num_blocks, p->hidden, p->tokens, true);
 }
 
 extern "C" int rx_owner_sm80_pack(const RxPack* p, void* stream) {

@@ -120,4 +120,25 @@ RX_DEVICE void multiply_h(Owner<P>& o, float (&acc)[P::kTiles][kColumns][4]) {
     multiply_shared(o, acc);
 }
 
+// acc = (acc + bias) * factor, with the bias of these columns. Rows of a product of h have no
+// factor, and their bias is divided by the row's scale, which the epilogue multiplies by.
+template <bool kOfH, class P, int kColumns>
+RX_DEVICE void add_bias(Owner<P>& o, float (&acc)[P::kTiles][kColumns][4], int matrix, int pass,
+                        float factor = 1.f) {
+  const float2* bias_g = o.bias_g(matrix, (pass * kWarps + o.warp) * kColumns);
+  if (!bias_g && (kOfH || factor == 1.f)) return;
+#pragma unroll
+  for (int i = 0; i < P::kTiles; i++) {
+    if (i >= o.p.at.tiles) break;
+    float rms[2] = {factor, factor};
+    if constexpr (kOfH)
+      for (int half = 0; half < 2; half++) rms[half] = __fdividef(1.f, o.scales()[o.row(i, half)]);
+#pragma unroll
+    for (int j = 0; j < kColumns; j++) {
+      const float2 bias = kOfH || bias_g ? bias_g[j * 4] : make_float2(0.f, 0.f);
+      add_bias(acc[i][j], kOfH ? 1.f : factor, bias, rms[0], rms[1]);
+    }
+  }
+}
+
 }  // namespace owner_sm80

@@ -55,17 +55,19 @@ RX_DEVICE void update_scales(Owner<P>& o, float eps) {
   __syncthreads();
 }
 
-// h = rms(h + A W^T), A of 16 * steps columns in scratch.
+// h = rms(h + s (A W^T + bias)), A of 16 * steps columns in scratch; W is a matrix of the block.
 template <class P>
-RX_DEVICE void residual_product(Owner<P>& o, const uint4* a_g, int steps, float eps) {
+RX_DEVICE void residual_product(Owner<P>& o, const uint4* a_g, int steps, const RxBlock& b,
+                                int matrix) {
   for (int pass = 0; pass < P::kOutPasses; pass++) {
     o.forget_addresses();
     float acc[P::kTiles][P::kOutTiles][4];
     clear(acc);
     multiply_scratch(o, acc, a_g, steps);
+    add_bias<false>(o, acc, matrix, pass, b.residual_scale);
     add_to_h(o, acc, pass);
   }
-  update_scales(o, eps);
+  update_scales(o, b.eps);
 }
 
 }  // namespace owner_sm80

@@ -59,6 +59,7 @@ RX_DEVICE void form_input(Owner<P>& o, int first_sample, uint32_t written, int k
         x = rx::sum_states(r, written, call.state, 1, offset);
       for (int i = 1; i < call.num_state; i++)
         x = rx::add_rounded(x, rx::sum_states(r, written, call.state + i, 1, offset));
+      if (call.scale != 1.f) x = rx::scale_rounded(x, call.scale);
       if (call.num_inject) {
         uint4* kept_g = o.inject_g() + at / 16;
         const uint4 inject =
@@ -67,6 +68,26 @@ RX_DEVICE void form_input(Owner<P>& o, int first_sample, uint32_t written, int k
         x = rx::add_rounded(x, inject);
       }
     }
+    store_vector(o, row, at, column, x);
+  });
+  reset_scales(o);
+}
+
+// h = what call k writes, of what its net left: damped, with noise. What it damps is in global
+// memory, for no call leaves its result on chip alone (RxCall.stays) for a damped one.
+template <class P>
+RX_DEVICE void finish_call(Owner<P>& o, int first_sample, uint32_t written, int k) {
+  const RxRecursion& r = o.p.r;
+  const RxCall& call = r.calls[k];
+  const uint4* old_g = reinterpret_cast<const uint4*>(rx::state_source(r, written, call.write));
+  for_each_vector(o, [&](int row, uint32_t at, int column) {
+    const int vector = state_vector(o, first_sample, row, column);
+    if (vector < 0) return;
+    uint4 x = rx::scale_rounded(load_vector(o, row, at, column), o.scales()[row]);
+    const uint4 old = call.keep != 0.f ? old_g[vector] : make_uint4(0, 0, 0, 0);
+    const uint32_t vectors = uint32_t(r.tokens * P::kColumnBlocks);
+    const uint32_t entry = uint32_t(vector) / vectors, pair = (uint32_t(vector) % vectors) * 4;
+    x = rx::finish_vector(r, call, x, old, entry, pair);
     store_vector(o, row, at, column, x);
   });
   reset_scales(o);

@@ -5,6 +5,7 @@
 // the only barriers are those of the shared ring. The price is that every warp reads every weight,
 // of which there are few (T is at most 128).
 #pragma once
+#include "../activation.cuh"
 #include "states.cuh"
 
 namespace owner_sm80 {
@@ -32,10 +33,33 @@ RX_DEVICE void load_fragment(uint32_t (&w)[4], const unsigned char* slot, int fr
   w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
 }
 
-// 16 columns of the middle, as fragments of the product with down.
+// act(gate) * up. The words take turns in the first place, in a loop that stays rolled.
+template <int kRowTiles>
+RX_DEVICE void activate_words(const float (&acc)[kRowTiles][4][4], uint32_t (&middle)[kRowTiles][4],
+                              int activation) {
+  constexpr int kWords = kRowTiles * 4;
+  uint32_t gate[kWords], up[kWords];
+#pragma unroll
+  for (int i = 0; i < kWords; i++) {
+    const int m = i / 4, n = i % 4 / 2, e = i % 2 * 2;
+    gate[i] = rx::pack_bf16(acc[m][n][e], acc[m][n][e + 1]);
+    up[i] = rx::pack_bf16(acc[m][n + 2][e], acc[m][n + 2][e + 1]);
+  }
+#pragma unroll 1
+  for (int word = 0; word < kWords; word++) {
+    const uint32_t first = rx::activate_pair(gate[0], up[0], activation);
+#pragma unroll
+    for (int i = 0; i + 1 < kWords; i++) gate[i] = gate[i + 1], up[i] = up[i + 1];
+    up[kWords - 1] = first;
+  }
+#pragma unroll
+  for (int i = 0; i < kWords; i++) middle[i / 4][i % 4] = up[i];
+}
+
+// 16 columns of the middle, the `step`-th, as fragments of the product with down.
 template <class P, int kRowTiles>
 RX_DEVICE void token_middle(Owner<P>& o, const TokenColumns<P>& h, uint32_t (&middle)[kRowTiles][4],
-                            const unsigned char* slot) {
+                            const unsigned char* slot, int step, int activation) {
   float acc[kRowTiles][4][4];  // two column tiles of gate, two of up
   clear(acc);
   for (int k = 0; k < o.p.at.sample_tiles; k++) {
@@ -50,6 +74,8 @@ RX_DEVICE void token_middle(Owner<P>& o, const TokenColumns<P>& h, uint32_t (&mi
       rx::mma_m16n16k16(acc[m][2], acc[m][3], a, up);
     }
   }
+  add_columns(acc, o.bias_g(0, step * 4), 1.f, 4);
+  if (activation != kRxSilu) return activate_words(acc, middle, activation);
 #pragma unroll
   for (int m = 0; m < kRowTiles; m++)
 #pragma unroll
@@ -109,7 +135,8 @@ RX_DEVICE void token_pass(Owner<P>& o, const RxBlock& b, int pass, int first) {
 #pragma unroll
     for (int sub = 0; sub < 2; sub++) {
       const unsigned char* slot = o.smem + o.ring.acquire_shared();
-      if (active) token_middle<P, kRowTiles>(o, h, middle[sub], slot);
+      if (active)
+        token_middle<P, kRowTiles>(o, h, middle[sub], slot, chunk * 2 + sub, b.activation);
     }
     const unsigned char* slot = o.smem + o.ring.acquire_shared();
     if (!active) continue;
@@ -127,6 +154,7 @@ RX_DEVICE void token_pass(Owner<P>& o, const RxBlock& b, int pass, int first) {
     }
   }
   if (!active) return;
+  add_columns(out, o.bias_g(1, 0), b.residual_scale, 2 * o.p.at.sample_tiles);
 #pragma unroll
   for (int m = 0; m < kRowTiles; m++) store_normalised<P>(o, h, out[m], h.d0 + m, b.eps);
   h.copy_out(o);

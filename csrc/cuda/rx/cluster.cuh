@@ -34,6 +34,22 @@ RX_DEVICE uint32_t mapa(uint32_t addr, uint32_t rank) {
 #endif
 }
 
+// To the shared memory of a CTA of the cluster; addr comes from mapa().
+#ifdef RX_EMU
+template <class T>
+inline void store_cluster(uint32_t addr, T v) {
+  uint8_t* p = emu::shared_ptr(addr);
+  if (addr % sizeof(T)) emu::die("st.shared::cluster: 0x%x is misaligned", addr);
+  emu::access(p, sizeof v, true, "st.shared::cluster");
+  memcpy(p, &v, sizeof v);
+}
+#endif
+RX_DEVICE void st_cluster_v4(uint32_t addr, uint4 v) {
+  RX_EITHER(store_cluster(addr, v),
+            asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(v.x),
+                         "r"(v.y), "r"(v.z), "r"(v.w) : "memory"));
+}
+
 // ---- mbarriers: eight bytes of shared memory that count arrivals and bytes
 RX_DEVICE void mbar_init(uint32_t bar, uint32_t arrivals) {
   RX_EITHER(

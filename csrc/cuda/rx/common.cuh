@@ -22,6 +22,9 @@ constexpr uint32_t kMaxSharedSm90 = 227 * 1024;  // bytes a CTA may ask for: sm_
 
 using bf16 = uint16_t;  // storage only; arithmetic is fp32
 
+RX_BOTH constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+RX_BOTH constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
+
 RX_DEVICE uint32_t smem_u32(const void* p) {
   return RX_EITHER(emu::cvta_shared(p), (uint32_t)__cvta_generic_to_shared(p));
 }
@@ -44,6 +47,16 @@ RX_DEVICE float2 unpack_bf16(uint32_t v) {
   } lo = {v << 16}, hi = {v & 0xffff0000u};
   return make_float2(lo.value, hi.value);
 }
+
+// The sums of two pairs, rounded.
+RX_DEVICE uint32_t add_bf16(uint32_t a, uint32_t b) {
+  const float2 x = unpack_bf16(a), y = unpack_bf16(b);
+  return pack_bf16(x.x + y.x, x.y + y.y);
+}
+
+// x * sigmoid(y)
+RX_DEVICE float gated(float x, float y) { return __fdividef(x, 1.f + __expf(-y)); }
+RX_DEVICE float swiglu(float gate, float up) { return gated(gate, gate) * up; }
 
 // The same value, of which the compiler knows nothing: what is derived from it is not computed
 // ahead of a loop and kept in a register throughout. For 32-bit integers.

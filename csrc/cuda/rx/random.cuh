@@ -1,7 +1,7 @@
 // random.cuh - normal numbers from a counter: the same for the same seed, whoever draws them when.
 //
 // Philox 4x32, 10 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), then
-// Box-Muller. recurx/solving/noise.py is the same formula in PyTorch.
+// Box-Muller. recurx/noise.py is the same formula in PyTorch.
 #pragma once
 #include <cmath>
 
@@ -37,6 +37,15 @@ RX_DEVICE float4 normals(uint4 counter, uint2 key) {
   const uint4 bits = philox(counter, key);
   const float2 a = box_muller(bits.x, bits.y), b = box_muller(bits.z, bits.w);
   return float4{a.x, a.y, b.x, b.y};
+}
+
+// The last word of a counter: what the numbers are for.
+enum NoiseUse : uint32_t { kNoiseOfSteps = 0, kNoiseOfCalls = 2 };
+
+// Normals number 2 * pair and the next of one call and entry: half of a quad.
+RX_DEVICE float2 call_normals(uint32_t pair, uint32_t entry, uint32_t call, uint2 key) {
+  const uint4 bits = philox(uint4{pair >> 1, entry, call, kNoiseOfCalls}, key);
+  return pair & 1 ? box_muller(bits.z, bits.w) : box_muller(bits.x, bits.y);
 }
 
 }  // namespace rx

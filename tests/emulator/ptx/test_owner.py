@@ -9,7 +9,7 @@ import torch
 
 from aot import toolchain
 from recurx import Schedule
-from recurx.nets import KINDS
+from recurx.nets import ATTENTION, KINDS, TOKEN_MLP
 from recurx.plan import DEVICES
 from tests.factories import make_inputs, make_net, rope
 from tests.test_numerics import teacher_forced
@@ -24,6 +24,10 @@ pytestmark = [
     pytest.mark.skipif(toolchain.find_nvcc() is None, reason="nvcc is not here"),
 ]
 PLANS = ((64, 2),)
+VARIED = {
+    ATTENTION: dict(residual_scale=0.5, activation="gelu", kv_heads=1, biases=("qkv", "down")),
+    TOKEN_MLP: dict(residual_scale=0.5, activation="gelu", biases=("t_gate_up", "t_down")),
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +43,10 @@ def from_ptx(tmp_path_factory: pytest.TempPathFactory) -> EmulatedCuda:
     return EmulatedCuda(load_ptx(ptx, [source, *FILES[1:]]), PLANS, DEVICES["a100"])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_nvcc_ptx(from_ptx: EmulatedCuda, kind: str) -> None:
+@pytest.mark.parametrize("kind, fields", [*((kind, {}) for kind in KINDS), *VARIED.items()])
+def test_nvcc_ptx(from_ptx: EmulatedCuda, kind: str, fields: dict) -> None:
     schedule = Schedule.trm(1, 1)
-    nets = {"L": make_net(kind, tokens=17, blocks=1)}
+    nets = {"L": make_net(kind, tokens=17, blocks=1, **fields)}
     from_ptx.emulated.reset_stats()
     teacher_forced(from_ptx, schedule, nets, torch.bfloat16, tokens=17, hidden=64, heads=2)
     assert from_ptx.emulated.stat("flop") > 0, "the C++ ran in the place of the PTX"

@@ -10,10 +10,13 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
+from recurx.kernels.arena import rows_of, slots_of
+from recurx.kernels.call_table import call_table
+
 import recurx
 from recurx import Schedule, reference
 from recurx.nets import ATTENTION, TOKEN_MLP, BlockSpec, Net, NetSpec
-from recurx.operands import Span
+from recurx.operands import Beside, Span
 from recurx.packed import PackedNets, device_words
 from recurx.program import lower
 from tests.kernels.compare import assert_as_exact
@@ -34,6 +37,7 @@ SPEC = NetSpec(
         BlockSpec(TOKEN_MLP, HIDDEN, INNER, tokens=TOKENS, token_inner=40),
     )
 )
+FACTORS = SCHEDULE.with_factors(damping=0.9, scale=0.7, noise=0.1)
 SETTINGS = dict(rows=64, group=1, chunk=32, token_chunk=64, head_stages=1, stages=2, warps=4)
 
 
@@ -43,8 +47,9 @@ TOKEN_ONLY = NetSpec(SPEC.blocks[1:])  # half the code, with every barrier
 class Case:
     """Two samples, so that one program is not the first; weights rounded to bf16."""
 
-    def __init__(self, spec: NetSpec = SPEC) -> None:
-        self.spec = spec
+    def __init__(self, spec: NetSpec = SPEC, schedule: Schedule = SCHEDULE) -> None:
+        self.spec, self.schedule = spec, schedule
+        self.seed = torch.tensor([2**40 + 1, 2])
         generator = torch.Generator().manual_seed(0)
 
         def draw(*shape: int) -> torch.Tensor:
@@ -55,11 +60,11 @@ class Case:
         self.x = draw(2, TOKENS, HIDDEN)
         self.carry = {name: draw(2, TOKENS, HIDDEN) for name in SCHEDULE.states}
         self.cos_sin = recurx.rope_tables(TOKENS, HIDDEN)
-        self.program = lower(SCHEDULE, Span(0, len(SCHEDULE)))
+        self.program = lower(schedule, Span(0, len(schedule)))
         self.tape = PackedNets((("L", spec),), torch.bfloat16, self.x.device).fill(self.net.weights)
 
     def arena(self) -> torch.Tensor:
-        arena = self.x.new_zeros(self.program.slots, *self.x.shape)
+        arena = self.x.new_zeros(slots_of(self.program), *self.x.shape)
         arena[0] = self.x
         for slot, name in enumerate(SCHEDULE.states, 1):
             arena[slot] = self.carry[name]
@@ -68,8 +73,9 @@ class Case:
     def judge(self, arena: torch.Tensor) -> None:
         wide = Net(self.spec, [weight.double() for weight in self.net.weights])
         carry = {name: state.double() for name, state in self.carry.items()}
-        exact = reference.run(SCHEDULE, {"L": wide}, self.x.double(), carry, self.cos_sin)
-        plain = reference.run(SCHEDULE, {"L": self.net}, self.x, self.carry, self.cos_sin)
+        rest = dict(cos_sin=self.cos_sin, seed=self.seed)
+        exact = reference.run(self.schedule, {"L": wide}, self.x.double(), carry, **rest)
+        plain = reference.run(self.schedule, {"L": self.net}, self.x, self.carry, **rest)
         for slot, name in enumerate(SCHEDULE.states, 1):
             assert_as_exact(arena[slot], plain[name], exact[name])
 
@@ -79,7 +85,7 @@ def emulate(module, case: Case, arch: str) -> torch.Tensor:
 
     arena = case.arena()
     with emulating(arch, watch=(arena,)):
-        module.recursion(arena, case.program, case.tape, case.cos_sin, SETTINGS)
+        module.recursion(arena, case.program, case.tape, case.cos_sin, SETTINGS, case.seed)
     return arena
 
 
@@ -91,6 +97,39 @@ def test_the_persistent_kernel(arch):
 
     case = Case()
     case.judge(emulate(recursion, case, arch))
+
+
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_the_persistent_kernel_with_factors(arch):
+    from recurx.kernels import recursion
+
+    case = Case(TOKEN_ONLY, FACTORS)
+    case.judge(emulate(recursion, case, arch))
+
+
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_what_a_call_with_factors_writes(arch):
+    """Damped and noisy, from raw rows: the bits of the reference but for the library's cosine."""
+    from recurx.kernels.finish import finish_call
+
+    from .triton_launch import emulating
+
+    case = Case(schedule=FACTORS)
+    arena, last = case.arena(), len(rows_of(case.program)) - 1
+    words = device_words(call_table(case.program, case.tape.of_net), arena.device)
+    row, step = rows_of(case.program)[last], FACTORS.steps[-1]
+    raw = arena[row.place] = 3 * case.x
+    squares = torch.stack([half.sum(-1).view(-1) for half in raw.float().square().chunk(2, -1)])
+    before, stream = arena[row.write].clone(), torch.tensor([int(case.seed[0]), 5])
+    with emulating(arch, watch=(arena,)):
+        finish_call(
+            arena[row.place], arena[row.write], words, last, stream=stream, squares=squares,
+            eps=1e-5,
+        )  # fmt: skip
+    normed = reference.rms_norm(raw, 1e-5)
+    want = reference.written(step, before, normed, Beside(stream, None, len(FACTORS) - 1), {})
+    torch.testing.assert_close(arena[row.write], want, rtol=2**-7, atol=2**-9)
+    assert not torch.equal(arena[row.write], before)
 
 
 # Compilers so far let the thread that stores an element of h load it too, so that no barrier is
@@ -128,7 +167,7 @@ def test_the_sums_before_a_call():
 
     case = Case()
     arena = case.arena()
-    words = device_words(case.program.table(case.tape.of_net), arena.device)
+    words = device_words(call_table(case.program, case.tape.of_net), arena.device)
     with emulating("80", watch=(arena,)):
         form_call_input(arena, words, 0)  # z_H + x, kept
         form_call_input(arena, words, 1)  # z_L + kept
@@ -145,8 +184,8 @@ def test_a_state_that_was_left_raw():
 
     case = Case()
     arena = case.arena()
-    words = device_words(case.program.table(case.tape.of_net), arena.device)
-    rows = case.program.rows
+    words = device_words(call_table(case.program, case.tape.of_net), arena.device)
+    rows = rows_of(case.program)
     before = next(n for n, row in enumerate(rows[:-1]) if rows[n + 1].write != row.write)
     left, after = rows[before].write, rows[before + 1]
     assert (after.state, after.inject) == ((after.write,), (left,))

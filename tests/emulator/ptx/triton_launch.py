@@ -43,7 +43,7 @@ def _launching(arch: str, use: Callable[[TritonLaunch], None]) -> Iterator[None]
     def launch(self, *arguments, grid, warmup=False, **keywords):
         constants = {name: keywords.pop(name) for name in self.arg_names if name in keywords}
         made = compile_kernel(self, arguments, constants, keywords, arch)
-        use(TritonLaunch(made, grid, list(arguments)))
+        use(TritonLaunch(made, grid, [a for a in arguments if a is not None]))
 
     with mock.patch.object(JITFunction, "run", launch):
         yield
