@@ -6,6 +6,7 @@ Importing this package needs neither triton nor a GPU; importing one of its modu
     linear                every product of a block: Q, K, V; gate and up with SwiGLU; O and down
                           with their residual, whose norm is left to who reads the rows
     rms                   that norm alone, where nobody can take it over
+    finish                what a call with damping or noise writes, the noise of which is `noise`
     attention             softmax(Q K^T / sqrt(head_dim)) V, Q and K rotated as they are loaded
 
     swiglu_backward       d_gate_up of a SwiGLU from the gradient of its result
@@ -29,6 +30,7 @@ The rest of a training step (their addresses come in tables of `multi_tensor`):
 
 What launches them in order, on tensors that it lays out (`recurx.backends` decides when):
 
+    arena, call_table         the calls as rows over slots, and as words
     block, tiled              a block without gradient; a recursion over a slice of the batch
     block_training            a block that keeps what its backward reads, and that backward
     kept_layout               where a whole window keeps it

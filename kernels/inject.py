@@ -1,14 +1,14 @@
-"""h = sum(state) + (sum(inject)), the input of a net call: each sum left to right, one launch.
+"""h = scale * sum(state) + (sum(inject)), the input of a net call, sums left to right, one launch.
 
     arena [slots, ...] holds x, the states and sums that are kept; h goes into one of its slots
     every partial sum is rounded to the storage dtype: the contract of recurx.reference.call_input
 
-What is added is data, a row of the call table (recurx/program.py), so that one kernel serves
+What is added is data, a row of the call table (kernels/call_table.py), so that one kernel serves
 every schedule. Writing into a slot that is read is legal: an element is read before it is written,
-by the same thread.
+by the same thread. A scale is compiled in where a program has one.
 
-The slot that the call before wrote holds rows that are not normalised (kernels/linear.py): they are
-normalised and rounded as they are read, and left so for whoever reads the slot later.
+The slot that the call before was run in holds rows that are not normalised (kernels/linear.py):
+they are normalised and rounded as they are read, and left so for whoever reads the slot later.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 
 from recurx.errors import bad_argument
-from recurx.program import ROW
 
 from . import checks, tiles
-from .rms import row_scale
+from .call_table import ROW, load_factor
+from .rms import row_scale, whole_rows
 
 
 @triton.jit
@@ -46,10 +46,14 @@ def read_sum(arena, table, at, count, slot_stride, offset, mask, raw=None, facto
 
 
 @triton.jit
-def call_input(arena, table, row, slot_stride, offset, mask, raw=None, factor=None):
-    """sum(state) + (sum(inject)) of the call whose row starts at `row`."""
+def call_input(
+    arena, table, row, slot_stride, offset, mask, SCALED: tl.constexpr, raw=None, factor=None
+):  # fmt: skip
+    """scale * sum(state) + (sum(inject)) of the call whose row starts at `row`."""
     at, states, injects = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
     h = read_sum(arena, table, at, states, slot_stride, offset, mask, raw, factor)
+    if SCALED:
+        h = (load_factor(table, row, 0) * h.to(tl.float32)).to(arena.dtype.element_ty)
     if injects > 0:
         at += states
         inject = read_sum(arena, table, at, injects, slot_stride, offset, mask, raw, factor)
@@ -61,23 +65,20 @@ def call_input(arena, table, row, slot_stride, offset, mask, raw=None, factor=No
 def call_input_kernel(
     arena, table, row, before, squares,
     M, slot_stride,
-    D: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr,
+    D: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr, SCALED: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    rows, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)
-    live = rows < M
-    offset = rows.to(tl.int64)[:, None] * D + cols[None, :]
-    mask = live[:, None] & (cols[None, :] < D)
+    rows, live, offset, mask = whole_rows(M, D, ROWS, COLS)
     write = tl.load(row + 2).to(tl.int64)
     if PARTS > 0:
         raw = tl.load(before + 2)
         factor = row_scale(squares, rows, live, M, PARTS, D, EPS)[:, None]
-        h = call_input(arena, table, row, slot_stride, offset, mask, raw, factor)
+        h = call_input(arena, table, row, slot_stride, offset, mask, SCALED, raw, factor)
         if raw != write:
             left = read_slot(arena, before, 2, slot_stride, offset, mask, raw, factor)
             tl.store(arena + raw.to(tl.int64) * slot_stride + offset, left, mask=mask)
     else:
-        h = call_input(arena, table, row, slot_stride, offset, mask)
+        h = call_input(arena, table, row, slot_stride, offset, mask, SCALED)
     tl.store(arena + write * slot_stride + offset, h, mask=mask)
 
 
@@ -89,13 +90,14 @@ def form_call_input(
     before: int | None = None,
     squares: torch.Tensor | None = None,
     eps: float = 0.0,
+    scaled: bool = False,
 ) -> None:
-    """Write the input of call number `call` of the table into the slot that the call writes.
+    """Write the input of call number `call` of the table into the slot that the call runs in.
 
-    arena contiguous [slots, ..., D], bfloat16 or float32; table int32 as `Program.table` makes it,
-    on the same device. If call number `before` has left raw rows in the slot it wrote, `squares`
-    [tiles, rows] are theirs; afterwards the slot is normalised. Raises InvalidArgument on anything
-    else.
+    arena contiguous [slots, ..., D], bfloat16 or float32; table int32 as `call_table` makes it, on
+    the same device; `scaled`: the row has factors, and of them its scale counts. If call number
+    `before` has left raw rows in the slot it wrote, `squares` [tiles, rows] are theirs; afterwards
+    the slot is normalised. Raises InvalidArgument on anything else.
     """
     op = "kernels.form_call_input"
     checks.same_dtype_and_device(op, arena=arena)
@@ -108,7 +110,9 @@ def form_call_input(
         rows = arena[0].numel() // max(1, arena.shape[-1])
         checks.float32(op, "squares", squares, (squares.shape[0], rows))
     if arena[0].numel():
-        args, constants, options = launch_arguments(arena, table, call, before, squares, eps)
+        args, constants, options = launch_arguments(
+            arena, table, call, before, squares, eps, scaled
+        )
         grid = (triton.cdiv(args[5], constants["ROWS"]),)
         call_input_kernel[grid](*args, **constants, **options)
 
@@ -120,6 +124,7 @@ def launch_arguments(
     before: int | None = None,
     squares: torch.Tensor | None = None,
     eps: float = 0.0,
+    scaled: bool = False,
 ) -> tuple[tuple, dict, dict]:
     """(runtime arguments, compile-time arguments, compiler options) of one launch."""
     d = arena.shape[-1]
@@ -127,5 +132,7 @@ def launch_arguments(
     args = (arena, table, table[call * ROW :], table[(before or 0) * ROW :])
     args += (table if squares is None else squares, arena[0].numel() // d, arena.stride(0))
     parts = 0 if squares is None else squares.shape[0]
-    constants = {"D": d, "PARTS": parts, "EPS": eps, "ROWS": rows, "COLS": cols}
+    constants = {
+        "D": d, "PARTS": parts, "EPS": eps, "SCALED": scaled, "ROWS": rows, "COLS": cols,
+    }  # fmt: skip
     return args, constants, {"num_warps": 4}

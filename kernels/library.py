@@ -3,6 +3,8 @@
 A block is eight launches: of an attention block four products, attention, which rotates Q and K as
 it loads them, and three of kernels/pointwise.py; a token MLP in attention's place makes it eight,
 too. It is the first plan for a device that nobody has tested, and what a fused kernel must beat.
+Without gradient kernels/sublayers.py runs it, other blocks too; with gradient `mix` and
+`feed_forward`, TRM's and HRM's alone.
 Names, and what is kept for the backward, are those of kernels/block_training.py.
 
 Backward: gate and up are computed again; data gradients are products rounded to the storage dtype;
@@ -12,15 +14,12 @@ kernels/wgrad.py.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from recurx.forking import fork_lock
 from recurx.nets import ATTENTION, BlockSpec, NetSpec
 from recurx.operands import CosSin
 
@@ -30,51 +29,9 @@ from .attention_backward import attention_backward
 from .block_training import Matrices, Saved
 from .inject import form_call_input
 from .pointwise import add_rms, add_rms_backward, swiglu
+from .sublayers import halves_of, run_call
 from .tiled import TiledSlice
-
-_lock = fork_lock()
-_inside, _before = 0, {}
-
-
-@contextlib.contextmanager
-def exact_products() -> Iterator[None]:
-    """Inside, cuBLAS adds in fp32 and takes fp32 operands as they are, whatever the process set:
-    its settings are changed until the last thread has left."""
-    global _inside, _before
-    matmul: Any = torch.backends.cuda.matmul
-    # From 2.9 on the old name must not be read where somebody set the new one.
-    fp32 = (
-        ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
-    )
-    bf16 = "allow_bf16_reduced_precision_reduction"
-    with _lock:
-        if not _inside:
-            reduced, split = getattr(matmul, bf16), getattr(matmul, f"{bf16}_split_k", None)
-            _before = {fp32[0]: getattr(matmul, fp32[0]),
-                       bf16: reduced if split is None else (reduced, split)}  # fmt: skip
-            setattr(matmul, *fp32)
-            setattr(matmul, bf16, False if split is None else (False, split))
-        _inside += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _inside -= 1
-            for name, value in () if _inside else _before.items():
-                setattr(matmul, name, value)
-
-
-def multiply(
-    x: Tensor, matrix: Tensor, over_tokens: bool = False, out: Tensor | None = None
-) -> Tensor:
-    """Of x [B, T, K] and matrix [N, K], x matrix^T [B, T, N]; over tokens, of x [B, K, D], matrix x
-    [B, N, D]. Each sample or row of x is one piece of memory, `out` contiguous."""
-    shape = (len(x), len(matrix), x.shape[2]) if over_tokens else (*x.shape[:2], len(matrix))
-    out = x.new_empty(shape) if out is None else out
-    if over_tokens:
-        return torch.bmm(matrix.expand(len(x), -1, -1), x, out=out)
-    torch.mm(x.flatten(0, 1), matrix.t(), out=out.flatten(0, 1))
-    return out
+from .vendor import exact_products, multiply
 
 
 def _trimmed(spec: BlockSpec, weights: Matrices) -> Matrices:
@@ -95,14 +52,13 @@ class LibrarySlice(TiledSlice):
         """Every row of the program, launch by launch."""
         for number, row in enumerate(self._rows):
             if not row.is_identity:
-                form_call_input(self._arena, self._words, number)
-            h, packed = self._arena[row.write], self._packed
-            for index in range(*packed.of_net[row.net]) if row.net is not None else ():
-                spec, own = packed.specs[index], packed.blocks[index]
-                saved = Saved(h, out=h, mid=h)
-                mix(saved, spec, own, self._cos_sin)
-                saved.qkv = saved.mixed = None
-                feed_forward(saved, spec, own)
+                scaled = row.factors is not None
+                form_call_input(self._arena, self._words, number, scaled=scaled)
+            if row.net is not None:
+                halves = halves_of(self._packed, row.net)
+                run_call(self._arena[row.place], halves, self._cos_sin)
+            if row.finishes:
+                self._finish(number, row, None, 0.0)
 
 
 @exact_products()

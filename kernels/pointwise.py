@@ -1,9 +1,12 @@
-"""What is left of a block beside its products, one launch each: for kernels/library.py.
+"""What is left of a block beside its products, one launch each: for the plan "library".
 
-    add_rms            out = rms(residual + product)                    over D or over T
+    add_norm           sum = residual + branch, out = norm(sum)         over D or over T
+    add_rms            out = rms(residual + product), what add_norm is in TRM and HRM
     add_rms_backward   d_x = scale * (d - y * mean(d * y)),  d = d_out + product
-    swiglu             gate <- silu(gate) * up
+    swiglu             gate <- act(gate) * up, or act(gate) alone; silu in TRM and HRM
     swiglu_backward    gate, up, d_middle <- d_gate, d_up, silu(gate) * up
+
+The branch is learned * scale * norm(product + bias), each part where a block has it.
 
 bf16 or fp32 storage, fp32 arithmetic: products come rounded to the storage dtype, as PyTorch's do,
 and are added in fp32. A program holds whole rows; over T a row is a column of [T, D], and
@@ -12,7 +15,7 @@ neighbours are read together. A result may lie in the place of an operand.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,11 +25,11 @@ from torch import Tensor
 from recurx.errors import bad_argument
 
 from . import checks
+from .fields import MAX_ROW, MAX_ROW_OVER_T
 
 BLOCK = 1024  # elements a program of the SwiGLU's: 8 a thread, one 16-byte access of bf16
 TILE = 2048  # elements of an rms's program, unless its least rows have more
 TOGETHER = 8  # least rows over T in a program: 16 bytes of bf16
-MAX_COLUMNS, MAX_TOKENS = 4096, 2048  # a row over D, over T: 64 elements a thread, 3 operands
 OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
 
 
@@ -48,16 +51,61 @@ def _tile(M, R: tl.constexpr, N: tl.constexpr, OVER_T: tl.constexpr, ROWS: tl.co
 
 
 @triton.jit
-def add_rms_kernel(
-    residual, product, out, scale, M, EPS: tl.constexpr, KEEP: tl.constexpr,
-    R: tl.constexpr, N: tl.constexpr, OVER_T: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+def centred(x, inside, N: tl.constexpr, KIND: tl.constexpr):
+    """Rows of which a norm takes the mean square: less their mean for layer norm."""
+    if KIND == "layer":
+        x = tl.where(inside, x - (tl.sum(x, 1) / N)[:, None], 0.0)
+    return x
+
+
+@triton.jit
+def affine(x, weight, bias, N: tl.constexpr, COLS: tl.constexpr):
+    """Rows of N columns times a weight and plus a bias, if there are such."""
+    cols = tl.arange(0, COLS)[None, :]
+    if weight is not None:
+        x *= _load(weight, cols, cols < N)
+    if bias is not None:
+        x += _load(bias, cols, cols < N)
+    return x
+
+
+@triton.jit
+def add_norm_kernel(
+    residual, product, out, scale, M, weight, shift, total, bias, before_weight, before_shift,
+    learned, KIND: tl.constexpr, EPS: tl.constexpr, KEEP: tl.constexpr, R: tl.constexpr,
+    N: tl.constexpr, OVER_T: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    BIAS_OF_ROW: tl.constexpr, BEFORE: tl.constexpr, BEFORE_EPS: tl.constexpr,
+    FACTOR: tl.constexpr, ONE_LEARNED: tl.constexpr,
 ):  # fmt: skip
+    """Pointers that are None are no part of the compiled kernel."""
     rows, at, inside = _tile(M, R, N, OVER_T, ROWS, COLS)
-    x = _load(residual, at, inside) + _load(product, at, inside)
-    factor = tl.rsqrt(tl.sum(x * x, 1) / N + EPS)
-    tl.store(out + at, (x * factor[:, None]).to(out.dtype.element_ty), mask=inside)
-    if KEEP:
-        tl.store(scale + rows, factor, mask=rows < M)
+    x = _load(residual, at, inside)
+    if product is not None:
+        branch = _load(product, at, inside)
+        if bias is not None and BIAS_OF_ROW:  # [T] beside rows over D
+            branch += tl.where(inside, tl.load(bias + rows % R).to(tl.float32)[:, None], 0.0)
+        elif bias is not None:
+            branch = affine(branch, None, bias, N, COLS)
+        if BEFORE != "":
+            branch = centred(branch, inside, N, BEFORE)
+            branch *= tl.rsqrt(tl.sum(branch * branch, 1) / N + BEFORE_EPS)[:, None]
+            branch = affine(branch, before_weight, before_shift, N, COLS)
+        if FACTOR != 1.0:
+            branch *= FACTOR
+        if learned is not None and ONE_LEARNED:
+            branch *= tl.load(learned).to(tl.float32)
+        elif learned is not None:
+            branch = affine(branch, learned, None, N, COLS)
+        x += branch
+    if total is not None:
+        tl.store(total + at, x.to(total.dtype.element_ty), mask=inside)
+    if KIND != "":
+        x = centred(x, inside, N, KIND)
+        factor = tl.rsqrt(tl.sum(x * x, 1) / N + EPS)
+        y = affine(x * factor[:, None], weight, shift, N, COLS)
+        tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
+        if KEEP:
+            tl.store(scale + rows, factor, mask=rows < M)
 
 
 @triton.jit
@@ -77,19 +125,52 @@ def add_rms_backward_kernel(
 
 @triton.jit
 def _half(R, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Where a program's elements of [R, WIDTH] lie, as gates of [R, 2 WIDTH] and there, and which
-    of them there are."""
+    """A program's columns of [R, WIDTH], where its elements lie, as gates of [R, 2 WIDTH] and
+    there, and which of them there are."""
     across: tl.constexpr = (WIDTH + COLS - 1) // COLS
     rows = (tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     cols = (tl.program_id(0) % across * COLS + tl.arange(0, COLS))[None, :]
-    return rows * (2 * WIDTH) + cols, rows * WIDTH + cols, (rows < R) & (cols < WIDTH)
+    return cols, rows * (2 * WIDTH) + cols, rows * WIDTH + cols, (rows < R) & (cols < WIDTH)
 
 
 @triton.jit
-def swiglu_kernel(gate_up, R, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    at, _, inside = _half(R, WIDTH, ROWS, COLS)
-    gate, up = _load(gate_up, at, inside), _load(gate_up, at + WIDTH, inside)
-    middle = gate * tl.sigmoid(gate) * up
+def activated(x, ACT: tl.constexpr):
+    """The activation `BlockSpec.activation` of x in fp32."""
+    if ACT == "silu":
+        x = x * tl.sigmoid(x)
+    elif ACT == "gelu":
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACT == "gelu_tanh":  # (1 + tanh(u)) / 2 is sigmoid(2 u)
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACT == "relu":
+        x = tl.maximum(x, 0.0)
+    elif ACT == "relu2":
+        x = tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
+    else:
+        tl.static_assert(ACT == "sigmoid")
+        x = tl.sigmoid(x)
+    return x
+
+
+@triton.jit
+def swiglu_kernel(
+    gate_up, R, bias, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    ACT: tl.constexpr, GATED: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
+    """Without GATED there is no up and rows are WIDTH long. EACH neighbours share a bias."""
+    cols, at, place, inside = _half(R, WIDTH, ROWS, COLS)
+    if not GATED:
+        at = place
+    gate = _load(gate_up, at, inside)
+    if GATED:
+        up = _load(gate_up, at + WIDTH, inside)
+    if bias is not None:
+        gate += _load(bias, cols // EACH, cols < WIDTH)
+        if GATED:
+            up += _load(bias + WIDTH // EACH, cols // EACH, cols < WIDTH)
+    middle = activated(gate, ACT)
+    if GATED:
+        middle = middle * up
     tl.store(gate_up + at, middle.to(gate_up.dtype.element_ty), mask=inside)
 
 
@@ -97,7 +178,7 @@ def swiglu_kernel(gate_up, R, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.
 def swiglu_backward_kernel(
     gate_up, d_middle, R, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
-    at, place, inside = _half(R, WIDTH, ROWS, COLS)
+    _, at, place, inside = _half(R, WIDTH, ROWS, COLS)
     gate, up = _load(gate_up, at, inside), _load(gate_up, at + WIDTH, inside)
     d = _load(d_middle, place, inside)
     sigmoid = tl.sigmoid(gate)
@@ -111,16 +192,77 @@ def swiglu_backward_kernel(
 # ---- launches: contiguous bfloat16 or float32 of one device, else InvalidArgument ----------------
 
 
+class Norm(NamedTuple):
+    """A norm "rms" or "layer", and its vectors [N] if it has any."""
+
+    kind: str
+    eps: float
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class Branch(NamedTuple):
+    """What becomes of a product before it is added, see `add_norm`.
+
+    `bias` is [N], or [T] if `bias_of_token` says so (rows over D); `learned` [1] or [N].
+    """
+
+    bias: Tensor | None = None
+    bias_of_token: bool = False
+    norm: Norm | None = None
+    scale: float = 1.0
+    learned: Tensor | None = None
+
+
+PLAIN = Branch()
+
+
 def add_rms(
     residual: Tensor, product: Tensor, out: Tensor, eps: float, *, over_tokens: bool = False,
     scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     """out = rms(residual + product) over D or over T, all [B, T, D]; the factors of the rows,
     [B, T] or [B, D] float32, go into `scale` if that is given."""
-    grid, m, sizes = _rows("add_rms", over_tokens, scale, residual, product, out)
+    norm = Norm("rms", eps)
+    add_norm(residual, product, out, norm, over_tokens=over_tokens, scale=scale)
+
+
+def add_norm(
+    residual: Tensor, product: Tensor | None, out: Tensor | None, norm: Norm | None, *,
+    branch: Branch = PLAIN, total: Tensor | None = None, over_tokens: bool = False,
+    scale: Tensor | None = None,
+) -> None:  # fmt: skip
+    """total = residual + branch of the product, out = norm(total), each if it is given; without a
+    product the norm of `residual`. `out` has no part without a norm."""
+    tensors = residual, product, out, total
+    grid, m, sizes = _rows("add_norm", over_tokens, scale, *tensors)
+    wanted, before = norm or Norm("", 1.0), branch.norm or Norm("", 1.0)
+    _check_vectors(sizes, wanted, before, branch)
     if m:
         args = residual, product, out, out if scale is None else scale, m
-        add_rms_kernel[grid](*args, EPS=eps, KEEP=scale is not None, **sizes)
+        vectors = wanted.weight, wanted.bias, total, branch.bias, before.weight, before.bias
+        add_norm_kernel[grid](
+            *args, *vectors, branch.learned, KIND=wanted.kind, EPS=wanted.eps,
+            KEEP=scale is not None, BIAS_OF_ROW=branch.bias_of_token, BEFORE=before.kind,
+            BEFORE_EPS=before.eps, FACTOR=float(branch.scale),
+            ONE_LEARNED=_single(branch.learned), **sizes,
+        )  # fmt: skip
+
+
+def _single(vector: Tensor | None) -> bool:
+    return vector is not None and vector.numel() == 1
+
+
+def _check_vectors(sizes: dict[str, Any], norm: Norm, before: Norm, branch: Branch) -> None:
+    """A kernel reads as many values of a vector as its rows are long."""
+    of_token, learned = branch.bias_of_token, branch.learned
+    vectors = [(v, sizes["N"]) for v in (norm.weight, norm.bias, before.weight, before.bias)]
+    vectors.append((branch.bias, sizes["R"] if of_token else sizes["N"]))
+    vectors.append((learned, 1 if _single(learned) else sizes["N"]))
+    for vector, length in vectors:
+        if vector is not None and (vector.shape != (length,) or not vector.is_contiguous()):
+            got = f"{tuple(vector.shape)}, strides {vector.stride()}"
+            raise bad_argument("add_norm", "a vector", f"contiguous [{length}]", got)
 
 
 def add_rms_backward(
@@ -147,37 +289,50 @@ def _rows(op: str, over_tokens: bool, scale: Tensor | None, *tensors: Tensor | N
             raise bad_argument(op, name, "contiguous [B, T, D]", f"strides {tensor.stride()}")
     batch, tokens, hidden = first.shape
     n, r = (tokens, hidden) if over_tokens else (hidden, tokens)
-    if n > (MAX_TOKENS if over_tokens else MAX_COLUMNS):
-        raise bad_argument(op, "tensor 0", f"rows of {MAX_COLUMNS}, over T {MAX_TOKENS}", n)
+    if n > (MAX_ROW_OVER_T if over_tokens else MAX_ROW):
+        raise bad_argument(op, "tensor 0", f"rows of {MAX_ROW}, over T {MAX_ROW_OVER_T}", n)
     if scale is not None:
         checks.float32(op, "scale", scale, (batch, r))
+    sizes = {"R": r, "N": n, "OVER_T": over_tokens, **row_tile(n, over_tokens)}
+    return (triton.cdiv(batch * r, sizes["ROWS"]),), batch * r, sizes
+
+
+def row_tile(n: int, over_tokens: bool) -> dict[str, Any]:
+    """The tile of a program that holds rows of n values, and its options."""
     cols = triton.next_power_of_2(n)
     rows = max(TILE // cols, TOGETHER if over_tokens else 1)
-    sizes = {"R": r, "N": n, "OVER_T": over_tokens, "ROWS": rows, "COLS": cols, **OPTIONS}
-    sizes["num_warps"] = 4 if rows * cols <= 2 * TILE else 8
-    return (triton.cdiv(batch * r, rows),), batch * r, sizes
+    return {"ROWS": rows, "COLS": cols, **OPTIONS, "num_warps": 4 if rows * cols <= 2 * TILE else 8}
 
 
-def swiglu(gate_up: Tensor, rows: int, d_middle: Tensor | None = None) -> None:
-    """Of `rows` equal rows, replace gate, the first half of each, by silu(gate) * up.
+def swiglu(
+    gate_up: Tensor, rows: int, d_middle: Tensor | None = None, *, activation: str = "silu",
+    gated: bool = True, bias: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Of `rows` equal rows, replace gate, the first half of each, by act(gate) * up; if not
+    `gated` all of it, by act(gate). First comes the bias, of as many neighbours each as it takes.
 
     With `d_middle`, half as large, backward: gate, up and d_middle become their gradients and that
     product.
     """
-    op, count = "kernels.swiglu", gate_up.numel() // 2
+    op, parts = "kernels.swiglu", 2 if gated else 1
+    count = gate_up.numel() // parts
     checks.same_dtype_and_device(op, gate_up=gate_up, d_middle=d_middle)
     half = gate_up[:0] if d_middle is None else d_middle
     fits = gate_up.is_contiguous() and half.is_contiguous() and half.numel() in (0, count)
-    if not fits or gate_up.numel() % (2 * max(1, rows)):
+    if not fits or gate_up.numel() % (parts * max(1, rows)):
         got = f"{tuple(gate_up.shape)}, {tuple(half.shape)}"
         raise bad_argument(op, "gate_up", f"contiguous, {rows} rows, d_middle half of it", got)
     if count:
         width = count // rows
+        if bias is not None and (bias.ndim != 1 or parts * width % bias.numel()):
+            raise bad_argument(op, "bias", f"a divisor of {parts * width} values", bias.shape)
         even = min(width & -width, BLOCK)  # columns that no edge cuts, where those are enough
         cols = even if even >= BLOCK // 8 else min(BLOCK, triton.next_power_of_2(width))
         sizes = {"WIDTH": width, "ROWS": BLOCK // cols, "COLS": cols, **OPTIONS}
         grid = (triton.cdiv(rows, BLOCK // cols) * triton.cdiv(width, cols),)
         if d_middle is None:
-            swiglu_kernel[grid](gate_up, rows, **sizes)
+            each = 1 if bias is None else parts * width // bias.numel()
+            named = {"ACT": activation, "GATED": gated, "EACH": each}
+            swiglu_kernel[grid](gate_up, rows, bias, **sizes, **named)
         else:
             swiglu_backward_kernel[grid](gate_up, d_middle, rows, **sizes)

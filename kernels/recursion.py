@@ -5,7 +5,7 @@ barrier between them; the calls are data (recurx/program.py), not code.
 
     arena [slots, B, T, D]   x, the states, a sum that is kept; read and written in place
     tape                     all matrices of all nets (recurx/packed.py)
-    calls, blocks            int32 tables: a row of 8 words a call, a row of 8 words a block
+    calls, blocks            int32 tables: a row of 8 words a call (kernels/call_table.py), a block
 
 A program holds GROUP samples as one matrix h of ROWS >= GROUP * T rows, and runs each half block
 without storing an intermediate:
@@ -13,7 +13,8 @@ without storing an intermediate:
     attention   for each head: q, k, v of all rows, scores, softmax, o, and acc += o @ O_head
     token-MLP   for each chunk of the inner width: gate, up, middle, and acc += down_chunk @ middle
     SwiGLU      the same over D:                                     acc += middle @ down_chunk
-    then        h = rms(h + acc), written to the slot that the call writes
+    then        h = rms(h + acc), written to the slot that the call runs in
+    at last     the slot that the call writes, where damping or noise make another of it
 
 Between the halves h lies in global memory, that is in L1 and L2: a sample is 2 T D bytes in bf16.
 NOTE: a thread may read what another one wrote, so a barrier stands after each store of h, and one
@@ -44,8 +45,13 @@ from recurx.packed import (
 )
 from recurx.program import Program
 
-from .inject import ROW, call_input
+from .arena import rows_of
+from .call_table import ROW, call_table, load_factor
+from .finish import damped, noisy
+from .inject import call_input
 from .products import add_product
+
+FINISHED = tl.constexpr(16)  # rows at a time of what a call with damping or noise writes
 
 
 @triton.jit
@@ -191,8 +197,32 @@ def _add_and_norm(
 
 
 @triton.jit
+def _finish(
+    own, calls, words, h_g, slot_stride, first, live_rows, seed_g,
+    T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, NOISY: tl.constexpr,
+):  # fmt: skip
+    """Into the slot that the call writes, what is made of h; a few rows at a time, for noise of
+    all would be as many instructions as the rest of the kernel."""
+    out_g = own + tl.load(words + 7).to(tl.int64) * slot_stride
+    column = tl.arange(0, DP)[None, :]
+    for start in tl.range(0, ROWS, FINISHED, disable_licm=True):
+        row = (start + tl.arange(0, FINISHED))[:, None]
+        offset, inside = row * D + column, (row < live_rows) & (column < D)
+        value = tl.load(h_g + offset, mask=inside, other=0.0)
+        if tl.load(words + 2) != tl.load(words + 7):
+            value = damped(calls, words, value, tl.load(out_g + offset, mask=inside, other=0.0))
+        if NOISY and load_factor(calls, words, 3) != 0:
+            entry = tl.load(seed_g + 1).to(tl.int32) + first + row // T
+            element = row % T * D + column
+            value = noisy(calls, words, value, tl.load(seed_g), entry, element)
+        tl.debug_barrier()  # h may be what is written, and other threads' of what this one read
+        tl.store(out_g + offset, value, mask=inside)
+    tl.debug_barrier()  # other threads read what this one wrote
+
+
+@triton.jit
 def recursion_kernel(
-    arena, tape, cos, sin, calls, blocks,
+    arena, tape, cos, sin, calls, blocks, seed,
     num_calls, batch, slot_stride, table_step,
     T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, EPS: tl.constexpr,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTATE: tl.constexpr, SCALE: tl.constexpr,
@@ -201,6 +231,7 @@ def recursion_kernel(
     TOKEN_CHUNK: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_STAGES: tl.constexpr, STAGES: tl.constexpr,
     CALL_WORDS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    SCALED: tl.constexpr, FINISHES: tl.constexpr, NOISY: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * GROUP
     live_rows = tl.minimum(GROUP, batch - first) * T
@@ -209,7 +240,7 @@ def recursion_kernel(
         words = calls + call * CALL_WORDS
         h_g = own + tl.load(words + 2).to(tl.int64) * slot_stride
         offset, inside = _offsets(live_rows, D, DP, ROWS)
-        entering = call_input(own, calls, words, slot_stride, offset, inside)
+        entering = call_input(own, calls, words, slot_stride, offset, inside, SCALED)
         tl.debug_barrier()  # the slot that is written may be one that is read
         tl.store(h_g + offset, entering, mask=inside)
         tl.debug_barrier()  # entered: other threads read what this one wrote
@@ -237,6 +268,9 @@ def recursion_kernel(
             h = _load_state(h_g, live_rows, D, DP, ROWS)
             acc = _swiglu(h, w2, w3, D, DP, F, F_ROW, CHUNK, ROWS, STAGES, PRECISION)
             _add_and_norm(h_g, live_rows, acc, D, DP, ROWS, D, EPS, 1)
+        if FINISHES:
+            _finish(own, calls, words, h_g, slot_stride, first, live_rows, seed, T, D, DP, ROWS,
+                    NOISY)  # fmt: skip
 
 
 def recursion(
@@ -245,12 +279,14 @@ def recursion(
     packed: PackedNets,
     cos_sin: CosSin | None,
     settings: Mapping[str, object],
+    seed: torch.Tensor | None = None,
 ) -> None:
     """Run every call of the program on the arena [slots, B, T, D], in place; one launch.
 
     arena and packed contiguous, of one dtype (bfloat16 or float32), on one device; cos and sin
-    float32 [T, head_dim]. `settings` are those of a plan of kind "persistent", and only the plan
-    knows which problems fit (recurx/plan/triton.py). A call saves nothing for a backward.
+    float32 [T, head_dim]. `seed` int64 [2], with the number of the first sample, where a call has
+    noise. `settings` are those of a plan of kind "persistent", and only the plan knows which
+    problems fit (recurx/plan/triton.py). A call saves nothing for a backward.
     """
     words, constants, options = _prepared(
         program, packed.nets, arena.device, arena.shape[2], cos_sin is not None,
@@ -258,8 +294,8 @@ def recursion(
     )  # fmt: skip
     cos, sin = (arena, arena) if cos_sin is None else cos_sin  # not followed without ROTATE
     batch = arena.shape[1]
-    args = (arena, packed.buffer, cos, sin, words, packed.words)
-    args += (len(program.rows), batch, arena.stride(0), 0)
+    args = (arena, packed.buffer, cos, sin, words, packed.words, words if seed is None else seed)
+    args += (len(rows_of(program)), batch, arena.stride(0), 0)
     grid = (triton.cdiv(batch, constants["GROUP"]),)
     recursion_kernel[grid](*args, **constants, **options)
 
@@ -274,15 +310,18 @@ def _prepared(
     settings: tuple[tuple[str, object], ...],
 ) -> tuple[torch.Tensor, dict, dict]:
     """The table on the device, and `launch_constants`: made at the first launch of its kind."""
-    words = device_words(program.table(blocks_of(nets)), device)
+    words = device_words(call_table(program, blocks_of(nets)), device)
     specs = [block for _, spec in nets for block in spec.blocks]
-    return words, *launch_constants(specs, tokens, rotate, dict(settings))
+    return words, *launch_constants(specs, tokens, rotate, dict(settings), program)
 
 
 def launch_constants(
-    specs: Sequence[BlockSpec], tokens: int, rotate: bool, settings: Mapping[str, object]
-) -> tuple[dict, dict]:
-    """(compile-time arguments, compiler options); all blocks of a kind must be of one shape."""
+    specs: Sequence[BlockSpec], tokens: int, rotate: bool, settings: Mapping[str, object],
+    program: Program | None = None,
+) -> tuple[dict, dict]:  # fmt: skip
+    """(compile-time arguments, compiler options); all blocks of a kind must be of one shape. What
+    calls without factors do not need is left out for a program that has none, and for None."""
+    factors = [row.factors for row in rows_of(program) if row.factors] if program else []
     attention = next((spec for spec in specs if spec.kind == ATTENTION), None)
     token_mlp = next((spec for spec in specs if spec.kind == TOKEN_MLP), None)
     d, f = specs[0].hidden, specs[0].inner
@@ -298,6 +337,8 @@ def launch_constants(
         "GROUP": settings["group"], "ROWS": settings["rows"],
         "HEAD_STAGES": settings["head_stages"], "STAGES": settings["stages"],
         "CALL_WORDS": ROW, "UNIT": ALIGN, "PRECISION": "ieee",
+        "SCALED": any(f.scale != 1 for f in factors), "NOISY": any(f.noise for f in factors),
+        "FINISHES": program is not None and any(row.finishes for row in rows_of(program)),
     }  # fmt: skip
     options = {"num_warps": settings["warps"], "num_stages": 1, "enable_fp_fusion": True}
     return constants, options

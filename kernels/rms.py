@@ -19,6 +19,16 @@ from . import checks, tiles
 
 
 @triton.jit
+def whole_rows(M, N: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """A program's rows of N columns, which of them there are, where their elements lie, and which
+    of these there are."""
+    rows, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)
+    live = rows < M
+    at = rows.to(tl.int64)[:, None] * N + cols[None, :]
+    return rows, live, at, live[:, None] & (cols[None, :] < N)
+
+
+@triton.jit
 def row_scale(squares, rows, live, M, PARTS: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr):
     """rsqrt(mean(x^2) + eps) of rows of WIDTH columns, from the sums that PARTS programs left."""
     total = tl.load(squares + rows, mask=live, other=0.0)
@@ -34,12 +44,8 @@ def normalise_kernel(
     N: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr, KEEP: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    cols = tl.arange(0, COLS)
-    live = rows < M
+    rows, live, at, inside = whole_rows(M, N, ROWS, COLS)
     factor = row_scale(squares, rows, live, M, PARTS, N, EPS)
-    at = rows.to(tl.int64)[:, None] * N + cols[None, :]
-    inside = live[:, None] & (cols[None, :] < N)
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * factor[:, None]
     tl.store(x + at, value.to(x.dtype.element_ty), mask=inside)
     if KEEP:

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recurx.operands import CosSin
+from recurx.operands import Operands, Span
 from recurx.packed import PackedNets, device_words
 from recurx.problem import Problem
-from recurx.program import Program
+from recurx.program import lower
 
+from .arena import Row, rows_of, slots_of
 from .block import Scratch, run_call
+from .call_table import call_table
+from .finish import finish_call
 from .inject import form_call_input
 from .rms import normalise
 
@@ -25,38 +28,40 @@ class TiledSlice:
     was there, is computed and thrown away. Samples never meet, so this changes no result.
     """
 
+    weights = PackedNets
+
     def __init__(
-        self,
-        problem: Problem,
-        program: Program,
-        packed: PackedNets,
-        size: int,
-        cos_sin: CosSin | None,
+        self, problem: Problem, span: Span, packed: PackedNets, size: int, like: Operands
     ) -> None:
         device, dtype = packed.buffer.device, packed.buffer.dtype
-        shape = (program.slots, size, problem.tokens, problem.hidden)
+        program, cos_sin = lower(problem.schedule, span), like.rope
+        shape = (slots_of(program), size, problem.tokens, problem.hidden)
         # Zeros, not empty: what a first short slice leaves unset must not be NaN bit patterns that
         # trap a debugger.
         self._arena = torch.zeros(shape, dtype=dtype, device=device)
-        self._words = device_words(program.table(packed.of_net), device)
-        self._rows = program.rows
+        self._words = device_words(call_table(program, packed.of_net), device)
+        self._rows = rows_of(program)
         self._packed = packed
         self._scratch = self._new_scratch(size, problem.tokens)
         self._cos_sin = None if cos_sin is None else tuple(torch.empty_like(t) for t in cos_sin)
+        noisy = any(row.factors is not None and row.factors.noise for row in rows_of(program))
+        self._stream = torch.zeros(2, dtype=torch.int64, device=device) if noisy else None
 
     def _new_scratch(self, size: int, tokens: int) -> Any:
         elements = max(Scratch.elements(spec, size, tokens) for spec in self._packed.specs)
         return Scratch(elements, self._arena[0])
 
-    def set_tables(self, cos_sin: CosSin | None) -> None:
-        """Take over the rotary tables: graphs hold the addresses of their own copy."""
-        if cos_sin is not None:
-            torch._foreach_copy_(list(self._cos_sin), list(cos_sin))
-
-    def enter(self, tensors: Sequence[Tensor]) -> None:
-        """Copy x and the states in; each may have fewer samples than the slice."""
-        slots = [self._arena[n, : t.shape[0]] for n, t in enumerate(tensors)]
-        torch._foreach_copy_(slots, list(tensors))
+    def enter(self, operands: Operands, live: slice) -> None:
+        """Copy x and the states of some samples in, and with the first ones the rotary tables:
+        graphs hold the addresses of their own copy. The noise counts on from those samples."""
+        if operands.rope is not None and live.start == 0:
+            torch._foreach_copy_(list(self._cos_sin), list(operands.rope))
+        if self._stream is not None:
+            self._stream.copy_(operands.seed)
+            self._stream[1].add_(live.start)
+        tensors = [tensor[live] for tensor in (operands.x, *operands.states)]
+        slots = [self._arena[n, : len(t)] for n, t in enumerate(tensors)]
+        torch._foreach_copy_(slots, tensors)
 
     def leave(self, tensors: Sequence[Tensor]) -> None:
         """Copy the states out."""
@@ -72,16 +77,27 @@ class TiledSlice:
         for number, row in enumerate(self._rows):
             if squares is not None or not row.is_identity:
                 form_call_input(
-                    self._arena, self._words, number, before=before, squares=squares, eps=eps
-                )
+                    self._arena, self._words, number, before=before, squares=squares, eps=eps,
+                    scaled=row.factors is not None,
+                )  # fmt: skip
                 squares = None
             if row.net is not None:
                 first, last = self._packed.of_net[row.net]
                 specs = self._packed.specs[first:last]
                 run_call(
-                    self._arena[row.write], specs, self._packed.blocks[first:last],
+                    self._arena[row.place], specs, self._packed.blocks[first:last],
                     self._cos_sin, self._scratch,
                 )  # fmt: skip
                 squares, before, eps = self._scratch.squares, number, specs[-1].eps
+            if row.finishes:
+                self._finish(number, row, squares, eps)
+                squares = None
         if squares is not None:
             normalise(self._arena[self._rows[before].write], squares, eps=eps)
+
+    def _finish(self, number: int, row: Row, squares: Tensor | None, eps: float) -> None:
+        stream = self._stream if row.factors is not None and row.factors.noise else None
+        finish_call(
+            self._arena[row.place], self._arena[row.write], self._words, number, stream=stream,
+            squares=squares, eps=eps,
+        )  # fmt: skip

@@ -25,13 +25,13 @@ def triton_on_cpu(
     """
     from bf16_interpreter import interpreting
 
-    backend.forget()
+    backend.BACKEND.free()
     chosen = {"kinds": kinds or KINDS, "slice": slice, "capture": capture}
     with interpreting(), simulated(DEVICES["a100"], **chosen):
         try:
             yield backend.BACKEND
         finally:
-            backend.forget()
+            backend.BACKEND.free()
 
 
 class FakeGraphs:
@@ -86,7 +86,7 @@ def _noting_products(
 
     class Noting(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func in (torch.ops.aten.mm.out, torch.ops.aten.bmm.out):
+            if func in (torch.ops.aten.mm.out, torch.ops.aten.bmm.out, torch.ops.aten.addmm.out):
                 noted.append((func, args, kwargs))
                 return kwargs["out"]
             name = func.overloadpacket.__name__

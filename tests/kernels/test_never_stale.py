@@ -254,13 +254,15 @@ def edit_and_compare(backend: str, mode: str, ways, count: int, first: int = 0) 
 
 
 MODES = ("eval", "inference", "training")
-# Of each mode; three times as many go through all ways.
-COUNTS = {"eager": 26, "cpu": 150, "triton tiled": 5, "triton persistent": 5, "cuda owner": 5,
+# Of each mode; those of all modes together go through all ways.
+COUNTS = {"eager": 26, "cpu": 150, "triton tiled": 5, "triton persistent": 7, "cuda owner": 5,
           "cuda grid": 5}  # fmt: skip
+# All calls here are in the window, which is one for both kinds of plan.
+TWICE = ("triton persistent", "training")
+CASES = [(engine, mode) for engine in ENGINES for mode in MODES if (engine, mode) != TWICE]
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine, mode", CASES)
 def test_every_write_is_seen(engine: str, mode: str) -> None:
     count = COUNTS[engine]
     with ENGINES[engine]() as backend:
@@ -268,8 +270,10 @@ def test_every_write_is_seen(engine: str, mode: str) -> None:
 
 
 def test_there_are_more_than_500_edits() -> None:
-    assert len(MODES) * sum(COUNTS.values()) >= 500
-    assert all(3 * count >= len(WAYS) for count in COUNTS.values())
+    counts = {name: 0 for name in ENGINES}
+    for engine, _ in CASES:
+        counts[engine] += COUNTS[engine]
+    assert sum(counts.values()) >= 500 and min(counts.values()) >= len(WAYS)
 
 
 # ---- planted: the rules of before fail -----------------------------------------------------------
@@ -428,8 +432,7 @@ def test_solve_hashes_once_and_sees_what_was_written_before_it(native, monkeypat
 # ---- tensors that weak references and inference mode would spoil ---------------------------------
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine, mode", CASES)
 def test_parameters_can_be_swapped_after_any_call(engine: str, mode: str) -> None:
     """Weak references on parameters forbid `.double()` under the flag for swapping."""
     with ENGINES[engine]() as backend:

@@ -189,10 +189,10 @@ def test_a_graph_that_keeps_an_input_is_rejected(monkeypatch):
     enter = tiled.TiledSlice.enter
     seen = []
 
-    def stale(self, tensors):
+    def stale(self, operands, live):
         seen.append(1)
         if len(seen) == 1:
-            enter(self, tensors)
+            enter(self, operands, live)
 
     monkeypatch.setattr(tiled.TiledSlice, "enter", stale)
     with pytest.raises(AssertionError):

@@ -195,7 +195,8 @@ def test_opcheck(save):
     weights = [w.requires_grad_() for w in nets["L"].weights]
     key = encode(schedule, [("L", nets["L"].spec)])
     states = [state.requires_grad_() for state in carry.values()]
-    inputs = (x.requires_grad_(), states, weights, *cos_sin, key, "triton", "triton", 0, 1, save)
+    how = (None, None, key, "triton", "triton", 0, 1, save)
+    inputs = (x.requires_grad_(), states, weights, *cos_sin, *how)
     with triton_on_cpu():
         torch.library.opcheck(
             ops.window_op, inputs, test_utils=("test_schema", "test_autograd_registration",

@@ -1,0 +1,144 @@
+"""A net call of the plan "library", with all fields of blocks that it runs: half after half.
+
+    x = h, or norm(h)                    a block's placement says which
+    f(x) = attention or an MLP           products by the vendor's library, the rest by our kernels
+    h = h + f(x), and norms around it    one launch of `add_norm`, which also makes the next half's
+                                         x where that is a norm of h; a block "norm" is no more
+
+What each field computes is said by recurx/reference.py. A block of TRM or HRM is eight launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from recurx.operands import CosSin
+from recurx.packed import PackedNets
+from recurx.specs import ATTENTION, NO_MIXER, NORM, TOKEN_MLP, BlockSpec
+
+from .attention import Heads, attention
+from .middles import depthwise, gated_norm
+from .pointwise import Branch, Norm, add_norm, swiglu
+from .vendor import exact_products, multiply
+
+
+class Half(NamedTuple):
+    """The mixer ("1") or the MLP ("2") of a block, or a block "norm"; its weights by name."""
+
+    spec: BlockSpec
+    number: str
+    weights: Mapping[str, Tensor]
+
+    @property
+    def over_tokens(self) -> bool:
+        """Whether its norms run over T."""
+        spec = self.spec
+        return self.number == "1" and spec.kind == TOKEN_MLP and spec.token_norm == "tokens"
+
+    @property
+    def begins(self) -> bool:
+        """Whether it reads norm(h)."""
+        return self.spec.kind == NORM or self.spec.placement != "post"
+
+    def norm(self, name: str, kind: str = "") -> Norm:
+        found = self.weights.get(name), self.weights.get(f"{name}_bias")
+        return Norm(kind or self.spec.norm, self.spec.eps, *found)
+
+
+def halves_of(packed: PackedNets, net: str) -> list[Half]:
+    """The halves of a net's blocks, in order."""
+    halves = []
+    for index in range(*packed.of_net[net]):
+        spec, matrices = packed.specs[index], packed.blocks[index]
+        named = zip(spec.products, matrices, strict=True)
+        weights = {name: matrix[:, :columns] for (name, _, columns), matrix in named}
+        numbers = {NORM: "1", NO_MIXER: "2"}.get(spec.kind, "12")
+        halves += [Half(spec, number, {**weights, **packed.vectors[index]}) for number in numbers]
+    return halves
+
+
+@exact_products()
+def run_call(h: Tensor, halves: Sequence[Half], cos_sin: CosSin | None) -> None:
+    """One net call on h [B, T, D], in place."""
+    made = None  # norm(h) for the next half, if the one before has made it
+    for half, after in zip(halves, [*halves[1:], None], strict=True):
+        x, over = made, half.over_tokens
+        if half.begins and x is None:
+            x = h if half.spec.kind == NORM else h.new_empty(h.shape)
+            add_norm(h, None, x, half.norm(f"norm{half.number}"), over_tokens=over)
+        made = None
+        if half.spec.kind == NORM:
+            continue
+        product = _mixed(h if x is None else x, half, cos_sin)
+        norm, out, total = None, None, h
+        if half.spec.placement == "post":
+            norm, out, total = half.norm(f"norm{half.number}"), h, None
+        elif after is not None and after.begins and after.over_tokens == over:
+            norm, last = after.norm(f"norm{after.number}"), after.spec.kind == NORM
+            # A block "norm" leaves its norm alone; of others h itself is needed, too.
+            out = made = h if last else h.new_empty(h.shape)
+            total = None if last else h
+        branch = _branch(half)
+        add_norm(h, product, out, norm, branch=branch, total=total, over_tokens=over)
+
+
+def _branch(half: Half) -> Branch:
+    spec, w, mixes = half.spec, half.weights, half.number == "1"
+    last = {ATTENTION: "o", TOKEN_MLP: "t_down"}[spec.kind] if mixes else "down"
+    return Branch(
+        bias=w.get(f"{last}_bias"),
+        bias_of_token=last == "t_down" and not half.over_tokens,
+        norm=half.norm(f"out_norm{half.number}") if spec.placement == "sandwich" else None,
+        scale=spec.residual_scale,
+        learned=w.get(f"scale{half.number}"),
+    )
+
+
+def _mixed(x: Tensor, half: Half, cos_sin: CosSin | None) -> Tensor:
+    """The product that ends attention or an MLP, without its bias."""
+    if half.number == "2":
+        return _mlp(x, half, "")
+    return _attended(x, half, cos_sin) if half.spec.kind == ATTENTION else _mlp(x, half, "t_")
+
+
+def _attended(x: Tensor, half: Half, cos_sin: CosSin | None) -> Tensor:
+    spec, w = half.spec, half.weights
+    qkv = multiply(x, w["qkv"], bias=w.get("qkv_bias"))
+    heads = Heads(
+        kv_heads=spec.kv_heads, causal=spec.mask != "", window=spec.window,
+        prefix=spec.prefix if spec.mask == "prefix" else 0,
+        norm=spec.qk_norm, eps=spec.eps, q_norm=w.get("q_norm"), k_norm=w.get("k_norm"),
+    )  # fmt: skip
+    gate = None
+    if spec.attn_gate:
+        gate = multiply(x, w["attn_gate"], bias=w.get("attn_gate_bias"))
+    by_head = qkv.unflatten(2, (qkv.shape[2] // spec.head_dim, spec.head_dim))
+    mixed = attention(by_head, cos_sin=cos_sin, heads=heads, gate=gate).flatten(2)
+    if spec.attn_norm:
+        add_norm(mixed, None, mixed, half.norm("attn_norm", spec.attn_norm))
+    return multiply(mixed, w["o"])
+
+
+def _mlp(x: Tensor, half: Half, over: str) -> Tensor:
+    """The MLP over D (`over` is ""), or over T ("t_"), where hidden values are [B, F, D]."""
+    spec, w, inside = half.spec, half.weights, not over
+    bias, early = w.get(f"{over}gate_up_bias"), inside and spec.conv and spec.conv_of == "gate_up"
+    wide = multiply(x, w[f"{over}gate_up"], not inside, bias=bias if early else None)
+    if early:  # the zeros before the first token stand beside sums with their bias
+        wide, bias = depthwise(wide, w["conv"], w["conv_bias"]), None
+    if spec.inner_norm and (inside or spec.inner_norm_tokens):
+        gated_norm(
+            wide, half.norm(f"{over}inner_norm", spec.inner_norm), activation=spec.activation,
+            gated=spec.gated, of_product=spec.inner_norm_of == "product", over_tokens=not inside,
+            bias=bias,
+        )  # fmt: skip
+    else:
+        rows = wide.shape[0] * wide.shape[1] if inside else len(wide)
+        swiglu(wide, rows, activation=spec.activation, gated=spec.gated, bias=bias)
+    middle = wide.narrow(*((2, 0, spec.inner) if inside else (1, 0, spec.token_inner)))
+    if inside and spec.conv and not early:
+        middle = depthwise(middle, w["conv"], w["conv_bias"], spec.activation)
+    return multiply(middle, w[f"{over}down"], not inside)

@@ -1,0 +1,191 @@
+"""Fields of blocks in kind "library" of backend "triton": numerics, launches, planted bugs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton has no wheel for this platform")
+from mutants import planted
+from recurx.kernels.fields import FIELDS
+from simulate import FakeGraphs, triton_on_cpu
+
+import recurx
+from recurx import BlockSpec, Net, Schedule, Step, backends, reference
+from recurx.specs import NORM
+from tests.factories import make_inputs, problem_for, rounded, wide
+from tests.kernels.compare import assert_as_exact
+from tests.variants import TOKENS, VARIANTS, net_of, tables_of
+
+ONE = Schedule((Step("L", "z", ("z",), ("x",)),))
+WIDTH = 64
+MORE: dict[str, dict[str, Any]] = {
+    "token MLP over D, biases": dict(
+        VARIANTS["token MLP normed over D"], biases=("t_gate_up", "t_down"), gated=False
+    ),
+    "token MLP, inner norms": dict(
+        VARIANTS["token MLP normed over D"], token_norm="tokens", inner_norm="rms",
+        inner_norm_weight=True, inner_norm_tokens=True, placement="sandwich",
+    ),
+    "token MLP, norms of products": dict(
+        VARIANTS["token MLP normed over D"], inner_norm="layer", inner_norm_tokens=True,
+        inner_norm_of="product", biases=("t_gate_up", "gate_up"),
+    ),
+    "biases before the convolution": dict(
+        VARIANTS["convolution before the gate"], biases=("gate_up",), inner_norm="rms",
+        residual_scale=0.5, learned_scale="scalar",
+    ),
+}  # fmt: skip
+NAMES = [*(name for name in VARIANTS if not name.startswith("axial")), *MORE]
+
+
+def spec_of(name: str) -> BlockSpec:
+    """With heads that kernels have: two, or four in groups."""
+    fields = {**{**VARIANTS, **MORE}[name], "hidden": WIDTH}
+    if "num_heads" in fields:
+        fields |= {"num_heads": 4, "head_size": 32} if "kv_heads" in fields else {"num_heads": 2}
+        fields |= {"head_size": 64} if name == "causal window, QK-norm" else {}
+    return BlockSpec(**fields)
+
+
+def library(net: Net, x: torch.Tensor, carry: dict, cos_sin: Any) -> torch.Tensor:
+    return recurx.recurse(ONE, {"L": net}, x, carry, backend="triton/library", cos_sin=cos_sin)["z"]
+
+
+def judged(net: Net, cos_sin: Any, dtype: torch.dtype) -> None:
+    """One call against fp64."""
+    x, carry = make_inputs(ONE, batch=2, tokens=TOKENS, hidden=WIDTH, dtype=dtype)
+    exact_net, net = (rounded(net, dtype, to) for to in (torch.float64, torch.float32))
+    exact = reference.run(ONE, {"L": exact_net}, x.double(), wide(carry), cos_sin)["z"]
+    plain = reference.run(ONE, {"L": net}, x, carry, cos_sin)["z"]
+    assert_as_exact(library(net, x, carry, cos_sin), plain, exact)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_call_against_fp64(name: str) -> None:
+    """Two blocks, the second of which may be begun by the end of the first."""
+    spec = spec_of(name)
+    with triton_on_cpu("library"):
+        judged(net_of(spec, spec, seed=1), tables_of(spec), torch.bfloat16)
+
+
+def stack() -> tuple[Net, Any]:
+    """Pre-norm blocks of several kinds and placements, a norm at the end."""
+    pre, token = spec_of("pre-LayerNorm, ReLU"), spec_of("token MLP, pre-norm, biases")
+    last = BlockSpec(NORM, WIDTH, 0, norm="layer", norm_weight=True)
+    return net_of(pre, token, spec_of("ConvSwiGLU"), pre, last, seed=1), tables_of(pre)
+
+
+def test_a_stack_that_ends_in_a_norm() -> None:
+    with triton_on_cpu("library"):
+        judged(*stack(), torch.bfloat16)
+
+
+def test_replays_have_the_bits_of_plain_launches() -> None:
+    """The last norm is no launch of its own, and of two norms of a block one is none, too."""
+    net, cos_sin = stack()
+    x, carry = make_inputs(ONE, batch=3, tokens=TOKENS, hidden=WIDTH, dtype=torch.bfloat16)
+    with triton_on_cpu("library", slice=1):
+        want = library(net, x, carry, cos_sin)
+    graphs = FakeGraphs(allocates=True)
+    with triton_on_cpu("library", slice=1, capture=graphs):
+        assert torch.equal(library(net, x, carry, cos_sin), want)
+        assert torch.equal(library(net, x, carry, cos_sin), want)
+    # z + x; norms that nobody made before: of blocks 0, 1 (twice, for T and for D) and 3.
+    assert (graphs.captures, graphs.launches) == (1, 1 + 4 + 8 + 8 + 9 + 8)
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"axial": (3, 4, 0)}, "axial"), ({"dropout": 0.1}, "dropout"), ({"drop_path": 0.1}, "drop_p"),
+    ({"key_padding": True}, "key_padding"), ({"conv": 2, "conv_dtype": "float32"}, "conv_dtype"),
+    ({"head_size": 48}, "head_dim"), ({"inner_norm": "rms", "inner": 4100}, "inner_norm"),
+])  # fmt: skip
+def test_other_fields_and_values_are_refused_by_name(change: dict, said: str) -> None:
+    spec = dataclasses.replace(spec_of("ConvSwiGLU"), **{"conv": 0, **change})
+    x, _ = make_inputs(ONE, batch=2, tokens=TOKENS, hidden=WIDTH, dtype=torch.bfloat16)
+    problem = problem_for(ONE, {"L": net_of(spec)}, x)
+    with triton_on_cpu():
+        assert said in str(backends.why_not("triton/library", problem))
+        assert backends.get("triton").plan(problem, x.device).kind == "graph"
+        for kind in ("tiled", "persistent"):
+            assert "of block 0 of net 'L'" in str(backends.why_not(f"triton/{kind}", problem))
+
+
+def test_learned_factors_run_by_kind_graph() -> None:
+    """They lie among the nets as norms, which this kind has."""
+    steps = Schedule((dataclasses.replace(ONE.steps[0], damping="alpha"),))
+    x, _ = make_inputs(ONE, batch=2, tokens=TOKENS, hidden=WIDTH, dtype=torch.bfloat16)
+    alpha = net_of(BlockSpec(NORM, WIDTH, 0, norm_weight=True))
+    problem = problem_for(steps, {"L": net_of(spec_of("ConvSwiGLU")), "alpha": alpha}, x)
+    with triton_on_cpu():
+        assert backends.get("triton").plan(problem, x.device).kind == "graph"
+        assert "learned factors" in str(backends.why_not("triton/library", problem))
+
+
+# module of kernels/, what a bug is put in the place of, the bug, a variant that must show it
+BUGS = {
+    "activation": ("pointwise", "tl.maximum(x, 0.0) * tl.maximum(x, 0.0)", "tl.maximum(x, 0.0)",
+                   "no mixer, ReLU²"),
+    "gated": ("sublayers", "gated=spec.gated, bias", "gated=True, bias", "pre-LayerNorm, ReLU"),
+    "biases": ("pointwise", "gate += _load(bias", "gate += 0 * _load(bias", "post-LayerNorm, GELU"),
+    "biases over T": ("pointwise", "_load(bias + WIDTH // EACH,", "_load(bias,",
+                      "token MLP, pre-norm, biases"),
+    "biases of tokens": ("pointwise", "tl.load(bias + rows % R)", "tl.load(bias + 0 * rows)",
+                         "token MLP over D, biases"),
+    "biases of products": ("sublayers", 'bias=w.get("qkv_bias")', "bias=None",
+                           "post-LayerNorm, GELU"),
+    "residual_scale": ("pointwise", "branch *= FACTOR", "branch *= 1.0", "scalar scales"),
+    "learned_scale": ("pointwise", "affine(branch, learned, None", "affine(branch, None, None",
+                      "channel scales"),
+    "kv_heads": ("attention", "head // (H // KV)", "head % KV", "grouped heads, gate, prefix"),
+    "mask": ("attention", "(j <= i)", "(j < i)", "causal window, QK-norm"),
+    "prefix": ("attention", "| (j < PREFIX)", "| (j < 0)", "grouped heads, gate, prefix"),
+    "window": ("attention", "< WINDOW", "<= WINDOW", "plain QK-norm, window"),
+    "norm": ("pointwise", "x - (tl.sum(x, 1) / N)[:, None]", "x", "post-LayerNorm, GELU"),
+    "norm_weight": ("pointwise", "x *= _load(weight", "x *= 1.0 + 0.0 * _load(weight",
+                    "norm weights"),
+    "norm_bias": ("pointwise", "x * factor[:, None], weight, shift", "x * factor[:, None], weight, "
+                  "None", "norm weights"),
+    "placement pre": ("sublayers", "out = made = h if last else h.new_empty(h.shape)",
+                      "out = made = h", "pre-LayerNorm, ReLU"),
+    "placement sandwich": ("sublayers", 'f"out_norm{half.number}"', 'f"norm{half.number}"',
+                           "sandwich"),
+    "attn_gate": ("attention", "mixed *= tl.sigmoid(", "mixed *= 1.0 + 0.0 * tl.sigmoid(",
+                  "grouped heads, gate, prefix"),
+    "qk_norm": ("attention", "low, high = low * factor, high * factor", "low *= factor",
+                "plain QK-norm, window"),
+    "qk_norm_weight": ("attention", "if weight is not None:", "if weight is None:",
+                       "causal window, QK-norm"),
+    "attn_norm": ("sublayers", "if spec.attn_norm:", "if False:", "norm of the product"),
+    "inner_norm": ("middles", "x = centred(x, inside, N, KIND)", "x = x", "inner norm, GEGLU"),
+    "inner_norm_of": ("middles", "y *= tl.sigmoid(gate)", "y *= tl.sigmoid(x)",
+                      "norm of the product"),
+    "inner_norm_tokens": ("middles", "+ wide % R + cols * R", "+ wide % R * N + cols",
+                          "token MLP, inner norms"),
+    "conv": ("middles", "(k - K // 2)", "(k - (K - 1) // 2)", "ConvSwiGLU"),
+    "conv_of": ("sublayers", "inside and spec.conv and not early", "False", "ConvSwiGLU"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", BUGS)
+def test_planted_bugs_are_rejected(field: str, monkeypatch, tmp_path) -> None:
+    from recurx.kernels import library as way
+    from recurx.kernels import sublayers
+
+    module, old, new, name = BUGS[field]
+    mutant = planted(module, old, new, tmp_path)
+    place = way if module == "sublayers" else sublayers
+    for each in ("run_call", "add_norm", "swiglu", "attention", "gated_norm", "depthwise"):
+        if getattr(getattr(mutant, each, None), "__module__", "") == mutant.__name__:
+            monkeypatch.setattr(place, each, getattr(mutant, each))
+    with triton_on_cpu("library"), pytest.raises(AssertionError, match="relative error"):
+        spec = spec_of(name)
+        judged(net_of(spec, seed=1), tables_of(spec), torch.bfloat16)
+
+
+def test_every_field_has_a_variant_that_has_it() -> None:
+    seen = {field for name in NAMES for field in spec_of(name).changed}
+    assert seen | {"conv_dtype"} == FIELDS["library"]
