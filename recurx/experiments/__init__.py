@@ -14,7 +14,7 @@ and a line in EXPERIMENTS. It imports no torch before `measure` runs. `measure` 
 that the module states.
 
 `tasks` (what nets learn) and `hybrid` stand by themselves, below the command line; `answering` and
-`demo` are commands of their own.
+`demo` are commands of their own. `hub` keeps nets on the Hugging Face Hub.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ EXPERIMENTS = {
     "exit": ("recurx.experiments.exit", "halting where the answer stands: how much faster"),
     "hybrid": ("recurx.experiments.behind_text", "one look against many, behind a text encoder"),
     "sort": ("recurx.experiments.sort", "one look against many: sorting"),
+    "variants": ("recurx.experiments.variants", "random starts and feedback against plain TRM"),
     "windows": ("recurx.experiments.windows", "how much of the recursion needs a gradient"),
 }
 

@@ -33,6 +33,9 @@ class Answers:
         logits: [B, T, vocab] of the selected rollout, if asked for.
         trace: [steps, B, T] its predictions after each step, if asked for; a row that halted keeps
             its answer.
+        residual: [B] fp32 relative change of its answer state in its last step, where that counts.
+        verdicts: of a search, how each sample ended (`recurx.Search` tells). There "selected" is
+            the accepted try, or the best of the last ones.
     """
 
     predictions: Tensor
@@ -42,6 +45,8 @@ class Answers:
     rollout_steps: Tensor
     logits: Tensor | None = None
     trace: Tensor | None = None
+    residual: Tensor | None = None
+    verdicts: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.predictions)
@@ -74,11 +79,13 @@ def refine(
     predictions = torch.zeros_like(inputs, dtype=torch.int64)
     all_logits: Tensor | None = None
     trace: list[Tensor] = []
+    residual = torch.zeros_like(q) if rules.needs_loop else None
     carry = _start(model, data, numbers, rules)
 
     for step in range(rules.max_steps):
         if len(rows) == 0:
             break
+        _, before = _answer_state(carry.inner_carry)
         if rules.sigma:
             _add_noise(carry.inner_carry, numbers[rows], step, rules)
         carry, outputs = model(carry=carry, batch=carry.current_data, **how)
@@ -105,13 +112,20 @@ def refine(
         steps[rows] += 1
         q[rows] = q_halt
         predictions[rows] = answers
+        if residual is not None:
+            residual[rows] = _moved(before, _answer_state(carry.inner_carry)[1])
         if rules.logits:
             if all_logits is None:
                 all_logits = step_logits.new_zeros(len(inputs), *step_logits.shape[1:])
             all_logits[rows] = step_logits
         if rules.trace:
             trace.append(predictions.clone())
-        if rules.halt is not None:
+        if rules.halt == "entropy":
+            doubt = torch.special.entr(step_logits.float().softmax(-1)).sum(-1).mean(-1)
+            ends.append(doubt < rules.halt_below)
+        elif residual is not None and rules.halt == "residual":
+            ends.append(residual[rows] < rules.halt_below)
+        elif rules.halt is not None:
             wants = q_halt > _threshold(model, outputs) + rules.halt_above
             ends.append(rules.ends(wants, unchanged[rows]))
         if rules.fill and (step + 1) % rules.fill.steps == 0:
@@ -126,7 +140,7 @@ def refine(
             progress(len(inputs) if step + 1 == rules.max_steps else len(inputs) - len(rows))
 
     stacked = torch.stack(trace) if trace else None
-    return Answers(predictions, steps, q, halted, steps[:, None], all_logits, stacked)
+    return Answers(predictions, steps, q, halted, steps[:, None], all_logits, stacked, residual)
 
 
 def _sure(likely: Tensor, blank: Tensor, above: float) -> Tensor:
@@ -177,16 +191,27 @@ def named(states: Any) -> dict[str, Tensor]:
     return states if isinstance(states, dict) else vars(states)
 
 
+def _answer_state(states: Any) -> tuple[str, Tensor]:
+    """The name and value of the state that the heads read: z_H, or the only one."""
+    values = named(states)
+    name = "z_H" if "z_H" in values else next(iter(values))
+    return name, values[name]
+
+
+def _moved(before: Tensor, after: Tensor) -> Tensor:
+    """[N] fp32 mean over tokens of |change| / |state| of states [N, T, D]."""
+    change = after.to(torch.float32, copy=True).sub_(before).norm(dim=-1)
+    return (change / after.float().norm(dim=-1).clamp_min(1e-12)).mean(-1)
+
+
 def _add_noise(states: Any, numbers: Tensor, step: int, rules: Rules) -> None:
     """Add sigma * N(0, 1) to the state that the heads read: z_H, or the only one.
 
     The noise follows from (seed, number, step) alone, so it does not depend on a row's neighbours.
     """
-    values = named(states)
-    name = "z_H" if "z_H" in values else next(iter(values))
-    state = values[name]
+    name, state = _answer_state(states)
     drawn = noise.normals(rules.entries(numbers), step, tuple(state.shape[1:]), rules.seed)
-    values[name] = state + (rules.sigma * drawn).to(state.dtype)
+    named(states)[name] = state + drawn.mul_(rules.sigma).to(state.dtype)
 
 
 def randomise(states: Any, numbers: Tensor, rules: Rules) -> None:

@@ -26,7 +26,8 @@ from recurx.solving.options import Rules
 from recurx.solving.reasoner import Reasoner, reasoner
 from recurx.solving.rollouts import Run, as_long
 
-MOST_BYTES = 1 << 28  # of embedded rows at once
+MOST_BYTES = 1 << 24  # of embedded rows at once
+LEAST_ROWS = 16  # a thread, at once: the last ones leave other threads idle
 Progress = Callable[[int], None]
 
 
@@ -43,7 +44,7 @@ def refiner(
             whose wrapper may do more than the engine knows.
     """
     inputs = data["inputs"]
-    inside = how and inputs.device.type == "cpu" and len(inputs) and rules.fill is None
+    inside = how and inputs.device.type == "cpu" and len(inputs) and not rules.needs_loop
     if not inside or torch.is_autocast_enabled("cpu") or not _plain(model):
         return loop
     fresh = fresh_carry(model, {key: value[:1] for key, value in data.items()}).inner_carry
@@ -67,6 +68,8 @@ def refiner(
 
 def _engine_runs(problem: Problem, backend: str) -> bool:
     """Whether the loop would run all calls on the CPU engine."""
+    if "noise" in problem.schedule.changed:
+        return False  # its calls' noise counts samples by their place in the batch, which changes
     if backend == "cpu":
         return backends.why_not("cpu", problem) is None  # else the loop says why it cannot
     calls = route(problem).calls
@@ -86,7 +89,8 @@ def _refine(
     progress: Progress | None,
 ) -> Answers:  # fmt: skip
     start = who.start[who.output]
-    most = max(1, MOST_BYTES // (start.nbytes * (1 + len(who.start) * _draws(rules))))
+    most = MOST_BYTES // (start.nbytes * (1 + len(who.start) * _draws(rules)))
+    most = max(LEAST_ROWS * torch.get_num_threads(), most)
     parts: list[Answers] = []
     for first in range(0, len(numbers), most):
         chosen = slice(first, first + most)

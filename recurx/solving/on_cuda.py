@@ -1,8 +1,9 @@
 """Solving inside the CUDA engine: one launch runs all supervision steps of a queue of samples.
 
-An owner that finishes a sample takes the next one from the queue (csrc/cuda/owner_sm80/solve.cuh),
-so no sample is computed after it halts, no slot is padded and the host waits for nothing. The input
-embedding is the model's own code, before the launch; heads and halting are in the kernel.
+A slot whose sample ends takes the next one from the queue (csrc/cuda/solve.cuh), so the host waits
+for nothing; the owner kernel computes no sample after it halts, and the cluster kernel only while
+the queue is empty and another sample of its cluster goes on. The input embedding is the model's own
+code, before the launch; heads and halting are in the kernel.
 """
 
 from __future__ import annotations
@@ -15,12 +16,11 @@ import torch
 from torch import Tensor
 
 from recurx import backends
-from recurx.backends import cuda_abi, cuda_launch
-from recurx.backends.cuda import Cuda
+from recurx.backends import cuda_abi
+from recurx.backends.cuda_launch import Launch
 from recurx.errors import BackendUnavailable
 from recurx.operands import Operands, Span
-from recurx.plan import cuda as plans
-from recurx.problem import Problem
+from recurx.plan.cuda import slots as slots_of
 from recurx.solving.halting_loop import Answers, fresh_carry, named
 from recurx.solving.options import Rules
 from recurx.solving.reasoner import reasoner
@@ -47,11 +47,10 @@ def refine(model: Any, batch: Mapping[str, Tensor], rules: Rules) -> Answers:
     backend, device = backends.get("cuda"), batch["inputs"].device
     entries, vocab = len(batch["inputs"]) * rules.rollouts, len(who.lm_head)
     problem = who.problem(entries, device.type)
-    plan = owner_plan(backend, problem, device)
+    plan = backend.queue_plan(problem, device)
     library = backend.library()
-    assert library is not None, "checked by owner_plan"
-    owner = cuda_launch.owner_settings(plan)
-    slots = owner.owners * owner.samples
+    assert library is not None, "checked by queue_plan"
+    slots = slots_of(plan)
     tokens, hidden, answers = problem.tokens, problem.hidden, problem.tokens - who.prefix
     halting = "q_continue" if rules.halt == "q" and who.q_learning else rules.halt
 
@@ -60,11 +59,11 @@ def refine(model: Any, batch: Mapping[str, Tensor], rules: Rules) -> Answers:
 
     with backend.on(device) as stream:
         x = who.embed(batch).detach().contiguous()
-        slot_x = torch.zeros(slots, tokens, hidden, dtype=x.dtype, device=device)
-        states = tuple(torch.zeros_like(slot_x) for _ in who.schedule.states)
+        slot_x = new(slots, tokens, hidden, dtype=x.dtype).zero_()
+        states = tuple(new(*slot_x.shape, dtype=x.dtype).zero_() for _ in who.schedule.states)
         starts = [who.start[name].detach().contiguous() for name in who.schedule.states]
         heads = [w.detach().to(x.dtype).contiguous() for w in (who.lm_head, who.q_head, who.q_bias)]
-        next_entry = torch.zeros(1, dtype=torch.int32, device=device)
+        next_entry = new(1).zero_()
         predictions, steps, halted = new(entries, answers), new(entries), new(entries)
         q = new(entries, dtype=torch.float32)
         logits = new(entries, answers, vocab, dtype=x.dtype) if rules.logits else None
@@ -75,9 +74,9 @@ def refine(model: Any, batch: Mapping[str, Tensor], rules: Rules) -> Answers:
         operands.check_memory(who.schedule.states, running.nets)
         span = Span(0, len(who.schedule))
         p, kept = backend.describe(plan.kind, running, operands, states, span, stream)
-        size = library.bytes_of("rx_owner_sm80_scratch_bytes", p, owner)
-        scratch = new(size, dtype=torch.uint8)
-        p.scratch, p.scratch_bytes = scratch.data_ptr(), size
+        launch = Launch.of(library, plan, p, "solve")
+        scratch = new(launch.scratch_bytes, dtype=torch.uint8)
+        p.scratch, p.scratch_bytes = scratch.data_ptr(), launch.scratch_bytes
         s = cuda_abi.RxSolve(
             entries, rules.rollouts, rules.max_steps, HALTS[halting],
             who.schedule.states.index(who.output), who.prefix, vocab, rules.halt_above,
@@ -89,7 +88,7 @@ def refine(model: Any, batch: Mapping[str, Tensor], rules: Rules) -> Answers:
             trace=None if trace is None else trace.data_ptr(),
         )  # fmt: skip
         s.start[: len(starts)] = [state.data_ptr() for state in starts]
-        library.call("rx_owner_sm80_solve", p, owner, s, stream)
+        library.call(launch.entry, p, launch.settings, s, stream)
         del kept
     if trace is not None:  # an entry that halted keeps its answer
         after = torch.arange(rules.max_steps, device=device)[:, None] >= steps
@@ -102,6 +101,7 @@ def _beyond_the_kernel(rules: Rules) -> str:
     """What the kernel lacks that `rules` ask for ("" if nothing), and what to do."""
     asked = {
         f"halt={rules.halt!r}": rules.halt not in ("q", None),
+        f"select={rules.select!r}": rules.select == "residual",
         f"init={rules.init!r}": rules.init != "learned",
         f"first_sample={rules.first_sample}": bool(rules.first_sample and rules.sigma),
         "fill": rules.fill is not None,
@@ -113,19 +113,3 @@ def _beyond_the_kernel(rules: Rules) -> str:
         f"solves in its kernel without {' and '.join(lacks)}: leave `backend` out and set "
         "model.backend = 'cuda' (the loop on the host over the same kernels)."
     )
-
-
-def owner_plan(backend: Cuda, problem: Problem, device: torch.device) -> Any:
-    """The owner kernel's plan for a queue of `problem.batch` entries.
-
-    Raises:
-        BackendUnavailable: with the reason.
-    """
-    reason = backend.why_unavailable()
-    if reason is None:
-        where, compiled = backend.plan_device(device), backend.owner_plans
-        found = plans.candidates(problem, where, compiled, ("owner",))
-        if found:
-            return min(found, key=lambda plan: plan.order(where))
-        reason = "; ".join(plans.refusals(problem, where, compiled, ("owner",)))
-    raise BackendUnavailable(f"recurx.solve: backend 'cuda' {reason}")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from recurx.options import option
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-HALTS = ("q", "fixed-point", "any", None)
+HALTS = ("q", "fixed-point", "any", "residual", "entropy", None)
 INITS = ("learned", "random")
-SELECTIONS = ("q", "vote")
+SELECTIONS = ("q", "vote", "residual")
 Accepts = Callable[["Tensor", "Tensor"], "Tensor"]  # (inputs, answers [N, T]) -> [N] bool
 
 
@@ -40,6 +40,39 @@ class Fill:
 
 
 @dataclass(frozen=True)
+class Search:
+    """Search over tries by the rules of a task; see recurx/solving/search.py for how.
+
+    An answer counts only if it keeps the givens and the rules. Where there is none, the sample's
+    verdict in `Answers.verdicts` says why, and its prediction is padding:
+
+        "solved"         the prediction keeps the rules; with `unique` it is the only such answer
+        "contradictory"  the question has no answer: the rules refuted it, or all branches of it
+        "ambiguous"      it has several (only `unique` looks for them)
+        "budget"         none was found within `budget`, or not told within `positions`
+
+    The net proves nothing: `rules.possible` refutes boards, and the exact solver of the task,
+    `rules.count`, looks for a second answer. That solver would find the first one too.
+
+    `rules` is a task of `recurx.tasks`, or whatever has its `accepts`, `blank`, `possible` and
+    `count`. Without `blank` nothing is filled or branched: the question is tried again.
+    """
+
+    rules: Any
+    starts: int = option(8, "search: tries at once of each board, but for the first", least=2,
+                         most=2**12)  # fmt: skip
+    pin: float = option(1.0, "search: share of these tries that must agree on a cell to fill it; "
+                        "over 1, none is filled", metavar="SHARE")  # fmt: skip
+    budget: int = option(64, "search: boards that the net is asked about for a puzzle", least=1,
+                         most=2**16)  # fmt: skip
+    forced: bool = option(False, "search: also fill cells in which the rules leave one value")
+    unique: bool = option(False, "search: a puzzle must have one answer alone, which an exact "
+                          "solver tells, where the task has one")  # fmt: skip
+    positions: int = option(20_000, "search: positions that this solver looks at for a puzzle",
+                            least=1)  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Rules:
     """How rows are refined; each field is the argument of `recurx.solve` of that name, which tells
     more about it. The options among them are those of `eval` and `solve`."""
@@ -47,10 +80,13 @@ class Rules:
     max_steps: int = option(16, "steps a puzzle may take; may exceed those of training", least=1,
                             most=2**20)  # fmt: skip
     halt: str | None = option("q", "a puzzle ends when the model says so (q), when its answer "
-                              "stays the same (fixed-point), at the first of both (any), or "
-                              "after all steps (none)", choices=HALTS)  # fmt: skip
+                              "stays the same (fixed-point), at the first of both (any), when "
+                              "its state (residual) or answer (entropy) is settled, or after all "
+                              "steps (none)", choices=HALTS)  # fmt: skip
     halt_above: float = option(0.0, "q (logit of being right) that ends a puzzle: 0 is even odds, "
                                "3 is 20 to 1", metavar="Q")  # fmt: skip
+    halt_below: float = option(0.05, "limit of residuals (relative change of the state in a step) "
+                               "and entropies (in nats)", metavar="X")  # fmt: skip
     patience: int = option(2, "steps without a change that are a fixed point", least=1)
     rollouts: int = option(1, "tries of each puzzle", least=1, most=2**16)
     sigma: float = option(0.0, "noise in each step of a try")
@@ -58,14 +94,19 @@ class Rules:
                        "first at random ones", choices=INITS)  # fmt: skip
     init_scale: float = option(1.0, "deviation of random starts", metavar="STD")
     select: str | Accepts = option("q", "how the answer is picked among tries: the most confident "
-                                   "(q), the most frequent (vote), or the first that obeys the "
-                                   "rules of the task, and then no more are made (rules)",
+                                   "(q), frequent (vote) or settled (residual), or the first that "
+                                   "obeys the rules of the task, and then no more are made (rules)",
                                    choices=(*SELECTIONS, "rules"))  # fmt: skip
     seed: int = option(0, "of all randomness", least=0)
     first_sample: int = 0
     logits: bool = False
     trace: bool = False
     fill: Fill | None = None
+
+    @property
+    def needs_loop(self) -> bool:
+        """Whether only the loop on the host knows these rules; it measures residuals then."""
+        return self.fill is not None or bool({"residual", "entropy"} & {self.halt, self.select})
 
     @property
     def compares(self) -> bool:

@@ -64,6 +64,8 @@ def reasoner(model: Any, fresh: Mapping[str, Tensor]) -> Reasoner | str:
     q_learning = not getattr(model.config, "no_ACT_continue", False)
     heads = (inner.lm_head.weight, inner.q_head.weight, inner.q_head.bias)
     if isinstance(inner, Inner):
+        if inner.config.feedback:
+            return f"solves inside without feedback={inner.config.feedback!r}: leave `backend` out"
         nets = {name: as_net(net, name) for name, net in inner.nets().items()}
         if not all(isinstance(net, Net) for net in nets.values()):
             return "cannot look inside the model's nets"

@@ -14,9 +14,22 @@ from torch import Tensor
 
 from recurx.errors import bad_argument
 from recurx.solving.halting_loop import Answers
-from recurx.solving.options import Accepts
+from recurx.solving.options import Accepts, Rules
 
 Run = Callable[[Mapping[str, Tensor], Tensor], Answers]  # (data of N rows, their [N] numbers)
+
+
+def of_samples(
+    runner: Callable[[Rules], Run], data: Mapping[str, Tensor], samples: Tensor, rules: Rules
+) -> Answers:
+    """All tries of n boards, one batch of n * `rules.rollouts` rows.
+
+    Args:
+        samples: [n] numbers of the samples that the boards belong to.
+    """
+    rows = {key: value.repeat_interleave(rules.rollouts, dim=0) for key, value in data.items()}
+    tries = torch.arange(rules.rollouts, device=samples.device)
+    return runner(rules)(rows, (samples[:, None] * rules.rollouts + tries).flatten())
 
 
 def at_once(run: Run, data: Mapping[str, Tensor], rollouts: int, select: str | Accepts) -> Answers:
@@ -53,7 +66,8 @@ def pick(found: Answers, inputs: Tensor, rollouts: int, select: str | Accepts) -
     """The picked try of each sample, from rows that hold all of them."""
     _say_if_nan(found)
     samples = len(inputs)
-    score = rank(found.q).view(samples, rollouts)
+    settled = -found.residual if select == "residual" else found.q  # type: ignore[operator]
+    score = rank(settled).view(samples, rollouts)
     if select == "vote" and rollouts > 1:
         answers = found.predictions.view(samples, rollouts, found.predictions.shape[1])
         same = (answers[:, :, None] == answers[:, None, :]).all(-1)
@@ -73,6 +87,7 @@ def pick(found: Answers, inputs: Tensor, rollouts: int, select: str | Accepts) -
         rollout_steps=found.steps.view(samples, rollouts),
         logits=None if found.logits is None else found.logits[rows],
         trace=None if found.trace is None else found.trace[:, rows],
+        residual=None if found.residual is None else found.residual[rows],
     )
 
 
@@ -105,7 +120,7 @@ def checked(accepts: Accepts, inputs: Tensor, answers: Tensor) -> Tensor:
 def _updated(found: Answers, tried: Answers, left: Tensor, better: Tensor) -> Answers:
     """`found` with the rows `left[better]` of a later try in place of the earlier ones."""
     rows = left[better]
-    for name in ("predictions", "steps", "q", "halted", "logits"):
+    for name in ("predictions", "steps", "q", "halted", "logits", "residual"):
         values, later = getattr(found, name), getattr(tried, name)
         if values is not None:
             values[rows] = later[better]

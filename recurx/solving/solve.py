@@ -21,9 +21,10 @@ from recurx.solving import on_cpu
 from recurx.solving import rollouts as tries
 from recurx.solving.asking import evaluating
 from recurx.solving.halting_loop import Answers, refine
-from recurx.solving.options import HALTS, INITS, SELECTIONS, Accepts, Fill, Rules
+from recurx.solving.options import HALTS, INITS, SELECTIONS, Accepts, Fill, Rules, Search
+from recurx.solving.search import search as search_by_rules
 
-__all__ = ["Answers", "Fill", "solve"]
+__all__ = ["Answers", "Fill", "Search", "solve"]
 
 
 @torch.no_grad()
@@ -38,6 +39,7 @@ def solve(
     *,
     backend: str | None = None,
     halt_above: float = Rules.halt_above,
+    halt_below: float = Rules.halt_below,
     patience: int = Rules.patience,
     init: str = Rules.init,
     init_scale: float = Rules.init_scale,
@@ -46,6 +48,7 @@ def solve(
     logits: bool = False,
     trace: bool = False,
     fill: Fill | Mapping[str, Any] | None = None,
+    search: Search | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Answers:
     """Answer a batch with at most `max_steps` supervision steps a sample, without gradient.
@@ -60,7 +63,9 @@ def solve(
         max_steps: budget a sample; it may exceed the steps the model was trained with.
         halt: "q" ends a row as training does (q_halt > 0, or q_halt > q_continue with Q-learning);
             "fixed-point" ends it when its predicted answer did not change for `patience` steps;
-            "any" at whichever of the two comes first; None runs every row to the budget.
+            "any" at whichever of the two comes first; None runs every row to the budget. Below
+            `halt_below`: "residual", |change| / |state| in a step of what the heads read (FPRM,
+            arXiv 2606.18206), and "entropy" of the tokens in nats; means over tokens.
         backend: what runs the recursion; None for what the model runs on. With "cuda" all steps of
             all rows are one launch: a row that halts makes room for the next inside the kernel, and
             nothing waits for the host (recurx/solving/on_cuda.py). It halts by q or budget,
@@ -79,7 +84,8 @@ def solve(
             (EqR, arXiv 2605.21488). A single rollout always has the learned start.
         init_scale: standard deviation of random initial states.
         select: "q" picks the rollout with the highest q; "vote" the most frequent whole answer,
-            the one with the highest q among equals. A function (inputs [N, T], answers [N, T]) ->
+            the one with the highest q among equals; "residual" that which moved least in its last
+            step (EqR). A function (inputs [N, T], answers [N, T]) ->
             bool [N] that can tell right answers without a label, as `recurx.tasks.get(...).accepts`
             does by the rules: rollouts are tried in turn until it accepts one (with backend "cuda"
             all in one launch), and if it accepts none, the one with the highest q is picked.
@@ -92,17 +98,22 @@ def solve(
             (`recurx.Fill`, or its fields as a mapping). For hard questions, at many more steps.
             Fill every so many `steps` as the net was trained with, or more, and let `halt="q"` end
             it, unless the net was trained on questions with few blanks too.
-        progress: called now and then with how many rows (rollouts of samples) have ended so far.
+        search: search over tries by the rules of a task (`recurx.Search`), in place of `rollouts`
+            and `select`, which are not used then. The first try of a sample has no noise and the
+            learned start; the others differ by `sigma` or `init`, one of which must be said.
+        progress: called now and then with how many rows (rollouts of samples) have ended so far;
+            of a search, after each round with how many samples are done.
 
     Raises:
         InvalidArgument: a bad argument, or a model without the ACT interface.
         BackendUnavailable: `backend` cannot run this model here; the message says why.
     """
     rules = Rules(
-        max_steps, halt, halt_above, patience, rollouts, sigma, init, init_scale, select, seed,
-        first_sample, logits, trace, _fill(fill),
+        max_steps, halt, halt_above, halt_below, patience, rollouts, sigma, init, init_scale,
+        select, seed, first_sample, logits, trace, _fill(fill),
     )  # fmt: skip
     _check(rules)
+    _check_search(search, rules)
     model = _act_model(model)
     data = _complete(batch)
     in_kernel = backend == "cuda" and len(data["inputs"])
@@ -110,10 +121,21 @@ def solve(
         if in_kernel:
             from recurx.solving import on_cuda
 
+            if search is not None:
+                # NOTE: its noise counts the boards of a round, so it follows from the batch too.
+                asks = lambda rows, samples, rules: on_cuda.refine(model, rows, rules)  # noqa: E731
+                return search_by_rules(asks, data, rules, search, progress)
             found = on_cuda.refine(model, data, rules)
             return tries.pick(found, data["inputs"], rollouts, select)
-        loop = functools.partial(refine, model, rules=rules, progress=progress, **how)
-        run = on_cpu.refiner(model, data, rules, how, loop, progress)
+
+        def runner(rules: Rules, told: Callable[[int], None] | None) -> tries.Run:
+            loop = functools.partial(refine, model, rules=rules, progress=told, **how)
+            return on_cpu.refiner(model, data, rules, how, loop, told)
+
+        if search is not None:
+            asks = functools.partial(tries.of_samples, lambda rules: runner(rules, None))
+            return search_by_rules(asks, data, rules, search, progress)
+        run = runner(rules, progress)
         if callable(select):
             return tries.in_turn(run, data, rollouts, select)
         return tries.at_once(run, data, rollouts, select)
@@ -176,16 +198,44 @@ def _fill(fill: Fill | Mapping[str, Any] | None) -> Fill | None:
     return found
 
 
+def _check_search(search: Search | None, rules: Rules) -> None:
+    if search is None:
+        return
+    if not isinstance(search, Search):
+        raise bad_argument("solve", "search", "recurx.Search(task, ...)", repr(search))
+    least = {"starts": 2, "budget": 1, "positions": 1}
+    wrong = [n for n, least_ in least.items() if not _whole(getattr(search, n), least_)]
+    by = search.rules
+    lacks = [name for name in ("accepts", "blank", "possible", "count") if not hasattr(by, name)]
+    differ = search.budget == 1 or rules.sigma or rules.init != "learned"
+    for holds, arg, wanted, got in (
+        (not wrong, f"search.{'/'.join(wrong)}", f"ints of at least {least}", repr(search)),
+        (search.pin > 0, "search.pin", "a share > 0", repr(search.pin)),
+        (not lacks, "search.rules", "a task of recurx.tasks", f"one without {', '.join(lacks)}"),
+        (getattr(by, "has_rules", True), "search.rules", "a task that has rules", repr(by)),
+        (not search.unique or getattr(by, "counts", True), "search.unique",
+         "False for a task without an exact solver", "True"),
+        (differ, "search", "tries that differ, by sigma=0.5, say, or init='random'", "neither"),
+        (not rules.logits, "logits", "False with `search`", "True"),
+    ):  # fmt: skip
+        if not holds:
+            raise bad_argument("solve", arg, wanted, got)
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def _check(rules: Rules) -> None:
     counts = {"max_steps": 1, "rollouts": 1, "patience": 1, "first_sample": 0}
     for arg, least in counts.items():
         value = getattr(rules, arg)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if not _whole(value, least):
             raise bad_argument("solve", arg, f"an int >= {least}", repr(value))
     for arg, known in (("halt", HALTS), ("init", INITS)):
         if getattr(rules, arg) not in known:
             raise bad_argument("solve", arg, f"one of {known}", repr(getattr(rules, arg)))
-    for arg in ("sigma", "init_scale"):
+    for arg in ("sigma", "init_scale", "halt_below"):
         value = getattr(rules, arg)
         if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
             raise bad_argument("solve", arg, "a finite number >= 0", repr(value))

@@ -80,6 +80,8 @@ class CapturedStep:
             the device): pure PyTorch.
         synchronize: called with all gradients after the backward, to do something else with them
             (NCCL's collectives can be captured).
+        begin: gives the batch for a step in place of `queue.take`, and puts fresh samples into its
+            carry in place of the model (`recurx.train.recipe.Recipe`).
         capture: None captures where the head is on a GPU; False never does; or a
             `CudaGraphs`, or what stands in for it.
 
@@ -92,21 +94,15 @@ class CapturedStep:
     """
 
     def __init__(
-        self,
-        head: nn.Module,
-        optimizers: Sequence[torch.optim.Optimizer],
-        queue: SampleQueue,
-        *,
-        accumulate: int = 1,
-        clip_grad_norm: float = 0.0,
-        average: Average | None = None,
-        schedule: Schedule | None = None,
-        synchronize: Callable[[list[Tensor]], None] | None = None,
+        self, head: nn.Module, optimizers: Sequence[torch.optim.Optimizer], queue: SampleQueue, *,
+        accumulate: int = 1, clip_grad_norm: float = 0.0, average: Average | None = None,
+        schedule: Schedule | None = None, synchronize: Callable[[list[Tensor]], None] | None = None,
+        begin: Callable[[CapturedStep], dict[str, Tensor]] | None = None,
         capture: CudaGraphs | bool | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.head, self.optimizers, self.queue = head, list(optimizers), queue
         self.average, self.schedule, self.synchronize = average, schedule, synchronize
-        self.accumulate, self.clip_grad_norm = accumulate, clip_grad_norm
+        self.accumulate, self.clip_grad_norm, self.begin = accumulate, clip_grad_norm, begin
         self._check_parts()
         device = queue.device
         self.capturer = self._capturer(capture)
@@ -165,6 +161,10 @@ class CapturedStep:
         step, loss = self.health.tolist()
         return (int(step), loss) if step else None
 
+    def record_anew(self) -> None:
+        """Call after what Python does in a step has changed, as with the depth of a model."""
+        self._replay, self._warmed = None, 0
+
     @property
     def captured(self) -> bool:
         """Whether steps are replayed now."""
@@ -197,7 +197,7 @@ class CapturedStep:
         if self._grads is not None:
             torch._foreach_zero_(self._grads)
         self._set_rates()
-        batch = self.queue.take(self.carry.halted)
+        batch = self.begin(self) if self.begin else self.queue.take(self.carry.halted)
         metrics: dict[str, Tensor] = {}
         for part in self._parts():
             before, fresh = self.carry, batch
@@ -233,11 +233,15 @@ class CapturedStep:
         size = slots // self.accumulate
         models = [m for m in self.head.modules() if getattr(m, "exploration", None) is not None]
         tables = [m for m in self.head.modules() if isinstance(m, PuzzleEmbedding)]
+        noisy = [m for m in self.head.modules() if hasattr(m, "noise_seed")]
         for first in range(0, slots, size):
             for model in models:
                 model.exploration.first_slot = self.queue.own.start + first
                 if first:  # all parts are of one draw
                     model.exploration.state[1:].sub_(1)
+            for inner in noisy:
+                inner.first_sample = self.queue.own.start + first
+                inner.noise_seed.sub_(int(first > 0))
             for table in tables:
                 table.first_row = first
             yield slice(first, first + size)
@@ -303,17 +307,14 @@ class CapturedStep:
                 "Leave capture out: the same step then runs uncaptured here.",
             )  # fmt: skip
         for optimizer in self.optimizers:
+            got, hint = type(optimizer).__name__, ""
             if any(group.get("capturable") is False for group in optimizer.param_groups):
-                raise bad_argument(
-                    "train.CapturedStep", "optimizers", "ones that never read the device",
-                    f"{type(optimizer).__name__} with capturable=False",
-                    "Build it with capturable=True.",
-                )  # fmt: skip
-            if reads_the_rate(optimizer):
-                raise bad_argument(
-                    "train.CapturedStep", "optimizers", "ones that never read the device",
-                    type(optimizer).__name__, "Use recurx.train.Muon, or recurx.train.swap it.",
-                )  # fmt: skip
+                got, hint = f"{got} with capturable=False", "Build it with capturable=True."
+            elif reads_the_rate(optimizer):
+                hint = "Use recurx.train.Muon, or recurx.train.swap it."
+            if hint:
+                never = "ones that never read the device"
+                raise bad_argument("train.CapturedStep", "optimizers", never, got, hint)
         return CudaGraphs() if capture is None or capture is True else capture
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor
 
 from recurx.errors import bad_argument
-from recurx.models import ModelConfig, config_class
+from recurx.models import ModelConfig, RecursiveModel, config_class
 from recurx.models.losses import HALT_WEIGHT
 from recurx.options import file, option
 
 OPTIMIZERS = ("adam-atan2", "adamw", "muon")
 LR_DECAYS = ("none", "cosine")
+STAGE, STEP_LOSS = r"(\d+)x(\d+)(?:x(\d+))?:(\d+)", re.compile(r"all|last|(?=.*[1-9])\d*\.?\d*")
 HOLD_OUT = 256  # of a file of puzzles, on the command line
 
 
@@ -51,6 +53,10 @@ class TrainConfig:
         puzzles_sha256: of the file `puzzles`; None takes any, and the run fills it in.
         started_from: SHA-256 of the checkpoint whose weights the run began with
             (`Trainer.start_from`), None for fresh ones.
+
+    `depths` and a decay as `step_loss` are CGAR's (arXiv 2511.08653), `depths` and the last step's
+    loss RSM's (2603.15641), `random_starts` EqR's (2605.21488), `tries` SIC's (2601.19085),
+    `burn_in` Sotaku's (github.com/chenglou/sotaku).
     """
 
     task: str
@@ -86,9 +92,20 @@ class TrainConfig:
     grid_positions: bool = option(False, "learned positions start as row + column (+ box) vectors")
     grid_mixing: bool = option(False, "token MLPs start as sums over neighbouring cells")
     started_from: str | None = None
+    depths: str = option("", "fewer cycles at first: 1x2:300,2x4:600 takes 1 cycle of 2 low calls "
+                         "up to step 300, 2 of 4 up to 600, then the model's own; 1x2x8:300 also 8 "
+                         "supervision steps at most", metavar="HxL:UNTIL,...")  # fmt: skip
+    random_starts: bool = option(False, "samples start at random states, not at the learned ones")
+    burn_in: int = option(0, "in one step of five, fresh samples first take N, N/2, .. or N/16 "
+                          "supervision steps without gradient", least=1)  # fmt: skip
+    step_loss: str = option("all", "which answers of a sample are trained: all, the last, or all, "
+                            "with weight W^(step - 1), as in 0.7", metavar="WHICH")  # fmt: skip
+    tries: int = option(1, "slots of a sample, at random starts; the best of them trains", least=1)
 
     def __post_init__(self) -> None:
         filed, parts, batch = self.puzzles is not None, self.accumulate, self.batch_size
+        ends = [int(until) for *_, until in re.findall(STAGE, self.depths)]
+        rising = re.fullmatch(f"({STAGE}(,|$))*", self.depths) and ends == sorted(set(ends))
         for name, fits, expected in (
             ("optimizer", self.optimizer in OPTIMIZERS, f"one of {OPTIMIZERS}"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
@@ -103,6 +120,10 @@ class TrainConfig:
             ("hold_out", filed or not self.hold_out, "0 without a file of puzzles"),
             ("reveal", self.reveal >= 0, "cells >= 0"),
             ("hold_out", not filed or self.hold_out >= 1, "at least 1 puzzle"),
+            ("depths", rising, "stages up to rising steps, as in 1x2:300,2x4x8:600"),
+            ("step_loss", STEP_LOSS.fullmatch(self.step_loss), "all, last, or a weight like 0.7"),
+            ("burn_in", self.burn_in >= 0, "steps >= 0"),
+            ("tries", self.tries == 1 or self.tries * self.random_starts > 1, "1 with one start"),
         ):
             if not fits:
                 raise bad_argument("train", name, expected, repr(getattr(self, name)))
@@ -126,7 +147,22 @@ class TrainConfig:
                 "train", "puzzle_emb_ndim", f"more than 0 for {self.task}, whose puzzles only "
                 "their embedding tells apart", 0, "Set it, e.g. --set puzzle_emb_ndim=64.",
             )  # fmt: skip
+        self._stages(config)  # refuses now what would not fit at its step
         return config
+
+    def _stages(self, full: ModelConfig) -> list[tuple[int, ModelConfig]]:
+        """[(the step where it ends, the model's configuration until then)] of `depths`."""
+        names = ("H_cycles", "L_cycles", "halt_max_steps")
+        found = [[int(n) for n in stage if n] for stage in re.findall(STAGE, self.depths)]
+        return [(until, full.replace(**dict(zip(names, n, strict=False)))) for *n, until in found]
+
+    def deepen_(self, model: RecursiveModel, full: ModelConfig, step: float = math.inf) -> bool:
+        """Give `model`, which is `full` after all stages, its depth in training step number `step`,
+        from 0; whether that changed it."""
+        depth = next((depth for until, depth in self._stages(full) if step < until), full)
+        if changed := self.depths != "" and model.config != depth:
+            model.config, model.inner.schedule = depth, depth.schedule
+        return changed
 
     def rate_factor(self, done: Tensor) -> Tensor:
         """The factor of the learning rates after `done` steps (a 0-d fp32 tensor)."""

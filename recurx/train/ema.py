@@ -19,10 +19,7 @@ class Average:
     device, so that a captured step counts on.
 
     Where no kernel runs, this is the call that `torch.optim.swa_utils.get_ema_multi_avg_fn` makes,
-    to the bit. `AveragedModel` around it is not: its first update copies the weights instead of
-    averaging them, which the next 20 still show (2e-6 of weights of 1 after 11, at decay 0.99), it
-    keeps the average of bf16 weights in bf16, and it reads its count from the device each time,
-    which no captured step may.
+    to the bit; NOTES.md says why there is no `AveragedModel` around it.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.999) -> None:
@@ -82,8 +79,6 @@ def move_(
             small_ops.wrote(some)
             continue
         towards = [v.to(a.dtype) for a, v in pairs]
-        if isinstance(share, Tensor):
-            torch._foreach_lerp_(some, towards, [share.to(a.dtype) for a in some])
-        else:
-            torch._foreach_lerp_(some, towards, share)
+        shares = [share.to(a.dtype) for a in some] if isinstance(share, Tensor) else share
+        torch._foreach_lerp_(some, towards, shares)
     return tables

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,9 @@ class Report:
         seconds: wall time of the refinement alone.
         curve: exact accuracy if every sample stopped after 1, 2, ... steps (or at its halt).
         histogram: {steps: how many rollouts took them}.
+        known_cells: number of tokens that `cells` is a share of.
+        verdicts: {verdict: how many samples}, of a search.
+        wrong: answers that a search took and the checker refuses.
     """
 
     count: int
@@ -41,29 +44,27 @@ class Report:
     seconds: float
     curve: tuple[float, ...]
     histogram: dict[int, int]
+    known_cells: int = 0
+    verdicts: dict[str, int] = field(default_factory=dict)
+    wrong: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def evaluate(
-    model: nn.Module,
-    task: Judge,
-    examples: Examples,
-    *,
-    known: NDArray[np.bool_] | None = None,
-    batch_size: int = 256,
-    device: torch.device | str = "cpu",
-    on_batch: Callable[[int], None] = lambda done: None,
-    **solve_arguments: Any,
-) -> Report:
+    model: nn.Module, task: Judge, examples: Examples, *, known: NDArray[np.bool_] | None = None,
+    batch_size: int = 256, first_sample: int = 0, device: torch.device | str = "cpu",
+    on_batch: Callable[[int], None] = lambda done: None, **solve_arguments: Any,
+) -> Report:  # fmt: skip
     """Refine every example with `recurx.solve` and check the answers by the rules.
 
     Args:
         known: [N] which rows of `examples.answers` are known, for `cells`; None for all. The other
             rows count for everything else: the checker needs no solution.
+        first_sample: number of the first example, where these are a part of more.
         on_batch: called with the number of examples that are done.
-        solve_arguments: max_steps, halt, rollouts, ... of `recurx.solve`.
+        solve_arguments: max_steps, halt, rollouts, search, ... of `recurx.solve`.
 
     Raises:
         InvalidArgument: no examples, or a bad argument of `recurx.solve`.
@@ -78,7 +79,7 @@ def evaluate(
         # A sample's noise follows from its number among all examples, so not from batch_size. NOTE:
         # the CUDA engine's own solve counts from 0 in each batch.
         if solve_arguments.get("backend") != "cuda":
-            solve_arguments["first_sample"] = first
+            solve_arguments["first_sample"] = first_sample + first
         parts.append(solve(model, batch, trace=True, **solve_arguments))
         on_batch(min(first + batch_size, len(examples)))
     synchronize(on)
@@ -89,14 +90,19 @@ def evaluate(
     steps: Counter[int] = Counter()
     for part in parts:
         steps.update(part.histogram())
+    right = task.right(examples, answers)
+    verdicts = [verdict for part in parts for verdict in part.verdicts or ()]
     return Report(
         count=len(examples),
-        exact=float(task.right(examples, answers).mean()),
+        exact=float(right.mean()),
         cells=float(cells.mean()) if cells.size else None,
         steps_mean=float(sum(int(p.rollout_steps.sum()) for p in parts) / len(examples)),
         seconds=seconds,
         curve=_curve(task, examples, parts),
         histogram=dict(sorted(steps.items())),
+        known_cells=cells.size,
+        verdicts=dict(Counter(verdicts)),
+        wrong=sum(v == "solved" and not r for v, r in zip(verdicts, right, strict=False)),
     )
 
 

@@ -11,13 +11,14 @@ from torch import Tensor
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """The tensors in nested dataclasses, mappings and sequences, in order."""
+    """The tensors in nested dataclasses, mappings (by name: dicts of the same states may have them
+    in any order) and sequences."""
     if isinstance(value, Tensor):
         return [value]
     if dataclasses.is_dataclass(value):
         return [t for f in dataclasses.fields(value) for t in tensors_of(getattr(value, f.name))]
     if isinstance(value, Mapping):
-        return [t for item in value.values() for t in tensors_of(item)]
+        return [t for key in sorted(value, key=str) for t in tensors_of(value[key])]
     if isinstance(value, (list, tuple)):
         return [t for item in value for t in tensors_of(item)]
     return []

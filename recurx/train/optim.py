@@ -167,15 +167,10 @@ def _step_group(
 
 
 def _adam_atan2(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    means: Sequence[Tensor],
-    squares: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    weight_decay: float,
-) -> None:
+    params: Sequence[Tensor], grads: Sequence[Tensor], means: Sequence[Tensor],
+    squares: Sequence[Tensor], steps: Sequence[Tensor], lr: float | Tensor,
+    betas: tuple[float, float], weight_decay: float,
+) -> None:  # fmt: skip
     """The formula of `kernels/adam_atan2.py`; wide means, `steps` already count this step."""
     beta1, beta2 = betas
     wide = [g.to(m.dtype) for g, m in zip(grads, means, strict=True)]

@@ -86,21 +86,6 @@ class Ranks:
         """The largest number that any rank says. On the host: does not wait for a GPU."""
         if self.world == 1:
             return number
-        return self._most(number)
-
-    def first_says(self, value: Any) -> Any:
-        """What the first rank gives here, whatever can be pickled; all must call it."""
-        return value if self.world == 1 else self._from_first(value)
-
-    # ---- what a test replaces to have ranks in one process ---------------------------------------
-
-    def _all_reduce(self, tensor: Tensor) -> None:
-        dist.all_reduce(tensor)
-
-    def _all_gather(self, rows: Tensor) -> Tensor:
-        return all_gather(rows, self.world)
-
-    def _most(self, number: int) -> int:
         said = torch.tensor(number)
         try:
             dist.all_reduce(said, dist.ReduceOp.MAX)
@@ -108,10 +93,19 @@ class Ranks:
             raise RunFailed("another rank has ended, and says why by itself.") from error
         return int(said)
 
-    def _from_first(self, value: Any) -> Any:
+    def first_says(self, value: Any) -> Any:
+        """What the first rank gives here, whatever can be pickled; all must call it."""
         said = [value]
-        dist.broadcast_object_list(said, src=0)
+        if self.world > 1:
+            dist.broadcast_object_list(said, src=0)
         return said[0]
+
+    # What a test replaces, with `agree` and `first_says`, to have ranks in one process.
+    def _all_reduce(self, tensor: Tensor) -> None:
+        dist.all_reduce(tensor)
+
+    def _all_gather(self, rows: Tensor) -> Tensor:
+        return all_gather(rows, self.world)
 
 
 def all_gather(own: Tensor, world: int) -> Tensor:
@@ -147,12 +141,8 @@ def join_torchrun(device: torch.device) -> Ranks:
 
 
 def _leave() -> None:
-    """Join the group's threads while there is an interpreter.
-
-    A thread of gloo that lets go of a tensor wants the GIL; once Python finalizes, that aborts the
-    process, whose work is done. What holds the group (DistributedDataParallel lies in a cycle) goes
-    first: the threads end with its last reference.
-    """
+    """Join the group's threads while there is an interpreter; they end with the last reference to
+    the group, and DistributedDataParallel, which has one, lies in a cycle."""
     gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -90,9 +90,6 @@ def provide_adam_atan2() -> None:
     sys.modules["adam_atan2"] = module
 
 
-# ---- losses -------------------------------------------------------------------------------------
-
-
 def _parts(thing: Any) -> Iterator[tuple[str, Any, Verdict]]:
     """(where, part, verdict) of each part of `thing` that may be swapped."""
     if isinstance(thing, torch.optim.Optimizer):
@@ -139,34 +136,27 @@ def _not_stablemax(loss: Callable[..., Tensor]) -> str | None:
     return None if error < 1e-5 else f"is not stablemax cross-entropy: differs by {error:.3g}"
 
 
-# ---- optimisers ---------------------------------------------------------------------------------
-
-
 def _optimizer(optimizer: torch.optim.Optimizer) -> Verdict:
     if isinstance(optimizer, (AdamATan2, SparseSignSGD, Muon)):
         return "it is recurx's already", None
-    if reads_the_rate(optimizer):
-        rule = MethodType(stepping(muon_), optimizer)
-        return "step: Muon, which never reads the device", ("step", rule)
     settings = [set(group) - {"params", "initial_lr"} for group in optimizer.param_groups]
-    if all(keys == _SIGN_SGD for keys in settings):
-        difference, rule, what = _not_sign_sgd(optimizer), sparse_sign_sgd_, "sparse sign SGD"
+    if reads_the_rate(optimizer):
+        rule, what = muon_, "Muon, which never reads the device"
+    elif all(keys == _SIGN_SGD for keys in settings):
+        try:
+            for group in optimizer.param_groups:
+                embedding_buffers(group["params"])
+        except ValueError as error:
+            return str(error), None
+        rule, what = sparse_sign_sgd_, "sparse sign SGD"
     elif all(keys == _ADAM for keys in settings):
-        difference, rule, what = _not_adam_atan2(optimizer), adam_atan2_, "AdamATan2, one launch"
+        difference = _not_adam_atan2(optimizer)
+        if difference is not None:
+            return difference, None
+        rule, what = adam_atan2_, "AdamATan2, one launch"
     else:
         return f"has the settings {sorted(set().union(*settings))}", None
-    if difference is not None:
-        return difference, None
     return f"step: {what}", ("step", MethodType(stepping(rule), optimizer))
-
-
-def _not_sign_sgd(optimizer: torch.optim.Optimizer) -> str | None:
-    try:
-        for group in optimizer.param_groups:
-            embedding_buffers(group["params"])
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def _not_adam_atan2(optimizer: torch.optim.Optimizer) -> str | None:
@@ -190,9 +180,6 @@ def _not_adam_atan2(optimizer: torch.optim.Optimizer) -> str | None:
     return None if error < 1e-5 else f"is not AdamATan2: two steps differ by {error:.3g}"
 
 
-# ---- averages -----------------------------------------------------------------------------------
-
-
 def _average(helper: Any) -> Verdict:
     shadow, decay = getattr(helper, "shadow", None), getattr(helper, "mu", None)
     if not isinstance(shadow, dict) or not isinstance(decay, float):
@@ -209,11 +196,6 @@ def _average(helper: Any) -> Verdict:
             return "`update` is not mu * average + (1 - mu) * weight", None
     except Exception as error:  # foreign code may raise anything; then nothing is known of it
         return f"`update` cannot be tried on a small module: {error}", None
-    change = ("update", MethodType(_updating(), helper))
-    return "update: the average of all weights, one launch", change
-
-
-def _updating() -> Callable[[Any, nn.Module], None]:
     tables: Any = None
 
     @torch.no_grad()
@@ -225,4 +207,5 @@ def _updating() -> Callable[[Any, nn.Module], None]:
         averages = [self.shadow[name].data for name, _ in named]
         tables = move_(averages, [p.detach() for _, p in named], 1.0 - self.mu, tables)
 
-    return update
+    change = ("update", MethodType(update, helper))
+    return "update: the average of all weights, one launch", change

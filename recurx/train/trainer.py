@@ -23,15 +23,8 @@ import torch
 
 from recurx.checkpoint import load_checkpoint
 from recurx.errors import RunFailed, SaveFailed, bad_argument
-from recurx.models import (
-    ACTLossHead,
-    Carry,
-    Exploration,
-    ModelConfig,
-    RecursiveModel,
-    build_model,
-    problem_of_model,
-)
+from recurx.models import ACTLossHead, Carry, Exploration, ModelConfig, RecursiveModel, build_model
+from recurx.models.inner import problem_of_model
 from recurx.route import Request, stored
 from recurx.train.captured import CapturedStep
 from recurx.train.config import TrainConfig
@@ -43,6 +36,7 @@ from recurx.train.optim import make_optimizers
 from recurx.train.progress import Progress
 from recurx.train.queue import SampleQueue
 from recurx.train.ranks import Ranks
+from recurx.train.recipe import Recipe
 from recurx.train.run_folder import RunFolder
 from recurx.train.task_data import open_data
 from recurx.verdicts import VERDICTS
@@ -66,26 +60,18 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        config: TrainConfig,
-        folder: str | Path | None = None,
-        data: Data | None = None,
-        *,
-        device: torch.device | str = "cpu",
-        backend: str = "auto",
-        captured: bool | None = None,
-        keep_going: bool = False,
-        ranks: Ranks | None = None,
-    ) -> None:
+        self, config: TrainConfig, folder: str | Path | None = None, data: Data | None = None, *,
+        device: torch.device | str = "cpu", backend: str = "auto", captured: bool | None = None,
+        keep_going: bool = False, ranks: Ranks | None = None,
+    ) -> None:  # fmt: skip
         self.ranks = Ranks.of_this_process() if ranks is None else ranks
         own = self.ranks.own(config.batch_size)
         self.data = open_data(config) if data is None else data
         self.config, self.device = self.data.pinned(config), torch.device(device)
         self.folder = None if folder is None else Path(folder)
         self.files = RunFolder(self.folder if self.ranks.first else None)
-        self.step, self._saved_at, self._kept = 0, -1, -1
+        self.step, self.seconds, self._saved_at, self._kept = 0, 0.0, -1, -1
         self.keep_going, self.signal = keep_going, 0  # the signal that ended the last `run`
-        self.seconds = 0.0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model_config = config.model_config(self.data).replace(batch_size=own.stop - own.start)
@@ -93,20 +79,24 @@ class Trainer:
             self.data.prepare_(self.model)
             self.model.to(self.device)
         # Exploration draws from this run's generator, whatever else the process draws.
-        self.exploration = Exploration(config.seed, self.device)
-        self.exploration.first_slot = own.start
-        self.model.exploration = self.exploration
+        self.model.exploration = self.exploration = Exploration(config.seed, self.device)
+        self.exploration.first_slot = self.model.inner.first_sample = own.start
         self.average = Average(self.model, config.ema)
         optimizers = make_optimizers(config, self.model, self.ranks.world)
         self.optimizer = optimizers[0]
         self.queue = SampleQueue(self.data.draw, config.batch_size, self.device, ranks=self.ranks)
+        head = ACTLossHead(self.model, config.loss, config.halt_weight)
+        self.full, recipe = self.model.config, Recipe(config, self.model.config.halt_max_steps)
+        if config.tries > 1 or config.step_loss != "all":
+            head.weigh = recipe.weigh
         self.one_step = CapturedStep(
-            ACTLossHead(self.model, config.loss, config.halt_weight),
+            head,
             optimizers,
             self.queue,
             accumulate=config.accumulate,
             clip_grad_norm=config.clip_grad_norm,
             average=self.average,
+            begin=recipe.begin if config.random_starts or config.burn_in else None,
             schedule=config.rate_factor,
             capture=captured,
         )
@@ -122,12 +112,7 @@ class Trainer:
         return self.one_step.carry
 
     @classmethod
-    def resume(
-        cls,
-        folder: str | Path,
-        data: Data | None = None,
-        **how: Any,
-    ) -> Trainer:
+    def resume(cls, folder: str | Path, data: Data | None = None, **how: Any) -> Trainer:
         """The run whose files lie in `folder`, exactly where it was saved.
 
         Args:
@@ -180,6 +165,8 @@ class Trainer:
     def train_step(self) -> Progress:
         """One supervision step of every slot, and one optimiser step."""
         start = time.perf_counter()
+        if self.config.deepen_(self.model, self.full, self.step):
+            self.one_step.record_anew()
         self.one_step()
         self.step += 1
         if self.step == 1 and self.ranks.world > 1:
@@ -194,13 +181,9 @@ class Trainer:
     # ---- the run -------------------------------------------------------------------------------
 
     def run(
-        self,
-        steps: int | None = None,
-        time_budget: float | None = None,
-        *,
-        save_every: int = 500,
+        self, steps: int | None = None, time_budget: float | None = None, *, save_every: int = 500,
         on_step: Callable[[Progress], bool | None] = lambda progress: None,
-    ) -> str:
+    ) -> str:  # fmt: skip
         """Train until `steps` in total, `time_budget` seconds in this call, or `on_step` is True.
 
         Ctrl-C (and SIGTERM) end it after the step in progress; it is saved at the end in any case,
@@ -263,6 +246,7 @@ class Trainer:
     def averaged(self) -> RecursiveModel:
         """A copy of the model with the averaged weights, in evaluation mode."""
         model = copy.deepcopy(self.model).eval()
+        self.config.deepen_(model, self.full)
         self.average.copy_to(model)
         return model
 
@@ -347,4 +331,4 @@ class Trainer:
         self.queue.load(tensors.get("queue", {}))
         put_(self.exploration.state, tensors["exploration"])
         carry = mapped(lambda every: every[self.queue.own], tensors["carry"])
-        put_(self.carry, Carry(**{key: carry[key] for key in vars(self.carry)}))
+        put_(self.carry, Carry(**{key: carry.get(key, {}) for key in vars(self.carry)}))

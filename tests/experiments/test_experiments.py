@@ -26,7 +26,7 @@ def test_every_experiment_has_what_the_command_needs():
             and module.Options.time_budget > 0
         )
         assert all(map(callable, (module.measure, module.tables, module.draw)))
-    with pytest.raises(InvalidArgument, match="compose, exit, hybrid, sort, windows"):
+    with pytest.raises(InvalidArgument, match="compose, exit, hybrid, sort, variants, windows"):
         experiments.load("chess")
 
 

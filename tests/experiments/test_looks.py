@@ -55,9 +55,9 @@ def test_one_look_is_one_call(monkeypatch):
     arguments = arguments_of(sort, "--task", TASK, "--batch-size", "4")
     original, ran = reference.run, []
 
-    def counting(schedule, nets, x, states, cos_sin, start, stop):
+    def counting(schedule, nets, x, states, cos_sin, start, stop, *beside):
         ran.append(stop - start)
-        return original(schedule, nets, x, states, cos_sin, start, stop)
+        return original(schedule, nets, x, states, cos_sin, start, stop, *beside)
 
     monkeypatch.setattr(reference, "run", counting)
     for kind in (one_look.RECURSIVE, one_look.ONE_LOOK, one_look.DEEP):

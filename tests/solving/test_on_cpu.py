@@ -138,6 +138,7 @@ def test_a_queue_of_several_parts(monkeypatch, calls):
     model, told = make(), []
     rules = dict(max_steps=5, halt="fixed-point", trace=True, logits=True)
     monkeypatch.setattr(on_cpu, "MOST_BYTES", 9 * TOKENS * 64 * 4)
+    monkeypatch.setattr(on_cpu, "LEAST_ROWS", 1)
     inside = recurx.solve(model, puzzles(), progress=told.append, **rules)
     assert calls == [9, 9, 5]
     loop = by_the_loop(model, puzzles(), **rules)

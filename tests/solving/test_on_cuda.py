@@ -85,7 +85,11 @@ def assert_same(inside, loop):
     assert inside.q.dtype == loop.q.dtype
 
 
-@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+FIELDS = "residual_scale:0.5,activation:gelu,kv_heads:1,biases:qkv+down"
+QUEUED = {**MODELS, "fields of blocks": dict(block=FIELDS)}
+
+
+@pytest.mark.parametrize("changes", QUEUED.values(), ids=QUEUED)
 def test_queue_and_halting_give_the_answers_of_the_loop(engine, changes, monkeypatch):
     model = make(**changes)
     monkeypatch.setattr(engine, "_device", dataclasses.replace(engine._device, units=2))
@@ -157,19 +161,15 @@ def test_ten_schedules_of_the_threads_give_the_same_bits(engine):
             assert torch.equal(getattr(found, name), getattr(first, name)), (seed, name)
 
 
-def test_several_samples_share_an_owner(engine):
+def test_several_samples_share_an_owner(engine, monkeypatch):
     """Two samples of 11 tokens in 32 rows; an idle slot beside a busy one harms nobody."""
     model, batch = make(), puzzles(5)
     who = on_cuda.reasoner(model, {n: s[0] for n, s in model.inner.initial_states(1).items()})
-    plan = on_cuda.owner_plan(engine, who.problem(5, "cpu"), torch.device("cpu"))
+    plan = engine.queue_plan(who.problem(5, "cpu"), torch.device("cpu"))
     settings = (("owners", 1), ("samples", 2), ("tiles", 2), ("in_scratch", 0))
     one = dataclasses.replace(plan, settings=settings)
-    original = on_cuda.owner_plan
-    on_cuda.owner_plan = lambda *_: one
-    try:
-        inside, loop = both(model, batch, max_steps=3)
-    finally:
-        on_cuda.owner_plan = original
+    monkeypatch.setattr(engine, "queue_plan", lambda *_: one)
+    inside, loop = both(model, batch, max_steps=3)
     assert_same(inside, loop)
 
 
@@ -187,12 +187,12 @@ def test_refusals_say_why(engine):
 
 
 BUGS = {
-    "a slot is not refilled": ("at = Slot{take_entry(s), 0, 0.f, 0.f};", "at.entry = -1;"),
-    "steps go on counting": ("at = Slot{take_entry(s), 0,", "at = Slot{take_entry(s), at.steps,"),
+    "a slot is not refilled": ("  at = fresh_slot(s);", "  at.entry = -1;"),
+    "steps go on counting": ("  at = fresh_slot(s);", "  at.entry = take_entry(s);"),
     "halts below the limit": ("at.q_halt > limit", "at.q_halt < limit"),
     "reads the neighbour's answer": (
-        "p.at.samples + i) * p.r.tokens;",
-        "p.at.samples) * p.r.tokens;",
+        "rx::answer_rows(p.r, s, int(blockIdx.x) * p.at.samples + i)",
+        "rx::answer_rows(p.r, s, 0)",
     ),
     "the last of equal logits": ("!(logit > best)", "!(logit >= best)"),
     "noise of another step": ("uint32_t(at.steps), 0};", "0, 0};"),
@@ -208,9 +208,10 @@ def test_planted_bugs_are_found(bug, tmp_path):
     import shutil
 
     folder = shutil.copytree(KERNELS, tmp_path / "cuda")
-    source = folder / "owner_sm80" / "solve.cuh"
-    text = source.read_text()
     right, wrong = BUGS[bug]
+    both_files = folder / "solve.cuh", folder / "owner_sm80" / "solve.cuh"
+    source = next(path for path in both_files if right in path.read_text())
+    text = source.read_text()
     assert text.count(right) == 1, f"{bug}: the line it changes is not there (once)"
     source.write_text(text.replace(right, wrong))
     broken = emulate(((64, 2),), folder=folder)

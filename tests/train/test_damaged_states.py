@@ -5,19 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-import resource
 import struct
 from pathlib import Path
 
 import pytest
 import torch
 
+from recurx.bench.counters import Memory
 from recurx.errors import CheckpointError, RecurxError
 from recurx.train import Trainer, run_folder, saved_config, state
 from tests.train.test_train import differing, tiny
 
 MUTATIONS = 400
-MOST_MEMORY = 256 * 2**20  # bytes more than before, all mutations together
+MOST_MIB = 256  # more than before, all mutations together
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def outcome(run: Trainer, data: bytes) -> str:
 
 def test_no_mutation_is_resumed_from_or_raises_anything_else(run: Trainer) -> None:
     whole, rng = path_of(run).read_bytes(), random.Random(7)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = Memory("cpu")
     try:
         told = [outcome(run, changed) for _ in range(MUTATIONS)
                 if (changed := mutated(whole, rng)) != whole]  # fmt: skip
@@ -77,7 +77,7 @@ def test_no_mutation_is_resumed_from_or_raises_anything_else(run: Trainer) -> No
         path_of(run).write_bytes(whole)
     assert len(told) > 300 and all(told)  # none of these is without effect
     assert all("--start-from" in text for text in told)  # the averaged weights are whole
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MOST_MEMORY
+    assert memory.peak()["peak_mib"] < MOST_MIB
     assert outcome(run, whole) == ""
 
 
@@ -168,12 +168,12 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_files_are_refused_in_little_memory(run: Trainer, name: str) -> None:
     whole = path_of(run).read_bytes()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = Memory("cpu")
     try:
         assert outcome(run, HOSTILE[name]) != ""
     finally:
         path_of(run).write_bytes(whole)
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MOST_MEMORY
+    assert memory.peak()["peak_mib"] < MOST_MIB
 
 
 def test_without_good_weights_beside_it_nothing_is_offered(run: Trainer) -> None:

@@ -278,7 +278,7 @@ def test_without_locks_it_warns_and_still_overwrites_nobody(tmp_path, monkeypatc
 
 def test_two_commands_that_begin_at_once_are_one_run(tmp_path, monkeypatch) -> None:
     """The second looked before the first saved, and would have begun the folder anew."""
-    from recurx.cli import train as command
+    from recurx.experiments.answering import train as command
 
     folder = tmp_path / "run"
     began = command._started

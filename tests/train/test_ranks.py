@@ -18,6 +18,7 @@ import recurx.experiments.tasks  # noqa: F401
 from recurx import atomic
 from recurx.errors import InvalidArgument
 from recurx.models.exploration import Exploration
+from recurx.models.inner import Inner
 from recurx.train import TrainConfig, Trainer, optim, preset, state
 from recurx.train.ranks import Ranks
 from recurx.verdicts import VERDICTS
@@ -83,10 +84,10 @@ class ThreadRanks(Ranks):
     def _all_gather(self, rows: Tensor) -> Tensor:
         return torch.cat(self.meeting.all(self.rank, rows.clone()))
 
-    def _most(self, number: int) -> int:
+    def agree(self, number: int) -> int:
         return max(self.meeting.all(self.rank, number))
 
-    def _from_first(self, value):
+    def first_says(self, value):
         return self.meeting.all(self.rank, value)[0]
 
 
@@ -152,7 +153,7 @@ def test_ranks_train_as_one_does(world: int, variant: str) -> None:
             assert got == pytest.approx(want, rel=1e-4, abs=1e-4)
     for name, value in others[0][1].items():
         assert torch.equal(others[1][1][name], value), name  # ranks agree to the bit
-    assert sum(step["count"] for step in sums) > 40  # slots were replaced all the time
+    assert sum(step["count"] for step in sums) > 30  # slots were replaced all the time
 
 
 def planted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,6 +183,36 @@ def test_the_comparison_notices_a_planted_bug(bug: str, monkeypatch) -> None:
     others = in_threads(2, lambda ranks: made(config(), ranks=ranks), steps_and_state)
     with pytest.raises(AssertionError):
         assert_same_run(others[0][1], alone[1])
+
+
+DRAWING = {
+    "noise": {"noise": 0.1},
+    "dropout": {"block": "dropout:0.2,drop_path:0.2"},
+}
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("drawn", DRAWING)
+def test_ranks_draw_the_noise_of_their_slots(drawn: str, parts: int) -> None:
+    """Neither how many ranks there are nor in how many parts each goes changes what is drawn."""
+    alone = steps_and_state(made(config(model=DRAWING[drawn])))
+    settings = config(model=DRAWING[drawn], accumulate=parts)
+    others = in_threads(2, lambda ranks: made(settings, ranks=ranks), steps_and_state)
+    for _, held in others:
+        assert_same_run(held, alone[1])
+
+
+@pytest.mark.parametrize("drawn", DRAWING)
+def test_ranks_that_draw_alike_are_noticed(drawn: str, monkeypatch) -> None:
+    whole = Inner.forward
+
+    def without_offset(self: Inner, *given, **how):
+        self.first_sample = 0
+        return whole(self, *given, **how)
+
+    monkeypatch.setattr(Inner, "forward", without_offset)
+    with pytest.raises(AssertionError):
+        test_ranks_draw_the_noise_of_their_slots(drawn, 1)
 
 
 def test_a_checkpoint_of_ranks_is_resumed_by_ranks_and_by_one(tmp_path) -> None:

@@ -109,7 +109,7 @@ def test_parts_of_a_batch_are_the_step_of_the_whole(parts: int, variant: str) ->
     assert_same_run(other_state, state)
     for got, want in zip(other_sums, sums, strict=True):
         assert got == pytest.approx(want, rel=1e-4, abs=1e-4)
-    assert sum(step["count"] for step in sums) > 40  # slots were replaced all the time
+    assert sum(step["count"] for step in sums) > 30  # slots were replaced all the time
 
 
 def test_ranks_and_parts_together_are_the_step_of_the_whole() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -107,6 +108,22 @@ def test_average_follows_the_weights() -> None:
 
 
 # ---- runs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["trm", "hrm", "hier6"])
+def test_the_carry_between_steps_is_that_of_a_plain_loop(variant: str) -> None:
+    """Each state under its own name. Learning tells nothing of it: nets learn from swapped ones."""
+    model = {"variant": variant, "H_layers": int(variant == "hrm"), "halt_max_steps": 9}
+    run = Trainer(tiny(model={**model, "no_ACT_continue": variant != "hrm"}), backend="eager")
+    plain = None
+    for _ in range(3):
+        twin = copy.deepcopy(run.model)
+        batch = {key: values[:6].clone() for key, values in run.queue.ring.items()}
+        plain, _ = twin(plain or twin.initial_carry(batch), batch)
+        run.train_step()
+        assert run.carry.inner_carry.keys() == plain.inner_carry.keys()
+        for name, state in run.carry.inner_carry.items():
+            torch.testing.assert_close(state, plain.inner_carry[name], msg=lambda m, n=name: n + m)
 
 
 @pytest.mark.parametrize("optimizer", ["adam-atan2", "adamw"])

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import recurx.experiments.tasks  # noqa: F401
-from recurx.cli.events import EventFiles
 from recurx.commands import main
 from recurx.errors import InvalidArgument
+from recurx.experiments.answering.progress import event_files
 from recurx.train import PRESETS, Trainer, preset
 
 TASK = "sort:length=5,values=4"
@@ -90,8 +90,11 @@ def test_event_files_get_what_the_metrics_get(tmp_path, monkeypatch) -> None:
 def test_without_tensorboard_the_error_names_the_extra(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     trainer = Trainer(preset("tiny-mlp", TASK, model=SMALL, batch_size=2), tmp_path)
-    with pytest.raises(InvalidArgument, match=r"pip install 'recurx\[tensorboard\]'"):
-        EventFiles(trainer)
+    with (
+        pytest.raises(InvalidArgument, match=r"pip install 'recurx\[tensorboard\]'"),
+        event_files(trainer),
+    ):
+        pass
 
 
 def test_real_event_files_can_be_read_back(tmp_path) -> None:

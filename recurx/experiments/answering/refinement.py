@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from recurx.cli import options
 from recurx.errors import InvalidArgument
 from recurx.options import option, stated
-from recurx.solving.options import Fill, Rules
+from recurx.solving.options import Fill, Rules, Search
 
 if TYPE_CHECKING:
     from recurx.tasks import Task
@@ -41,13 +41,22 @@ class Filling:
 
 
 @dataclass(frozen=True)
+class Searching:
+    """Whether there is a search; its own options are those of `recurx.Search`."""
+
+    search: bool = option(False, "search over tries by the rules of the task, in place of "
+                          "--rollouts and --select, and abstain where it ends without an "
+                          "answer")  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Refining:
     """Of commands that answer puzzles: what the user said of the arguments of `recurx.solve`."""
 
     how: dict[str, Any] = options.said(
-        Rules, Filling, title="how puzzles are answered", description="What is not given is what "
-        "the net recommends, if it recommends anything (the 9x9 net that ships does), else the "
-        "default.",
+        Rules, Filling, Searching, Search, title="how puzzles are answered",
+        description="What is not given is what the net recommends, if it recommends anything (the "
+        "9x9 net that ships does), else the default.",
     )  # fmt: skip
 
 
@@ -61,6 +70,7 @@ def arguments_of_solve(
         InvalidArgument: `task` cannot do what is asked, or all tries would be the same.
     """
     said = dict(said)
+    search = _search(said, task)
     fill, fill_every = said.pop("fill", None), said.pop("fill_every", None)
     values = {name: default for name, (default, _) in stated(Rules).items()}
     if unknown := set(recommended or ()) - {*values, "fill"}:
@@ -83,11 +93,36 @@ def arguments_of_solve(
         values["fill"] = asked
         if "max_steps" not in said and not before:  # a blank at a time, and a step to judge
             values["max_steps"] = task.seq_len * asked.get("steps", 1) + 1
+    if search is not None:
+        for name in ("rollouts", "select"):
+            values[name] = getattr(Rules, name)
+        if not values["sigma"] and "init" not in said:
+            values["init"] = "random"  # or all tries of a board would be the same
+        return {**values, "search": search}
     if values["rollouts"] > 1 and not values["sigma"] and values["init"] == "learned":
         raise InvalidArgument(
             "--rollouts: without --sigma or --init random all tries of a puzzle are the same."
         )
     return by_rules(values, task)
+
+
+def _search(said: dict[str, Any], task: Task) -> Search | None:
+    """The search that was asked for, taken out of what the user said.
+
+    Raises:
+        InvalidArgument: there is none that these options could be of, or `task` has no rules.
+    """
+    named = {name: said.pop(name) for name in stated(Search) if name in said}
+    if not said.pop("search", False):
+        if named:
+            raise InvalidArgument(f"{options.flags(named)}: only with --search; give that too.")
+        return None
+    if clash := {"rollouts", "select"} & said.keys():
+        raise InvalidArgument(f"{options.flags(sorted(clash))}: not with --search, leave it out.")
+    if not task.has_rules or (named.get("unique") and not task.counts):
+        lacks = "an exact solver (--unique)" if task.has_rules else "rules"
+        raise InvalidArgument(f"--search: the task {task.name} has no {lacks}.")
+    return Search(task, **named)
 
 
 def by_rules(how: Mapping[str, Any], task: Task) -> dict[str, Any]:

@@ -9,12 +9,13 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from recurx.cli.output import side_by_side, table
+from recurx.cli.output import table
 from recurx.errors import InvalidArgument
 from recurx.experiments.answering.checkpoints import open_checkpoint
 from recurx.experiments.demo import engines
 from recurx.experiments.demo.learn import Trained, heading
 from recurx.experiments.demo.options import Options
+from recurx.experiments.printed import side_by_side
 from recurx.experiments.tasks import Sudoku
 from recurx.experiments.tasks.sudoku import files
 from recurx.experiments.tasks.sudoku.layout import to_boards, to_tokens

@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.text import Text
 
 import recurx
-from recurx.cli.output import curve, table
-from recurx.cli.progress import TrainingDisplay
+from recurx.cli.output import table
+from recurx.experiments.answering.progress import TrainingDisplay
 from recurx.experiments.demo.options import Options
+from recurx.experiments.printed import curve
 from recurx.experiments.tasks.sudoku import Sudoku
-from recurx.experiments.tasks.sudoku.layout import Layout, to_boards
+from recurx.experiments.tasks.sudoku.layout import to_boards
 from recurx.models import RecursiveModel
 from recurx.tasks import Examples
 from recurx.tasks.base import Tokens
@@ -57,7 +58,7 @@ def train(console: Console, asked: Options, device: torch.device) -> Trained | N
     display = TrainingDisplay(
         console, trainer, EVAL_EVERY, EVAL_COUNT, TARGET, halt="q", halt_above=HALT_ABOVE
     )
-    with display:
+    with display.bar:
         reason = trainer.run(time_budget=asked.time_budget, on_step=display.on_step)
     if reason == "interrupted":
         console.print(
@@ -116,7 +117,7 @@ def show_boards(
 def _board(task: Sudoku, tokens: Tokens, puzzle: Tokens, answer: Tokens | None) -> list[Text]:
     """A board of the series, its wrong cells counted below."""
     given, board = to_boards(puzzle) > 0, to_boards(tokens)
-    wrong = clashes(task.layout, board) if answer is None else tokens != answer
+    wrong = task.layout.twice(board) if answer is None else tokens != answer
     lines, cell = [], 0
     for line in task.text(tokens).splitlines():
         text = Text()
@@ -131,16 +132,6 @@ def _board(task: Sudoku, tokens: Tokens, puzzle: Tokens, answer: Tokens | None) 
     solved = bool(task.check(puzzle[None], tokens[None])[0])
     text = "solved" if solved else f"{blanks} blank" if blanks else f"{int(wrong.sum())} wrong"
     return [*lines, Text(text.center(len(lines[0])))]
-
-
-def clashes(layout: Layout, board: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """[cells] whether a cell's digit stands a second time in its row, column or box."""
-    found = np.zeros(layout.cells, dtype=bool)
-    for unit in layout.units:
-        digits = board[unit]
-        twice = (digits[:, None] == digits[None, :]).sum(axis=1) > 1
-        found[unit] |= twice & (digits > 0)
-    return found
 
 
 def show_accuracy(console: Console, trained: Trained) -> Report:

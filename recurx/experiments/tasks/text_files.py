@@ -1,8 +1,9 @@
 """Boards in text files, as people have them: CSV with a header or without, lines, grids; gzipped.
 
 A CSV has commas, semicolons or tabs, and names its columns in any order and case (`COLUMNS`). With
-no header, the first cell of the length of a board is the question, a second one the answer. Else a
-line is a board, or a row of it, and then as many lines are one.
+no header, the first cell of the length of a board is the question, a second one the answer. JSON
+lines are objects with such names. Else a line is a board, or a row of it, and then as many lines
+are one.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import csv
 import functools
 import gzip
+import json
 import math
 import re
 import zlib
@@ -90,11 +92,21 @@ def read(
     Raises:
         InvalidArgument: it cannot be read, has no board, or is not a CSV of boards (line named).
     """
+    return list(islice(stream(path, what, sides, spaces), limit))
+
+
+def stream(
+    path: str | Path, what: str, sides: Sequence[int], spaces: bool = False
+) -> Iterator[Row]:
+    """The boards of a file one after the other, as `read` gives them: no more of it is in memory.
+    The same errors."""
+    none = True
     with opened(path, what) as file:
-        found = list(islice(_rows(file, what, str(path), sides, spaces), limit))
-    if not found:
+        for row in _rows(file, what, str(path), sides, spaces):
+            none = False
+            yield row
+    if none:
         raise InvalidArgument(f"{what}: {path} has no {what[:-1]} (no line that holds a board).")
-    return found
 
 
 def bare(text: str, spaces: bool = False) -> str:
@@ -112,6 +124,9 @@ def _rows(
         if content(head):
             break
         before += 1
+    if head.startswith("{"):
+        yield from _json_rows(chain([head], lines), what, source, before, spaces)
+        return
     form: Any = {"delimiter": max(",;\t", key=head.count), "skipinitialspace": not spaces}
     header = next(csv.reader([head], **form), [])
     columns = {
@@ -140,6 +155,34 @@ def _rows(
             f"{what}: {source}:{before + reader.line_num}: not a row of a CSV ({error}): expected "
             f'quotes around whole cells or none, look for a stray ".'
         ) from error
+
+
+def _json_rows(
+    lines: Iterator[str], what: str, source: str, before: int, spaces: bool
+) -> Iterator[Row]:
+    """Of JSON lines, one object each, whose keys are names of `COLUMNS`."""
+    for number, line in enumerate(lines, start=before + 1):
+        if not line.strip():
+            continue
+        where = f"{source}:{number}"
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InvalidArgument(f"{what}: {where}: not a line of JSON ({error}).") from error
+        cells = {str(key).strip().casefold(): value for key, value in values.items()} if isinstance(
+            values, dict) else {}  # fmt: skip
+        got = {
+            kind: next((str(cells[name]) for name in names if cells.get(name) is not None), "")
+            for kind, names in COLUMNS.items()
+        }
+        if not got["question"]:
+            raise InvalidArgument(
+                f"{what}: {where}: expected an object with the key question (or "
+                f"{', '.join(COLUMNS['question'][2:])}), got {line.strip()[:80]!r}."
+            )
+        answer = got["answer"]
+        answer = "" if answer.strip().casefold() in _NO_ANSWER else bare(answer, spaces)
+        yield Row(bare(got["question"], spaces), where, answer, f"{where}, answer", got["rating"])
 
 
 def _line(file: TextIO, what: str, source: str) -> str:

@@ -6,6 +6,7 @@ path between S and G.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,13 @@ def read(path: str | Path, task: Maze, limit: int | None = None) -> tuple[Exampl
     Raises:
         InvalidArgument: no such file, no maze in it, or a bad line (named with its number).
     """
+    return of_rows(text_files.read(path, "mazes", (task.size,), limit, spaces=True), task)
+
+
+def of_rows(rows: Sequence[text_files.Row], task: Maze) -> tuple[Examples, Flags]:
+    """The mazes of some rows of a file; the same errors."""
     questions, answers = [], []
-    for row in text_files.read(path, "mazes", (task.size,), limit, spaces=True):
+    for row in rows:
         questions.append(_tokens(row.question, task, row.where))
         if PATH in questions[-1]:
             raise InvalidArgument(f"mazes: {row.where}: o is for answers alone.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,11 @@ from recurx.experiments.tasks.sudoku.layout import (
     to_boards,
     to_tokens,
 )
-from recurx.experiments.tasks.sudoku.solver import solve
+from recurx.experiments.tasks.sudoku.solver import possible, propagate, solve
 from recurx.tasks.base import Examples, Flags, Grid, Task, Tokens, hashed_share
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HELD_OUT_SHARE = 6  # one sixth of the keys: 2 of the 12 kinds of 4x4 boards
 
@@ -41,6 +44,7 @@ class Sudoku(Task):
     name: str = "sudoku"
 
     blank = 1
+    counts = True
 
     def __post_init__(self) -> None:
         Layout.of(self.size)  # refuses unknown sizes
@@ -99,6 +103,26 @@ class Sudoku(Task):
 
     def check(self, inputs: Tokens, answers: Tokens) -> Flags:
         return is_solution(self.layout, to_boards(inputs), to_boards(answers))
+
+    def possible(self, inputs: Tensor) -> Tensor:
+        """What naked and hidden singles leave."""
+        import torch
+
+        boards = to_boards(inputs.cpu().numpy())
+        sets, dead = propagate(self.layout, possible(self.layout, boards))
+        digits = (sets.T[:, :, None] >> np.arange(self.size) & 1).astype(bool)
+        digits &= ~dead[:, None, None]
+        left = np.zeros((*boards.shape, self.vocab_size), dtype=bool)
+        left[:, :, 2:] = digits
+        return torch.from_numpy(left).to(inputs.device)
+
+    def count(self, inputs: Tensor, most: int) -> Tensor:
+        """By singles and guesses (recurx/experiments/tasks/sudoku/solver.py)."""
+        import torch
+
+        solved = solve(self.layout, to_boards(inputs.cpu().numpy()), limit=2, most=most)
+        counts = np.where(solved.complete, solved.count, -1)
+        return torch.from_numpy(counts).to(inputs.device)
 
     def text(self, tokens: NDArray[np.int64]) -> str:
         return board_text(self.layout, to_boards(tokens))

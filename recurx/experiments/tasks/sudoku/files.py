@@ -6,7 +6,7 @@ blank.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,12 +42,16 @@ def read(path: str | Path, layout: Layout, limit: int | None = None) -> PuzzleFi
     Raises:
         InvalidArgument: no such file, no puzzle in it, or a bad line (named with its number).
     """
-    rows = text_files.read(path, "puzzles", (layout.size,), limit)
+    return of_rows(text_files.read(path, "puzzles", (layout.size,), limit), layout)
+
+
+def of_rows(rows: Sequence[text_files.Row], layout: Layout) -> PuzzleFile:
+    """The puzzles of some rows of a file; the same errors."""
     answers = np.zeros((len(rows), layout.cells), dtype=np.int64)
     for number, row in enumerate(rows):
         if set(row.answer) - set(BLANKS):
             answers[number] = _board(row.answer, layout, row.where_answer, blanks={})
-    puzzles = np.array([_board(row.question, layout, row.where) for row in rows])
+    puzzles = np.array([_board(row.question, layout, row.where) for row in rows], dtype=np.int64)
     return PuzzleFile(puzzles, answers, tuple(row.rating for row in rows))
 
 

@@ -57,6 +57,14 @@ class Layout:
             table[unit // self.size, cells] = unit
         return table
 
+    def twice(self, board: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """[cells] whether a cell's digit stands a second time in its row, column or box."""
+        found = np.zeros(self.cells, dtype=bool)
+        for unit in self.units:
+            digits = board[unit]
+            found[unit] |= ((digits[:, None] == digits).sum(axis=1) > 1) & (digits > 0)
+        return found
+
 
 def to_tokens(boards: Boards) -> Tokens:
     return np.asarray(boards, dtype=np.int64) + 1

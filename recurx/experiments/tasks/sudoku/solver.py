@@ -30,11 +30,13 @@ class Solved:
         boards: [N, cells] the first solution found, zeros where there is none.
         guesses: [N] positions at which propagation was stuck and a digit had to be guessed; 0 says
             that naked and hidden singles alone solve the puzzle.
+        complete: [N] whether the search came to its end, or to the limit: `count` is exact.
     """
 
     count: NDArray[np.int64]
     boards: Boards
     guesses: NDArray[np.int64]
+    complete: Flags
 
 
 def possible(layout: Layout, boards: Boards) -> Sets:
@@ -96,8 +98,12 @@ def _seen(layout: Layout, of_units: NDArray[np.uint16]) -> Sets:
     return of_units[row] | of_units[column] | of_units[box]
 
 
-def solve(layout: Layout, boards: Boards, limit: int = 2) -> Solved:
-    """Count solutions up to `limit` (2 tells whether a puzzle has exactly one) and give one."""
+def solve(layout: Layout, boards: Boards, limit: int = 2, most: int | None = None) -> Solved:
+    """Count solutions up to `limit` (2 tells whether a puzzle has exactly one) and give one.
+
+    Args:
+        most: guesses after which a puzzle is given up.
+    """
     boards = np.asarray(boards, dtype=np.int64).reshape(-1, layout.cells)
     count = np.zeros(len(boards), dtype=np.int64)
     guesses = np.zeros(len(boards), dtype=np.int64)
@@ -106,6 +112,8 @@ def solve(layout: Layout, boards: Boards, limit: int = 2) -> Solved:
     while stack:
         sets, root = stack.pop()
         wanted = count[root] < limit
+        if most is not None:
+            wanted &= guesses[root] <= most
         sets, root = sets[:, wanted], root[wanted]
         sets, dead = propagate(layout, sets)
         solved = (BITS[sets] == 1).all(axis=0) & ~dead
@@ -116,7 +124,8 @@ def solve(layout: Layout, boards: Boards, limit: int = 2) -> Solved:
         stuck = ~solved & ~dead
         np.add.at(guesses, root[stuck], 1)
         stack += _chunks(*_branch(sets[:, stuck], root[stuck]))
-    return Solved(np.minimum(count, limit), found, guesses)
+    complete = np.ones(len(boards), dtype=bool) if most is None else guesses <= most
+    return Solved(np.minimum(count, limit), found, guesses, complete | (count >= limit))
 
 
 def _chunks(sets: Sets, root: NDArray[np.int64]) -> list[tuple[Sets, NDArray[np.int64]]]:
