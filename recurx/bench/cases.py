@@ -101,6 +101,25 @@ CASES: dict[str, Case] = {
         "small net, T=33, D=256, 21 calls",
         _trm("tiny", 11, 33, hidden_size=256, num_heads=4, inner_multiple=64),
     ),
+    # Blocks and steps of later systems on TRM-att's sizes (docs/variants.md).
+    "eqr": Case("EqR: TRM-att with damping 0.95", _trm("sudoku_att", damping=0.95)),
+    "urm": Case("URM's block: SwiGLU with a convolution", _trm("sudoku_att", block="conv:2")),
+    "sotaku": Case(
+        "Sotaku's block: pre-LayerNorm, biases, ReLU",
+        _trm(
+            "sudoku_att",
+            block="norm:layer,norm_weight:true,norm_bias:true,placement:pre,"
+            "biases:qkv+o+gate_up+down,activation:relu,gated:false",
+        ),
+    ),
+    "sic": Case(
+        "SIC's block: norms inside of attention and MLP",
+        _trm("sudoku_att", block="attn_norm:rms,inner_norm:rms,inner_norm_of:product"),
+    ),
+    "hrm-text": Case(
+        "HRM-Text's block: pre-norm, gated attention, prefix mask",
+        _trm("sudoku_att", block="placement:pre,attn_gate:true,mask:prefix,prefix:16"),
+    ),
     "sudoku-6x6": _solver(
         "6x6 Sudoku, 12 clues, shipped net, D=64", "sudoku-6x6:clues=12", NETS / "sudoku-6x6"
     ),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
 from recurx.bench.paths import check_writable
 from recurx.cli import options
 from recurx.errors import InvalidArgument
-from recurx.options import file, option
+from recurx.options import file, option, stated
 
 PRESETS = ("trm-att", "trm-mlp", "hrm", "small")
 
@@ -42,7 +43,7 @@ def run(asked: Options) -> int:
         return _run_under_nvtx(model, asked)
     training = {"train": True, **_training(model)} if asked.train else {}
     plain = dataclasses.replace(asked, html=None, trace=None, json=None, nvtx=True)
-    script = f"python -m recurx profile {options.words(plain)}"  # for the Nsight lines
+    script = f"python -m recurx profile {words(plain)}"  # for the Nsight lines
     profile = recurx.profile(
         model, batch_size=asked.batch, seconds=asked.seconds, script=script, **training
     )
@@ -53,6 +54,14 @@ def run(asked: Options) -> int:
             print(f"\nwritten: {path}", end="")
     print()
     return 0
+
+
+def words(asked: Any) -> str:
+    """The command line that says what differs from the defaults, where an option has one value."""
+    said = {name: getattr(asked, name) for name in stated(type(asked))}
+    changed = {k: v for k, v in said.items() if v != getattr(type(asked), k)}
+    pairs = [[options.flags([k])] + ([] if v is True else [f"{v}"]) for k, v in changed.items()]
+    return shlex.join(word for pair in pairs for word in pair)
 
 
 def _model(asked: Options) -> Any:

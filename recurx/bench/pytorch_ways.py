@@ -29,7 +29,8 @@ def compile_nets(model: RecursiveModel, options: dict[str, str], dynamic: bool) 
         )
         for name, net in inner.nets().items()
     }
-    inner.nets = lambda: nets  # type: ignore[method-assign, assignment]
+    assert not inner.dropped, "modules that are compiled do not drop"
+    inner.nets = lambda training=False: nets  # type: ignore[method-assign, assignment]
 
 
 def freeze() -> None:

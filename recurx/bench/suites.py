@@ -51,6 +51,17 @@ SUITES: dict[str, tuple[Group, ...]] = {
         Group("small-256", "step", 64, FAIR, FP32, seconds=5),
         Group("small-64", "step", 1, FAIR, FP32, seconds=3),
     ),
+    # Blocks and steps of later systems beside the reference, which does as their own code does.
+    "systems": (
+        *(
+            Group(case, "step", batch, FAIR, seconds=6)
+            for case in ("eqr", "urm", "sotaku", "sic", "hrm-text")
+            for batch in (1, 8)
+        ),
+        Group("eqr", "train", 1, FAIR, seconds=8),
+        Group("eqr", "train", 8, FAIR, seconds=12),
+        Group("urm", "train", 1, FAIR, FP32, seconds=8),
+    ),
     # Everything that the targets for one GPU name, and small nets.
     "gpu": (
         Group("trm-att", "step", 512, ISSUED, BF16),

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from recurx import backends
 from recurx.bench import results, runner, suites, variants
@@ -109,6 +110,21 @@ def test_a_peer_that_is_not_installed_is_no_lane(monkeypatch):
     monkeypatch.setattr(variants.importlib.util, "find_spec", lambda name: None)
     assert "openvino" not in variants.engines("cpu", "step")
     assert "compile" in variants.engines("cpu", "step")
+
+
+@pytest.mark.parametrize("mode", ["step", "train"])
+def test_nets_that_are_compiled_one_by_one(tmp_path, workers_here, monkeypatch, mode):
+    compiled = []
+
+    def as_it_is(net, **_):
+        compiled.append(net)
+        return net
+
+    monkeypatch.setattr(torch, "compile", as_it_is)
+    document = run(tmp_path, "--case", "toy", "--mode", mode, "--dtype", "fp32", "--engine",
+                   "compile", "--unit", "net", "--seconds", "0.05")  # fmt: skip
+    row = rows_of(document)["compile/fp32"]
+    assert row["status"] == "timed" and compiled, row
 
 
 def test_training_and_solving(tmp_path, workers_here):

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from recurx.bench.profiler.attribute import STAGES
+from recurx.bench.profiler.ceilings import Ceilings
 from recurx.bench.profiler.records import Op
 from recurx.errors import bad_argument
-from recurx.measure import Ceilings
 
 
 @dataclass

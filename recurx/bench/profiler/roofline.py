@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from recurx.bench.profiler.attribute import kind_of
+from recurx.bench.profiler.ceilings import Ceilings
 from recurx.bench.profiler.result import Row
-from recurx.measure import Ceilings
 
 WIDTH, HEIGHT = 720, 430
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 46

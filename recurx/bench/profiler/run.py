@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from recurx.bench.profiler import advice, kernels, result, step, tables
 from recurx.bench.profiler.attribute import NET_STAGES, PRODUCTS, resolve
+from recurx.bench.profiler.ceilings import Ceilings
 from recurx.bench.profiler.records import Trace, best_of
 from recurx.bench.profiler.report import Profile
 from recurx.bench.profiler.roles import roles_of
 from recurx.bench.profiler.tracer import Tracer, stage
 from recurx.errors import bad_argument
-from recurx.measure import Ceilings, seconds_of, synchronize
+from recurx.measure import seconds_of, synchronize
 from recurx.patching.handle import PatchHandle
 
 ROUNDS = 5  # untraced steps whose median is the step's time

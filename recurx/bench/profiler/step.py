@@ -18,7 +18,6 @@ from recurx.errors import bad_argument
 from recurx.models.losses import ACTLossHead
 from recurx.patching import probe
 from recurx.patching.install import find
-from recurx.patching.nano import Nano
 
 
 class Step:
@@ -104,7 +103,7 @@ def random_batch(model: nn.Module, batch_size: int, seed: int = 0) -> dict[str, 
 
 
 def _is_nano(model: nn.Module) -> bool:
-    return any(isinstance(adapter, Nano) for _, _, adapter in find(model))
+    return any(getattr(adapter, "inputs", "") == "input" for _, _, adapter in find(model))
 
 
 def initial_carry(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from recurx.bench.profiler.attribute import STAGES
+from recurx.bench.profiler.ceilings import Ceilings
 from recurx.bench.profiler.records import BACKWARD, Op, Trace
 from recurx.bench.profiler.result import Call, Engine, Row, Sync, empty_row
-from recurx.measure import Ceilings
 
 
 def operator_ms(trace: Trace, step_ms: float) -> tuple[list[float], float]:

@@ -35,12 +35,12 @@ def wrapped_reference(at: Position) -> Iterator[None]:
 
     # Where each function runs, by its arguments, from the outside to the inside.
 
-    def call_input(step: Any, values: Any) -> Where:
+    def call_input(step: Any, *_: Any) -> Where:
         nonlocal net_name
         at.call, net_name = at.call + 1, step.net
         return at.inside("inject", net_name)
 
-    def call(h: Any, net: Any, cos_sin: Any) -> Where:
+    def call(h: Any, net: Any, *_: Any) -> Where:
         nonlocal block
         block = -1
         if not isinstance(net, Net):

@@ -267,10 +267,10 @@ def test_foreign_code_is_shown_by_its_modules() -> None:
 def test_lucidrains_package() -> None:
     """Its network is any module: a net call each, without stages inside."""
     lucid = pytest.importorskip("tiny_recursive_model")
+    network = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.GELU())
     model = lucid.TinyRecursiveModel(
-        dim=16, num_tokens=8, network=lucid.MLPMixer1D(dim=16, depth=1, seq_len=12),
-        num_refinement_blocks=3, num_latent_refinements=4,
-    )  # fmt: skip
+        dim=16, num_tokens=8, network=network, num_refinement_blocks=3, num_latent_refinements=4
+    )
     ids = torch.zeros(2, 12, dtype=torch.long)
 
     def step() -> None:

@@ -17,10 +17,10 @@ import pytest
 import torch
 
 import recurx
+from recurx.bench.profiler.ceilings import Ceilings
 from recurx.bench.profiler.report import html
 from recurx.bench.profiler.result import Call, Engine, Row, Sync
 from recurx.bench.profiler.roofline import roofline
-from recurx.measure import Ceilings
 from recurx.models import TRM, TRMConfig
 from recurx.train import AdamATan2
 from tests.bench.profiler.profile_cases import build, profile
