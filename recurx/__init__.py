@@ -41,6 +41,7 @@ _EXPORTS = {
     "solve": "recurx.solving.solve",
     "Answers": "recurx.solving.solve",
     "Fill": "recurx.solving.solve",
+    "Search": "recurx.solving.solve",
     "shipped": "recurx.shipped_nets",
     "quantize": "recurx.quantization",
     "export_onnx": "recurx.onnx_export",

@@ -43,17 +43,11 @@ class _DifferentiableOnce(torch.autograd.Function):
 
 
 def recurse(
-    schedule: Schedule,
-    nets: Mapping[str, Any],
-    x: Tensor,
-    carry: Mapping[str, Tensor],
-    *,
-    backend: str = "auto",
-    cos_sin: CosSin | None = None,
-    start_from: int = 0,
-    stop_after: int | None = None,
-    save: str = "all",
-) -> dict[str, Tensor]:
+    schedule: Schedule, nets: Mapping[str, Any], x: Tensor, carry: Mapping[str, Tensor], *,
+    backend: str = "auto", cos_sin: CosSin | None = None, start_from: int = 0,
+    stop_after: int | None = None, save: str = "all", seed: int | Tensor | None = None,
+    key_mask: Tensor | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """Run one recursion (all net calls of `schedule`) and return the new carry.
 
     Detached-carry semantics: the states that enter are detached, calls before
@@ -66,7 +60,8 @@ def recurse(
             blocks under the official attribute names, or (eager backend only) any callable
             [B, T, D] -> [B, T, D]. Blocks are fused only if they are proved to be what their
             weights tell (`recurx.proof`); else "auto" and "eager" run their own code. Weights are
-            masters of any floating dtype; they are used rounded to the dtype of the states.
+            masters of any floating dtype; they are used rounded to the dtype of the states. Beside
+            the nets lie learned factors of steps: floating tensors, 0-d or [D].
         x: [B, T, D] embedded input, of the states' dtype; any strides; B may be 0.
         carry: {name: [B, T, D]} with each name of `schedule.states`; never modified.
         backend: "auto", or one of `recurx.backends.NAMES`; an explicit one never falls back.
@@ -77,6 +72,12 @@ def recurse(
             work; on PyTorch its own graph), "block" (each block's input; the rest is computed
             again) or "states" (only what enters; every call is run again). On PyTorch under
             torch.compile "block" is "all": the compiler itself chooses what to keep.
+        seed: of noise and dropout (`Step.noise`, `BlockSpec.dropout`, `.drop_path`), below 2^63, or
+            an int64 tensor on the states' device, 0-d, or [2]: the seed and the number of the first
+            sample (0), by which parts of a batch draw what all of it would. None draws a seed from
+            PyTorch's default generator.
+        key_mask: bool [B, T], True for keys that no token may see, as those of padding; for nets of
+            blocks with `BlockSpec.key_padding`, which want one.
 
     Returns:
         {name: [B, T, D]} with every state. Under autocast the recursion runs in autocast's dtype
@@ -91,7 +92,8 @@ def recurse(
 
     Source: HRM (arXiv 2506.21734) section 2; TRM (arXiv 2510.04871) section 4.
     """
-    call = checked(Given(schedule, nets, x, carry, backend, cos_sin, start_from, stop_after, save))
+    how = backend, cos_sin, start_from, stop_after, save, seed, key_mask
+    call = checked(Given(schedule, nets, x, carry, *how))
     if call.schedule.detach_carry:
         call = call._replace(states={name: s.detach() for name, s in call.states.items()})
     tensors = (call.x, *call.states.values(), *call.weights, *(call.rope or ()))
@@ -164,9 +166,10 @@ def _run(call: Call, traced: bool) -> dict[str, Tensor]:
     span = way.split, call.stop
     if way.backward == "recompute":
         net = call.bound()
-        return _once(recompute.run(call.schedule, net, call.x, states, call.rope, *span))  # type: ignore[arg-type]
+        fixed = call.schedule, net, call.x, states, call.rope
+        return _once(recompute.run(*fixed, *span, call.seed, call.key_mask))  # type: ignore[arg-type]
     if way.backward == "autograd":
-        states = reference.run(call.schedule, call.bound(), call.x, states, call.rope, *span)
+        states = _by_reference(call, states, *span)
         return states if torch.compiler.is_compiling() else _once(states)
     key, operands = encode(call.schedule, call.specs), call.operands(states)
     out = ops.window_op(*operands.flat(), key, way.backward, way.forward, *span, call.save)
@@ -184,18 +187,24 @@ def _by_operators(call: Call) -> dict[str, Tensor]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     states, first = call.states, min(max(call.start, call.schedule.grad_from), call.stop)
-    fixed = call.schedule, call.bound(), call.x
     with sdpa_kernel(SDPBackend.MATH):  # the fused ones are differentiated but once
         if first > call.start:
-            states = reference.run(*fixed, states, call.rope, call.start, first)
+            states = _by_reference(call, states, call.start, first)
             states = {name: state.detach() for name, state in states.items()}
-        return reference.run(*fixed, states, call.rope, first, call.stop)
+        return _by_reference(call, states, first, call.stop)
+
+
+def _by_reference(
+    call: Call, states: Mapping[str, Tensor], start: int, stop: int
+) -> dict[str, Tensor]:
+    fixed = call.schedule, call.bound(), call.x, states, call.rope
+    return reference.run(*fixed, start, stop, call.seed, call.key_mask)
 
 
 def _before_window(call: Call, way: _Way | Route, direct: bool) -> dict[str, Tensor]:
     states, span = call.states, Span(call.start, way.split)
     if way.backend == EAGER:
-        return reference.run(call.schedule, call.bound(), call.x, states, call.rope, *span)
+        return _by_reference(call, states, *span)
     if not direct:
         return _through_op(call, states, way.backend, *span)
     operands = call.operands(states).contiguous()

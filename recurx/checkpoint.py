@@ -145,7 +145,10 @@ def load_checkpoint(
     if rows is not None and TABLE not in state:
         raise CheckpointError(f"{path}: puzzle_rows was given, but there is no {TABLE!r} in it.")
     check_values("load_checkpoint", given)
-    known = {**_official_config(path), **_stored_config(path, metadata), **given}
+    stored = _own_values(path, metadata) if _CONFIG in metadata else {}
+    if "encoder_width" in stored:
+        raise CheckpointError(f"{path}: a hybrid: recurx.hybrid.HybridReasoner.load reads it.")
+    known = {**_official_config(path), **stored, **given}
     if rows is not None:
         known["num_puzzle_identifiers"] = len(rows)
     with reading(path, "its configuration"):
@@ -190,9 +193,6 @@ def save_checkpoint(
     save_tensors(path, state, metadata)
 
 
-# ---- reading -------------------------------------------------------------------------------
-
-
 def read_own(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and configuration of a file that `save_checkpoint` wrote, of whatever model."""
     state, metadata = weights_file.read(path, None)
@@ -201,20 +201,8 @@ def read_own(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return state, _own_values(path, metadata)
 
 
-# ---- configuration -------------------------------------------------------------------------
-
-
-def _stored_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The configuration in the metadata of our own files."""
-    if _CONFIG not in metadata:
-        return {}
-    values = _own_values(path, metadata)
-    if "encoder_width" in values:
-        raise CheckpointError(f"{path}: a hybrid: recurx.hybrid.HybridReasoner.load reads it.")
-    return values
-
-
 def _own_values(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The configuration in the metadata of our own files."""
     with reading(path, f"unreadable {_CONFIG} in its metadata"):
         values = _json_object(metadata[_CONFIG])
         if "encoder_width" not in values:  # a hybrid checks its own

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from recurx import backends
 from recurx import route as routes
 from recurx.errors import bad_argument
-from recurx.nets import ATTENTION, TOKEN_MLP, Net, NetSpec
-from recurx.operands import CosSin, Operands
+from recurx.nets import ATTENTION, TOKEN_MLP, BlockSpec, Net, NetSpec
+from recurx.operands import CosSin, Operands, checked_beside, kind_of
 from recurx.problem import Problem
 from recurx.proof import as_net
 from recurx.readings import read
 from recurx.route import Route
 from recurx.schedule import Schedule
+from recurx.specs import NORM
 
 SAVE = ("all", "block", "states")  # from most to least memory
 PLAIN_TENSORS = (Tensor, nn.Parameter)
@@ -41,6 +42,8 @@ class Given(NamedTuple):
     start_from: int
     stop_after: int | None
     save: str
+    seed: int | Tensor | None = None
+    key_mask: Tensor | None = None
 
     def settings(self) -> tuple[Any, ...]:
         """What is neither sizes nor nets."""
@@ -72,13 +75,16 @@ class Call(NamedTuple):
     stop: int
     save: str
     checked: Checked | None
+    seed: Tensor | None = None
+    key_mask: Tensor | None = None
 
     def bound(self) -> Mapping[str, AnyNet]:
         """The nets with their weights."""
         return self.problem().bind(self.weights) if self.nets is None else self.nets
 
     def operands(self, states: Mapping[str, Tensor]) -> Operands:
-        return Operands(self.x, tuple(states.values()), self.weights, self.rope)
+        beside = self.rope, self.seed, self.key_mask
+        return Operands(self.x, tuple(states.values()), self.weights, *beside)
 
     def problem(self) -> Problem:
         if self.checked is not None:
@@ -125,7 +131,7 @@ def checked(given: Given) -> Call:
 
 def _checked_before(given: Given) -> Call | None:
     """The call, if one with these sizes and settings was checked; None: check it in full."""
-    schedule, nets, x, carry, backend, cos_sin, start_from, stop_after, save = given
+    schedule, nets, x, carry, backend, cos_sin, start_from, stop_after, save, *beside = given
     if type(schedule) is not Schedule or type(nets) is not dict or type(carry) is not dict:
         return None
     if type(x) not in PLAIN_TENSORS or type(backend) is not str or type(save) is not str:
@@ -159,6 +165,7 @@ def _checked_before(given: Given) -> Call | None:
     return Call(
         schedule, checked.problem.nets, tuple(weights), (), None, x, states, backend, cos_sin,
         checked.start, checked.stop, save, checked,
+        *checked_beside(checked.problem.changed, *beside, x),
     )  # fmt: skip
 
 
@@ -181,8 +188,8 @@ def _remember(call: Call, given: Given) -> Call:
 
 
 def _check(given: Given) -> Call:
-    schedule, nets, x, carry, backend, cos_sin, start_from, stop_after, save = given
-    bound = _check_nets(schedule, nets, cos_sin)
+    schedule, nets, x, carry, backend, cos_sin, start_from, stop_after, save, *beside = given
+    bound = _check_nets(schedule, nets, cos_sin, x)
     start, stop = _check_range(schedule, start_from, stop_after)
     _check_states(schedule, x, carry)
     _check_tables(cos_sin)
@@ -193,18 +200,20 @@ def _check(given: Given) -> Call:
         backends.get(str(backend))  # raises, with the known names
     if not isinstance(save, str) or save not in SAVE:
         raise bad_argument("recurse", "save", f"one of {SAVE}", repr(save))
+    specs = tuple((name, net.spec) for name, net in readable.items())
+    changed = [*schedule.changed, *(field for _, spec in specs for field in spec.changed)]
     return Call(
         schedule,
-        tuple((name, net.spec) for name, net in readable.items()),
+        specs,
         tuple(w for net in readable.values() for w in net.weights),
         tuple(name for name in bound if name not in readable),
         bound, x, {name: carry[name] for name in schedule.states}, backend, cos_sin, start, stop,
-        save, None,
+        save, None, *checked_beside(changed, *beside, x),
     )  # fmt: skip
 
 
 def _check_nets(
-    schedule: Schedule, nets: Mapping[str, Any], cos_sin: CosSin | None
+    schedule: Schedule, nets: Mapping[str, Any], cos_sin: CosSin | None, x: Any
 ) -> dict[str, AnyNet]:
     if not isinstance(schedule, Schedule):
         raise bad_argument(
@@ -212,7 +221,22 @@ def _check_nets(
             "Build one with Schedule.trm(h_cycles, l_cycles) or from Steps.",
         )  # fmt: skip
     _check_names("nets", "nets", nets, schedule.nets)
-    return {name: as_net(nets[name], name, cos_sin) for name in schedule.nets}
+    called = {step.net for step in schedule.steps}
+    return {
+        name: as_net(nets[name], name, cos_sin) if name in called else _factor(nets[name], name, x)
+        for name in schedule.nets
+    }
+
+
+def _factor(value: Any, name: str, x: Any) -> Net:
+    """A learned factor among the nets: the weight of a norm that no step calls."""
+    width = x.shape[-1] if isinstance(x, Tensor) and x.ndim else 1
+    fits = isinstance(value, Tensor) and value.is_floating_point()
+    if not fits or value.shape not in ((), (width,)):
+        expected = f"a floating tensor, 0-d or [D={width}]: a factor of steps"
+        raise bad_argument("recurse", f"nets[{name!r}]", expected, kind_of(value))
+    spec = NetSpec((BlockSpec(NORM, width, 0, norm_weight=True),))
+    return Net.trusted(spec, [value.expand(width)])
 
 
 def _check_names(arg: str, what: str, given: Any, names: Sequence[str]) -> None:
@@ -235,8 +259,7 @@ def _check_range(schedule: Schedule, start_from: int, stop_after: int | None) ->
 
 def _check_states(schedule: Schedule, x: Tensor, carry: Mapping[str, Tensor]) -> None:
     if not isinstance(x, Tensor) or x.ndim != 3 or not x.is_floating_point():
-        got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise bad_argument("recurse", "x", "a floating [B, T, D] tensor", got)
+        raise bad_argument("recurse", "x", "a floating [B, T, D] tensor", kind_of(x))
     _check_names("carry", "states", carry, schedule.states)
     for name in schedule.states:
         state = carry[name]
@@ -275,8 +298,14 @@ def _check_net_fits(name: str, net: Net, x: Tensor, cos_sin: CosSin | None) -> N
                 "recurse", "x", f"T={block.tokens}, that of the token MLP in nets[{name!r}]",
                 f"T={tokens}", "A token MLP has a fixed number of tokens.",
             )  # fmt: skip
+        if block.axial and block.axial[0] * block.axial[1] != tokens:
+            expected = f"T = {block.axial[0]} x {block.axial[1]}, the grid of nets[{name!r}]"
+            raise bad_argument("recurse", "x", expected, f"T={tokens}")
+        if block.conv_dtype == "float32" and x.dtype.itemsize < 4:
+            why = f"The convolution of nets[{name!r}] is in fp32 and would turn the states into it."
+            raise bad_argument("recurse", "x", "fp32", str(x.dtype), why)
         if block.kind == ATTENTION and cos_sin is not None:
-            shape = (tokens, block.head_dim)
+            shape = (block.line(tokens), block.head_dim)
             for table, arg in zip(cos_sin, ("cos", "sin"), strict=True):
                 if tuple(table.shape) != shape or table.device != x.device:
                     raise bad_argument(

@@ -91,8 +91,8 @@ def refusal(name: str, problem: Problem, device: Where) -> str | None:
     backend = backends.get(name)
     if not backend.runs_on(problem.device_type):
         return backends.why_not(name, problem)
-    if problem.opaque and name != EAGER:
-        return f"cannot look inside the plain callable {problem.opaque[0]!r}"
+    if (unknown := backends.unknown_fields(backend, problem)) is not None:
+        return unknown
     base = name.partition("/")[0]
     if base in PLANNED and not all_candidates(problem, device, name):
         return "; ".join(all_refusals(problem, device, name)) or "has no plan for it"
@@ -106,16 +106,15 @@ def autotune() -> bool:
     return os.environ.get("RECURX_AUTOTUNE") != "0"
 
 
+def _entrants(problem: Problem) -> list[str]:
+    names = [n for n in backends.ORDER if backends.auto_may_take(n, problem.device_type)]
+    return [entrant for name in names if name != EAGER for entrant in backends.entrants(name)]
+
+
 def fused_for(problem: Problem, device: Where) -> list[str]:
     """What `auto` may take beside PyTorch: backends, and each kind of plan of those that have
     several; by predicted time, then `ORDER`."""
-    names = [
-        entrant
-        for name in backends.ORDER
-        if name != EAGER and backends.auto_may_take(name, problem.device_type)
-        for entrant in backends.entrants(name)
-        if refusal(entrant, problem, device) is None
-    ]
+    names = [n for n in _entrants(problem) if refusal(n, problem, device) is None]
     if len(names) > 1 and problem.batch:
         names.sort(key=lambda name: predicted(name, problem, device))
     return names
@@ -124,18 +123,12 @@ def fused_for(problem: Problem, device: Where) -> list[str]:
 def windows_for(problem: Problem, device: Where, asked: str) -> list[str]:
     """Whose window may serve under the requested name, best first: an explicit backend's own, or
     that of the backend which it hands over to; of "auto", what `backends.entrants` has."""
-    if asked == "auto":
-        names = [n for n in backends.ORDER if backends.auto_may_take(n, problem.device_type)]
-        names = [entrant for name in names for entrant in backends.entrants(name)]
-    else:
-        names = [backends.get(asked).window_of or asked]
+    names = [backends.get(asked).window_of or asked] if asked != "auto" else _entrants(problem)
     wanted = dataclasses.replace(problem, needs_grad=True)
     return [
         name
         for name in names
-        if name != EAGER
-        and refusal(name, wanted, device) is None
-        and backends.get(name).window(wanted) is not None
+        if refusal(name, wanted, device) is None and backends.get(name).window(wanted) is not None
     ]
 
 
@@ -165,9 +158,6 @@ def described(device: Where) -> Device:
     if isinstance(device, Device):
         return device
     return typical_cpu(torch.get_num_threads()) if device.type == "cpu" else Device.of(device)
-
-
-# ---- the choices ---------------------------------------------------------------------------------
 
 
 def choose_calls(problem: Problem, device: Where, asked: str, proven: bool = False) -> Choice:
@@ -204,9 +194,8 @@ def choose_window(
     problem: Problem, device: Where, asked: str, save: str, proven: bool = False
 ) -> Choice:
     """The backend whose backward the window has; "eager" is PyTorch's."""
-    if problem.opaque or asked == EAGER:
-        return Choice(EAGER, "", True)
-    names = windows_for(problem, device, asked)
+    foreign = problem.opaque or asked == EAGER
+    names = [] if foreign else windows_for(problem, device, asked)
     if not names:
         return Choice(EAGER, "", True)
     half = window_half(save)

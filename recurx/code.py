@@ -6,26 +6,35 @@ everything that it names; `Code` does so from a method of a model around proved 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
+import os
 import sys
 import types
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from operator import is_, itemgetter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 OURS = ("torch.", "recurx.")  # whose functions are what they are
 SCALARS = (int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device)
-_PLAIN = (*SCALARS, tuple, list, set, frozenset)
-_OPAQUE = (types.FunctionType, types.BuiltinFunctionType, type, Tensor, nn.Module)
+_MEMBERS = (dict, list, tuple, set, frozenset, collections.deque)
+# What changes in place where nobody can see it, by the names of its classes.
+_HIDDEN = {"Tensor", "Module", "ndarray", "bytearray", "memoryview", "array", "ContextVar",
+           "ReferenceType", "count", "cycle", "generator", "Random", "Generator"}  # fmt: skip
+_SETTINGS = ("types", "argparse", "collections", "_thread")  # whose objects are somebody's settings
 _DEEPEST = 8  # of files and settings that lead to each other
-_LARGE = 64  # of tables that are no settings
+_LARGE = 1024  # of tables
 _HOLDERS = (staticmethod, classmethod, property, functools.partial, types.MethodType,
             functools.cached_property, type(functools.cache(len)))  # fmt: skip
+_HELD = ("__func__", "fget", "func", "__wrapped__")
+_of_functions = attrgetter("__code__", "__defaults__", "__kwdefaults__")
+_of_cells = attrgetter("cell_contents", "cell_contents")  # twice: of one it would give no tuple
+_END = object()  # behind the last member, so that one more or less shows
 
 
 def functions(value: Any, depth: int = 4) -> Iterator[types.FunctionType]:
@@ -37,8 +46,7 @@ def functions(value: Any, depth: int = 4) -> Iterator[types.FunctionType]:
             with contextlib.suppress(ValueError):  # not filled yet
                 parts.append(cell.cell_contents)
     elif isinstance(value, _HOLDERS):
-        names = ("__func__", "fget", "func", "__wrapped__")
-        parts = [getattr(value, name, None) for name in names]
+        parts = [getattr(value, name, None) for name in _HELD]
     for part in parts if depth else ():
         yield from functions(part, depth - 1)
 
@@ -65,8 +73,10 @@ class Names:
 
     def __init__(self, follows: Iterable[str] = ()) -> None:
         self.kept: list[Any] = []
+        self.hidden: set[str] = set()  # classes of what changes unseen
         self._follows = frozenset(follows)
         self._scopes: dict[int, tuple[Mapping[str, Any], list[str]]] = {}
+        self._watched: list[tuple[Any, Callable[[Any], Any]]] = []
         self._walked: set[int] = set()
 
     def id(self, value: Any) -> int:
@@ -74,17 +84,25 @@ class Names:
         self.kept.append(value)
         return id(value)
 
-    def of(self, value: Any, depth: int = 0) -> tuple[Any, ...]:
-        """The signature of the functions in a value, each walked through once."""
-        found: list[Any] = []
-        for function in functions(value):
-            found.append(self.id(function.__code__))
-            foreign = depth > 0 and "site-packages" in function.__code__.co_filename
-            if not (foreign or found[-1] in self._walked or _known(function.__module__)):
-                self._walked.add(found[-1])
-                names = named(function.__code__)
-                found += self.look(function.__globals__, names, {}, depth + 1)
-        return tuple(found)
+    def of(self, value: Any, seen: dict[int, Any], depth: int = 0) -> Any:
+        """The signature of a function and of what it names and keeps, once; or of what holds it."""
+        value = unwrapped(value)
+        if not isinstance(value, types.FunctionType):
+            held = (getattr(value, name, None) for name in (*_HELD, "args", "keywords", "__self__"))
+            return tuple(self.value(part, (), seen, depth) for part in held if part is not None)
+        foreign = depth > 0 and "site-packages" in value.__code__.co_filename
+        if foreign or self.id(value) in self._walked or _known(value.__module__):
+            return self.id(value.__code__)
+        self._walked.add(id(value))
+        self._watched.append((value, _of_functions))
+        kept, names = [*_of_functions(value)[1:], vars(value)], named(value.__code__)
+        for cell in value.__closure__ or ():
+            with contextlib.suppress(ValueError):  # not filled yet
+                kept.append(cell.cell_contents)
+                self._watched.append((cell, _of_cells))
+        parts = [self.value(part, names, seen, depth) for part in kept]
+        parts += self.look(value.__globals__, names, {}, depth + 1)
+        return self.id(value.__code__), *parts
 
     def look(
         self, scope: Mapping[str, Any], names: Iterable[str], seen: dict[int, Any], depth: int = 0
@@ -95,48 +113,91 @@ class Names:
             return found
         seen[id(scope)] = scope
         known = self._scopes.setdefault(id(scope), (scope, []))[1]
-        names = set(filter(_is_word, names)) - self._follows
+        names = {name for name in names if isinstance(name, str)} - self._follows
         for name in sorted(names & scope.keys()):
-            value, first = scope[name], name not in known
+            first = name not in known
             known += [name] if first else []
-            inside = value if isinstance(value, dict) else getattr(value, "__dict__", None)
-            if isinstance(value, _PLAIN):
-                found += [(name, type(value), repr(value))] if first else []
-            elif inside is None or isinstance(value, _OPAQUE) or _is_standard(value):
-                found += [(name, self.id(value), self.of(value, depth))] if first else []
-            else:  # settings, or a file
-                own = inside if type(value) is dict and len(inside) < _LARGE else names
-                found.append((name, type(value), *self.look(inside, own, seen, depth + 1)))
+            if first or not isinstance(scope[name], SCALARS):
+                found.append((name, self.value(scope[name], names, seen, depth)))
+        return found
+
+    def value(
+        self, value: Any, names: Iterable[str] | None, seen: dict[int, Any], depth: int = 0
+    ) -> Any:
+        """The signature of a value, whose parts are watched: of files, classes and objects those
+        that have these names; None: all parts of an object."""
+        kind = type(value)
+        if kind in SCALARS:
+            return kind, repr(value)
+        if isinstance(value, (types.FunctionType, *_HOLDERS)):
+            return self.id(value), self.of(value, seen, depth)
+        if not _HIDDEN.isdisjoint([c.__name__ for c in kind.__mro__]):
+            self.hidden.add(kind.__name__)
+            return self.id(value)
+        names = None if names is None else {*names}
+        if isinstance(value, types.ModuleType):
+            if value is os and names and names & {"environ", "getenv"}:
+                self.hidden.add("os.environ")
+            if value.__name__.partition(".")[0] not in sys.stdlib_module_names:
+                return kind, *self.look(vars(value), names or (), seen, depth + 1)
+        elif isinstance(value, type):
+            bases = [] if _known(value.__module__) else value.__mro__
+            found = (self.look(vars(base), names or (), seen, depth) for base in bases)
+            return self.id(value), *map(tuple, found)
+        elif isinstance(value, _MEMBERS) or not _known(kind.__module__, _SETTINGS):
+            if id(value) in seen:
+                return seen[id(value)] if names is None else kind
+            seen[id(value)] = kind  # while its parts are looked at: they may lead back
+            if depth > _DEEPEST or (isinstance(value, _MEMBERS) and len(value) > _LARGE):
+                self.hidden.add(f"{kind.__name__} that is too large or too deep")
+                return kind
+            parts = self._parts(value, kind, names)
+            seen[id(value)] = kind, *[(n, self.value(v, names, seen, depth + 1)) for n, v in parts]
+            return seen[id(value)]
+        return self.id(value)
+
+    def _parts(self, value: Any, kind: type, names: Any) -> list[tuple[Any, Any]]:
+        """What an object or a table is made of, watched from now on."""
+        found: list[tuple[Any, Any]] = []
+        inside = getattr(value, "__dict__", None)
+        if names is not None and not isinstance(value, _MEMBERS):
+            own = [f for c in kind.__mro__ if not _known(c.__module__) for f in vars(c).values()]
+            names |= {name for each in own for f in functions(each) for name in named(f.__code__)}
+        for table in (t for t in (value, inside) if isinstance(t, dict)):
+            chosen = [k for k in table if k not in self._follows]
+            chosen = [k for k in chosen if names is None or table is value or k in names]
+            found += [(repr(key), table[key]) for key in chosen]
+            self._watched.append((table, lambda t, k=chosen: (*t, *[t[key] for key in k], _END)))
+        if isinstance(value, _MEMBERS[1:]):
+            found += [("", member) for member in value]
+            self._watched.append((value, lambda members: (*members, _END)))
+        slots = [n for c in kind.__mro__ for n, d in vars(c).items()
+                 if isinstance(d, types.MemberDescriptorType) and hasattr(value, n)]  # fmt: skip
+        if slots and not _known(kind.__module__):
+            found += [(name, getattr(value, name)) for name in slots]
+            self._watched.append((value, attrgetter(*slots, *slots)))
         return found
 
     def held(self) -> list[tuple[Any, Any, Any]]:
-        """(namespace, what gets its values, the values), for `same`."""
-        found = []
-        for scope, names in (given for given in self._scopes.values() if given[1]):
-            values = itemgetter(*names, *names)  # twice: of a single name it would give no tuple
-            found.append((scope, values, values(scope)))
-        return found
+        """(namespace or value, what gets its parts, the parts), for `same`."""
+        # Names twice: of a single one it would give no tuple.
+        scopes = [(scope, itemgetter(*own, *own)) for scope, own in self._scopes.values() if own]
+        return [(each, parts, parts(each)) for each, parts in (*scopes, *self._watched)]
 
 
-def _is_word(name: Any) -> bool:
-    return isinstance(name, str)
-
-
-def _is_standard(value: Any) -> bool:
-    """Whether it is a file of Python's own."""
-    name = getattr(value, "__name__", "") if isinstance(value, types.ModuleType) else ""
-    return name.partition(".")[0] in sys.stdlib_module_names
-
-
-def _known(module: Any) -> bool:
+def _known(module: Any, but: tuple[str, ...] = ()) -> bool:
     """Whether the functions of a file are what they are."""
     name = str(module)
-    return f"{name}.".startswith(OURS) or name.partition(".")[0] in sys.stdlib_module_names
+    standard = name.partition(".")[0] in sys.stdlib_module_names and name not in but
+    return f"{name}.".startswith(OURS) or standard
 
 
 def same(held: list[tuple[Any, Any, Any]]) -> bool:
-    """Whether all names mean the same objects; raises KeyError where one is gone."""
-    return all(all(map(is_, values(scope), before)) for scope, values, before in held)
+    """Whether all parts are the same objects."""
+    try:
+        return all(all(map(is_, parts(each), before)) for each, parts, before in held)
+    except (KeyError, AttributeError, ValueError):  # one is gone
+        return False
 
 
 class Before(NamedTuple):
@@ -170,10 +231,7 @@ class Code:
 
     def same(self) -> bool:
         """Whether nothing changed, at a glance."""
-        try:
-            return same(self._held) and all(keys.isdisjoint(a) for keys, a in self._absent)
-        except KeyError:
-            return False
+        return same(self._held) and all(keys.isdisjoint(a) for keys, a in self._absent)
 
 
 _codes: dict[int, Code] = {}

@@ -22,12 +22,12 @@ from recurx.errors import RecurxError
 # Command -> (module, one line of help). The module has `Options`, a dataclass, and `run(Options)`,
 # which returns the exit code; or, with commands of its own, `add_arguments(parser)`.
 COMMANDS = {
-    "env": ("recurx.cli.env", "what this machine and this installation can do"),
+    "env": ("recurx.bench.env", "what this machine and this installation can do"),
     "demo": (
         "recurx.experiments.demo.command",
         "three minutes: a tiny model learns, engines race",
     ),
-    "train": ("recurx.cli.train", "train a model on a task, or resume"),
+    "train": ("recurx.experiments.answering.train", "train a model on a task, or resume"),
     "eval": (
         "recurx.experiments.answering.evaluate",
         "accuracy of a checkpoint, by steps of refinement",
@@ -38,7 +38,10 @@ COMMANDS = {
         "recurx.experiments.answering.solve",
         "solve the Sudokus you type, or those of a file",
     ),
-    "export": ("recurx.cli.export", "a checkpoint as an ONNX file, for other engines"),
+    "export": (
+        "recurx.experiments.answering.export",
+        "a checkpoint as an ONNX file, for other engines",
+    ),
     "bench": ("recurx.bench.command", "measure this machine, show and compare measurements"),
 }
 TASKS = "recurx.experiments.tasks"  # registers its tasks, for a checkout that is not installed
@@ -79,17 +82,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = argparse.Namespace(command=" ".join(line[:1]))  # while modules are imported
     try:
         arguments = build_parser(line).parse_args(line)
+        # NOTE: NumPy's Cython modules lose a Ctrl-C that comes while they are imported (one in
+        # twenty), so they are imported before anything is printed.
+        importlib.import_module("numpy.random")
         with options.json_alone(getattr(arguments, "json", False) is True):
             return int(arguments.execute(arguments))
     except (RecurxError, OSError) as error:
-        print(f"recurx {arguments.command}: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", USAGE_ERROR)
+        said, code = str(error), getattr(error, "exit_code", USAGE_ERROR)
     except (MemoryError, RuntimeError) as error:
         text = (str(error).splitlines() or ["ask for less at once"])[0]
         if not isinstance(error, MemoryError) and not re.search(NO_MEMORY, text):
             raise
-        print(f"recurx {arguments.command}: not enough memory: {text}", file=sys.stderr)
-        return USAGE_ERROR
+        said, code = f"not enough memory: {text}", USAGE_ERROR
     except KeyboardInterrupt as error:
-        print(f"recurx {arguments.command}: interrupted", file=sys.stderr)
-        return SIGNALLED + (error.args[0] if error.args else signal.SIGINT)
+        said, code = "interrupted", SIGNALLED + (error.args[0] if error.args else signal.SIGINT)
+    print(f"recurx {arguments.command}: {said}", file=sys.stderr)
+    return code

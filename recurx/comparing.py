@@ -108,14 +108,9 @@ def _compare_window(backend: Backend, problem: Problem, operands: Operands) -> l
 
 
 def gradients(
-    backend: Backend,
-    problem: Problem,
-    operands: Operands,
-    span: Span,
-    save: str,
-    d_outs: Sequence[Tensor | None],
-    forward: str = "",
-) -> list[Tensor]:
+    backend: Backend, problem: Problem, operands: Operands, span: Span, save: str,
+    d_outs: Sequence[Tensor | None], forward: str = "",
+) -> list[Tensor]:  # fmt: skip
     """Forward and backward on a backend's window: the gradients of x, each state and each weight.
 
     Args:
@@ -137,12 +132,9 @@ def gradients(
 
 
 def gradients_by_autograd(
-    problem: Problem,
-    operands: Operands,
-    span: Span,
-    d_outs: Sequence[Tensor | None],
+    problem: Problem, operands: Operands, span: Span, d_outs: Sequence[Tensor | None],
     run: Callable[..., dict[str, Tensor]] = reference.run,
-) -> list[Tensor]:
+) -> list[Tensor]:  # fmt: skip
     """The same on PyTorch; `run` is `reference.run`, or `recompute.run`."""
     names = problem.schedule.states
     tensors = (operands.x, *operands.states, *operands.weights)
@@ -150,7 +142,7 @@ def gradients_by_autograd(
     carry = dict(zip(names, leaves[: len(names)], strict=True))
     nets = problem.bind(leaves[len(names) :])
     with torch.enable_grad():
-        out = run(problem.schedule, nets, x, carry, operands.rope, *span)
+        out = run(problem.schedule, nets, x, carry, operands.rope, *span, *operands[4:])
     pairs = [(out[n], d) for n, d in zip(names, d_outs, strict=True) if d is not None]
     ends, slopes = zip(*pairs, strict=True)
     return list(torch.autograd.grad(ends, leaf, slopes, materialize_grads=True))
@@ -165,12 +157,14 @@ def _samples(problem: Problem, device: torch.device) -> Tensor:
     """Samples do not mix, so the first and last few tell; fp64 is slow on most devices."""
     count = SAMPLES.get(device.type, 1)
     every = torch.arange(problem.batch, device=device)
-    return torch.cat((every[:count], every[count:][-count:]))
+    last = every[count:][-count:] if "noise" not in problem.changed else every[:0]  # is numbered
+    return torch.cat((every[:count], last))
 
 
 def only(operands: Operands, samples: Tensor) -> Operands:
     states = tuple(state.detach()[samples] for state in operands.states)
-    return operands._replace(x=operands.x.detach()[samples], states=states)
+    mask = None if operands.key_mask is None else operands.key_mask[samples]
+    return operands._replace(x=operands.x.detach()[samples], states=states, key_mask=mask)
 
 
 def _errors(

@@ -51,9 +51,6 @@ def explain(model_or_problem: Any, *, backend: str | None = None, batch_size: in
     )  # fmt: skip
 
 
-# ---- modules -------------------------------------------------------------------------------
-
-
 def _explain_module(model: nn.Module, backend: str | None, batch_size: int) -> str:
     own = [(name, m) for name, m in model.named_modules() if isinstance(m, Inner)]
     parts = []
@@ -108,9 +105,6 @@ def _int8_note(inner: Inner) -> str:
 
 def _title(name: str, module: nn.Module) -> str:
     return f"{name} ({type(module).__name__})" if name else type(module).__name__
-
-
-# ---- problems ------------------------------------------------------------------------------
 
 
 def _explain_problem(problem: Problem, asked: str, both: bool = False) -> str:

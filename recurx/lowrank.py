@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recurx.readings import HOOKS, INTERNAL
+from recurx.probing import random_state
+from recurx.survey import HOOKS, INTERNAL
 
 _CHILDREN = {"base_layer", "parametrizations"}
 _ALLOWED = 1e-3  # of the norm; half precision comes in where a layer casts its input itself
@@ -136,11 +137,11 @@ def _difference(module: nn.Module, lora: bool) -> str | None:
         values[f"module.{name}"] = filled if lora else p.detach().float()
     buffers = [buffer.clone() for buffer in module.buffers()]
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        drawn = _random_states(device)
+        drawn = random_state(device)
         width = effective(module).shape[1]
         x = torch.cos(torch.arange(3.0 * width, device=device)).view(3, width)
         one, two, want = torch.func.functional_call(_Both(module), values, (x,))
-        draws = not all(map(torch.equal, drawn, _random_states(device)))
+        draws = random_state(device) != drawn
     if draws:
         return "draws random numbers (dropout)"
     if not torch.equal(one, two) or not all(map(torch.equal, buffers, module.buffers())):
@@ -159,8 +160,3 @@ def _settings(module: nn.Module) -> str:
     kinds = (int, float, str, list, tuple, set, dict, type(None))
     own = vars(module).items()
     return repr([(n, v) for n, v in own if n not in INTERNAL and isinstance(v, kinds)])
-
-
-def _random_states(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    return states + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])

@@ -1,29 +1,27 @@
 """What a machine reaches: the fastest of several timings of copies, products and small operators.
 
-`recurx.plan` describes this CPU by these figures, `recurx.profile` draws its roofline from them and
-the benchmark suite writes them beside its rows. This module lies below all three: it knows PyTorch,
-the reference and the compiled engine.
+`recurx.plan` describes this CPU by these figures, `recurx.profile` measures its roofline by these
+functions and the benchmark suite writes the figures beside its rows. This module lies below all
+three: it knows PyTorch, the reference and the compiled engine.
 """
 
 from __future__ import annotations
 
 import contextlib
+import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from recurx import reference
-from recurx.nets import ATTENTION, BlockSpec
+from recurx.nets import ATTENTION, BlockSpec, numbers_of
 
 SECONDS = 0.15  # for each large copy and product
 COPY_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}  # beyond every cache
 LARGE = {"cpu": 1024, "cuda": 8192}  # side of the square product: about a peak
-# For a profile on a GPU, which the profiled model may have filled: half a GB in all.
-SMALLER_COPY, SMALLER_SIDE = 256 << 20, 4096
 STREAM_BYTES = 14 << 20  # the weights of a TRM in bf16; more than a core's own cache
 # Operators of one attention block of `recurx.reference` in fp32, by which their time is measured.
 BLOCK_OPERATORS = 30
@@ -90,36 +88,6 @@ def _random(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0), device="cpu")
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """The roofline of a device: GB/s of a large copy, TFLOP/s of square products."""
-
-    gbs: float
-    tflops: dict[str, float]  # dtype -> TFLOP/s
-
-    @classmethod
-    def of(cls, device: torch.device, dtype: torch.dtype) -> Ceilings:
-        """Measured on `device`, the products in fp32 and in `dtype`."""
-        side = min(LARGE.get(device.type, SMALLER_SIDE), SMALLER_SIDE)
-        tflops = {
-            str(kind).removeprefix("torch."): product_tflops(side, side, side, kind, device)
-            for kind in dict.fromkeys((torch.float32, dtype))
-        }
-        nbytes = min(COPY_BYTES.get(device.type, SMALLER_COPY), SMALLER_COPY)
-        return cls(copy_gbs(device, nbytes), tflops)
-
-    @property
-    def best_tflops(self) -> float:
-        return max(self.tflops.values())
-
-    def bound(self, flops: float, moved: float) -> float:
-        """Least seconds for `flops` FLOPs and `moved` bytes."""
-        return max(flops / (self.best_tflops * 1e12), moved / (self.gbs * 1e9))
-
-
-# ---- of this CPU -----------------------------------------------------------------------------
-
-
 def engine_isa() -> str:
     """The instruction set that the CPU engine takes here; "" if there is no engine."""
     try:
@@ -139,6 +107,16 @@ def cluster_places(index: int) -> tuple[tuple[int, int, int], ...]:
             return tuple(_C.cuda_cluster_places())
     except (ImportError, AttributeError):
         return ()
+
+
+def processor() -> tuple[str, list[str]]:
+    """Its model and feature flags as Linux lists them; no flags elsewhere."""
+    fields = {}
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        fields = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
+    model = fields.get("model name") or platform.processor() or platform.machine()
+    return model, fields.get("flags", "").split()
 
 
 def last_cache_bytes() -> int:
@@ -179,11 +157,7 @@ def split_us() -> float:
 
 def barrier_us() -> float:
     """Microseconds that a stage of the engine loses by being split over all threads; 0 without an
-    engine or a second thread.
-
-    The engine alone. Result files up to 2026-11-29 hold some 4 us more: they timed `recurx.recurse`
-    with the Python that it runs on one thread.
-    """
+    engine or a second thread."""
     isa = engine_isa()
     if torch.get_num_threads() == 1 or not isa:
         return 0.0
@@ -193,7 +167,7 @@ def barrier_us() -> float:
     spec = BlockSpec(ATTENTION, width, width, num_heads=8)
     weights = [_random(*shape) / width for shape in spec.weight_shapes]
     pointers = [(weight.data_ptr(), False) for weight in weights]
-    net = _C.cpu_pack([spec.numbers], pointers, False, isa)
+    net = _C.cpu_pack([numbers_of(spec)], pointers, False, isa)
     state = torch.ones(1, tokens, width)
     out = torch.empty_like(state)
 

@@ -1,130 +1,34 @@
 """What a reasoning net is to recurx: a hashable description and a flat list of weights.
 
-A net is a stack of post-norm blocks (DESIGN of HRM/TRM): an attention block or a token-MLP block,
-each followed by a SwiGLU over the hidden dimension. Weights stay the caller's own tensors (fp32
+A net is a stack of blocks (`BlockSpec`). This file alone reads modules: which attribute of which
+code base is which weight and which field. Weights stay the caller's own tensors (fp32
 masters as a rule); every backend casts or packs them as it needs, and never modifies them.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from recurx.errors import bad_argument
-from recurx.hashing import hash_once
+from recurx.specs import (
+    ATTENTION,
+    KINDS,
+    TOKEN_MLP,
+    VARIANT,
+    WEIGHT_NAMES,
+    BlockSpec,
+    NetSpec,
+)
 
-ATTENTION = "attention"
-TOKEN_MLP = "token_mlp"
-KINDS = (ATTENTION, TOKEN_MLP)
-
-# The four weights of one block, in the flat order of the op. All are [out, in], no biases.
-WEIGHT_NAMES = {
-    ATTENTION: ("qkv", "o", "gate_up", "down"),
-    TOKEN_MLP: ("t_gate_up", "t_down", "gate_up", "down"),
-}
-
-
-@dataclass(frozen=True)
-class BlockSpec:
-    """Shape of one block.
-
-    Args:
-        kind: `"attention"` or `"token_mlp"`.
-        hidden: D, the width of the states.
-        inner: F, inner width of the SwiGLU over D: `gate_up` [2F, D], gate first; `down` [D, F].
-        num_heads: H of an attention block, which divides D; 0 for a token-MLP block.
-        tokens: T that a token-MLP block is built for; 0 for attention (any T).
-        token_inner: inner width of the SwiGLU over T; 0 for attention.
-        eps: added to the mean square inside the rms norm.
-
-    Raises:
-        InvalidArgument: a size is no whole number from 1 on, or the heads do not divide D.
-    """
-
-    kind: str
-    hidden: int
-    inner: int
-    num_heads: int = 0
-    tokens: int = 0
-    token_inner: int = 0
-    eps: float = 1e-5
-    key: str = field(init=False, repr=False, compare=False)  # all fields as one string
-
-    def __post_init__(self) -> None:
-        attends = self.kind == ATTENTION
-        names = ("num_heads",) if attends else ("tokens", "token_inner")
-        for name in ("hidden", "inner", *names):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
-                raise bad_argument("BlockSpec", name, "a whole number from 1 on", repr(value))
-            if type(value) is not int and not isinstance(value, torch.SymInt):
-                object.__setattr__(self, name, operator.index(value))  # NumPy's, say
-        if attends and self.hidden % self.num_heads:
-            expected = f"a divisor of hidden={self.hidden}"
-            raise bad_argument("BlockSpec", "num_heads", expected, self.num_heads)
-        # Formed once, here: torch.compile may not format a size that it has made symbolic.
-        sizes = f"{self.hidden},{self.inner},{self.num_heads},{self.tokens},{self.token_inner}"
-        object.__setattr__(self, "key", f"{self.kind},{sizes},{self.eps}")
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden // self.num_heads if self.num_heads else 0
-
-    @property
-    def weight_shapes(self) -> tuple[tuple[int, int], ...]:
-        """Shapes in the order of `WEIGHT_NAMES[kind]`."""
-        d, f = self.hidden, self.inner
-        if self.kind == ATTENTION:
-            mixer = ((3 * d, d), (d, d))
-        else:
-            mixer = ((2 * self.token_inner, self.tokens), (self.tokens, self.token_inner))
-        return (*mixer, (2 * f, d), (d, f))
-
-    @property
-    def numbers(self) -> tuple[Any, ...]:
-        """As the compiled CPU engine takes a block."""
-        sizes = self.hidden, self.inner, self.num_heads, self.head_dim, self.tokens
-        return self.kind != ATTENTION, *sizes, self.token_inner, self.eps
-
-    @classmethod
-    def from_key(cls, key: str) -> BlockSpec:
-        """The block whose `key` is given."""
-        kind, *sizes, eps = key.split(",")
-        return cls(kind, *(int(size) for size in sizes), eps=float(eps))
-
-
-@hash_once
-@dataclass(frozen=True)
-class NetSpec:
-    """Shape of one net: its blocks, first to last, all of one hidden width."""
-
-    blocks: tuple[BlockSpec, ...]
-
-    @property
-    def hidden(self) -> int:
-        return self.blocks[0].hidden
-
-    @property
-    def num_weights(self) -> int:
-        return 4 * len(self.blocks)
-
-    def by_block(self, weights: Sequence[Any]) -> list[tuple[BlockSpec, Sequence[Any]]]:
-        """Each block with its part of the flat list of weights."""
-        return [(block, weights[4 * i : 4 * i + 4]) for i, block in enumerate(self.blocks)]
-
-    @property
-    def key(self) -> str:
-        """All blocks as one string; `from_key` reads it back."""
-        return ";".join([block.key for block in self.blocks])
-
-    @classmethod
-    def from_key(cls, key: str) -> NetSpec:
-        return cls(tuple(BlockSpec.from_key(block) for block in key.split(";")))
+__all__ = ["ATTENTION", "KINDS", "TOKEN_MLP", "WEIGHT_NAMES", "BlockSpec", "Net", "NetSpec"]
 
 
 class Net:
@@ -141,15 +45,16 @@ class Net:
             raise bad_argument(
                 "Net", "weights", f"{spec.num_weights} tensors", f"{len(self.weights)}"
             )
-        for index, weight in enumerate(self.weights):
-            number, slot = divmod(index, 4)
-            block = spec.blocks[number]
-            shape = block.weight_shapes[slot]
+        slots = [(n, slot) for n, block in enumerate(spec.blocks) for slot in block.slots]
+        for index, (weight, (number, (name, shape))) in enumerate(
+            zip(self.weights, slots, strict=True)
+        ):
             if tuple(weight.shape) != shape or not weight.is_floating_point():
+                what = "[out, in] = " if len(shape) == 2 else ""
                 raise bad_argument(
                     "Net",
-                    f"weights[{index}] (block {number}, {WEIGHT_NAMES[block.kind][slot]})",
-                    f"a floating [out, in] = {list(shape)} tensor",
+                    f"weights[{index}] (block {number}, {name})",
+                    f"a floating {what}{list(shape)} tensor",
                     f"{weight.dtype} {list(weight.shape)}",
                 )
 
@@ -165,42 +70,193 @@ class Net:
         return f"Net(D={self.spec.hidden}, [{kinds}])"
 
 
-def _block_of(layer: Any, where: str) -> tuple[BlockSpec, list[Tensor]]:
-    """Read one block with the official attribute names (self_attn | mlp_t, mlp, norm_eps)."""
-    mlp, attn, mlp_t = layer.mlp, getattr(layer, "self_attn", None), getattr(layer, "mlp_t", None)
-    gate_up, down = mlp.gate_up_proj.weight, mlp.down_proj.weight
-    hidden, inner = down.shape
-    eps = float(getattr(layer, "norm_eps", 1e-5))
-    if attn is not None:
-        if attn.num_key_value_heads != attn.num_heads or attn.causal:
-            raise bad_argument(
-                "recurse",
-                f"nets[{where}].self_attn",
-                "non-causal attention with as many K/V heads as heads",
-                f"causal={attn.causal}, {attn.num_key_value_heads} K/V heads of {attn.num_heads}",
-            )
-        spec = BlockSpec(ATTENTION, hidden, inner, num_heads=attn.num_heads, eps=eps)
-        mixer = [attn.qkv_proj.weight, attn.o_proj.weight]
+def numbers_of(block: BlockSpec) -> tuple[Any, ...]:
+    """As the compiled CPU engine takes a block."""
+    sizes = block.hidden, block.inner, block.num_heads, block.head_dim, block.tokens
+    return block.kind != ATTENTION, *sizes, block.token_inner, block.eps
+
+
+# ---- reading modules -----------------------------------------------------------------------------
+
+
+class Layer(NamedTuple):
+    """One layer as it was read: its block, and the dotted path of each weight of `spec.slots`.
+
+    A path may occur twice (a norm that q and k share). A weight of more dimensions than its slot
+    holds the same rows in order (one matrix a head, say), and is flattened.
+    """
+
+    spec: BlockSpec
+    paths: tuple[str, ...]
+
+
+class Unreadable(Exception):
+    """(path below the layer, what is wrong with it)."""
+
+
+# What a part is called. First TRM, HRM and what follows them (URM, EqR, RSM, nano-trm), then SIC,
+# then priml; a part that is None is not there.
+_CALLED = {
+    "mixer": ("self_attn", "mlp_t", "attn", "token_mixer"),
+    "mlp": ("mlp", "ffn", "channel_mixer"),
+    "qkv": ("qkv_proj", "proj_qkv"),
+    "o": ("o_proj", "proj_out"),
+    "gate_up": ("gate_up_proj", "up_proj"),
+    "down": ("down_proj",),
+    "norm1": ("norm1", "norm_token"),
+    "norm2": ("norm2", "norm_channel"),
+    "q_norm": ("qk_norm", "norm_q"),
+    "k_norm": ("qk_norm", "norm_k"),
+    "attn_norm": ("o_norm", "norm_out"),
+    "inner_norm": ("norm",),
+    "conv": ("dwconv",),
+    "heads": ("num_heads", "heads"),
+    "kv_heads": ("num_key_value_heads", "num_heads_kv"),
+}
+# Norms in modules of their own: (weight, part that it lies in, field that says its kind).
+_NORMS = (
+    ("norm1", "", "norm"), ("norm2", "", "norm"), ("q_norm", "mixer", "qk_norm"),
+    ("k_norm", "mixer", "qk_norm"), ("attn_norm", "mixer", "attn_norm"),
+    ("inner_norm", "mlp", "inner_norm"), ("t_inner_norm", "mixer", "inner_norm"),
+)  # fmt: skip
+_CONV_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+def _called(module: Any, part: str) -> str | None:
+    """The name of a part of a module."""
+    return next((n for n in _CALLED[part] if getattr(module, n, None) is not None), None)
+
+
+def _is_block(layer: Any) -> bool:
+    if isinstance(getattr(layer, "spec", None), BlockSpec):
+        return True
+    mlp, mixer = _called(layer, "mlp"), _called(layer, "mixer")
+    return bool(mlp and mixer and _called(getattr(layer, mlp), "gate_up"))
+
+
+def read_layer(layer: Any) -> Layer:
+    """The block that a layer's names, attributes and shapes tell; a proof shows whether it is it.
+
+    Raises:
+        Unreadable: something is missing, or has no spelling.
+        AttributeError, KeyError, TypeError, ValueError, InvalidArgument: it is no such layer.
+    """
+    if isinstance(spec := getattr(layer, "spec", None), BlockSpec):  # a model of ours
+        return Layer(spec, tuple(f"weights.{name}" for name, _ in spec.slots))
+    tops: dict[str, Any] = {top: _called(layer, top) for top in ("mixer", "mlp")} | {"": None}
+    paths: dict[str, str] = {}
+    fields: dict[str, Any] = {}
+    eps: set[float] = set()
+    sizes: dict[str, list[int]] = {}
+
+    def part(top: str, name: str) -> tuple[str, Any]:
+        """(path, child); the child is None if it is not there."""
+        outer = getattr(layer, tops[top]) if top else layer
+        called = _called(outer, name)
+        path = ".".join(filter(None, (tops[top], called)))
+        return path, called and getattr(outer, called)
+
+    attends = tops["mixer"] == "self_attn" or part("mixer", "qkv")[1] is not None
+    own = ("qkv", "o") if attends else ("t_gate_up", "t_down")
+    for slot in (*own, "gate_up", "down"):
+        path, child = part("mixer" if slot in own else "mlp", slot.removeprefix("t_"))
+        weight = getattr(child, "weight", None)
+        if not isinstance(weight, Tensor):
+            raise Unreadable(path, "has no plain parameter `weight`")
+        paths[slot] = f"{path}.weight"
+        sizes[slot] = [math.prod(map(int, weight.shape[:-1])), int(weight.shape[-1])]
+        if isinstance(getattr(child, "bias", None), Tensor):
+            fields["biases"] = (*fields.get("biases", ()), slot)
+            paths[f"{slot}_bias"] = f"{path}.bias"
+    hidden, inner = sizes["down"]
+    more: dict[str, Any] = {}
+    if attends:
+        mixer = getattr(layer, tops["mixer"])
+        heads = getattr(mixer, _called(mixer, "heads") or "num_heads")
+        kv_heads = getattr(mixer, _called(mixer, "kv_heads") or "", heads)
+        rows, parts = sizes["qkv"][0], heads + 2 * kv_heads
+        if not parts or rows % parts:
+            raise bad_argument("BlockSpec", "num_heads", f"heads that share {rows} rows", heads)
+        head_size = rows // parts
+        more = {"num_heads": heads}
+        fields |= {"mask": "causal" * bool(getattr(mixer, "causal", False))}
+        fields |= {"kv_heads": kv_heads * (kv_heads != heads)}
+        fields |= {"head_size": head_size * (head_size * heads != hidden)}
     else:
-        tokens, token_inner = mlp_t.down_proj.weight.shape
-        spec = BlockSpec(TOKEN_MLP, hidden, inner, tokens=tokens, token_inner=token_inner, eps=eps)
-        mixer = [mlp_t.gate_up_proj.weight, mlp_t.down_proj.weight]
-    return spec, [*mixer, gate_up, down]
+        more = dict(zip(("tokens", "token_inner"), sizes["t_down"], strict=True))
+    for slot, top, field in _NORMS:
+        path, child = part(top, slot.removeprefix("t_"))
+        if child is None or (attends and slot == "t_inner_norm"):
+            continue
+        fields[field] = "layer" if isinstance(child, nn.LayerNorm) else "rms"
+        eps.add(float(child.eps))
+        for name, suffix in (("weight", ""), ("bias", "_bias")):
+            if isinstance(getattr(child, name, None), Tensor):
+                fields[f"{field}_{name}"] = True
+                paths[f"{slot}{suffix}"] = f"{path}.{name}"
+        if field == "inner_norm":
+            fields |= {"inner_norm_of": "product", "inner_norm_tokens": slot == "t_inner_norm"}
+    path, child = part("mlp", "conv")
+    if child is not None:
+        paths |= {"conv": f"{path}.weight", "conv_bias": f"{path}.bias"}
+        fields |= {"conv": int(child.weight.shape[-1])}
+        fields |= {"conv_of": "middle" if len(child.weight) == inner else "gate_up"}
+        if type(child).forward is nn.Conv1d.forward:  # takes its own dtype only
+            fields["conv_dtype"] = _CONV_DTYPES[child.weight.dtype]
+    fields |= {"gated": sizes["gate_up"][0] != inner}
+    fields |= {"placement": "pre" if getattr(layer, "prenorm", False) else "post"}
+    eps = eps or {float(getattr(layer, "norm_eps", 1e-5))}
+    if len(eps) > 1:
+        raise Unreadable("", f"has norms of different eps: {sorted(eps)}")
+    fields = {name: value for name, value in fields.items() if value != VARIANT[name]}
+    kind = ATTENTION if attends else TOKEN_MLP
+    spec = BlockSpec(kind, hidden, inner, eps=eps.pop(), **more, **fields)
+    names = [name for name, _ in spec.slots]
+    if set(names) != paths.keys():
+        raise Unreadable("", f"has weights apart from its others: {set(names) ^ paths.keys()}")
+    return Layer(spec, tuple(paths[name] for name in names))
+
+
+def respelled(spec: NetSpec) -> Iterator[dict[str, Any]]:
+    """What no name tells of a layer's code, each as fields that differ from those that were read:
+    of RSM where the norm beside its token MLP runs; of others activation, mask, kind and place of
+    norms."""
+    first = spec.blocks[0]
+    axes: dict[str, tuple[Any, ...]] = {
+        "token_norm": ("tokens", "hidden")[: 1 + (first.kind == TOKEN_MLP)],
+        "placement": ("post", "pre", "sandwich")[: 3 - first.norm_weight],
+        "norm": ("rms", "layer"),
+        "mask": ("", "causal")[: 1 + (first.kind == ATTENTION)],
+        "activation": ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid"),
+    }
+    if first.inner_norm_of == "product":
+        del axes["activation"]
+    for values in itertools.product(*axes.values()):
+        fields = dict(zip(axes, values, strict=True))
+        changes = {name: value for name, value in fields.items() if value != getattr(first, name)}
+        if changes:
+            yield changes
+
+
+def spelled(spec: NetSpec, changes: Mapping[str, Any]) -> NetSpec:
+    """The same blocks but for some fields, which change no weight."""
+    if not changes:
+        return spec
+    return NetSpec(tuple(dataclasses.replace(block, **changes) for block in spec.blocks))
+
+
+def layers_of(module: Any) -> Any:
+    """The layers of a stack: its `layers`, or itself if it is a list of them."""
+    layers = getattr(module, "layers", None)
+    alone = layers is None and isinstance(module, (nn.ModuleList, nn.Sequential))
+    return module if alone else layers
 
 
 def is_block_stack(module: Any) -> bool:
-    """Whether `module` is a stack of blocks under the official attribute names."""
-    layers = getattr(module, "layers", None)
-    return (
-        isinstance(layers, (nn.ModuleList, nn.Sequential, list, tuple))
-        and len(layers) > 0
-        and all(
-            hasattr(layer, "mlp")
-            and hasattr(layer.mlp, "gate_up_proj")
-            and (hasattr(layer, "self_attn") or hasattr(layer, "mlp_t"))
-            for layer in layers
-        )
-    )
+    """Whether `module` is a stack of blocks under names that are known."""
+    layers = layers_of(module)
+    kinds = (nn.ModuleList, nn.Sequential, list, tuple)
+    return isinstance(layers, kinds) and len(layers) > 0 and all(map(_is_block, layers))
 
 
 # Forwards that are `recurx.reference` of the attributes, whatever code the layers hold.
@@ -220,24 +276,32 @@ def by_attributes(module: Any) -> bool:
     forward = getattr(type(module), "forward", _no_forward)
     if forward is not _no_forward:
         return forward in _by_attributes
-    return all(getattr(type(layer), "forward", None) is _no_forward for layer in module.layers)
+    layers = layers_of(module)
+    return all(getattr(type(layer), "forward", None) is _no_forward for layer in layers)
 
 
 def read_stack(module: Any, where: str = "?") -> Net:
-    """The weights and sizes of a stack of blocks, by its attribute names alone.
+    """The weights and sizes of a stack of blocks, by its names and shapes alone.
 
     What its code computes is another matter: `recurx.proof.as_net` proves it first.
 
     Raises:
-        InvalidArgument: a weight has another shape than its block, or attention is not ours.
+        InvalidArgument: a weight has another shape than its block.
+        Unreadable: see `read_layer`.
     """
-    specs: list[BlockSpec] = []
-    weights: list[Tensor] = []
-    for number, layer in enumerate(module.layers):
-        spec, block_weights = _block_of(layer, f"{where!r}].layers[{number}")
-        specs.append(spec)
-        weights.extend(block_weights)
-    return Net(NetSpec(tuple(specs)), weights)
+    read = [read_layer(layer) for layer in layers_of(module)]
+    spec = NetSpec(tuple(layer.spec for layer in read))
+    return Net(spec, weights_at(module, spec, [layer.paths for layer in read]))
+
+
+def weights_at(module: Any, spec: NetSpec, paths: Sequence[Sequence[str]]) -> list[Tensor]:
+    """The weights of a stack's layers in the flat order, as their slots have them."""
+    weights = []
+    for layer, block, own in zip(layers_of(module), spec.blocks, paths, strict=True):
+        for path, (_, shape) in zip(own, block.slots, strict=True):
+            weight = functools.reduce(getattr, path.split("."), layer)
+            weights.append(weight if weight.ndim == len(shape) else weight.flatten(0, -len(shape)))
+    return weights
 
 
 def rope_tables(

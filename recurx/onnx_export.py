@@ -48,16 +48,13 @@ def export_onnx(model: RecursiveModel, path: str | Path, batch_size: int = 1) ->
         batch_size: B, which is fixed.
 
     Raises:
-        InvalidArgument: another model, or the packages onnx and onnxscript are missing.
+        InvalidArgument: another model, or one with feedback; or onnx and onnxscript are missing.
     """
     if not isinstance(model, RecursiveModel):
         kind = type(model).__name__
         raise bad_argument("export_onnx", "model", "a recurx.models.TRM or HRM", kind)
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InvalidArgument(
-            f"recurx.export_onnx: needs {' and '.join(missing)}; run: pip install 'recurx[onnx]'."
-        )
+    if model.config.feedback:
+        raise bad_argument("export_onnx", "feedback", "'', none", repr(model.config.feedback))
     config, states = model.config, list(model.inner.schedule.states)
     example = (
         torch.ones(batch_size, config.seq_len, dtype=torch.int32),
@@ -66,13 +63,25 @@ def export_onnx(model: RecursiveModel, path: str | Path, batch_size: int = 1) ->
     )
     own = copy.deepcopy(model).eval()
     own.backend = "eager"
+    names = [*(f"new_{name}" for name in states), "logits", "q_halt", "q_continue"]
+    write(Step(own), example, path, ["inputs", "puzzle_identifiers", *states], names)
+
+
+def write(
+    part: nn.Module, example: tuple[Tensor, ...], path: str | Path, inputs: list[str],
+    outputs: list[str],
+) -> None:  # fmt: skip
+    """Write a module of tensors under these names, of the sizes of `example`; the same errors."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InvalidArgument(
+            f"recurx.export_onnx: needs {' and '.join(missing)}; run: pip install 'recurx[onnx]'."
+        )
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's exporter, about its own insides
         program = torch.onnx.export(
-            Step(own), example, dynamo=True, verbose=False,
-            input_names=["inputs", "puzzle_identifiers", *states],
-            output_names=[*(f"new_{name}" for name in states), "logits", "q_halt", "q_continue"],
-        )  # fmt: skip
+            part, example, dynamo=True, verbose=False, input_names=inputs, output_names=outputs
+        )
     assert program is not None
     with replacing(Path(path)) as unfinished:
         program.save(os.fspath(unfinished), external_data=False)

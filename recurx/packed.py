@@ -40,6 +40,12 @@ def padded_columns(columns: int) -> int:
     return _up(columns, ROW_ALIGN)
 
 
+def buffers_of(slots: Sequence, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Buffers by the names of weights; those of norms in fp32, as the reference widens them."""
+    kinds = {name: torch.float32 if "norm" in name else dtype for name, _ in slots}
+    return {name: torch.empty(shape, dtype=kinds[name], device=device) for name, shape in slots}
+
+
 Nets = tuple[tuple[str, NetSpec], ...]
 
 
@@ -55,34 +61,31 @@ def blocks_of(nets: Nets) -> dict[str, tuple[int, int]]:
 class PackedNets:
     """All matrices of some nets in one buffer, block after block, each a view with padded rows.
 
-    The padding is zero. `blocks[i]` holds the four matrices of block i over all nets, `offsets[i]`
-    where they start (elements), `of_net` the range of blocks of each net.
+    The padding is zero. `blocks[i]` holds the matrices of block i over all nets, `offsets[i]` where
+    they start (elements), `vectors[i]` its other weights by name, `of_net` the range of each net.
     """
 
     def __init__(self, nets: Nets, dtype: torch.dtype, device: torch.device) -> None:
         self.nets, self.of_net = nets, blocks_of(nets)
         self.specs: list[BlockSpec] = [block for _, spec in nets for block in spec.blocks]
         self.offsets: list[tuple[int, ...]] = []
-        shapes: list[tuple[int, int]] = []
         end = 0
         for block in self.specs:
             starts = []
-            for rows, columns in block.weight_shapes:
+            for _, rows, columns in block.products:
                 starts.append(end)
-                shapes.append((rows, columns))
                 end = _up(end + rows * padded_columns(columns), ALIGN)
             self.offsets.append(tuple(starts))
         self.buffer = torch.zeros(end, dtype=dtype, device=device)
-        flat = [start for starts in self.offsets for start in starts]
-        # The matrices with their padding, and the part of each that holds weights.
-        self._padded = [
-            self.buffer[at : at + rows * padded_columns(columns)].view(rows, -1)
-            for at, (rows, columns) in zip(flat, shapes, strict=True)
-        ]
-        self._views = [
-            padded[:, :columns] for padded, (_, columns) in zip(self._padded, shapes, strict=True)
-        ]
-        self.blocks = [tuple(self._padded[4 * i : 4 * i + 4]) for i in range(len(self.specs))]
+        self.blocks, self.vectors, self._views = [], [], []  # views of what holds weights
+        for block, begin in zip(self.specs, self.offsets, strict=True):
+            padded = []
+            for at, (_, rows, columns) in zip(begin, block.products, strict=True):
+                padded.append(self.buffer[at : at + rows * padded_columns(columns)].view(rows, -1))
+                self._views.append(padded[-1][:, :columns])
+            self.blocks.append(tuple(padded))
+            self.vectors.append(buffers_of(block.slots[len(padded) :], dtype, device))
+            self._views += self.vectors[-1].values()
 
     @lazy
     def words(self) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +50,27 @@ class Problem:
             cuts.append(slice(first, first + spec.num_weights))
             first = cuts[-1].stop
         return tuple(cuts)
+
+    @lazy
+    def changed(self) -> tuple[str, ...]:
+        """Fields of blocks, then factors of steps, that are not as in TRM and HRM, each once."""
+        return tuple(dict.fromkeys((*self.changed_blocks, *self.schedule.changed)))
+
+    @lazy
+    def changed_blocks(self) -> tuple[str, ...]:
+        """Those of blocks alone; a learned factor of steps is the block of a norm here."""
+        return tuple(dict.fromkeys(name for _, spec in self.nets for name in spec.changed))
+
+    def unknown(self, fields: Collection[str]) -> str | None:
+        """What differs from TRM and HRM in another field than these, in a sentence; or None."""
+        for name, spec in self.nets:
+            for number, block in enumerate(spec.blocks):
+                for field in block.changed:
+                    if field not in fields:
+                        value = f"{field}={getattr(block, field)!r}"
+                        return f"does not run {value} of block {number} of net {name!r}"
+        missing = [field for field in self.schedule.changed if field not in fields]
+        return f"does not run steps with {missing[0]}" if missing else None
 
     def bind(self, weights: Sequence[Tensor]) -> dict[str, Net]:
         """Cut the flat list of weights into nets, each checked."""

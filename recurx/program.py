@@ -9,27 +9,36 @@ slot it writes and the net then updates that slot in place: the running h *is* t
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from recurx.forking import lazy
 from recurx.hashing import hash_once
 from recurx.operands import Span
 from recurx.schedule import INPUT, Schedule, Step
 
-# Words a row in the table: a multiple of 16 bytes, so that Triton compiles one kernel for all rows.
-ROW = 8
+
+class Factors(NamedTuple):
+    """Those of a `Step`, `keep` being 1 - damping; `number`: of the call, if it has noise."""
+
+    scale: float
+    keep: float
+    damping: float
+    noise: float
+    number: int
+
+
+PLAIN = Factors(1.0, 0.0, 1.0, 0.0, 0)
 
 
 class Call(NamedTuple):
-    """write <- net(sum(state) + (sum(inject))), by slot.
+    """write <- net(sum(state) + (sum(inject))), by slot; with factors as `Step` says.
 
     Args:
         shared: number of the sum over `inject` if several calls use it, else None.
         forms: whether this is the call that forms the shared sum; the others find it kept.
         stays: whether the next call overwrites what this one writes, and reads it as its first
             operand alone: then it need not leave the chip in between.
+        factors: None where a step has none.
     """
 
     net: str
@@ -39,20 +48,11 @@ class Call(NamedTuple):
     shared: int | None = None
     forms: bool = False
     stays: bool = False
-
-
-class Row(NamedTuple):
-    """One step over an arena of slots: a call, or with `net` None a sum alone."""
-
-    net: str | None
-    write: int
-    state: tuple[int, ...]
-    inject: tuple[int, ...] = ()
+    factors: Factors | None = None
 
     @property
-    def is_identity(self) -> bool:
-        """Whether the input already is what the written slot holds."""
-        return self.state == (self.write,) and not self.inject
+    def damped(self) -> bool:
+        return self.factors is not None and self.factors.keep != 0
 
 
 @hash_once
@@ -62,37 +62,6 @@ class Program:
 
     calls: tuple[Call, ...]
     states: int
-
-    @lazy
-    def slots(self) -> int:
-        """x, the states, and the shared sum if there is one."""
-        return self.states + 1 + any(call.forms for call in self.calls)
-
-    @lazy
-    def rows(self) -> tuple[Row, ...]:
-        """The calls over an arena: a shared sum is a row of its own, and lies in the last slot."""
-        rows, kept = [], self.states + 1
-        for call in self.calls:
-            if call.forms:
-                rows.append(Row(None, kept, call.inject))
-            inject = call.inject if call.shared is None else (kept,)
-            rows.append(Row(call.net, call.write, call.state, inject))
-        return tuple(rows)
-
-    def table(self, blocks: Mapping[str, tuple[int, int]]) -> tuple[int, ...]:
-        """The int32 words that kernels read: the rows, then the slots that they read.
-
-        `blocks` says which blocks (first, one past the last) make up each net. A row is (first
-        block, last block, write, where its reads start, number of states, of injects, 0, 0).
-        """
-        words: list[int] = []
-        reads: list[int] = []
-        for row in self.rows:
-            first, last = (0, 0) if row.net is None else blocks[row.net]
-            at = ROW * len(self.rows) + len(reads)
-            words += [first, last, row.write, at, len(row.state), len(row.inject), 0, 0]
-            reads += [*row.state, *row.inject]
-        return tuple(words + reads)
 
 
 @functools.lru_cache(maxsize=256)
@@ -110,10 +79,12 @@ def lower(schedule: Schedule, span: Span) -> Program:
             held, sums = step.inject, sums + 1
         shared = sums if len(step.inject) > 1 and held == step.inject else None
         state, inject = ([slot[name] for name in names] for names in (step.state, step.inject))
+        called = span.start + number if step.noise else 0
+        factors = Factors(step.scale, 1 - step.damping, step.damping, step.noise, called)
         calls.append(
             Call(
                 step.net, slot[step.write], tuple(state), tuple(inject), shared, forms,
-                _continues(step, after),
+                _continues(step, after), factors if step.changed else None,
             )
         )  # fmt: skip
         if held is not None and step.write in held:
@@ -127,7 +98,10 @@ def _injects_the_same(step: Step, after: Step | None) -> bool:
 
 
 def _continues(step: Step, after: Step | None) -> bool:
-    """Whether the call after `step` overwrites what it wrote and reads it first, and only there."""
+    """Whether the call after `step` overwrites what it wrote and reads it first, and only there: a
+    damped one reads it once more."""
     if after is None or after.write != step.write or after.state[0] != step.write:
+        return False
+    if after.damping != 1:
         return False
     return step.write not in (*after.state[1:], *after.inject)

@@ -20,10 +20,23 @@ from torch import nn
 
 from recurx.errors import InvalidArgument, UnsupportedModel, bad_argument
 from recurx.lowrank import merged
-from recurx.nets import Net, by_attributes, is_block_stack, read_stack
+from recurx.nets import (
+    Net,
+    NetSpec,
+    Unreadable,
+    by_attributes,
+    is_block_stack,
+    layers_of,
+    read_layer,
+    read_stack,
+    spelled,
+    weights_at,
+)
 from recurx.operands import CosSin
-from recurx.probing import OwnForward, probed, style_of
-from recurx.readings import HOOKS, INTERNAL, Reading, attends, read, remember
+from recurx.own_code import OwnForward, style_of
+from recurx.probing import probed
+from recurx.readings import Reading, attends, read, remember
+from recurx.survey import HOOKS, INTERNAL
 
 
 class Proof(NamedTuple):
@@ -83,9 +96,12 @@ def proved(module: Any, where: str = "?", cos_sin: CosSin | bool | None = None) 
         return proof.difference if proof.net is None else proof.net
     if isinstance(why := merged(module, where), str):
         return why
-    difference = known_difference(module, where, rope)
+    known = known_blocks(module, where, rope)
     watch_traced(module, attribute_names(module))
-    return read_stack(module, where) if difference is None else difference
+    if isinstance(known, str):
+        return known
+    spec = NetSpec.from_key(known[0])  # while tracing: a spec that comes from outside has no fields
+    return Net.trusted(spec, weights_at(module, spec, known[1]))
 
 
 def examine(module: Any, where: str = "?", rope: bool = True) -> Proof:
@@ -106,27 +122,33 @@ def examine(module: Any, where: str = "?", rope: bool = True) -> Proof:
         return Proof(None, "; ".join(reading.differences))
     try:
         net = read_stack(module, where)
-    except (InvalidArgument, AttributeError, TypeError) as error:
+    except (InvalidArgument, Unreadable, AttributeError, KeyError, TypeError) as error:
         if code_is_ours:
             raise
         return Proof(None, str(error))
-    reading.bind(net)
     if code_is_ours:
         reading.proved |= {True, False}
     elif net.weights[0].is_meta:
-        return Proof(net, None)  # nothing to run, and nothing that a probe could be wrong about yet
+        # nothing to run, and nothing that a probe could be wrong about yet
+        return Proof(net, None)
     else:
-        difference = probed(module, net.spec, reading, rope and attends(net.spec))
-        if difference is not None:
-            return Proof(None, difference)
+        said = probed(module, net.spec, reading, rope and attends(net.spec))
+        if isinstance(said, str):
+            return Proof(None, said)
+        net.spec = spelled(net.spec, said)
         reading.proved |= {rope} if attends(net.spec) else {True, False}
+    reading.bind(net.spec)
     remember(module, reading)
     return Proof(net, None)
 
 
-def known_difference(module: Any, where: str, rope: bool) -> str | None:
-    """`examine` while torch.compile traces, which runs it aside: what differs, or None."""
-    return examine(module, where, rope).difference
+def known_blocks(module: Any, where: str, rope: bool) -> Any:
+    """`examine` while torch.compile traces, which runs it aside: the blocks and where their weights
+    lie, or what differs."""
+    net, difference = examine(module, where, rope)
+    if net is None:
+        return difference
+    return net.spec.key, tuple(read_layer(layer).paths for layer in layers_of(module))
 
 
 def attribute_names(module: nn.Module) -> tuple[tuple[str, ...], ...]:
@@ -134,7 +156,7 @@ def attribute_names(module: nn.Module) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(name for name in vars(m) if name not in INTERNAL) for m in module.modules())
 
 
-known_difference._dynamo_marked_constant = True  # type: ignore[attr-defined]
+known_blocks._dynamo_marked_constant = True  # type: ignore[attr-defined]
 attribute_names._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -17,7 +17,6 @@ answers. It is for trained nets; the random ones of a test are chaotic, and fail
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -72,15 +71,10 @@ class Gate:
 
 
 def quantize(
-    model: RecursiveModel,
-    batch: Mapping[str, Tensor],
-    *,
-    to: str = "fp8",
-    max_steps: int | None = None,
-    halt: str | None = "q",
-    min_cosine: float = MIN_COSINE,
+    model: RecursiveModel, batch: Mapping[str, Tensor], *, to: str = "fp8",
+    max_steps: int | None = None, halt: str | None = "q", min_cosine: float = MIN_COSINE,
     min_agreement: float = MIN_AGREEMENT,
-) -> RecursiveModel:
+) -> RecursiveModel:  # fmt: skip
     """A copy of a trained model with quantised nets, if the gate lets it pass.
 
     Args:
@@ -114,8 +108,7 @@ def quantize(
             raise BackendUnavailable(why)
     small = _quantized_copy(model, dtype)
     small.backend = "cpu" if to == "int8" else small.backend
-    gate = compare(model, small, batch, max_steps, halt, min_cosine, min_agreement)
-    gate = dataclasses.replace(gate, form=form)
+    gate = compare(model, small, batch, max_steps, halt, min_cosine, min_agreement, form)
     if not gate.passed:
         raise QuantizationRefused(
             f"recurx.quantize: {gate}. Keep bf16, or train longer: the gate is for nets that have "
@@ -127,14 +120,10 @@ def quantize(
 
 
 def compare(
-    model: RecursiveModel,
-    small: RecursiveModel,
-    batch: Mapping[str, Tensor],
-    max_steps: int | None = None,
-    halt: str | None = "q",
-    min_cosine: float = MIN_COSINE,
-    min_agreement: float = MIN_AGREEMENT,
-) -> Gate:
+    model: RecursiveModel, small: RecursiveModel, batch: Mapping[str, Tensor],
+    max_steps: int | None = None, halt: str | None = "q", min_cosine: float = MIN_COSINE,
+    min_agreement: float = MIN_AGREEMENT, form: str = FORMATS["fp8"][1],
+) -> Gate:  # fmt: skip
     """The gate alone: run both models free from the same start and judge the difference."""
     max_steps = model.config.halt_max_steps if max_steps is None else max_steps
     answers = [solve(m, batch, max_steps, halt).predictions for m in (model, small)]
@@ -153,7 +142,7 @@ def compare(
         )
     elif agreement < min_agreement:
         reason = f"{agreement:.2%} of answers agree, at least {min_agreement:.2%} is asked for"
-    return Gate(tuple(cosines), agreement, whole, reason)
+    return Gate(tuple(cosines), agreement, whole, reason, form)
 
 
 def _quantized_copy(model: RecursiveModel, dtype: torch.dtype) -> RecursiveModel:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,9 +11,8 @@ from torch import Tensor
 
 from recurx import reference, reference_backward
 from recurx.errors import RecurxError
-from recurx.nets import BlockSpec, Net
-from recurx.operands import CosSin, rope_of
-from recurx.schedule import INPUT, Schedule
+from recurx.nets import BlockSpec
+from recurx.operands import Beside, CosSin, rope_of
 
 DOUBLE_BACKWARD = (
     "recurx.recurse: double backward (create_graph=True) is not supported: the recursion is "
@@ -23,49 +23,37 @@ DOUBLE_BACKWARD = (
 class _Block(torch.autograd.Function):
     """`reference.block` whose backward is the written-out one.
 
-    Not torch.utils.checkpoint: that imports torch._dynamo (2 s), and replays random state that a
-    block does not have.
+    Not torch.utils.checkpoint: that imports torch._dynamo (2 s), and replays random state, where a
+    block draws from a counter.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        h: Tensor,
-        cos: Tensor | None,
-        sin: Tensor | None,
-        spec: BlockSpec,
-        *weights: Tensor,
-    ) -> Tensor:
-        ctx.spec = spec
-        ctx.save_for_backward(h, cos, sin, *weights)
-        return reference.block(h, spec, weights, rope_of(cos, sin))
+        ctx: Any, h: Tensor, cos: Tensor | None, sin: Tensor | None, seed: Tensor | None,
+        key_mask: Tensor | None, spec: BlockSpec, place: Sequence[int], *weights: Tensor,
+    ) -> Tensor:  # fmt: skip
+        ctx.spec, ctx.place = spec, place
+        ctx.save_for_backward(h, cos, sin, seed, key_mask, *weights)
+        return reference.block(h, spec, weights, rope_of(cos, sin), Beside(seed, key_mask, *place))
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled():  # only so under create_graph=True
             raise RecurxError(DOUBLE_BACKWARD)
-        h, cos, sin, *weights = ctx.saved_tensors
+        h, cos, sin, seed, key_mask, *weights = ctx.saved_tensors
         d_h, d_weights = reference_backward.block_backward(
-            h, ctx.spec, weights, rope_of(cos, sin), d_out
+            h, ctx.spec, weights, rope_of(cos, sin), d_out, Beside(seed, key_mask, *ctx.place)
         )
-        return d_h, None, None, None, *d_weights
+        return d_h, *[None] * 6, *d_weights
 
 
-def run(
-    schedule: Schedule,
-    nets: Mapping[str, Net],
-    x: Tensor,
-    carry: Mapping[str, Tensor],
-    cos_sin: CosSin | None,
-    start: int,
-    stop: int,
-) -> dict[str, Tensor]:
-    """`reference.run` with the same bits, and gradients by recomputing block by block."""
-    cos, sin = cos_sin or (None, None)
-    values = {INPUT: x, **carry}
-    for step in schedule.steps[start:stop]:
-        h, net = reference.call_input(step, values), nets[step.net]
-        for spec, weights in net.spec.by_block(net.weights):
-            h = _Block.apply(h, cos, sin, spec, *weights)
-        values[step.write] = h
-    return {name: values[name] for name in carry}
+def _block(
+    h: Tensor, spec: BlockSpec, weights: Sequence[Tensor], cos_sin: CosSin | None, beside: Beside
+) -> Tensor:
+    given = *(cos_sin or (None, None)), beside.seed, beside.key_mask
+    out: Tensor = _Block.apply(h, *given, spec, (beside.call, beside.block), *weights)
+    return out
+
+
+# `reference.run` with the same bits, and gradients by recomputing block by block.
+run = functools.partial(reference.run, each=_block)

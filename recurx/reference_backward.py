@@ -16,7 +16,7 @@ from torch import Tensor
 
 from recurx import reference
 from recurx.nets import ATTENTION, BlockSpec, Net
-from recurx.operands import CosSin, Operands, Span
+from recurx.operands import ALONE, Beside, CosSin, Operands, Span
 from recurx.problem import Problem
 from recurx.schedule import INPUT
 
@@ -86,9 +86,12 @@ def attention_backward(
 
 
 def block_backward(
-    h: Tensor, spec: BlockSpec, weights: Sequence[Tensor], cos_sin: CosSin | None, d_out: Tensor
-) -> tuple[Tensor, list[Tensor]]:
+    h: Tensor, spec: BlockSpec, weights: Sequence[Tensor], cos_sin: CosSin | None, d_out: Tensor,
+    beside: Beside = ALONE,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """d_h and the weight gradients of one block, the latter in the order of its weights."""
+    if spec.changed:
+        return _by_autograd(h, spec, weights, cos_sin, d_out, beside)
     mixer_in, mixer_out, gate_up, down = weights
     if spec.kind == ATTENTION:
         x = h
@@ -117,17 +120,37 @@ def block_backward(
     return d_h, [d_in, d_proj, d_gate_up, d_down]
 
 
+def _by_autograd(
+    h: Tensor, spec: BlockSpec, weights: Sequence[Tensor], cos_sin: CosSin | None, d_out: Tensor,
+    beside: Beside,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """`block_backward` of a variant: there are too many to write out, and PyTorch's is right.
+
+    Inside an op of ours autograd is switched off below the dispatcher, so it is switched on there.
+    """
+    keys = torch._C.DispatchKey
+    with (
+        torch._C._SetExcludeDispatchKeyGuard(keys.AutogradFunctionality, False),
+        torch._C._SetExcludeDispatchKeyGuard(keys.ADInplaceOrView, False),
+        torch.enable_grad(),
+    ):
+        leaves = [tensor.detach().requires_grad_() for tensor in (h, *weights)]
+        out = reference.variant_block(leaves[0], spec, leaves[1:], cos_sin, beside)
+        d_h, *d_weights = torch.autograd.grad(out, leaves, d_out, materialize_grads=True)
+    return d_h, d_weights
+
+
 def call_backward(
-    h: Tensor, net: Net, cos_sin: CosSin | None, d_out: Tensor
+    h: Tensor, net: Net, cos_sin: CosSin | None, d_out: Tensor, beside: Beside = ALONE
 ) -> tuple[Tensor, list[Tensor]]:
     """d_h and all weight gradients of one net call."""
     blocks, inputs = net.spec.by_block(net.weights), []
-    for spec, weights in blocks:
-        inputs.append(h)
-        h = reference.block(h, spec, weights, cos_sin)
+    for number, (spec, weights) in enumerate(blocks):
+        inputs.append((h, beside._replace(block=number)))
+        h = reference.block(h, spec, weights, cos_sin, inputs[-1][1])
     grads: list[Tensor] = []
-    for (spec, weights), entered in zip(reversed(blocks), reversed(inputs), strict=True):
-        d_out, d_weights = block_backward(entered, spec, weights, cos_sin, d_out)
+    for (spec, weights), (entered, own) in zip(reversed(blocks), reversed(inputs), strict=True):
+        d_out, d_weights = block_backward(entered, spec, weights, cos_sin, d_out, own)
         grads = d_weights + grads
     return d_out, grads
 
@@ -143,19 +166,37 @@ def run(
     schedule, nets, cos_sin = problem.schedule, problem.bind(operands.weights), operands.rope
     x, steps = operands.x, schedule.steps[span.start : span.stop]
     values = {INPUT: x, **dict(zip(schedule.states, operands.states, strict=True))}
-    call_inputs = []
-    for step in steps:
-        call_inputs.append(reference.call_input(step, values))
-        values[step.write] = reference.call(call_inputs[-1], nets[step.net], cos_sin)
+    entered = []
+    for number, step in enumerate(steps, span.start):
+        beside = Beside(operands.seed, operands.key_mask, number)
+        before = values[step.write]
+        h = reference.call_input(step, values, nets)
+        out = reference.call(h, nets[step.net], cos_sin, beside)
+        # The gradient of a learned factor: that of the product, times what it multiplies.
+        by = {"scale": step.learned and sum(values[name] for name in step.state),
+              "damping": step.learned and out - before}  # fmt: skip
+        entered.append((h, beside, by))
+        values[step.write] = reference.written(step, before, out, beside, nets)
 
     d_values = {INPUT: torch.zeros_like(x), **dict(zip(schedule.states, d_states, strict=True))}
     d_weights = {name: [torch.zeros_like(w) for w in net.weights] for name, net in nets.items()}
-    for step, h in zip(reversed(steps), reversed(call_inputs), strict=True):
-        d_h, d_net = call_backward(h, nets[step.net], cos_sin, d_values[step.write])
+    for step, (h, beside, by) in zip(reversed(steps), reversed(entered), strict=True):
+        d_written = d_values[step.write]
+        share, scale = (reference.factor(f, nets, h) for f in (step.damping, step.scale))
+        d_out = d_written if step.damping == 1 else (share * d_written).to(h.dtype)
+        d_h, d_net = call_backward(h, nets[step.net], cos_sin, d_out, beside)
         for total, part in zip(d_weights[step.net], d_net, strict=True):
             total += part
-        d_values[step.write] = torch.zeros_like(d_h)
-        for name in step.reads:
+        for field, name in step.learned.items():
+            d_product = d_written if field == "damping" else d_h
+            d_product = d_product.to(torch.promote_types(h.dtype, torch.float32))
+            d_weights[name][0] += (d_product * by[field]).sum((0, 1))
+        rest = torch.zeros_like(h) if step.damping == 1 else ((1 - share) * d_written).to(h.dtype)
+        d_values[step.write] = rest
+        d_first = d_h if step.scale == 1 else (scale * d_h).to(h.dtype)
+        for name in step.state:
+            d_values[name] = d_values[name] + d_first
+        for name in step.inject:
             d_values[name] = d_values[name] + d_h
     # A custom op may not return its inputs: a state that no call touched passes its gradient on.
     flat = [d_values[INPUT], *(d_values[name].clone() for name in schedule.states)]

@@ -186,9 +186,6 @@ def refusals(problem: Problem) -> list[str]:
     return lines
 
 
-# ---- the question ------------------------------------------------------------------------------
-
-
 def route(problem: Problem, device: Where | None = None, request: Request = Request()) -> Route:
     """The route of a problem; remembered, so that asking again costs a look-up.
 
@@ -231,15 +228,10 @@ def decide(problem: Problem, device: Where | None, request: Request, proven: boo
     pytorch = {"all": "autograd", "block": "recompute", "states": "reference"}
     backward = pytorch[request.save] if window.backend == EAGER else window.backend
     forward = window.backend
-    if request.save == "states" and not _runs_states(window.backend, problem):
-        forward = calls.backend
+    if request.save == "states":
+        own = backends.get(forward).window(problem)
+        forward = forward if own is not None and own.own_forward else calls.backend
     return Route(problem, where, request, calls, window, split, forward, backward)
-
-
-def _runs_states(name: str, problem: Problem) -> bool:
-    """Whether the window of backend `name` runs its forward with save="states" too."""
-    window = backends.get(name).window(problem)
-    return window is not None and window.own_forward
 
 
 def stored(problem: Problem, device: torch.device, request: Request) -> dict[str, Any]:
@@ -266,6 +258,7 @@ def stamp() -> Stamp:
     """Changes whenever another route may come out: a backend, a comparison, a verdict, threads,
     RECURX_AUTOTUNE."""
     versions = backends.version(), VERDICTS.version, COMPARED.version
+    # Asked at every call: not through a function.
     return *versions, torch.get_num_threads(), os.environ.get("RECURX_AUTOTUNE") != "0"
 
 
@@ -289,9 +282,6 @@ def _considered(problem: Problem, device: Where, now: Stamp) -> tuple[Considered
     return tuple(found)
 
 
-# ---- for torch.compile ---------------------------------------------------------------------------
-
-
 def has_fused(device_type: str) -> bool:
     """Whether `auto` has anything beyond the reference for this type of device.
 
@@ -302,14 +292,9 @@ def has_fused(device_type: str) -> bool:
 
 
 def window_backend(
-    name: str,
-    key: str,
-    dtype: torch.dtype,
-    device_type: str,
-    rope: bool,
-    tokens: int = 0,
+    name: str, key: str, dtype: torch.dtype, device_type: str, rope: bool, tokens: int = 0,
     save: str = "all",
-) -> str | None:
+) -> str | None:  # fmt: skip
     """Name of the backend whose `Window` a traced recursion takes, or None for PyTorch's.
 
     Args:

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from recurx.errors import bad_argument
 from recurx.hashing import hash_once
@@ -29,26 +31,51 @@ def _names(step_field: str, value: str | Iterable[str]) -> tuple[str, ...]:
     return names
 
 
+# What a step may have beside its sums, and what it is in TRM and HRM.
+FACTORS = {"damping": 1.0, "scale": 1.0, "noise": 0.0}
+LEARNED = "learned factors"
+
+
 @dataclass(frozen=True)
 class Step:
-    """One net call: `write <- net(sum(state) + (sum(inject)))`.
+    """A net call: `write <- (1 - l) write + l net(scale * sum(state) + (sum(inject))) + noise`.
 
     Args:
         net: name of the net that is called, e.g. `"L"`.
         write: name of the state that receives the result; not `"x"`.
         state: names that are summed first, left to right; at least one.
         inject: names that are summed apart and added to that sum; may be empty.
+        damping: l, the share of the new value; 1: `write` is overwritten.
+        scale: factor of the first sum. Either may be learned: a name instead of a number, under
+            which the nets of `recurx.recurse` hold a parameter, 0-d or [D].
+        noise: standard deviation of normal noise that is added to what is written, from a counter:
+            the same for the same seed, call, sample and element; 0: none.
 
     Raises:
-        InvalidArgument: a name is no identifier, `state` is empty, or `write` is `"x"`.
+        InvalidArgument: a name is no identifier, `state` is empty, `write` is `"x"`, or a factor is
+            no finite number.
+
+    Source of damping and noise: EqR (arXiv 2605.21488), l = 0.95 and noise 0.01.
     """
 
     net: str
     write: str
     state: tuple[str, ...]
     inject: tuple[str, ...] = ()
+    damping: float | str = 1.0
+    scale: float | str = 1.0
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in FACTORS:
+            value = getattr(self, name)
+            if isinstance(value, str) and name != "noise":
+                _names(name, value)
+                continue
+            good = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not good or not math.isfinite(value) or (name == "noise" and value < 0):
+                raise bad_argument("Step", name, "a finite number", repr(value))
+            object.__setattr__(self, name, float(value))
         _names("net", (self.net,))
         _names("write", (self.write,))
         object.__setattr__(self, "state", _names("state", self.state))
@@ -64,14 +91,33 @@ class Step:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """All names that the call reads, in the order of the additions."""
+        """All names that the net's input is the sum of, in the order of the additions."""
         return self.state + self.inject
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Which factors are not as in TRM and HRM; LEARNED too if one of them is."""
+        names = [name for name, plain in FACTORS.items() if getattr(self, name) != plain]
+        return (*names, *[LEARNED] * bool(self.learned))
+
+    @property
+    def learned(self) -> dict[str, str]:
+        """{factor: its name} of those that are learned."""
+        both = {"damping": self.damping, "scale": self.scale}
+        return {field: name for field, name in both.items() if isinstance(name, str)}
 
     def __str__(self) -> str:
         terms = " + ".join(self.state)
+        if self.scale != 1:
+            terms = f"{self.scale} * ({terms})"
         if self.inject:
             terms += f" + ({' + '.join(self.inject)})"
-        return f"{self.write} <- {self.net}({terms})"
+        value = f"{self.net}({terms})"
+        if self.damping != 1:
+            rest = self.learned.get("damping")
+            rest = f"{1 - self.damping:.6g}" if rest is None else f"(1 - {rest})"
+            value = f"{rest} * {self.write} + {self.damping} * {value}"
+        return f"{self.write} <- {value}" + (f" + {self.noise} * noise" if self.noise else "")
 
 
 @hash_once
@@ -98,9 +144,11 @@ class Schedule:
     name: str = "custom"
     key: str = field(init=False, repr=False, compare=False)  # all of it as one string
     # Names of the states, in order of first appearance (the order of the flat op), and of the nets,
-    # in order of first call.
+    # in order of first call; after these learned factors, which lie among the nets.
     states: tuple[str, ...] = field(init=False, repr=False, compare=False)
     nets: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    # Which factors of steps are not as in TRM and HRM, each once.
+    changed: tuple[str, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         steps = tuple(self.steps)
@@ -127,12 +175,18 @@ class Schedule:
                 f"False with grad_from={self.grad_from}",
                 "No gradient can pass the calls before the window; set grad_from=0.",
             )
-        calls = [f"{s.net},{s.write},{'+'.join(s.state)},{'+'.join(s.inject)}" for s in steps]
+        calls = [_key(step) for step in steps]
         head = f"{self.name}/{self.grad_from}/{int(self.detach_carry)}"
         object.__setattr__(self, "key", "/".join([head, *calls]))
         names = dict.fromkeys(name for step in steps for name in (*step.reads, step.write))
         object.__setattr__(self, "states", tuple(name for name in names if name != INPUT))
-        object.__setattr__(self, "nets", tuple(dict.fromkeys(step.net for step in steps)))
+        nets = dict.fromkeys(step.net for step in steps)
+        learned = dict.fromkeys(name for step in steps for name in step.learned.values())
+        if both := set(learned) & set(nets):
+            raise bad_argument("Schedule", "steps", "factors called unlike nets", sorted(both))
+        object.__setattr__(self, "nets", (*nets, *learned))
+        changed = dict.fromkeys(name for step in steps for name in step.changed)
+        object.__setattr__(self, "changed", tuple(changed))
 
     @classmethod
     def from_key(cls, key: str) -> Schedule:
@@ -140,9 +194,9 @@ class Schedule:
         name, grad_from, detach_carry, *calls = key.split("/")
         steps = []
         for call in calls:
-            net, write, state, inject = call.split(",")
+            net, write, state, inject, *factors = call.split(",")
             reads = tuple(state.split("+")), tuple(inject.split("+")) if inject else ()
-            steps.append(Step(net, write, *reads))
+            steps.append(Step(net, write, *reads, *map(_factor, factors)))
         return cls(tuple(steps), int(grad_from), detach_carry == "1", name)
 
     # ---- builders, one a published system -------------------------------------------------
@@ -214,6 +268,15 @@ class Schedule:
             )
         return dataclasses.replace(self, grad_from=calls - window)
 
+    def with_factors(
+        self, damping: float | str = 1.0, scale: float | str = 1.0, noise: float = 0.0
+    ) -> Schedule:
+        """The same calls, each with these factors; see `Step`. EqR: `damping=0.95, noise=0.01`."""
+        factors: Any = {"damping": damping, "scale": scale, "noise": noise}
+        return dataclasses.replace(
+            self, steps=tuple(dataclasses.replace(step, **factors) for step in self.steps)
+        )
+
     @property
     def window(self) -> int:
         """Number of calls inside the gradient window."""
@@ -232,6 +295,15 @@ class Schedule:
         body = ";\n                   ".join(_run_lengths(self.steps[:period]))
         body = f"{repeat} x [ {body} ]" if repeat > 1 else body
         return f"{head}>\n  calls 0..{last}: {body}"
+
+
+def _key(step: Step) -> str:
+    key = f"{step.net},{step.write},{'+'.join(step.state)},{'+'.join(step.inject)}"
+    return f"{key},{step.damping},{step.scale},{step.noise}" if step.changed else key
+
+
+def _factor(text: str) -> Any:
+    return text if text.isidentifier() else float(text)
 
 
 def _count(op: str, arg: str, value: int) -> int:

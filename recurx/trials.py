@@ -67,7 +67,6 @@ class MissingEngine(UserWarning):
 _locks: dict[str, threading.Lock] = {}  # by subject
 _local = threading.local()
 os.register_at_fork(after_in_child=_locks.clear)
-_told_missing = False
 
 
 @contextlib.contextmanager
@@ -93,8 +92,8 @@ def settled(problem: Problem, request: Request, operands: Operands) -> Route:
     """
     device = operands.x.device
     found = routes.route(problem, device, request)
-    if found.backend == EAGER and request.backend == "auto":
-        _tell_of_missing_engine(problem)
+    if found.backend == EAGER and request.backend == "auto" and problem.device_type == "cpu":
+        _tell_of_missing_engine()
     if found.settled:
         return found
     if not captured_outside(device):
@@ -172,8 +171,6 @@ def _settle(
             VERDICTS.keep(subject_of(half, problem), machine, found, lasting=whole)
 
 
-# ---- faster? -------------------------------------------------------------------------------------
-
 Run = Callable[[str, int], object]  # runs so many net calls on a backend
 
 
@@ -213,10 +210,7 @@ def _race(names: list[str], run: Run, most: int, device: torch.device) -> Verdic
                 best[name] = min(best[name], _seconds(run, name, calls, device))
     if not best:
         return None
-    fused = {name: took for name, took in best.items() if name != EAGER}
-    chosen = min(fused, key=lambda name: fused[name]) if fused else EAGER
-    if EAGER in best and fused and best[EAGER] < MARGIN * fused[chosen]:
-        chosen = EAGER
+    chosen = min(best, key=lambda name: best[name] / (MARGIN if name == EAGER else 1.0))
     return Verdict(chosen, tuple(best.items()), calls)
 
 
@@ -280,21 +274,11 @@ def _run_window(
     return gradients_by_autograd(problem, operands, span, d_outs, run)
 
 
-# ---- what is missing -----------------------------------------------------------------------------
-
-
-def _tell_of_missing_engine(problem: Problem) -> None:
-    """Warn once where the CPU engine would run this, but was never compiled, does not load or was
-    given a setting that is none."""
-    global _told_missing
-    if _told_missing or problem.device_type != "cpu" or "cpu" not in backends.ORDER:
-        return
-    _told_missing = True
-    reason = backends.get("cpu").why_unavailable()
-    if reason is None:
-        return
-    warnings.warn(
-        f"recurx: `auto` runs plain PyTorch, because the CPU engine {reason}",
-        MissingEngine,
-        stacklevel=2,
-    )
+@functools.cache
+def _tell_of_missing_engine() -> None:
+    """Warn once where the CPU engine was never compiled, does not load or was given a setting that
+    is none."""
+    reason = backends.get("cpu").why_unavailable() if "cpu" in backends.ORDER else None
+    if reason is not None:
+        said = f"recurx: `auto` runs plain PyTorch, because the CPU engine {reason}"
+        warnings.warn(said, MissingEngine, stacklevel=2)

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from recurx.atomic import write_json
-from recurx.measure import engine_isa
+from recurx.measure import engine_isa, processor
 from recurx.problem import Problem, encode
 
 FORMAT = "verdicts-v2"  # another meaning takes another folder; in v1 backends had no kinds of plan
@@ -92,8 +92,9 @@ class Verdicts:
         self._known[key] = verdict
         self._pinned.pop(subject, None)  # it could not be followed here
         self.version += 1
-        if lasting:
-            _write(key, verdict)
+        if lasting and (path := _path(key)) is not None:
+            with contextlib.suppress(OSError):  # a full or read-only disk: the next one measures
+                write_json(path, {"key": key, **verdict.json()})
 
     def pin(self, verdicts: Mapping[str, Any]) -> None:
         """Take these ({subject: `Verdict.json()`}) before all others, whatever machine made them;
@@ -141,11 +142,12 @@ def machine_of(device: torch.device, threads: int) -> str:
         found = torch.cuda.get_device_properties(device)
         parts |= {
             "device": found.name, "capability": f"{found.major}.{found.minor}",
-            "units": found.multi_processor_count, "driver": _cuda_driver(),
+            "units": found.multi_processor_count,
+            "driver": getattr(torch._C, "_cuda_getDriverVersion", int)(),
             "toolkit": torch.version.cuda or torch.version.hip,
         }  # fmt: skip
     else:
-        parts |= {"device": _processor(), "isa": engine_isa(), "threads": threads}
+        parts |= {"device": processor()[0], "isa": engine_isa(), "threads": threads}
     return json.dumps(parts)
 
 
@@ -167,13 +169,7 @@ def folder() -> Path | None:
 def count() -> int:
     """How many verdicts lie on disk."""
     where = folder()
-    try:
-        return 0 if where is None else sum(1 for _ in where.glob("*.json"))
-    except OSError:
-        return 0
-
-
-# ---- keys and files --------------------------------------------------------------------------
+    return 0 if where is None else sum(1 for _ in where.glob("*.json"))
 
 
 def _path(key: str) -> Path | None:
@@ -196,13 +192,6 @@ def _read(key: str) -> Verdict | None:
     return verdict if verdict.seconds else None  # on disk lies nothing that was not measured
 
 
-def _write(key: str, verdict: Verdict) -> None:
-    path = _path(key)
-    if path is not None:
-        with contextlib.suppress(OSError):  # a full or read-only disk: measured by the next process
-            write_json(path, {"key": key, **verdict.json()})
-
-
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
@@ -219,20 +208,3 @@ def _module_identity() -> str:
     except (ImportError, OSError, TypeError, AttributeError):
         return ""
     return f"{found.st_size}-{found.st_mtime_ns}"
-
-
-def _cuda_driver() -> int:
-    try:
-        return int(torch._C._cuda_getDriverVersion())
-    except (AttributeError, RuntimeError):
-        return 0
-
-
-def _processor() -> str:
-    import platform
-
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -42,7 +42,8 @@ def read(
     with reading(path, "damaged, truncated, or not a file of weights"):
         if head[8:9] == b"{":  # safetensors: the length of a JSON header, and the header
             return _read_safetensors(path, rows, ema)
-        return _read_torch(path, rows, ema), {}
+        mapped = head.startswith(b"PK\x03\x04")  # else it was written before torch 1.6
+        return _read_torch(path, rows, ema, mapped), {}
 
 
 def _read_safetensors(
@@ -62,18 +63,16 @@ def _read_safetensors(
     return state, metadata
 
 
-def _read_torch(path: Path, rows: Tensor | None, ema: bool | None) -> dict[str, Tensor]:
+def _read_torch(
+    path: Path, rows: Tensor | None, ema: bool | None, mapped: bool
+) -> dict[str, Tensor]:
     try:
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "_use_new_zipfile_serialization" not in str(error):
-                raise
-            loaded = torch.load(path, map_location="cpu", weights_only=True)  # before torch 1.6
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
+        reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
         raise CheckpointError(
             f"{path}: not a plain state_dict: it holds pickled code or objects, which recurx does "
-            f"not run. Save `model.state_dict()` instead. ({_first_line(error)})"
+            f"not run. Save `model.state_dict()` instead. ({reason})"
         ) from error
     flat = _state_dict_in(path, loaded)
     size = path.stat().st_size
@@ -133,7 +132,3 @@ def _check_rows(path: Path, rows: Tensor, shape: Iterable[int]) -> None:
         raise CheckpointError(
             f"{path}: {TABLE!r} is {shape}: it has no row {int(bad[0])} (of puzzle_rows)."
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -2,6 +2,7 @@
 backends that neither clocks nor other runs decide."""
 
 import os
+import signal
 
 import hypothesis
 import pytest
@@ -18,6 +19,9 @@ hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000
 
 
 def pytest_configure(config):
+    # A shell's & ignores Ctrl-C, and what tests start would inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("--hypothesis-profile", default=None) is None:
         hypothesis.settings.load_profile("recurx")
 

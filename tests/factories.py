@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,16 +27,20 @@ def make_net(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     requires_grad: bool = False,
+    **fields: Any,
 ) -> Net:
-    """A net with LeCun-normal weights; the same seed gives the same weights in every dtype."""
+    """A net with LeCun-normal weights; the same seed gives the same weights in every dtype.
+
+    `fields` are others of `BlockSpec`; biases have a standard deviation of 1/2.
+    """
     generator = torch.Generator().manual_seed(seed)
     if kind == ATTENTION:
-        spec = BlockSpec(ATTENTION, hidden, inner, num_heads=heads)
+        spec = BlockSpec(ATTENTION, hidden, inner, num_heads=heads, **fields)
     else:
-        spec = BlockSpec(TOKEN_MLP, hidden, inner, tokens=tokens, token_inner=token_inner)
+        spec = BlockSpec(TOKEN_MLP, hidden, inner, tokens=tokens, token_inner=token_inner, **fields)
     net_spec = NetSpec((spec,) * blocks)
     weights = [
-        (torch.randn(shape, generator=generator) / shape[1] ** 0.5).to(dtype)
+        (torch.randn(shape, generator=generator) / (*shape, 4)[1] ** 0.5).to(dtype)
         for block in net_spec.blocks
         for shape in block.weight_shapes
     ]

@@ -39,7 +39,8 @@ from recurx import tasks
 from recurx.commands import COMMANDS, build_parser, main
 
 RUN = [name for name in PAGES if name == "README.md" or name.startswith("docs/")]
-SLOW = ("sudoku", "tasks", "training", "mazes", "language", "budgets")  # seconds to half a minute
+# Seconds to half a minute.
+SLOW = ("examples", "sudoku", "tasks", "training", "mazes", "language", "budgets")
 
 GPU, PACKAGES, OFFICIAL = "needs a GPU", "installs packages", "needs the official code"
 CHECKPOINT = "needs an official checkpoint"

@@ -63,7 +63,7 @@ def test_the_ops_and_the_backward_look_too(native) -> None:
     net, x, carry, tables = arguments()
     key = encode(SCHEDULE, (("L", net.spec),))
     weights = [weight.requires_grad_() for weight in net.weights]
-    flat = x, list(carry.values()), weights, *tables
+    flat = x, list(carry.values()), weights, *tables, None, None
     out = ops.recurse_op(*flat, key, "cpu", 0, 2)
     free(weights[7])
     with pytest.raises(InvalidArgument, match="weight 7"):

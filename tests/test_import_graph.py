@@ -27,9 +27,10 @@ EXTENSION = "recurx._C"  # compiled: it has no file of Python
 # Python where the packages of a checkout lie.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "forking", "hashing", "_build_info", "_C"),
-    ("atomic", "state_names", "options", "schedule", "small_ops", "tasks"),
+    ("atomic", "state_names", "options", "schedule", "small_ops", "tasks", "specs", "noise"),
     ("nets",),
     ("operands", "fp8", "code"),
+    ("own_code", "survey"),
     ("problem", "reference"),
     ("reference_backward", "program"),
     ("measure",),

@@ -11,6 +11,7 @@ import torch
 
 from recurx import measure
 from recurx.bench import ceilings
+from recurx.bench.profiler.ceilings import Ceilings
 from recurx.plan import Device, device
 
 ABOVE = ("recurx.api", "recurx.backends", "recurx.plan", "recurx.bench.profiler", "recurx.bench")
@@ -43,7 +44,7 @@ def test_every_figure_is_one_and_nothing_is_left_behind():
     threads, drawn = torch.get_num_threads(), torch.random.get_rng_state()
     found = ceilings.ceilings_of("cpu", 8, 64, 128)
     assert all(value > 0 for name, value in found.items() if name.endswith(("gbs", "tflops")))
-    roof = measure.Ceilings.of(torch.device("cpu"), torch.bfloat16)
+    roof = Ceilings.of(torch.device("cpu"), torch.bfloat16)
     assert roof.gbs > 0 and set(roof.tflops) == {"float32", "bfloat16"}
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.random.get_rng_state(), drawn)

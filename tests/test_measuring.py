@@ -214,7 +214,7 @@ def test_a_device_that_is_not_here_is_taken_by_the_model():
 
 
 def test_whoever_lacks_the_engine_is_told_once(monkeypatch, inputs):
-    monkeypatch.setattr(trials, "_told_missing", False)
+    trials._tell_of_missing_engine.cache_clear()
     reason = no_compiled_module(ImportError("no such module"))
     monkeypatch.setattr(type(backends.get("cpu")), "why_unavailable", lambda self: reason)
     with pytest.warns(trials.MissingEngine, match=r"with a C\+\+ compiler on PATH run: \S+ "):
@@ -228,7 +228,7 @@ def test_whoever_lacks_the_engine_is_told_once(monkeypatch, inputs):
 def test_a_setting_that_is_none_is_told_once(monkeypatch, inputs, setting):
     if backends.get("cpu").why_unavailable() is not None:
         pytest.skip("backend cpu is not built")
-    monkeypatch.setattr(trials, "_told_missing", False)
+    trials._tell_of_missing_engine.cache_clear()
     monkeypatch.setenv(setting, "foo")
     backends.changed()
     what = f"{setting}: expected .*, got 'foo'"

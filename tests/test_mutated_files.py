@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import resource
 import time
 import zipfile
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from safetensors.torch import save_file
 import recurx
 from recurx import RecurxError
 from recurx.bench import results
+from recurx.bench.counters import Memory
 from recurx.experiments.tasks import Maze
 from recurx.experiments.tasks.arc import files as arc_files
 from recurx.experiments.tasks.maze import files as maze_files
@@ -33,7 +33,7 @@ from recurx.models import TRM, TRMConfig
 
 COUNT = int(os.environ.get("RECURX_MUTATIONS", "560"))
 SECONDS = 10.0  # of the processor: a hang, not a slow machine
-MEMORY = 1 << 30
+MOST_MIB = 1024
 
 PUZZLE = "530070000600195000098000060800060003400803001700020006060000280000419005000080079"
 ANSWER = "534678912672195348198342567859761423426853791713924856961537284287419635345286179"
@@ -201,7 +201,7 @@ def test_mutated_files_end_in_our_own_errors(kind: str, tmp_path: Path) -> None:
     path.write_bytes(valid)
     read(path)  # the file itself is fine
     rng = np.random.default_rng(KINDS.index(kind))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = Memory("cpu")
     read_well, slowest, raw = 0, 0.0, []
     count = -(-COUNT // len(KINDS))
     for number in range(count):
@@ -217,10 +217,10 @@ def test_mutated_files_end_in_our_own_errors(kind: str, tmp_path: Path) -> None:
         except Exception as error:
             raw.append((number, f"{type(error).__name__}: {error}"))
         slowest = max(slowest, time.process_time() - start)
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    print(f"{kind}: {count}, {read_well} read, slowest {slowest:.2f} s, {grown >> 20} MB")
+    grown = memory.peak()["peak_mib"]
+    print(f"{kind}: {count}, {read_well} read, slowest {slowest:.2f} s, {grown} MiB")
     assert not raw, raw[:5]
-    assert slowest < SECONDS and grown < MEMORY
+    assert slowest < SECONDS and grown < MOST_MIB
     assert read_well < count  # the mutations do something
 
 

@@ -209,7 +209,7 @@ def test_windows_imports_every_module_and_runs_eager():
         for module in pkgutil.walk_packages(recurx.__path__, "recurx."):
             if module.name.split(".")[-1] not in (*needs_triton, "_C", "_build_info", "__main__"):
                 importlib.import_module(module.name)
-        from recurx.cli import env
+        from recurx.bench import env
         facts = {fact.name: fact for fact in env.collect()}
         assert facts["eager"].ok
         assert "compiled on Linux only, and this is win32" in facts["cpu"].value, facts["cpu"]

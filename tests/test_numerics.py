@@ -77,11 +77,13 @@ def teacher_forced(
     nets: dict[str, Net],
     dtype: torch.dtype,
     plain_runs: tuple[Run, ...] = (reference.run,),
+    seed: int | None = None,
     **shape: int,
 ) -> None:
     """Each call k from the fp64 states before it, rounded once; error judged against fp64.
 
     The yardstick is plain PyTorch in the same dtype, by that of `plain_runs` which errs most.
+    `seed` is that of the noise of steps that have some.
     """
     size = {k: shape[k] for k in ("tokens", "hidden") if k in shape}
     cos_sin = rope(**{k: shape[k] for k in ("tokens", "hidden", "heads") if k in shape})
@@ -90,9 +92,12 @@ def teacher_forced(
     nets = {name: rounded(net, dtype, torch.float32) for name, net in nets.items()}
     for k, step in enumerate(schedule.steps):
         one = dict(cos_sin=cos_sin, start_from=k, stop_after=k + 1)
-        exact = reference.run(schedule, exact_nets, x.double(), wide(carry), cos_sin, k, k + 1)
+        span = (cos_sin, k, k + 1)
+        if seed is not None:
+            one["seed"], span = seed, (*span, torch.tensor([seed, 0]))
+        exact = reference.run(schedule, exact_nets, x.double(), wide(carry), *span)
         plain = max(
-            (by(schedule, nets, x, carry, cos_sin, k, k + 1)[step.write] for by in plain_runs),
+            (by(schedule, nets, x, carry, *span)[step.write] for by in plain_runs),
             key=lambda state: relative_error(state, exact[step.write]),
         )
         got = run(schedule, nets, x, carry, **one)

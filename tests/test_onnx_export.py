@@ -62,6 +62,28 @@ def test_another_engine_gives_the_same_step(kind, tmp_path):
     assert stored < 1.2 * sum(p.nbytes for p in model.parameters()) + 1e5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "net"), [("attention", "L"), ("tokens", "L"), ("hrm", "H")])
+def test_a_net_alone(kind, net, tmp_path, capsys):
+    torch.manual_seed(0)
+    model = MODELS[kind]().eval()
+    checkpoint, out = tmp_path / "net.safetensors", tmp_path / "net.onnx"
+    recurx.save_checkpoint(checkpoint, model)
+    words = ["export", str(checkpoint), str(out), "--batch", "2", "--net"]
+    assert main([*words, net]) == 0
+    h = torch.randn(2, model.config.tokens, model.config.hidden_size)
+    with torch.no_grad():
+        want = model.inner.nets()[net](h, model.inner.cos_sin())
+    (got,) = onnxruntime.InferenceSession(out).run(["new_h"], {"h": h.numpy()})
+    assert (torch.from_numpy(got) - want).norm() < 1e-5 * want.norm()
+    other = {"L": "H", "H": "L"}[net]
+    if other in model.inner.nets():  # the limit tells one net from the other
+        with torch.no_grad():
+            wrong = model.inner.nets()[other](h, model.inner.cos_sin())
+        assert (wrong - want).norm() > 0.1 * want.norm()
+    assert main([*words, "Q"]) == 2 and "--net" in capsys.readouterr().err
+
+
 def test_what_is_missing_is_named(tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(

@@ -207,6 +207,12 @@ def test_instruction_sets_come_from_the_file_name(tmp_path):
         ("block_sm80/launch.cu", ("90",), ["90,code=sm_90", "90,code=compute_90"]),
         ("block_sm90a/launch.cu", ("80", "90"), ["90a,code=sm_90a"]),
         ("block_sm90a/launch.cu", ("80",), []),
+        (  # a GPU between the generations, such as sm_110, compiles the PTX of the one below them
+            "block.cu",
+            ("90", "100", "120"),
+            ["90,code=sm_90", "100,code=sm_100", "120,code=sm_120", "90,code=compute_90"],
+        ),
+        ("block.cu", ("80",), ["80,code=sm_80", "80,code=compute_80"]),
     ],
 )
 def test_gpu_targets_come_from_the_folder_name(file, archs, targets, monkeypatch):
@@ -214,6 +220,35 @@ def test_gpu_targets_come_from_the_folder_name(file, archs, targets, monkeypatch
     import native_tools
 
     assert native_tools.gencode(file, archs) == [f"-gencode=arch=compute_{t}" for t in targets]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "archs"),
+    [
+        ("all", ("80", "86", "89", "90", "100", "120")),
+        ("80;120", ("80", "120")),
+        ("90", ("90",)),
+        ("", ("80", "90")),
+    ],
+)
+def test_a_variable_chooses_the_generations(wanted, archs, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "csrc")
+    import native_tools
+
+    monkeypatch.setenv("RECURX_CUDA_ARCHS", wanted)
+    monkeypatch.setattr(native_tools, "_newer_archs_here", set)
+    assert native_tools._wanted_archs() == archs
+
+
+def test_a_wheel_holds_code_for_every_tested_generation(monkeypatch):
+    """Code of a generation runs on later ones with the same first digit."""
+    monkeypatch.syspath_prepend(ROOT / "csrc")
+    from native_tools import ALL_CUDA_ARCHS, WHEEL_CUDA_ARCHS
+
+    assert set(WHEEL_CUDA_ARCHS) <= set(ALL_CUDA_ARCHS)
+    for arch in map(int, ALL_CUDA_ARCHS):
+        held = map(int, WHEEL_CUDA_ARCHS)
+        assert any(own <= arch and own // 10 == arch // 10 for own in held), arch
 
 
 def test_csrc_includes_no_torch_header():
@@ -259,8 +294,8 @@ def test_every_public_name_loads_without_the_optional_parts():
         import recurx
         for name in recurx.__all__:
             getattr(recurx, name)
-        import recurx.kernels, recurx.cli.env
-        facts = {fact.name: fact for fact in recurx.cli.env.collect()}
+        import recurx.kernels, recurx.bench.env
+        facts = {fact.name: fact for fact in recurx.bench.env.collect()}
         assert facts["eager"].ok, facts["eager"]
         for name in ("triton", "recurx._C", "build", "cpu"):
             assert not facts[name].ok and facts[name].value, facts[name]

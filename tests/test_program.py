@@ -8,10 +8,11 @@ import sys
 import types
 
 import pytest
+from recurx.kernels.arena import Row, rows_of, slots_of
 
 from recurx import Schedule, Step, program
 from recurx.operands import Span
-from recurx.program import Program, Row, lower
+from recurx.program import Program, lower
 from recurx.schedule import INPUT
 
 PUBLISHED = (Schedule.trm(3, 6), Schedule.hrm(2, 2), Schedule.single_z(2, 3), Schedule.hier(6, 2))
@@ -26,8 +27,11 @@ def any_schedule(seed: int) -> Schedule:
         return tuple(draw.choices(readable, k=draw.randint(least, 2)))
 
     sums = [names(0) for _ in range(2)]
+    damping = (1.0, 1.0, 1.0, 0.5)
     steps = [
-        Step(draw.choice("LH"), draw.choice("ab"), names(1), draw.choice(sums))
+        Step(
+            draw.choice("LH"), draw.choice("ab"), names(1), draw.choice(sums), draw.choice(damping)
+        )
         for _ in range(draw.randint(2, 7))
     ]
     return Schedule(tuple(steps))
@@ -47,7 +51,8 @@ def by_the_schedule(schedule: Schedule, span: Span) -> list[object]:
         h = added([values[name] for name in step.state])
         if step.inject:
             h = ("+", h, added([values[name] for name in step.inject]))
-        values[step.write] = (step.net, h)
+        value = (step.net, h)
+        values[step.write] = value if step.damping == 1 else ("+", values[step.write], value)
     return list(values.values())
 
 
@@ -68,19 +73,21 @@ def by_the_calls(schedule: Schedule, lowered: Program) -> list[object]:
                 inject = added([slots[slot] for slot in call.inject])
             kept = inject if call.forms else kept
             h = ("+", h, inject)
-        on_chip = (call.write, (call.net, h)) if call.stays else None
+        value = ("+", slots[call.write], (call.net, h)) if call.damped else (call.net, h)
+        on_chip = (call.write, value) if call.stays else None
         if on_chip is None:
-            slots[call.write] = (call.net, h)
+            slots[call.write] = value
     return slots
 
 
 def by_the_rows(schedule: Schedule, lowered: Program) -> list[object]:
-    slots: list[object] = [INPUT, *schedule.states, "nothing"][: lowered.slots]
-    for row in lowered.rows:
+    slots: list[object] = [INPUT, *schedule.states, "nothing", "nothing"][: slots_of(lowered)]
+    for row in rows_of(lowered):
         h = added([slots[slot] for slot in row.state])
         if row.inject:
             h = ("+", h, added([slots[slot] for slot in row.inject]))
-        slots[row.write] = h if row.net is None else (row.net, h)
+        slots[row.place] = value = h if row.net is None else (row.net, h)
+        slots[row.write] = value if row.place == row.write else ("+", slots[row.write], value)
     return slots[: lowered.states + 1]
 
 
@@ -112,11 +119,12 @@ def test_trm_forms_its_sum_once_a_cycle() -> None:
     lowered = lower(Schedule.trm(3, 6), Span(0, 21))
     assert [k for k, call in enumerate(lowered.calls) if call.forms] == [0, 7, 14]
     assert [call.shared for call in lowered.calls[:7]] == [1] * 6 + [None]
-    assert lowered.slots == 4
-    assert lowered.rows[:2] == (Row(None, 3, (2, 0)), Row("L", 1, (1,), (3,)))
+    assert slots_of(lowered) == 4
+    assert rows_of(lowered)[:2] == (Row(None, 3, 3, (2, 0)), Row("L", 1, 1, (1,), (3,)))
 
 
 PLANTED = {
+    "what a damped call reads stays on chip": ("if after.damping != 1:", "if False:"),
     "a sum is kept though what it adds was written": (
         "            held = None\n",
         "            pass\n",

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import recurx
-from recurx import BackendUnavailable, UnsupportedModel, probing, proof, readings
+from recurx import BackendUnavailable, UnsupportedModel, probing, proof, readings, survey
 from recurx.models import TRMConfig
 from recurx.models.layers import ReasoningNet
 from tests import lookalike
@@ -73,7 +73,7 @@ def pruned(net: Any) -> None:
 
 
 def child(net: Any) -> None:
-    net.layers[0].dropout = nn.Dropout(0.0)
+    net.layers[0].dropout = nn.Dropout(0.1)
 
 
 def parameter(net: Any) -> None:
@@ -103,12 +103,20 @@ def missing(net: Any) -> None:
     net.layers[0].mlp.down_proj.weight = None
 
 
-def kv_heads(net: Any) -> None:
-    net.layers[0].self_attn.num_key_value_heads = 1
+def convolution(net: Any) -> None:
+    net.layers[0].mlp.dwconv = nn.Conv1d(48, 48, 2, padding=1, groups=48, bias=False)
 
 
-def causal(net: Any) -> None:
-    net.layers[0].self_attn.causal = True
+def half_convolution(net: Any) -> None:
+    net.layers[0].mlp.dwconv = nn.Conv1d(48, 48, 2, padding=1, groups=48).half()
+
+
+def other_eps(net: Any) -> None:
+    net.layers[0].norm1, net.layers[0].norm2 = nn.RMSNorm(32, 1e-5), nn.RMSNorm(32, 1e-6)
+
+
+def weight_of_one_norm(net: Any) -> None:
+    net.layers[0].norm1 = nn.RMSNorm(32, 1e-5)
 
 
 def replaced_linear(net: Any) -> None:
@@ -129,8 +137,10 @@ STRUCTURES = {
     list_of_modules: "layers` is a Layers",
     instance_forward: "layers.0.mlp` has a `forward` of its own",
     missing: "layers.0.mlp.down_proj` has no plain parameter `weight`",
-    kv_heads: "layers.0.self_attn` has 1 K/V heads for 2 heads",
-    causal: "layers.0.self_attn` is causal",
+    convolution: "layers.0.mlp.dwconv` has no plain parameter `bias`",
+    half_convolution: "layers.0` cannot be read: KeyError: torch.float16",
+    other_eps: "layers.0` has norms of different eps: [1e-06, 1e-05]",
+    weight_of_one_norm: "layers.0` has weights apart from its others: {'norm2'}",
     replaced_linear: "layers.0.mlp.down_proj` has no plain parameter `weight`",
 }
 
@@ -149,7 +159,7 @@ def test_each_structure_needs_its_check(change: Any, monkeypatch: pytest.MonkeyP
     """Planted: without the survey's word the structure alone stops none of them."""
     net = stack()
     change(net)
-    monkeypatch.setattr(readings._Survey, "differs", lambda *_: None)
+    monkeypatch.setattr(survey.Survey, "differs", lambda *_: None)
     said = difference(net)
     assert STRUCTURES[change] not in said
 
@@ -163,19 +173,21 @@ def test_hooks_for_all_modules_count(kind: str, monkeypatch: pytest.MonkeyPatch)
     try:
         assert not is_known(net)
         assert "global module hooks" in difference(net)
-        monkeypatch.setattr(readings, "_GLOBAL_HOOKS", ())
+        monkeypatch.setattr(survey, "_GLOBAL_HOOKS", ())
         assert difference(net) == ""
     finally:
         handle.remove()
     with FlopCounterMode(display=False):
-        assert readings.foreign_hooks() is False  # these only take notes
+        assert survey.foreign_hooks() is False  # these only take notes
 
 
 # ---- the probe -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("token_mlp", [False, True], ids=["attention", "tokens"])
-@pytest.mark.parametrize("twist", (*twisted.BEHAVIOUR, *twisted.TRAINING))
+@pytest.mark.parametrize(
+    "twist", [t for t in (*twisted.BEHAVIOUR, *twisted.TRAINING) if t not in twisted.SPELLED]
+)
 def test_code_that_differs_is_seen_by_the_probe(twist: str, token_mlp: bool) -> None:
     net = twisted.stack(twist, token_mlp)
     said = difference(net, not token_mlp)
@@ -184,7 +196,6 @@ def test_code_that_differs_is_seen_by_the_probe(twist: str, token_mlp: bool) -> 
         or "queries" in twist
         or twist
         in (
-            "causal in code",
             "windowed attention",
             "scores unscaled",
             "softmax off by one",
@@ -195,6 +206,53 @@ def test_code_that_differs_is_seen_by_the_probe(twist: str, token_mlp: bool) -> 
     if twist in twisted.TRAINING and said:
         assert "training" in said or "random" in said or "child `dropout`" in said
     assert difference(twisted.stack("", token_mlp), not token_mlp) == ""
+
+
+@pytest.mark.parametrize("token_mlp", [False, True], ids=["attention", "tokens"])
+@pytest.mark.parametrize("twist", twisted.SPELLED)
+def test_what_a_block_can_spell_is_found(
+    twist: str, token_mlp: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = twisted.stack(twist, token_mlp)
+    found, said = proof.examine(net, "L", not token_mlp)
+    assert found is not None, said
+    if not (token_mlp and twist in ("causal in code", "bias of qkv")):  # of attention alone
+        assert twisted.SPELLED[twist] in found.spec.changed
+        if not twist.startswith("bias"):  # what names tell needs no search
+            monkeypatch.setattr(probing, "_known", {})
+            monkeypatch.setattr(probing, "respelled", lambda spec: ())
+            assert "off by" in difference(net, not token_mlp)
+
+
+def test_grouped_heads_and_causal_attention_are_read() -> None:
+    net = stack()
+    for layer in net.layers:
+        layer.self_attn.causal = True
+    found = proof.examine(net, "L").net
+    assert found is not None and found.spec.changed == ("mask",)
+    net.layers[0].self_attn.num_key_value_heads = 1  # its weights are not of that shape
+    assert "expected" in difference(net)
+
+
+def test_code_without_weights_is_run_by_the_probe() -> None:
+    """A child that is code alone is no difference by itself, and its settings count."""
+    for kind, fine in ((nn.SiLU(), True), (nn.Hardswish(), False)):
+        net = stack()
+        for layer in net.layers:
+            layer.mlp.__class__, layer.mlp.act = Acting, kind
+        assert (difference(net) == "") is fine
+    net.layers[0].mlp.act = net.layers[1].mlp.act = nn.GELU("tanh")
+    found = proof.examine(net, "L").net
+    assert found is not None and found.spec.blocks[0].activation == "gelu_tanh" and is_known(net)
+    net.layers[0].mlp.act.approximate = "none"
+    assert not is_known(net), "settings of such code are guarded"
+    assert "off by" in difference(net) or net.layers[0].mlp.act is net.layers[1].mlp.act
+
+
+class Acting(lookalike.Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj(self.act(gate) * up)
 
 
 @pytest.mark.parametrize(
@@ -240,6 +298,12 @@ class OwnTables(lookalike.Layer):
         return super().forward(tables, hidden_states)
 
 
+class EvenTokens(lookalike.Layer):
+    def forward(self, cos_sin: Any, hidden_states: Tensor) -> Tensor:
+        h = super().forward(cos_sin, hidden_states)
+        return h if h.shape[1] % 2 else -h
+
+
 class BatchMean(lookalike.Layer):
     def forward(self, cos_sin: Any, hidden_states: Tensor) -> Tensor:
         h = hidden_states + 1e-3 * hidden_states.mean(0, keepdim=True)
@@ -253,6 +317,7 @@ class BatchMean(lookalike.Layer):
         (HardEps, {"SCALES": (1.0, 0.3)}),
         (Clipped, {"SCALES": (0.3, 0.1, 0.01, 1e-3, 1e-5)}),
         (OwnTables, {"rope_tables": lambda t, d, base, device: recurx.rope_tables(t, d)}),
+        (EvenTokens, {"TOKENS": (5, 17)}),
         (BatchMean, {"SCALES": (1e-3,)}),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -311,7 +376,7 @@ def test_the_probe_leaves_no_trace() -> None:
     ids=["device", "inference", "no_grad", "autocast", "fake", "fork"],
 )  # fmt: skip
 def test_the_probe_works_under_any_mode(around: Any) -> None:
-    net, bad = stack(), twisted.stack("gelu")
+    net, bad = stack(), twisted.stack("mish")
     with around():
         assert difference(net) == "" and "off by" in difference(bad)
     assert is_known(net)
@@ -320,7 +385,7 @@ def test_the_probe_works_under_any_mode(around: Any) -> None:
 def test_watchers_and_transforms_do_not_see_the_probe() -> None:
     assert watched(lambda: difference(stack())) == watched(stack)
 
-    nets = [each.requires_grad_(False) for each in (stack(), twisted.stack("gelu"))]
+    nets = [each.requires_grad_(False) for each in (stack(), twisted.stack("mish"))]
 
     def inside(x: Tensor) -> Tensor:
         assert difference(nets[0]) == "" and difference(nets[1])
@@ -336,7 +401,7 @@ def test_meta_and_half_modules() -> None:
         net = stack()
     assert difference(net) == "" and not is_known(net), "taken by its structure, not remembered"
     assert difference(stack().bfloat16()) == ""
-    assert difference(twisted.stack("gelu").bfloat16())
+    assert difference(twisted.stack("mish").bfloat16())
 
 
 def test_a_second_model_of_the_same_code_is_not_probed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,7 +419,7 @@ def test_a_second_model_of_the_same_code_is_not_probed(monkeypatch: pytest.Monke
 
 
 def test_weights_in_rows_that_are_zero_hide_nothing() -> None:
-    net = twisted.stack("gelu")
+    net = twisted.stack("mish")
     for parameter in net.parameters():
         nn.init.zeros_(parameter)
     assert "off by" in difference(net)
@@ -499,10 +564,11 @@ def test_what_is_not_proved_runs_its_own_code(kind: type, backend: str) -> None:
 
 
 def test_a_fused_backend_refuses_what_is_not_proved_by_name() -> None:
-    net = stack(quirks=frozenset({"bias"}))
+    net = stack()
+    parameter(net)
     x, carry = inputs()
     for more in ({"backend": "cpu"}, {"backend": "triton"}, {"save": "states"}):
-        with pytest.raises(BackendUnavailable, match=r"L\.layers\.0\.mlp\.gate_up") as error:
+        with pytest.raises(BackendUnavailable, match=r"L\.layers\.0` has a param") as error:
             recurx.recurse(SCHEDULE, {"L": net}, x, carry, cos_sin=ROPE, **more)
         assert 'backend="eager"' in str(error.value), "what to do next"
 
@@ -577,9 +643,7 @@ def test_compiled_code_is_compiled_anew_when_its_net_changes(edit: str) -> None:
 
 def test_explain_says_what_differs() -> None:
     assert "may run fused" in recurx.explain(stack())
-    assert "`layers.0.mlp.gate_up_proj` has a parameter" in recurx.explain(
-        stack(quirks=frozenset({"bias"}))
-    )
+    assert "has a parameter `gain`" in recurx.explain(stack(quirks=frozenset({"gain"})))
     model = recurx.models.TRM(TRMConfig.tiny(vocab_size=7, seq_len=10))
     forward_hook(model.inner.L_level)
     assert "layers.0.mlp` has hooks" in recurx.explain(model)

@@ -183,7 +183,7 @@ def sample_arguments(batch: int = 2) -> tuple:
     x, carry = make_inputs(SCHEDULE, batch=batch)
     states = [state.requires_grad_() for state in carry.values()]
     key = encode(SCHEDULE, [("L", net.spec)])
-    return x.requires_grad_(), states, net.weights, *rope(), key
+    return x.requires_grad_(), states, net.weights, *rope(), None, None, key
 
 
 @pytest.mark.parametrize("backend", runnable_backends())

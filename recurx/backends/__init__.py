@@ -22,6 +22,10 @@ from torch import Tensor
 from recurx.errors import bad_argument
 from recurx.operands import Operands, Span
 from recurx.problem import Problem
+from recurx.schedule import FACTORS, LEARNED
+from recurx.specs import VARIANT
+
+EVERY_FIELD = frozenset((*VARIANT, *FACTORS, LEARNED, "kind"))  # of blocks and steps
 
 
 class Backend(abc.ABC):
@@ -32,6 +36,8 @@ class Backend(abc.ABC):
     window_of: str = ""  # the backend whose window serves when this one is asked for by name
     kinds: tuple[str, ...] = ()  # of plan, each a way of its own that `auto` may choose
     kind: str = ""  # the one that it is restricted to
+    # Fields of blocks (`BlockSpec.changed`) and factors of steps (`Step.changed`) that it runs.
+    fields: frozenset[str] = frozenset()
 
     def runs_on(self, device_type: str) -> bool:
         """Whether it takes tensors on this type of device when it is asked for by name."""
@@ -99,16 +105,9 @@ class Window(abc.ABC):
 
     @abc.abstractmethod
     def backward(
-        self,
-        problem: Problem,
-        operands: Operands,
-        span: Span,
-        save: str,
-        outs: Sequence[Tensor],
-        kept: Sequence[Tensor],
-        d_outs: Sequence[Tensor | None],
-        wants: Sequence[bool],
-    ) -> list[Tensor | None]:
+        self, problem: Problem, operands: Operands, span: Span, save: str, outs: Sequence[Tensor],
+        kept: Sequence[Tensor], d_outs: Sequence[Tensor | None], wants: Sequence[bool],
+    ) -> list[Tensor | None]:  # fmt: skip
         """Gradients of x, each state and each weight, flat in this order; None where not wanted.
 
         Args:
@@ -181,7 +180,15 @@ def why_not(name: str, problem: Problem) -> str | None:
         return "needs at least one token, got T=0"
     if not backend.runs_on(device):
         return f"runs on {', '.join(backend.device_types)} tensors, these are on {device}"
-    return backend.why_unavailable() or backend.why_unsupported(problem)
+    found = backend.why_unavailable() or unknown_fields(backend, problem)
+    return found or backend.why_unsupported(problem)
+
+
+def unknown_fields(backend: Backend, problem: Problem) -> str | None:
+    """Which fields of blocks and steps a backend does not run, in a sentence; None if none."""
+    if problem.opaque and backend.name != "eager":
+        return f"cannot look inside the plain callable {problem.opaque[0]!r}"
+    return problem.unknown(backend.fields)
 
 
 def auto_may_take(name: str, device_type: str) -> bool:

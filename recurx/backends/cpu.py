@@ -8,6 +8,7 @@ sixteen times as long. `recurx.solve` takes the hash once.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -18,16 +19,18 @@ import torch
 from torch import Tensor
 
 from recurx import fp8
-from recurx.backends import Backend
-from recurx.backends.cpu_window import CpuWindow, plain_weight
+from recurx.backends import EVERY_FIELD, Backend
+from recurx.backends.cpu_window import CpuWindow, fields_of, plain_weight
 from recurx.backends.weight_cache import WeightCache
 from recurx.errors import no_compiled_module
 from recurx.forking import lazy
-from recurx.nets import ATTENTION, Net, NetSpec
+from recurx.nets import ATTENTION, Net, NetSpec, numbers_of
+from recurx.noise import DRAWN
 from recurx.operands import Operands, Span
 from recurx.plan.cpu import engine_threads
 from recurx.problem import Problem
 from recurx.program import lower
+from recurx.schedule import LEARNED
 
 MAX_PACKED = 16  # nets kept packed; a full-size TRM net is 14 MB in bf16, 27 MB in fp32
 MAX_TOKENS = 4096
@@ -59,15 +62,18 @@ def _pack(
         codes = [each for each in map(fp8.registered, own) if each is not None]
         plain = [each.codes.contiguous() for each in codes]
         scales = [each.scales.contiguous() for each in codes]
-    blocks = [block.numbers for block in spec.blocks]
+    blocks, variants = [numbers_of(block) for block in spec.blocks], []
+    if spec.changed:
+        for block in spec.blocks:
+            variants.append((fields_of(block), [name for name, _ in block.slots]))
     pointers = [(w.data_ptr(), w.dtype == torch.bfloat16) for w in plain]
-    return module.cpu_pack(blocks, pointers, bf16, isa, [s.data_ptr() for s in scales])
+    return module.cpu_pack(blocks, pointers, bf16, isa, [s.data_ptr() for s in scales], variants)
 
 
 def _rows(weight: Tensor, copies: list[Tensor]) -> tuple[int, int, int, int]:
     """A matrix as (address, rows, bytes of a row, bytes from row to row), in any order of axes."""
     if not weight.is_contiguous():
-        for matrix in (weight, weight.mT):
+        for matrix in (weight, weight.mT) if weight.ndim == 2 else ():
             if matrix.stride(1) == 1:
                 size, (rows, columns) = matrix.itemsize, matrix.shape
                 return matrix.data_ptr(), rows, columns * size, matrix.stride(0) * size
@@ -90,12 +96,13 @@ class _Ready(NamedTuple):
 class Cpu(Backend):
     name = "cpu"
     device_types = ("cpu",)
+    fields = EVERY_FIELD - {*DRAWN, LEARNED, "key_padding"}
 
     def __init__(self, module: ModuleType | None = None) -> None:
         """`module`: a build of the engine other than recurx._C (tests run emulated engines)."""
         self._given = module
         self.packed = WeightCache(MAX_PACKED, self._digest)
-        self._window = CpuWindow(functools.partial(self._begin, int8=False))
+        self._window = CpuWindow(functools.partial(self._begin, int8=False), self._engine)
         self._ready = functools.lru_cache(maxsize=256)(self._prepare)
 
     @lazy
@@ -128,8 +135,6 @@ class Cpu(Backend):
         return None
 
     def why_unsupported(self, problem: Problem) -> str | None:
-        if problem.opaque:
-            return f"cannot look inside the plain callable {problem.opaque[0]!r}"
         if problem.dtype not in DTYPES:
             return f"runs float32 and bfloat16 states, not {problem.dtype}"
         if problem.hidden % 32:
@@ -144,6 +149,8 @@ class Cpu(Backend):
                         f"needs head_dim to be a multiple of 16 up to {MAX_HEAD_DIM}, "
                         f"net {name!r} has {dim}"
                     )
+                if block.conv_dtype and getattr(torch, block.conv_dtype) is not problem.dtype:
+                    return f"computes convolutions in the states' dtype, not {block.conv_dtype}"
         return None
 
     def why_not_int8(self) -> str | None:
@@ -164,10 +171,11 @@ class Cpu(Backend):
             rope[0].data_ptr() if rope else 0,
             rope[1].data_ptr() if rope else 0,
             threads,
+            operands.numbers(),
         )
         return outputs
 
-    def window(self, problem: Problem) -> CpuWindow:
+    def window(self, problem: Problem) -> CpuWindow | None:
         return self._window
 
     def _begin(
@@ -210,6 +218,7 @@ class Cpu(Backend):
         """The packed nets."""
         module, packed = self._engine(), []
         isa, bf16 = module.cpu_isa(), problem.dtype is torch.bfloat16
+        int8 = int8 and not problem.changed_blocks  # products of variants are not
         int8 = int8 and fp8.have_codes(operands.weights, fp8.INT8)
         for spec, cut in ready.nets:
             weights = operands.weights[cut]
@@ -228,11 +237,15 @@ class Cpu(Backend):
             for call in calls
         ]  # fmt: skip
         sizes = {
-            name: sum(rows * columns for b in spec.blocks for rows, columns in b.weight_shapes)
+            name: sum(math.prod(shape) for b in spec.blocks for shape in b.weight_shapes)
             for name, spec in problem.nets
         }
+        factors = [
+            (1 - step.damping, step.damping, step.scale, step.noise, number)
+            for number, step in enumerate(problem.schedule.steps[: span.stop])
+        ]
         return _Ready(
-            self._engine().Program(steps),
+            self._engine().Program(steps, factors[span.start :] * bool(problem.schedule.changed)),
             tuple((spec, cut) for (_, spec), cut in zip(problem.nets, problem.cuts, strict=True)),
             (problem.batch, problem.tokens, problem.hidden),
             problem.batch * problem.tokens,

@@ -9,11 +9,12 @@ hidden; one published attention block of inner width 3 D, B * T rows):
     save="states"   nothing; the window runs once more in the backward, a slice of samples at a time
 
 To each comes the result of each call, and a few fp32 numbers a row. csrc/cpu/backward/kept.hpp says
-where things lie; sizes here and there must agree, and the engine refuses others.
+what a block keeps, also of one whose fields are not TRM's, and where it lies.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import mmap
 import weakref
@@ -25,13 +26,12 @@ from torch import Tensor
 
 from recurx.backends import Window
 from recurx.forking import fork_lock
-from recurx.nets import ATTENTION, BlockSpec
+from recurx.nets import BlockSpec, numbers_of
 from recurx.operands import Operands, Span
 from recurx.problem import Problem
 from recurx.program import lower
 
 SAVES = ("all", "block", "states")  # numbered as the engine does
-ALIGN = 32  # widths are padded to it
 # Bytes of memory to use again (less would add to the optimiser's peak), and of all that waits.
 LEAST_SPARE, MOST_SPARE = 1 << 27, 1 << 29
 _spare: list[mmap.mmap] = []  # oldest first
@@ -46,8 +46,8 @@ class CpuWindow(Window):
 
     own_forward = True
 
-    def __init__(self, begin: Begin) -> None:
-        self._begin = begin
+    def __init__(self, begin: Begin, module: Callable[[], Any]) -> None:
+        self._begin, self._module = begin, module
 
     def kept(
         self, problem: Problem, span: Span, save: str
@@ -55,14 +55,12 @@ class CpuWindow(Window):
         if save == "states":
             return []
         tokens, specs = problem.tokens, dict(problem.nets)
-        values, floats = 0, 0
+        module, values, floats = self._module(), 0, 0
         for call in lower(problem.schedule, span).calls:
             values += tokens * problem.hidden
             for block in specs[call.net].blocks:
-                values, floats = values + tokens * block.hidden, floats + tokens
-                if save == "all":
-                    more = _rest(block, tokens)
-                    values, floats = values + more[0], floats + more[1]
+                more = _kept_of(module, block, tokens, save)
+                values, floats = values + more[0], floats + more[1]
         batch = problem.batch
         return [((batch, values), problem.dtype), ((batch, floats), torch.float32)]
 
@@ -75,21 +73,14 @@ class CpuWindow(Window):
         inputs, rope = [operands.x, *operands.states], operands.float_rope()
         module.cpu_window_forward(
             *head, _at(inputs), [0, *_at(outs)], *_at(rope or (None, None)),
-            SAVES.index(save), _places(kept), threads,
+            SAVES.index(save), _places(kept), threads, operands.numbers(),
         )  # fmt: skip
         return outs, kept
 
     def backward(
-        self,
-        problem: Problem,
-        operands: Operands,
-        span: Span,
-        save: str,
-        outs: Sequence[Tensor],
-        kept: Sequence[Tensor],
-        d_outs: Sequence[Tensor | None],
-        wants: Sequence[bool],
-    ) -> list[Tensor | None]:
+        self, problem: Problem, operands: Operands, span: Span, save: str, outs: Sequence[Tensor],
+        kept: Sequence[Tensor], d_outs: Sequence[Tensor | None], wants: Sequence[bool],
+    ) -> list[Tensor | None]:  # fmt: skip
         module, head, threads = self._begin(problem, operands, span)
         entered, rope = [operands.x, *operands.states], operands.float_rope()
         d_in = [
@@ -105,7 +96,7 @@ class CpuWindow(Window):
         module.cpu_window_backward(
             *head, _at(entered), *_at(rope or (None, None)), SAVES.index(save), _places(kept),
             [(w.data_ptr(), w.dtype == torch.bfloat16) for w in plain],
-            [0, *_at(d_outs)], _at(d_in), _at(d_weights), threads,
+            [0, *_at(d_outs)], _at(d_in), _at(d_weights), threads, operands.numbers(),
         )  # fmt: skip
         return [
             *d_in,
@@ -118,6 +109,17 @@ def plain_weight(weight: Tensor) -> Tensor:
     weight = weight.detach()
     known = weight.dtype in (torch.float32, torch.bfloat16)
     return (weight if known else weight.float()).contiguous()
+
+
+def fields_of(block: BlockSpec) -> dict[str, Any]:
+    """In what a block differs from those of TRM and HRM, as the engine takes it."""
+    return {name: getattr(block, name) for name in block.changed}
+
+
+@functools.lru_cache(maxsize=256)  # asked at every step of training
+def _kept_of(module: Any, block: BlockSpec, tokens: int, save: str) -> tuple[int, int]:
+    """What the engine keeps of one sample for a call of a block: values of the states, floats."""
+    return module.cpu_window_kept(numbers_of(block), fields_of(block), tokens, SAVES.index(save))
 
 
 def _fresh(module: Any, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -157,15 +159,3 @@ def _places(kept: Sequence[Tensor]) -> tuple[int, int, int, int]:
         return 0, 0, 0, 0
     values, floats = kept
     return values.data_ptr(), values.numel(), floats.data_ptr(), floats.numel()
-
-
-def _up(n: int) -> int:
-    return -(-n // ALIGN) * ALIGN
-
-
-def _rest(block: BlockSpec, tokens: int) -> tuple[int, int]:
-    """What save="all" keeps of a block beyond its h: values of the states' type, and floats."""
-    values = tokens * (block.hidden + 2 * _up(block.inner))
-    if block.kind == ATTENTION:
-        return values + tokens * 4 * block.hidden, tokens * (1 + block.num_heads)
-    return values + block.hidden * 2 * _up(block.token_inner), block.hidden

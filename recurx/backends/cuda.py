@@ -1,8 +1,7 @@
 """backend="cuda": the recursion kernels of csrc/cuda/, every call of the schedule in one launch.
 
 `LaunchPlan.pick` chooses among the kinds of recurx/plan/cuda.py. States are bf16, forward only: in
-training it runs the calls before the gradient window and hands the carry to backend triton, or to
-PyTorch where there is no Triton.
+training it runs the calls before the gradient window, which is backend triton's or PyTorch's.
 
 Weights are packed into a tape on the device at every call, by two launches, because nothing tells
 whether somebody wrote to them; `recurx.solve` packs them once.
@@ -21,17 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recurx.backends import Backend, cuda_abi, cuda_grid
+from recurx.backends import Backend, cuda_abi, cuda_grid, unknown_fields
 from recurx.backends.cuda_launch import Launch, blocks, call_words, check_inputs, describe
 from recurx.backends.cuda_timeline import KernelTimeline
 from recurx.backends.graphs import captured_outside
 from recurx.backends.weight_cache import WeightCache
 from recurx.errors import BackendUnavailable, CudaError, how_to_compile, no_compiled_module
 from recurx.fp8 import are_quantized, registered
-from recurx.nets import Net, NetSpec
+from recurx.nets import WEIGHT_NAMES, Net, NetSpec
 from recurx.operands import Operands, Span
 from recurx.packed import device_words, round_into
-from recurx.plan.cuda import KINDS, OWNER_PLANS, Shapes, candidates, refusals
+from recurx.plan.cuda import FIELDS, KINDS, OWNER_PLANS, QUEUES, Shapes, candidates, refusals
 from recurx.plan.device import Device
 from recurx.plan.launch import LaunchPlan
 from recurx.problem import Problem
@@ -45,6 +44,7 @@ class Cuda(Backend):
     device_types = ("cuda",)
     window_of = "triton"  # the kernels here have no backward
     kinds = KINDS
+    fields = frozenset().union(*FIELDS.values())  # each kind refuses those that it does not run
     _timeline: KernelTimeline | None = None  # of the class: a restricted copy records, too
 
     def __init__(
@@ -102,10 +102,8 @@ class Cuda(Backend):
     def plan(
         self, problem: Problem, device: torch.device | str | None = None, fp8: bool = False
     ) -> LaunchPlan:
-        """How `run` would run it on `device` (default: the current one).
-
-        Args:
-            fp8: with weights that `recurx.quantize` made.
+        """How `run` would run it on `device` (default: the current one); with `fp8`, of weights
+        that `recurx.quantize` made.
 
         Raises:
             BackendUnavailable: nothing fits; the message gives the reason of each kind.
@@ -113,6 +111,17 @@ class Cuda(Backend):
         found = self._pick(problem, device or problem.device_type, self._kinds(), fp8)
         if isinstance(found, str):
             raise BackendUnavailable(f"recurx.recurse: backend 'cuda': {found}")
+        return found
+
+    def queue_plan(self, problem: Problem, device: torch.device) -> LaunchPlan:
+        """The plan that solves a queue of `problem.batch` samples; raises as `plan` does."""
+        kinds = tuple(kind for kind in self._kinds() if kind in QUEUES)
+        found = self.why_unavailable() or unknown_fields(self, problem)
+        if "noise" in problem.schedule.changed:  # drawn by a sample's place, which a slot has not
+            found = found or "does not run steps with noise"
+        found = found or self._pick(problem, device, kinds, False)
+        if isinstance(found, str):
+            raise BackendUnavailable(f"recurx.solve: backend 'cuda' {found}")
         return found
 
     def _kinds(self) -> tuple[str, ...]:
@@ -164,21 +173,13 @@ class Cuda(Backend):
         return outputs
 
     def describe(
-        self,
-        kind: str,
-        problem: Problem,
-        operands: Operands,
-        outputs: Sequence[Tensor],
-        span: Span,
-        stream: ctypes.c_void_p | None,
-        fp8: bool = False,
-    ) -> tuple[cuda_abi.RxRecursion, list[Tensor]]:
+        self, kind: str, problem: Problem, operands: Operands, outputs: Sequence[Tensor],
+        span: Span, stream: ctypes.c_void_p | None, fp8: bool = False,
+    ) -> tuple[cuda_abi.RxRecursion, list[Tensor]]:  # fmt: skip
         """The RxRecursion of the calls of `span` without its scratch, and what it points to.
 
-        Args:
-            kind: of plan, which decides how weights are packed.
-            fp8: the weights are quantised; the grid kernel reads their codes.
-            operands: x and the states contiguous and aligned, as are the outputs.
+        `kind` of plan decides how weights are packed; with `fp8` the grid kernel reads their codes.
+        x, the states and the outputs are contiguous and aligned.
         """
         x, rope = operands.x, operands.float_rope()
         sizes, calls = self._described(problem, span, x.device)
@@ -187,14 +188,14 @@ class Cuda(Backend):
         tables = [_aligned(table) for table in rope or ()]
         if tables:
             p.cos, p.sin = (table.data_ptr() for table in tables)
+        p.seed = None if operands.seed is None else operands.seed.data_ptr()
         states_in, states_out, nets = p.states_in, p.states_out, p.nets
         for i, (state, out) in enumerate(zip(operands.states, outputs, strict=True)):
             states_in[i], states_out[i] = state.data_ptr(), out.data_ptr()
         tapes = []
-        for i, ((_, spec), cut) in enumerate(zip(problem.nets, problem.cuts, strict=True)):
-            tape = self._tape(kind, spec, operands.weights[cut], problem.tokens, stream, fp8)
-            nets[i].tape = tape.data_ptr()
-            tapes.append(tape)
+        for net, (_, spec), cut in zip(nets, problem.nets, problem.cuts, strict=False):
+            tapes.append(self._tape(kind, spec, operands.weights[cut], problem.tokens, stream, fp8))
+            net.tape = tapes[-1].data_ptr()
         return p, [x, *operands.states, *outputs, *tables, calls, *tapes]
 
     def _find_description(
@@ -206,9 +207,7 @@ class Cuda(Backend):
         return p, calls
 
     def _find_launch(self, problem: Problem, span: Span, plan: LaunchPlan) -> Launch:
-        library = self.library()
-        assert library is not None, "checked by why_unavailable"
-        return Launch.of(library, plan, describe(problem, span))
+        return Launch.of(self.library(), plan, describe(problem, span))  # type: ignore[arg-type]
 
     def new(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Uninitialised memory that a kernel writes."""
@@ -224,14 +223,9 @@ class Cuda(Backend):
             yield ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
 
     def _tape(
-        self,
-        kind: str,
-        spec: NetSpec,
-        weights: Sequence[Tensor],
-        tokens: int,
-        stream: ctypes.c_void_p | None,
-        fp8: bool,
-    ) -> Tensor:
+        self, kind: str, spec: NetSpec, weights: Sequence[Tensor], tokens: int,
+        stream: ctypes.c_void_p | None, fp8: bool,
+    ) -> Tensor:  # fmt: skip
         """The packed weights of a net for a kind of kernel.
 
         Inside somebody's CUDA graph packing becomes part of it, and so does a tape of its own.
@@ -263,7 +257,10 @@ class Cuda(Backend):
         rounded = [w.new_empty(w.shape, dtype=torch.bfloat16) for w in net.weights]
         p = cuda_abi.RxPack(net.spec.hidden, tokens, len(net.spec.blocks))
         p.blocks[: p.num_blocks] = blocks(net.spec)
-        p.weights[: len(rounded)] = [weight.data_ptr() for weight in rounded]
+        for i, (block, held) in enumerate(net.spec.by_block(rounded)):
+            at = {name: w.data_ptr() for (name, _), w in zip(block.slots, held, strict=True)}
+            for k, name in enumerate(WEIGHT_NAMES[block.kind], 4 * i):
+                p.weights[k], p.biases[k] = at[name], at.get(f"{name}_bias")
         family = cuda_abi.FAMILIES[kind]
         size = library.bytes_of(f"rx_{family}_tape_bytes", p)
         tape = torch.empty(size, dtype=torch.uint8, device=rounded[0].device)

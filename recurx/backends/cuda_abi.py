@@ -8,17 +8,7 @@ names in api.h; `Library` refuses a build whose structs have other sizes.
 from __future__ import annotations
 
 import ctypes
-from ctypes import (
-    POINTER,
-    Structure,
-    byref,
-    c_char_p,
-    c_float,
-    c_int32,
-    c_int64,
-    c_uint64,
-    c_void_p,
-)
+from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_uint64, c_void_p
 from types import ModuleType
 from typing import Any
 
@@ -38,15 +28,18 @@ class RxCall(Structure):
         *((name, c_int32) for name in ("net", "write", "num_state", "num_inject", "sum", "stays")),
         ("state", c_int32 * MAX_READS),
         ("inject", c_int32 * MAX_READS),
+        *((name, c_float) for name in ("scale", "keep", "damping", "noise")),
+        ("number", c_int32),
     ]
 
 
 class RxBlock(Structure):
-    """Sizes of one block of a net."""
+    """One block of a net: its sizes, and what it has of a variant."""
 
     _fields_ = [
         *((name, c_int32) for name in ("token_mlp", "inner", "heads", "token_inner")),
-        ("eps", c_float),
+        *((name, c_float) for name in ("eps", "residual_scale")),
+        *((name, c_int32) for name in ("activation", "kv_heads", "biases")),
     ]
 
 
@@ -83,6 +76,7 @@ class RxRecursion(Structure):
         ("scratch_bytes", c_int64),
         ("timeline", c_void_p),
         ("timeline_events", c_int64),
+        ("seed", c_void_p),
     ]
 
 
@@ -92,7 +86,7 @@ class RxPack(Structure):
     _fields_ = [
         *((name, c_int32) for name in ("hidden", "tokens", "num_blocks")),
         ("blocks", RxBlock * MAX_BLOCKS),
-        ("weights", c_void_p * (4 * MAX_BLOCKS)),
+        *((name, c_void_p * (4 * MAX_BLOCKS)) for name in ("weights", "biases")),
         ("tape", c_void_p),
     ]
 
@@ -104,7 +98,7 @@ class RxOwnerPlan(Structure):
 
 
 class RxSolve(Structure):
-    """A queue of samples for the owner kernel, its heads, and where answers go."""
+    """A queue of samples, the heads, and where answers go."""
 
     _fields_ = [
         *(
@@ -156,8 +150,11 @@ _CODES = {
     "rx_owner_sm80_pack": [POINTER(RxPack), c_void_p],
     "rx_grid_sm80_run": [POINTER(RxRecursion), POINTER(RxGridPlan), c_void_p],
     "rx_cluster_sm90a_run": [POINTER(RxRecursion), POINTER(RxClusterPlan), c_void_p],
+    "rx_cluster_sm90a_solve": [
+        POINTER(RxRecursion), POINTER(RxClusterPlan), POINTER(RxSolve), c_void_p,
+    ],
     "rx_cluster_sm90a_pack": [POINTER(RxPack), c_void_p],
-}
+}  # fmt: skip
 _BYTES = {
     "rx_owner_sm80_scratch_bytes": [POINTER(RxRecursion), POINTER(RxOwnerPlan)],
     "rx_owner_sm80_shared_bytes": [POINTER(RxRecursion), POINTER(RxOwnerPlan)],
@@ -196,8 +193,8 @@ class Library:
                 f"recurx: the compiled kernels have structs of {list(sizes)} bytes, this recurx "
                 f"of {wanted}; {_REBUILD}"
             )
-        self._last_error = self._entry("rx_cuda_last_error", c_char_p, [])
-        self._error_name = self._entry("rx_cuda_error_name", c_char_p, [c_int32])
+        self._last_error = self._entry("rx_cuda_last_error", ctypes.c_char_p, [])
+        self._error_name = self._entry("rx_cuda_error_name", ctypes.c_char_p, [c_int32])
         self._codes = self._entries(c_int32, _CODES)
         self._sizes = self._entries(c_int64, _BYTES)
         # An emulated build may hold some families only.

@@ -21,27 +21,28 @@ from recurx.backends.cuda_abi import (
     RxRecursion,
 )
 from recurx.errors import bad_argument
-from recurx.nets import ATTENTION, NetSpec
+from recurx.nets import ATTENTION, WEIGHT_NAMES, NetSpec
 from recurx.operands import Operands, Span
 from recurx.plan.launch import LaunchPlan
 from recurx.problem import Problem
-from recurx.program import lower
+from recurx.program import PLAIN, lower
+from recurx.reference import ACTIVATIONS
 from recurx.schedule import INPUT
 
 
 class Launch(NamedTuple):
-    """The C entry that runs a plan, the plan as its struct, and the bytes of scratch it needs."""
+    """The C entry that runs or solves by a plan, its struct, and the bytes of scratch it needs."""
 
     entry: str
     settings: ctypes.Structure
     scratch_bytes: int
 
     @classmethod
-    def of(cls, library: Library, plan: LaunchPlan, p: RxRecursion) -> Launch:
+    def of(cls, library: Library, plan: LaunchPlan, p: RxRecursion, what: str = "run") -> Launch:
         """How `library` runs `plan`; of `p` only the sizes count."""
         family, settings = FAMILIES[plan.kind], _settings(plan)
         size = library.bytes_of(f"rx_{family}_scratch_bytes", p, settings)
-        return cls(f"rx_{family}_run", settings, size)
+        return cls(f"rx_{family}_{what}", settings, size)
 
 
 def _settings(plan: LaunchPlan) -> ctypes.Structure:
@@ -49,10 +50,6 @@ def _settings(plan: LaunchPlan) -> ctypes.Structure:
         return cuda_grid.settings(plan)
     if plan.kind == "cluster":
         return RxClusterPlan(plan["cluster"])
-    return owner_settings(plan)
-
-
-def owner_settings(plan: LaunchPlan) -> RxOwnerPlan:
     return RxOwnerPlan(*(plan[name] for name, _ in RxOwnerPlan._fields_))
 
 
@@ -92,9 +89,13 @@ def describe(problem: Problem, span: Span) -> RxRecursion:
 def blocks(spec: NetSpec) -> list[RxBlock]:
     """The blocks of a net as structs."""
     return [
-        RxBlock(block.kind != ATTENTION, block.inner, block.num_heads, block.token_inner, block.eps)
+        RxBlock(
+            block.kind != ATTENTION, block.inner, block.num_heads, block.token_inner, block.eps,
+            block.residual_scale, list(ACTIVATIONS).index(block.activation), block.kv_heads,
+            sum(1 << k for k, n in enumerate(WEIGHT_NAMES[block.kind]) if n in block.biases),
+        )
         for block in spec.blocks
-    ]
+    ]  # fmt: skip
 
 
 def call_words(problem: Problem, span: Span) -> tuple[int, ...]:
@@ -114,5 +115,6 @@ def call_words(problem: Problem, span: Span) -> tuple[int, ...]:
         )  # fmt: skip
         c.state[: c.num_state] = reads[: c.num_state]
         c.inject[: c.num_inject] = reads[c.num_state :]
+        c.scale, c.keep, c.damping, c.noise, c.number = call.factors or PLAIN
         words += (ctypes.c_int32 * (ctypes.sizeof(c) // 4)).from_buffer(c)
     return tuple(words)

@@ -39,16 +39,3 @@ class KernelTimeline:
                     said["phase"] = PHASES[event.phase]
                     found.append({"owner": index // self.events_per_owner, **said})
         return found
-
-    def table(self) -> str:
-        """Time and share of each phase, summed over owners, the longest first."""
-        total: dict[str, int] = {}
-        for event in self.events:
-            phase, took = str(event["phase"]), int(event["end_ns"]) - int(event["start_ns"])
-            total[phase] = total.get(phase, 0) + took
-        whole = max(1, sum(total.values()))
-        rows = sorted(total.items(), key=lambda item: -item[1])
-        return "\n".join(
-            ["| phase | us | share |", "|---|---|---|"]
-            + [f"| {phase} | {ns / 1e3:.1f} | {ns / whole:.1%} |" for phase, ns in rows]
-        )

@@ -41,13 +41,8 @@ def _captured(launch: Callable[[], object], stream: Any, pool: Any) -> torch.cud
 
 @functools.cache
 def _side_of(index: int, stream: int) -> tuple[torch.cuda.Stream, Any, torch.cuda.CUDAGraph]:
-    """Where graphs that a stream replays are captured: a stream and a memory pool of their own.
-
-    PyTorch's own default is one stream a process, on whichever GPU captured first. And cuBLAS has
-    one workspace a stream, so graphs that were captured on the same one must not run side by side.
-    The graph holds the pool: whoever clears PyTorch's workspaces (torch.compile does) gives back to
-    it what older graphs still write to, and to nobody else.
-    """
+    """Where graphs that a stream replays are captured: a stream and a memory pool of their own
+    (why: NOTES.md), and a graph that holds the pool."""
     side, pool = torch.cuda.Stream(index), torch.cuda.graph_pool_handle()
     return side, pool, _captured(lambda: torch.zeros(1, device=f"cuda:{index}"), side, pool)
 
@@ -88,16 +83,15 @@ class Recording:
         self.buffers = buffers
         self._launch = launch
         self._replay: Replay | None = None
-        self.launched = 0  # how often it ran plainly
+        self._launched = False  # plainly, once at least
 
     def run(self, capture: Capture | None) -> None:
         """Run it; `capture` None: plainly, whatever was captured before."""
-        if capture is None or (self._replay is None and self.launched == 0):
-            self.launched += 1
+        if capture is None or not self._launched:
+            self._launched = True
             self._launch()
             return
-        if self._replay is None:
-            self._replay = capture(self._launch)
+        self._replay = self._replay or capture(self._launch)
         self._replay()
 
 

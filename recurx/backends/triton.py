@@ -1,10 +1,11 @@
 """backend="triton": the recursion in Triton kernels (kernels/), on NVIDIA and AMD GPUs.
 
-Three ways to run; `LaunchPlan.pick` (recurx/plan/triton.py) predicts which, `auto` times them:
+Four ways to run; `LaunchPlan.pick` (recurx/plan/triton.py) predicts which, `auto` times them:
 
     tiled        slices of the batch, small enough that their activations stay in L2 for the whole
                  recursion; the kernels of all calls of a slice are captured in one CUDA graph
     library      the same, but PyTorch's own products with pointwise kernels between them
+    graph        the same, but all is PyTorch's: what differs from TRM and HRM
     persistent   small nets: one launch, each program owns whole samples and runs every call
 
 Weights are rounded to the states' dtype at every call, by one launch before the kernels or the
@@ -20,12 +21,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from recurx.backends import Backend, Window
+from recurx.backends import EVERY_FIELD, Backend, Window
+from recurx.backends.graph_slice import GraphSlice
 from recurx.backends.graphs import (
     Capture,
     Recording,
@@ -35,16 +38,17 @@ from recurx.backends.graphs import (
     stream_of,
 )
 from recurx.backends.weight_cache import WeightCache, frozen
-from recurx.nets import ATTENTION
+from recurx.kernels.arena import slots_of
+from recurx.kernels.fields import FIELDS
 from recurx.operands import Operands, Span
 from recurx.packed import PackedNets
-from recurx.plan.count import blocks_of
 from recurx.plan.device import Device
 from recurx.plan.launch import LaunchPlan
-from recurx.plan.triton import why_not_tiled
+from recurx.plan.triton import why_no_kernel, why_not_tiled
 from recurx.plan.triton_persistent import why_not as why_not_persistent
 from recurx.problem import Problem
-from recurx.program import Program, lower
+from recurx.program import lower
+from recurx.schedule import FACTORS
 
 MAX_TAPES = 16  # sets of nets kept rounded; a full-size TRM net is 14 MB in bf16
 # Each holds a slice's activations (tens of MB) and its graph; a batch that shrinks in
@@ -52,19 +56,21 @@ MAX_TAPES = 16  # sets of nets kept rounded; a full-size TRM net is 14 MB in bf1
 MAX_RECORDINGS = 12
 OLDEST = (3, 6)  # of Triton: the first whose code these kernels are tested with
 DTYPES = (torch.bfloat16, torch.float32)
-HEAD_DIMS = (32, 64, 128)
-MAX_TOKENS = 1024  # of attention
-MAX_HIDDEN, MAX_MIXED = 4096, 2048  # D, and T of a token MLP, of kind "library"
 
 
 class Triton(Backend):
     name = "triton"
     device_types = ("cuda",)
-    kinds = ("tiled", "library", "persistent")
+    kinds = ("tiled", "library", "persistent", "graph")
 
     def __init__(self) -> None:
         self.tapes = WeightCache(MAX_TAPES)
         self.recordings = RecordingCache(MAX_RECORDINGS)
+
+    @property
+    def fields(self) -> frozenset[str]:  # type: ignore[override]
+        every = self.kind in ("", "graph")
+        return EVERY_FIELD if every else FIELDS.get(self.kind, frozenset()).union(FACTORS)
 
     def why_unavailable(self) -> str | None:
         if not torch.cuda.is_available():
@@ -72,24 +78,17 @@ class Triton(Backend):
         return why_no_triton()
 
     def why_unsupported(self, problem: Problem) -> str | None:
-        if problem.opaque:
-            return f"cannot look inside the plain callable {problem.opaque[0]!r}"
         if problem.dtype not in DTYPES:
             return f"runs float32 and bfloat16 states, not {problem.dtype}"
-        attends = any(block.kind == ATTENTION for block in blocks_of(problem))
-        if problem.tokens > (most := MAX_TOKENS if attends else MAX_MIXED):
-            return f"runs up to T={most} tokens, got T={problem.tokens}"
-        if problem.hidden > MAX_HIDDEN:
-            return f"runs up to D={MAX_HIDDEN}, got D={problem.hidden}"
+        if self.kind in ("", "graph") and problem.changed:
+            return None
+        if self.kind == "graph":
+            return "graph: runs what differs from TRM and HRM; library has fewer kernels for these"
+        if (why := why_no_kernel(problem)) is not None or self.kind in ("", "library"):
+            return why
         if self.kind == "tiled":
             return why_not_tiled(problem)
-        if self.kind == "persistent":
-            return why_not_persistent(problem, self.plan_device(problem.device_type))
-        for name, spec in problem.nets:
-            for block in spec.blocks:
-                if block.kind == ATTENTION and block.head_dim not in HEAD_DIMS:
-                    return f"needs head_dim in {HEAD_DIMS}, net {name!r} has {block.head_dim}"
-        return None
+        return why_not_persistent(problem, self.plan_device(problem.device_type))
 
     def plan(self, problem: Problem, device: torch.device) -> LaunchPlan:
         """How `run` would run it on `device`."""
@@ -104,17 +103,15 @@ class Triton(Backend):
             return [state.clone() for state in states]
         operands = operands._replace(x=x, states=states, rope=operands.float_rope())
         plan = self.plan(_of_rung(problem) if frozen() else problem, x.device)
-        program = lower(problem.schedule, span)
-        packed = self.packed_nets(problem, operands.weights)
         with torch.cuda.device_of(x):  # Triton launches on the current device
             if plan.kind == "persistent":
-                return self._run_persistent(plan, program, packed, operands)
-            return self._run_sliced(plan, problem, program, packed, operands)
+                return self._run_persistent(plan, problem, operands, span)
+            return self._run_sliced(plan, problem, operands, span)
 
     def window(self, problem: Problem) -> Window | None:
         from recurx.backends.triton_window import TritonWindow
 
-        if self.kind == "persistent":
+        if self.kind in ("persistent", "graph") or problem.changed:
             return None
         library = self.kind == "library" or why_not_tiled(problem) is not None
         return TritonWindow(self.packed_nets, library)
@@ -123,18 +120,20 @@ class Triton(Backend):
         self.tapes.clear()
         self.recordings.clear()
 
-    def packed_nets(self, problem: Problem, weights: Sequence[Tensor]) -> PackedNets:
+    def packed_nets(
+        self, problem: Problem, weights: Sequence[Tensor], kind: Callable[..., Any] = PackedNets
+    ) -> Any:
         """The weights of all nets rounded to the problem's dtype, in buffers that stay."""
-        device = weights[0].device
-        if captured_outside(device):
-            return PackedNets(problem.nets, problem.dtype, device).fill(weights)
+        device = weights[0].device if weights else torch.device(problem.device_type)
 
-        def make(before: PackedNets | None) -> PackedNets:
-            packed = PackedNets(problem.nets, problem.dtype, device) if before is None else before
+        def make(before: Any) -> Any:
+            packed = kind(problem.nets, problem.dtype, device) if before is None else before
             return packed.fill(weights)
 
+        if captured_outside(device):
+            return make(None)
         # The buffers of a stream are written and read in its order alone.
-        key = (problem.nets, problem.dtype, device, stream_of(device))
+        key = (kind, problem.nets, problem.dtype, device, stream_of(device))
         return self.tapes.get(key, weights, make)
 
     def _capture(self, device: torch.device) -> Capture | None:
@@ -143,54 +142,61 @@ class Triton(Backend):
     # ---- the ways ----------------------------------------------------------------------------
 
     def _run_sliced(
-        self,
-        plan: LaunchPlan,
-        problem: Problem,
-        program: Program,
-        packed: PackedNets,
-        operands: Operands,
+        self, plan: LaunchPlan, problem: Problem, operands: Operands, span: Span
     ) -> list[Tensor]:
-        from recurx.kernels.library import LibrarySlice
-        from recurx.kernels.tiled import TiledSlice
-
-        device, cos_sin, size = operands.x.device, operands.rope, int(plan["slice"])
-        inputs = (operands.x, *operands.states)
-        outputs = [torch.empty_like(state) for state in operands.states]
-        capture = self._capture(device)
+        device, size, made_of = operands.x.device, int(plan["slice"]), _slices(plan.kind)
+        packed = self.packed_nets(problem, operands.weights, made_of.weights)
+        inside, capture = captured_outside(device), self._capture(device)
 
         def make() -> Recording:
-            kind = LibrarySlice if plan.kind == "library" else TiledSlice
-            buffers = kind(problem, program, packed, size, cos_sin)
+            buffers = made_of(problem, span, packed, size, operands)
             return Recording(buffers, buffers.launch)
 
-        key = (
-            plan.kind, problem.nets, program, size, problem.tokens, problem.dtype, device,
-            id(packed), cos_sin is None, stream_of(device),
+        calls: Any = lower(problem.schedule, span) if plan.kind != "graph" else (
+            # It holds the numbers of its calls, and what PyTorch is set to.
+            problem.schedule, span, torch.backends.cuda.matmul.allow_tf32
         )  # fmt: skip
+        rope = operands.rope
+        key = (
+            plan.kind, problem.nets, calls, size, problem.tokens, problem.dtype, device, id(packed),
+            rope and rope[0].shape, operands.seed is None, stream_of(device),
+        )  # fmt: skip
+        outputs = [torch.empty_like(state) for state in operands.states]
         with self.recordings.lock:
-            inside = captured_outside(device)
             recording = make() if inside else self.recordings.get(key, make)
-            part: TiledSlice = recording.buffers
-            part.set_tables(cos_sin)
             for first in range(0, problem.batch, size):
                 live = slice(first, min(first + size, problem.batch))
-                part.enter([tensor[live] for tensor in inputs])
+                recording.buffers.enter(operands, live)
                 recording.run(capture)
-                part.leave([tensor[live] for tensor in outputs])
+                recording.buffers.leave([tensor[live] for tensor in outputs])
         return outputs
 
     def _run_persistent(
-        self, plan: LaunchPlan, program: Program, packed: PackedNets, operands: Operands
+        self, plan: LaunchPlan, problem: Problem, operands: Operands, span: Span
     ) -> list[Tensor]:
         from recurx.kernels.recursion import recursion
 
-        inputs = (operands.x, *operands.states)
-        arena = operands.x.new_empty(program.slots, *operands.x.shape)
+        packed = self.packed_nets(problem, operands.weights)
+        inputs, program = (operands.x, *operands.states), lower(problem.schedule, span)
+        arena = operands.x.new_empty(slots_of(program), *operands.x.shape)
         torch._foreach_copy_(list(arena[: len(inputs)]), list(inputs))
-        recursion(arena, program, packed, operands.rope, dict(plan.settings))
+        recursion(arena, program, packed, operands.rope, dict(plan.settings), operands.seed)
         outputs = [torch.empty_like(state) for state in operands.states]
         torch._foreach_copy_(outputs, list(arena[1 : len(inputs)]))
         return outputs
+
+
+def _slices(kind: str) -> Any:
+    """What a kind of plan runs on a slice of the batch."""
+    if kind == "graph":
+        return GraphSlice
+    if kind == "library":
+        from recurx.kernels.library import LibrarySlice
+
+        return LibrarySlice
+    from recurx.kernels.tiled import TiledSlice
+
+    return TiledSlice
 
 
 @functools.lru_cache(maxsize=256)
@@ -220,8 +226,3 @@ def why_no_triton() -> str | None:
 
 
 BACKEND = Triton()
-
-
-def forget() -> None:
-    """Free the memory of rounded weights and captured graphs."""
-    BACKEND.free()

@@ -91,16 +91,9 @@ class TritonWindow(Window):
 
     @_on_its_device
     def backward(
-        self,
-        problem: Problem,
-        operands: Operands,
-        span: Span,
-        save: str,
-        outs: Sequence[Tensor],
-        kept: Sequence[Tensor],
-        d_outs: Sequence[Tensor | None],
-        wants: Sequence[bool],
-    ) -> list[Tensor | None]:
+        self, problem: Problem, operands: Operands, span: Span, save: str, outs: Sequence[Tensor],
+        kept: Sequence[Tensor], d_outs: Sequence[Tensor | None], wants: Sequence[bool],
+    ) -> list[Tensor | None]:  # fmt: skip
         entered = (operands.x, *operands.states)
         calls = lower(problem.schedule, span).calls
         nets, cos_sin = self._nets(problem, operands.weights), operands.float_rope()
@@ -210,14 +203,9 @@ class _Recomputed:
 
 
 def _run_net(
-    way: ModuleType,
-    saved: list[Saved],
-    spec: NetSpec,
-    matrices: Sequence[Matrices],
-    cos_sin: CosSin | None,
-    keep: bool,
-    again: bool = False,
-) -> Tensor:
+    way: ModuleType, saved: list[Saved], spec: NetSpec, matrices: Sequence[Matrices],
+    cos_sin: CosSin | None, keep: bool, again: bool = False,
+) -> Tensor:  # fmt: skip
     """The net on saved[0].h; without `keep` what `mix` makes is not saved.
 
     `again`: the last block's out is there already, so its feed-forward is not run.
@@ -241,24 +229,20 @@ class CallInputs:
 
     def __init__(self) -> None:
         self._shared: int | None = None  # number of the sum that is held
-        self._sum: Tensor | None = None
+        self._sum: Any = None
 
     def __call__(self, call: Call, values: Sequence[Tensor], out: Tensor) -> None:
         """Into `out`: left to right, rounded after each addition; `values` by slot."""
         total = functools.reduce(torch.add, [values[slot] for slot in call.state])
-        if call.inject:
-            torch.add(total, self._inject(call, values), out=out)
-        else:
+        if not call.inject:
             out.copy_(total)
-
-    def _inject(self, call: Call, values: Sequence[Tensor]) -> Tensor:
+            return
+        inject = self._sum
         if call.shared is None or call.shared != self._shared:
-            total = functools.reduce(torch.add, [values[slot] for slot in call.inject])
-            if call.shared is None:
-                return total
-            self._shared, self._sum = call.shared, total
-        assert self._sum is not None, "held with its number"
-        return self._sum
+            inject = functools.reduce(torch.add, [values[slot] for slot in call.inject])
+        if call.shared is not None:
+            self._shared, self._sum = call.shared, inject
+        torch.add(total, inject, out=out)
 
 
 def _unsaved(x: Tensor, spec: NetSpec) -> list[Saved]:

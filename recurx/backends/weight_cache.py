@@ -1,10 +1,9 @@
 """What a backend made of weights, kept for the next call, and never older than the weights.
 
-PyTorch's version counters prove nothing: optimisers that write through raw pointers, numpy views,
-`.data`, replayed graphs and other processes leave them as they are. So what was made is used again
-only if a digest of all contents says so (CPU), and is otherwise made anew, into the same memory, at
-every call (GPU, where reading an answer back would cost more than packing). Inside
-`frozen_weights()` the caller answers for the weights, and each is packed once.
+PyTorch's version counters prove nothing (NOTES.md). So what was made is used again only if a digest
+of all contents says so (CPU), and is otherwise made anew, into the same memory, at every call (GPU,
+where reading an answer back would cost more than packing). Inside `frozen_weights()` the caller
+answers for the weights, and each is packed once.
 """
 
 from __future__ import annotations

@@ -6,11 +6,9 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import os
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -44,9 +42,6 @@ def json_alone(wanted: bool) -> Iterator[None]:
         answers = before
 
 
-# ---- a dataclass as a command line, and back ---------------------------------------------------
-
-
 def command(parser: argparse.ArgumentParser, kind: type, run: Callable[[Any], int]) -> None:
     """Give a command its options; what is parsed has `execute`, which calls `run` with a `kind`."""
     add(parser, kind)
@@ -64,16 +59,14 @@ def add(parser: Any, kind: type, only_said: bool = False) -> None:
         several = isinstance(default, tuple)
         if isinstance(default, bool):
             form["action"] = "store_true"
-        elif "least" in about:
-            limits = {key: about[key] for key in ("least", "most") if key in about}
-            form["type"] = functools.partial(whole, **limits)
-            form.setdefault("metavar", "N")
-        elif "type" not in form:
+        else:
             sample = default[0] if several and default else default
-            known = {int: functools.partial(whole, least=-MOST), float: number}
-            form["type"] = known.get(type(sample), str)
-        elif form["type"] is float:
-            form["type"] = number
+            limits = {"least": about.get("least", -MOST), "most": about.get("most", MOST)}
+            known = {int: functools.partial(whole, **limits), float: number}
+            found = int if "least" in about else form.get("type", type(sample))
+            form["type"] = known.get(found, form.get("type", str))
+            if "least" in about:
+                form.setdefault("metavar", "N")
         if several and "action" not in form:
             form.setdefault("nargs", "+")
         if "choices" in form:
@@ -138,20 +131,9 @@ def _values(arguments: argparse.Namespace, kind: type) -> dict[str, Any]:
     return found
 
 
-def words(asked: Any) -> str:
-    """The command line that says what differs from the defaults, where an option has one value."""
-    said = {name: getattr(asked, name) for name in stated(type(asked))}
-    changed = {k: v for k, v in said.items() if v != getattr(type(asked), k)}
-    pairs = [[flags([k])] if v is True else [flags([k]), f"{v}"] for k, v in changed.items()]
-    return shlex.join(itertools.chain(*pairs))
-
-
 def flags(names: Any) -> str:
     """Fields as they are said: "--batch-size, --lr"."""
     return ", ".join(f"--{name.replace('_', '-')}" for name in names)
-
-
-# ---- types of values ---------------------------------------------------------------------------
 
 
 def seconds(text: str) -> float:
@@ -208,9 +190,6 @@ def settings(help: str) -> Any:
                   metavar="KEY=VALUE")  # fmt: skip
 
 
-# ---- options of several commands ---------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Json:
     json: bool = option(False, "end with one line of JSON")
@@ -250,3 +229,10 @@ class Machine:
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise InvalidArgument(f"--device {self.device}: not usable here: {reason}") from error
+
+
+def local_device(asked: Any) -> Any:
+    """`asked`, on the GPU that torchrun gave this process if any GPU was asked for."""
+    if asked.device == "cuda" and "LOCAL_RANK" in os.environ:
+        return dataclasses.replace(asked, device=f"cuda:{os.environ['LOCAL_RANK']}")
+    return asked

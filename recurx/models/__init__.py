@@ -2,11 +2,9 @@
 
 from recurx.models.act import HRM, TRM, Carry, RecursiveModel, build_model
 from recurx.models.config import (
-    VARIANTS,
     HRMConfig,
     ModelConfig,
     TRMConfig,
-    Variant,
     config_class,
 )
 from recurx.models.exploration import Exploration
@@ -14,6 +12,7 @@ from recurx.models.inner import Inner, problem_of_model
 from recurx.models.losses import ACTLossHead, softmax_cross_entropy, stablemax_cross_entropy
 from recurx.models.puzzle_embedding import PuzzleEmbedding
 from recurx.models.stablemax import fused_stablemax_cross_entropy
+from recurx.models.systems import VARIANTS, Variant
 
 __all__ = [
     "HRM",

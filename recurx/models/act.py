@@ -8,7 +8,7 @@ of different depths.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,12 +30,14 @@ class Carry:
         steps: [B] int32, supervision steps of the present sample.
         halted: [B] bool, slots whose sample is finished and will be replaced.
         current_data: {key: [B, ...]}, the sample in each slot.
+        last: {"last_answer": [B, seq_len, vocab]}, see `Inner.answer_of`; {} without feedback.
     """
 
     inner_carry: States
     steps: Tensor
     halted: Tensor
     current_data: dict[str, Tensor]
+    last: dict[str, Tensor] = field(default_factory=dict)
 
 
 class RecursiveModel(nn.Module):
@@ -99,11 +101,13 @@ class RecursiveModel(nn.Module):
         """A carry whose slots are all halted: the first call takes every sample of `batch`."""
         inputs = batch["inputs"]
         slots = inputs.shape[0]
+        none = inputs.new_zeros(()).expand(slots, self.config.seq_len, self.config.vocab_size)
         return Carry(
             inner_carry=self.inner.empty_carry(slots),
             steps=torch.zeros(slots, dtype=torch.int32, device=inputs.device),
             halted=torch.ones(slots, dtype=torch.bool, device=inputs.device),
             current_data={key: torch.zeros_like(value) for key, value in batch.items()},
+            last={key: torch.zeros_like(said) for key, said in self.inner.answer_of(none).items()},
         )
 
     def forward(
@@ -123,19 +127,21 @@ class RecursiveModel(nn.Module):
         data = _take_fresh(carry, batch)
         states = self.inner.reset_carry(carry.halted, carry.inner_carry)
         steps = torch.where(carry.halted, 0, carry.steps) + 1
+        last = {k: torch.where(carry.halted.view(-1, 1, 1), 0, v) for k, v in carry.last.items()}
 
-        states, logits, (q_halt, q_continue) = self.inner(states, data, **how)
+        states, logits, (q_halt, q_continue) = self.inner(states, data | last, **how)
+        last = self.inner.answer_of(logits)
         outputs = {"logits": logits, "q_halt_logits": q_halt, "q_continue_logits": q_continue}
 
         with torch.no_grad():
-            last = steps >= self.config.halt_max_steps
-            halted = last
+            ends = steps >= self.config.halt_max_steps
+            halted = ends
             # Evaluation takes all the steps, so that one batch ends as one.
             if how.get("training", self.training) and self.config.halt_max_steps > 1:
-                halted = self._halt(last, steps, q_halt, q_continue)
+                halted = self._halt(ends, steps, q_halt, q_continue)
                 if not self.config.no_ACT_continue:
-                    outputs["target_q_continue"] = self._target(last, states, data)
-        return Carry(states, steps, halted, data), outputs
+                    outputs["target_q_continue"] = self._target(ends, states, data | last)
+        return Carry(states, steps, halted, data, last), outputs
 
     def _halt(self, last: Tensor, steps: Tensor, q_halt: Tensor, q_continue: Tensor) -> Tensor:
         """Which slots halt: by their q, but not before an explored minimum of steps."""
@@ -149,10 +155,10 @@ class RecursiveModel(nn.Module):
         drawn = torch.randint_like(steps, low=2, high=self.config.halt_max_steps + 1)
         return wants & (steps >= explores * drawn)
 
-    def _target(self, last: Tensor, states: States, data: dict[str, Tensor]) -> Tensor:
+    def _target(self, ends: Tensor, states: States, data: dict[str, Tensor]) -> Tensor:
         """Bootstrapped target of q_continue: the better q of one more step (arXiv 2506.21734)."""
         _, _, (next_halt, next_continue) = self.inner(states, data)
-        return torch.sigmoid(torch.where(last, next_halt, torch.maximum(next_halt, next_continue)))
+        return torch.sigmoid(torch.where(ends, next_halt, torch.maximum(next_halt, next_continue)))
 
 
 def _take_fresh(carry: Carry, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,16 +9,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
 
 from recurx.errors import bad_argument
-from recurx.schedule import Schedule
+from recurx.models.systems import VARIANTS
+from recurx.schedule import FACTORS, Schedule
+from recurx.specs import ATTENTION, TOKEN_MLP, BlockSpec
 
-POS_ENCODINGS = ("rope", "learned", "none")
+POS_ENCODINGS, FEEDBACKS = ("rope", "learned", "none"), ("", "softmax", "argmax")
 DTYPES = ("bfloat16", "float32", "float16", "float64")
 
 # Least and most of each whole number: far above any model, little enough for memory and time.
@@ -36,35 +38,6 @@ _OFFICIAL_EXTRAS = ("name", "loss", "causal")
 # Their `arch.name` values: "recursive_reasoning.trm_singlez@Class" and the like.
 _OFFICIAL_NAMES = {"trm_singlez": "single_z", "trm_hier6": "hier6", "trm": "trm", "hrm": "hrm"}
 
-
-@dataclass(frozen=True)
-class Variant:
-    """What distinguishes one published system from another.
-
-    Args:
-        init: {state: name of its init buffer in the state_dict}, in the order of creation.
-        nets: {net of the schedule: name of its module}, in the order of creation.
-        schedule: (H_cycles, L_cycles, grad_window) -> Schedule.
-        output: the state that the heads read.
-    """
-
-    init: Mapping[str, str]
-    nets: Mapping[str, str]
-    schedule: Callable[[int, int, int | str | None], Schedule]
-    output: str = "z_H"
-
-
-_TWO_STATES = {"z_H": "H_init", "z_L": "L_init"}
-_SIX_LOW = {"z_H": "H_init", **{f"z_L{k}": f"L{k}_init" for k in range(1, 7)}}
-
-VARIANTS = {
-    "trm": Variant(_TWO_STATES, {"L": "L_level"}, Schedule.trm),
-    "single_z": Variant({"z": "L_init"}, {"L": "L_level"}, Schedule.single_z, output="z"),
-    "hier6": Variant(
-        _SIX_LOW, {"L": "L_level"}, lambda h, low, window: Schedule.hier(6, h, low, window)
-    ),
-    "hrm": Variant(_TWO_STATES, {"H": "H_level", "L": "L_level"}, Schedule.hrm),
-}
 
 Self = TypeVar("Self", bound="ModelConfig")
 
@@ -93,6 +66,12 @@ class ModelConfig:
         no_ACT_continue: halt on q_halt > 0; False is HRM's Q-learning with a bootstrapped target.
         forward_dtype: dtype of states and activations; weights stay fp32 masters.
         grad_window: None for the published window, "full", or a number of calls.
+        damping, scale, noise: factors of every step, see `recurx.Step`.
+        block: fields of `recurx.BlockSpec` in which all blocks differ from TRM's, as text:
+            "conv:2", or "norm:layer,placement:pre,biases:qkv+o". Their weights are then called
+            `layers.N.weights.SLOT`. "dropout:0.1,drop_path:0.1" drops in training, and only there.
+        feedback: what a supervision step hears of the last answer, added to x by a matrix of its
+            own that starts at zero: its "softmax" (Sotaku), its "argmax" (priml), "" nothing.
 
     Raises:
         InvalidArgument: a value is of the wrong type or range; the message names it.
@@ -122,6 +101,11 @@ class ModelConfig:
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     grad_window: int | str | None = None
+    damping: float = 1.0
+    scale: float = 1.0
+    noise: float = 0.0
+    block: str = ""
+    feedback: str = ""
 
     ALLOWED_VARIANTS: ClassVar[tuple[str, ...]] = tuple(VARIANTS)
 
@@ -135,7 +119,7 @@ class ModelConfig:
         for name, fits, expected in self._bounds():
             if not fits:
                 raise self._bad(name, expected, getattr(self, name))
-        _ = self.schedule  # its own checks: L_cycles of hier6, grad_window
+        _ = self.schedule, self.block_spec  # checks of their own: L_cycles of hier6, block
 
     # ---- derived ---------------------------------------------------------------------------
 
@@ -160,7 +144,21 @@ class ModelConfig:
     @property
     def schedule(self) -> Schedule:
         """The net calls of one supervision step."""
-        return VARIANTS[self.variant].schedule(self.H_cycles, self.L_cycles, self.grad_window)
+        plain = VARIANTS[self.variant].schedule(self.H_cycles, self.L_cycles, self.grad_window)
+        factors = {name: getattr(self, name) for name in FACTORS}
+        return plain if factors == FACTORS else plain.with_factors(**factors)
+
+    @property
+    def block_spec(self) -> BlockSpec:
+        """Each of the blocks."""
+        width = self.hidden_size
+        if self.mlp_t:
+            mixer = {"tokens": self.tokens, "token_inner": self.inner_width(self.tokens)}
+        else:
+            mixer = {"num_heads": self.num_heads}
+        kind, inner = (TOKEN_MLP if self.mlp_t else ATTENTION), self.inner_width(width)
+        plain = BlockSpec(kind, width, inner, **mixer, eps=self.rms_norm_eps)
+        return plain.with_fields(self.block) if self.block else plain
 
     def inner_width(self, width: int) -> int:
         """Inner width F of a SwiGLU over `width`."""
@@ -196,9 +194,7 @@ class ModelConfig:
         module = str(values.get("name", "")).partition("@")[0].rpartition(".")[2]
         if module in _OFFICIAL_NAMES:
             values.setdefault("variant", _OFFICIAL_NAMES[module])
-        for key in _OFFICIAL_EXTRAS:
-            values.pop(key, None)
-        return cls(**_known(cls, values))
+        return cls(**_known(cls, {k: v for k, v in values.items() if k not in _OFFICIAL_EXTRAS}))
 
     # ---- checks ----------------------------------------------------------------------------
 
@@ -208,6 +204,7 @@ class ModelConfig:
             ("variant", self.ALLOWED_VARIANTS),
             ("pos_encodings", POS_ENCODINGS),
             ("forward_dtype", DTYPES),
+            ("feedback", FEEDBACKS),
         ):
             yield name, getattr(self, name) in choices, f"one of {', '.join(choices)}"
         for name in ("expansion", "rms_norm_eps", "rope_theta"):
@@ -271,11 +268,9 @@ def inner_width(expansion: float, width: int, multiple: int) -> int:
 def _known(cls: type[ModelConfig], values: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of `values`; refuses keys that are no fields of `cls`."""
     fields = _kinds(cls)
-    for name in values:
-        if name not in fields:
-            raise bad_argument(
-                cls.__name__, name, f"one of the fields {', '.join(fields)}", "an unknown name"
-            )
+    for name in values.keys() - fields.keys():
+        expected = f"one of the fields {', '.join(fields)}"
+        raise bad_argument(cls.__name__, name, expected, "an unknown name")
     return dict(values)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from recurx import ops, small_ops
 from recurx.errors import bad_argument
-from recurx.models.philox import philox
+from recurx.noise import philox
 
 
 class Exploration:
@@ -35,13 +35,9 @@ class Exploration:
 
     @torch.no_grad()
     def halt(
-        self,
-        steps: Tensor,
-        q_halt: Tensor,
-        q_continue: Tensor | None,
-        most: int,
+        self, steps: Tensor, q_halt: Tensor, q_continue: Tensor | None, most: int,
         probability: float,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Which samples halt now: [B] bool.
 
         At their last step, or where q_halt > q_continue (> 0 without one); but where a draw says so
@@ -63,14 +59,9 @@ class Exploration:
 
 
 def _halt(
-    steps: Tensor,
-    q_halt: Tensor,
-    q_continue: Tensor | None,
-    state: Tensor,
-    most: int,
-    threshold: int,
-    first: int,
-) -> Tensor:
+    steps: Tensor, q_halt: Tensor, q_continue: Tensor | None, state: Tensor, most: int,
+    threshold: int, first: int,
+) -> Tensor:  # fmt: skip
     steps, q_halt = steps.to(torch.int32).contiguous(), q_halt.to(torch.float32).contiguous()
     if q_continue is not None:
         q_continue = q_continue.to(torch.float32).contiguous()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from recurx.api import recurse
 from recurx.errors import bad_argument
-from recurx.models.config import VARIANTS, ModelConfig, Variant
+from recurx.models.config import ModelConfig
 from recurx.models.layers import (
     CastEmbedding,
     CastLinear,
@@ -21,7 +22,9 @@ from recurx.models.layers import (
     truncated_normal_,
 )
 from recurx.models.puzzle_embedding import PuzzleEmbedding
-from recurx.nets import Net
+from recurx.models.systems import VARIANTS, Variant
+from recurx.nets import Net, spelled
+from recurx.noise import DRAWN
 from recurx.problem import Problem
 from recurx.proof import as_net
 
@@ -56,10 +59,12 @@ class Inner(nn.Module):
                 config.num_puzzle_identifiers, config.puzzle_emb_ndim, config.batch_size, dtype
             )
         if config.pos_encodings == "rope" and not config.mlp_t:
-            head_dim = width // config.num_heads
-            self.rotary_emb = RotaryEmbedding(tokens, head_dim, config.rope_theta)
+            spec = config.block_spec
+            self.rotary_emb = RotaryEmbedding(spec.line(tokens), spec.head_dim, config.rope_theta)
         elif config.pos_encodings == "learned":
             self.embed_pos = CastEmbedding(tokens, width, 1 / self.embed_scale, dtype)
+        if config.feedback:  # starts as the net without
+            self.embed_feedback = CastEmbedding(config.vocab_size, width, 0, dtype)
 
         for name, attribute in self.variant.nets.items():
             layers = config.H_layers if name == "H" else config.L_layers
@@ -67,6 +72,11 @@ class Inner(nn.Module):
         for buffer in self.variant.init.values():
             start = truncated_normal_(torch.empty(width, dtype=dtype), std=1)
             self.register_buffer(buffer, start)
+        spec = config.block_spec  # what it drops in training; the nets are those of evaluation
+        self.dropped = {name: getattr(spec, name) for name in DRAWN if name in spec.changed}
+        self.first_sample = 0  # number of the first one in the streams of noise and dropout
+        if config.noise or self.dropped:  # another one each call, saved with the weights
+            self.register_buffer("noise_seed", torch.randint(2**62, ()))
         with torch.no_grad():  # halting starts improbable, and equal for all samples
             self.q_head.weight.zero_()
             self.q_head.bias.fill_(-5)
@@ -96,11 +106,27 @@ class Inner(nn.Module):
     def _init(self) -> States:
         return {name: getattr(self, buffer) for name, buffer in self.variant.init.items()}
 
+    def answer_of(self, logits: Tensor) -> States:
+        """What the next step hears of these logits, detached: {"last_answer": [B, seq_len, vocab]}
+        in the forward dtype; {} for models without feedback."""
+        if not self.config.feedback:
+            return {}
+        share = logits.detach().float().softmax(-1)
+        if self.config.feedback == "argmax":
+            share = F.one_hot(logits.argmax(-1), logits.shape[-1])
+        return {"last_answer": share.to(self.config.dtype)}
+
     # ---- one supervision step --------------------------------------------------------------
 
-    def nets(self) -> dict[str, ReasoningNet]:
-        """{net name of the schedule: module}."""
-        return {name: getattr(self, attribute) for name, attribute in self.variant.nets.items()}
+    def nets(self, training: bool = False) -> dict[str, Any]:
+        """{net name of the schedule: module}; in training, of blocks that drop, a `Net` of it."""
+        nets = {name: getattr(self, attribute) for name, attribute in self.variant.nets.items()}
+        if not (training and self.dropped):
+            return nets
+        for name, module in nets.items():
+            net = as_net(module, name, self.cos_sin())
+            nets[name] = Net.trusted(spelled(net.spec, self.dropped), net.weights)
+        return nets
 
     def cos_sin(self) -> tuple[Tensor, Tensor] | None:
         """The rotary tables, or None."""
@@ -139,17 +165,15 @@ class Inner(nn.Module):
         return logits, q[..., 0], q[..., 1]
 
     def forward(
-        self,
-        carry: Mapping[str, Tensor],
-        batch: Mapping[str, Tensor],
-        backend: str | None = None,
+        self, carry: Mapping[str, Tensor], batch: Mapping[str, Tensor], backend: str | None = None,
         **how: bool,
-    ) -> tuple[States, Tensor, tuple[Tensor, Tensor]]:
+    ) -> tuple[States, Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
         """One supervision step.
 
         Args:
             carry: {state: [B, T, D]}; never modified.
-            batch: "inputs" [B, seq_len], and "puzzle_identifiers" [B] with a puzzle embedding.
+            batch: "inputs" [B, seq_len], and "puzzle_identifiers" [B] with a puzzle embedding; with
+                feedback also what `answer_of` made of the last step's logits, if this is no first.
             backend, how: that and `training` of this call alone, whatever the attributes say.
 
         Returns:
@@ -157,9 +181,16 @@ class Inner(nn.Module):
             (q_halt, q_continue), each [B] fp32.
         """
         x = self.embed(batch["inputs"], batch.get("puzzle_identifiers"), **how)
+        seed, training = None, how.get("training", self.training)
+        if training and (self.config.noise or self.dropped):
+            seed = self.noise_seed.add_(1)
+            seed = torch.stack((seed, torch.full_like(seed, self.first_sample)))
+        if self.config.feedback and "last_answer" in batch:
+            told = batch["last_answer"] @ self.embed_feedback.embedding_weight.to(x.dtype)
+            x = x + F.pad(self.embed_scale * told, (0, 0, self.config.prefix_len, 0))
         states = recurse(
-            self.schedule, self.nets(), x, carry,
-            backend=backend or self.backend, cos_sin=self.cos_sin(), save=self.save,
+            self.schedule, self.nets(training), x, carry, backend=backend or self.backend,
+            cos_sin=self.cos_sin(), save=self.save, seed=seed,
         )  # fmt: skip
         logits, q_halt, q_continue = self.heads(states)
         return {name: z.detach() for name, z in states.items()}, logits, (q_halt, q_continue)
@@ -179,7 +210,7 @@ def problem_of_model(model: nn.Module, batch_size: int = 1) -> Problem:
             "models.problem_of_model", "model", "a recurx TRM or HRM", type(model).__name__,
             "recurx.explain(model) says the same of official code.",
         )  # fmt: skip
-    bound = {name: as_net(net, name) for name, net in inner.nets().items()}
+    bound = {name: as_net(net, name) for name, net in inner.nets(inner.training).items()}
     specs = {name: net.spec for name, net in bound.items() if isinstance(net, Net)}
     return Problem(
         inner.schedule,

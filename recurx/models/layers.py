@@ -6,6 +6,7 @@ and heads run here. Weights are fp32 masters that are cast to the dtype of the a
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -16,6 +17,7 @@ from recurx import reference
 from recurx.errors import bad_argument
 from recurx.models.config import ModelConfig
 from recurx.nets import computes_the_reference, plain_linears, read_stack, rope_tables
+from recurx.noise import DRAWN
 
 # A standard normal that is cut at +-CUT: the probability of what is left, and its deviation.
 CUT = 2.0
@@ -118,10 +120,23 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Weights of one post-norm block: `self_attn` or `mlp_t`, then `mlp`."""
+    """Weights of one block: `self_attn` or `mlp_t`, then `mlp`; those of a variant by their slots.
+
+    Of these, matrices and convolutions start as TRM's matrices do, biases at 0, other vectors at 1.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        spec = dataclasses.replace(config.block_spec, **dict.fromkeys(DRAWN, 0.0))
+        if spec.changed:
+            self.spec, self.weights = spec, nn.ParameterDict()
+            for name, shape in spec.slots:
+                if len(shape) > 1:
+                    start = truncated_normal_(torch.empty(shape), std=shape[-1] ** -0.5)
+                else:
+                    start = torch.full(shape, 0.0 if name.endswith("_bias") else 1.0)
+                self.weights[name] = nn.Parameter(start)
+            return
         if config.mlp_t:
             self.mlp_t = SwiGLU(config.tokens, config.inner_width(config.tokens))
         else:
@@ -130,7 +145,7 @@ class Block(nn.Module):
         self.norm_eps = config.rms_norm_eps
 
 
-plain_linears.add(CastLinear.forward)
+plain_linears |= {CastLinear.forward, nn.ParameterDict.forward}  # the latter has none
 
 
 @computes_the_reference

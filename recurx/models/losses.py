@@ -78,6 +78,9 @@ class ACTLossHead(nn.Module):
         self.model = model
         self.loss_fn = LOSSES[loss_type]
         self.halt_weight = halt_weight
+        # From (new carry, token losses [B]): weights [B] of these, and of the halting losses; it
+        # may change which slots halt.
+        self.weigh: Callable[[Carry, Tensor], tuple[Tensor, Tensor]] | None = None
 
     def initial_carry(self, batch: dict[str, Tensor]) -> Any:
         """See `RecursiveModel.initial_carry`; `batch` needs "labels" [B, seq_len]."""
@@ -107,13 +110,19 @@ class ACTLossHead(nn.Module):
         correct = counted & (outputs["preds"] == labels)
         solved = correct.sum(-1) == tokens
 
-        lm_loss = (self.loss_fn(outputs["logits"], labels) / per_sample).sum()
-        q_loss = _q_loss(outputs["q_halt_logits"], solved)
+        losses, of_q = self.loss_fn(outputs["logits"], labels) / per_sample, None
+        if self.weigh is not None:
+            of_tokens, of_q = self.weigh(carry, losses.detach().sum(-1))
+            losses, of_q = losses * of_tokens[:, None], of_q.float()
+        lm_loss = losses.sum()
+        q_loss = _q_loss(outputs["q_halt_logits"], solved, of_q)
         loss = lm_loss + self.halt_weight * q_loss
         metrics = _metrics(carry, outputs["q_halt_logits"].detach(), tokens, correct, solved)
         metrics.update(lm_loss=lm_loss.detach(), q_halt_loss=q_loss.detach())
         if "target_q_continue" in outputs:
-            continue_loss = _q_loss(outputs["q_continue_logits"], outputs["target_q_continue"])
+            continue_loss = _q_loss(
+                outputs["q_continue_logits"], outputs["target_q_continue"], of_q
+            )
             loss = loss + self.halt_weight * continue_loss
             metrics["q_continue_loss"] = continue_loss.detach()
 
@@ -121,8 +130,9 @@ class ACTLossHead(nn.Module):
         return carry, loss, metrics, returned, carry.halted.all()
 
 
-def _q_loss(logits: Tensor, target: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), reduction="sum")
+def _q_loss(logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+    target = target.to(logits.dtype)
+    return F.binary_cross_entropy_with_logits(logits, target, weight, reduction="sum")
 
 
 def _metrics(

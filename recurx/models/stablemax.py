@@ -26,12 +26,7 @@ def fused_stablemax_cross_entropy(
     With u = 2^-24, V the vocabulary and every logit finite, the loss differs from the fp64 formula
     on the same logits by at most (V + 40) u of its own value, however small or large it is, and
     each entry of the gradient by at most (V + 40) u of its own value, before its rounding to the
-    dtype of the logits. Derivation: 1 + |x| rounds once (u); a ratio s(x) / max s is at most two
-    of these, a product and a division (4 u); sums of V terms of one sign add (V - 1) u at most; q
-    is the quotient of two such (V + 8) u; log1p never enlarges a relative error for q >= 0, and its
-    own is under 10 u (lg2.approx of a GPU: 4 u, and 2 u of 1 + q over log 2); a gradient is a
-    ratio, a sum, a division and two products more. The rest is room for an approximate logarithm of
-    the two largest logits where the label lies 2^100 below.
+    dtype of the logits; `kernels/stablemax_cross_entropy.py` derives that.
 
     Args:
         logits: [..., V], any floating dtype; fp64 logits are computed in fp64.

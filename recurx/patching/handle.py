@@ -127,8 +127,8 @@ def fall_back(module: Any, recipe: Any, method: str, why: str) -> Any:
     if before is None or recipe.backend not in ("auto", "eager"):
         remove = f"{refresh}, or `handle.remove()`; backend {recipe.backend!r} never falls back."
         raise UnsupportedModel(said + remove)
-    if not torch.compiler.is_compiling() and why not in _told:
-        _told.add(why)
+    if not torch.compiler.is_compiling() and said not in _told:
+        _told.add(said)
         own = "From now on the model's own code runs, on PyTorch. "
         warnings.warn(f"{said}{own}{refresh}.", RecurxWarning, stacklevel=3)
     return getattr(before[0], method).__get__(module)

@@ -7,6 +7,7 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any
 
@@ -25,24 +26,22 @@ from recurx.errors import (
 from recurx.patching import sharded
 from recurx.patching.adapter import Adapter
 from recurx.patching.handle import Entry, PatchHandle
-from recurx.patching.lucidrains import Lucidrains
-from recurx.patching.nano import Nano
 from recurx.patching.official import Official
 from recurx.route import Request, route
 
-ADAPTERS: tuple[Adapter, ...] = (Official(), Lucidrains(), Nano())
+GROUP = "recurx.adapters"  # of entry points
 
 
-@dataclasses.dataclass(frozen=True)
-class _How:
-    """What the caller of `patch` chose for every module."""
+@functools.cache
+def adapters() -> dict[str, Adapter]:
+    """By the name of their system. The first that knows a module takes it: those of packages, ours
+    (recurx/experiments/systems) among them, come before the official code that many follow."""
+    found = {point.name: point.load()() for point in entry_points(group=GROUP)}
+    return {**found, "official TRM, single-z, hier6 and HRM code": Official()}
 
-    backend: str
-    save: str
-    probe: bool
 
-
-_KNOWN = "official TRM, single-z, hier6 and HRM code, nano-trm, lucidrains' TinyRecursiveModel"
+# What runs where, and the recipe, of a module and its adapter; raises _Differs.
+Examine = Callable[[nn.Module, Adapter], tuple[list[str], Any]]
 
 
 def patch(
@@ -52,7 +51,7 @@ def patch(
     save: str = "all",
     probe: bool = True,
 ) -> PatchHandle:
-    """Run the recursion of official TRM / HRM code, nano-trm's or lucidrains', on recurx.
+    """Run the recursion of official TRM / HRM code, or of later systems (see Raises), on recurx.
 
     Args:
         model: a module with the recursion anywhere in its tree (loss head, ACT wrapper, DDP,
@@ -71,23 +70,27 @@ def patch(
 
     Raises:
         UnsupportedModel: nothing in there is code that recurx knows; the message says what
-            differs. Nothing was changed.
+            differs, and which systems are known. Nothing was changed.
         BackendUnavailable: an explicit backend cannot run this model here.
     """
     if backend not in backends.NAMES:
         backends.get(backend)  # raises, with the known names
     if save not in SAVE:
         raise bad_argument("patch", "save", f"one of {SAVE}", repr(save))
-    how = _How(backend, save, probe)
+    examine = functools.partial(_examined, backend=backend, save=save, probe=probe)
     handle = PatchHandle()
     if isinstance(model, nn.Module):
-        _patch_instance(handle, model, how)
+        _patch_instance(handle, model, examine)
         if not handle.report.patched:
             raise UnsupportedModel(_refusal(handle, type(model).__name__))
     elif isinstance(model, type) and issubclass(model, nn.Module):
-        _patch_class(handle, model, how)
+        _patch_class(handle, model, examine)
     elif isinstance(model, ModuleType):
-        _patch_module(handle, model, how)
+        known = [value for value in vars(model).values() if _is_known_class(value)]
+        if not known:
+            raise UnsupportedModel(_refusal(handle, f"module {model.__name__}"))
+        for cls in dict.fromkeys(known):
+            _patch_class(handle, cls, examine)
     else:
         raise UnsupportedModel(
             f"recurx.patch: expected a torch module, a class of them or an imported module, "
@@ -98,21 +101,20 @@ def patch(
 
 def find(model: nn.Module) -> list[tuple[str, nn.Module, Adapter]]:
     """(path, module, adapter) of everything in the tree that resembles a recursion."""
-    return [
-        (name, module, adapter)
+    found = (
+        (name, module, next((a for a in adapters().values() if a.resembles(module)), None))
         for name, module in model.named_modules()
         if "_orig_mod" not in module._modules  # torch.compile's wrapper: its child is found too
-        for adapter in ADAPTERS
-        if adapter.resembles(module)
-    ]
+    )
+    return [(name, module, adapter) for name, module, adapter in found if adapter is not None]
 
 
-def _patch_instance(handle: PatchHandle, model: nn.Module, how: _How) -> None:
+def _patch_instance(handle: PatchHandle, model: nn.Module, examine: Examine) -> None:
     ready: list[tuple[nn.Module, str, Callable[..., object]]] = []
-    handle.looked_at(model, functools.partial(_patch_instance, handle, how=how))
+    handle.looked_at(model, functools.partial(_patch_instance, handle, examine=examine))
     for where, module, adapter in find(model):
         try:
-            details, recipe = _examined(module, adapter, how)
+            details, recipe = examine(module, adapter)
             ready.append((module, adapter.method, adapter.replacement(recipe)))
             handle.note(Entry(where, type(module).__name__, True, tuple(details)))
         except _Differs as differs:
@@ -125,7 +127,9 @@ class _Differs(Exception):
     """What keeps a module from being patched, a sentence an argument."""
 
 
-def _examined(module: nn.Module, adapter: Adapter, how: _How) -> tuple[list[str], Any]:
+def _examined(
+    module: nn.Module, adapter: Adapter, backend: str, save: str, probe: bool
+) -> tuple[list[str], Any]:
     """What runs where, and the recipe, of a module that can be patched."""
     # Pieces of weights cannot be run, and nothing of theirs may run before their root's forward.
     module = sharded.stand_in(module) if sharded.is_sharded(module) else module
@@ -133,10 +137,10 @@ def _examined(module: nn.Module, adapter: Adapter, how: _How) -> tuple[list[str]
         differences = adapter.differences(module)
         if differences:
             raise _Differs(*differences)
-        recipe = dataclasses.replace(adapter.recipe(module, how.backend), save=how.save)
+        recipe = dataclasses.replace(adapter.recipe(module, backend), save=save)
         details = adapter.describe(module, recipe)
         details.append(f"backend: {_resolve(adapter, module, recipe)}")
-        details.append(adapter.probe(module, recipe) if how.probe else "not probed, as asked")
+        details.append(adapter.probe(module, recipe) if probe else "not probed, as asked")
         code = Code(module, adapter.method, adapter.follows).before
         recipe = dataclasses.replace(recipe, code=code)
     except (UnsupportedModel, InvalidArgument) as error:
@@ -163,7 +167,7 @@ def _resolve(adapter: Adapter, module: nn.Module, recipe: Any) -> str:
     return chosen if recipe.backend == chosen else f"{recipe.backend} -> {chosen}"
 
 
-def _patch_class(handle: PatchHandle, cls: type[nn.Module], how: _How) -> None:
+def _patch_class(handle: PatchHandle, cls: type[nn.Module], examine: Examine) -> None:
     """Patch each instance at the end of its construction."""
     neighbours = vars(sys.modules.get(cls.__module__, ModuleType(""))).values()
     if not any(_is_known_class(c) for c in (cls, *neighbours)):
@@ -177,7 +181,7 @@ def _patch_class(handle: PatchHandle, cls: type[nn.Module], how: _How) -> None:
         if type(self) is not cls:  # a subclass is not complete yet, and may do anything
             return
         before = handle.report
-        _patch_instance(handle, self, how)
+        _patch_instance(handle, self, examine)
         if handle.report.patched == before.patched:  # building a model works as without recurx
             said = _refusal(handle, cls.__qualname__, len(before.refused))
             said += "\n  It was built and runs as before."
@@ -191,24 +195,16 @@ def _patch_class(handle: PatchHandle, cls: type[nn.Module], how: _How) -> None:
     handle.note(Entry(cls.__qualname__, "class", True, details))
 
 
-def _patch_module(handle: PatchHandle, module: ModuleType, how: _How) -> None:
-    known = [value for value in vars(module).values() if _is_known_class(value)]
-    if not known:
-        raise UnsupportedModel(_refusal(handle, f"module {module.__name__}"))
-    for cls in dict.fromkeys(known):
-        _patch_class(handle, cls, how)
-
-
 def _is_known_class(value: object) -> bool:
     return (
         isinstance(value, type)
         and issubclass(value, nn.Module)
-        and any(adapter.resembles_class(value) for adapter in ADAPTERS)
+        and any(adapter.resembles_class(value) for adapter in adapters().values())
     )
 
 
 def _refusal(handle: PatchHandle, what: str, since: int = 0) -> str:
-    lines = [f"recurx.patch: nothing to patch in {what}. Known: {_KNOWN}."]
+    lines = [f"recurx.patch: nothing to patch in {what}. Known: {', '.join(adapters())}."]
     for entry in handle.report.refused[since:]:
         lines.append(f"  {entry.where or 'the module'} ({entry.kind}) differs:")
         lines += [f"    {line}" for line in entry.details]

@@ -66,25 +66,23 @@ def probe_forward(module: nn.Module, adapter: Any) -> str:
     dtype = torch.float32 if problem.device_type == "cpu" else problem.dtype
     with (
         undisturbed(module, None), torch.inference_mode(False), torch.enable_grad(),
-        _cycles(config, *counts), _uncompiled(module), next(module.parameters()).device,
+        cheap(module, config, *counts), next(module.parameters()).device,
     ):  # fmt: skip
         module.eval()  # and at each comparison again, which ends in training mode
         recipe = adapter.recipe(module, "eager")
         tables = getattr(module, adapter.rotary)() if recipe.rope else None
-        replacement = adapter.replacement(recipe)
-        batch, carry = _random_input(module, adapter, 2 if small else 1, dtype)
-        given = MethodType(replacement, module)
+        given = MethodType(adapter.replacement(recipe), module)
         before = MethodType(original(type(module), adapter.method), module)
-        x = module._input_embeddings(batch[adapter.inputs], batch["puzzle_identifiers"])  # type: ignore[operator]
+        batch, carry = _random_input(module, adapter, 2 if small else 1, dtype)
+        arguments, x = (carry, batch), adapter.embed(module, batch)
 
         def both() -> tuple[Result, Result]:
             module.eval()
-            want, got = _both(module, before, given, carry, batch)
+            want, got = _both(module, adapter, before, given, arguments)
             with _training(module, x.detach()) as mode:
-                modules = {name: getattr(module, attribute) for name, attribute in recipe.nets}
-                if isinstance(nets_of(recipe, modules, tables), str):
+                if isinstance(nets_of(recipe, adapter.modules(module, recipe), tables), str):
                     return want, got  # adapters with dropout, say: then its own code runs
-                want_too, got_too = _both(module, before, given, carry, batch)
+                want_too, got_too = _both(module, adapter, before, given, arguments)
             want |= {f"{name}{mode}": tensor for name, tensor in want_too.items()}
             return want, got | {f"{name}{mode}": tensor for name, tensor in got_too.items()}
 
@@ -94,9 +92,7 @@ def probe_forward(module: nn.Module, adapter: Any) -> str:
     how = f"{counts[0]} x {counts[1]} cycles, B={2 if small else 1}, {str(dtype)[6:]}"
     said = f"probed against the original ({how}): {_compare(got, exact, dtype, how)}"
     if narrow and dtype.itemsize > narrow.itemsize:
-        # Of wider states the original rounds q and k to the dtype of such tables; recurx does not,
-        # and is the original's code to the same tolerance where the tables hold the same values in
-        # fp32. What the rounding itself does is the original's own error, however far it leads.
+        # What the rounding itself does is the original's own error, however far it leads.
         error = max(_error(want[name], exact[name]) for name in want)
         said += f" where it does not round q and k to its tables' {str(narrow)[6:]}, which is "
         said += f"an error of its own of {error:.1e}"
@@ -157,13 +153,16 @@ def _wide_tables(module: Any) -> Iterator[torch.dtype | None]:
 
 
 @contextlib.contextmanager
-def _cycles(config: Any, h_cycles: int, l_cycles: int) -> Iterator[None]:
-    """The configuration with other cycles, for a moment."""
-    before = config.H_cycles, config.L_cycles
+def cheap(module: nn.Module, config: Any, h_cycles: int, l_cycles: int) -> Iterator[None]:
+    """Other cycles, and nets that were compiled alone run plainly, for a moment: nothing is worth
+    compiling here."""
+    before, children = (config.H_cycles, config.L_cycles), dict(module._modules)
     config.H_cycles, config.L_cycles = h_cycles, l_cycles
+    module._modules.update({name: without_compile(child) for name, child in children.items()})
     try:
         yield
     finally:
+        module._modules.update(children)
         config.H_cycles, config.L_cycles = before
 
 
@@ -176,6 +175,7 @@ def _random_input(
     states = {
         name: torch.randn(state.shape, generator=generator, device="cpu").to(device, dtype)
         for name, state in vars(carry).items()
+        if isinstance(state, Tensor)
     }
     names, settings = (adapter.inputs, adapter.labels), adapter.settings(module)
     return random_batch(settings, batch, generator, device, names), type(carry)(**states)
@@ -207,19 +207,40 @@ def random_batch(
     }
 
 
+def probe_method(module: Any, adapter: Any, arguments: tuple[Any, ...], how: str) -> str:
+    """`probe_forward` of a method that takes other arguments, which are given; tensors among them
+    may want gradient."""
+    given = MethodType(adapter.replacement(adapter.recipe(module, "eager")), module)
+    before = MethodType(original(type(module), adapter.method), module)
+    want, got = {}, {}
+    with undisturbed(module, None), torch.inference_mode(False), torch.enable_grad():
+        for mode in ("", " in training"):
+            module.train(bool(mode))
+            for total, part in zip(
+                (want, got), _both(module, adapter, before, given, arguments), strict=True
+            ):
+                total |= {name + mode: tensor for name, tensor in part.items()}
+    dtype = next(iter(want.values())).dtype
+    return f"probed against the original ({how}): {_compare(got, want, dtype, how)}"
+
+
 def _both(
-    module: nn.Module, before: Any, given: Any, carry: Any, batch: dict[str, Tensor]
+    module: nn.Module, adapter: Any, before: Any, given: Any, arguments: tuple[Any, ...]
 ) -> tuple[Result, Result]:
     """What original and replacement give; both must draw the same random numbers."""
     device = next(module.parameters()).device
-    batch, states, results = _Asked(batch), [], []
+    arguments = tuple(_Asked(a) if isinstance(a, dict) else a for a in arguments)
+    states, results = [], []
     for who, forward in (("the original", before), ("recurx", given)):
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            results.append(_run(who, module, forward, carry, batch))
+            results.append(_run(who, module, adapter, forward, arguments))
             states.append(random_state(device))
-    if unknown := batch.asked - batch.keys():
-        raise UnsupportedModel(f"it looks for {sorted(unknown)} in a batch, which recurx does not")
-    if states[0] != states[1]:
+    for batch in arguments:
+        if isinstance(batch, _Asked) and (unknown := batch.asked - batch.keys()):
+            raise UnsupportedModel(
+                f"it looks for {sorted(unknown)} in a batch, which recurx does not"
+            )
+    if states[0] != states[1] and not adapter.draws:
         mode = "training" if module.training else "evaluation"
         raise UnsupportedModel(
             f"it draws random numbers around its nets (dropout, noise) in {mode} mode"
@@ -261,32 +282,24 @@ def _training(module: Any, x: Tensor) -> Iterator[str]:
         vars(module).update({n: v for n, v in kept.items() if n == "_input_embeddings"})
 
 
-@contextlib.contextmanager
-def _uncompiled(module: nn.Module) -> Iterator[None]:
-    """Nets that were compiled alone run plainly, for a moment: nothing is worth compiling here."""
-    children = dict(module._modules)
-    module._modules.update({name: without_compile(child) for name, child in children.items()})
-    try:
-        yield
-    finally:
-        module._modules.update(children)
-
-
 def _run(
-    who: str, module: nn.Module, forward: Callable[..., Any], carry: Any, batch: dict[str, Tensor]
+    who: str,
+    module: nn.Module,
+    adapter: Any,
+    forward: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> Result:
     try:
-        new, logits, q = forward(carry, batch)
-        qs = dict(zip(("q_halt", "q_continue"), q if isinstance(q, tuple) else (q,), strict=False))
+        result = adapter.results(forward(*arguments))
     except Exception as error:  # anything may be wrong with code that we do not know
         what = f"{type(error).__name__}: {error}"
         raise UnsupportedModel(f"on a small random batch {who} fails with {what}") from error
-    result = {"logits": logits, **qs}
-    result |= {f"carry.{name}": state for name, state in vars(new).items()}
     leaves = {_GRADIENT + name: p for name, p in module.named_parameters() if p.requires_grad}
-    if leaves and logits.requires_grad:
-        loss = logits.float().square().mean() + qs["q_halt"].sum()
-        loss = loss - qs["q_continue"].sum() if "q_continue" in qs else loss
+    leaves |= {f"{_GRADIENT}argument {n}": a for n, a in enumerate(arguments)
+               if isinstance(a, Tensor) and a.requires_grad}  # fmt: skip
+    answers = [tensor.float() for tensor in result.values() if tensor.requires_grad]
+    if leaves and answers:
+        loss = torch.stack([answer.square().mean() + answer.mean() for answer in answers]).sum()
         grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
         result |= dict(zip(leaves, grads, strict=True))
     return {name: tensor.detach() for name, tensor in result.items()}

@@ -22,8 +22,8 @@ from recurx.lowrank import twin
 from recurx.nets import Net
 from recurx.operands import CosSin
 from recurx.proof import proved
-from recurx.readings import HOOKS
 from recurx.schedule import INPUT, Schedule
+from recurx.survey import HOOKS
 
 Values = dict[str, Tensor]
 
@@ -36,9 +36,13 @@ def _fsdp() -> Any:
 def nets_of(recipe: Any, modules: Mapping[str, Any], tables: CosSin | None) -> Any:
     """{net: what runs it} for the nets of a patched model: proved nets, or sharded modules, whose
     proof waits until their weights are gathered. A str: why the model's own code has to run."""
-    sharded = sharded_in(modules.values())
+    sharded: list[Any] = sharded_in(modules.values())
+    for module in sharded:
+        policy = getattr(module._get_fsdp_state(), "_mp_policy", None)
+        if policy is None or policy.param_dtype is not None or policy.output_dtype is not None:
+            return "FSDP's mixed precision rounds what enters and leaves each of its blocks"
     if sharded:
-        return why_not(sharded) or modules
+        return modules
     found, attributes = {}, dict(recipe.nets)
     for name, module in modules.items():
         net = proved(module, attributes[name], tables)
@@ -61,7 +65,8 @@ def run_recursion(
 ) -> Values | str:
     """The states after a recursion over what `nets_of` found; or why its own code has to run."""
     late = set(carried) - {step.write for step in schedule.steps[: schedule.grad_from]}
-    if torch.is_grad_enabled() and any(carried[name].requires_grad for name in late):
+    entering = schedule.detach_carry and torch.is_grad_enabled()
+    if entering and any(carried[name].requires_grad for name in late):
         return "gradient flows into the states that enter it"
     # `model.half()`, say, leaves x and states apart; their sums have one dtype.
     dtype = functools.reduce(torch.promote_types, [z.dtype for z in carried.values()], x.dtype)
@@ -96,15 +101,6 @@ def sharded_in(modules: Iterable[nn.Module]) -> list[nn.Module]:
     if kind is None:
         return []
     return list(dict.fromkeys(m for top in modules for m in top.modules() if isinstance(m, kind)))
-
-
-def why_not(modules: Iterable[Any]) -> str | None:
-    """Why the weights of sharded modules cannot be read inside their forwards; None if they can."""
-    for module in modules:
-        policy = getattr(module._get_fsdp_state(), "_mp_policy", None)
-        if policy is None or policy.param_dtype is not None or policy.output_dtype is not None:
-            return "FSDP's mixed precision rounds what enters and leaves each of its blocks"
-    return None
 
 
 def inside(modules: list[nn.Module], run: Callable[[Values], Values], values: Values) -> Values:

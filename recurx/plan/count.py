@@ -8,6 +8,7 @@ Rows below are M = B * T. A product of [M, K] with [N, K] counts 2 M N K.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -49,6 +50,8 @@ def _swiglu(prefix: str, rows: int, width: int, inner: int) -> list[Stage]:
 def block_stages(block: BlockSpec, batch: int, tokens: int) -> list[Stage]:
     """The stages of one block on [B, T, D], in order; the profiler uses these names too."""
     d, m = block.hidden, batch * tokens
+    if block.changed:
+        return _variant_stages(block, m, tokens)
     if block.kind != ATTENTION:
         mixer = _swiglu("t_", batch * d, tokens, block.token_inner)
     else:
@@ -61,6 +64,21 @@ def block_stages(block: BlockSpec, batch: int, tokens: int) -> list[Stage]:
             Stage("norm", 5 * m * d, 0, 2 * m * d, m * d),
         ]
     return mixer + _swiglu("", m, d, block.inner)
+
+
+def _variant_stages(block: BlockSpec, m: int, tokens: int) -> list[Stage]:
+    """Its products, attention over whole lines, and one elementwise pass for each sublayer."""
+    d, found = block.hidden, []
+    for name, rows, columns in block.products:
+        n = m * d // tokens if name.startswith("t_") else m  # rows that it multiplies
+        weights = rows * columns
+        found.append(Stage(name, 2 * n * weights, weights, n * columns, n * rows))
+    if block.kind == ATTENTION:
+        width = block.num_heads * block.head_dim
+        flops = m * block.line(tokens) * (4 * width + 5 * block.num_heads)
+        found.append(Stage("attention", flops, 0, 3 * m * width, m * width))
+    found.append(Stage("swiglu", 5 * m * block.inner, 0, 2 * m * block.inner, m * block.inner))
+    return [*found, Stage("norm", 10 * m * d, 0, 4 * m * d, 2 * m * d)]
 
 
 def stages(spec: NetSpec, batch: int, tokens: int) -> list[Stage]:
@@ -116,4 +134,4 @@ def flops(problem: Problem) -> float:
 def weight_values(problem: Problem) -> int:
     """Parameters of all nets that the recursion calls, each counted once."""
     shapes = (shape for block in blocks_of(problem) for shape in block.weight_shapes)
-    return sum(rows * columns for rows, columns in shapes)
+    return sum(map(math.prod, shapes))

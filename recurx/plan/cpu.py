@@ -35,7 +35,7 @@ GROUP_ROWS = dict.fromkeys(WIDE, 390)  # RX_GROUP_ROWS of csrc/cpu/engine_*.cpp;
 ALIGN, PANEL = 32, 16  # columns of a product are padded to the first, scores to the second
 PANEL_WIDE = 32  # with AVX-512 and AMX
 # RX_ROW_TILE; else 4.
-ROW_TILE = {"avx2": 6, "neon": 12, "neon_bf16": 12, **dict.fromkeys(WIDE, 14)}
+ROW_TILE = {"avx2": 6, "neon": 12, "neon_bf16": 12, "neon_bfmmla": 12, **dict.fromkeys(WIDE, 14)}
 # Depth of one sum: fp32 is cut at 128 (csrc/cpu/gemm.hpp, kSum), bf16 at 512.
 SUM_DEPTH = {2: 512, 4: 128}
 # A tile's start and end (clear, branch, first loads: about 50 cycles) as steps of its depth.
@@ -176,6 +176,20 @@ def _block(block: BlockSpec, problem: Problem, itemsize: int, isa: str) -> tuple
         vectors = after(m, k, inner, silu) + after(m, inner, k, RESIDUAL)
         return products, vectors + m * ROW
 
+    if block.changed:  # the middle's activation, and a pass over h for each product and norm
+        found = [
+            (product(batch * width if name.startswith("t_") else rows, inside, out),
+             after(rows, inside, out, RESIDUAL))
+            for name, out, inside in block.products
+        ]  # fmt: skip
+        products, vectors = (sum(part) for part in zip((0, 0), *found, strict=True))
+        vectors += rows * (block.inner * silu + 4 * (width * RESIDUAL + ROW))
+        if block.kind == ATTENTION:
+            queries, line = batch * tokens * block.num_heads, block.line(tokens)
+            tiled = queries * _tiled(line, tile) / line
+            products += 2 * product(tiled, block.head_dim, line, panel)
+            vectors += queries * (softmax * line + row + ROPE * block.head_dim)
+        return products, vectors
     products, vectors = swiglu(rows, width, block.inner)
     if block.kind != ATTENTION:
         more, values = swiglu(batch * width, tokens, block.token_inner)

@@ -2,7 +2,7 @@
 
     owner    one CTA owns a group of samples and runs every call (cuda_owner.py)
     grid     every call is spread over all multiprocessors (cuda_grid.py)
-    cluster  two CTAs of a cluster own a sample (cuda_cluster.py)
+    cluster  two CTAs of a cluster own a sample, or several short ones (cuda_cluster.py)
 
 A kind is a family of kernels in csrc/cuda: owner_sm80/, grid_sm80/, cluster_sm90a/.
 """
@@ -17,9 +17,18 @@ from recurx.plan.cuda_owner import OWNER_PLANS, Shapes, owner_plans, why_not_own
 from recurx.plan.device import Device
 from recurx.plan.launch import LaunchPlan
 from recurx.problem import Problem
+from recurx.schedule import FACTORS
 
 MAX_STATES, MAX_READS, MAX_NETS, MAX_BLOCKS = 8, 8, 2, 8  # csrc/cuda/api.h
 KINDS = ("owner", "grid", "cluster")
+QUEUES = ("owner", "cluster")  # those that take their samples from a queue (csrc/cuda/solve.cuh)
+
+# What each kind runs of fields of blocks and factors of steps, beside those of TRM and HRM.
+FIELDS: dict[str, tuple[str, ...]] = {
+    "owner": (*FACTORS, "residual_scale", "activation", "kv_heads", "biases"),
+    "grid": (*FACTORS,),
+    "cluster": (*FACTORS,),
+}
 
 
 def candidates(
@@ -39,14 +48,18 @@ def candidates(
     """
     if why_not_recursion(problem, device) is not None:
         return []
-    found: list[LaunchPlan] = []
-    if "owner" in kinds:
-        found += owner_plans(problem, device, compiled)
-    if "grid" in kinds:
-        found += grid_plans(problem, device, fp8)
-    if "cluster" in kinds:
-        found += cluster_plans(problem, device)
-    return found
+    plans = {
+        "owner": lambda: owner_plans(problem, device, compiled),
+        "grid": lambda: grid_plans(problem, device, fp8),
+        "cluster": lambda: cluster_plans(problem, device),
+    }
+    return [plan for k in kinds if not problem.unknown(FIELDS[k]) for plan in plans[k]()]
+
+
+def slots(plan: LaunchPlan) -> int:
+    """Samples that a plan of QUEUES works on at once: the slots that a queue feeds."""
+    units = plan.work.parallel // 2 if plan.kind == "cluster" else plan["owners"]
+    return units * plan["samples"]
 
 
 def refusals(
@@ -64,6 +77,7 @@ def refusals(
         "grid": why_not_grid(problem, device),
         "cluster": why_not_cluster(problem, device),
     }
+    reasons = {kind: problem.unknown(FIELDS[kind]) or why for kind, why in reasons.items()}
     return [f"{kind}: {reasons[kind]}" for kind in kinds if reasons[kind] is not None]
 
 

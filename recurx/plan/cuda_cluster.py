@@ -1,7 +1,8 @@
-"""The plan of the cluster kernel (csrc/cuda/cluster_sm90a/): two CTAs a sample on Hopper.
+"""The plan of the cluster kernel (csrc/cuda/cluster_sm90a/): two CTAs on Hopper share 128 rows.
 
-A cluster of 2, 4 or 8 CTAs shares one multicast tape of weights, so a larger cluster reads less
-from L2; but its CTAs must sit on one GPC, and a device has fewer places for it.
+They hold a sample, or as many as fit. Each has all rows and computes half of the columns, from half
+of the tape. A cluster of 2, 4 or 8 CTAs shares one multicast tape of weights, so a larger cluster
+reads less from L2; but its CTAs must sit on one GPC, and a device has fewer places for it.
 """
 
 from __future__ import annotations
@@ -53,30 +54,50 @@ def cluster_plans(problem: Problem, device: Device) -> list[LaunchPlan]:
     return [
         _plan(problem, device, cluster)
         for cluster in CLUSTERS
-        if cluster == 2 or cluster <= 2 * problem.batch
+        if cluster == 2 or cluster <= 2 * ceil_div(problem.batch, samples_together(problem))
     ]
+
+
+def samples_together(problem: Problem) -> int:
+    """Samples of two CTAs, as packed_samples of cluster_sm90a/layout.cuh; a token mix takes one."""
+    mixes = any(block.kind != ATTENTION for _, spec in problem.nets for block in spec.blocks)
+    return 1 if mixes or problem.tokens > ROWS else 2
 
 
 def block_stages(block: BlockSpec) -> int:
     """Stages of a block's tape, as struct Tape of cluster_sm90a/layout.cuh counts them."""
     d = block.hidden
     first, query, second = d // 32, d // 64, 8 if d > 256 else d // 64
+    mixer = _token_stages(block)
     if block.kind == ATTENTION:
         mixer = block.num_heads // 2 * (first + query + second)
-    else:
-        mixer = 3 * ceil_div(block.token_inner, TOKEN_MIDDLE)
     return mixer + ceil_div(block.inner, MIDDLE) * (first + second)
 
 
-def _block_work(block: BlockSpec) -> tuple[float, float]:
-    """(FLOPs, bytes of wgmma's operands in shared memory) of a CTA, which has 64 rows."""
+def _token_stages(block: BlockSpec) -> int:
+    if block.kind == ATTENTION:
+        return 0
+    return 3 * ceil_div(block.token_inner, TOKEN_MIDDLE)
+
+
+def _taken(block: BlockSpec) -> int:
+    """Bytes of a block's tape that a CTA takes in: half of it, but all of the token mix's part, as
+    often as its two warpgroups need for the CTA's channels, 64 each."""
+    token, passes = _token_stages(block), ceil_div(block.hidden // 128, 2)
+    return STAGE * passes * token + STAGE // 2 * (block_stages(block) - token)
+
+
+def _block_work(block: BlockSpec, samples: int) -> tuple[float, float]:
+    """(FLOPs, bytes of wgmma's operands in shared memory) of a CTA: half of the columns, for two
+    warpgroups of 64 rows."""
     d = block.hidden
     middle = MIDDLE * ceil_div(block.inner, MIDDLE)
     # (FLOPs, N of the product): 64 rows and N columns of K values are 2 (64 + N) K bytes.
     products = [(4.0 * ROWS * middle * d, 128), (2.0 * ROWS * middle * d, d // 2)]
     if block.kind == ATTENTION:
         products += [(4.0 * ROWS * d * d, 128), (2.0 * ROWS * d * d, 64)]  # K and V, Q
-        products += [(2.0 * ROWS * d * d, d // 2), (8.0 * ROWS * ROWS * d, 128)]  # O, attention
+        products += [(2.0 * ROWS * d * d, d // 2)]  # O, then attention
+        products += [(8.0 / samples * ROWS * ROWS * d, 128)]
     else:
         tokens = TOKEN_MIDDLE * ceil_div(block.token_inner, TOKEN_MIDDLE)
         products += [(6.0 * ROWS * tokens * d, 128)]
@@ -92,14 +113,15 @@ def _places(device: Device, hidden: int, cluster: int) -> int:
 
 
 def _plan(problem: Problem, device: Device, cluster: int) -> LaunchPlan:
-    clusters = max(1, ceil_div(2 * problem.batch, cluster))
+    samples = samples_together(problem)
+    clusters = max(1, ceil_div(2 * ceil_div(problem.batch, samples), cluster))
     busy = min(clusters, _places(device, problem.hidden, cluster))
     rounds = ceil_div(clusters, busy)
     specs = dict(problem.nets)
     nets = [specs[step.net] for step in problem.schedule.steps]
-    each = [_block_work(block) for spec in nets for block in spec.blocks]
+    each = [_block_work(block, samples) for spec in nets for block in spec.blocks]
     ctas = busy * rounds * cluster  # the last round is as long as the others, however few it has
-    tape = STAGE * sum(block_stages(block) for spec in nets for block in spec.blocks)
+    tape = sum(_taken(block) for spec in nets for block in spec.blocks)
     state_bytes = 2.0 * problem.batch * problem.tokens * problem.hidden
     reads = sum(len(step.reads) for step in problem.schedule.steps)
     work = Work(
@@ -107,15 +129,18 @@ def _plan(problem: Problem, device: Device, cluster: int) -> LaunchPlan:
         padded_flops=ctas * sum(f for f, _ in each),
         shared_bytes=ctas * (sum(b for _, b in each) + tape),
         dram_bytes=state_bytes * (1 + 2 * len(problem.schedule.states)),
-        l2_bytes=busy * rounds * tape + state_bytes * reads,
+        l2_bytes=busy * rounds * 2 * tape + state_bytes * reads,
         launches=1,
         parallel=busy * cluster,
         efficiency=EFFICIENCY,
     )
+    many = f"{samples} samples" if samples > 1 else "a sample"
+    rows = ceil_div(100 * samples * problem.tokens, 2 * ROWS)
     why = (
-        f"two CTAs own a sample for all {len(nets)} calls, "
-        f"{cluster} share one multicast tape of weights"
+        f"two CTAs own {many} for all {len(nets)} calls, half of the columns each, "
+        f"{cluster} share one multicast tape of weights; {rows} % of the rows are used"
     )
     if rounds > 1:
         why += f"; {clusters} clusters in {rounds} rounds"
-    return LaunchPlan("cuda", "cluster", (("cluster", cluster),), work, why)
+    settings = (("cluster", cluster), ("samples", samples))
+    return LaunchPlan("cuda", "cluster", settings, work, why)

@@ -28,7 +28,7 @@ RING = 4 * WARPS * 1024  # bytes
 MIDDLE_CHUNK, TOKEN_CHUNK = 128, 32
 # Of what mma.sync reaches, the share that softmax and epilogues leave: reckoned in the kernel's
 # header, not measured. On Hopper its operands from shared memory take as long, and longer than the
-# cluster kernel's: 614k clocks a sample and call against 2 x 270k.
+# cluster kernel's: 614k clocks a sample and call against 2 x 215k.
 EFFICIENCY = 0.85
 
 

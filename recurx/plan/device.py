@@ -175,10 +175,12 @@ def gpu_device(
         known = max(listed, key=lambda d: len(d.name))  # a GH200's name holds "h200"
         sizes = shared_bytes or known.shared_bytes, l2_bytes or known.l2_bytes
         return replace(known, shared_bytes=sizes[0], l2_bytes=sizes[1])
-    nearest = min(
-        DEVICES.values(),
-        key=lambda d: (_distance(d.capability, capability), abs(d.units - units)),
-    )
+
+    def distance(known: Device) -> tuple[int, int]:
+        major, minor = known.capability
+        return abs(10 * (major - capability[0]) + minor - capability[1]), abs(known.units - units)
+
+    nearest = min(DEVICES.values(), key=distance)
     share = units / nearest.units
     rates = ("dram_gbs", "l2_gbs", "bf16_tflops", "fp32_tflops")
     return replace(
@@ -186,10 +188,6 @@ def gpu_device(
         shared_bytes=shared_bytes or nearest.shared_bytes, l2_bytes=l2_bytes or nearest.l2_bytes,
         **{rate: getattr(nearest, rate) * share for rate in rates},
     )  # fmt: skip
-
-
-def _distance(a: tuple[int, int], b: tuple[int, int]) -> int:
-    return abs(10 * a[0] + a[1] - 10 * b[0] - b[1])
 
 
 # Of a CPU, as shares of what is measured on it. PyTorch's products pack their weights at every
@@ -237,8 +235,8 @@ TYPICAL_COPY_GBS, TYPICAL_OPERATOR_US = 12.0, 4.0
 def typical_cpu(threads: int) -> Device:
     """This CPU by rates that are usual for its instructions: at once, and in every process the
     same, which measured ones are not."""
-    found = "avx512_bf16" if _torch_has("_is_avx512_bf16_supported") else ""
-    found = "amx" if _torch_has("_is_amx_tile_supported") else found
+    found = "avx512_bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else ""
+    found = "amx" if getattr(torch.cpu, "_is_amx_tile_supported", bool)() else found
     fp32, bf16 = (threads * rate for rate in TYPICAL[found])
     made = cpu_device(
         threads, threads * TYPICAL_COPY_GBS, fp32, bf16, TYPICAL_OPERATOR_US,
@@ -247,27 +245,20 @@ def typical_cpu(threads: int) -> Device:
     return replace(made, measured=False)
 
 
-def _torch_has(name: str) -> bool:
-    return bool(getattr(torch.cpu, name, lambda: False)())
-
-
 @functools.cache
 def _cpu(threads: int) -> Device:
     """This CPU, measured; inside a caller's `with torch.device("cuda")` too."""
     with torch.device("cpu"):
-        return _measured_cpu(threads)
-
-
-def _measured_cpu(threads: int) -> Device:
-    isa, side = measure.engine_isa(), measure.LARGE["cpu"]
-    square = (side, side, side)
-    fp32, bf16 = (
-        measure.product_tflops(*square, dtype, "cpu") for dtype in (torch.float32, torch.bfloat16)
-    )
-    if isa == "amx":
-        bf16 = max(bf16, measure.product_tflops(*MATRIX_PRODUCT, torch.bfloat16, "cpu"))
-    return cpu_device(
-        threads, measure.copy_gbs("cpu"), fp32, bf16, measure.operator_us(),
-        measure.last_cache_bytes(), isa, measure.stream_gbs(), measure.barrier_us(),
-        measure.split_us(),
-    )  # fmt: skip
+        isa, side = measure.engine_isa(), measure.LARGE["cpu"]
+        square = (side, side, side)
+        fp32, bf16 = (
+            measure.product_tflops(*square, dtype, "cpu")
+            for dtype in (torch.float32, torch.bfloat16)
+        )
+        if isa == "amx":
+            bf16 = max(bf16, measure.product_tflops(*MATRIX_PRODUCT, torch.bfloat16, "cpu"))
+        return cpu_device(
+            threads, measure.copy_gbs("cpu"), fp32, bf16, measure.operator_us(),
+            measure.last_cache_bytes(), isa, measure.stream_gbs(), measure.barrier_us(),
+            measure.split_us(),
+        )  # fmt: skip

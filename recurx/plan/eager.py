@@ -56,8 +56,13 @@ def _bytes(stage: Stage, itemsize: int) -> float:
 def operators(problem: Problem) -> int:
     """PyTorch operators of one recursion."""
     counts = OPERATORS if problem.dtype.itemsize == 2 else OPERATORS_FP32
-    blocks = sum(counts[block.kind] for block in called_blocks(problem))
-    return INJECT_OPERATORS * len(problem.schedule) + blocks
+    most = max(counts.values())  # of a variant as many as of attention, and some for each field
+    blocks = sum(
+        most + 2 * len(block.changed) if block.changed else counts[block.kind]
+        for block in called_blocks(problem)
+    )
+    steps = sum(INJECT_OPERATORS + 3 * len(step.changed) for step in problem.schedule.steps)
+    return steps + blocks
 
 
 def candidates(problem: Problem, device: Device) -> list[LaunchPlan]:

@@ -13,7 +13,7 @@ from recurx.problem import Problem
 
 Setting = int | float | str | bool
 # Share of the cycles of shared memory that waits, softmax and epilogues leave to the operands of
-# products: 270k of 316k clocks a call of the cluster kernel, reckoned from its code, not measured.
+# products: reckoned from the code of the cluster kernel, phase by phase, not measured.
 SHARED = 0.85
 
 

@@ -1,6 +1,7 @@
 """The plans of backend "triton" (recurx/backends/triton.py), and their thresholds.
 
 persistent, library: see recurx/plan/triton_persistent.py and triton_library.py.
+graph: what differs from TRM and HRM, by PyTorch's operators captured in a graph (graph_slice.py).
 tiled: the batch is cut into slices whose activations stay in L2 for the whole recursion; a slice is
 one captured graph of at most five kernels a block and one a call, and one at the end. Several slice
 sizes are proposed, because the last wave of tiles is rarely full, and because one may be better off
@@ -12,13 +13,16 @@ last wave; L2 traffic of every tile's operands; DRAM traffic of what enters and 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from recurx.kernels import tiles
+from recurx.kernels import fields, tiles
+from recurx.kernels.arena import rows_of, slots_of
 from recurx.nets import ATTENTION, BlockSpec
 from recurx.operands import Span
+from recurx.plan import eager
 from recurx.plan.count import blocks_of, flops, round_up, weight_values
 from recurx.plan.device import Device
 from recurx.plan.launch import LaunchPlan, Work
@@ -31,6 +35,8 @@ from recurx.program import Program, lower
 # rest. An assumption: caches hash addresses, so a working set of all of it does not stay.
 L2_SHARE = 0.7
 MAX_ROW = 1024  # values of a row, over D or T, that an rms's tile holds
+HEAD_DIMS = (32, 64, 128)
+MAX_TOKENS = 1024  # of attention
 SLICES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32, 48, 64)  # numbers of slices that are tried
 # Samples of the largest slice: a recording keeps all its activations (110 MB at T=97, D=512).
 MAX_SLICE = 128
@@ -45,8 +51,25 @@ def candidates(problem: Problem, device: Device) -> list[LaunchPlan]:
     """Plans that fit `device`."""
     if device.kind != "cuda" or problem.batch == 0:
         return []
-    found = [*persistent(problem, device), *library(problem, device, _sizes(problem), L2_SHARE)]
+    sizes = sorted(_sizes(problem), reverse=True)
+    found = [_graph(problem, device, size) for size in sizes if problem.changed]
+    if why_no_kernel(problem) is not None:
+        return found
+    found += library(problem, device, sizes, L2_SHARE)
+    if problem.changed_blocks:
+        return found
+    found += persistent(problem, device)
     return found if why_not_tiled(problem) else [*_tiled(problem, device), *found]
+
+
+def _graph(problem: Problem, device: Device, size: int) -> LaunchPlan:
+    """PyTorch's operators in a graph: their traffic, and launches without Python."""
+    count = math.ceil(problem.batch / size)
+    slices = dataclasses.replace(problem, batch=size * count)
+    work = eager.candidates(slices, device)[0].work
+    work = dataclasses.replace(work, from_python=False, launches=work.launches * count)
+    why = f"{count} slice(s) of {size} sample(s), a graph of PyTorch's operators each"
+    return LaunchPlan("triton", "graph", (("slice", size),), work, why)
 
 
 def refusals(problem: Problem, device: Device) -> list[str]:
@@ -55,8 +78,28 @@ def refusals(problem: Problem, device: Device) -> list[str]:
         return [f"backend triton does not run on {device.name}"]
     if problem.batch == 0:
         return ["backend triton needs no plan for an empty batch"]
+    if (reason := why_no_kernel(problem)) is not None:
+        return [f"backend triton {reason}"]
+    if problem.changed_blocks:
+        return ["triton/tiled, triton/persistent: run blocks of TRM and HRM alone"]
     reasons = why_not(problem, device), why_not_tiled(problem)
     return [f"triton/{reason}" for reason in reasons if reason is not None]
+
+
+def why_no_kernel(problem: Problem) -> str | None:
+    """One sentence: why no kind but perhaps "graph" runs it, or None."""
+    attends = any(block.kind == ATTENTION for block in blocks_of(problem))
+    if (why := fields.why_not(problem)) is not None:
+        return why
+    if problem.tokens > (most := MAX_TOKENS if attends else fields.MAX_ROW_OVER_T):
+        return f"runs up to T={most} tokens, got T={problem.tokens}"
+    if problem.hidden > fields.MAX_ROW:
+        return f"runs up to D={fields.MAX_ROW}, got D={problem.hidden}"
+    for name, spec in problem.nets:
+        for block in spec.blocks:
+            if block.kind == ATTENTION and block.head_dim not in HEAD_DIMS:
+                return f"needs head_dim in {HEAD_DIMS}, net {name!r} has {block.head_dim}"
+    return None
 
 
 # ---- tiled -----------------------------------------------------------------------------------
@@ -107,7 +150,7 @@ def sample_bytes(problem: Problem, program: Program) -> int:
         else max(block.hidden * block.token_inner, problem.tokens * block.inner)
         for block in blocks_of(problem)
     )
-    values = program.slots * problem.tokens * problem.hidden + widest
+    values = slots_of(program) * problem.tokens * problem.hidden + widest
     return values * problem.dtype.itemsize
 
 
@@ -133,7 +176,7 @@ def _tiled_work(problem: Problem, program: Program, size: int, device: Device) -
     padded = l2 = dram = 0.0
     launches, raw = 0, False  # whether the row before has left a state that is not normalised
     flops_a_byte = device.flops(itemsize) * EFFICIENCY / (device.l2_gbs * 1e9)
-    for call in program.rows:
+    for call in rows_of(program):
         if raw or not call.is_identity:
             launches += 1
             moved = (len(call.state) + len(call.inject) + 1) * state
@@ -191,16 +234,9 @@ def _block_kernels(
 
 
 def _product(
-    m: int,
-    k: int,
-    n: int,
-    itemsize: int,
-    chip: tiles.Chip,
-    *,
-    swiglu: bool = False,
-    residual: bool = False,
-    tile: tiles.Tile | None = None,
-) -> _Kernel:
+    m: int, k: int, n: int, itemsize: int, chip: tiles.Chip, *, swiglu: bool = False,
+    residual: bool = False, tile: tiles.Tile | None = None,
+) -> _Kernel:  # fmt: skip
     """A product that stores [m, n]; `swiglu`: of 2 n columns. A row's sums of squares, a few
     numbers for each tile, are not counted."""
     wide = 2 * n if swiglu else n

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from recurx.kernels.arena import rows_of, slots_of
 from recurx.nets import ATTENTION, BlockSpec
 from recurx.operands import Span
 from recurx.plan.count import blocks_of, ceil_div, flops, round_up, weight_values
@@ -34,13 +35,13 @@ def library(
     for size in sorted(sizes, reverse=True):
         rows, count = size * tokens, ceil_div(problem.batch, size)
         state = rows * problem.hidden
-        held = itemsize * ((program.slots + 1) * state + size * widest)
+        held = itemsize * ((slots_of(program) + 1) * state + size * widest)
         padded, moved, launches = 0.0, 0.0, 2
-        for call in program.rows:
+        for call in rows_of(program):
             launches += not call.is_identity
             moved += (len(call.state) + len(call.inject) + 1) * state
             for block in specs[call.net].blocks if call.net is not None else ():
-                launches += 8
+                launches += 2 * len(block.products) + 4 * bool(block.changed)
                 padded += _products(block, size, tokens, device)
                 mixer = 3 * size * block.token_inner * block.hidden
                 moved += (mixer or 4 * state) + 6 * state + 3 * rows * block.inner
@@ -58,10 +59,10 @@ def library(
 
 def _products(block: BlockSpec, batch: int, tokens: int, device: Device) -> float:
     """FLOPs of a block's products and attention, idle multiprocessors counted."""
-    d, m, f = block.hidden, batch * tokens, block.token_inner
-    sizes = [(m, 2 * block.inner, d), (m, d, block.inner)]
-    sizes += [(m, 3 * d, d), (m, d, d)] if f == 0 else [(batch * d, 2 * f, tokens), (m, d, f)]
-    attention = 4 * m * round_up(tokens, 64) * d if block.kind == ATTENTION else 0
+    d, m, rows_of_t = block.hidden, batch * tokens, {"t_gate_up": batch * block.hidden}
+    sizes = [(rows_of_t.get(s, m), d if s == "t_down" else n, k) for s, n, k in block.products]
+    width = block.num_heads * block.head_dim if block.kind == ATTENTION else 0
+    attention = 4 * m * round_up(tokens, 64) * width
     return attention * EFFICIENCY / ATTENTION_SHARE + sum(
         min(
             round_up(ceil_div(m, rows) * ceil_div(n, cols), device.units)

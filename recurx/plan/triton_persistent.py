@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from recurx.kernels.arena import rows_of
 from recurx.nets import ATTENTION, BlockSpec
 from recurx.operands import Span
 from recurx.plan.count import blocks_of, flops, round_up, weight_values
@@ -111,7 +112,7 @@ def _work(problem: Problem, settings: dict[str, int], programs: int, device: Dev
     rows, width = settings["rows"], _width(problem.hidden)
     state = problem.batch * problem.tokens * problem.hidden * itemsize
     padded = l2 = 0.0
-    for call in program.rows:
+    for call in rows_of(program):
         l2 += (len(call.state) + len(call.inject) + 1) * state
         for block in specs[call.net].blocks if call.net is not None else ():
             padded += _block_flops(block, rows, width, settings)

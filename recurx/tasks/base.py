@@ -132,6 +132,7 @@ class Task(ABC):
         blank: token id of a blank in a question whose answer fills the blanks; None in others.
         grid: how the tokens lie on a board; None in other tasks.
         has_rules: whether `check` can tell right answers from wrong without their labels.
+        counts: whether `count` has an exact solver.
         held_out_rule: one sentence saying what the held-out examples have that training never has.
     """
 
@@ -142,6 +143,7 @@ class Task(ABC):
     blank: int | None = None
     grid: Grid | None = None
     has_rules: bool = True
+    counts: bool = False
 
     @property
     @abstractmethod
@@ -180,6 +182,17 @@ class Task(ABC):
 
         flags = self.check(inputs.cpu().numpy(), answers.cpu().numpy())
         return torch.from_numpy(flags).to(inputs.device)
+
+    def possible(self, inputs: Tensor) -> Tensor | None:
+        """bool [N, T, vocab], which tokens the rules leave in each cell of questions [N, T], for
+        `recurx.Search`: those of every answer are among them, and a cell with none says that there
+        is no answer. None, as here, in tasks that do not tell."""
+        return None
+
+    def count(self, inputs: Tensor, most: int) -> Tensor | None:
+        """int64 [N], how many answers questions [N, T] have, by an exact solver: 0, 1, or 2 for
+        more; -1 where that took more than `most` positions. None in tasks without one."""
+        return None
 
     def right(self, examples: Examples, answers: Tokens) -> Flags:
         """Whether each answer to `examples` is right: by `check`, and by `examples.answers` only

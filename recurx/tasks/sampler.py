@@ -39,7 +39,8 @@ class Sampler(Stream):
             missing = count - sum(map(len, parts))
             if missing <= 0 and parts:
                 return Examples.join(parts).take(np.arange(count))
-            parts.append(self._right_side(self._candidates(2 * missing)))
+            found = self._candidates(2 * missing)
+            parts.append(found.take(self.task.held_out(found) == (self.split == "held-out")))
         raise RecurxError(
             f"recurx.tasks.Sampler: {self.task.name} has almost no {self.split} examples "
             f"({sum(map(len, parts))} found in {MOST_ROUNDS} rounds of {2 * count} candidates)."
@@ -56,9 +57,6 @@ class Sampler(Stream):
             return self.task.candidates(self._rng, count, self.split)
         picked = self._pool.take(self._rng.integers(len(self._pool), size=count))
         return self.task.augment(self._rng, picked)
-
-    def _right_side(self, examples: Examples) -> Examples:
-        return examples.take(self.task.held_out(examples) == (self.split == "held-out"))
 
 
 @functools.lru_cache(maxsize=8)  # both splits draw from one pool, and it takes seconds to fill

@@ -151,7 +151,7 @@ def test_triton(kind: str) -> None:
         mock.patch.object(jit.JITFunction, "run", lambda *_, **__: launches.append(1)),
     ):
         assert_decided_once(lambda given: triton.BACKEND.run(problem, given, span), operands)
-    triton.forget()
+    triton.BACKEND.free()
     assert launches
 
 

@@ -19,6 +19,7 @@ import recurx
 from recurx import tasks
 from recurx.cli import options, output
 from recurx.commands import COMMANDS, main
+from recurx.experiments import printed
 from recurx.experiments.demo import engines, full_size, learn
 from recurx.experiments.tasks.sudoku import files, solver
 from recurx.experiments.tasks.sudoku.layout import Layout
@@ -383,5 +384,5 @@ def test_the_compiled_lane_gives_the_answers_of_eager() -> None:
 
 
 def test_output_helpers() -> None:
-    assert output.side_by_side(["a\nbb", "c"], gap="|") == "a |c\nbb|"
-    assert output.curve([0.5]).split() == ["1", "step", "50.0%", "#" * 20]
+    assert printed.side_by_side(["a\nbb", "c"], gap="|") == "a |c\nbb|"
+    assert printed.curve([0.5]).split() == ["1", "step", "50.0%", "#" * 20]

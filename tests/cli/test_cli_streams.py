@@ -36,7 +36,8 @@ def checkpoint(tmp_path_factory) -> str:
 
 def test_json_is_all_that_stdout_has(monkeypatch, capsys) -> None:
     """Whoever prints, and whichever command: what is printed elsewhere goes to stderr."""
-    from recurx.cli import env, output
+    from recurx.bench import env
+    from recurx.cli import output
 
     def noisy(asked: env.Options) -> int:
         print("by print")
@@ -122,11 +123,25 @@ def test_signals_end_processes_with_their_number(words: list[str], number, tmp_p
              "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
-    assert process.stdout is not None and process.stdout.readline()  # it runs
-    process.send_signal(number)
-    printed, _ = process.communicate(timeout=120)
+    try:
+        assert process.stdout is not None and process.stdout.readline()  # it runs
+        process.send_signal(number)
+        printed, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
     died = {-number, 128 + number}  # a shell shows both as 128 + n
     assert process.returncode in died and "Traceback" not in printed, printed
+
+
+def test_no_module_that_loses_signals_is_imported_once_a_command_runs() -> None:
+    code = (
+        "import sys\nfrom recurx import commands\n"
+        "from recurx.experiments.answering import evaluate\n"
+        "evaluate.run = lambda asked: print('numpy.random' in sys.modules)\n"
+        "commands.main(['eval'])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ran.stdout == "True\n", ran.stderr
 
 
 def test_an_interrupt_while_a_command_is_imported(monkeypatch, capsys) -> None:
@@ -138,7 +153,7 @@ def test_an_interrupt_while_a_command_is_imported(monkeypatch, capsys) -> None:
 
 
 def test_only_a_lack_of_memory_is_called_one(monkeypatch, capsys) -> None:
-    from recurx.cli import env
+    from recurx.bench import env
 
     for error, wanted in (
         (MemoryError(), 2), (RuntimeError("[enforce fail] not enough memory: you tried 9"), 2),

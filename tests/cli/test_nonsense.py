@@ -41,7 +41,8 @@ BASES = {
     "bench host": [],
     "export": ["NET", "net.onnx"],
 } | {
-    f"experiment {name}": ["--no-plot"] for name in ("compose", "exit", "hybrid", "sort", "windows")
+    f"experiment {name}": ["--no-plot"]
+    for name in ("compose", "exit", "hybrid", "sort", "variants", "windows")
 }
 
 

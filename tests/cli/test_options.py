@@ -13,6 +13,7 @@ import pytest
 import recurx
 from recurx import experiments
 from recurx.bench import command as bench
+from recurx.bench.profile import words
 from recurx.cli import options
 from recurx.commands import COMMANDS, main
 from recurx.options import file, option, stated
@@ -56,7 +57,7 @@ def test_nothing_said_is_the_default_and_what_is_said_is_read() -> None:
 
 def test_what_was_said_can_be_said_again() -> None:
     said = "--share 0.25 --path 'a b' --json"
-    assert options.words(Toy(path="a b", json=True, share=0.25)) == said
+    assert words(Toy(path="a b", json=True, share=0.25)) == said
 
 
 def test_own_options_come_before_inherited_ones_which_keep_their_meaning() -> None:
@@ -104,7 +105,7 @@ def test_every_command_reads_back_its_defaults() -> None:
     kinds = [module.Options for module in loaded if not hasattr(module, "add_arguments")]
     kinds += [experiments.load(name).Options for name in experiments.EXPERIMENTS]
     kinds += [bench.Run, bench.Report, bench.Compare]
-    assert len(kinds) == 14
+    assert len(kinds) == 15
     for kind in kinds:
         assert parse(kind) == kind()
 

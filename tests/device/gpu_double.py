@@ -34,6 +34,7 @@ from recurx import backends, measure, reference, reference_backward, small_ops
 from recurx.backends import Window, cuda, graphs, triton
 from recurx.backends.cuda_abi import RxRecursion
 from recurx.bench import ceilings
+from recurx.bench.profiler import ceilings as roofs
 from recurx.plan import DEVICES
 from recurx.plan import device as devices
 from recurx.train import CudaGraphs
@@ -291,8 +292,8 @@ def _install_libraries() -> None:
         "copy_gbs": 1.0, "large_bf16_tflops": 1.0, "case_bf16_tflops": 1.0,
         "large_fp32_tflops": 1.0, "case_fp32_tflops": 1.0,
     }  # fmt: skip
-    measure.COPY_BYTES["cuda"] = measure.SMALLER_COPY = 1 << 16
-    measure.LARGE["cuda"] = measure.SMALLER_SIDE = 32
+    measure.COPY_BYTES["cuda"] = roofs.SMALLER_COPY = 1 << 16
+    measure.LARGE["cuda"] = roofs.SMALLER_SIDE = 32
 
 
 def install() -> None:

@@ -15,7 +15,8 @@ from tests.kernels.compare import assert_as_exact
 
 pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16
-# kind, B, T, D, inner, heads, token inner: published sizes, small ones, more samples than CTAs
+# kind, B, T, D, inner, heads, token inner: published sizes, small ones, more samples than CTAs.
+# The last ones have fields of variants.
 CASES = {
     "trm-att": (ATTENTION, 3, 97, 512, 1536, 8, 0),
     "trm-mlp": (TOKEN_MLP, 3, 97, 512, 1536, 8, 512),
@@ -23,7 +24,15 @@ CASES = {
     "small": (ATTENTION, 5, 17, 64, 256, 2, 0),
     "128": (TOKEN_MLP, 70, 33, 128, 512, 2, 128),
     "384": (ATTENTION, 2, 60, 384, 1024, 6, 0),
-}
+    "trm-att, fields": (
+        ATTENTION, 3, 97, 512, 1536, 8, 0,
+        dict(residual_scale=0.5, activation="gelu", kv_heads=2, biases=("qkv", "gate_up", "down")),
+    ),
+    "small mlp, fields": (
+        TOKEN_MLP, 5, 17, 64, 256, 2, 32,
+        dict(residual_scale=0.5, activation="relu2", biases=("t_gate_up", "t_down", "down")),
+    ),
+}  # fmt: skip
 if SMALL:
     CASES = {name: case for name, case in CASES.items() if case[3] < 384}
 
@@ -33,11 +42,11 @@ def on_gpu(net: Net) -> Net:
 
 
 def inputs(case: tuple, schedule: Schedule):  # type: ignore[no-untyped-def]
-    kind, batch, tokens, hidden, inner, heads, token_inner = case
+    kind, batch, tokens, hidden, inner, heads, token_inner, *fields = case
     nets = {
         name: make_net(
             kind, tokens=tokens, hidden=hidden, heads=heads, inner=inner, token_inner=token_inner,
-            seed=seed,
+            seed=seed, **dict(*fields),
         )
         for seed, name in enumerate(schedule.nets)
     }  # fmt: skip

@@ -20,7 +20,7 @@ import torch
 from bench.gpu_check import journal, phases, times
 from bench.gpu_check.__main__ import environment
 from bench.gpu_check.phases import ALONE, BESIDE, ROOT, Phase
-from bench.gpu_check.runner import GRACE, Runner
+from bench.gpu_check.runner import Runner
 from emulator.build import unavailable
 from recurx.bench import ratios, report, results
 
@@ -142,7 +142,11 @@ waits_for_the_device()
 """
 
 
-def test_a_hang_is_interrupted_then_killed_and_leaves_its_traceback(folder):
+GRACE = 2.0  # instead of the runner's, so that what hangs ends soon
+
+
+def test_a_hang_is_interrupted_then_killed_and_leaves_its_traceback(folder, monkeypatch):
+    monkeypatch.setattr("bench.gpu_check.runner.GRACE", GRACE)
     begin = time.monotonic()
     one = runner(folder)
     one.run(
@@ -180,8 +184,10 @@ def test_what_is_timed_runs_alone_and_compilers_run_beside(folder):
     assert one.ended.keys() == spans.keys() and ALONE != BESIDE
 
 
-def test_with_no_time_left_the_rest_is_not_started_and_the_file_says_so(folder):
-    one = runner(folder, seconds=12, planned=("hangs", "late"))
+def test_with_no_time_left_the_rest_is_not_started_and_the_file_says_so(folder, monkeypatch):
+    monkeypatch.setattr("bench.gpu_check.runner.GRACE", GRACE)
+    monkeypatch.setattr("bench.gpu_check.runner.LEAST", 3.0)
+    one = runner(folder, seconds=6, planned=("hangs", "late"))
     one.run([phase(folder, "hangs", HANG, 60), phase(folder, "late", EMIT.format(1))])
     found = by_name(folder)
     assert found["hangs"]["status"] == "timeout" and found["late"]["status"] == "not started"

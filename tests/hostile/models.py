@@ -60,6 +60,12 @@ STRUCTURE = (
     "convolution", "norm module", "tied layers", "extra layer", "module between", "wide head",
 )  # fmt: skip
 TWISTS = (*BEHAVIOUR, *TRAINING, *STRUCTURE)
+# Twists that a `BlockSpec` can spell, and the field: these give their own answer fused.
+SPELLED = {
+    **dict.fromkeys(("gelu", "gelu tanh", "relu", "relu2", "sigmoid"), "activation"),
+    "layer norm": "norm", "pre-norm": "placement", "sandwich norm": "placement",
+    "causal in code": "mask", "bias of qkv": "biases", "bias of down": "biases",
+}  # fmt: skip
 
 
 def rms(x: Tensor, eps: float) -> Tensor:

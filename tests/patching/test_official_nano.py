@@ -29,6 +29,7 @@ SIZES = dict(
 )  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
     "1d": {}, "2d": {"pos_emb_type": "2d"}, "mlp": {"use_mlp_t": True, "pos_emb_type": None},
+    "conv": {"use_conv_swiglu": True},
     "no puzzles": {"puzzle_emb_dim": 0, "puzzle_emb_len": 0},
 }  # fmt: skip
 
@@ -141,8 +142,8 @@ def test_their_training_patched_and_not(nano: dict[str, Any], kind: str, backend
 def test_what_it_can_be_that_is_not_known_is_refused(nano: dict[str, Any]) -> None:
     with (
         recurx.patch(nano["module"]),
-        pytest.warns(UserWarning, match=r"mlp` has a child `dwconv`"),
+        pytest.warns(UserWarning, match=r"mlp` has a child `board_conv`"),
     ):
-        model = build(nano, use_conv_swiglu=True)
+        model = build(nano, use_board_swiglu=True)
     assert installed(model, "inner_forward") is None
     assert torch.isfinite(train(model, nano["ema"], 2)[0])

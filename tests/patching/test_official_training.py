@@ -274,5 +274,12 @@ def lucidrains_trained(patch: bool) -> dict[str, Tensor]:
 
 
 def test_the_trainer_of_lucidrains_patched_and_not() -> None:
-    """Losses, average, final weights and answers; its network stays PyTorch, so all bits are."""
-    assert furthest(lucidrains_trained(True), lucidrains_trained(False))[0] == 0
+    """Losses, average, final weights and answers, but for the biases of the token mixing: the layer
+    norm behind takes them off, so that their gradient is rounding alone, and Adam scales it up."""
+    found = [
+        {name: value for name, value in lucidrains_trained(patch).items()
+         if not name.endswith(".0.fn.3.bias")}
+        for patch in (True, False)
+    ]  # fmt: skip
+    error, name = furthest(*found)
+    assert error <= 1e-6, f"{name} differs by {error:.2g}"

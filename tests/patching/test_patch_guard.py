@@ -29,7 +29,9 @@ def told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("backend", ["auto", "eager"])
-@pytest.mark.parametrize("edit", ["forward_hook", "biased", "backward_pre_hook", "net_replaced"])
+@pytest.mark.parametrize(
+    "edit", ["forward_hook", "lora_inside", "backward_pre_hook", "net_replaced"]
+)
 def test_changed_code_runs_as_it_is_and_says_so_once(
     edit: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,6 +55,18 @@ def test_changed_code_runs_as_it_is_and_says_so_once(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         same(step(model), step(twin))
+
+
+def test_a_change_that_a_block_can_spell_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, twin = twisted.model(), twisted.model()
+    recurx.patch(model)
+    step(model)
+    for each in (model, twin):
+        EDITS["biased"](each, Random(2))
+    calls, want = recursions(monkeypatch), step(twin)
+    for name, got in step(model).items():
+        torch.testing.assert_close(got, want[name], rtol=1e-3, atol=1e-4, msg=name)
+    assert calls, "no fall back: a bias is a field of the block"
 
 
 def test_a_backend_asked_for_by_name_never_falls_back(native: Any) -> None:

@@ -16,21 +16,26 @@ from recurx.models.config import TRMConfig
 from recurx.models.layers import ReasoningNet
 from recurx.patching.handle import installed
 from recurx.route import has_fused
+from tests import lucidrains
 
 lucid = pytest.importorskip("tiny_recursive_model")
 
 TOKENS, WIDTH, IDS = 12, 16, 8
 
 
+def foreign(width: int = WIDTH) -> nn.Module:
+    """A network that no reader knows; the one that `build` takes if none is given."""
+    return nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
+
+
 def build(
     network: nn.Module | None = None, registers: int = 0, width: int = WIDTH, **fields: Any
 ) -> nn.Module:
     torch.manual_seed(0)
-    length = TOKENS + registers
     model = lucid.TinyRecursiveModel(
         dim=width,
         num_tokens=IDS,
-        network=network or lucid.MLPMixer1D(dim=width, depth=2, seq_len=length),
+        network=network or foreign(width),
         num_register_tokens=registers,
         num_refinement_blocks=fields.pop("blocks", 3),
         num_latent_refinements=fields.pop("latents", 4),
@@ -44,21 +49,8 @@ def puzzles(batch: int = 5) -> Tensor:
     return torch.randint(0, IDS, (batch, TOKENS), generator=torch.Generator().manual_seed(1))
 
 
-def two_steps(model: nn.Module) -> dict[str, Tensor]:
-    """Two supervision steps with labels: losses, carry, predictions and every gradient."""
-    outputs, latents = model.get_initial()
-    model.zero_grad()
-    out: dict[str, Tensor] = {}
-    for number in range(2):
-        loss, _, outputs, latents, pred, halt = model(
-            puzzles(), outputs, latents, labels=puzzles().flip(1)
-        )
-        loss.backward()
-        names = ("loss", "outputs", "latents", "pred", "halt")
-        values = (loss, outputs, latents, pred, halt)
-        out |= {f"{number}.{name}": v.detach() for name, v in zip(names, values, strict=True)}
-    out |= {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return out
+def two_steps(model: Any) -> dict[str, Tensor]:
+    return lucidrains.two_steps(model, puzzles())
 
 
 def same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
@@ -87,9 +79,8 @@ def test_training_and_prediction_have_the_same_bits(
     same(two_steps(model), want)
 
 
-def test_transformers_copies_and_pickles() -> None:
-    x_transformers = pytest.importorskip("x_transformers")
-    model = build(x_transformers.Encoder(dim=WIDTH, depth=1, heads=2))
+def test_copies_and_pickles() -> None:
+    model = build()
     want = two_steps(model)
     recurx.patch(model)
     copied = copy.deepcopy(model)
@@ -139,6 +130,14 @@ def test_classes_and_the_imported_package() -> None:
 def test_an_explicit_backend_refuses_foreign_code() -> None:
     with pytest.raises(BackendUnavailable, match="foreign code"):
         recurx.patch(build(), backend="cpu")
+
+
+def test_losses_at_every_block_are_refused() -> None:
+    """The package's second class stops gradient between blocks, and asks for all their outputs."""
+    module = pytest.importorskip("tiny_recursive_model.trm_dense_loss")
+    model = module.TinyRecursiveModel(dim=WIDTH, num_tokens=IDS, network=foreign())
+    with pytest.raises(UnsupportedModel, match="its loop computes something else"):
+        recurx.patch(model)
 
 
 class OtherOrder(lucid.TinyRecursiveModel):

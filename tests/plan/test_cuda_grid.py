@@ -40,10 +40,34 @@ def test_one_cta_a_multiprocessor_within_its_shared_memory(device, spec):
     assert 0 < cuda_grid.FIXED < plan["shared_bytes"]
 
 
-def test_barriers_are_those_of_the_stages():
+def test_stages_are_those_of_the_blocks():
     """Enter, and five stages a block; a token-MLP that is not first is turned to before."""
-    assert plan_of(problem(ATT), "h100")["grid_barriers"] == 21 * (1 + 2 * 5)
-    assert plan_of(problem(MLP), "h100")["grid_barriers"] == 21 * (1 + 2 * 5 + 1)
+    assert plan_of(problem(ATT), "h100")["stages"] == 21 * (1 + 2 * 5)
+    assert plan_of(problem(MLP), "h100")["stages"] == 21 * (1 + 2 * 5 + 1)
+
+
+@pytest.mark.parametrize(
+    "sizes, free, staged, kept",
+    [
+        ([3, 2, 2], 7, False, [True, True, True]),
+        ([2, 3, 2], 6, True, [True, False, False]),
+        ([2, 3, 2], 5, True, [True, False, False]),
+        ([2, 3, 2], 4, True, [False, False, False]),
+        ([2, 3, 1], 2, False, [True, False, False]),  # read from L2 where it is used
+    ],
+)
+def test_what_does_not_fit_takes_turns_in_a_place_set_aside(sizes, free, staged, kept):
+    assert cuda_grid._kept(sizes, free) == (staged, kept)
+
+
+def test_weights_come_in_behind_half_of_the_waits_at_most():
+    """A device whose L2 is slow waits as before for what is left, and never less than that."""
+    h100 = DEVICES["h100"]
+    plans = [plan_of(problem(), "h100")]
+    plans += cuda_grid.grid_plans(problem(), replace(h100, name="slow", l2_gbs=h100.l2_gbs / 50))
+    whole = 231 * (cuda_grid.HANDOVER + cuda_grid.FIRST_LOAD)
+    assert whole / 2 < plans[0].work.barriers < whole
+    assert plans[1].work.barriers >= whole * (1 - cuda_grid.HIDDEN) * (1 - 1e-9)
 
 
 def test_time_grows_with_the_batch_and_falls_with_the_device():
