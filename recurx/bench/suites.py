@@ -58,9 +58,11 @@ SUITES: dict[str, tuple[Group, ...]] = {
             for case in ("eqr", "urm", "sotaku", "sic", "hrm-text")
             for batch in (1, 8)
         ),
-        Group("eqr", "train", 1, FAIR, seconds=8),
+        *(
+            Group(case, "train", 1, FAIR, FP32, seconds=8)
+            for case in ("eqr", "urm", "sotaku", "sic", "hrm-text")
+        ),
         Group("eqr", "train", 8, FAIR, seconds=12),
-        Group("urm", "train", 1, FAIR, FP32, seconds=8),
     ),
     # Everything that the targets for one GPU name, and small nets.
     "gpu": (
