@@ -60,6 +60,10 @@ inline void set_fields(BlockShape& shape, const py::dict& fields) {
       v.residual_scale = value.cast<float>();
     } else if (name == "learned_scale") {
       v.scale_each = chosen<int>(name, value, {"", "scalar", "channel"}) == 2;
+    } else if (name == "skip_scale") {
+      v.skip_scale = value.cast<float>();
+    } else if (name == "learned_skip") {
+      v.skip_each = chosen<int>(name, value, {"", "scalar", "channel"}) == 2;
     } else if (name == "kv_heads") {
       v.kv_heads = whole();
     } else if (name == "mask") {
@@ -110,11 +114,13 @@ inline const std::map<std::string, int> vectors = {{"norm1", norm1},
                                                    {"out_norm1", out_norm1},
                                                    {"out_norm1_bias", out_norm1_bias},
                                                    {"scale1", scale1},
+                                                   {"skip1", skip1},
                                                    {"norm2", norm2},
                                                    {"norm2_bias", norm2_bias},
                                                    {"out_norm2", out_norm2},
                                                    {"out_norm2_bias", out_norm2_bias},
                                                    {"scale2", scale2},
+                                                   {"skip2", skip2},
                                                    {"q_norm", q_norm},
                                                    {"k_norm", k_norm},
                                                    {"attn_norm", attn_norm},

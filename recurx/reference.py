@@ -130,7 +130,7 @@ def _sublayer(
     beside: Beside, spec: BlockSpec, w: Mapping[str, Tensor], h: Tensor, number: str,
     f: Callable[[Tensor], Tensor],
 ) -> Tensor:  # fmt: skip
-    """h and f with its norms and the scale of its result, by `spec.placement`."""
+    """h and f with its norms and the scales of both, by `spec.placement`."""
     out = f(h if spec.placement == "post" else norm(h, spec, w, f"norm{number}"))
     if spec.placement == "sandwich":
         out = norm(out, spec, w, f"out_norm{number}")
@@ -140,6 +140,10 @@ def _sublayer(
         out = out * w[f"scale{number}"].to(out.dtype)
     if spec.dropout or spec.drop_path:
         out = dropped(out, spec, number, beside)
+    if spec.skip_scale != 1:
+        h = h * spec.skip_scale
+    if spec.learned_skip:
+        h = h * w[f"skip{number}"].to(h.dtype)
     h = h + out
     return norm(h, spec, w, f"norm{number}") if spec.placement == "post" else h
 

@@ -40,7 +40,7 @@ _CHOICES = {
     "norm": ("rms", "layer"),
     "placement": ("post", "pre", "sandwich"),
     "token_norm": ("tokens", "hidden"),
-    "learned_scale": ("", "scalar", "channel"),
+    **dict.fromkeys(("learned_scale", "learned_skip"), ("", "scalar", "channel")),
     "mask": ("", "causal", "prefix"),
     **dict.fromkeys(("qk_norm", "attn_norm", "inner_norm"), ("", "rms", "layer")),
     "activation": ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid"),
@@ -64,11 +64,11 @@ class BlockSpec:
         eps: added to the mean square (or variance) inside every norm.
         norm: `"rms"` or `"layer"` (mean subtracted).
         norm_weight, norm_bias: whether norms have a weight [D], a bias [D].
-        placement: `"post"`: h = norm(h + s f(h)); `"pre"`: h = h + s f(norm(h)); `"sandwich"`:
-            h = h + s norm(f(norm(h))).
+        placement: `"post"`: h = norm(a h + s f(h)); `"pre"`: h = a h + s f(norm(h)); `"sandwich"`:
+            h = a h + s norm(f(norm(h))).
         token_norm: over what the norm beside a token MLP runs: `"tokens"` (TRM) or `"hidden"`.
-        residual_scale: s, a constant.
-        learned_scale: s times a weight, one number (`"scalar"`) or [D] (`"channel"`).
+        residual_scale, skip_scale: s and a, constants.
+        learned_scale, learned_skip: s or a times a weight, one (`"scalar"`) or [D] (`"channel"`).
         biases: names of the matrices that have a bias [out].
         kv_heads: K/V heads, which divide H; 0: as many as heads. `qkv` holds H + 2 kv_heads heads.
         head_size: width of a head; 0: D / H.
@@ -99,7 +99,8 @@ class BlockSpec:
         InvalidArgument: a size or a choice is impossible; the message says which and why.
 
     Sources: TRM (arXiv 2510.04871) section 4; URM (2512.14693) section 3, ConvSwiGLU; SIC
-    (2601.19085), SwiGLU with an inner norm; dropout (1207.0580); stochastic depth (1603.09382).
+    (2601.19085), SwiGLU with an inner norm; dropout (1207.0580); stochastic depth (1603.09382);
+    FPRM (2606.18206), a learned a; x-transformers' `scale_residual` and `scale_residual_constant`.
     """
 
     kind: str
@@ -116,6 +117,8 @@ class BlockSpec:
     token_norm: str = "tokens"
     residual_scale: float = 1.0
     learned_scale: str = ""
+    skip_scale: float = 1.0
+    learned_skip: str = ""
     biases: tuple[str, ...] = ()
     kv_heads: int = 0
     head_size: int = 0
@@ -169,8 +172,8 @@ class BlockSpec:
             self._check_variant(changed)
             key += "".join([f",{name}:{_text(getattr(self, name))}" for name in changed])
         object.__setattr__(self, "key", key)
-        changed = changed if self.kind in KINDS else ("kind", *changed)
-        object.__setattr__(self, "changed", changed)
+        kind = () if self.kind in KINDS else ("kind",)
+        object.__setattr__(self, "changed", (*kind, *changed))
         object.__setattr__(self, "slots", tuple(self._slots()))
 
     def _check_variant(self, changed: tuple[str, ...]) -> None:
@@ -180,7 +183,7 @@ class BlockSpec:
                 good, expected = value in _CHOICES[name], f"one of {_CHOICES[name]}"
             elif name in ("kv_heads", "head_size", "prefix", "window", "conv"):
                 good, expected = type(value) is int and value > 0, "a whole number"
-            elif name == "residual_scale":
+            elif name in ("residual_scale", "skip_scale"):
                 good, expected = type(value) in (int, float) and math.isfinite(value), "a number"
             elif name in DRAWN:
                 good, expected = type(value) in (int, float) and 0 <= value < 1, "0 to below 1"
@@ -198,16 +201,15 @@ class BlockSpec:
                 raise bad_argument("BlockSpec", name, "nothing without attention", repr(value))
             if self.kind != TOKEN_MLP and name == "inner_norm_tokens":
                 raise bad_argument("BlockSpec", name, "nothing without a token MLP", repr(value))
+            if value == "channel" and self.kind == TOKEN_MLP and self.token_norm == "tokens":
+                expected = "'scalar', or token_norm='hidden'"  # a row over T is no channel
+                raise bad_argument("BlockSpec", name, expected, repr(value))
         for name, other in _NEEDS.items():
             if name in changed and other not in changed:
                 raise bad_argument("BlockSpec", name, f"nothing without {other}", name)
         if self.kv_heads and self.num_heads % self.kv_heads:
             expected = f"a divisor of num_heads={self.num_heads}"
             raise bad_argument("BlockSpec", "kv_heads", expected, self.kv_heads)
-        over_tokens = self.kind == TOKEN_MLP and self.token_norm == "tokens"
-        if over_tokens and self.learned_scale == "channel":  # a row over the tokens is no channel
-            expected = "'scalar', or token_norm='hidden'"
-            raise bad_argument("BlockSpec", "learned_scale", expected, "'channel'")
         if self.inner_norm_of == "product" and not (self.gated and self.activation == "silu"):
             raise bad_argument("BlockSpec", "inner_norm_of", "'middle' unless SwiGLU", "'product'")
 
@@ -224,9 +226,7 @@ class BlockSpec:
         slots = [(name, shapes[name]) for name in WEIGHT_NAMES[self.kind]]
         if not self.changed:
             return slots
-        if self.attn_gate:
-            shapes["attn_gate"] = shapes["o"][::-1]
-            slots.append(("attn_gate", shapes["attn_gate"]))
+        slots += [("attn_gate", shapes["o"][::-1])] if self.attn_gate else []
         slots += [(f"{name}_bias", shape[:1]) for name, shape in slots if name in self.biases]
         for number in {NORM: "1", NO_MIXER: "2"}.get(self.kind, "12"):
             over_tokens = number == "1" and self.kind == TOKEN_MLP and self.token_norm == "tokens"
@@ -234,8 +234,9 @@ class BlockSpec:
             for name in ("norm", "out_norm")[: 1 + (self.placement == "sandwich")]:
                 slots += [(f"{name}{number}", width)] * self.norm_weight
                 slots += [(f"{name}{number}_bias", width)] * self.norm_bias
-            if self.learned_scale and self.kind != NORM:
-                slots.append((f"scale{number}", (d if self.learned_scale == "channel" else 1,)))
+            for name, learned in (("scale", self.learned_scale), ("skip", self.learned_skip)):
+                if learned and self.kind != NORM:
+                    slots.append((f"{name}{number}", (d if learned == "channel" else 1,)))
         if self.qk_norm_weight:
             slots += [("q_norm", (self.head_dim,)), ("k_norm", (self.head_dim,))]
         slots += [("attn_norm", (self.num_heads * self.head_dim,))] * self.attn_norm_weight
@@ -268,10 +269,9 @@ class BlockSpec:
     @classmethod
     def from_key(cls, key: str) -> BlockSpec:
         """The block whose `key` is given."""
-        kind, *sizes, eps = key.split(",", 7)[:7]
-        plain = cls(kind, *(int(size) for size in sizes), eps=float(eps))
-        rest = key.split(",", 7)[7:]
-        return plain.with_fields(rest[0]) if rest else plain
+        kind, *rest = key.split(",", 7)
+        plain = cls(kind, *map(int, rest[:5]), eps=float(rest[5]))
+        return plain.with_fields(rest[6]) if rest[6:] else plain
 
     def with_fields(self, text: str) -> BlockSpec:
         """The same block with the fields that a text names: "conv:2,norm:layer,biases:qkv+o"."""

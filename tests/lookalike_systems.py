@@ -379,25 +379,39 @@ class FprmLayer(nn.Module):
         h = hidden_states
         h = alpha_1 * h + beta_1 * self.self_attn(cos_sin, lookalike.normed(h, self.norm_eps))
         h = h * 1.01 if self.twist == "grows" else h
+        alpha_1 = 1 if self.twist == "keeps all of h once" else alpha_1
+        alpha_1 = alpha_1.mean() if self.twist == "one factor for all channels" else alpha_1
         return alpha_1 * h + beta_1 * self.mlp(lookalike.normed(h, self.norm_eps))
 
 
 class FprmLevel(nn.Module):
-    def __init__(self, twist: str) -> None:
+    """`scale`: "outer", as if outer_only; else alpha_1 and, tied to it, beta_1 are of a kind."""
+
+    def __init__(self, twist: str, scale: str) -> None:
         super().__init__()
         self.config, self.twist = Settings(), twist
-        self.residual_scale, self.outer_only, self.norm_placement = "learned", True, "output"
+        self.residual_scale, self.outer_only = scale, scale == "outer"
+        self.norm_placement = "output"
         self.layers = nn.ModuleList(FprmLayer(twist) for _ in range(2))
         self.conv = nn.Conv1d(WIDTH, WIDTH, 2, padding=1, groups=WIDTH, bias=False)
-        self.alpha_2_param = nn.Parameter(torch.randn(WIDTH))
+        for name in ("alpha_2_param", "alpha_1_param")[: 2 - self.outer_only]:
+            fixed = nn.Parameter(torch.tensor(-0.4), requires_grad=False)
+            setattr(self, name, fixed if scale == "fixed" else nn.Parameter(torch.randn(WIDTH)))
 
     def forward(self, hidden_states: Tensor, input_injection: Tensor, **info: Any) -> Tensor:
         info.pop("puzzle_emb_len")
         mixed = self.conv(hidden_states.transpose(1, 2))[..., : hidden_states.shape[1]]
-        share, one = torch.sigmoid(self.alpha_2_param), hidden_states.new_ones(1, 1, 1)
-        h = share * mixed.transpose(1, 2) + (1 - share) * input_injection
+        share = torch.sigmoid(self.alpha_2_param)
+        alpha = beta = hidden_states.new_ones(1, 1, 1)
+        rest = 1 - share
+        if not self.outer_only:
+            alpha, halves = torch.sigmoid(self.alpha_1_param), 2 * len(self.layers)
+            alpha = alpha if alpha.ndim == 0 else alpha.reshape(1, 1, -1)
+            rest = 1 - share * alpha**halves
+            beta = rest * (1 - alpha) / (1 - alpha**halves + 1e-5)
+        h = share * mixed.transpose(1, 2) + rest * input_injection
         for layer in self.layers:
-            h = layer(hidden_states=h, alpha_1=one, beta_1=one, **info)
+            h = layer(hidden_states=h, alpha_1=alpha, beta_1=beta, **info)
         h = lookalike.normed(h, 1e-5) if self.norm_placement == "output" else h
         return h + input_injection if self.twist == "injected again" else h
 
@@ -420,9 +434,9 @@ class Solver(nn.Module):
 
 
 class Fprm(Parts):
-    def __init__(self, config: Config, twist: str = "") -> None:
+    def __init__(self, config: Config, twist: str = "", scale: str = "outer") -> None:
         super().__init__(config, twist, puzzles=0)
-        self.L_level, self.L_optimizer = FprmLevel(twist), Solver()
+        self.L_level, self.L_optimizer = FprmLevel(twist, scale), Solver()
         self.forward_dtype = torch.float32
 
     def _input_embeddings(self, tokens: Tensor) -> Tensor:

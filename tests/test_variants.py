@@ -193,6 +193,27 @@ def test_norms_scales_and_the_product() -> None:
     torch.testing.assert_close(one_call(alone, h, []), F.layer_norm(h, (WIDTH,)))
 
 
+@pytest.mark.parametrize("placement", ["post", "pre", "sandwich"])
+def test_factors_of_h_and_of_the_branch(placement: str) -> None:
+    """a h + s f: FPRM's alpha_1 and beta_1 (`"channel"`), x-transformers' constant."""
+    spec = BlockSpec(
+        NO_MIXER, WIDTH, 48, placement=placement, learned_scale="scalar", residual_scale=0.5,
+        learned_skip="channel", skip_scale=0.7,
+    )  # fmt: skip
+    weights = net_of(spec, dtype=torch.float64).weights
+    gate_up, down, s, a = weights
+    assert [name for name, _ in spec.slots[2:]] == ["scale2", "skip2"] and a.shape == (WIDTH,)
+    h = torch.randn(2, TOKENS, WIDTH, dtype=torch.float64)
+    gate, up = ((h if placement == "post" else rms(h)) @ gate_up.T).chunk(2, -1)
+    out = (F.silu(gate) * up) @ down.T
+    out = rms(out) if placement == "sandwich" else out
+    total = 0.7 * a * h + 0.5 * s * out
+    want = rms(total) if placement == "post" else total
+    torch.testing.assert_close(one_call(spec, h, weights), want)
+    plain = dataclasses.replace(spec, skip_scale=1.0, learned_skip="")
+    assert "skip" not in plain.key + str(plain.slots), "what is not there changes no key"
+
+
 # ---- steps ---------------------------------------------------------------------------------------
 
 
@@ -394,10 +415,13 @@ _OVER_TOKENS = dict(kind=TOKEN_MLP, tokens=TOKENS, token_inner=8)
         (dict(conv=-1), "conv"),
         (dict(window=2.0), "window"),
         (dict(residual_scale=float("inf")), "residual_scale"),
+        (dict(skip_scale=float("nan")), "skip_scale"),
+        (dict(learned_skip="row"), "learned_skip"),
         (dict(axial=(3, 4)), "axial"),
         (dict(inner_norm="rms", inner_norm_of="product", activation="relu"), "inner_norm_of"),
         (dict(kind=NO_MIXER, mask="causal"), "mask"),
         (dict(_OVER_TOKENS, learned_scale="channel"), "learned_scale"),
+        (dict(_OVER_TOKENS, learned_skip="channel"), "learned_skip"),
         (dict(norm_weight=1), "norm_weight"),
     ],
 )

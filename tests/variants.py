@@ -30,6 +30,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sandwich": dict(_ATTENTION, placement="sandwich", norm_weight=True, norm="layer"),
     "channel scales": dict(_ATTENTION, placement="pre", learned_scale="channel"),
     "scalar scales": dict(_ATTENTION, learned_scale="scalar", residual_scale=0.5),
+    "channel skips": dict(
+        _ATTENTION, placement="pre", learned_skip="channel", learned_scale="channel"
+    ),
+    "scalar skips": dict(
+        _ATTENTION, learned_skip="scalar", skip_scale=0.7, learned_scale="scalar"
+    ),
+    "channel skips, sandwich": dict(
+        _ATTENTION, placement="sandwich", learned_skip="channel", skip_scale=-1.3
+    ),
+    "constant skips": dict(_TOKENS, skip_scale=0.5, residual_scale=2.0),
+    "token MLP over D, channel skips": dict(
+        _TOKENS, token_norm="hidden", learned_skip="channel", norm="layer"
+    ),
     "grouped heads, gate, prefix": dict(
         _ATTENTION, kv_heads=2, mask="prefix", prefix=4, attn_gate=True, biases=("attn_gate",)
     ),

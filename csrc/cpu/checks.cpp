@@ -37,7 +37,7 @@ void check_variant(const BlockShape& s) {
   within("the rows of a grid", v.axial[0], 0, kMostWidth);
   within("the columns of a grid", v.axial[1], v.axial[0] ? 1 : 0, kMostWidth);
   within("the axis of a grid", v.axial[2], 0, 1);
-  require(!v.scale_each || v.kind != Kind::token_mlp || v.token_norm_hidden,
+  require(!(v.scale_each || v.skip_each) || v.kind != Kind::token_mlp || v.token_norm_hidden,
           "one residual scale where a sublayer runs over the tokens");
 }
 

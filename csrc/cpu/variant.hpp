@@ -15,9 +15,9 @@ struct Variant {
   Norm norm = Norm::rms;
   Placement placement = Placement::post;
   bool token_norm_hidden = false;  // else over the tokens
-  float residual_scale = 1.f;
-  bool scale_each = false;  // a learned scale has D values, else one
-  int kv_heads = 0;         // 0: as many as heads
+  float residual_scale = 1.f, skip_scale = 1.f;
+  bool scale_each = false, skip_each = false;  // a learned one has D values, else one
+  int kv_heads = 0;                            // 0: as many as heads
   bool causal = false;
   int prefix = 0, window = 0;  // of the mask; window 0: all
   Norm qk_norm = Norm::none, attn_norm = Norm::none, inner_norm = Norm::none;
@@ -46,11 +46,13 @@ enum BlockVector {
   out_norm1,
   out_norm1_bias,
   scale1,
+  skip1,
   norm2,
   norm2_bias,
   out_norm2,
   out_norm2_bias,
   scale2,
+  skip2,
   q_norm,
   k_norm,
   attn_norm,

@@ -1,8 +1,8 @@
 // A block with all fields of its spec: recurx/reference.py, `variant_block`.
 //
-//   post      h = norm(h + s f(h))
-//   pre       h = h + s f(norm(h))
-//   sandwich  h = h + s norm(f(norm(h)))        for f = the mixer, then the MLP over D
+//   post      h = norm(a h + s f(h))
+//   pre       h = a h + s f(norm(h))
+//   sandwich  h = a h + s norm(f(norm(h)))      for f = the mixer, then the MLP over D
 //
 // Products are those of the core, with one epilogue for all variants; between them rows, or columns
 // that a thread wrote itself, are passed over while they are in its cache. Barriers stand where the

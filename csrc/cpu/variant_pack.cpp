@@ -43,6 +43,9 @@ VectorSize size_of_vector(const BlockShape& s, int which) {
     case scale1:
     case scale2:
       return {v.scale_each ? s.hidden : 1};
+    case skip1:
+    case skip2:
+      return {v.skip_each ? s.hidden : 1};
     case q_norm:
     case k_norm:
       return {s.head_dim};
@@ -61,11 +64,13 @@ VectorSize size_of_vector(const BlockShape& s, int which) {
 std::vector<float> pack_vector(const BlockShape& s, int which, const RawWeight& raw) {
   const Variant& v = s.variant;
   const auto [width, halves, taps] = size_of_vector(s, which);
-  if (which == scale1 || which == scale2) {
-    const bool tokens = which == scale1 && s.token_mlp && !v.token_norm_hidden;
+  const bool skips = which == skip1 || which == skip2;
+  if (skips || which == scale1 || which == scale2) {
+    const bool first = which == scale1 || which == skip1, each = skips ? v.skip_each : v.scale_each;
+    const bool tokens = first && s.token_mlp && !v.token_norm_hidden;
     std::vector<float> scales(padded(tokens ? s.tokens : s.hidden));
     for (size_t i = 0; i < scales.size(); ++i)
-      scales[i] = v.residual_scale * value(raw, v.scale_each ? i : 0);
+      scales[i] = (skips ? v.skip_scale : v.residual_scale) * value(raw, each ? i : 0);
     return scales;
   }
   std::vector<float> out((size_t)taps * halves * padded(width));

@@ -120,12 +120,20 @@ RX_INLINE RowNorm norm_of(const PackedBlock& block, Norm kind, int width, int we
           biased ? block.vector[weight + 1] : nullptr};
 }
 
-// h + s f and its norms, as a placement has them.
+// The factor of an operand of a residual sum: one for all columns, or one a column.
+struct Factor {
+  float one;
+  const float* each;  // [width] instead of `one`, or null
+
+  V at(int col) const { return each ? load(each + col) : splat(one); }
+  bool matters() const { return each || one != 1.f; }
+};
+
+// a h + s f and its norms, as a placement has them.
 struct SublayerEnd {
   Placement placement;
   RowNorm norm, out_norm;
-  float scale;
-  const float* scales;  // [width] instead of `scale`, or null
+  Factor scale, skip;
 
   // x <- what leaves a sublayer that the row h(col) entered and whose result is x, zeros after it.
   template <class H>
@@ -133,8 +141,8 @@ struct SublayerEnd {
     const int width = norm.width;
     if (placement == Placement::sandwich) out_norm.apply(x);
     for (int col = 0; col < width; col += W) {
-      const V by = scales ? load(scales + col) : splat(scale);
-      store(x + col, within(fma(load(x + col), by, h(col)), col, width));
+      const V kept = h(col) * skip.at(col);
+      store(x + col, within(fma(load(x + col), scale.at(col), kept), col, width));
     }
     if (placement == Placement::post) norm.apply(x);
   }
@@ -151,10 +159,12 @@ struct SublayerEnd {
 // Of sublayer 1, the mixer, or 2, the MLP over D.
 RX_INLINE SublayerEnd end_of(const PackedBlock& block, int number, int width) {
   const Variant& v = block.shape.variant;
-  const int weight = number == 1 ? norm1 : norm2;
-  return {v.placement, norm_of(block, v.norm, width, weight),
-          norm_of(block, v.norm, width, weight + 2), v.residual_scale,
-          block.vector[number == 1 ? scale1 : scale2]};
+  const int weight = number == 1 ? norm1 : norm2, scale = number == 1 ? scale1 : scale2;
+  return {v.placement,
+          norm_of(block, v.norm, width, weight),
+          norm_of(block, v.norm, width, weight + 2),
+          {v.residual_scale, block.vector[scale]},
+          {v.skip_scale, block.vector[number == 1 ? skip1 : skip2]}};
 }
 
 // place[row] <- where a row lies when the tokens of a column of the grid are neighbours.

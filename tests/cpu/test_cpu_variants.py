@@ -35,15 +35,18 @@ _TOKENS: dict[str, Any] = dict(
 )  # fmt: skip
 EVERYTHING: dict[str, Any] = dict(
     _ATTENTION, norm="layer", norm_weight=True, norm_bias=True, placement="sandwich",
-    residual_scale=0.5, learned_scale="channel", kv_heads=2, head_size=6, mask="prefix", prefix=2,
-    window=3, qk_norm="layer", qk_norm_weight=True, attn_gate=True, attn_norm="layer",
-    attn_norm_weight=True, activation="gelu", inner_norm="layer", inner_norm_weight=True, conv=4,
+    residual_scale=0.5, learned_scale="channel", skip_scale=0.8, learned_skip="channel",
+    kv_heads=2, head_size=6, mask="prefix", prefix=2, window=3, qk_norm="layer",
+    qk_norm_weight=True, attn_gate=True, attn_norm="layer", attn_norm_weight=True,
+    activation="gelu", inner_norm="layer", inner_norm_weight=True, conv=4,
     biases=("qkv", "o", "gate_up", "down", "attn_gate"),
 )  # fmt: skip
 VARIANTS = {
     **SYSTEMS,
     "token MLP with inner norms": dict(_TOKENS, placement="sandwich"),
-    "token MLP, norms of products": dict(_TOKENS, inner_norm_of="product", learned_scale="scalar"),
+    "token MLP, norms of products": dict(
+        _TOKENS, inner_norm_of="product", learned_scale="scalar", learned_skip="scalar"
+    ),
     "everything, columns": dict(EVERYTHING, axial=(4, 3, 0)),
     "everything, before the gate": dict(
         EVERYTHING, conv_of="gate_up", activation="silu", inner_norm_of="product", mask="causal",

@@ -191,8 +191,21 @@ BUGS = {
         "return d(row, col) * (bug ? x(row, col) : hat(row, col));", _of("a norm alone"),
     ),
     "the constant of a learned scale": (
-        "sublayer_backward.hpp", "columns, v.residual_scale",
-        "columns, bug ? 1.f : v.residual_scale", _of("scalar scales"),
+        "sublayer_backward.hpp", "columns, constant", "columns, bug ? 1.f : constant",
+        _of("scalar scales"),
+    ),
+    "the factor of h lost": (
+        "sublayer_backward.hpp", "left(row, col) * end.skip.at(col)", "left(row, col) * "
+        "(bug ? splat(1.f) : end.skip.at(col))", _of("channel skips"),
+    ),
+    "the gradient of a factor of h, of f's result": (
+        "sublayer_backward.hpp", "v.skip_scale, entered)",
+        "v.skip_scale, [&](int row, int col) { return bug ? result(row, col) : entered(row, col); "
+        "})", _of("channel skips, sandwich"),
+    ),
+    "the norm of h without its factor": (
+        "sublayer_backward.hpp", "entered(row, col) * end.skip.at(col)",
+        "entered(row, col) * (bug ? splat(1.f) : end.skip.at(col))", _of("scalar skips"),
     ),
     "the scale of f's result": (
         "sublayer_backward.hpp", "store(narrow.at(row, col), left(row, col) * by(col));",

@@ -16,7 +16,7 @@ BLOCKS = (
     "conv:2",
     "norm:layer,norm_weight:true,norm_bias:true,placement:pre,biases:qkv+o,activation:relu,"
     "gated:false",
-    "kv_heads:1,attn_gate:true,mask:causal,qk_norm:rms,learned_scale:channel",
+    "kv_heads:1,attn_gate:true,mask:causal,qk_norm:rms,learned_scale:channel,learned_skip:scalar",
     "axial:3+4+1,inner_norm:rms,inner_norm_of:product",
 )
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import recurx
 from recurx import UnsupportedModel
+from recurx.experiments.systems import fprm
 from recurx.readings import read
 from tests import lookalike_systems as alike
 from tests.lookalike import Config
@@ -29,6 +30,8 @@ MODELS: dict[str, Callable[[str], Any]] = {
     "rsm": lambda twist: alike.RSM(config(), twist),
     "rsm, token MLP": lambda twist: alike.RSM(config(mlp_t=True), twist),
     "fprm": lambda twist: alike.Fprm(config(), twist),
+    "fprm, a factor a channel": lambda twist: alike.Fprm(config(), twist, "input-independent"),
+    "fprm, fixed factors": lambda twist: alike.Fprm(config(), twist, "fixed"),
     "sic": lambda twist: alike.Sic("attention", twist),
     "sic, mixer": lambda twist: alike.Sic("mixer", twist),
     "sic, pre-norm": lambda twist: alike.Sic("mixer", twist, prenorm=True),
@@ -97,7 +100,7 @@ def test_patched_and_not(name: str) -> None:
             model.train(training)
             own.train(training)
             agree(results(model, seed), results(own, seed))
-    if name != "fprm":  # which has a proof of its own
+    if not name.startswith("fprm"):  # which has a proof of its own
         found = read(model.get_submodule(net or ("core" if "rsm" in name else "reasoning")), True)
         assert found is not None and FIELDS.get(name, set()) <= set(found[0].changed)
     clone = copy.deepcopy(model)
@@ -111,6 +114,8 @@ def test_patched_and_not(name: str) -> None:
     [
         ("urm", "window"), ("eqr", "damps the sum"), ("eqr", "noise"), ("rsm", "never joined"),
         ("sic", "injected again"), ("fprm", "injected again"), ("fprm", "grows"),
+        ("fprm", "keeps all of h once"),
+        ("fprm, a factor a channel", "one factor for all channels"),
     ],
 )  # fmt: skip
 def test_another_recursion_is_refused(name: str, twist: str) -> None:
@@ -172,14 +177,49 @@ def test_what_fprm_does_around_its_layers_is_watched(monkeypatch: pytest.MonkeyP
         agree(results(model), results(own))
     hook.remove()
     refused = build("fprm")
-    refused.L_level.outer_only = False
-    with pytest.raises(UnsupportedModel, match="BlockSpec has no field for a factor of h"):
+    refused.L_level.outer_only, refused.L_level.residual_scale = False, "input-dependent"
+    with pytest.raises(UnsupportedModel, match="factors of its residuals follow from the states"):
         recurx.patch(refused)
     other = build("fprm")
     recurx.patch(other)
     monkeypatch.setattr(alike.FprmLevel, "forward", lambda self, h, x, **_: h + x)
     with pytest.warns(UserWarning, match="`forward`, which its `forward` reads"):
         results(other)
+
+
+@pytest.mark.parametrize("scale", ["input-independent", "fixed"])
+def test_factors_of_fprm_are_those_of_the_moment(scale: str) -> None:
+    """New values count at the next call, with gradient or without, and the same ones pack once."""
+    torch.manual_seed(0)
+    model = alike.Fprm(config(), scale=scale)
+    own = copy.deepcopy(model)
+    recurx.patch(model)
+    level, seen = model.L_level, []
+    for step in range(3):
+        for given in (model, own):
+            with torch.no_grad():
+                given.L_level.alpha_1_param.add_(0.5)
+        agree(results(model), results(own))
+        with torch.inference_mode() if step == 1 else torch.no_grad():
+            got, want = _one_iteration(model), _one_iteration(own)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        seen.append([factor.data_ptr() for factor in fprm._steady[level]])
+    assert seen[0] == seen[1] == seen[2]
+    net = fprm._net_of(model, True)
+    kind = "scalar" if scale == "fixed" else "channel"
+    assert {b.learned_skip for b in net.spec.blocks[:2]} == {kind}
+    level.outer_only = True
+    assert not {"learned_skip", "learned_scale"} & set(fprm._net_of(model, True).spec.changed)
+    with pytest.warns(UserWarning, match="`outer_only`"):
+        results(model)
+
+
+def _one_iteration(model: Any) -> Tensor:
+    y, x = torch.randn(2, 3, alike.TOKENS, 32, generator=torch.Generator().manual_seed(3))
+    state = model.L_optimizer.reset(None, y.shape, y.dtype, y.device, None) | {"y": y}
+    info = {"cos_sin": model.rotary_emb(), "puzzle_emb_len": 0}
+    found: Tensor = model._z_step(state, x, torch.ones_like(y), info)["y"]
+    return found
 
 
 def test_the_dtype_of_a_convolution_is_watched() -> None:

@@ -47,6 +47,8 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "encoder, flash": lambda: encoder(attn_flash=True),
     "encoder, K/V heads": lambda: encoder(attn_kv_heads=1, attn_dim_head=16),
     "decoder, SiLU without biases": lambda: decoder(ff_swish=True, ff_no_bias=True),
+    "encoder, scaled residuals": lambda: encoder(scale_residual=True, scale_residual_constant=0.5),
+    "decoder, a constant": lambda: decoder(scale_residual_constant=0.5),
 }
 
 
@@ -216,10 +218,11 @@ def test_planted_bugs_are_told(change: Callable[[Any], None], message: str) -> N
 @pytest.mark.parametrize(
     "options,message",
     [
-        ({"scale_residual": True}, "scale h itself"), ({"ff_glu": True}, "gate in its second half"),
+        ({"scale_residual": True, "gate_residual": True}, "a parameter `weight_ih`"),
+        ({"ff_glu": True}, "gate in its second half"),
         ({"use_rmsnorm": True}, "a norm of class RMSNorm"), ({"macaron": True}, "in turn"),
         ({"rotary_pos_emb": True}, "has a buffer `inv_freq`"), ({"attn_qk_norm": True}, "off by"),
-        ({"residual_attn": True}, "off by"), ({"scale_residual_constant": 0.5}, "off by"),
+        ({"residual_attn": True}, "off by"), ({"orthog_residual": True}, "off by"),
         ({"attn_softclamp_logits": True}, "off by"), ({"weight_tie_layers": True}, "off by"),
         ({"layer_dropout": 0.2}, "draws random numbers"), ({"pre_norm": False}, "none where"),
         ({"attn_num_mem_kv": 2}, "a parameter `mem_k`"), ({"sandwich_norm": True}, "sandwich_norm"),
@@ -232,10 +235,10 @@ def test_options_that_have_no_spelling_are_named(options: dict[str, Any], messag
 
 
 def test_the_loop_stays_patched_where_the_network_is_refused() -> None:
-    model = build(encoder(scale_residual=True))
+    model = build(encoder(ff_glu=True))
     own = copy.deepcopy(model)
     handle = recurx.patch(model)
     assert installed(model, "deep_refinement") is not None
-    assert "BlockSpec has no field" in str(handle.report)
+    assert "gate in its second half" in str(handle.report)
     got, want = two_steps(model), two_steps(own)
     assert all(torch.equal(got[name], want[name]) for name in want)

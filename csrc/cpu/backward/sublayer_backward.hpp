@@ -1,8 +1,9 @@
 // The two ends of a variant's sublayer in a window's backward, and its products.
 //
 // A sublayer goes back from the gradient `sum` of what left it: through its norms and scale to
-// `narrow`, the gradient of f's result; through f to that of what f read, which is added to `sum`
-// itself where f read h (post), else to `d_n`, from which a norm leads to h.
+// `narrow`, the gradient of f's result, and through the factor of h, in place; through f to that of
+// what f read, which is added to `sum` itself where f read h (post), else to `d_n`, from which a
+// norm leads to h.
 #pragma once
 
 #include "block_backward.hpp"
@@ -60,7 +61,7 @@ struct SublayerBackward : VariantForward<Core> {
     team.sync();
   }
 
-  // narrow <- the gradient of y; normed <- what f read.
+  // narrow <- the gradient of y; sum <- that of x beside f; normed <- what f read.
   template <class X>
   void leave_back(const Sublayer<X>& one) {
     const int weight = one.number == 1 ? norm1 : norm2, ld = one.ld, width = one.width;
@@ -69,7 +70,8 @@ struct SublayerBackward : VariantForward<Core> {
     const State* const y = one.y;
     float* const sum = one.sum;
     const Mat<Act> narrow = one.narrow;
-    const auto by = [=](int col) { return end.scales ? load(end.scales + col) : splat(end.scale); };
+    const auto by = [=](int col) { return end.scale.at(col); };
+    const auto entered = [=](int row, int col) { return load(x + (long)row * ld + col); };
     const auto result = [=](int row, int col) {
       return within(load(y + (long)row * ld + col), col, width);
     };
@@ -79,44 +81,55 @@ struct SublayerBackward : VariantForward<Core> {
       norm_back(
           end.norm, one.rows,
           [=](int row, int col) {
-            return fma(result(row, col), by(col), load(x + (long)row * ld + col));
+            return fma(result(row, col), by(col), entered(row, col) * end.skip.at(col));
           },
           left, [=](int row, int col, V d) { store(sum + (long)row * ld + col, d); }, weight, true);
       team.sync();
     }
     const Range mine = share(one.rows, team.tid, team.size);
+    if (end.skip.each) {
+      factor_back(one, one.number == 1 ? skip1 : skip2, v.skip_each, v.skip_scale, entered);
+      team.sync();  // the scale's gradient is summed in the same place
+    }
     if (v.placement == Placement::sandwich) {
-      if (end.scales) normed_scale_back(one, end);
+      if (end.scale.each) normed_scale_back(one, end);
       norm_back(
           end.out_norm, one.rows, result,
           [=](int row, int col) { return left(row, col) * by(col); },
           [=](int row, int col, V d) { store(narrow.at(row, col), d); }, weight + 2, true);
     } else {
-      if (end.scales) scale_back(one, result);
+      if (end.scale.each) scale_back(one, result);
       for (int row = mine.begin; row < mine.end; ++row)
         for (int col = 0; col < ld; col += W) store(narrow.at(row, col), left(row, col) * by(col));
     }
+    for (int row = mine.begin; end.skip.matters() && row < mine.end; ++row)
+      for (int col = 0; col < ld; col += W)
+        store(sum + (long)row * ld + col, left(row, col) * end.skip.at(col));
     float* const d_n = one.d_n;
     for (int row = mine.begin; v.pre_normed() && row < mine.end; ++row)
       for (int col = 0; col < ld; col += W) store(d_n + (long)row * ld + col, V{});
     team.sync();
   }
 
-  // The gradient of a learned scale: of z(row, col), what it multiplies, times what left.
+  // The gradient of a learned factor: of z(row, col), what it multiplies, times what left.
   template <class X, class Z>
-  void scale_back(const Sublayer<X>& one, Z z) {
-    const VectorGradient to = gradient(one.number == 1 ? scale1 : scale2);
+  void factor_back(const Sublayer<X>& one, int which, bool each, float constant, Z z) const {
+    const VectorGradient to = gradient(which);
     if (!to.data) return;
     const float* const sum = one.sum;
     const long ld = one.ld;
-    const VectorGradient columns = v.scale_each ? to : VectorGradient{own.products, true};
-    sum_columns(team, one.rows, one.width, columns, v.residual_scale,
+    const VectorGradient columns = each ? to : VectorGradient{own.products, true};
+    sum_columns(team, one.rows, one.width, columns, constant,
                 [=](int row, int col) { return load(sum + row * ld + col) * z(row, col); });
     team.sync();
-    if (v.scale_each || team.tid > 0) return;
+    if (each || team.tid > 0) return;
     float total = 0.f;
     for (int col = 0; col < one.width; ++col) total += own.products[col];
     *to.data = to.fresh ? total : *to.data + total;
+  }
+  template <class X, class Z>
+  void scale_back(const Sublayer<X>& one, Z z) const {
+    factor_back(one, one.number == 1 ? scale1 : scale2, v.scale_each, v.residual_scale, z);
   }
 
   // The same where a norm stands before the scale: its rows are formed once more.

@@ -35,7 +35,8 @@ class Slot(NamedTuple):
     """How a weight of a net is made of parameters.
 
     Args:
-        paths: dotted, of parameters of which the rows follow each other.
+        paths: dotted, of parameters of which the rows follow each other; none of a weight that is
+            made outside of the module: the caller of `net_of` puts it there, and a probe `plus`.
         plus: is added (a norm whose weight is kept as its distance from 1).
         masks: paths of buffers that they are multiplied by in training, one each, or none.
     """
@@ -118,6 +119,9 @@ def _net(layout: Layout, held: list[Tensor], training: bool) -> Net:
     shapes = [shape for block in layout.spec.blocks for _, shape in block.slots]
     weights = []
     for slot, shape in zip(layout.slots, shapes, strict=True):
+        if not slot.paths:
+            weights.append(held[0].new_full(shape, slot.plus))
+            continue
         parts = [next(given) for _ in slot.paths]
         masks = [next(given) for _ in slot.masks]
         if training and masks:

@@ -6,14 +6,17 @@ One call of its `_z_step` is
     for each sublayer f:  h = a1 h + b1 f(norm h)
     y = s h + (1 - s) y              s: the sample's step size, which shrinks as residuals do not
 
-The solver (step sizes, residuals, noise) and what stands before the first layer stay its own code;
-the layers run on recurx where a1 = b1 = 1 (`residual_scale` "none", or `outer_only`). BlockSpec has
-no factor of h itself, so nets with a learned a1, its published ones, are refused by that name.
+The solver (step sizes, residuals, noise) and what stands before the first layer stay its own code,
+which also makes a1 and b1 from their parameters; the layers run on recurx. a1 and b1 are 1
+(`residual_scale` "none", or `outer_only`), one number ("fixed") or one a channel
+("input-independent", as published). Made from the states ("input-dependent") they are refused.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import weakref
 from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any
@@ -38,7 +41,7 @@ from recurx.survey import HOOKS
 
 _CALL = Schedule((Step("L", "z", ("z",)),), detach_carry=False, name="fprm")
 _PLACES = {"post-norm": "post", "pre-norm": "pre", "peri-norm": "sandwich"}
-_NO_LAYERS = nn.ModuleList()
+_PROBED = {"skip": 0.7, "scale": 1.3}  # a1 and b1 while the layers are proved
 _TOLERANCE = 1e-3  # of the probe, as for fp32 in recurx/patching/probe.py
 
 
@@ -65,11 +68,15 @@ class FPRM:
         arguments = ["state", "input_embeddings", "dropout_mask", "seq_info"]
         found = signature_difference(module, self.method, arguments)
         level = module.L_level
-        if level.residual_scale is not None and not level.outer_only:
+        if (learned := _learned(level)) is None:
             found.append(
-                f"its residuals are a h + b f(norm h) with a {level.residual_scale} factor a of h "
-                "itself (`residual_scale` without `outer_only`): BlockSpec has no field for a "
-                "factor of h, only for that of f (`residual_scale`, `learned_scale`)"
+                f"the factors of its residuals follow from the states (`residual_scale` "
+                f"{level.residual_scale!r}): those of BlockSpec are constant or learned"
+            )
+        elif learned == "channel" and any("mlp_t" in layer._modules for layer in level.layers):
+            found.append(
+                "its token MLP has a factor a channel: a BlockSpec that is normed over T has one "
+                "(`learned_skip`)"
             )
         if level.norm_placement not in ("none", "input", "output"):
             found.append(f"its `norm_placement` is {level.norm_placement!r}")
@@ -112,7 +119,8 @@ class FPRM:
             if why:
                 method = fall_back(self, recipe, "_z_step", why)
                 return method(state, input_embeddings, dropout_mask, seq_info)
-            h = _entering(level, state["y"], input_embeddings, seq_info)
+            h, factors = _entering(level, state["y"], input_embeddings, seq_info)
+            net = _with_factors(level, net, factors)
             tables = tables if attends(net.spec) else None
             new = recurse(
                 _CALL, {"L": net}, h, {"z": h}, backend=recipe.backend, save=recipe.save,
@@ -127,8 +135,9 @@ class FPRM:
         count = len(module.L_level.layers)
         return [
             f"on recurx: the {count} layers of `L_level`, at every iteration",
-            "stays PyTorch: what stands before them (convolution, mix of state and input), the "
-            "solver with its step sizes, embedding, heads, halting, regulariser and loss",
+            "stays PyTorch: what stands before them (convolution, mix of state and input, factors "
+            "of residuals), the solver with its step sizes, embedding, heads, halting, regulariser "
+            "and loss",
         ]
 
     def probe(self, module: Any, recipe: FPRMRecipe) -> str:
@@ -179,14 +188,63 @@ def _iterated(module: Any, step: Callable[..., Any], device: torch.device) -> di
     return found | {n: v.detach().float() for n, v in new.items() if isinstance(v, Tensor)}
 
 
-def _entering(level: Any, y: Tensor, x: Tensor, info: Mapping[str, Any]) -> Tensor:
-    """What reaches the first layer: its own forward over no layers, and without the last norm."""
+class _Entry(nn.Module):
+    """Stands in for a layer: keeps the factors that it is called with, and leaves h as it is."""
+
+    factors: tuple[Tensor, Tensor]
+
+    def forward(self, hidden_states: Tensor, alpha_1: Tensor, beta_1: Tensor, **_: Any) -> Tensor:
+        self.factors = alpha_1, beta_1
+        return hidden_states
+
+
+def _entering(
+    level: Any, y: Tensor, x: Tensor, info: Mapping[str, Any]
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """What reaches the first layer, a1 and b1: its own forward over as many layers that do nothing,
+    and without the last norm."""
     bare: Any = object.__new__(type(level))
+    entry = _Entry()
     place = "none" if level.norm_placement == "output" else level.norm_placement
-    children = {**level._modules, "layers": _NO_LAYERS}
+    children = {**level._modules, "layers": nn.ModuleList([entry] * len(level.layers))}
     vars(bare).update(vars(level), _modules=children, norm_placement=place)
     entering: Tensor = bare(y, x, **info)
-    return entering
+    return entering, entry.factors
+
+
+def _learned(level: Any) -> str | None:
+    """How a1 and b1 are spelled: "" where they are 1; None where they follow from the states."""
+    if level.residual_scale is None or level.outer_only:
+        return ""
+    alpha = level._parameters.get("alpha_1_param")
+    return None if alpha is None else "channel" if alpha.ndim else "scalar"
+
+
+_steady: weakref.WeakKeyDictionary[nn.Module, tuple[Tensor, ...]] = weakref.WeakKeyDictionary()
+
+
+def _with_factors(level: Any, net: Net, factors: tuple[Tensor, ...]) -> Net:
+    """The net with a1 and b1 in the place of those of the probe.
+
+    Where no gradient is wanted they lie where those of the call before lay, since engines find
+    what they packed by the addresses of all weights.
+    """
+    if not _learned(level):
+        return net
+    flat = tuple(factor.reshape(-1) for factor in factors)
+    captured = flat[0].is_cuda and torch.cuda.is_current_stream_capturing()
+    if not torch.is_grad_enabled() and not captured:
+        like = [(t.shape, t.dtype, t.device) for t in flat]
+        kept = _steady.get(level)
+        if kept is None or [(t.shape, t.dtype, t.device) for t in kept] != like:
+            with torch.inference_mode(False), torch.no_grad():
+                _steady[level] = kept = tuple(factor.clone() for factor in flat)
+        for own, factor in zip(kept, flat, strict=True):
+            own.copy_(factor)
+        flat = kept
+    named = dict(zip(_PROBED, flat, strict=True))
+    slots = [name for block in net.spec.blocks for name, _ in block.slots]
+    return Net(net.spec, [named.get(n[:-1], w) for n, w in zip(slots, net.weights, strict=True)])
 
 
 def _hooked(level: Any) -> str | None:
@@ -198,19 +256,35 @@ def _hooked(level: Any) -> str | None:
 
 
 def _net_of(module: Any, rope: bool) -> Any:
-    """The layers as a net, with the norm after them where there is one; or what differs."""
-    level = module.L_level
+    """The layers as a net, with the norm after them where there is one; or what differs.
+
+    The layers are proved with factors, whatever the level has; then those that it has are spelled.
+    """
+    level, learned = module.L_level, _learned(module.L_level) or ""
     found = net_of(level.layers, "L_level.layers", _layers, _called, rope)
-    if found is None or level.norm_placement != "output" or isinstance(found, str):
+    if not isinstance(found, Net):
         return found or "`L_level.layers` are no layers with (self_attn | mlp_t) and mlp"
-    last = BlockSpec(NORM, found.spec.hidden, 0, eps=float(level.config.rms_norm_eps))
-    return Net.trusted(NetSpec((*found.spec.blocks, last)), found.weights)
+    last = float(level.config.rms_norm_eps) if level.norm_placement == "output" else None
+    slots = [name for block in found.spec.blocks for name, _ in block.slots]
+    named = zip(slots, found.weights, strict=True)
+    weights = [weight for name, weight in named if learned or name[:-1] not in _PROBED]
+    return Net.trusted(_spelled(found.spec, learned, last), weights)
+
+
+@functools.lru_cache(maxsize=64)  # asked at every iteration
+def _spelled(proved: NetSpec, learned: str, last: float | None) -> NetSpec:
+    """The blocks with the factors that a level has, and after them the norm of eps `last`."""
+    kinds = dict.fromkeys(("learned_skip", "learned_scale"), learned)
+    blocks = [dataclasses.replace(block, **kinds) for block in proved.blocks]
+    if last is not None:
+        blocks.append(BlockSpec(NORM, proved.hidden, 0, eps=last))
+    return NetSpec(tuple(blocks))
 
 
 def _called(layers: Any, h: Tensor, cos_sin: CosSin | None) -> Tensor:
-    one = h.new_ones(1, 1, 1)
+    alpha, beta = (h.new_full((1, 1, 1), value) for value in _PROBED.values())
     for layer in layers:
-        h = layer(cos_sin=cos_sin, hidden_states=h, alpha_1=one, beta_1=one)
+        h = layer(cos_sin=cos_sin, hidden_states=h, alpha_1=alpha, beta_1=beta)
     return h
 
 
@@ -233,7 +307,7 @@ def _layers(layers: Any) -> Layout:
         else:
             paths |= {"t_gate_up": "mlp_t.gate_up_proj", "t_down": "mlp_t.down_proj"}
             more = dict(zip(("tokens", "token_inner"), mixer.down_proj.weight.shape, strict=True))
-        slots = {}
+        slots = {f"{n}{i}": Slot((), plus=v) for n, v in _PROBED.items() for i in "12"}
         for slot, path in paths.items():
             if "mask" not in layer.get_submodule(path)._buffers:
                 raise Unspelled(f"`{number}.{path}` is no linear layer with a mask")
@@ -243,7 +317,8 @@ def _layers(layers: Any) -> Layout:
             ATTENTION if attends else TOKEN_MLP,
             layer.mlp.down_proj.weight.shape,
         )
-        place = _PLACES[layer.norm_type]
-        spec = BlockSpec(kind, hidden, inner, eps=float(layer.norm_eps), placement=place, **more)
+        more |= dict(placement=_PLACES[layer.norm_type], learned_skip="scalar")
+        eps = float(layer.norm_eps)
+        spec = BlockSpec(kind, hidden, inner, eps=eps, learned_scale="scalar", **more)
         found.append((spec, slots))
     return layout_of(found)

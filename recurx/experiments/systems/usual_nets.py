@@ -3,9 +3,10 @@
     MLPMixer1D    depth x [h += conv1(norm h over tokens);  h += linear(norm h)], norm
     Encoder       depth x [h += attention(norm h);  h += mlp(norm h)], norm;  Decoder: causal
 
-Both are pre-norm with a LayerNorm without bias, and MLPs without a gate. Options of x-transformers
-that add a parameter or a buffer are refused as what no slot takes, those that change a function by
-the probe (recurx/experiments/systems/foreign.py).
+Both are pre-norm with a LayerNorm without bias, and MLPs without a gate. `scale_residual` of
+x-transformers makes h of each sum a h, with a learned a. Options that add a parameter or a buffer
+are refused as what no slot takes, those that change a function by the probe
+(recurx/experiments/systems/foreign.py).
 """
 
 from __future__ import annotations
@@ -94,16 +95,18 @@ def _transformer(module: Any, mask: str) -> Layout:
     found, eps = [], {_eps(module.final_norm)}
     for number in range(0, len(module.layers), 2):
         slots: dict[str, Slot] = {}
+        skips: set[float] = set()
         for place, (norms, _, residual) in enumerate(module.layers[number : number + 2], number):
             if any(norm is not None for norm in norms[1:]):
                 raise Unspelled("it has norms after its sublayers (`sandwich_norm`)")
+            half = place - number + 1
             if getattr(residual, "residual_scale", None) is not None:
-                raise Unspelled(
-                    "its residuals scale h itself (`scale_residual`), for which BlockSpec has no "
-                    "field: `learned_scale` is of what is added to h"
-                )
+                slots[f"skip{half}"] = Slot((f"layers.{place}.2.residual_scale",))
+            skips.add(float(getattr(residual, "scale_residual_constant", 1)))
             eps.add(_eps(norms[0]))
-            slots[f"norm{place - number + 1}"] = _norm(f"layers.{place}.0.0", norms[0])
+            slots[f"norm{half}"] = _norm(f"layers.{place}.0.0", norms[0])
+        if len(skips) > 1:
+            raise Unspelled(f"it scales h by different constants in one block: {sorted(skips)}")
         attn, mlp = module.layers[number][1], module.layers[number + 1][1].ff
         if type(mlp[0]).__name__ == "GLU":
             raise Unspelled("its gated MLP keeps the gate in its second half (`ff_glu`)")
@@ -125,7 +128,8 @@ def _transformer(module: Any, mask: str) -> Layout:
             ATTENTION, hidden, inner.weight.shape[0], num_heads=attn.heads, mask=mask,
             head_size=0 if head * attn.heads == hidden else head, biases=biases,
             kv_heads=0 if kv_heads == attn.heads else kv_heads,
-            activation=_activation(mlp[0][-1]), **_PRE,
+            activation=_activation(mlp[0][-1]), skip_scale=skips.pop(),
+            learned_skip="channel" * ("skip1" in slots), **_PRE,
         )  # fmt: skip
         found.append((spec, slots))
     if len(eps) > 1:
