@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -148,16 +147,17 @@ class BlockSpec:
     def __post_init__(self) -> None:
         if self.kind not in ALL_KINDS:
             raise bad_argument("BlockSpec", "kind", f"one of {ALL_KINDS}", repr(self.kind))
-        attends = self.kind == ATTENTION
+        for name in (*_SIZES, *VARIANT):
+            if type(getattr(self, name)) not in (int, str, bool, float, torch.SymInt):
+                object.__setattr__(self, name, _plain(getattr(self, name)))
         needed = {ATTENTION: ("num_heads",), TOKEN_MLP: ("tokens", "token_inner")}
-        inner = () if self.kind == NORM else ("inner",)
-        for name in ("hidden", *inner, *needed.get(self.kind, ())):
+        for name in ("hidden", *["inner"] * (self.kind != NORM), *needed.get(self.kind, ())):
             value = getattr(self, name)
             if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
                 raise bad_argument("BlockSpec", name, "a whole number from 1 on", repr(value))
-            if type(value) is not int and not isinstance(value, torch.SymInt):
-                object.__setattr__(self, name, operator.index(value))  # NumPy's, say
-        if attends and not self.head_size and self.hidden % self.num_heads:
+        if type(self.eps) not in (int, float) or not 0 <= self.eps < math.inf:
+            raise bad_argument("BlockSpec", "eps", "a number from 0 on", repr(self.eps))
+        if self.kind == ATTENTION and not self.head_size and self.hidden % self.num_heads:
             expected = f"a divisor of hidden={self.hidden}"
             raise bad_argument("BlockSpec", "num_heads", expected, self.num_heads)
         # Plain loops over plain values: torch.compile traces this.
@@ -169,8 +169,7 @@ class BlockSpec:
             self._check_variant(changed)
             key += "".join([f",{name}:{_text(getattr(self, name))}" for name in changed])
         object.__setattr__(self, "key", key)
-        changed = changed if self.kind in KINDS else ("kind", *changed)
-        object.__setattr__(self, "changed", changed)
+        object.__setattr__(self, "changed", ("kind",) * (self.kind not in KINDS) + changed)
         object.__setattr__(self, "slots", tuple(self._slots()))
 
     def _check_variant(self, changed: tuple[str, ...]) -> None:
@@ -186,30 +185,31 @@ class BlockSpec:
                 good, expected = type(value) in (int, float) and 0 <= value < 1, "0 to below 1"
             elif name == "biases":
                 names = WEIGHT_NAMES[self.kind] + ("attn_gate",) * self.attn_gate
-                good, expected = set(value) <= set(names), f"names out of {names}"
+                good = type(value) is tuple and set(value) <= set(names)
+                expected = f"names out of {names}"
             elif name == "axial":
-                good = len(value) == 3 and min(value[:2]) > 0 and value[2] in (0, 1)
+                good = type(value) is tuple and [*map(type, value)] == [int] * 3
+                good = good and min(value[:2]) > 0 and value[2] in (0, 1)
                 expected = "(rows, columns, 0 or 1)"
             else:
                 good, expected = type(value) is type(default), type(default).__name__
             if not good:
                 raise bad_argument("BlockSpec", name, expected, repr(value))
-            if self.kind != ATTENTION and name in _OF_ATTENTION:
-                raise bad_argument("BlockSpec", name, "nothing without attention", repr(value))
-            if self.kind != TOKEN_MLP and name == "inner_norm_tokens":
-                raise bad_argument("BlockSpec", name, "nothing without a token MLP", repr(value))
-        for name, other in _NEEDS.items():
-            if name in changed and other not in changed:
-                raise bad_argument("BlockSpec", name, f"nothing without {other}", name)
-        if self.kv_heads and self.num_heads % self.kv_heads:
-            expected = f"a divisor of num_heads={self.num_heads}"
-            raise bad_argument("BlockSpec", "kv_heads", expected, self.kv_heads)
-        over_tokens = self.kind == TOKEN_MLP and self.token_norm == "tokens"
-        if over_tokens and self.learned_scale == "channel":  # a row over the tokens is no channel
-            expected = "'scalar', or token_norm='hidden'"
-            raise bad_argument("BlockSpec", "learned_scale", expected, "'channel'")
-        if self.inner_norm_of == "product" and not (self.gated and self.activation == "silu"):
-            raise bad_argument("BlockSpec", "inner_norm_of", "'middle' unless SwiGLU", "'product'")
+            if self.kind != (only := _ONLY_OF.get(name, self.kind)):
+                raise bad_argument("BlockSpec", name, f"nothing without {only}", repr(value))
+        over_tokens = (self.kind, self.token_norm) == (TOKEN_MLP, "tokens")
+        channels = over_tokens and self.learned_scale == "channel"  # of which such a row has none
+        swiglu, heads, kv = self.gated and self.activation == "silu", self.num_heads, self.kv_heads
+        lacks = [(name, n) for name, n in _NEEDS.items() if name in changed and n not in changed]
+        for wrong, name, expected in (
+            *[(True, name, f"nothing without {n}") for name, n in lacks],
+            (self.prefix and self.mask != "prefix", "prefix", "nothing without mask='prefix'"),
+            (kv and heads % kv, "kv_heads", f"a divisor of num_heads={heads}"),
+            (channels, "learned_scale", "'scalar', or token_norm='hidden'"),
+            (self.inner_norm_of == "product" and not swiglu, "inner_norm_of", "'middle' or SwiGLU"),
+        ):  # fmt: skip
+            if wrong:
+                raise bad_argument("BlockSpec", name, expected, repr(getattr(self, name)))
 
     def _slots(self) -> list[tuple[str, tuple[int, ...]]]:
         d, f, both = self.hidden, self.inner, 2 if self.gated else 1
@@ -268,48 +268,48 @@ class BlockSpec:
     @classmethod
     def from_key(cls, key: str) -> BlockSpec:
         """The block whose `key` is given."""
-        kind, *sizes, eps = key.split(",", 7)[:7]
-        plain = cls(kind, *(int(size) for size in sizes), eps=float(eps))
-        rest = key.split(",", 7)[7:]
-        return plain.with_fields(rest[0]) if rest else plain
+        kind, *sizes, eps, rest = f"{key},".split(",", 7)
+        return cls(kind, *map(int, sizes), float(eps), **_fields(rest[:-1]))
 
     def with_fields(self, text: str) -> BlockSpec:
         """The same block with the fields that a text names: "conv:2,norm:layer,biases:qkv+o"."""
-        fields = {}
-        for pair in text.split(","):
-            name, _, value = pair.strip().partition(":")
-            if name not in VARIANT:
-                raise bad_argument("BlockSpec", "field", f"one of {', '.join(VARIANT)}", name)
-            fields[name] = _value(name, value)
-        return dataclasses.replace(self, **fields)
+        return dataclasses.replace(self, **_fields(text))
 
 
 # Fields of a variant and what they are in TRM and HRM.
 VARIANT = {f.name: f.default for f in fields(BlockSpec)[7:] if f.init}
-_OF_ATTENTION = {
+_SIZES = tuple(f.name for f in fields(BlockSpec)[1:7])  # and eps
+_ONLY_OF = {"inner_norm_tokens": TOKEN_MLP} | dict.fromkeys((
     "kv_heads", "head_size", "mask", "prefix", "window", "qk_norm", "qk_norm_weight", "attn_gate",
     "attn_norm", "attn_norm_weight", "axial", "key_padding",
-}  # fmt: skip
-_NEEDS = {
-    "qk_norm_weight": "qk_norm", "attn_norm_weight": "attn_norm", "prefix": "mask",
-    "inner_norm_weight": "inner_norm", "inner_norm_tokens": "inner_norm",
-    "inner_norm_of": "inner_norm", "conv_of": "conv", "conv_dtype": "conv",
-}  # fmt: skip
+), ATTENTION)  # fmt: skip
+_NEEDED = ("qk_norm", "attn_norm", "inner_norm", "conv")
+_NEEDS = {name: other for name in VARIANT for other in _NEEDED if name.startswith(f"{other}_")}
 
 
 def _text(value: Any) -> str:
     return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _value(name: str, text: str) -> Any:
+def _plain(value: Any) -> Any:
+    """Python's own: NumPy's numbers and those of tensors, lists as tuples."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _fields(text: str) -> dict[str, Any]:
     """The inverse of `_text`, by the type of the field's default."""
-    if name in ("biases", "axial"):
-        return tuple(map(str if name == "biases" else int, text.split("+")))
-    kind = type(VARIANT[name])
-    try:
-        return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-    except (KeyError, ValueError):
-        raise bad_argument("BlockSpec", name, kind.__name__, repr(text)) from None
+    found = {}
+    for name, _, value in (pair.strip().partition(":") for pair in text.split(",") if text):
+        if name not in VARIANT:
+            raise bad_argument("BlockSpec", "field", f"one of {', '.join(VARIANT)}", name)
+        kind, each = type(VARIANT[name]), int if name == "axial" else str
+        read = {bool: lambda text: bool(("false", "true").index(text.lower()))}.get(kind, kind)
+        try:
+            found[name] = tuple(map(each, value.split("+"))) if kind is tuple else read(value)
+        except ValueError:
+            raise bad_argument("BlockSpec", name, kind.__name__, repr(value)) from None
+    return found
 
 
 @hash_once
