@@ -161,6 +161,9 @@ def _run(call: Call, traced: bool) -> dict[str, Tensor]:
             states = _before_window(call, way, direct)
     if way.split == call.stop:
         return states
+    if way.backward != "autograd" and any(table.requires_grad for table in call.rope or ()):
+        hint = 'Pass .detach() of them, or backend="eager" with save="all".'
+        raise bad_argument("recurse", "cos_sin", "tables without gradient", "learned ones", hint)
     if way.backward == "reference":
         return _through_op(call, states, way.forward, way.split, call.stop)
     span = way.split, call.stop

@@ -119,10 +119,7 @@ def variant_block(
         columns = sublayer(columns, "1", lambda x: variant_mlp(x, spec, w, "t_"))
         h = columns.transpose(1, 2)
     elif spec.kind == TOKEN_MLP:
-        mixed: Callable[[Tensor], Tensor] = lambda x: variant_mlp(  # noqa: E731
-            x.transpose(1, 2), spec, w, "t_"
-        ).transpose(1, 2)
-        h = sublayer(h, "1", mixed)
+        h = sublayer(h, "1", lambda x: variant_mlp(x.mT, spec, w, "t_").mT)
     return sublayer(h, "2", lambda x: variant_mlp(x, spec, w, ""))
 
 
@@ -210,7 +207,7 @@ def variant_attention(
         h, unseen = _lines(h, spec), None if unseen is None else _lines(unseen, spec)
     batch, tokens, _ = h.shape
     kv = spec.kv_heads or spec.num_heads
-    heads = _with_bias(h, w, "qkv").view(batch, tokens, -1, spec.head_dim)
+    heads = _with_bias(h, w, "qkv").view(batch, tokens, spec.num_heads + 2 * kv, spec.head_dim)
     query, key, value = heads.split((spec.num_heads, kv, kv), dim=2)
     if spec.qk_norm:
         query = norm(query, spec, w, "q_norm", spec.qk_norm)
@@ -226,7 +223,7 @@ def variant_attention(
         mask = mask | ~some
     mixed = _attend(*(t.transpose(1, 2) for t in (query, key, value)), attn_mask=mask)
     mixed = mixed if some is None else torch.where(some, mixed, 0)
-    mixed = mixed.transpose(1, 2).reshape(batch, tokens, -1)
+    mixed = mixed.transpose(1, 2).flatten(2)
     if spec.attn_gate:
         mixed = _sigmoid(_with_bias(h, w, "attn_gate")) * mixed
     if spec.attn_norm:
@@ -234,7 +231,7 @@ def variant_attention(
     out = _with_bias(mixed, w, "o")
     if not spec.axial:
         return out
-    lines = out.view(len(whole), -1, *out.shape[1:])
+    lines = out.view(len(whole), spec.axial[1 - spec.axial[2]], *out.shape[1:])
     return lines.movedim(2, 1 + spec.axial[2]).reshape(whole.shape)
 
 

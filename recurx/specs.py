@@ -2,15 +2,14 @@
 
 A block is a mixer over the tokens (attention, an MLP over T, or none) and an MLP over the hidden
 width, each with a residual sum and a norm. The defaults of `BlockSpec` are the blocks of TRM and
-HRM; every other field spells one thing in which a later system differs, and `recurx.reference` says
-what each computes. A backend that does not run a field refuses it by its name.
+HRM; each other field spells one thing in which a later system differs (see `recurx.reference`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -36,6 +35,7 @@ WEIGHT_NAMES = {
     NO_MIXER: ("gate_up", "down"),
     NORM: (),
 }
+_wrong = functools.partial(bad_argument, "BlockSpec")
 _CHOICES = {
     "norm": ("rms", "layer"),
     "placement": ("post", "pre", "sandwich"),
@@ -98,9 +98,9 @@ class BlockSpec:
     Raises:
         InvalidArgument: a size or a choice is impossible; the message says which and why.
 
-    Sources: TRM (arXiv 2510.04871) section 4; URM (2512.14693) section 3, ConvSwiGLU; SIC
-    (2601.19085), SwiGLU with an inner norm; dropout (1207.0580); stochastic depth (1603.09382);
-    FPRM (2606.18206), a learned a; x-transformers' `scale_residual` and `scale_residual_constant`.
+    Sources: TRM (arXiv 2510.04871) section 4; URM (2512.14693) section 3; SIC (2601.19085), inner
+    norms; FPRM (2606.18206), a learned a; x-transformers' `scale_residual` and its constant;
+    dropout (1207.0580); stochastic depth (1603.09382).
     """
 
     kind: str
@@ -150,35 +150,33 @@ class BlockSpec:
 
     def __post_init__(self) -> None:
         if self.kind not in ALL_KINDS:
-            raise bad_argument("BlockSpec", "kind", f"one of {ALL_KINDS}", repr(self.kind))
-        attends = self.kind == ATTENTION
+            raise _wrong("kind", f"one of {ALL_KINDS}", repr(self.kind))
+        for name in (*_SIZES, *VARIANT):
+            if type(getattr(self, name)) not in (int, str, bool, float, torch.SymInt):
+                object.__setattr__(self, name, _plain(getattr(self, name)))
         needed = {ATTENTION: ("num_heads",), TOKEN_MLP: ("tokens", "token_inner")}
-        inner = () if self.kind == NORM else ("inner",)
-        for name in ("hidden", *inner, *needed.get(self.kind, ())):
+        for name in ("hidden", *["inner"] * (self.kind != NORM), *needed.get(self.kind, ())):
             value = getattr(self, name)
             if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
-                raise bad_argument("BlockSpec", name, "a whole number from 1 on", repr(value))
-            if type(value) is not int and not isinstance(value, torch.SymInt):
-                object.__setattr__(self, name, operator.index(value))  # NumPy's, say
-        if attends and not self.head_size and self.hidden % self.num_heads:
-            expected = f"a divisor of hidden={self.hidden}"
-            raise bad_argument("BlockSpec", "num_heads", expected, self.num_heads)
+                raise _wrong(name, "a whole number from 1 on", repr(value))
+        if type(self.eps) not in (int, float) or not 0 <= self.eps < math.inf:
+            raise _wrong("eps", "a number from 0 on", repr(self.eps))
+        if self.kind == ATTENTION and not self.head_size and self.hidden % self.num_heads:
+            raise _wrong("num_heads", f"a divisor of hidden={self.hidden}", self.num_heads)
         # Plain loops over plain values: torch.compile traces this.
         changed = tuple(name for name, default in VARIANT.items() if getattr(self, name) != default)
         # Formed once, here: torch.compile may not format a size that it has made symbolic.
-        sizes = f"{self.hidden},{self.inner},{self.num_heads},{self.tokens},{self.token_inner}"
-        key = f"{self.kind},{sizes},{self.eps}"
+        key = ",".join([f"{getattr(self, name)}" for name in ("kind", *_SIZES)])
         if changed:
             self._check_variant(changed)
             key += "".join([f",{name}:{_text(getattr(self, name))}" for name in changed])
         object.__setattr__(self, "key", key)
-        kind = () if self.kind in KINDS else ("kind",)
-        object.__setattr__(self, "changed", (*kind, *changed))
+        object.__setattr__(self, "changed", ("kind",) * (self.kind not in KINDS) + changed)
         object.__setattr__(self, "slots", tuple(self._slots()))
 
     def _check_variant(self, changed: tuple[str, ...]) -> None:
         for name in changed:
-            value, default = getattr(self, name), VARIANT[name]
+            value = getattr(self, name)
             if name in _CHOICES:
                 good, expected = value in _CHOICES[name], f"one of {_CHOICES[name]}"
             elif name in ("kv_heads", "head_size", "prefix", "window", "conv"):
@@ -189,29 +187,28 @@ class BlockSpec:
                 good, expected = type(value) in (int, float) and 0 <= value < 1, "0 to below 1"
             elif name == "biases":
                 names = WEIGHT_NAMES[self.kind] + ("attn_gate",) * self.attn_gate
-                good, expected = set(value) <= set(names), f"names out of {names}"
+                good, expected = type(value) is tuple and {*value} <= {*names}, f"names of {names}"
             elif name == "axial":
-                good = len(value) == 3 and min(value[:2]) > 0 and value[2] in (0, 1)
+                good = type(value) is tuple and [*map(type, value)] == [int] * 3
+                good = good and min(value[:2]) > 0 and value[2] in (0, 1)
                 expected = "(rows, columns, 0 or 1)"
             else:
-                good, expected = type(value) is type(default), type(default).__name__
+                good, expected = type(value) is bool, "True or False"
             if not good:
-                raise bad_argument("BlockSpec", name, expected, repr(value))
-            if self.kind != ATTENTION and name in _OF_ATTENTION:
-                raise bad_argument("BlockSpec", name, "nothing without attention", repr(value))
-            if self.kind != TOKEN_MLP and name == "inner_norm_tokens":
-                raise bad_argument("BlockSpec", name, "nothing without a token MLP", repr(value))
+                raise _wrong(name, expected, repr(value))
+            if self.kind != (only := _ONLY_OF.get(name, self.kind)):
+                raise _wrong(name, f"nothing without {only}", repr(value))
             if value == "channel" and self.kind == TOKEN_MLP and self.token_norm == "tokens":
-                expected = "'scalar', or token_norm='hidden'"  # a row over T is no channel
-                raise bad_argument("BlockSpec", name, expected, repr(value))
+                raise _wrong(name, "'scalar', or token_norm='hidden'", repr(value))
         for name, other in _NEEDS.items():
             if name in changed and other not in changed:
-                raise bad_argument("BlockSpec", name, f"nothing without {other}", name)
+                raise _wrong(name, f"nothing without {other}", name)
+        if self.prefix and self.mask != "prefix":
+            raise _wrong("prefix", "nothing without mask='prefix'", self.prefix)
         if self.kv_heads and self.num_heads % self.kv_heads:
-            expected = f"a divisor of num_heads={self.num_heads}"
-            raise bad_argument("BlockSpec", "kv_heads", expected, self.kv_heads)
+            raise _wrong("kv_heads", f"a divisor of num_heads={self.num_heads}", self.kv_heads)
         if self.inner_norm_of == "product" and not (self.gated and self.activation == "silu"):
-            raise bad_argument("BlockSpec", "inner_norm_of", "'middle' unless SwiGLU", "'product'")
+            raise _wrong("inner_norm_of", "'middle' unless SwiGLU", "'product'")
 
     def _slots(self) -> list[tuple[str, tuple[int, ...]]]:
         d, f, both = self.hidden, self.inner, 2 if self.gated else 1
@@ -241,8 +238,8 @@ class BlockSpec:
             slots += [("q_norm", (self.head_dim,)), ("k_norm", (self.head_dim,))]
         slots += [("attn_norm", (self.num_heads * self.head_dim,))] * self.attn_norm_weight
         slots += [("inner_norm", (f,))] * self.inner_norm_weight
-        both_normed = self.inner_norm_weight and self.inner_norm_tokens
-        slots += [("t_inner_norm", (self.token_inner,))] * both_normed
+        if self.inner_norm_weight and self.inner_norm_tokens:
+            slots.append(("t_inner_norm", (self.token_inner,)))
         if self.conv:
             channels = shapes["gate_up"][0] if self.conv_of == "gate_up" else f
             slots += [("conv", (channels, 1, self.conv)), ("conv_bias", (channels,))]
@@ -270,46 +267,49 @@ class BlockSpec:
     def from_key(cls, key: str) -> BlockSpec:
         """The block whose `key` is given."""
         kind, *rest = key.split(",", 7)
-        plain = cls(kind, *map(int, rest[:5]), eps=float(rest[5]))
-        return plain.with_fields(rest[6]) if rest[6:] else plain
+        return cls(kind, *map(int, rest[:5]), float(rest[5]), **_fields("".join(rest[6:])))
 
     def with_fields(self, text: str) -> BlockSpec:
         """The same block with the fields that a text names: "conv:2,norm:layer,biases:qkv+o"."""
-        fields = {}
-        for pair in text.split(","):
-            name, _, value = pair.strip().partition(":")
-            if name not in VARIANT:
-                raise bad_argument("BlockSpec", "field", f"one of {', '.join(VARIANT)}", name)
-            fields[name] = _value(name, value)
-        return dataclasses.replace(self, **fields)
+        return dataclasses.replace(self, **_fields(text))
 
 
-# Fields of a variant and what they are in TRM and HRM.
-VARIANT = {f.name: f.default for f in fields(BlockSpec)[7:] if f.init}
-_OF_ATTENTION = {
+VARIANT = {f.name: f.default for f in fields(BlockSpec)[7:] if f.init}  # as TRM and HRM have them
+_BOOLS = {"true": True, "false": False}
+_SIZES = tuple(f.name for f in fields(BlockSpec)[1:7])  # and eps
+_ONLY_OF = {"inner_norm_tokens": TOKEN_MLP} | dict.fromkeys((
     "kv_heads", "head_size", "mask", "prefix", "window", "qk_norm", "qk_norm_weight", "attn_gate",
     "attn_norm", "attn_norm_weight", "axial", "key_padding",
-}  # fmt: skip
-_NEEDS = {
-    "qk_norm_weight": "qk_norm", "attn_norm_weight": "attn_norm", "prefix": "mask",
-    "inner_norm_weight": "inner_norm", "inner_norm_tokens": "inner_norm",
-    "inner_norm_of": "inner_norm", "conv_of": "conv", "conv_dtype": "conv",
-}  # fmt: skip
+), ATTENTION)  # fmt: skip
+_NEEDED = ("qk_norm", "attn_norm", "inner_norm", "conv")
+_NEEDS = {name: other for name in VARIANT for other in _NEEDED if name.startswith(f"{other}_")}
 
 
 def _text(value: Any) -> str:
     return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _value(name: str, text: str) -> Any:
-    """The inverse of `_text`, by the type of the field's default."""
-    if name in ("biases", "axial"):
-        return tuple(map(str if name == "biases" else int, text.split("+")))
-    kind = type(VARIANT[name])
-    try:
-        return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-    except (KeyError, ValueError):
-        raise bad_argument("BlockSpec", name, kind.__name__, repr(text)) from None
+def _plain(value: Any) -> Any:
+    """Python's own: NumPy's numbers and those of tensors, lists as tuples."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _fields(text: str) -> dict[str, Any]:
+    """The inverse of `_text`, by the type of each field's default."""
+    found: dict[str, Any] = {}
+    for name, _, value in (pair.strip().partition(":") for pair in text.split(",") if text):
+        if name not in VARIANT:
+            raise _wrong("field", f"one of {', '.join(VARIANT)}", name)
+        kind = type(VARIANT[name])
+        try:
+            if kind is tuple:
+                found[name] = tuple(map(int if name == "axial" else str, value.split("+")))
+            else:
+                found[name] = _BOOLS[value.lower()] if kind is bool else kind(value)
+        except (KeyError, ValueError):
+            raise _wrong(name, kind.__name__, repr(value)) from None
+    return found
 
 
 @hash_once

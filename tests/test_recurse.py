@@ -340,3 +340,26 @@ def test_step_may_sum_the_input_among_the_states() -> None:
     for out in outs:
         for name in out:
             torch.testing.assert_close(out[name], outs[-1][name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+@pytest.mark.parametrize("save", ["all", "block", "states"])
+def test_learned_tables_have_a_gradient_or_are_refused(backend: str, save: str) -> None:
+    """Engines have none for them, and must not leave them untrained without a word."""
+    if backend not in runnable_backends():
+        pytest.skip(f"no {backend} here")
+    schedule, net = Schedule.single_z(1, 1), make_net()
+    x, carry = make_inputs(schedule)
+    tables = tuple(table.requires_grad_() for table in rope())
+
+    def run() -> torch.Tensor:
+        how = dict(cos_sin=tables, backend=backend, save=save)
+        return recurx.recurse(schedule, {"L": net}, x, carry, **how)["z"]
+
+    with torch.no_grad():
+        assert run().isfinite().all()
+    if (backend, save) == ("eager", "all"):
+        assert all(grad.any() for grad in torch.autograd.grad(run().sum(), tables))
+        return
+    with pytest.raises(recurx.InvalidArgument, match=r"cos_sin.*learned.*detach"):
+        run()

@@ -356,6 +356,16 @@ def test_a_learned_factor_planted_wrong_bites(monkeypatch: pytest.MonkeyPatch) -
         test_learned_factors_in_bf16_are_read_in_fp32()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_an_empty_batch(name: str) -> None:
+    spec = spec_of(name)
+    weights = [weight.requires_grad_() for weight in net_of(spec).weights]
+    x, nets = torch.randn(0, TOKENS, WIDTH), {"L": recurx.Net(NetSpec((spec,)), weights)}
+    out = recurx.recurse(ONE, nets, x, {"z": x}, backend="eager", cos_sin=tables_of(spec))["z"]
+    assert out.shape == x.shape
+    assert not any(grad.any() for grad in torch.autograd.grad(out.sum(), weights))
+
+
 def test_an_axial_net_wants_its_grid() -> None:
     net, x = net_of(spec_of("axial, rows")), torch.randn(1, TOKENS + 1, WIDTH)
     with pytest.raises(InvalidArgument, match="3 x 4"):
@@ -423,11 +433,57 @@ _OVER_TOKENS = dict(kind=TOKEN_MLP, tokens=TOKENS, token_inner=8)
         (dict(_OVER_TOKENS, learned_scale="channel"), "learned_scale"),
         (dict(_OVER_TOKENS, learned_skip="channel"), "learned_skip"),
         (dict(norm_weight=1), "norm_weight"),
+        (dict(mask="causal", prefix=3), "mask='prefix'"),
+        (dict(biases=3), "biases"),
+        (dict(axial=3), "axial"),
+        (dict(axial=("3", 4, 0)), "axial"),
+        (dict(axial=(3.0, 4, 0)), "axial"),
+        (dict(inner_norm="rms", inner_norm_tokens=True), "inner_norm_tokens"),
+        (dict(eps="1e-5"), "eps"),
+        (dict(eps=-1e-5), "eps"),
+        (dict(eps=float("nan")), "eps"),
+        (dict(eps=True), "eps"),
     ],
 )
 def test_impossible_blocks_are_refused(wrong: dict[str, object], says: str) -> None:
     with pytest.raises(InvalidArgument, match=says):
         BlockSpec(**{**dict(kind=ATTENTION, hidden=WIDTH, inner=48, num_heads=4), **wrong})
+
+
+def test_numbers_and_lists_of_any_kind_are_one_value() -> None:
+    """NumPy's numbers and arrays, tensors, lists: equal to Python's own, and with the same key."""
+    numpy = pytest.importorskip("numpy")
+    plain = dict(
+        kv_heads=2, head_size=8, window=3, conv=2, residual_scale=0.5, attn_gate=True,
+        axial=(3, 4, 0), biases=("qkv", "o"), dropout=0.5,
+    )  # fmt: skip
+    given = dict(
+        kv_heads=numpy.int64(2), head_size=torch.tensor(8), window=numpy.int32(3),
+        conv=numpy.uint8(2), residual_scale=numpy.float32(0.5), attn_gate=numpy.bool_(True),
+        axial=numpy.array([3, 4, 0]), biases=["qkv", "o"], dropout=numpy.float64(0.5),
+    )  # fmt: skip
+    want = BlockSpec(ATTENTION, WIDTH, 48, 4, eps=0.25, **plain)
+    got = BlockSpec(
+        ATTENTION, numpy.int64(WIDTH), torch.tensor(48), 4, eps=numpy.float32(0.25), **given
+    )
+    assert (got, hash(got), got.key) == (want, hash(want), want.key)
+    assert BlockSpec(ATTENTION, WIDTH, 48, 4, axial=[3, 4, 0]).key.endswith("axial:3+4+0")
+    with pytest.raises(InvalidArgument, match="axial"):
+        want.with_fields("axial:3+x")
+
+
+def test_heads_that_do_not_divide_the_width() -> None:
+    """Their width is a field of its own; operators, which take a spec as text, know it too."""
+    spec = BlockSpec(ATTENTION, WIDTH, 48, 3, head_size=16)
+    assert BlockSpec.from_key(spec.key) == spec
+    net, (x, z) = net_of(spec), torch.randn(2, 2, TOKENS, WIDTH)
+    leaves = [weight.requires_grad_() for weight in net.weights]
+    for save in ("all", "block", "states"):
+        out = recurx.recurse(ONE, {"L": net}, x, {"z": z}, save=save)["z"]
+        want = reference.run(ONE, {"L": net}, x, {"z": z})["z"]
+        torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
+        got, true = (torch.autograd.grad(t.square().sum(), leaves) for t in (out, want))
+        torch.testing.assert_close(got, true, rtol=1e-3, atol=1e-3)
 
 
 def test_a_channel_scale_wants_channels() -> None:
