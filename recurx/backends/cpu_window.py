@@ -54,7 +54,7 @@ class CpuWindow(Window):
     ) -> list[tuple[tuple[int, ...], torch.dtype]]:
         if save == "states":
             return []
-        tokens, specs = problem.tokens, dict(problem.nets)
+        tokens, specs = int(problem.tokens), dict(problem.nets)  # T may be a symbol, while traced
         module, values, floats = self._module(), 0, 0
         for call in lower(problem.schedule, span).calls:
             values += tokens * problem.hidden
