@@ -1,5 +1,6 @@
-// Random recursions, windows and solves by every engine that is linked in, for the sanitizers of
-// addresses, of undefined behaviour and of threads. No Python, no torch.
+// Random recursions, windows and solves by every engine that is linked in, blocks of later systems
+// (random_variants.hpp) among them, for the sanitizers of addresses, of undefined behaviour and of
+// threads. No Python, no torch.
 //
 //   random_check first count [engines] [reruns] [against]
 //
@@ -21,6 +22,7 @@
 
 #include "cpu/engines.hpp"
 #include "cpu/machine.hpp"
+#include "random_variants.hpp"
 #include "sanitized.hpp"
 
 int rx_planted = -1;  // sanitized.hpp
@@ -138,6 +140,7 @@ struct Case {
   size_t size = engine.state_bytes;  // of a value
   bool int8 = !engine.window.forward;
   int D, T, B;
+  int grid[3] = {};  // rows, columns and axis, if attention keeps to the lines of one
   std::vector<Bytes> held;
   std::vector<std::vector<PackedBlock>> blocks;
   std::vector<PackedNet> nets;
@@ -159,6 +162,11 @@ struct Case {
            " T=" + std::to_string(T) + " B=" + std::to_string(B);
     int heads = r.from(1, 4);
     while (D % (16 * heads) || D / heads > 128) heads = heads % 64 + 1;
+    if (!int8 && r.one_in(5)) {
+      grid[0] = r.from(1, T), grid[2] = r.from(0, 1);
+      while (T % grid[0]) --grid[0];
+      grid[1] = T / grid[0];
+    }
     const int mixer = r.from(0, 4);  // attention, token MLPs, or both
     for (int net = r.from(1, 2); net > 0; --net) {
       blocks.emplace_back();
@@ -168,7 +176,7 @@ struct Case {
       text += " |";
     }
     if (!r.one_in(4)) {
-      const size_t count = (size_t)T * (D / heads);
+      const size_t count = (size_t)(grid[0] ? grid[grid[2]] : T) * (D / heads);
       cos = (const float*)hold(values(r, count, 4, 0.6f));
       sin = (const float*)hold(values(r, count, 4, 0.6f));
     }
@@ -191,43 +199,60 @@ struct Case {
     s.eps = 1e-5f;
     if (attention) s.heads = heads, s.head_dim = D / heads;
     if (!attention) s.tokens = T, s.token_inner = r.from(1, 70);
-    text +=
-        attention ? " heads " + std::to_string(heads) : " over " + std::to_string(s.token_inner);
-    text += " F " + std::to_string(s.inner);
-    const int mixed = attention ? D : s.token_inner, from = attention ? D : T;
-    const int shapes[weights_per_block][2] = {{attention ? 3 * D : 2 * mixed, from},
-                                              {attention ? D : T, mixed},
-                                              {2 * s.inner, D},
-                                              {D, s.inner}};
-    for (const auto& shape : shapes) {
-      const size_t count = (size_t)shape[0] * shape[1];
-      weight_sizes.push_back(count);
-      weights.push_back({nullptr, size == 4 ? Dtype::f32 : Dtype::bf16});
-      if (int8) {
-        const Bytes codes = bytes(count);
-        for (size_t i = 0; i < count; ++i) codes.get()[i] = (char)r.from(-127, 127);
-        weights.back() = {hold(codes), Dtype::int8,
-                          (const float*)hold(values(r, shape[0], 4, 0.01f))};
-      } else {
-        weights.back().data = hold(values(r, count, size, 1.f / std::sqrt((float)shape[1])));
-      }
+    if (!int8 && ((attention && grid[0]) || r.one_in(2))) {
+      draw_variant(r, s, T, grid);
+      text += said(s.variant);
     }
-    weights.resize(weights.size() + slots_per_block - weights_per_block);
-    weight_sizes.resize(weights.size());
+    text += s.token_mlp ? " over " + std::to_string(s.token_inner)
+                        : " heads " + std::to_string(s.heads);
+    text += " F " + std::to_string(s.inner);
+    const RawWeight* const first = add_weights(s);
     // Each packed weight goes to memory of its own.
     const size_t total = engine.packed_bytes(s);
     const std::unique_ptr<void, void (*)(void*)> packed(allocate(total), std::free);
     PackedBlock block;
-    engine.pack(s, &weights[weights.size() - slots_per_block], packed.get(), &block);
+    engine.pack(s, first, packed.get(), &block);
     const char* end = (const char*)packed.get() + total;
-    for (int i = weights_per_block; i-- > 0;) {
+    for (int i = matrices_per_block; i-- > 0;) {
       const char* const begin = (const char*)block.weight[i];
+      if (!begin) continue;
       const size_t count = end - begin;
       block.weight[i] = hold({(char*)std::aligned_alloc(64, count), std::free});
       std::memcpy((void*)block.weight[i], begin, count);
       end = begin;
     }
+    for (int i = 0; i < vectors_per_block; ++i) {
+      if (!first[matrices_per_block + i].data) continue;
+      const std::vector<float> vector = pack_vector(s, i, first[matrices_per_block + i]);
+      const Bytes own = bytes(vector.size() * sizeof(float));
+      std::memcpy(own.get(), vector.data(), vector.size() * sizeof(float));
+      block.vector[i] = (const float*)hold(own);
+    }
     blocks.back().push_back(block);
+  }
+
+  // The weights of a block, at the end of the list, which is slots_per_block longer then.
+  const RawWeight* add_weights(const BlockShape& s) {
+    for (int slot = 0; slot < slots_per_block; ++slot) {
+      const int vector = slot - matrices_per_block;
+      const MatrixSize matrix = vector < 0 ? size_of_matrix(s, slot) : MatrixSize{};
+      size_t count = (size_t)matrix.out * matrix.in;
+      if (vector >= 0 && s.variant.on && may_have(s, vector) && (vector >= conv || r.one_in(2)))
+        count = size_of_vector(s, vector).count();
+      weight_sizes.push_back(count);
+      weights.push_back({nullptr, size == 4 ? Dtype::f32 : Dtype::bf16});
+      if (!count) continue;
+      if (int8) {
+        const Bytes codes = bytes(count);
+        for (size_t i = 0; i < count; ++i) codes.get()[i] = (char)r.from(-127, 127);
+        weights.back() = {hold(codes), Dtype::int8,
+                          (const float*)hold(values(r, matrix.out, 4, 0.01f))};
+      } else {
+        const float scale = vector < 0 ? 1.f / std::sqrt((float)matrix.in) : 0.6f;
+        weights.back().data = hold(values(r, count, size, scale));
+      }
+    }
+    return &weights[weights.size() - slots_per_block];
   }
 
   const std::vector<int>& list(int least, int most) {
@@ -250,6 +275,9 @@ struct Case {
       step.sum = again ? Sum::kept : form ? Sum::formed : Sum::own;
       if (step.sum == Sum::formed) kept = &inject;
       if (kept && std::count(kept->begin(), kept->end(), step.write)) kept = nullptr;
+      if (r.one_in(4)) step.keep = 0.25f, step.share = 0.75f;
+      if (r.one_in(4)) step.scale = 1.25f;
+      if (r.one_in(4)) step.noise = 0.5f, step.number = i;
       steps.push_back(step);
       text += " " + std::to_string(step.net) + ">" + std::to_string(step.write);
     }
@@ -267,7 +295,9 @@ struct Case {
             (int)nets.size(),
             nets.data(),
             cos,
-            sin};
+            sin,
+            7,
+            3};
   }
 
   // `in_place`: as a carry is updated.
@@ -358,7 +388,11 @@ struct Case {
     if (trace || how.by_answer) how.answers = (int64_t*)got.add(B * answers);
     if (trace) how.trace = (int64_t*)got.add(how.max_steps * B * answers);
     how.done = &done;
-    solve(engine, recursion(nullptr), how, threads);
+    std::vector<Step> quiet = steps;  // noise of calls counts samples by their place
+    for (Step& step : quiet) step.noise = 0.f;
+    Recursion one = recursion(nullptr);
+    one.steps = quiet.data();
+    solve(engine, one, how, threads);
     return got;
   }
 };

@@ -45,6 +45,12 @@ BUGS = {
         "to.cos + ((long)to.position[row] + 1) * dim",
     ),
     "a shift by all bits": ("runtime error", "noise.cpp", "b >> 8", "b >> 32"),
+    "a token too many under a convolution": (
+        "AddressSanitizer", "variant_rows.hpp", "t < tokens + width", "t < tokens + width + 4",
+    ),
+    "no room for the gradient of a convolution's bias": (
+        "AddressSanitizer", "backward/variant_space.hpp", "2 * (z.taps + 1)", "z.taps",
+    ),
     "padding that is not cleared": (
         "other bits", "token_mlp.hpp", "t < round_up(tokens, kAlign)", "t < tokens",
     ),

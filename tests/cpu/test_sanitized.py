@@ -24,8 +24,10 @@ SEEN_BY = {
     "amx": "a row too few in a window's scratch",
 }
 CASES = {sanitized.ADDRESS: 32, sanitized.THREAD: 12}
-# Of a block's forward and of its backward.
-BARRIERS = ("block.hpp", "backward/block_backward.hpp")
+# Of a block's forward and of its backward, and of those of later systems.
+BARRIERS = (
+    "block.hpp", "backward/block_backward.hpp", "variant_block.hpp", "backward/variant_forward.hpp",
+)  # fmt: skip
 
 pytestmark = pytest.mark.slow
 
