@@ -10,8 +10,8 @@
 // warp a token. No tensor of logits is written unless it is asked for. What waits for whom is each
 // family's own: owner_sm80/solve.cuh, cluster_sm90a/solve.cuh.
 #pragma once
+#include "checks.cuh"
 #include "recursion.cuh"
-#include "rx/launch.cuh"
 #include "rx/random.cuh"
 
 namespace rx {
@@ -121,9 +121,7 @@ RX_DEVICE void leave_step(const RxSolve& s, Slot& at) {
 
 // ---- host
 inline int check_solve(const RxRecursion& r, const RxSolve& s, int slots, const char* family) {
-  auto refuse = [&](const std::string& what) {
-    return fail(kRxInvalidShape, std::string(family) + ": " + what);
-  };
+  auto refuse = [&](const std::string& why) { return rx::refuse(family, why); };
   auto text = [](int64_t x) { return std::to_string(x); };
   if (s.entries < 1 || s.rollouts < 1 || s.max_steps < 1 || s.vocab < 1)
     return refuse("entries, rollouts, max_steps and vocab must be positive");

@@ -7,11 +7,12 @@ read, those that redesigns of them would reach, and those of PyTorch's operators
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from recurx.bench.cases import CASES
 from recurx.bench.problems import problem_of_config
-from recurx.plan import DEVICES, LaunchPlan
+from recurx.plan import DEVICES, LaunchPlan, cost
 from recurx.plan.launch import all_candidates
 
 DEVICE = DEVICES["h200"]
@@ -61,8 +62,13 @@ ROWS = (
 )
 
 
+# Of the second table: Hopper, and cards where a block has 99 KB of shared memory.
+CARDS = ("h100", "h200", "rtx4090", "l40s")
+BATCHES = (1, 64, 512)
+
+
 def table() -> str:
-    """The rows as Markdown; * marks what the model would pick."""
+    """The rows as Markdown, * marks what the model would pick; and the plans of some cards."""
     columns = ["case", "B", "plan", "model", "by hand", "redesigned, by hand", "eager, model"]
     columns += ["eager, by hand"]
     lines = [columns, ["---"] * len(columns)]
@@ -75,7 +81,32 @@ def table() -> str:
                 _range(row.eager),
             ]
         )  # fmt: skip
-    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", launches()])
+    return "\n\n".join([_markdown(lines), launches(), _markdown(plans())])
+
+
+def plans() -> list[list[str]]:
+    """Cells of the CUDA kernel that is predicted fastest for TRM-att on CARDS."""
+    columns = ["card", "B", "plan", "ms, model", "busy", "GB through L2", "GB, shared memory"]
+    lines = [[*columns, "limited by"], ["---"] * (len(columns) + 1)]
+    for name, batch in itertools.product(CARDS, BATCHES):
+        problem = problem_of_config(CASES["trm-att"].make(), batch, "cuda")
+        costs, device = cost(problem, name), DEVICES[name]
+        plan = costs["cuda"]
+        work, parts = plan.work, plan.work.parts(device)
+        lines.append(
+            [
+                name, str(batch), f"cuda/{plan.kind}" + " *" * (plan == costs.plans[0]),
+                f"{1e3 * plan.seconds(device):.3g}",
+                f"{min(work.parallel, device.units):.0f} of {device.units}",
+                f"{work.l2_bytes / 1e9:.3g}", f"{work.shared_bytes / 1e9:.3g}",
+                max(parts, key=parts.__getitem__),
+            ]
+        )  # fmt: skip
+    return lines
+
+
+def _markdown(lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def launches() -> str:

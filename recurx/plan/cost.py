@@ -47,23 +47,24 @@ class Costs:
         lines = [
             f"{self.problem}",
             f"on {self.device.name} (rates: {self.device.source}): {self.flops / 1e9:.2f} GFLOP, "
-            f"weights {self.weight_bytes / 1e6:.1f} MB",
-            f"{'plan':24} {'ms':>9} {'TFLOP/s':>8} {'DRAM MB':>9} {'L2 MB':>9} "
-            f"{'launches':>8} {'barriers':>8}  limited by  sizes",
+            f"weights {self.weight_bytes / 1e6:.1f} MB; times are reckoned, not measured",
+            f"{'plan':24} {'ms':>9} {'TFLOP/s':>8} {'busy':>8} {'DRAM MB':>9} {'L2 MB':>9} "
+            f"{'shared MB':>9} {'launches':>8} {'barriers':>8}  limited by  sizes",
         ]
         for plan in self.plans:
             seconds, work = plan.seconds(self.device), plan.work
             parts = work.parts(self.device)
             limit = max(parts, key=lambda name: parts[name])
+            shared = f"{work.shared_bytes / 1e6:.1f}" if work.shared_bytes else "-"
+            busy = f"{min(work.parallel, self.device.units):.0f}/{self.device.units}"
             sizes = " ".join(f"{name}={value}" for name, value in plan.settings)
             lines.append(
                 f"{plan.backend + '/' + plan.kind:24} {1e3 * seconds:9.3f} "
-                f"{work.flops / seconds / 1e12:8.2f} {work.dram_bytes / 1e6:9.1f} "
-                f"{work.l2_bytes / 1e6:9.1f} {work.launches:8.0f} {work.barriers:8.0f}  "
-                f"{limit:10} {sizes}".rstrip()
+                f"{work.flops / seconds / 1e12:8.2f} {busy:>8} {work.dram_bytes / 1e6:9.1f} "
+                f"{work.l2_bytes / 1e6:9.1f} {shared:>9} {work.launches:8.0f} "
+                f"{work.barriers:8.0f}  {limit:10} {sizes}".rstrip()
             )
-        lines += [f"  not: {reason}" for reason in self.refused]
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  not: {reason}" for reason in self.refused)])
 
 
 def cost(problem: Problem, device: torch.device | str | Device | None = None) -> Costs:

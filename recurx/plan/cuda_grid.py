@@ -5,8 +5,7 @@ CTAs, its units to the CTAs of a group; so a CTA reads 1/g of the rows in each c
 g / CTAs of the weight in shared memory. What does not fit comes from L2 in each call, to a place
 set aside for the largest slice, while the CTA is at other stages. g is chosen for each of the four
 products of a block together, by the bytes that the busiest CTA reads and the products that it
-forms. Sizes are those of csrc/cuda/grid_sm80/layout.cuh; a test compares
-them.
+forms. Sizes are those of csrc/cuda/grid_sm80/layout.cuh; a test compares them.
 """
 
 from __future__ import annotations
@@ -108,9 +107,8 @@ class Share:
 
     @property
     def row_bytes(self) -> int:
-        return (
-            ceil_div(self.units, self.product.units_a_pass) * self.tiles * self.product.depth * 512
-        )
+        passes = ceil_div(self.units, self.product.units_a_pass)
+        return passes * self.tiles * self.product.depth * 512
 
     @property
     def streamed_bytes(self) -> int:
@@ -118,20 +116,18 @@ class Share:
         return ceil_div(self.tiles * self.splits, WARPS) * self.weight_bytes
 
     @property
+    def shared_bytes(self) -> int:
+        """Of the weight, read from shared memory: each row tile meets all of it."""
+        return self.tiles * self.weight_bytes
+
+    @property
     def flops(self) -> float:
-        return (
-            2.0
-            * self.tiles
-            * self.units
-            * (16 if self.product.wide else 8)
-            * (self.product.depth * 256)
-        )
+        channels = self.units * (16 if self.product.wide else 8)
+        return 2.0 * self.tiles * channels * (self.product.depth * 256)
 
     def handover_bytes(self, splits: int) -> int:
-        one = (
-            min(self.units, self.product.units_a_pass) * (1024 if self.product.wide else 512) + 256
-        )
-        return (WARPS - WARPS // splits) * one
+        units = min(self.units, self.product.units_a_pass)
+        return (WARPS - WARPS // splits) * (units * (1024 if self.product.wide else 512) + 256)
 
 
 def why_not_grid(problem: Problem, device: Device) -> str | None:
@@ -268,13 +264,14 @@ def _plan(
     for name, spec in problem.nets:
         ranges[name] = layout[first : first + 4 * len(spec.blocks)]
         first += 4 * len(spec.blocks)
-    padded = moved = stages = behind = 0.0
+    padded = moved = stages = behind = shared = 0.0
     for step in problem.schedule.steps:
         for share, kept in ranges[step.net]:
             padded += ctas * share.flops
             again = share.weight_bytes if staged else share.streamed_bytes
             moved += ctas * (share.row_bytes + (0 if kept else again))
             behind += ctas * (again if staged and not kept else 0)
+            shared += ctas * (share.shared_bytes if kept or staged else 0)
         for block in specs[step.net].blocks:
             token_tiles = ceil_div(problem.tokens, 16)
             if block.kind == ATTENTION:  # a CTA reads 16 queries, all keys and values of a head
@@ -291,6 +288,7 @@ def _plan(
         padded_flops=padded,
         dram_bytes=state_bytes * (1 + 2 * len(problem.schedule.states)),
         l2_bytes=moved + sum(ctas * s.weight_bytes for s, kept in layout if kept),
+        shared_bytes=shared + behind,
         launches=2,  # the memset of the flags, and the kernel
         barriers=waits * 1e6 / device.barrier_us,
         efficiency=device.mma_sync * EFFICIENCY,

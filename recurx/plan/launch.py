@@ -26,7 +26,7 @@ class Work:
         padded_flops: FLOPs that the tiles do, padding included; and those that a kernel which waits
             for L2 could do meanwhile, where a plan is a row of kernels.
         dram_bytes, l2_bytes: bytes moved from and to device memory, and from and to L2.
-        shared_bytes: bytes moved from and to shared memory, of all multiprocessors.
+        shared_bytes: bytes of operands from and to shared memory, of all multiprocessors.
         vector_flops: work on single values (exponentials, norms), as FLOPs at the rate of fp32
             products; 0 where the plan's efficiency has it in.
         launches: kernels (GPU) or operators (CPU).
@@ -77,6 +77,7 @@ class Work:
         what nothing hides: barriers, and on a CPU or in a graph launches."""
         parts = self.parts(device)
         waiting = parts.pop("launches") + parts.pop("barriers")
+        parts["products"] = max(parts["products"], parts.pop("shared"))  # its operands
         working = max(parts.values()) if self.overlap else sum(parts.values())
         if self.from_python and device.kind == "cuda":
             return max(waiting, working + 1e-6 * self.launches * device.launch_us)

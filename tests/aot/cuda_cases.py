@@ -43,6 +43,16 @@ def cases(folder: Path = CUDA_FOLDER) -> list[CudaCase]:
     return [_read(path) for path in sorted(folder.rglob("*.cu")) if _has_kernel(path)]
 
 
+def owner_alone(folder: Path, plan: str) -> CudaCase:
+    """The owner kernel of one line of RX_OWNER_PLANS, in a source written to `folder`: -D takes no
+    macro with arguments through nvcc."""
+    source = folder / "owner_alone.cu"
+    launch = CUDA_FOLDER / "owner_sm80" / "launch.cu"
+    assert plan in launch.read_text(), f"{launch} does not compile {plan}"
+    source.write_text(f'#define RX_OWNER_PLANS(X) {plan}\n#include "owner_sm80/launch.cu"\n')
+    return CudaCase(source, ARCHS, _NEEDS["80"])
+
+
 def _has_kernel(path: Path) -> bool:
     text = path.read_text()
     if '#include "kernel.cuh"' in text:

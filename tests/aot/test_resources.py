@@ -48,6 +48,17 @@ def test_cuda_kernel(case, arch):
     assert not any(faults for _, _, faults in rows), resources.table(rows)
 
 
+@needs_cuobjdump
+@needs_nvcc
+@pytest.mark.parametrize("arch", ["80", "86", "89", "120"])
+def test_the_owner_kernel_of_six_row_tiles_with_h_in_scratch(tmp_path, arch):
+    """Of T = 81 to 96 where a block has 99 KB, that is on these (86 and 89 may run the code of 80).
+    The others with h in scratch are compiled above."""
+    case = cuda_cases.owner_alone(tmp_path, "X(512, 6, kScratch)")
+    (row,) = report.cuda_rows(case, arch)
+    assert row[0].endswith(" 512,6,1") and not row[2], resources.table([row])
+
+
 SPILLS = """
 __global__ void __launch_bounds__(1024) spills(float* p) {
   float v[200];

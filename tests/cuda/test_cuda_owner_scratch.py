@@ -69,19 +69,26 @@ def test_every_call_teacher_forced(scratch, system: str, kind: str) -> None:
     teacher_forced(scratch, schedule, nets, BF16)
 
 
+def stack(cuda: EmulatedCuda, schedule: Schedule, nets, x) -> EmulatedCuda:
+    """The backend with three samples in the rows of a CTA, h in scratch."""
+    places = ((x.shape[2], 3, 1),)
+    stacked = EmulatedCuda(cuda.emulated, places, DEVICE)
+    problem = dataclasses.replace(problem_for(schedule, nets, x), dtype=BF16)
+    found = plan.candidates(problem, DEVICE, places, ("owner",))
+    (chosen,) = [p for p in found if p["samples"] == 3]
+    stacked.plan = lambda *_: chosen
+    return stacked
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_launch_of_many_calls_with_stacked_samples(places, kind: str) -> None:
     """Three samples of 11 tokens in rows of one CTA, as h in shared memory has them."""
     shared, _ = places
-    scratch = EmulatedCuda(shared.emulated, ((128, 3, 1),), DEVICE)
     schedule = Schedule.trm(2, 1)
     size = dict(tokens=11, hidden=128, heads=2)
     nets = {"L": make_net(kind, blocks=2, **size)}
     x, carry = make_inputs(schedule, batch=5, tokens=11, hidden=128, dtype=BF16)
-    problem = dataclasses.replace(problem_for(schedule, nets, x), dtype=BF16)
-    found = plan.candidates(problem, DEVICE, ((128, 3, 1),), ("owner",))
-    (chosen,) = [p for p in found if p["samples"] == 3]
-    scratch.plan = lambda *_: chosen
+    scratch = stack(shared, schedule, nets, x)
     got = scratch(schedule, nets, x, carry, rope(**size))
     want = shared(schedule, nets, x, carry, rope(**size))
     for name in schedule.states:
@@ -155,14 +162,17 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> EmulatedCuda:
     return bugs.plant_all(tmp_path_factory.mktemp("bugs"))
 
 
-def outcome(cuda: EmulatedCuda, kind: str, seed: int) -> str:
-    """Two CTAs, a sample each, run interleaved: 'right', or what was found."""
-    size = dict(tokens=33, hidden=64, heads=2)
-    net = make_net(kind, **size, blocks=2)
-    x, carry = make_inputs(ONE_CALL, batch=2, tokens=33, hidden=64, dtype=BF16)
+def outcome(cuda: EmulatedCuda, bug: bugs.Bug, seed: int) -> str:
+    """Two CTAs, a sample or three each, run interleaved: 'right', or what was found."""
+    batch, tokens = (6, 11) if bug.stacked else (2, 33)
+    size = dict(tokens=tokens, hidden=64, heads=2)
+    net = make_net(bug.kind, **size, blocks=2)
+    x, carry = make_inputs(ONE_CALL, batch=batch, tokens=tokens, hidden=64, dtype=BF16)
     exact_net = rounded(net, BF16, torch.float64)
     exact = reference.run(ONE_CALL, {"L": exact_net}, x.double(), wide(carry), rope(**size))
     plain = reference.run(ONE_CALL, {"L": net}, x, carry, rope(**size))
+    if bug.stacked:
+        cuda = stack(cuda, ONE_CALL, {"L": net}, x)
     cuda.emulated.configure(seed=seed, together=1)
     try:
         got = cuda(ONE_CALL, {"L": net}, x, carry, rope(**size))
@@ -178,13 +188,13 @@ def test_a_planted_bug_is_found(planted: EmulatedCuda, bug: bugs.Bug) -> None:
     bugs.wake(planted, bug)
     try:
         for seed in range(1, 4 if "race" in bug.found else 2):
-            found = outcome(planted, bug.kind, seed)
+            found = outcome(planted, bug, seed)
             assert re.search(bug.found, found), f"seed {seed}: {found}"
     finally:
         bugs.wake(planted, None)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_with_all_bugs_asleep_it_is_right(planted: EmulatedCuda, kind: str) -> None:
-    assert {outcome(planted, kind, seed) for seed in range(1, 4)} == {"right"}
+def test_with_all_bugs_asleep_it_is_right(planted: EmulatedCuda) -> None:
+    for bug in {(bug.kind, bug.stacked): bug for bug in bugs.BUGS}.values():
+        assert {outcome(planted, bug, seed) for seed in range(1, 4)} == {"right"}

@@ -151,8 +151,8 @@ BUGS = [
         "P::kTokens == 128 || w == 0", "BUG || P::kTokens == 128 || w == 0", RACE),
     # ---- arithmetic
     Bug("gate and up swapped", ONE, PRODUCTS,
-        "silu(gate_up[i]) * gate_up[32 + i];",
-        "silu(gate_up[BUG * 32 + i]) * gate_up[!BUG * 32 + i];", WRONG),
+        "swiglu(gate_up[i], gate_up[32 + i]);",
+        "swiglu(gate_up[BUG * 32 + i], gate_up[!BUG * 32 + i]);", WRONG),
     Bug("mask off by one", Shape((ATT,), tokens=3), ATTENTION,
         "+ i >= me.p.r.tokens", "+ i >= me.p.r.tokens + BUG", WRONG),
     Bug("a packed neighbour leaks through the mask", PACKED, ATTENTION,
@@ -166,6 +166,14 @@ BUGS = [
         "    correction = exponentials(me, s, ", WRONG),
     Bug("angles count on from sample to sample", PACKED, ATTENTION,
         "min(token_of(me.p, ", "min(BUG ? me.w * kRows : token_of(me.p, ", WRONG),
+    Bug("packed sample after sample, so that one straddles both tiles", PACKED, RING,
+        "{ return row / kRows * (p.samples - 1); }\n"
+        "RX_DEVICE int token_of(const Params& p, int row) {"
+        " return row - sample_of(p, row) * kRows; }",
+        "{\n  if (BUG) return row / p.r.tokens;\n  return row / kRows * (p.samples - 1);\n}\n"
+        "RX_DEVICE int token_of(const Params& p, int row) {\n"
+        "  return row - sample_of(p, row) * (BUG ? p.r.tokens : kRows);\n}",
+        WRONG),
     Bug("rows of the second sample count to the first", PACKED, RING,
         "return row / kRows * (p.samples - 1);", "return row / kRows * (p.samples - 1) * !BUG;",
         WRONG + "|elements behind"),
@@ -183,7 +191,7 @@ BUGS = [
     Bug("Q not rotated", ONE, ATTENTION, "    rope_rotate(me, query);\n",
         "    if (!BUG) rope_rotate(me, query);\n", WRONG),
     Bug("token norm over 128 tokens", TOKENS, TOKEN_MIX,
-        "sum[e] / float(tokens)", "sum[e] / float(BUG ? 128 : tokens)", WRONG),
+        "(sum[e]) / float(tokens)", "(sum[e]) / float(BUG ? 128 : tokens)", WRONG),
     Bug("stale state: h taken for every first operand", NETS, KERNEL,
         "resident = p.r.calls[now.call].stays &&",
         "resident = (BUG || p.r.calls[now.call].stays) &&", WRONG),

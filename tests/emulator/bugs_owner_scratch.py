@@ -10,10 +10,12 @@ from recurx.nets import ATTENTION, TOKEN_MLP
 from . import asleep
 from .owner import EmulatedCuda, emulate
 
-PLACE, PRODUCT, RESIDUAL, TOKENS, TOP, OWNER = (
+PLACE, PRODUCT, RESIDUAL, TOKENS, TOP, OWNER, ATTEND, STATES = (
     f"owner_sm80/{part}.cuh"
-    for part in ("place", "product", "residual", "token_mlp", "kernel", "owner")
-)
+    for part in (
+        "place", "product", "residual", "token_mlp", "kernel", "owner", "attention", "states"
+    )
+)  # fmt: skip
 SCRATCH = r"race: (read|write) after (read|write) at global memory 'memory of the backend'"
 RACE = r"race: (read|write) after (read|write)|uninitialised shared memory"
 WRONG = r"relative error"
@@ -22,7 +24,9 @@ GUARD = "    if constexpr (P::kInScratch) {\n      if (!inside"
 
 @dataclass(frozen=True)
 class Bug:
-    """`kind`: of the blocks that show it. Two CTAs own a sample each and run interleaved."""
+    """`kind`: of the blocks that show it. Two CTAs own a sample each and run interleaved;
+    `stacked`: three short ones each, which lie in the rows of one CTA as where h is in shared
+    memory."""
 
     name: str
     file: str
@@ -30,6 +34,7 @@ class Bug:
     new: str
     found: str
     kind: str = ATTENTION
+    stacked: bool = False
 
 
 BUGS = [
@@ -115,6 +120,49 @@ BUGS = [
         "rx::pack_bf16(x.x * (BUG ? 1 : scale), x.y * (BUG ? 1 : scale));",
         WRONG,
         TOKEN_MLP,
+    ),
+    # ---- samples stacked in the rows of one CTA
+    Bug(
+        "a packed neighbour leaks through the mask",
+        ATTEND,
+        "constexpr int kSteps = kHeadDim / 16;\n"
+        "  const int first = i / o.p.at.sample_tiles * o.p.at.sample_tiles;",
+        "constexpr int kSteps = kHeadDim / 16;\n"
+        "  const int first = BUG ? 0 : i / o.p.at.sample_tiles * o.p.at.sample_tiles;",
+        WRONG,
+        stacked=True,
+    ),
+    Bug(
+        "values of a packed neighbour",
+        ATTEND,
+        "of column tiles of V\n  const int first = i /",
+        "of column tiles of V\n  const int first = BUG ? 0 : i /",
+        WRONG,
+        stacked=True,
+    ),
+    Bug(
+        "the mask ends with the row tile, not with the sample",
+        ATTEND,
+        "(e & 1) >= o.p.r.tokens)",
+        "(e & 1) >= (BUG ? o.p.at.sample_tiles * 16 : o.p.r.tokens))",
+        WRONG,
+        stacked=True,
+    ),
+    Bug(
+        "a sample that straddles row tiles",
+        STATES,
+        "const int sample_rows = o.p.at.sample_tiles * 16;",
+        "const int sample_rows = BUG ? o.p.r.tokens : o.p.at.sample_tiles * 16;",
+        WRONG,
+        stacked=True,
+    ),
+    Bug(
+        "tokens count on from sample to sample",
+        ATTEND,
+        "tile = tile + 1 == sample_tiles ? 0 : tile + 1;",
+        "tile = tile + 1 == sample_tiles && !BUG ? 0 : tile + 1;",
+        WRONG,
+        stacked=True,
     ),
 ]
 

@@ -103,6 +103,22 @@ def test_cost_prints_every_plan_and_its_limit():
         recurx.cost(problem(), "h900")
 
 
+def test_cost_prints_of_every_cuda_kernel_how_full_the_device_is_and_what_it_moves():
+    costs = recurx.cost(problem(batch=8, device="cuda"), "h100")
+    _, said, head, *rows = str(costs).splitlines()
+    assert said.endswith("times are reckoned, not measured")
+    order = [head.index(name) for name in ("ms", "busy", "DRAM MB", "L2 MB", "shared MB")]
+    assert order == sorted(order)
+    printed = {row.split()[0]: row.split() for row in reversed(rows) if row.startswith("cuda/")}
+    busy = {"cuda/owner": "8/132", "cuda/grid": "132/132", "cuda/cluster": "16/132"}
+    assert {name: words[3] for name, words in printed.items()} == busy
+    weights = 21 * costs.weight_bytes / 1e6
+    for name, (*_, l2, shared) in ((name, words[:7]) for name, words in printed.items()):
+        each = 8 if name == "cuda/owner" else 1  # reads the weights, once a call
+        assert float(l2) > each * weights, name
+        assert float(shared) > 8 * weights, name  # all samples meet them there
+
+
 def test_this_cpu_is_measured_and_leaves_the_random_state_alone():
     before = torch.get_rng_state()
     device = Device.of("cpu")

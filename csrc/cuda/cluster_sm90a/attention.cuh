@@ -69,8 +69,7 @@ RX_DEVICE float2 exponentials(const Consumer<P>& me, float (&s)[32], int first_k
         if (key + 8 * j + i >= me.p.r.tokens) x = -INFINITY;
         highest = max(highest, x);
       }
-    highest = max(highest, __shfl_xor_sync(rx::kFullWarp, highest, 1));
-    highest = max(highest, __shfl_xor_sync(rx::kFullWarp, highest, 2));
+    highest = rx::max_of_row(highest);
     correction[e] = __expf((top[e] - highest) * kScale);
     top[e] = highest;
     sum[e] *= correction[e];
@@ -117,11 +116,7 @@ RX_DEVICE void attend(Consumer<P>& me, const uint32_t (&q)[4][4], uint32_t mixed
     rx::wgmma_pin(probability[part]);
   }
 #pragma unroll
-  for (int e = 0; e < 2; e++) {
-    sum[e] += __shfl_xor_sync(rx::kFullWarp, sum[e], 1);
-    sum[e] += __shfl_xor_sync(rx::kFullWarp, sum[e], 2);
-    sum[e] = __fdividef(1.f, sum[e]);
-  }
+  for (int e = 0; e < 2; e++) sum[e] = __fdividef(1.f, rx::sum_of_row(sum[e]));
 #pragma unroll
   for (int n = 0; n < 2; n++) {  // 32 columns: no room for the accumulators of 64
     float out[16];

@@ -1,9 +1,7 @@
 // launch.cu - host side of the cluster recursion: what fits, and the launch.
 #include "kernel.cuh"
 
-#include <string>
-
-#include "../rx/launch.cuh"
+#include "../checks.cuh"
 
 // The values of hidden that are compiled; a test may ask for fewer.
 #ifndef RX_CLUSTER_WIDTHS
@@ -13,25 +11,26 @@
 
 namespace cluster_sm90a {
 
-static int refuse(const std::string& what) {
-  return rx::fail(kRxInvalidShape, "cluster_sm90a: " + what);
+static int refuse(const std::string& why) { return rx::refuse("cluster_sm90a", why); }
+
+static std::string why_not(const RxRecursion& r, int cluster) {
+  if (cluster != 2 && cluster != 4 && cluster != 8)
+    return "cluster is " + std::to_string(cluster) + "; 2, 4 or 8 CTAs are possible";
+  if (r.tokens > kMaxTokens)
+    return "tokens is " + std::to_string(r.tokens) + "; two CTAs hold 1 to " +
+           std::to_string(kMaxTokens);
+  if (r.num_calls > 65535) return "num_calls is " + std::to_string(r.num_calls) + "; at most 65535";
+  return rx::first_reason(r, [&](const RxBlock& b) -> std::string {
+    if (b.token_mlp || b.heads * kHeadDim == r.hidden) return "";
+    return "heads is " + std::to_string(b.heads) + " at hidden " + std::to_string(r.hidden) +
+           "; a head is 64 wide";
+  });
 }
 
 static int check(const RxRecursion& r, int cluster) {
-  auto text = [](int x) { return std::to_string(x); };
-  if (cluster != 2 && cluster != 4 && cluster != 8)
-    return refuse("cluster is " + text(cluster) + "; 2, 4 or 8 CTAs are possible");
-  if (r.tokens < 1 || r.tokens > kMaxTokens)
-    return refuse("tokens is " + text(r.tokens) + "; two CTAs hold 1 to " + text(kMaxTokens));
-  if (r.num_calls > 65535) return refuse("num_calls is " + text(r.num_calls) + "; at most 65535");
-  for (int n = 0; n < r.num_nets; n++)
-    for (int b = 0; b < r.nets[n].num_blocks; b++) {
-      const RxBlock& block = r.nets[n].blocks[b];
-      if (!block.token_mlp && block.heads * kHeadDim != r.hidden)
-        return refuse("heads is " + text(block.heads) + " at hidden " + text(r.hidden) +
-                      "; a head is 64 wide");
-    }
-  return 0;
+  std::string why = rx::why_not(r);
+  if (why.empty()) why = why_not(r, cluster);
+  return why.empty() ? 0 : refuse(why);
 }
 
 template <class P>
@@ -56,12 +55,11 @@ static void list_parts(const RxNet& net, int hidden, int token_passes, Part* par
 
 template <class P>
 static int launch(const RxRecursion& r, int cluster, const RxSolve& solve, void* stream) {
-  const int samples = packed_samples(r), pairs = (r.batch + samples - 1) / samples;
+  const int samples = packed_samples(r), pairs = rx::ceil_div(r.batch, samples);
   Params p{r, solve, cluster, samples, {}};
   for (int n = 0; n < r.num_nets; n++)
     list_parts(r.nets[n], P::kHidden, P::kTokenPasses, p.parts + n * kMaxParts);
-  const int clusters = (2 * pairs + cluster - 1) / cluster;
-  return rx::launch(shape<P>(clusters, cluster), stream, kernel<P>, p);
+  return rx::launch(shape<P>(rx::ceil_div(2 * pairs, cluster), cluster), stream, kernel<P>, p);
 }
 
 // 512 wide, 112 rows leave room for a stage more, which 128 do not.
@@ -105,8 +103,7 @@ extern "C" int rx_cluster_sm90a_solve(const RxRecursion* r, const RxClusterPlan*
   namespace c = cluster_sm90a;
   if (int e = c::check(*r, plan->cluster)) return e;
   const int each = plan->cluster / 2 * c::packed_samples(*r);  // samples of a cluster
-  if (int e = rx::check_solve(*r, *solve, (r->batch + each - 1) / each * each, "cluster_sm90a"))
-    return e;
+  if (int e = rx::check_solve(*r, *solve, rx::round_up(r->batch, each), "cluster_sm90a")) return e;
   return c::launch_any(*r, plan->cluster, *solve, stream);
 }
 

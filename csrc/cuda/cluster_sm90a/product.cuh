@@ -231,8 +231,7 @@ struct Consumer {
       }
 #pragma unroll
     for (int e = 0; e < 2; e++) {
-      sum[e] += __shfl_xor_sync(rx::kFullWarp, sum[e], 1);
-      sum[e] += __shfl_xor_sync(rx::kFullWarp, sum[e], 2);
+      sum[e] = rx::sum_of_row(sum[e]);
       if (lane() % 4 == 0) sums_s[row() + 8 * e] = sum[e];
     }
     rx::fence_proxy_async_shared();
@@ -260,8 +259,6 @@ struct Consumer {
   }
 };
 
-RX_DEVICE float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
-
 // h = rms(h + down(silu(gate h) * (up h))). The middle passes through the exchange area, 128
 // columns a round, two rounds in turn: gate and up of a round run before down of the last, so a
 // tile that is sent has arrived by then. The peer sends the next but one when it has mine of the
@@ -283,7 +280,7 @@ RX_DEVICE void swiglu(Consumer<P>& me) {
     me.ring.drain();
     rx::wgmma_pin(gate_up);
 #pragma unroll
-    for (int i = 0; i < 32; i++) gate_up[i] = silu(gate_up[i]) * gate_up[32 + i];
+    for (int i = 0; i < 32; i++) gate_up[i] = rx::swiglu(gate_up[i], gate_up[32 + i]);
     me.store_chunks(me.at.own(place(round), me.w), gate_up, 0, 8);
     me.send_tile(place(round));
   }

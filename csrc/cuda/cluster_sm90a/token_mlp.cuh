@@ -44,7 +44,7 @@ struct TokenMix {
     rx::wgmma_pin(gate_up);
     uint32_t middle[4][4];
 #pragma unroll
-    for (int j = 0; j < 32; j++) gate_up[j] = silu(gate_up[j]) * gate_up[32 + j];
+    for (int j = 0; j < 32; j++) gate_up[j] = rx::swiglu(gate_up[j], gate_up[32 + j]);
 #pragma unroll
     for (int k = 0; k < 4; k++) as_operand(middle[k], gate_up + 8 * k);
     rx::wgmma_pin(middle);
@@ -95,11 +95,7 @@ struct TokenMix {
     }
     float scale[2];
 #pragma unroll
-    for (int e = 0; e < 2; e++) {
-      sum[e] += __shfl_xor_sync(rx::kFullWarp, sum[e], 1);
-      sum[e] += __shfl_xor_sync(rx::kFullWarp, sum[e], 2);
-      scale[e] = rsqrtf(sum[e] / float(tokens) + eps);
-    }
+    for (int e = 0; e < 2; e++) scale[e] = rsqrtf(rx::sum_of_row(sum[e]) / float(tokens) + eps);
 #pragma unroll
     for (int j = 0; j < P::kTokens / 8; j += 2) {
       uint32_t h[4];

@@ -77,10 +77,9 @@ RX_DEVICE void attend(const Attention& p, int item, float* sums_s, float* maxima
     float most[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      float m = fmaxf(fmaxf(s[0][half * 2], s[0][half * 2 + 1]),
-                      fmaxf(s[1][half * 2], s[1][half * 2 + 1]));
-      m = fmaxf(m, __shfl_xor_sync(rx::kFullWarp, m, 1));
-      most[half] = fmaxf(m, __shfl_xor_sync(rx::kFullWarp, m, 2));
+      const float m = fmaxf(fmaxf(s[0][half * 2], s[0][half * 2 + 1]),
+                            fmaxf(s[1][half * 2], s[1][half * 2 + 1]));
+      most[half] = rx::max_of_row(m);
     }
     leave(maxima_s, most[0], most[1]);
   }
@@ -99,8 +98,7 @@ RX_DEVICE void attend(const Attention& p, int item, float* sums_s, float* maxima
           s[n][e] = __expf(s[n][e] - m);
           sum[half] += s[n][e];
         }
-      sum[half] += __shfl_xor_sync(rx::kFullWarp, sum[half], 1);
-      sum[half] += __shfl_xor_sync(rx::kFullWarp, sum[half], 2);
+      sum[half] = rx::sum_of_row(sum[half]);
     }
     leave(sums_s, sum[0], sum[1]);
     probabilities_s[warp_id() * 32 + lane_id()] =

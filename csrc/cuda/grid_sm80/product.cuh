@@ -152,12 +152,8 @@ RX_DEVICE void combine(Accumulators<kTiles>& acc, float (&squares)[2], unsigned 
 // The scales of rows l/4 and l/4 + 8 from each lane's share of the squares.
 RX_DEVICE void row_scales(float (&scale)[2], const float (&squares)[2], int length, float eps) {
 #pragma unroll
-  for (int half = 0; half < 2; half++) {
-    float s = squares[half];
-    s += __shfl_xor_sync(rx::kFullWarp, s, 1);
-    s += __shfl_xor_sync(rx::kFullWarp, s, 2);
-    scale[half] = rsqrtf(__fdividef(s, float(length)) + eps);
-  }
+  for (int half = 0; half < 2; half++)
+    scale[half] = rsqrtf(__fdividef(rx::sum_of_row(squares[half]), float(length)) + eps);
 }
 
 // All row tiles of this CTA's group times all units of its slice. In one warp run

@@ -35,8 +35,7 @@ RX_DEVICE void normalised_rows(Words& x, const uint4* h_g, int tile, const Sizes
   }
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    squares[half] += __shfl_xor_sync(rx::kFullWarp, squares[half], 1);
-    squares[half] += __shfl_xor_sync(rx::kFullWarp, squares[half], 2);
+    squares[half] = rx::sum_of_row(squares[half]);
     if ((lane_id() & 3) == 0) sums_s[warp_id() * 16 + half * 8 + first_row()] = squares[half];
   }
   __syncthreads();

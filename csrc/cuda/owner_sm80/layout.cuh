@@ -6,7 +6,7 @@
 
 namespace owner_sm80 {
 
-using rx::bf16;
+using rx::bf16, rx::ceil_div;
 
 constexpr int kWarps = 8, kThreads = kWarps * 32;
 constexpr int kStages = 4;  // ring slots: 24 KB in flight cover about 700 clocks of L2 latency
@@ -34,7 +34,7 @@ struct Plan {
   // but 8 warps x 32 columns must divide D.
   static constexpr int kOutTiles = kHidden % 256 == 0 ? 4 : 2;
   static constexpr int kOutColumns = kWarps * kOutTiles * 8;
-  static constexpr int kOutPasses = (kHidden + kOutColumns - 1) / kOutColumns;
+  static constexpr int kOutPasses = ceil_div(kHidden, kOutColumns);
   static_assert(kHidden % 64 == 0 && kTiles >= 1 && kTiles <= 8, "not a shape of this kernel");
 };
 
@@ -48,7 +48,6 @@ RX_BOTH int64_t segment_bytes(const Segment& s) {
   return int64_t(s.steps) * s.warp_bytes * s.warps;
 }
 
-using rx::ceil_div;
 // Columns of Q (and K, V) that one pass of the attention stage makes: one head of 64 or 128, or two
 // of 32.
 RX_BOTH constexpr int attention_unit(int head_dim) { return head_dim == 128 ? 128 : 64; }

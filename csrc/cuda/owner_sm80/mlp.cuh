@@ -64,7 +64,7 @@ RX_DEVICE void store_activated(Owner<P>& o, const float (&acc)[P::kTiles][4][4],
 // Returns the k16 columns of the middle, which is in scratch when all warps are done.
 template <class P>
 RX_DEVICE int gate_up(Owner<P>& o, const RxBlock& b) {
-  const int passes = (b.inner + kMiddleChunk - 1) / kMiddleChunk;
+  const int passes = ceil_div(b.inner, kMiddleChunk);
   for (int pass = 0; pass < passes; pass++) {
     o.forget_addresses();
     float acc[P::kTiles][4][4];

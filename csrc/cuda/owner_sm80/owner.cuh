@@ -14,7 +14,7 @@
 
 namespace owner_sm80 {
 
-using rx::swiglu;
+using rx::max_of_row, rx::sum_of_row, rx::swiglu;
 
 template <class P>
 struct Owner {
@@ -120,16 +120,6 @@ RX_DEVICE void add_columns(float (&acc)[kRows][kColumns][4], const float2* bias_
 #pragma unroll
     for (int i = 0; i < kRows; i++) add_bias(acc[i][j], factor, bias, factor, factor);
   }
-}
-
-// The sum over the four lanes that share a row of accumulators.
-RX_DEVICE float sum_of_row(float x) {
-  x += __shfl_xor_sync(rx::kFullWarp, x, 1);
-  return x + __shfl_xor_sync(rx::kFullWarp, x, 2);
-}
-RX_DEVICE float max_of_row(float x) {
-  x = fmaxf(x, __shfl_xor_sync(rx::kFullWarp, x, 1));
-  return fmaxf(x, __shfl_xor_sync(rx::kFullWarp, x, 2));
 }
 
 }  // namespace owner_sm80

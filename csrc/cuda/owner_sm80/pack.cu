@@ -108,10 +108,8 @@ RX_DEVICE Source source_of(const Job& j, const Place& at) {
       return gate_up_source(j, at);
     case kOut:
       return out_source(j, at, j.hidden, j.hidden / 16);
-    default: {
-      const int middle = (j.inner + kMiddleChunk - 1) / kMiddleChunk;
-      return out_source(j, at, j.inner, middle * kMiddleChunk / 16);
-    }
+    default:
+      return out_source(j, at, j.inner, rx::round_up(j.inner, kMiddleChunk) / 16);
   }
 }
 
@@ -141,8 +139,8 @@ __global__ void bias_kernel(const Job j) {
 }
 
 static int start(void (*run)(const Job), const Job& job, void* stream) {
-  const rx::LaunchShape shape{"owner_sm80 pack",
-                              dim3(unsigned(job.words + kThreads - 1) / kThreads), dim3(kThreads)};
+  const rx::LaunchShape shape{"owner_sm80 pack", dim3(unsigned(ceil_div(job.words, kThreads))),
+                              dim3(kThreads)};
   return rx::launch(shape, stream, run, job);
 }
 

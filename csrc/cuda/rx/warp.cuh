@@ -41,6 +41,16 @@ RX_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, 
 #endif
 }
 
+// Over the four lanes that hold a row of these sums.
+RX_DEVICE float sum_of_row(float x) {
+  x += __shfl_xor_sync(kFullWarp, x, 1);
+  return x + __shfl_xor_sync(kFullWarp, x, 2);
+}
+RX_DEVICE float max_of_row(float x) {
+  x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kFullWarp, x, 2));
+}
+
 // Two column tiles, with b as one ldmatrix_x4 loads it.
 RX_DEVICE void mma_m16n16k16(float (&d0)[4], float (&d1)[4], const uint32_t (&a)[4],
                              const uint32_t (&b)[4]) {

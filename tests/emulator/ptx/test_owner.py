@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from aot import toolchain
+from aot import cuda_cases, toolchain
 from recurx import Schedule
 from recurx.nets import ATTENTION, KINDS, TOKEN_MLP
 from recurx.plan import DEVICES
@@ -33,9 +31,7 @@ VARIED = {
 @pytest.fixture(scope="module")
 def from_ptx(tmp_path_factory: pytest.TempPathFactory) -> EmulatedCuda:
     # Host code and PTX of one small kernel.
-    source: Path = tmp_path_factory.mktemp("ptx") / "small_owner.cu"
-    define = "#define RX_OWNER_PLANS(X) X(64, 2, kShared)"
-    source.write_text(f'{define}\n#include "{KERNELS / FILES[0]}"\n')
+    source = cuda_cases.owner_alone(tmp_path_factory.mktemp("ptx"), "X(64, 2, kShared)").source
     ptx = [
         toolchain.nvcc_compile(file, "80", to="ptx").cubin.read_text()
         for file in (source, KERNELS / FILES[1])
