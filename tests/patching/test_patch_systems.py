@@ -214,6 +214,13 @@ def test_factors_of_fprm_are_those_of_the_moment(scale: str) -> None:
     agree(results(model), results(own))
 
 
+def test_fprm_that_cannot_run_in_fp32_is_refused() -> None:
+    model = build("fprm")
+    model.L_level.conv.bfloat16()
+    with pytest.raises(recurx.UnsupportedModel, match="an iteration in fp32 fails: "):
+        recurx.patch(model)
+
+
 def _one_iteration(model: Any) -> Tensor:
     y, x = torch.randn(2, 3, alike.TOKENS, 32, generator=torch.Generator().manual_seed(3))
     state = model.L_optimizer.reset(None, y.shape, y.dtype, y.device, None) | {"y": y}

@@ -154,7 +154,7 @@ class FPRM:
                 found = []
                 for run in (before, given):
                     with undisturbed(module, training):
-                        found.append(_iterated(module, run, weight.device))
+                        found.append(_tried(module, run, weight.device))
                 for name, want in found[0].items():
                     error = float((found[1][name] - want).norm() / want.norm().clamp_min(1e-30))
                     worst = max(worst, error)
@@ -164,6 +164,13 @@ class FPRM:
                             f"{error:.2g} of its norm (allowed {_TOLERANCE})"
                         )
         return f"probed against the original (one iteration): all within {worst:.1e}"
+
+
+def _tried(module: Any, step: Callable[..., Any], device: torch.device) -> dict[str, Tensor]:
+    try:
+        return _iterated(module, step, device)
+    except RuntimeError as error:  # parts of it may run under autocast alone
+        raise UnsupportedModel(f"an iteration in fp32 fails: {error}") from error
 
 
 def _iterated(module: Any, step: Callable[..., Any], device: torch.device) -> dict[str, Tensor]:
