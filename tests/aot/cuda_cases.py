@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from aot.resources import Need
+from aot.resources import SHARED_LIMIT, Need
 from aot.toolchain import CUDA_FOLDER
 
 ARCHS = ("80", "86", "89", "90", "100", "120")
@@ -44,13 +44,34 @@ def cases(folder: Path = CUDA_FOLDER) -> list[CudaCase]:
 
 
 def owner_alone(folder: Path, plan: str) -> CudaCase:
-    """The owner kernel of one line of RX_OWNER_PLANS, in a source written to `folder`: -D takes no
-    macro with arguments through nvcc."""
+    """The owner kernel of one line of RX_OWNER_PLANS alone, by a source written to `folder`."""
     source = folder / "owner_alone.cu"
     launch = CUDA_FOLDER / "owner_sm80" / "launch.cu"
     assert plan in launch.read_text(), f"{launch} does not compile {plan}"
     source.write_text(f'#define RX_OWNER_PLANS(X) {plan}\n#include "owner_sm80/launch.cu"\n')
     return CudaCase(source, ARCHS, _NEEDS["80"])
+
+
+# The owner kernels with most registers, by where h lies (nvcc splits a list at a bare comma).
+_OWNERS = {
+    "shared": r"X(512\, 8\, kShared)",
+    "scratch": r"X(512\, 7\, kScratch) X(512\, 8\, kScratch)",
+}
+
+
+def owner_places(arch: str) -> tuple[str, ...]:
+    """Where h of D = 512 may lie on a generation: test_resources.py holds plans against this."""
+    if SHARED_LIMIT[arch] <= 101376:
+        return ("scratch",)
+    return ("shared",) if SHARED_LIMIT[arch] >= 232448 else ("shared", "scratch")
+
+
+def few(case: CudaCase, arch: str) -> tuple[str, ...]:
+    """The flags that leave kernels out of a file: where ptxas takes ten seconds each, the largest
+    that the generation launches stand for all. report.py compiles all."""
+    if case.label == "owner_sm80/launch":
+        return (f"-DRX_OWNER_PLANS(X)={' '.join(_OWNERS[at] for at in owner_places(arch))}",)
+    return ("-DRX_LARGEST",) if "RX_LARGEST" in case.source.read_text() else ()
 
 
 def _has_kernel(path: Path) -> bool:

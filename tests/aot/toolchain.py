@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from locked import locked
+
 CACHE = Path(
     os.environ.get("RECURX_TEST_CACHE", Path(__file__).parents[2] / "build" / "test-cache")
 )
@@ -124,21 +126,22 @@ def nvcc_compile(source: Path, arch: str, to: str, flags: tuple[str, ...] = ()) 
         raise ToolFailed("nvcc not found: install CUDA, or set CUDA_HOME")
     out = cached("nvcc", f".{to}", nvcc_version(), *identity([source]), arch, flags)
     log = out.with_suffix(".log")
-    if not (out.exists() and log.exists()):
-        # -gencode and not -arch: the shorthand also runs a pass without the "a" features.
-        code = f"sm_{arch}" if to == "cubin" else f"compute_{arch}"
-        command = [
-            nvcc,
-            "-std=c++17",
-            "-O3",
-            *(f"-I{folder}" for folder in INCLUDED),
-            *flags,
-            f"--{to}",
-            "-Xptxas",
-            "-v",
-        ]
-        command += ["-gencode", f"arch=compute_{arch},code={code}"]
-        text = run([*command, source, "-o", out.with_suffix(".part")])
-        log.write_text(text)
-        out.with_suffix(".part").replace(out)
+    with locked(out.with_suffix(".lock")):
+        if not (out.exists() and log.exists()):
+            # -gencode and not -arch: the shorthand also runs a pass without the "a" features.
+            code = f"sm_{arch}" if to == "cubin" else f"compute_{arch}"
+            command = [
+                nvcc,
+                "-std=c++17",
+                "-O3",
+                *(f"-I{folder}" for folder in INCLUDED),
+                *flags,
+                f"--{to}",
+                "-Xptxas",
+                "-v",
+            ]
+            command += ["-gencode", f"arch=compute_{arch},code={code}"]
+            text = run([*command, source, "-o", out.with_suffix(".part")])
+            log.write_text(text)
+            out.with_suffix(".part").replace(out)
     return Built(out, log.read_text())

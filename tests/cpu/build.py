@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+
+from tests.locked import locked
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "csrc"))
@@ -88,10 +91,16 @@ def _linked(files: list[Path], name: str, more: Sequence[str], link: Sequence[st
     for file in [*files, *sorted((ROOT / "csrc" / "cpu").rglob("*.hpp"))]:
         digest.update(file.read_bytes())
     folder = ROOT / "build" / "cpu_emulated" / digest.hexdigest()[:16]
-    if (folder / name).exists():
-        return folder / name
-    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / "lock"):
+        if not (folder / name).exists():
+            _compile(compiler, flags, files, folder, name, link)
+    return folder / name
 
+
+def _compile(
+    compiler: native_tools.Compiler, flags: list[str], files: list[Path], folder: Path, name: str,
+    link: Sequence[str],
+) -> None:  # fmt: skip
     def compile_one(source: Path) -> str:
         target = str(folder / f"{source.stem}.o")
         run(*compiler.command, *flags, "-c", str(source), "-o", target)
@@ -99,8 +108,9 @@ def _linked(files: list[Path], name: str, more: Sequence[str], link: Sequence[st
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, files))
-    run(*compiler.command, *link, "-pthread", *objects, "-o", str(folder / name))
-    return folder / name
+    part = str(folder / f"{name}.part")
+    run(*compiler.command, *link, "-pthread", *objects, "-o", part)
+    os.replace(part, folder / name)
 
 
 def usable() -> list[str]:
@@ -113,35 +123,52 @@ def usable() -> list[str]:
         return []
 
 
-def edited(
-    name: str, edits: tuple[tuple[str, str, str], ...], folder: Path, sanitized: bool = False
+def with_bugs(
+    name: str, bugs: Sequence[tuple[str, str, str]], folder: Path, sanitized: bool = False
 ) -> Path:
-    """The driver with the engine of csrc/cpu/engine_`name`.cpp compiled anew from edited headers,
-    with its own instructions if this processor has them.
+    """The driver with the engine of csrc/cpu/engine_`name`.cpp compiled anew from headers with
+    bugs, with its own instructions if this processor has them. All bugs share one compilation;
+    RX_PLANTED_BUG is the number of the one that is awake, -1: none (`run_with_bug`).
 
-    `edits`: (file, old, new) of csrc/cpu; every occurrence of `old` is replaced.
+    `bugs`: (file, old, new) of csrc/cpu; every occurrence of `old` is replaced, and BUG in `new`
+        is true while that bug is awake.
     `sanitized`: the memory of all engines under g++'s sanitizers of addresses and undefined
         behaviour (their accesses only in this engine).
     """
     beside = driver().parent
-    shutil.copytree(ROOT / "csrc" / "cpu", folder / "csrc" / "cpu")
-    for file, old, new in edits:
-        path = folder / "csrc" / "cpu" / file
-        text = path.read_text()
+    cpu = folder / "csrc" / "cpu"
+    shutil.copytree(ROOT / "csrc" / "cpu", cpu)
+    for number, (file, old, new) in enumerate(bugs):
+        text = (cpu / file).read_text()
         assert old in text, f"{file} has no {old!r} any more"
-        path.write_text(text.replace(old, new))
+        awake = new.replace("BUG", f"(rx_planted == {number})")
+        (cpu / file).write_text(text.replace(old, awake))
+    vectors = (cpu / "vec.hpp").read_text()
+    (cpu / "vec.hpp").write_text(
+        vectors.replace("#pragma once", "#pragma once\nextern int rx_planted;", 1)
+    )
+    stub = folder / "wakes.cpp"
+    stub.write_text(
+        '#include <cstdlib>\nint rx_planted = std::atoi(std::getenv("RX_PLANTED_BUG"));\n'
+    )
     compiler, flags = settings(folder / "csrc")
     engine = folder / f"engine_{name}.o"
-    source = folder / "csrc" / "cpu" / f"engine_{name}.cpp"
     own = native_tools.ISA_FLAGS[name][0] if name in usable() else ()
     watched = ["-fsanitize=address,undefined"] if sanitized else []
     part = [*own, *watched, *DOES_NOT_TRAIN]
+    source = cpu / f"engine_{name}.cpp"
     run(*compiler.command, *flags, *part, "-c", str(source), "-o", str(engine))
     others = [beside / f"{s}.o" for s in ("engines_check", *(f.stem for f in sources(INT8)))]
     objects = [str(o) for o in others if o.name != engine.name]
     link = [*compiler.command, "-pthread", *watched]
-    run(*link, *objects, str(engine), "-o", str(folder / "check"))
+    run(*link, *objects, str(engine), str(stub), "-o", str(folder / "check"))
     return folder / "check"
+
+
+def run_with_bug(program: Path, *words: str, bug: int = -1) -> subprocess.CompletedProcess[str]:
+    """The driver of `with_bugs`, with one of its bugs awake or with none."""
+    environ = {**os.environ, "RX_PLANTED_BUG": str(bug)}
+    return subprocess.run([str(program), *words], capture_output=True, text=True, env=environ)
 
 
 def load(path: Path, name: str = MODULE) -> ModuleType:

@@ -1,8 +1,7 @@
-"""Bugs planted in the owner kernel: exact substitutions in a copy of csrc/cuda."""
+"""Bugs planted in the owner kernel (owner_sm80/), all in one build as those of bugs_cluster.py."""
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,8 @@ from recurx.nets import ATTENTION, TOKEN_MLP
 from tests.factories import make_inputs, make_net, rope, rounded, wide
 from tests.kernels.compare import assert_as_exact
 
-from .build import KERNELS, source_lines
+from . import asleep
+from .build import source_lines
 from .owner import EmulatedCuda, emulate
 
 RACE = r"race: (read|write) after (read|write)|uninitialised shared memory"
@@ -34,7 +34,7 @@ TWICE = Schedule((Step("L", "a", ("a",), ("x",)), Step("L", "a", ("a",), ("a",))
 
 @dataclass(frozen=True)
 class OwnerBug:
-    """`old` becomes `new` in `file`; what is reported matches `found`, under every seed."""
+    """What is reported matches `found`, under every seed."""
 
     name: str
     file: str
@@ -47,15 +47,6 @@ class OwnerBug:
     hidden: int = 64
     heads: int = 2
     blocks: int = 1
-
-    def build(self, folder: Path) -> EmulatedCuda:
-        shutil.copytree(KERNELS, folder, dirs_exist_ok=True)
-        path = folder / self.file
-        text = path.read_text()
-        count = text.count(self.old)
-        assert count == 1, f"{self.name}: {self.old!r} occurs {count} times in {self.file}"
-        path.write_text(text.replace(self.old, self.new))
-        return emulate(((self.hidden, 2),), folder=folder, flags=("-O1", "-g0"))
 
     def outcome(self, cuda: EmulatedCuda, seed: int) -> str:
         """'right', or what was found."""
@@ -88,24 +79,23 @@ class OwnerBug:
 
 RING, ATTEND, STATES = "owner_sm80/ring.cuh", "owner_sm80/attention.cuh", "owner_sm80/states.cuh"
 TOKENS, TOP = "owner_sm80/token_mlp.cuh", "owner_sm80/kernel.cuh"
-OPERAND = (
-    "    __syncthreads();  // the operand is complete, and nobody reads h as an operand any more\n"
-)
+OPERAND = "    __syncthreads();  // the operand is complete"
 
 BUGS = [
     # ---- synchronisation
     OwnerBug(
         "wait leaves one group too many in flight",
         RING,
-        "cp_async_wait<kStages - 2>();\n    __syncwarp",
-        "cp_async_wait<kStages - 1>();\n    __syncwarp",
+        "    rx::cp_async_wait<kStages - 2>();\n    __syncwarp",
+        "    if (BUG)\n      rx::cp_async_wait<kStages - 1>();\n    else\n"
+        "      rx::cp_async_wait<kStages - 2>();\n    __syncwarp",
         RACE,
     ),
     OwnerBug(
         "no __syncwarp where the split over lanes changes",  # from V's half fragments to O's whole
         RING,
         "    __syncwarp();",
-        "",
+        "    if (!BUG) __syncwarp();",
         RACE,
         hidden=256,
         heads=4,
@@ -114,14 +104,14 @@ BUGS = [
         "copy into the slot that is read",
         RING,
         "fetch(now == 0 ? kStages - 1 : now - 1);",
-        "fetch(now);",
+        "fetch(BUG ? now : now == 0 ? kStages - 1 : now - 1);",
         RACE,
     ),
     OwnerBug(
         "shared weights without a barrier",
         RING,
-        "    __syncthreads();  // the step is there for all, and all have left the one before\n",
-        "",
+        "    __syncthreads();  // the step is there",
+        "    if (!BUG) __syncthreads();  // the step is there",
         RACE,
         TOKEN_MLP,
     ),
@@ -129,7 +119,7 @@ BUGS = [
         "no barrier when the shared weights end",
         RING,
         "release_shared() { __syncthreads(); }",
-        "release_shared() {}",
+        "release_shared() {\n    if (!BUG) __syncthreads();\n  }",
         RACE,
         TOKEN_MLP,
     ),
@@ -137,7 +127,7 @@ BUGS = [
         "K and V are overwritten while they are read",
         ATTEND,
         "    __syncthreads();\n    const Part part",
-        "    const Part part",
+        "    if (!BUG) __syncthreads();\n    const Part part",
         RACE,
         hidden=128,
     ),
@@ -145,22 +135,28 @@ BUGS = [
         "attention does not wait for K and V",
         ATTEND,
         "  __syncthreads();\n}\n\n// Scores",
-        "}\n\n// Scores",
+        "  if (!BUG) __syncthreads();\n}\n\n// Scores",
         RACE,
     ),
-    OwnerBug("a product does not wait for its operand", TOP, OPERAND, "", RACE),
+    OwnerBug(
+        "a product does not wait for its operand",
+        TOP,
+        OPERAND,
+        OPERAND.replace("__", "if (!BUG) __", 1),
+        RACE,
+    ),
     OwnerBug(
         "scales are formed before all sums are there",
         "owner_sm80/residual.cuh",
         "  __syncthreads();\n  const int row",
-        "  const int row",
+        "  if (!BUG) __syncthreads();\n  const int row",
         RACE,
     ),
     OwnerBug(
         "scales are reset while they are read",
         STATES,
         "RX_DEVICE void reset_scales(Owner<P>& o) {\n  __syncthreads();",
-        "RX_DEVICE void reset_scales(Owner<P>& o) {",
+        "RX_DEVICE void reset_scales(Owner<P>& o) {\n  if (!BUG) __syncthreads();",
         RACE,
         schedule=TWICE,
     ),
@@ -168,7 +164,7 @@ BUGS = [
         "padding rows that are not stored are stored",
         "owner_sm80/owner.cuh",
         "(p.at.row_blocks & 1));",
-        "false);",
+        "(p.at.row_blocks & 1) && !BUG);",
         RACE,
     ),
     # ---- arithmetic and data
@@ -176,15 +172,21 @@ BUGS = [
         "gate and up swapped",
         "owner_sm80/mlp.cuh",
         "*gate = &acc[i][j][half * 2], *up = &acc[i][j + 2][half * 2];",
-        "*up = &acc[i][j][half * 2], *gate = &acc[i][j + 2][half * 2];",
+        "*gate = &acc[i][j + (BUG ? 2 : 0)][half * 2], *up = &acc[i][j + (BUG ? 0 : 2)][half * 2];",
         WRONG,
     ),
-    OwnerBug("rope dropped", ATTEND, "if (r.cos && token < r.tokens) {", "if (false) {", WRONG),
+    OwnerBug(
+        "rope dropped",
+        ATTEND,
+        "if (r.cos && token < r.tokens) {",
+        "if (!BUG && r.cos && token < r.tokens) {",
+        WRONG,
+    ),
     OwnerBug(
         "mask off by one",
         ATTEND,
         "(e & 1) >= o.p.r.tokens)",
-        "(e & 1) > o.p.r.tokens)",
+        "(e & 1) >= o.p.r.tokens + BUG)",
         WRONG,
         tokens=5,
     ),
@@ -192,41 +194,45 @@ BUGS = [
         "padding rows are not zero",
         STATES,
         "uint4 x = make_uint4(0, 0, 0, 0);",
-        "uint4 x = make_uint4(0x7fc07fc0u, 0, 0, 0);",
+        "uint4 x = make_uint4(BUG ? 0x7fc07fc0u : 0, 0, 0, 0);",
         WRONG,
     ),
     OwnerBug(
         "norm over a column too many",
         "owner_sm80/residual.cuh",
         "(1.f / P::kHidden)",
-        "(1.f / (P::kHidden + 1))",
+        "(1.f / (P::kHidden + BUG))",
         WRONG,
     ),
     OwnerBug(
         "token norm counts padding",
         TOKENS,
         "/ float(o.p.r.tokens)",
-        "/ float(o.p.at.sample_tiles * 16)",
+        "/ float(BUG ? o.p.at.sample_tiles * 16 : o.p.r.tokens)",
         WRONG,
         TOKEN_MLP,
     ),
     OwnerBug(
         "row scales forgotten before tokens are mixed",
         TOKENS,
-        "  if constexpr (!P::kInScratch) apply_scales(o);\n",
-        "",
+        "  if constexpr (!P::kInScratch) apply_scales(o);",
+        "  if constexpr (!P::kInScratch)\n    if (!BUG) apply_scales(o);",
         WRONG,
         TOKEN_MLP,
         blocks=2,
     ),
     OwnerBug(
-        "wrong ring step", RING, "from_g += s.warp_bytes * s.warps;", "from_g += 4096;", WRONG
+        "wrong ring step",
+        RING,
+        "from_g += s.warp_bytes * s.warps;",
+        "from_g += BUG ? 4096 : s.warp_bytes * s.warps;",
+        WRONG,
     ),
     OwnerBug(
         "weights of the first net for all calls",
         RING,
         "const int net = p.r.calls[k].net;",
-        "const int net = p.r.calls[0].net;",
+        "const int net = p.r.calls[BUG ? 0 : k].net;",
         WRONG,
         schedule=HRM,
     ),
@@ -234,7 +240,7 @@ BUGS = [
         "stale sum: taken as kept by a call that forms its own",
         STATES,
         "was_kept = call.sum == kRxSumKept,",
-        "was_kept = k > 0,",
+        "was_kept = BUG ? k > 0 : call.sum == kRxSumKept,",
         WRONG,
         schedule=KEPT,
     ),
@@ -242,7 +248,8 @@ BUGS = [
         "a state that is read again is not stored",
         TOP,
         "if (r.calls[k].stays) continue;",
-        "if (k + 1 < r.num_calls && r.calls[k + 1].write == r.calls[k].write) continue;",
+        "if (BUG ? k + 1 < r.num_calls && r.calls[k + 1].write == r.calls[k].write\n"
+        "            : r.calls[k].stays)\n      continue;",
         WRONG,
         schedule=TWICE,
     ),
@@ -250,8 +257,20 @@ BUGS = [
         "the resident state loses its scale",
         STATES,
         "        x = rx::scale_rounded(load_vector(o, row, at, column), o.scales()[row]);",
-        "        x = load_vector(o, row, at, column);",
+        "        x = rx::scale_rounded(load_vector(o, row, at, column),\n"
+        "                              BUG ? 1.f : o.scales()[row]);",
         WRONG,
         schedule=TWICE,
     ),
 ]
+
+
+def plant_all(folder: Path) -> EmulatedCuda:
+    """Builds a copy of the sources with every bug asleep, for each width that shows one."""
+    asleep.plant(folder, BUGS, "owner_sm80")
+    plans = tuple((hidden, 2) for hidden in sorted({bug.hidden for bug in BUGS}))
+    return emulate(plans, folder=folder, flags=("-O1", "-g0"))
+
+
+def wake(cuda: EmulatedCuda, bug: OwnerBug | None) -> None:
+    asleep.wake(cuda.emulated.library, BUGS, bug)

@@ -27,6 +27,8 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from locked import locked
+
 RUNTIME = Path(__file__).parent / "runtime"
 KERNELS = Path(__file__).parents[2] / "csrc" / "cuda"
 # Kernels that only tests run: they include csrc/cuda/rx, or lie in a copy of csrc/cuda.
@@ -103,15 +105,20 @@ def _run(command: Sequence[object]) -> None:
 
 
 def _cached(name: str, make: Callable[[Path], None]) -> Path:
-    """The file of this name in the cache; made under another name first, then moved into place."""
+    """The file of this name in the cache; made under another name first, then moved into place.
+
+    One process makes it; others that want it meanwhile wait: several files of tests load the same
+    kernels, and processes that run them begin together.
+    """
     path = cache_folder() / name
-    if path.exists():
-        os.utime(path)
-        return path
-    with tempfile.TemporaryDirectory(dir=cache_folder()) as work:
-        made = Path(work) / name
-        make(made)
-        made.replace(path)
+    if not path.exists():
+        with locked(cache_folder() / f"{name}.lock"):
+            if not path.exists():
+                with tempfile.TemporaryDirectory(dir=cache_folder()) as work:
+                    made = Path(work) / name
+                    make(made)
+                    made.replace(path)
+    os.utime(path)
     return path
 
 

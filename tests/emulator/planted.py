@@ -65,6 +65,8 @@ class Bug:
         path.write_text(text)
         if self.is_gemm:
             _keep_one_width(folder / f"gemm_residual_rms_{self.kernel}.cu")
+        elif " " in self.kernel:
+            _keep_one_entry(folder / self.kernel.split()[0], self.kernel.split()[1])
 
     def command(self) -> list[str]:
         if self.is_gemm:
@@ -82,6 +84,17 @@ def _keep_one_width(path: Path) -> None:
 
     text, count = re.subn(r"    case (\d+):\s+return [^;]+;\n", keep, path.read_text())
     assert count >= 4, f"the switch over widths in {path.name} is not as expected"
+    path.write_text(text)
+
+
+def _keep_one_entry(path: Path, name: str) -> None:
+    """Compile the templates of one entry of the file's table: nobody runs the others."""
+
+    def keep(entry: re.Match[str]) -> str:
+        return entry[0] if entry[1] == name else ""
+
+    text, count = re.subn(r'    \{"(\w+)", [^;]+?\},\n', keep, path.read_text())
+    assert count >= 10 and f'{{"{name}", ' in text, f"the table of {path.name} is not as expected"
     path.write_text(text)
 
 

@@ -7,12 +7,14 @@ then comes from the solving itself.
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import pytest
 import torch
 
 import recurx
-from emulator.build import KERNELS, EmulatorFault, unavailable
+from emulator import asleep
+from emulator.build import EmulatorFault, unavailable
 from emulator.owner import emulate, installed
 from recurx.backends import cuda_abi
 from recurx.errors import CudaError
@@ -186,48 +188,66 @@ def test_refusals_say_why(engine):
         library.call("rx_owner_sm80_solve", p, plan, cuda_abi.RxSolve(), None)
 
 
-BUGS = {
-    "a slot is not refilled": ("  at = fresh_slot(s);", "  at.entry = -1;"),
-    "steps go on counting": ("  at = fresh_slot(s);", "  at.entry = take_entry(s);"),
-    "halts below the limit": ("at.q_halt > limit", "at.q_halt < limit"),
-    "reads the neighbour's answer": (
-        "rx::answer_rows(p.r, s, int(blockIdx.x) * p.at.samples + i)",
-        "rx::answer_rows(p.r, s, 0)",
-    ),
-    "the last of equal logits": ("!(logit > best)", "!(logit >= best)"),
-    "noise of another step": ("uint32_t(at.steps), 0};", "0, 0};"),
-    "rollouts mix puzzles": ("at.entry / s.rollouts", "at.entry % s.rollouts"),
-    "no barrier after the states": ("__syncthreads();  // the states are written", ""),
-    "no barrier before the slots change": ("__syncthreads();  // all have read the slots", ""),
-}
+class Bug(NamedTuple):
+    """BUG in `new` is true while this one is awake."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+QUEUE, OWNERS = "solve.cuh", "owner_sm80/solve.cuh"
+WRITTEN, READ = "__syncthreads();  // the states are written", "__syncthreads();  // all have read"
+ANSWER = "rx::answer_rows(p.r, s, int(blockIdx.x) * p.at.samples + i)"
+BUGS = [
+    Bug("a slot is not refilled", QUEUE,
+        "  at = fresh_slot(s);", "  if (BUG)\n    at.entry = -1;\n  else\n  at = fresh_slot(s);"),
+    Bug("steps go on counting", QUEUE,
+        "  at = fresh_slot(s);",
+        "  if (BUG)\n    at.entry = take_entry(s);\n  else\n    at = fresh_slot(s);"),
+    Bug("halts below the limit", QUEUE,
+        "at.q_halt > limit", "(BUG ? at.q_halt < limit : at.q_halt > limit)"),
+    Bug("reads the neighbour's answer", OWNERS,
+        ANSWER, ANSWER.replace("int(", "BUG ? 0 : int(")),
+    Bug("the last of equal logits", QUEUE,
+        "!(logit > best)", "!(BUG ? logit >= best : logit > best)"),
+    Bug("noise of another step", QUEUE,
+        "uint32_t(at.steps), 0};", "uint32_t(BUG ? 0 : at.steps), 0};"),
+    Bug("rollouts mix puzzles", QUEUE,
+        "at.entry / s.rollouts", "(BUG ? at.entry % s.rollouts : at.entry / s.rollouts)"),
+    Bug("no barrier after the states", OWNERS, WRITTEN, f"if (!BUG) {WRITTEN}"),
+    Bug("no barrier before the slots change", OWNERS, READ, f"if (!BUG) {READ}"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def buggy(tmp_path_factory):
+    """A build with all bugs asleep, for two owners."""
+    folder = tmp_path_factory.mktemp("queue") / "cuda"
+    asleep.plant(folder, BUGS, "owner_sm80")
+    broken = emulate(((64, 2),), folder=folder, flags=("-O1", "-g0"))
+    broken._device = dataclasses.replace(broken._device, units=2)
+    return broken
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bug", BUGS)
-def test_planted_bugs_are_found(bug, tmp_path):
-    import shutil
-
-    folder = shutil.copytree(KERNELS, tmp_path / "cuda")
-    right, wrong = BUGS[bug]
-    both_files = folder / "solve.cuh", folder / "owner_sm80" / "solve.cuh"
-    source = next(path for path in both_files if right in path.read_text())
-    text = source.read_text()
-    assert text.count(right) == 1, f"{bug}: the line it changes is not there (once)"
-    source.write_text(text.replace(right, wrong))
-    broken = emulate(((64, 2),), folder=folder)
-    broken._device = dataclasses.replace(broken._device, units=2)
+@pytest.mark.parametrize("bug", [None, *BUGS], ids=lambda bug: bug.name if bug else "none awake")
+def test_planted_bugs_are_found(buggy, bug):
+    asleep.wake(buggy.emulated.library, BUGS, bug)
     model = make()
     with torch.no_grad():  # two equal rows of the head: ties
         model.inner.lm_head.weight[1] = model.inner.lm_head.weight[0]
     arguments = dict(max_steps=3, rollouts=2, sigma=0.5)
-    with installed(broken):
+    with installed(buggy):
         try:
             for seed in range(1, 4):
-                broken.emulated.configure(seed=seed)
+                buggy.emulated.configure(seed=seed)
                 inside, loop = both(model, puzzles(4), **arguments)
                 assert_same(inside, loop)
-        except (AssertionError, CudaError, EmulatorFault):
+        except (AssertionError, CudaError, EmulatorFault) as error:
+            assert bug is not None, error
             return
         finally:
-            broken.emulated.unwatch_all()
-    pytest.fail(f"nothing was wrong with: {bug}")
+            buggy.emulated.unwatch_all()
+    assert bug is None, f"nothing was wrong with: {bug.name}"
