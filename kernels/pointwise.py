@@ -143,9 +143,9 @@ def activated(x, ACT: tl.constexpr):
     elif ACT == "gelu_tanh":  # (1 + tanh(u)) / 2 is sigmoid(2 u)
         x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     elif ACT == "relu":
-        x = tl.maximum(x, 0.0)
+        x = tl.where(x < 0.0, 0.0, x)  # on a GPU tl.maximum makes 0 of NaN
     elif ACT == "relu2":
-        x = tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
+        x = tl.where(x < 0.0, 0.0, x * x)
     else:
         tl.static_assert(ACT == "sigmoid")
         x = tl.sigmoid(x)

@@ -129,7 +129,7 @@ def test_learned_factors_run_by_kind_graph() -> None:
 
 # module of kernels/, what a bug is put in the place of, the bug, a variant that must show it
 BUGS = {
-    "activation": ("pointwise", "tl.maximum(x, 0.0) * tl.maximum(x, 0.0)", "tl.maximum(x, 0.0)",
+    "activation": ("pointwise", "tl.where(x < 0.0, 0.0, x * x)", "tl.where(x < 0.0, 0.0, x)",
                    "no mixer, ReLU²"),
     "gated": ("sublayers", "gated=spec.gated, bias", "gated=True, bias", "pre-LayerNorm, ReLU"),
     "biases": ("pointwise", "gate += _load(bias", "gate += 0 * _load(bias", "post-LayerNorm, GELU"),
