@@ -81,7 +81,7 @@ def recurse(
 
     Returns:
         {name: [B, T, D]} with every state. Under autocast the recursion runs in autocast's dtype
-        and the states come back in the dtype they came in.
+        and the states come back in the dtype they came in, those of no call as they were.
 
     Raises:
         InvalidArgument: wrong or mixed shapes, dtypes, devices; unknown or missing names; a tensor
@@ -110,7 +110,8 @@ def recurse(
     cast = {name: state.to(dtype) for name, state in call.states.items()}
     with torch.autocast(device, enabled=False):
         out = _run(call._replace(x=x.to(dtype), states=cast, checked=None), traced)
-    return {name: state.to(x.dtype) for name, state in out.items()}
+    written = {step.write for step in call.schedule.steps[call.start : call.stop]}
+    return {n: s.to(x.dtype) if n in written else call.states[n] for n, s in out.items()}
 
 
 @functools.cache

@@ -254,6 +254,12 @@ def test_autocast_runs_in_its_dtype_and_returns_the_callers(backend: str) -> Non
     for name, state in out.items():
         assert state.dtype == torch.float32
         assert torch.equal(state, direct[name].float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        nothing = recurx.recurse(SCHEDULE, {"L": net}, x, carry, cos_sin=rope(), stop_after=0)
+        first = recurx.recurse(SCHEDULE, {"L": net}, x, carry, cos_sin=rope(), stop_after=1)
+    changed = [name for name, state in first.items() if not torch.equal(state, carry[name])]
+    assert changed == [SCHEDULE.steps[0].write]  # what no call writes is not rounded
+    assert all(torch.equal(state, carry[name]) for name, state in nothing.items())
 
 
 def test_autocast_in_float16_says_that_pytorch_runs_it() -> None:
