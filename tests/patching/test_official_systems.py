@@ -200,12 +200,32 @@ def measured(model: Any, run: Any, seed: int) -> dict[str, Tensor]:
     }
 
 
-def agree(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+def agree(
+    got: dict[str, Tensor], want: dict[str, Tensor], nudged: dict[str, Tensor] | None = None
+) -> None:
+    """Within 1e-5, gradients within 1e-4; or within four times of what `nudged` weights change."""
     assert got.keys() == want.keys()
     for name, value in want.items():
         allowed = 1e-4 if name.startswith("gradient") else 1e-5
-        error = (got[name].double() - value.double()).norm() / value.double().norm().clamp_min(1e-3)
-        assert error <= allowed, f"{name} differs by {error:.2g}"
+        if nudged is not None:
+            allowed = max(allowed, 4 * relative(nudged[name], value))
+        error = relative(got[name], value)
+        assert error <= allowed, f"{name} differs by {error:.2g}, allowed {allowed:.2g}"
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-3))
+
+
+def nudge(model: Any) -> Any:
+    """A copy whose weights are rounded otherwise. Nets of a token MLP with random weights multiply
+    such a difference by hundreds, and so the difference of two engines on some processors."""
+    torch.manual_seed(1)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in copied.parameters():
+            weight.mul_(1 + 6e-8 * torch.randn_like(weight))
+    return copied
 
 
 @pytest.mark.parametrize("backend", ["auto", "eager"])
@@ -218,13 +238,15 @@ def test_patched_and_not(name: str, backend: str) -> None:
         for weight in model.parameters():
             weight.add_(0.02 * torch.randn_like(weight))
     own = copy.deepcopy(model)
+    nudged = nudge(model) if "token MLP" in name else None
     with recurx.patch(model, backend=backend) as handle:
         assert len(handle.report.patched) == 1, handle.report
         for training in (False, True):
             for seed in range(2 if training else 1):  # of RSM both windows in training
-                model.train(training)
-                own.train(training)
-                agree(measured(model, run, seed), measured(own, run, seed))
+                for each in filter(None, (model, own, nudged)):
+                    each.train(training)
+                spread = measured(nudged, run, seed) if nudged else None
+                agree(measured(model, run, seed), measured(own, run, seed), spread)
 
 
 def test_urm_in_its_own_dtypes() -> None:
@@ -245,7 +267,8 @@ def test_urm_in_its_own_dtypes() -> None:
             layer.mlp.dwconv.float()
     with pytest.warns(UserWarning, match="turns its states into fp32"):
         got, want = (stepped(given, 0) for given in (model, own))
-    assert all(torch.equal(got[name], want[name]) for name in want)
+    assert torch.equal(got["logits 0"], want["logits 0"])
+    agree(got, want)  # the states that enter the second step are in fp32: recurx runs it
 
 
 def test_noise_is_said_and_other_settings_follow() -> None:
