@@ -92,7 +92,7 @@ def _stand_ins() -> dict[str, ModuleType]:
 
 
 def _installed(name: str) -> bool:
-    if "." in name or name.startswith("flash_attn"):
+    if name.startswith(("flash_attn", "models.")):
         return False
     with contextlib.suppress(ImportError):
         importlib.import_module(name)
