@@ -19,7 +19,7 @@ from emulator import asleep
 from emulator.build import KERNELS, Emulated, EmulatorFault, build, unavailable
 from emulator.cluster_recursion import FILES
 from emulator.owner import EmulatedCuda, installed
-from recurx.backends.cuda_abi import RxClusterPlan, RxRecursion, RxSolve
+from recurx.backends.cuda_abi import RxClusterPlan, RxSolve
 from recurx.backends.cuda_launch import describe
 from recurx.errors import CudaError
 from recurx.nets import KINDS
@@ -151,8 +151,8 @@ def test_ten_schedules_of_the_threads_give_the_same_bits(watched, model, size):
 
 
 def test_a_plan_has_a_slot_for_each_sample_it_holds(engine):
-    library, r = engine.library(), RxRecursion(3, 71, 128, 2, 1, 1)
-    solve = RxSolve(5, 1, 1, 0, 0, 0, VOCAB)
+    library, r = engine.library(), describe(one_call(KINDS[0], 71), Span(0, 1))
+    r.batch, solve = 3, RxSolve(5, 1, 1, 0, 0, 0, VOCAB)
     with pytest.raises(CudaError, match="batch is 3; it must be the number of slots, 4"):
         library.call("rx_cluster_sm90a_solve", r, RxClusterPlan(4), solve, None)
     with pytest.raises(CudaError, match="cluster is 0; 2, 4 or 8"):
