@@ -52,10 +52,9 @@ help:
 
 setup: $(BUILT)
 
-# One process a core, a file of tests in one of them (they share built kernels), the longest files
-# first (tests/conftest.py). One thread each: OpenMP teams of several processes would fight for the
-# cores.
-PYTEST = OMP_NUM_THREADS=1 "$(PY)" -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# One process a core, a file of tests in one of them (they share built kernels). One thread each:
+# OpenMP teams of several processes would fight for the cores.
+PYTEST = OMP_NUM_THREADS=1 "$(PY)" -m pytest -q -n $(WORKERS) --dist loadfile
 
 test: $(BUILT) $(DEV)
 	$(PYTEST)
@@ -63,13 +62,13 @@ test: $(BUILT) $(DEV)
 test-fast: $(BUILT) $(DEV)
 	$(PYTEST) -m 'not slow'
 
-# `make test` runs the best one. The yardstick is PyTorch, so one file says it all: a process an
-# instruction set, what each says in one piece.
+# `make test` runs the best one. The yardstick is PyTorch, so one file says it all.
 test-isas: $(BUILT) $(DEV)
 	isas=$$("$(PY)" -c 'import recurx._C as engine; print(*engine.cpu_isas())') && \
-	printf '%s\n' $$isas | OMP_NUM_THREADS=1 xargs -P $(WORKERS) -I ISA sh -c \
-	  'said=$$(RECURX_CPU_ISA=ISA "$(PY)" -m pytest -q -m "not slow" -k cpu tests/test_numerics.py \
-	  2>&1); failed=$$?; printf "instruction set ISA\n%s\n" "$$said"; exit $$failed'
+	for isa in $$isas; do \
+	  echo "instruction set $$isa" && \
+	  RECURX_CPU_ISA=$$isa $(PYTEST) -m 'not slow' -k cpu tests/test_numerics.py || exit 1; \
+	done
 
 test-lowest: $(BUILT) $(DEV)
 	"$(PY)" .ci/lowest_torch.py $(WORKERS)

@@ -3,7 +3,6 @@ backends that neither clocks nor other runs decide."""
 
 import os
 import signal
-from pathlib import Path
 
 import hypothesis
 import pytest
@@ -19,26 +18,6 @@ hypothesis.settings.register_profile("recurx", deadline=None, derandomize=True, 
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
 
 
-# Files that take a minute and more, the longest first: begun last, one alone would keep a process
-# busy while the others have nothing left to do.
-LONGEST = (
-    "device/test_gpu_check.py",
-    "cpu/test_cpu_window.py",
-    "aot/test_resources.py",
-    "cpu/test_cpu_variant_window.py",
-    "cuda/test_cuda_owner_scratch.py",
-    "cuda/test_cluster_recursion.py",
-    "cpu/test_aarch64.py",
-    "test_documents.py",
-    "hostile/test_corpus.py",
-    "cpu/test_cpu_engine.py",
-    "cpu/test_cpu_window_planted.py",
-    "bench/test_bench_run.py",
-)
-HERE = Path(__file__).parent
-assert all((HERE / name).is_file() for name in LONGEST), "a file of LONGEST has another name now"
-
-
 def pytest_configure(config):
     # A shell's & ignores Ctrl-C, and what tests start would inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -48,8 +27,6 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    turn = {HERE / name: number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: turn.get(item.path, len(turn)))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, torch sees none")
