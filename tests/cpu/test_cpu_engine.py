@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -28,6 +27,7 @@ from recurx.operands import Operands, Span
 from recurx.plan import cpu as plan
 from tests.cpu import build
 from tests.factories import make_inputs, make_net, problem_for, rope, rounded, wide
+from tests.forked import in_child
 from tests.kernels.compare import assert_as_exact
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -288,12 +288,12 @@ def test_a_forked_child_runs(native: cpu.Cpu, threads: None) -> None:
     nets, (x, carry) = {"L": make_net()}, make_inputs(schedule)
     tables = rope()
     expected = run(native, schedule, nets, x, carry, tables)["z_H"]
-    child = os.fork()
-    if child == 0:  # no kernels of torch here: their own threads do not survive a fork
-        signal.alarm(60)
+
+    def right() -> bool:  # no kernels of torch here: their own threads do not survive a fork
         got = run(native, schedule, nets, x, carry, tables)["z_H"]
-        os._exit(0 if np.array_equal(got.numpy(), expected.numpy()) else 1)
-    assert os.waitpid(child, 0)[1] == 0
+        return np.array_equal(got.numpy(), expected.numpy())
+
+    assert in_child(right, patience=60) == 0
     assert torch.equal(run(native, schedule, nets, x, carry, tables)["z_H"], expected)
 
 

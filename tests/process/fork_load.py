@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import functools
 import os
 import random
-import signal
 import threading
 import time
 from typing import Any
@@ -26,6 +26,7 @@ from torch import Tensor
 import recurx
 from recurx import Schedule, reference
 from recurx.plan import cpu as plan
+from tests import forked
 from tests.factories import make_inputs, make_net, rope
 
 SCHEDULE = Schedule.trm(1, 2)
@@ -49,9 +50,8 @@ def answers(seed: int, backend: str) -> bool:
     return all(torch.allclose(got[name], want[name], rtol=1e-4, atol=1e-4) for name in want)
 
 
-def child(number: int) -> None:
-    """Ends the process: 0 if every way gives the right answer, twice."""
-    signal.alarm(PATIENCE)  # its default action ends the process
+def child(number: int) -> bool:
+    """Whether every way gives the right answer, twice."""
     faulthandler.dump_traceback_later(PATIENCE / 2)  # where it hangs
     nets, x, carry, tables = case(number)
     with torch.no_grad():  # on two threads of the engine's own
@@ -60,7 +60,7 @@ def child(number: int) -> None:
     want = reference.run(SCHEDULE, nets, x, carry, tables)
     right = [torch.allclose(first[name], want[name], rtol=1e-4, atol=1e-4) for name in want]
     right += [answers(seed, way) for seed in (number, number + 1000) for way in WAYS]
-    os._exit(0 if all(right) else 1)
+    return all(right)
 
 
 def load(stop: threading.Event, seed: int) -> None:
@@ -90,10 +90,7 @@ def main() -> int:
     waiting: list[int] = []
     for number in range(options.children):
         time.sleep(0.02 * draw.random())
-        pid = os.fork()
-        if pid == 0:
-            child(number)
-        waiting.append(pid)
+        waiting.append(forked.begun(functools.partial(child, number), PATIENCE))
         while len(waiting) >= 4:
             outcomes.append(os.waitpid(waiting.pop(0), 0)[1])
     outcomes += [os.waitpid(pid, 0)[1] for pid in waiting]

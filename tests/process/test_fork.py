@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.machinery
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -23,6 +22,7 @@ from recurx.backends import cpu
 from recurx.forking import fork_lock, lazy
 from tests.cpu import build
 from tests.factories import make_inputs, make_net, rope
+from tests.forked import in_child
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 engine = pytest.mark.skipif(
@@ -35,15 +35,6 @@ def script(*arguments: str) -> None:
         [sys.executable, *arguments], cwd=build.ROOT, capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def in_child(work: Callable[[], bool]) -> int:
-    """The status of a forked child: 0 if `work` returns True within a while."""
-    pid = os.fork()
-    if pid == 0:
-        signal.alarm(30)
-        os._exit(0 if work() else 1)
-    return os.waitpid(pid, 0)[1]
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +15,7 @@ from recurx import solve
 from recurx.backends import cpu
 from recurx.models import HRM, TRM
 from recurx.solving import asking
-from tests import official
+from tests import forked, official
 
 BACKENDS = ("eager", "cpu") if cpu.BACKEND.why_unavailable() is None else ("eager",)
 
@@ -193,11 +192,12 @@ def test_a_forked_child_gets_the_mode_back(foreign: Any) -> None:
     worker.start()
     begun.wait()
     assert not foreign.training
-    pid = os.fork()
-    if pid == 0:
-        signal.alarm(30)
+
+    def restored() -> bool:
         with asking._changing:
-            os._exit(0 if all(module.training for module in foreign.modules()) else 1)
+            return all(module.training for module in foreign.modules())
+
+    pid = forked.begun(restored)
     end.set()
     worker.join()
     assert os.waitpid(pid, 0)[1] == 0 and foreign.training
