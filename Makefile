@@ -53,8 +53,9 @@ help:
 setup: $(BUILT)
 
 # One process a core, a file of tests in one of them (they share built kernels). One thread each:
-# OpenMP teams of several processes would fight for the cores.
-PYTEST = OMP_NUM_THREADS=1 "$(PY)" -m pytest -q -n $(WORKERS) --dist loadfile
+# OpenMP teams of several processes would fight for the cores. One that dies is not replaced: xdist
+# can wait for ever on the one that replaces it (pytest-xdist issue 1378).
+PYTEST = OMP_NUM_THREADS=1 "$(PY)" -m pytest -q -n $(WORKERS) --dist loadfile --max-worker-restart=0
 
 test: $(BUILT) $(DEV)
 	$(PYTEST)

@@ -26,6 +26,20 @@ def pytest_configure(config):
         hypothesis.settings.load_profile("recurx")
 
 
+def pytest_runtest_logreport(report):
+    """Names of failures as they come: a run that somebody cuts off has no closing list."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        print(f"\nFAILED so far: {report.nodeid}", flush=True)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """How a process of tests ended that was not told to: a signal's number says who did it."""
+    if error is not None:
+        code = node.gateway._io.popen.wait(timeout=10)
+        print(f"\n{node.gateway.id} ended by itself, exit code {code}: {error}", flush=True)
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
