@@ -32,35 +32,6 @@ using namespace rx::cpu;
 namespace {
 
 using RowsTuple = std::tuple<uintptr_t, size_t, size_t, size_t>;
-using StepTuple = std::tuple<int, int, std::vector<int>, std::vector<int>, int>;
-using FactorTuple = std::tuple<float, float, float, float, int>;
-
-// The steps of a recursion, translated once. The steps point into `reads`.
-struct Program {
-  std::vector<int> reads;
-  std::vector<Step> steps;
-
-  Program(const std::vector<StepTuple>& given, const std::vector<FactorTuple>& factors) {
-    if (!factors.empty() && factors.size() != given.size())
-      throw std::invalid_argument("Program: expected factors for each step or for none");
-    size_t total = 0;
-    for (const auto& [net, write, state, inject, sum] : given)
-      total += state.size() + inject.size();
-    reads.reserve(total);
-    for (const auto& [net, write, state, inject, sum] : given) {
-      const int* at = reads.data() + reads.size();
-      reads.insert(reads.end(), state.begin(), state.end());
-      reads.insert(reads.end(), inject.begin(), inject.end());
-      steps.push_back(
-          {net, write, (int)state.size(), (int)inject.size(), at, at + state.size(), (Sum)sum});
-    }
-    for (size_t i = 0; i < factors.size(); ++i) {
-      Step& step = steps[i];
-      std::tie(step.keep, step.share, step.scale, step.noise, step.number) = factors[i];
-    }
-  }
-  Program(const Program&) = delete;
-};
 
 // Runs Python's handlers of pending signals; true if one raised, as that of Ctrl-C does. Python
 // calls them on the main thread alone, so no other takes its lock for that.
@@ -75,11 +46,12 @@ bool interrupted() {
 // A recursion as Python gives it; holds what `Recursion` points to.
 struct Given {
   std::vector<PackedNet> views;
+  std::vector<Step> steps;  // with learned factors
   Recursion recursion;
 
   Given(const char* op, const std::vector<const Packed*>& nets, const Program& program,
         const std::tuple<int, int, int>& shape, const void* const* in, void* const* out,
-        int num_states, uintptr_t cos, uintptr_t sin) {
+        int num_states, uintptr_t cos, uintptr_t sin, const BesideTuple& beside = {}) {
     if (nets.empty() || num_states < 1)
       throw std::invalid_argument(std::string(op) + ": expected nets, x, and one output a state");
     for (const Packed* net : nets) {
@@ -100,6 +72,15 @@ struct Given {
                  views.data(),
                  (const float*)cos,
                  (const float*)sin};
+    const auto& [seed, first, key_mask, learned] = beside;
+    recursion.seed = seed;
+    recursion.first = first;
+    recursion.key_mask = (const bool*)key_mask;
+    if (learned.empty()) return;
+    steps = program.steps;
+    for (const auto& [step, of_scale, each] : learned)
+      (of_scale ? steps.at(step).scale_each : steps.at(step).share_each) = (const float*)each;
+    recursion.steps = steps.data();
   }
 };
 
@@ -114,18 +95,14 @@ void interruptible(Work work) {
   if (!done) throw py::error_already_set();
 }
 
-// Of the steps' noise: its seed, and the number of the first sample.
-using SeedAndFirst = std::pair<uint64_t, long>;
-
 void run_recursion(const std::vector<const Packed*>& nets, const Program& program,
                    const std::tuple<int, int, int>& shape, const std::vector<uintptr_t>& in,
                    const std::vector<uintptr_t>& out, uintptr_t cos, uintptr_t sin, int threads,
-                   SeedAndFirst noise) {
+                   const BesideTuple& beside) {
   if (in.size() != out.size())
     throw std::invalid_argument("cpu_run: expected nets, x, and one output a state");
   Given given("cpu_run", nets, program, shape, (const void* const*)in.data(),
-              (void* const*)out.data(), (int)in.size(), cos, sin);
-  std::tie(given.recursion.seed, given.recursion.first) = noise;
+              (void* const*)out.data(), (int)in.size(), cos, sin, beside);
   interruptible(
       [&] { return rx::cpu::run(nets[0]->engine(), given.recursion, threads, interrupted); });
 }
@@ -148,12 +125,11 @@ Window window_of(const Engine& engine, const Recursion& recursion, int save,
 void window_forward(const std::vector<const Packed*>& nets, const Program& program,
                     const std::tuple<int, int, int>& shape, const Addresses& in,
                     const Addresses& out, uintptr_t cos, uintptr_t sin, int save,
-                    const KeptTuple& kept, int threads, SeedAndFirst noise) {
+                    const KeptTuple& kept, int threads, const BesideTuple& beside) {
   if (in.size() != out.size())
     throw std::invalid_argument("cpu_window_forward: expected nets, x, and one output a state");
   Given given("cpu_window_forward", nets, program, shape, (const void* const*)in.data(),
-              (void* const*)out.data(), (int)in.size(), cos, sin);
-  std::tie(given.recursion.seed, given.recursion.first) = noise;
+              (void* const*)out.data(), (int)in.size(), cos, sin, beside);
   const Engine& engine = nets[0]->engine();
   const Window window = window_of(engine, given.recursion, save, kept);
   interruptible([&] { return rx::cpu::run_window(engine, window, false, threads, interrupted); });
@@ -164,10 +140,9 @@ void window_backward(const std::vector<const Packed*>& nets, const Program& prog
                      uintptr_t sin, int save, const KeptTuple& kept,
                      const std::vector<WeightTuple>& weights, const Addresses& d_out,
                      const Addresses& d_in, const Addresses& d_weights, int threads,
-                     SeedAndFirst noise) {
+                     const BesideTuple& beside) {
   Given given("cpu_window_backward", nets, program, shape, (const void* const*)in.data(),
-              (void* const*)in.data(), (int)in.size(), cos, sin);
-  std::tie(given.recursion.seed, given.recursion.first) = noise;
+              (void* const*)in.data(), (int)in.size(), cos, sin, beside);
   const Engine& engine = nets[0]->engine();
   Window window = window_of(engine, given.recursion, save, kept);
   Gradients slots(nets, weights, d_weights);
@@ -308,16 +283,16 @@ PYBIND11_MODULE(RX_MODULE_NAME, m) {
         "Whether that engine multiplies int8 by an instruction; else by plain code.");
   m.def("cpu_run", &run_recursion, py::arg("nets"), py::arg("program"), py::arg("shape"),
         py::arg("in_"), py::arg("out"), py::arg("cos"), py::arg("sin"), py::arg("threads"),
-        py::arg("noise") = SeedAndFirst(),
+        py::arg("beside") = BesideTuple(),
         "Run a Program; index 0 of in_ is x, out holds the new states.");
   m.def("cpu_window_forward", &window_forward, py::arg("nets"), py::arg("program"),
         py::arg("shape"), py::arg("in_"), py::arg("out"), py::arg("cos"), py::arg("sin"),
-        py::arg("save"), py::arg("kept"), py::arg("threads"), py::arg("noise") = SeedAndFirst(),
+        py::arg("save"), py::arg("kept"), py::arg("threads"), py::arg("beside") = BesideTuple(),
         "Run a Program as a window; kept is (values, how many, floats, how many).");
   m.def("cpu_window_backward", &window_backward, py::arg("nets"), py::arg("program"),
         py::arg("shape"), py::arg("in_"), py::arg("cos"), py::arg("sin"), py::arg("save"),
         py::arg("kept"), py::arg("weights"), py::arg("d_out"), py::arg("d_in"),
-        py::arg("d_weights"), py::arg("threads"), py::arg("noise") = SeedAndFirst(),
+        py::arg("d_weights"), py::arg("threads"), py::arg("beside") = BesideTuple(),
         "Gradients of what entered and of the weights (fp32); address 0: none given or wanted.");
   m.def("cpu_window_kept", &kept_of, py::arg("block"), py::arg("fields"), py::arg("tokens"),
         py::arg("save"), "Values and floats that a window keeps of a sample for a block's call.");

@@ -1,5 +1,5 @@
-// Nets as Python spells them: sizes, the fields of variants and their weights by name, which throw
-// where they are not known.
+// Nets and steps as Python spells them: sizes, the fields of variants and their weights by name,
+// which throw where they are not known.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -96,6 +96,12 @@ inline void set_fields(BlockShape& shape, const py::dict& fields) {
       v.conv = whole();
     } else if (name == "conv_of") {
       v.conv_of_gate_up = chosen<int>(name, value, {"middle", "gate_up"}) == 1;
+    } else if (name == "dropout") {
+      v.dropout = value.cast<float>();
+    } else if (name == "drop_path") {
+      v.drop_path = value.cast<float>();
+    } else if (name == "key_padding") {
+      v.key_padding = truth();
     } else if (name == "conv_dtype") {
       text();  // that of the states, as recurx/backends/cpu.py checks
     } else {
@@ -230,5 +236,40 @@ struct Gradients {
     }
   }
 };
+
+using StepTuple = std::tuple<int, int, std::vector<int>, std::vector<int>, int>;
+using FactorTuple = std::tuple<float, float, float, float, int>;
+
+// The steps of a recursion, translated once. The steps point into `reads`.
+struct Program {
+  std::vector<int> reads;
+  std::vector<Step> steps;
+
+  Program(const std::vector<StepTuple>& given, const std::vector<FactorTuple>& factors) {
+    if (!factors.empty() && factors.size() != given.size())
+      throw std::invalid_argument("Program: expected factors for each step or for none");
+    size_t total = 0;
+    for (const auto& [net, write, state, inject, sum] : given)
+      total += state.size() + inject.size();
+    reads.reserve(total);
+    for (const auto& [net, write, state, inject, sum] : given) {
+      const int* at = reads.data() + reads.size();
+      reads.insert(reads.end(), state.begin(), state.end());
+      reads.insert(reads.end(), inject.begin(), inject.end());
+      steps.push_back(
+          {net, write, (int)state.size(), (int)inject.size(), at, at + state.size(), (Sum)sum});
+    }
+    for (size_t i = 0; i < factors.size(); ++i) {
+      Step& step = steps[i];
+      std::tie(step.keep, step.share, step.scale, step.noise, step.number) = factors[i];
+    }
+  }
+  Program(const Program&) = delete;
+};
+
+// What is read beside the states: the seed of noise and dropout and the number of the first sample,
+// a mask of keys [B, T] or 0, learned factors.
+using LearnedTuple = std::tuple<int, bool, uintptr_t>;  // step, whether its scale, [D] floats
+using BesideTuple = std::tuple<uint64_t, long, uintptr_t, std::vector<LearnedTuple>>;
 
 }  // namespace rx::cpu

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from recurx import backends, fp8, reference
 from recurx.backends import Backend
+from recurx.noise import DRAWN
 from recurx.operands import Operands, Span
 from recurx.problem import Problem
 
@@ -157,7 +158,8 @@ def _samples(problem: Problem, device: torch.device) -> Tensor:
     """Samples do not mix, so the first and last few tell; fp64 is slow on most devices."""
     count = SAMPLES.get(device.type, 1)
     every = torch.arange(problem.batch, device=device)
-    last = every[count:][-count:] if "noise" not in problem.changed else every[:0]  # is numbered
+    numbered = {"noise", *DRAWN} & {*problem.changed}  # draws go by the number of the sample
+    last = every[:0] if numbered else every[count:][-count:]
     return torch.cat((every[:count], last))
 
 

@@ -81,9 +81,10 @@ class Operands(NamedTuple):
         return self.x, list(self.states), list(self.weights), *tables, self.seed, self.key_mask
 
     def contiguous(self) -> Operands:
-        """With x and states in contiguous memory."""
+        """With x, states and mask in contiguous memory."""
         states = tuple(state.contiguous() for state in self.states)
-        return self._replace(x=self.x.contiguous(), states=states)
+        mask = None if self.key_mask is None else self.key_mask.contiguous()
+        return self._replace(x=self.x.contiguous(), states=states, key_mask=mask)
 
     def check_memory(self, states: Sequence[str], nets: Sequence[tuple[str, NetSpec]]) -> None:
         """Every tensor lies inside its storage, which FSDP frees between uses.

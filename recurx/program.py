@@ -80,7 +80,9 @@ def lower(schedule: Schedule, span: Span) -> Program:
         shared = sums if len(step.inject) > 1 and held == step.inject else None
         state, inject = ([slot[name] for name in names] for names in (step.state, step.inject))
         called = span.start + number if step.noise else 0
-        factors = Factors(step.scale, 1 - step.damping, step.damping, step.noise, called)
+        # What is learned an engine reads at each call.
+        scale, damping = (1.0 if isinstance(f, str) else f for f in (step.scale, step.damping))
+        factors = Factors(scale, 1 - damping, damping, step.noise, called)
         calls.append(
             Call(
                 step.net, slot[step.write], tuple(state), tuple(inject), shared, forms,

@@ -37,6 +37,8 @@ void check_variant(const BlockShape& s) {
   within("the rows of a grid", v.axial[0], 0, kMostWidth);
   within("the columns of a grid", v.axial[1], v.axial[0] ? 1 : 0, kMostWidth);
   within("the axis of a grid", v.axial[2], 0, 1);
+  for (float share : {v.dropout, v.drop_path})
+    require(share >= 0.f && share < 1.f, "a share that is dropped, from 0 to below 1");
   require(!(v.scale_each || v.skip_each) || v.kind != Kind::token_mlp || v.token_norm_hidden,
           "one residual scale where a sublayer runs over the tokens");
 }
@@ -93,6 +95,7 @@ void check(const Engine& engine, const Recursion& r, int threads) {
       const BlockShape& s = r.nets[n].blocks[i].shape;
       require(s.hidden == r.hidden, "nets of the states' D");
       require(!s.token_mlp || s.tokens == r.tokens, "token MLPs of the states' T");
+      require(!s.variant.key_padding || r.key_mask, "a mask of the keys that are padding");
       const int* grid = s.variant.axial;
       require(!grid[0] || (long long)grid[0] * grid[1] == r.tokens, "a grid of the states' T");
       widest = std::max({widest, (long long)s.inner, (long long)(s.token_mlp ? s.token_inner : 0),

@@ -8,11 +8,17 @@
 
 namespace rx::cpu::RX_ISA {
 
-RX_INLINE bool is_plain(const Step& step) { return step.share == 1.f && step.noise == 0.f; }
+RX_INLINE bool is_plain(const Step& step) {
+  return step.share == 1.f && step.noise == 0.f && !step.share_each;
+}
 
-// keep * before + share * y; `type` null, of the states.
+// keep * before + share * y of columns from `col` on; `type` null, of the states.
 template <class State>
-RX_INLINE V damped(const State* type, const Step& step, V before, V y) {
+RX_INLINE V damped(const State* type, const Step& step, V before, V y, int col = 0) {
+  if (step.share_each) {  // in fp32, as PyTorch multiplies by a vector of it
+    const V share = load(step.share_each + col);
+    return round_as(type, before * (1.f - share) + y * share);
+  }
   if (step.share == 1.f) return y;
   return round_as(type, before * step.keep) + round_as(type, y * step.share);
 }
@@ -75,6 +81,16 @@ RX_INLINE V radius_of(V u) {
   return root(at_least(V{}, ln * -2.f));
 }
 
+// The numbers that four vectors hold of lane after lane, in their order.
+RX_INLINE void store_fours(const V (&n)[4], float* to) {
+  const V even_low = low_lanes(n[0], n[2]), even_high = high_lanes(n[0], n[2]);
+  const V odd_low = low_lanes(n[1], n[3]), odd_high = high_lanes(n[1], n[3]);
+  store(to, low_lanes(even_low, odd_low));
+  store(to + W, high_lanes(even_low, odd_low));
+  store(to + 2 * W, low_lanes(even_high, odd_high));
+  store(to + 3 * W, high_lanes(even_high, odd_high));
+}
+
 // Two normals of each lane.
 RX_INLINE void box_muller(VU a, VU b, V& first, V& second) {
   const V u = (__builtin_convertvector((VI)(a >> 8), V) + 0.5f) * 5.9604644775390625e-8f;
@@ -106,12 +122,7 @@ static __attribute__((noinline)) void add_call_noise(const Step& step, uint64_t 
     V n[4];
     box_muller(words.w[0], words.w[1], n[0], n[1]);
     box_muller(words.w[2], words.w[3], n[2], n[3]);
-    const V even_low = low_lanes(n[0], n[2]), even_high = high_lanes(n[0], n[2]);
-    const V odd_low = low_lanes(n[1], n[3]), odd_high = high_lanes(n[1], n[3]);
-    store(numbers, low_lanes(even_low, odd_low));
-    store(numbers + W, high_lanes(even_low, odd_low));
-    store(numbers + 2 * W, low_lanes(even_high, odd_high));
-    store(numbers + 3 * W, high_lanes(even_high, odd_high));
+    store_fours(n, numbers);
     add_noise<State>(row + col, numbers, step.noise, imin(4 * W, width - col));
   }
 }

@@ -6,7 +6,7 @@
 namespace rx::cpu {
 
 // What the numbers are for, the last word of the counter.
-constexpr uint32_t kStepNoise = 0, kCallNoise = 2;
+constexpr uint32_t kStepNoise = 0, kCallNoise = 2, kDrops = 3;
 
 struct NoiseOf {
   uint32_t entry, step, use;

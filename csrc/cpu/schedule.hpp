@@ -31,7 +31,7 @@ struct Group {
       if (rec.in[s] != rec.out[s]) memcpy(state(s, own.begin), input(s, own.begin), size_of(own));
     for (int i = 0; i < rec.num_steps && !team.stopped(); ++i) {
       begin(rec.steps[i]);
-      end(rec.steps[i], call(rec.nets[rec.steps[i].net]));
+      end(rec.steps[i], call(rec.nets[rec.steps[i].net], rec.steps[i].number));
     }
   }
 
@@ -59,7 +59,11 @@ struct Group {
       State* kept = ws.inject + row * rec.hidden;
       for (int col = 0; col < rec.hidden; col += W) {
         V h = sum(step.state, step.num_state, row, col);
-        if (step.scale != 1.f) h = round_as(type, h * step.scale);
+        if (step.scale_each) {
+          h = round_as(type, h * load(step.scale_each + col));
+        } else if (step.scale != 1.f) {
+          h = round_as(type, h * step.scale);
+        }
         if (step.num_inject) {
           const V extra = step.sum == Sum::kept ? load(kept + col)
                                                 : sum(step.inject, step.num_inject, row, col);
@@ -75,14 +79,16 @@ struct Group {
   }
 
   // net(x), un-normalised with its scale; in ws.x or ws.z.
-  typename Block<Core>::Hidden call(const PackedNet& net) {
+  typename Block<Core>::Hidden call(const PackedNet& net, int number) {
     typename Block<Core>::Hidden in{ws.x, ws.scale_a}, out{ws.z, ws.scale_a};
     for (int i = 0; i < net.num_blocks && !team.stopped(); ++i) {
       const PackedBlock& next = net.blocks[(i + 1) % net.num_blocks];
       if constexpr (Core::kVariants) {
         if (net.blocks[i].shape.variant.on) {
           scale_rows(in);
-          VariantBlock<Core>{rec, team, ws, net.blocks[i], next, in.y, out.y, in.scale}.run();
+          const Beside beside{first_sample, number, i};
+          VariantBlock<Core>{rec, team, ws, net.blocks[i], next, in.y, out.y, in.scale, beside}
+              .run();
           continue;
         }
       }
@@ -123,7 +129,7 @@ struct Group {
       State* out = state(step.write, row);
       for (int col = 0; col < rec.hidden; col += W) {
         const V y = round_as(type, load(h.y.at(row, col)) * h.scale[row]);
-        store(out + col, damped(type, step, load(out + col), y));
+        store(out + col, damped(type, step, load(out + col), y, col));
       }
       if (step.noise != 0.f)
         add_call_noise(step, rec.seed, rec.first + first_sample + row / rec.tokens,

@@ -40,12 +40,15 @@ struct SeesAll {
 };
 
 // ... or those from [0, prefix) and, if causal, up to itself, that are less than `window` away:
-// always an interval, which holds the query's own place.
+// always an interval, which holds the query's own place; of these not the keys that are padding.
 struct Sees {
   bool causal;
-  int prefix, window;  // window 0: all
+  int prefix, window;             // window 0: all
+  const int32_t* keys = nullptr;  // -1 or 0 for each that is seen or not, and on; null: all are
 
-  // 0 outside of the interval.
+  bool all() const { return !causal && !window && !keys; }
+
+  // 0 for what is not seen; all zeros, and a maximum of 0, where that is everything.
   template <bool kCoarse, class Out>
   float softmax(const float* scores, Out* p, int query, int count, float* maximum = nullptr) const {
     query = imin(query, count - 1);  // rows of a last tile that nobody reads
@@ -53,8 +56,8 @@ struct Sees {
     int end = causal ? imin(count, imax(prefix, query + 1)) : count;
     if (window) end = imin(end, query + window);
     const auto seen = [=](int i) __attribute__((always_inline)) {
-      const VI key = lane_numbers() + i;
-      return (key >= begin) & (key < end);
+      const VI key = lane_numbers() + i, in_reach = (key >= begin) & (key < end);
+      return keys ? in_reach & load_keys(i) : in_reach;
     };
     V top = splat(-INFINITY), sum{};
     const int first = begin / W * W, last = round_up(end, W);
@@ -68,15 +71,26 @@ struct Sees {
       store(p + i, e);
       sum += e;
     }
-    return 1.f / reduce_add(sum);
+    const float total = reduce_add(sum);
+    if (!keys || total != 0.f) return 1.f / total;
+    if (maximum) *maximum = 0.f;
+    return 0.f;
   }
 
-  // The weights of lanes whose query sees their key, 0 of the others.
+  // The weights of lanes whose query sees their key, 0 of the others. Keys are one, or neighbours.
   V kept(V weight, VI query, VI key) const {
     VI sees = query == query;
     if (causal) sees = (key <= query) | (key < prefix);
     if (window) sees &= (query - key < window) & (key - query < window);
+    if (keys) sees &= key[0] == key[1] ? VI{} + keys[key[0]] : load_keys(key[0]);
     return sees ? weight : V{};
+  }
+
+ private:
+  VI load_keys(int first) const {
+    VI some;
+    memcpy(&some, keys + first, sizeof some);
+    return some;
   }
 };
 

@@ -62,7 +62,8 @@ struct Step {
   const int* inject;
   Sum sum = Sum::own;
   float keep = 0.f, share = 1.f, scale = 1.f, noise = 0.f;
-  int number = 0;  // of the call in the whole schedule, which its noise counts
+  int number = 0;  // of the call in the whole schedule, which noise and dropout count
+  const float *share_each = nullptr, *scale_each = nullptr;  // [D] instead, where it is learned
 };
 
 struct Recursion {
@@ -76,8 +77,9 @@ struct Recursion {
   const PackedNet* nets;
   const float* cos;  // [T, head_dim] or null; T of a line, where attention is axial
   const float* sin;
-  uint64_t seed = 0;  // of the steps' noise, which sample i of the batch has as entry first + i
+  uint64_t seed = 0;  // of noise and dropout, which sample i of the batch has as entry first + i
   long first = 0;
+  const bool* key_mask = nullptr;  // [B, T]: keys that blocks with key_padding do not see
 };
 
 // What a window keeps for its backward, see backward/kept.hpp.

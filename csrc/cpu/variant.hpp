@@ -29,6 +29,8 @@ struct Variant {
   bool norm_of_product = false;    // the inner norm: sigmoid(g) norm(g u)
   int conv = 0;                    // width
   bool conv_of_gate_up = false;    // else of the middle
+  float dropout = 0.f, drop_path = 0.f;
+  bool key_padding = false;  // keys of Recursion::key_mask are not seen
 
   bool pre_normed() const { return placement != Placement::post; }
   // Tokens of a line that attention runs over.

@@ -28,6 +28,7 @@ struct VariantBlock {
   const PackedBlock& next;  // the block after this one, whose weights are prefetched
   Mat<Act> h, f;            // what enters and leaves; the result of a sublayer
   const float* ones;        // [rows_pad]
+  const Beside beside;
   const BlockShape& shape = packed.shape;
   const Variant& v = shape.variant;
   const float* const* vector = packed.vector;
@@ -60,7 +61,7 @@ struct VariantBlock {
 
   // Ends sublayer `done` of the thread's rows and forms what sublayer `entered` reads; 0 for none.
   void pass(int done, int entered, Mat<Act> to) {
-    const SublayerEnd end = end_of(packed, done, shape.hidden);
+    const SublayerEnd end = end_of(packed, done, shape.hidden, drops_of(rec, v, beside, done));
     const RowNorm entry = norm_of(packed, v.norm, shape.hidden, entered == 1 ? norm1 : norm2);
     for (int row = own.begin; row < own.end; ++row) {
       if (done) end.run(h, f, row, place ? place[row] : row, h, ws.row);
@@ -216,7 +217,6 @@ struct VariantBlock {
     const int parts = imin(line, ceil_div(team.size, heads * lines));
     const Range items = share(heads * lines * parts, team.tid, team.size);
     const long size = (long)ws.rows_pad * ws.head_stride;
-    const Sees sees{v.causal, v.prefix, v.window};
     for (int item = items.begin; item < items.end; ++item) {
       const int number = item / (lines * parts), row0 = item / parts % lines * line;
       const long first = (long)row0 * ws.head_stride, kv = number / group * size + first;
@@ -226,7 +226,8 @@ struct VariantBlock {
                      ws.head_stride, line, shape.head_dim, queries, ws.mixed, row0,
                      number * shape.head_dim, seen);
       };
-      v.causal || v.window ? run(sees) : run(SeesAll{});
+      const Sees sees{v.causal, v.prefix, v.window, seen_keys(rec, v, beside, row0, ws.keys)};
+      sees.all() ? run(SeesAll{}) : run(sees);
     }
   }
 
@@ -271,14 +272,15 @@ struct VariantBlock {
 
   // The whole sublayer over h^T, normed over the tokens.
   void mix_token_rows() {
-    const SublayerEnd end = end_of(packed, 1, rec.tokens);
+    const SublayerEnd end = end_of(packed, 1, rec.tokens, drops_of(rec, v, beside, 1));
     for_token_slabs([&](TokenMlp<Core>& mixer, long row0, int d, int count) {
       mixer.transpose_in(h, ones, row0, d, count);
       for (int row = 0; v.pre_normed() && row < count; ++row)
         norm_row(end.norm, ws.token_in, ws.token_normed, row);
       mlp_of_tokens(v.pre_normed() ? ws.token_normed : ws.token_in, count);
       for (int row = 0; row < count; ++row)
-        end.run(ws.token_in, ws.token_out, row, row, ws.token_out, ws.row);
+        end.run(ws.token_in, ws.token_out, row, row, ws.token_out, ws.row,
+                row0 / rec.tokens * rec.hidden + d + row);
       mixer.transpose_out(ws.token_out, ws.token_scale, h, row0, d, count);
     });
   }

@@ -134,12 +134,15 @@ struct SublayerEnd {
   Placement placement;
   RowNorm norm, out_norm;
   Factor scale, skip;
+  Drops drops;
 
   // x <- what leaves a sublayer that the row h(col) entered and whose result is x, zeros after it.
+  // Rows are counted from the block's first sample on; they are columns of h if `turned`.
   template <class H>
-  void finish(float* x, H h) const {
+  void finish(float* x, H h, long row, bool turned) const {
     const int width = norm.width;
     if (placement == Placement::sandwich) out_norm.apply(x);
+    if (drops.matter()) turned ? drops.of_column(row, x) : drops.of_row(row, x);
     for (int col = 0; col < width; col += W) {
       const V kept = h(col) * skip.at(col);
       store(x + col, within(fma(load(x + col), scale.at(col), kept), col, width));
@@ -147,24 +150,28 @@ struct SublayerEnd {
     if (placement == Placement::post) norm.apply(x);
   }
 
-  // to[row] <- what leaves of h[row] and f[f_row].
+  // to[row] <- what leaves of h[row] and f[f_row]; `column` not -1: the column of h that this is.
   template <class Act>
-  void run(Mat<Act> h, Mat<Act> f, long row, long f_row, Mat<Act> to, float* x) const {
+  void run(Mat<Act> h, Mat<Act> f, long row, long f_row, Mat<Act> to, float* x,
+           long column = -1) const {
     load_row(f, f_row, norm.width, x);
-    finish(x, [&](int col) { return load(h.at(row, col)); });
+    finish(
+        x, [&](int col) { return load(h.at(row, col)); }, column < 0 ? row : column, column >= 0);
     store_row(x, norm.width, to, row);
   }
 };
 
 // Of sublayer 1, the mixer, or 2, the MLP over D.
-RX_INLINE SublayerEnd end_of(const PackedBlock& block, int number, int width) {
+RX_INLINE SublayerEnd end_of(const PackedBlock& block, int number, int width,
+                             const Drops& drops = {}) {
   const Variant& v = block.shape.variant;
   const int weight = number == 1 ? norm1 : norm2, scale = number == 1 ? scale1 : scale2;
   return {v.placement,
           norm_of(block, v.norm, width, weight),
           norm_of(block, v.norm, width, weight + 2),
           {v.residual_scale, block.vector[scale]},
-          {v.skip_scale, block.vector[number == 1 ? skip1 : skip2]}};
+          {v.skip_scale, block.vector[number == 1 ? skip1 : skip2]},
+          drops};
 }
 
 // place[row] <- where a row lies when the tokens of a column of the grid are neighbours.

@@ -1,6 +1,7 @@
 // Scratch of one team: what its samples share, and what each thread keeps for itself.
 #pragma once
 
+#include "drops.hpp"
 #include "layout.hpp"
 
 namespace rx::cpu::RX_ISA {
@@ -45,6 +46,7 @@ struct Workspace {
   float* row;             // the widest row, padded
   float* strip;           // of a convolution
   int* place;             // [rows_pad]: where a row of h lies among the lines of attention
+  int32_t* keys;          // of a line, and kSpareKeys: whether they are seen; or null
   Act* unread;            // what columns of padding are written to
 
   static size_t carve(const Recursion& rec, int samples, int team_size, int tid, char* base,
@@ -54,7 +56,7 @@ struct Workspace {
     w.rows = samples * T;
     w.rows_pad = w.rows + Core::kSpareRows;
     int inner = 0, token_inner = 0, heads = 0, up = 0, mixed = D, taps = 0;
-    bool variants = false;
+    bool variants = false, padding = false;
     w.head_stride = 0;
     for (int n = 0; n < rec.num_nets; ++n) {
       for (int i = 0; i < rec.nets[n].num_blocks; ++i) {
@@ -62,6 +64,7 @@ struct Workspace {
         const Variant& v = s.variant;
         inner = imax(inner, round_up(s.inner, kAlign));
         variants |= v.on;
+        padding |= v.key_padding;
         if (v.on && v.gated && (v.norm_of_product || v.conv_of_gate_up))
           up = imax(up, round_up(s.inner, kAlign));
         if (v.on) taps = imax(taps, v.conv);
@@ -120,6 +123,7 @@ struct Workspace {
       own.strip = c.take<float>(taps ? (size_t)(T + taps) * 4 * W : 0);
       own.place = c.take<int>(w.rows_pad);
       own.unread = c.take<Act>(W);
+      own.keys = c.take<int32_t>(padding ? T + kSpareKeys : 0);
     }
     return c.used;
   }

@@ -20,16 +20,15 @@ from torch import Tensor
 
 from recurx import fp8
 from recurx.backends import EVERY_FIELD, Backend
-from recurx.backends.cpu_window import CpuWindow, fields_of, plain_weight
+from recurx.backends.cpu_window import CpuWindow, addresses, beside_of, fields_of, plain_weight
 from recurx.backends.weight_cache import WeightCache
 from recurx.errors import no_compiled_module
 from recurx.forking import lazy
 from recurx.nets import ATTENTION, Net, NetSpec, numbers_of
-from recurx.noise import DRAWN
 from recurx.operands import Operands, Span
 from recurx.plan.cpu import engine_threads
 from recurx.problem import Problem
-from recurx.program import lower
+from recurx.program import PLAIN, lower
 from recurx.schedule import LEARNED
 
 MAX_PACKED = 16  # nets kept packed; a full-size TRM net is 14 MB in bf16, 27 MB in fp32
@@ -91,12 +90,13 @@ class _Ready(NamedTuple):
     rows: int  # B * T
     weights: int  # values of all weights that the calls read, each call's counted
     threads: int  # how many there are
+    learned: list[tuple[int, bool, int]]  # step, whether its scale, which weight
 
 
 class Cpu(Backend):
     name = "cpu"
     device_types = ("cpu",)
-    fields = EVERY_FIELD - {*DRAWN, LEARNED, "key_padding"}
+    fields = EVERY_FIELD
 
     def __init__(self, module: ModuleType | None = None) -> None:
         """`module`: a build of the engine other than recurx._C (tests run emulated engines)."""
@@ -162,21 +162,21 @@ class Cpu(Backend):
     def run(self, problem: Problem, operands: Operands, span: Span) -> list[Tensor]:
         module, head, threads = self._begin(problem, operands, span)
         inputs = [state.contiguous() for state in (operands.x, *operands.states)]
+        learned: Sequence[Any] = ()
+        if LEARNED in problem.schedule.changed:
+            learned = self._ready(problem, span, torch.get_num_threads()).learned
+        each = [operands.weights[at].detach().float().contiguous() for *_, at in learned]
         outputs = [torch.empty_like(state) for state in inputs[1:]]
-        rope = operands.float_rope()
+        rope = operands.float_rope() or (None, None)
+        factors = [(*of[:2], f.data_ptr()) for of, f in zip(learned, each, strict=True)]
         module.cpu_run(
-            *head,
-            [state.data_ptr() for state in inputs],
-            [0, *(state.data_ptr() for state in outputs)],
-            rope[0].data_ptr() if rope else 0,
-            rope[1].data_ptr() if rope else 0,
-            threads,
-            operands.numbers(),
-        )
+            *head, addresses(inputs), [0, *addresses(outputs)], *addresses(rope), threads,
+            beside_of(operands, factors),
+        )  # fmt: skip
         return outputs
 
     def window(self, problem: Problem) -> CpuWindow | None:
-        return self._window
+        return None if LEARNED in problem.schedule.changed else self._window
 
     def _begin(
         self, problem: Problem, operands: Operands, span: Span, int8: bool = True
@@ -203,16 +203,10 @@ class Cpu(Backend):
         ready = self._ready(problem, Span(0, len(problem.schedule)), torch.get_num_threads())
         rope = operands.float_rope()
         self._engine().cpu_solve(
-            self._nets(problem, operands, ready, True),
-            ready.program,
-            ready.shape,
-            [tensor.data_ptr() for tensor in (operands.x, *operands.states)],
-            rope[0].data_ptr() if rope else 0,
-            rope[1].data_ptr() if rope else 0,
-            min(ready.threads, problem.batch),
-            how,
-            progress,
-        )
+            self._nets(problem, operands, ready, True), ready.program, ready.shape,
+            addresses((operands.x, *operands.states)), *addresses(rope or (None, None)),
+            min(ready.threads, problem.batch), how, progress,
+        )  # fmt: skip
 
     def _nets(self, problem: Problem, operands: Operands, ready: _Ready, int8: bool) -> list[Any]:
         """The packed nets."""
@@ -240,17 +234,23 @@ class Cpu(Backend):
             name: sum(math.prod(shape) for b in spec.blocks for shape in b.weight_shapes)
             for name, spec in problem.nets
         }
-        factors = [
-            (1 - step.damping, step.damping, step.scale, step.noise, number)
-            for number, step in enumerate(problem.schedule.steps[: span.stop])
+        numbered = enumerate((call.factors or PLAIN for call in calls), span.start)
+        factors = [(f.keep, f.damping, f.scale, f.noise, number) for number, f in numbered]
+        where = dict(zip(order, problem.cuts, strict=True))
+        learned = [
+            (number, factor == "scale", where[name].start)
+            for number, step in enumerate(problem.schedule.steps[span.start : span.stop])
+            for factor, name in step.learned.items()
         ]
+        names = {step.net for step in problem.schedule.steps}
         return _Ready(
-            self._engine().Program(steps, factors[span.start :] * bool(problem.schedule.changed)),
-            tuple((spec, cut) for (_, spec), cut in zip(problem.nets, problem.cuts, strict=True)),
+            self._engine().Program(steps, factors * bool(problem.changed)),
+            tuple((spec, where[name]) for name, spec in problem.nets if name in names),
             (problem.batch, problem.tokens, problem.hidden),
             problem.batch * problem.tokens,
             sum(sizes[call.net] for call in calls),
             max(1, min(threads, os.cpu_count() or 1)),
+            learned,
         )
 
 

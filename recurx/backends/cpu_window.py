@@ -72,8 +72,8 @@ class CpuWindow(Window):
         outs = [torch.empty_like(state) for state in operands.states]
         inputs, rope = [operands.x, *operands.states], operands.float_rope()
         module.cpu_window_forward(
-            *head, _at(inputs), [0, *_at(outs)], *_at(rope or (None, None)),
-            SAVES.index(save), _places(kept), threads, operands.numbers(),
+            *head, addresses(inputs), [0, *addresses(outs)], *addresses(rope or (None, None)),
+            SAVES.index(save), _places(kept), threads, beside_of(operands),
         )  # fmt: skip
         return outs, kept
 
@@ -82,7 +82,7 @@ class CpuWindow(Window):
         kept: Sequence[Tensor], d_outs: Sequence[Tensor | None], wants: Sequence[bool],
     ) -> list[Tensor | None]:  # fmt: skip
         module, head, threads = self._begin(problem, operands, span)
-        entered, rope = [operands.x, *operands.states], operands.float_rope()
+        entered, rope = [operands.x, *operands.states], operands.float_rope() or (None, None)
         d_in = [
             torch.empty_like(t) if want else None for t, want in zip(entered, wants, strict=False)
         ]
@@ -94,14 +94,20 @@ class CpuWindow(Window):
         ]
         plain = [plain_weight(w) for w in masters]
         module.cpu_window_backward(
-            *head, _at(entered), *_at(rope or (None, None)), SAVES.index(save), _places(kept),
-            [(w.data_ptr(), w.dtype == torch.bfloat16) for w in plain],
-            [0, *_at(d_outs)], _at(d_in), _at(d_weights), threads, operands.numbers(),
+            *head, addresses(entered), *addresses(rope), SAVES.index(save), _places(kept),
+            [(w.data_ptr(), w.dtype == torch.bfloat16) for w in plain], [0, *addresses(d_outs)],
+            addresses(d_in), addresses(d_weights), threads, beside_of(operands),
         )  # fmt: skip
         return [
             *d_in,
             *(d if d is None else d.to(w.dtype) for d, w in zip(d_weights, masters, strict=True)),
         ]
+
+
+def beside_of(operands: Operands, learned: Sequence[Any] = ()) -> tuple[Any, ...]:
+    """What a call reads beside states and weights; `learned` are factors of its steps."""
+    mask = operands.key_mask
+    return *operands.numbers(), 0 if mask is None else mask.data_ptr(), list(learned)
 
 
 def plain_weight(weight: Tensor) -> Tensor:
@@ -150,7 +156,7 @@ def _give_back(memory: mmap.mmap) -> None:
         del _spare[:1]
 
 
-def _at(tensors: Sequence[Tensor | None]) -> list[int]:
+def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 

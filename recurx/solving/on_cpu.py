@@ -18,9 +18,11 @@ from torch import Tensor
 from recurx import backends
 from recurx.models.inner import Inner
 from recurx.models.layers import CastLinear
+from recurx.noise import DRAWN
 from recurx.operands import Operands
 from recurx.problem import Problem
 from recurx.route import route
+from recurx.schedule import LEARNED
 from recurx.solving.halting_loop import Answers, fresh_carry, named, randomise
 from recurx.solving.options import Rules
 from recurx.solving.reasoner import Reasoner, reasoner
@@ -68,8 +70,10 @@ def refiner(
 
 def _engine_runs(problem: Problem, backend: str) -> bool:
     """Whether the loop would run all calls on the CPU engine."""
-    if "noise" in problem.schedule.changed:
-        return False  # its calls' noise counts samples by their place in the batch, which changes
+    if {"noise", *DRAWN, "key_padding", LEARNED} & {*problem.changed}:
+        return (
+            False  # draws go by a sample's place in the batch, which changes; the rest is a call's
+        )
     if backend == "cpu":
         return backends.why_not("cpu", problem) is None  # else the loop says why it cannot
     calls = route(problem).calls

@@ -151,6 +151,8 @@ struct Case {
   std::vector<const void*> in;
   int states;
   const float *cos = nullptr, *sin = nullptr;
+  const bool *key_mask = nullptr, *no_mask = nullptr;  // [B, T]
+  bool drops = false;
   std::string text;
 
   Case(uint64_t number, const char* name, const Engine& e) : r{number}, engine(e) {
@@ -180,6 +182,10 @@ struct Case {
       cos = (const float*)hold(values(r, count, 4, 0.6f));
       sin = (const float*)hold(values(r, count, 4, 0.6f));
     }
+    const Bytes mask = bytes(B * T), none = bytes(B * T);
+    Random apart{number};
+    for (int i = 0; i < B * T; ++i) mask.get()[i] = apart.one_in(3), none.get()[i] = 0;
+    key_mask = (const bool*)hold(mask), no_mask = (const bool*)hold(none);
     states = r.from(2, 4);
     for (int s = 0; s < states; ++s) in.push_back(hold(values(r, elements() * B, size, 1.f)));
     add_steps();
@@ -202,6 +208,7 @@ struct Case {
     if (!int8 && ((attention && grid[0]) || r.one_in(2))) {
       draw_variant(r, s, T, grid);
       text += said(s.variant);
+      drops |= s.variant.dropout > 0.f || s.variant.drop_path > 0.f;
     }
     text += s.token_mlp ? " over " + std::to_string(s.token_inner)
                         : " heads " + std::to_string(s.heads);
@@ -297,7 +304,8 @@ struct Case {
             cos,
             sin,
             7,
-            3};
+            3,
+            key_mask};
   }
 
   // `in_place`: as a carry is updated.
@@ -392,6 +400,7 @@ struct Case {
     for (Step& step : quiet) step.noise = 0.f;
     Recursion one = recursion(nullptr);
     one.steps = quiet.data();
+    one.key_mask = no_mask;
     solve(engine, one, how, threads);
     return got;
   }
@@ -448,8 +457,9 @@ bool holds(const Case& c, const Other& other) {
     return one.run_calls(threads, threads > 1 && threads % 2 == c.B % 2);
   });
   const Random fixed{choices.bits()};
-  ok &= repeats(choices, "solve", c, other,
-                [&](const Case& one, int threads) { return one.run_solve(fixed, threads); });
+  if (!c.drops)  // by a sample's place in the batch too
+    ok &= repeats(choices, "solve", c, other,
+                  [&](const Case& one, int threads) { return one.run_solve(fixed, threads); });
   if (c.int8) return ok;
   const Save save = (Save)choices.from(0, 2);
   const int back = choices.from(0, 3);

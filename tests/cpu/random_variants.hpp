@@ -82,6 +82,10 @@ void draw_variant(Random& r, BlockShape& s, int tokens, const int* grid) {
     s.inner = 0;
     return;
   }
+  Random apart = r;  // what came later leaves the draws of the older fields as they were
+  if (apart.one_in(4)) v.dropout = 0.25f;
+  if (apart.one_in(4)) v.drop_path = 0.5f;
+  v.key_padding = v.kind == Kind::attention && apart.one_in(3);
   v.activation = (Activation)r.from(0, 5);
   v.gated = !r.one_in(3);
   v.inner_norm = some_norm();
@@ -111,11 +115,13 @@ void draw_variant(Random& r, BlockShape& s, int tokens, const int* grid) {
 // For a report: the fields as numbers, in the order of their declaration.
 inline std::string said(const Variant& v) {
   char all[200];
-  std::snprintf(all, sizeof all, "%d,%d,%d,%d,%d,%d,%d,%d,%d,%d,%d,%d,%d,%d,%d,%d,%d,%d,%d,%d,%d",
+  std::snprintf(all, sizeof all,
+                "%d,%d,%d,%d,%d,%d,%d,%d,%d,%d,%d,%d,%d,%d,%d,%d,%d,%d,%d,%d,%d,%d,%.1f,%.1f",
                 (int)v.kind, (int)v.norm, (int)v.placement, v.token_norm_hidden, v.kv_heads,
                 v.causal, v.prefix, v.window, (int)v.qk_norm, (int)v.attn_norm, (int)v.inner_norm,
                 v.attn_gate, v.axial[0], v.axial[1], v.axial[2], (int)v.activation, v.gated,
-                v.inner_norm_tokens, v.norm_of_product, v.conv, v.conv_of_gate_up);
+                v.inner_norm_tokens, v.norm_of_product, v.conv, v.conv_of_gate_up, v.key_padding,
+                v.dropout, v.drop_path);
   return std::string(" variant ") + all;
 }
 

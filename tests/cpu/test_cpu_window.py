@@ -90,11 +90,11 @@ def case(schedule, kind=ATTENTION, dtype=FP32, batch=3, seed=1, **shape):
     return schedule, nets, x, carry, tables
 
 
-def window_of(schedule, nets, x, carry, tables):
+def window_of(schedule, nets, x, carry, tables, *beside):
     """What a window takes: (problem, operands, span, gradients of what leaves)."""
     problem = problem_for(schedule, nets, x, needs_grad=True)
     weights = tuple(w for name in schedule.nets for w in nets[name].weights)
-    operands = Operands(x, tuple(carry.values()), weights, tables)
+    operands = Operands(x, tuple(carry.values()), weights, tables, *beside)
     span = Span(schedule.grad_from, len(schedule))
     written = {step.write for step in schedule.steps[span.start :]}
     slope = torch.linspace(-1, 1, x.numel()).view_as(x).to(x.dtype)
@@ -112,7 +112,7 @@ def truth(given):
     problem, operands, span, d_outs = window_of(*given)
     plain = comparing.gradients_by_autograd(problem, operands, span, d_outs)
     double = [tuple(t.double() for t in part) for part in (operands.states, operands.weights)]
-    wide = Operands(operands.x.double(), *double, operands.rope)
+    wide = Operands(operands.x.double(), *double, *operands[3:])
     d_wide = [None if d is None else d.double() for d in d_outs]
     return plain, comparing.gradients_by_autograd(problem, wide, span, d_wide)
 

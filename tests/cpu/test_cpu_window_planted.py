@@ -21,6 +21,7 @@ from recurx import Schedule
 from recurx.backends import cpu
 from recurx.nets import ATTENTION, TOKEN_MLP
 from tests.cpu import build
+from tests.cpu.test_cpu_beside import given_of as beside_given
 from tests.cpu.test_cpu_variant_window import given_of
 from tests.cpu.test_cpu_variants import spec_of
 from tests.cpu.test_cpu_window import assert_right, case, on_engine
@@ -208,8 +209,8 @@ BUGS = {
         "entered(row, col) * (bug ? splat(1.f) : end.skip.at(col))", _of("scalar skips"),
     ),
     "the scale of f's result": (
-        "sublayer_backward.hpp", "store(narrow.at(row, col), left(row, col) * by(col));",
-        "store(narrow.at(row, col), bug ? left(row, col) : left(row, col) * by(col));",
+        "sublayer_backward.hpp", "store(narrow.at(row, col), left(row, col) * by(row, col));",
+        "store(narrow.at(row, col), bug ? left(row, col) : left(row, col) * by(row, col));",
         _of("channel scales"),
     ),
     "the bias of up is that of gate": (
@@ -304,6 +305,55 @@ BUGS = {
         "variant_backward.hpp", "leave_back(slab);", "if (!bug) leave_back(slab);",
         _of("token MLP with inner norms"),
     ),
+    # ---- what is read beside h: cases of test_cpu_beside.py
+    "the draws of another call": (
+        "window.hpp", "beside(call, i)}, back}", "beside(bug ? 0 : call, i)}, back}",
+        dict(beside="dropout"),
+    ),
+    "the draws of another block": (
+        "window.hpp", "{slice.begin, rec.steps[call].number, block}",
+        "{slice.begin, rec.steps[call].number, bug ? 0 : block}", dict(beside="no mixer"),
+    ),
+    "the draws of another branch": (
+        "../drops.hpp", "2 * (uint32_t)number", "2 * (uint32_t)(bug ? 1 : number)",
+        dict(beside="dropout"),
+    ),
+    "the paths' draws for elements": (
+        "../drops.hpp", "factors(path, use + 4,", "factors(path, bug ? use : use + 4,",
+        dict(beside="no mixer"),
+    ),
+    "columns drawn from a whole four": (
+        "../drops.hpp", "col = -(int)(first % 4)", "col = bug ? 0 : -(int)(first % 4)",
+        dict(beside="over T"),
+    ),
+    "rows drawn for columns": (
+        "sublayer_backward.hpp", "one.first < 0 ? drops.of_row(row, to)",
+        "bug || one.first < 0 ? drops.of_row(row, to)", dict(beside="over T"),
+    ),
+    "what was dropped has a gradient": (
+        "sublayer_backward.hpp", "return dropped ? scale *", "return dropped && !bug ? scale *",
+        dict(beside="paths, pre-norm"),
+    ),
+    "a scale's gradient of what was dropped": (
+        "sublayer_backward.hpp", "return dropped ? result(row, col)",
+        "return dropped && !bug ? result(row, col)", dict(beside="paths, pre-norm"),
+    ),
+    "the same after a norm": (
+        "sublayer_backward.hpp", "if (end.drops.matter())\n", "if (!bug && end.drops.matter())\n",
+        dict(beside="over T, sandwich"),
+    ),
+    "keys of another sample": (
+        "../drops.hpp", "(beside.sample + row / rec.tokens) *",
+        "(bug ? 0 : beside.sample + row / rec.tokens) *", dict(beside="padding"),
+    ),
+    "keys of a row for a column": (
+        "../drops.hpp", "columns = v.axial[0]", "columns = !bug && v.axial[0]",
+        dict(beside="everything, columns"),
+    ),
+    "padding has a gradient": (
+        "../softmax.hpp", "if (keys) sees &= key", "if (keys && !bug) sees &= key",
+        dict(beside="padding"),
+    ),
 }  # fmt: skip
 
 
@@ -374,6 +424,8 @@ def planted():
 
 
 def given_by(shown: dict):
+    if "beside" in shown:
+        return beside_given(shown["beside"], torch.float32)
     if "variant" in shown:
         sizes = {name: value for name, value in shown.items() if name not in ("variant", "isa")}
         return given_of(spec_of(shown["variant"]), **{"dtype": torch.float32, **sizes})
@@ -387,7 +439,8 @@ def test_planted_bugs_are_rejected(planted, name, monkeypatch) -> None:
     shown = BUGS[name][-1]
     monkeypatch.setenv("RECURX_CPU_ISA", shown.get("isa", "portable"))
     engine, number = planted
-    given, ratio = given_by(shown), 2 if "variant" in shown else ERROR_RATIO  # of one draw
+    ratio = 2 if {"variant", "beside"} & {*shown} else ERROR_RATIO  # of one draw
+    given = given_by(shown)
     assert_right(on_engine(engine, given), given, ratio)
     number.value = list(BUGS).index(name) + 1
     try:

@@ -31,6 +31,7 @@ struct SublayerBackward : VariantForward<Core> {
     float* d_n;       // of what f reads
     Mat<Act> normed;  // what f reads
     Mat<Act> narrow;  // the gradient of y
+    long first = -1;  // if rows are columns of h: which the first is
   };
 
   SublayerBackward(const Forward& forward, const BlockBackward<Core>& products)
@@ -65,12 +66,17 @@ struct SublayerBackward : VariantForward<Core> {
   template <class X>
   void leave_back(const Sublayer<X>& one) {
     const int weight = one.number == 1 ? norm1 : norm2, ld = one.ld, width = one.width;
-    const SublayerEnd end = end_of(this->packed, one.number, width);
+    const SublayerEnd end = this->end(one.number, width);
+    const bool sandwich = v.placement == Placement::sandwich;
     const X* const x = one.x;
     const State* const y = one.y;
     float* const sum = one.sum;
     const Mat<Act> narrow = one.narrow;
-    const auto by = [=](int col) { return end.scale.at(col); };
+    const float* const dropped = end.drops.matter() ? find_dropped(one, end.drops) : nullptr;
+    const auto by = [=](int row, int col) {
+      const V scale = end.scale.at(col);
+      return dropped ? scale * load(dropped + (long)row * ld + col) : scale;
+    };
     const auto entered = [=](int row, int col) { return load(x + (long)row * ld + col); };
     const auto result = [=](int row, int col) {
       return within(load(y + (long)row * ld + col), col, width);
@@ -81,7 +87,7 @@ struct SublayerBackward : VariantForward<Core> {
       norm_back(
           end.norm, one.rows,
           [=](int row, int col) {
-            return fma(result(row, col), by(col), entered(row, col) * end.skip.at(col));
+            return fma(result(row, col), by(row, col), entered(row, col) * end.skip.at(col));
           },
           left, [=](int row, int col, V d) { store(sum + (long)row * ld + col, d); }, weight, true);
       team.sync();
@@ -91,16 +97,21 @@ struct SublayerBackward : VariantForward<Core> {
       factor_back(one, one.number == 1 ? skip1 : skip2, v.skip_each, v.skip_scale, entered);
       team.sync();  // the scale's gradient is summed in the same place
     }
-    if (v.placement == Placement::sandwich) {
+    if (sandwich) {
       if (end.scale.each) normed_scale_back(one, end);
       norm_back(
           end.out_norm, one.rows, result,
-          [=](int row, int col) { return left(row, col) * by(col); },
+          [=](int row, int col) { return left(row, col) * by(row, col); },
           [=](int row, int col, V d) { store(narrow.at(row, col), d); }, weight + 2, true);
     } else {
-      if (end.scale.each) scale_back(one, result);
+      if (end.scale.each)
+        scale_back(one, [=](int row, int col) {
+          return dropped ? result(row, col) * load(dropped + (long)row * ld + col)
+                         : result(row, col);
+        });
       for (int row = mine.begin; row < mine.end; ++row)
-        for (int col = 0; col < ld; col += W) store(narrow.at(row, col), left(row, col) * by(col));
+        for (int col = 0; col < ld; col += W)
+          store(narrow.at(row, col), left(row, col) * by(row, col));
     }
     for (int row = mine.begin; end.skip.matters() && row < mine.end; ++row)
       for (int col = 0; col < ld; col += W)
@@ -109,6 +120,18 @@ struct SublayerBackward : VariantForward<Core> {
     for (int row = mine.begin; v.pre_normed() && row < mine.end; ++row)
       for (int col = 0; col < ld; col += W) store(d_n + (long)row * ld + col, V{});
     team.sync();
+  }
+
+  // [rows, ld] of what a sublayer's result is multiplied by; `enter` meets before it is read.
+  template <class X>
+  const float* find_dropped(const Sublayer<X>& one, const Drops& drops) const {
+    const Range mine = share(one.rows, team.tid, team.size);
+    for (int row = mine.begin; row < mine.end; ++row) {
+      float* const to = own.dropped + (long)row * one.ld;
+      for (int col = 0; col < one.ld; col += W) store(to + col, splat(1.f));
+      one.first < 0 ? drops.of_row(row, to) : drops.of_column(one.first + row, to);
+    }
+    return own.dropped;
   }
 
   // The gradient of a learned factor: of z(row, col), what it multiplies, times what left.
@@ -142,6 +165,9 @@ struct SublayerBackward : VariantForward<Core> {
       for (int col = 0; col < ld; col += W)
         store(own.row + col, within(load(one.y + (long)row * ld + col), col, one.width));
       end.out_norm.apply(own.row);
+      if (end.drops.matter())
+        one.first < 0 ? end.drops.of_row(row, own.row)
+                      : end.drops.of_column(one.first + row, own.row);
       for (int col = 0; col < ld; col += W) store(z + (long)row * ld + col, load(own.row + col));
     }
     team.sync();

@@ -267,7 +267,8 @@ struct VariantBackward : SublayerBackward<Core> {
                            ws.token_sum,
                            own.token_d,
                            ws.token_h,
-                           ws.token_rows};
+                           ws.token_rows,
+                           first};
       turn_in(k.h + at, T, D, mine,
               [&](int row, int t, V v) { store(own.token_x + (long)row * padded_T + t, v); });
       turn_in(ws.sum + at, T, D, mine,

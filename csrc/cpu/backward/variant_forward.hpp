@@ -19,6 +19,7 @@ struct VariantForward {
   WindowSpace<Core>& ws;
   const PackedBlock& packed;
   int samples;
+  Beside beside;
   const BlockShape& shape = packed.shape;
   const Variant& v = shape.variant;
   const float* const* vector = packed.vector;
@@ -76,16 +77,25 @@ struct VariantForward {
     team.sync();
   }
 
-  // out <- x and y, the result of a sublayer, with its norms and scale.
+  // Sublayer `number`; rows of h, or columns of it.
+  SublayerEnd end(int number, int width) const {
+    return end_of(packed, number, width, drops_of(rec, v, beside, number));
+  }
+
+  // out <- x and y, the result of a sublayer, with its norms and scale; `first` not -1: rows are
+  // columns of h from there on.
   template <class X, class Y, class Out>
-  void leave(int number, const X* x, const Y* y, Out* out, int rows, int width, int ld) const {
-    const SublayerEnd end = end_of(packed, number, width);
+  void leave(int number, const X* x, const Y* y, Out* out, int rows, int width, int ld,
+             long first = -1) const {
+    const SublayerEnd end = this->end(number, width);
     const Range mine = share(rows, team.tid, team.size);
     for (int row = mine.begin; row < mine.end; ++row) {
       const long at = (long)row * ld;
       for (int col = 0; col < ld; col += W)
         store(own.row + col, within(load(y + at + col), col, width));
-      end.finish(own.row, [=](int col) { return load(x + at + col); });
+      end.finish(
+          own.row, [=](int col) { return load(x + at + col); }, row + (first < 0 ? 0 : first),
+          first >= 0);
       for (int col = 0; col < ld; col += W) store(out + at + col, load(own.row + col));
     }
     team.sync();
@@ -138,14 +148,13 @@ struct VariantForward {
   template <class Work>
   void each_head(Work work) {
     const int line = v.line(T), heads = shape.heads;
-    const Sees sees{v.causal, v.prefix, v.window};
     const Range items = share(rows / line * heads, team.tid, team.size);
     for (int item = items.begin; item < items.end; ++item) {
       const int number = item % heads, col = number * shape.head_dim;
       const long row = (long)(item / heads) * line;
       typename HeadOf<Core>::type head{ws.gemm, ws.head, line, shape.head_dim, rec.cos, rec.sin};
-      v.causal || v.window ? work(head, row, number, col, sees)
-                           : work(head, row, number, col, SeesAll{});
+      const Sees sees{v.causal, v.prefix, v.window, seen_keys(rec, v, beside, row, own.keys)};
+      sees.all() ? work(head, row, number, col, SeesAll{}) : work(head, row, number, col, sees);
     }
     team.sync();
   }
@@ -279,7 +288,7 @@ struct VariantForward {
       team.sync();
       enter(1, own.token_x, columns, T, padded_T, ws.token_h);
       run_mlp(token_mlp(k, first, columns), ws.token_h, y, padded_T);
-      leave(1, own.token_x, y, own.token_y, columns, T, padded_T);
+      leave(1, own.token_x, y, own.token_y, columns, T, padded_T, first);
       turn_out(k.mid + at, T, D, mine,
                [&](int row, int t) { return load(own.token_y + (long)row * padded_T + t); });
     });

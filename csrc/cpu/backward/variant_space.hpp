@@ -13,7 +13,7 @@ struct WindowSizes {
   int mixed;  // D, or the widest heads together
   int taps = 0;
   bool token_mlp = false, variants = false, convolves_pairs = false, has_lines = false,
-       has_own_heads = false;
+       has_own_heads = false, drops = false, padding = false;
 
   explicit WindowSizes(const Recursion& rec)
       : samples(Slices(rec).largest()),
@@ -31,6 +31,8 @@ struct WindowSizes {
         taps = imax(taps, v.conv);
         convolves_pairs |= v.conv && v.conv_of_gate_up;
         has_lines |= v.axial[0] > 0;
+        drops |= v.dropout > 0.f || v.drop_path > 0.f;
+        padding |= v.key_padding;
         if (s.token_mlp) {
           token_mlp = true;
           token_inner = imax(token_inner, round_up(s.token_inner, kAlign));
@@ -82,11 +84,13 @@ struct VariantSpace {
   float* d_lines;             // [R, H dim], rows in the order of the lines of a grid
   Mat<Act> d_heads;           // [R, (H + 2 KV) dim]
   float* products;            // [D]: of a scalar's gradient
+  float* dropped;             // [R, D] or [C, T]: factors of a sublayer's result
   // of a thread
   float *row, *other;      // the widest row
   float *strip, *d_strip;  // of a convolution
   float* sums;             // of its weights
   int* place;              // [R]: where a row lies among the lines
+  int32_t* keys;           // of a line, and kSpareKeys: whether they are seen
 
   void carve_shared(const Recursion& rec, const WindowSizes& z, Carver& c, bool back) {
     const auto matrix = [&](int cols) {
@@ -112,6 +116,8 @@ struct VariantSpace {
     d_lines = c.take<float>(z.has_lines ? (size_t)z.rows * z.mixed : 0);
     if (z.has_own_heads) d_heads = matrix(3 * wide);
     products = c.take<float>(imax(z.hidden, round_up(rec.tokens, kAlign)));
+    const size_t results = (size_t)z.rows * z.hidden;
+    dropped = c.take<float>(z.drops ? results > over ? results : over : 0);
   }
 
   void carve_own(const Recursion& rec, const WindowSizes& z, Carver& c) {
@@ -124,6 +130,7 @@ struct VariantSpace {
     d_strip = c.take<float>(strips);
     sums = c.take<float>((size_t)2 * (z.taps + 1) * kStrip);
     place = c.take<int>(z.rows);
+    keys = c.take<int32_t>(z.padding ? rec.tokens + kSpareKeys : 0);
   }
 
  private:

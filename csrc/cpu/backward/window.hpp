@@ -71,7 +71,7 @@ struct WindowRun {
       find(call);
       form_input(step, now, ws.blocks[0].h);
       team.sync();
-      for (int i = 0; i < net.num_blocks; ++i) forward_block(net.blocks[i], ws.sum, ws.blocks[i]);
+      for (int i = 0; i < net.num_blocks; ++i) forward_block(call, i, ws.sum);
       write(step, ws.blocks[net.num_blocks - 1].out);
     }
     if (!leave) return;
@@ -97,10 +97,13 @@ struct WindowRun {
     now = to;
   }
 
-  void forward_block(const PackedBlock& packed, float* sum, const Kept<State>& k,
-                     bool again = false) {
+  Beside beside(int call, int block) const { return {slice.begin, rec.steps[call].number, block}; }
+
+  void forward_block(int call, int i, float* sum, bool again = false) {
+    const PackedBlock& packed = rec.nets[rec.steps[call].net].blocks[i];
+    const Kept<State>& k = ws.blocks[i];
     if (packed.shape.variant.on) {
-      VariantForward<Core>{rec, team, ws, packed, samples()}.forward(k, again);
+      VariantForward<Core>{rec, team, ws, packed, samples(), beside(call, i)}.forward(k, again);
     } else {
       WindowBlock<Core>{rec, team, ws, packed, samples(), sum}.forward(k, again);
     }
@@ -250,11 +253,11 @@ struct WindowRun {
     const Range place = gather(net_number, call);
     const int before = blocks_before(net_number);
     for (int i = net.num_blocks - 1; i >= 0; --i) {
-      if (save != Save::all) forward_block(net.blocks[i], ws.d_mixed, ws.blocks[i], true);
+      if (save != Save::all) forward_block(call, i, ws.d_mixed, true);
       BlockBackward<Core> back{job, team, ws, net.blocks[i].shape, samples(), before + i, place};
       if (net.blocks[i].shape.variant.on) {
-        VariantBackward<Core>{{rec, team, ws, net.blocks[i], samples()}, back}.run(ws.blocks[i],
-                                                                                   enters || i > 0);
+        VariantBackward<Core>{{rec, team, ws, net.blocks[i], samples(), beside(call, i)}, back}.run(
+            ws.blocks[i], enters || i > 0);
       } else {
         back.run(ws.blocks[i], enters || i > 0);
       }

@@ -1,0 +1,252 @@
+"""What the CPU engine reads beside h and the weights: counters of dropout, masks of keys, learned
+factors of steps. Each instruction set, forward and gradients, against fp64 under the same draws."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import recurx
+from recurx import BlockSpec, Net, NetSpec, Problem, Schedule, Step, backends, reference
+from recurx.backends import cpu
+from recurx.operands import Operands, Span
+from recurx.solving import on_cpu
+from recurx.specs import ATTENTION, NO_MIXER, TOKEN_MLP
+from tests.cpu.test_cpu_variants import EVERYTHING, ISAS
+from tests.cpu.test_cpu_window import DTYPES, SAVE, errors, on_engine, truth
+from tests.cpu.test_cpu_window import small_work_is_split_too as small_work_is_split_too
+from tests.factories import make_inputs, problem_for, rounded, wide
+from tests.kernels.compare import ERROR_RATIO, assert_as_exact
+from tests.variants import net_of
+
+WIDTH = 64
+_ATTENTION: dict[str, Any] = dict(kind=ATTENTION, hidden=WIDTH, inner=84, num_heads=4)
+_TOKENS: dict[str, Any] = dict(kind=TOKEN_MLP, hidden=WIDTH, inner=84, token_inner=20)
+_DROPS: dict[str, Any] = dict(dropout=0.3, drop_path=0.3)
+# 13 tokens: columns of h begin anywhere in a four of the counter's numbers.
+SPECS = {
+    "padding": (13, dict(_ATTENTION, key_padding=True)),
+    "padding, causal window, shared K/V": (
+        40, dict(_ATTENTION, key_padding=True, mask="causal", window=9, kv_heads=2)
+    ),
+    "dropout": (13, dict(_ATTENTION, dropout=0.25)),
+    "paths, pre-norm": (
+        13, dict(_ATTENTION, drop_path=0.5, placement="pre", learned_scale="channel")
+    ),
+    "over T": (13, dict(_TOKENS, **_DROPS, tokens=13, learned_scale="scalar")),
+    "over T, sandwich": (
+        13, dict(_TOKENS, **_DROPS, tokens=13, placement="sandwich", learned_scale="scalar",
+                 residual_scale=0.5)
+    ),
+    "over T, normed over D": (13, dict(_TOKENS, **_DROPS, tokens=13, token_norm="hidden")),
+    "no mixer": (13, dict(kind=NO_MIXER, hidden=WIDTH, inner=84, **_DROPS)),
+    "everything, columns": (
+        12, {**EVERYTHING, **_DROPS, "key_padding": True, "axial": (4, 3, 0), "inner": 84,
+             "head_size": 48}
+    ),
+    "everything, rows": (
+        12, {**EVERYTHING, **_DROPS, "key_padding": True, "axial": (3, 4, 1), "inner": 84,
+             "head_size": 48, "placement": "post"}
+    ),
+}  # fmt: skip
+CALLS = Schedule((Step("L", "z", ("z",), ("x",)),) * 2)
+RUNS = [(isa, name) for isa in ISAS for name in SPECS]
+pytestmark = pytest.mark.skipif(not ISAS, reason="recurx._C is not built")
+
+
+def given_of(name: str, dtype: torch.dtype, seed: int = 1, batch: int = 5) -> tuple[Any, ...]:
+    """(schedule, nets, x, carry, rope, seed, key mask): two blocks, that of the case and TRM's."""
+    tokens, fields = SPECS[name]
+    spec, plain = BlockSpec(**fields), BlockSpec(**_ATTENTION)
+    net = rounded(net_of(plain, spec, spec, seed=seed), dtype, torch.float32)
+    if spec.head_dim != plain.head_dim:
+        net = rounded(net_of(spec, spec, seed=seed), dtype, torch.float32)
+    x, carry = make_inputs(CALLS, batch=batch, tokens=tokens, hidden=WIDTH, dtype=dtype, seed=seed)
+    rope = recurx.rope_tables(spec.line(tokens), spec.head_dim) if spec.head_dim else None
+    rope = rope or (recurx.rope_tables(tokens, 16))
+    mask = None
+    if spec.key_padding:
+        left = torch.arange(tokens) >= torch.tensor([tokens, tokens // 2, 1, 0, tokens])[:, None]
+        mask = left.roll(seed % 3, 1)[:batch]
+        mask[4:] = torch.arange(tokens) % 3 == 0
+    drawn = torch.tensor([2**40 + seed, 3]) if spec.dropout or spec.drop_path else None
+    return CALLS, {"L": net}, x, carry, rope, drawn, mask
+
+
+def forward(given: tuple[Any, ...], start: int = 0) -> torch.Tensor:
+    schedule, nets, x, carry, *beside = given
+    problem = problem_for(schedule, nets, x)
+    assert backends.why_not("cpu", problem) is None
+    weights = tuple(w for name in schedule.nets for w in nets[name].weights)
+    operands = Operands(x, tuple(carry.values()), weights, *beside)
+    return cpu.BACKEND.run(problem, operands, Span(start, len(schedule)))[0]
+
+
+def judged(got: torch.Tensor, given: tuple[Any, ...], start: int = 0) -> None:
+    schedule, nets, x, carry, rope, seed, mask = given
+    exact_nets = {n: Net(net.spec, [w.double() for w in net.weights]) for n, net in nets.items()}
+    how = dict(start=start, seed=seed, key_mask=mask)
+    exact = reference.run(schedule, exact_nets, x.double(), wide(carry), rope, **how)["z"]
+    assert_as_exact(got, reference.run(schedule, nets, x, carry, rope, **how)["z"], exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("isa", "name"), RUNS)
+def test_calls(isa, name, dtype, monkeypatch) -> None:
+    """Any number of threads and any split of the batch have the same bits."""
+    monkeypatch.setenv("RECURX_CPU_ISA", isa)
+    given = given_of(name, dtype)
+    got = forward(given)
+    judged(got, given)
+    judged(forward(given, 1), given, 1)
+    schedule, nets, x, carry, rope, seed, mask = given
+    forward((schedule, nets, x * torch.nan, *given[3:]))  # scratch is NaN now
+    torch.set_num_threads(3)
+    assert torch.equal(forward(given), got)
+    for own in (slice(0, 1), slice(1, 5)):
+        first = None if seed is None else seed + torch.tensor([0, own.start])
+        part = {"z": carry["z"][own]}, rope, first, None if mask is None else mask[own]
+        assert torch.equal(forward((schedule, nets, x[own], *part)), got[own])
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_other_draws_and_masks_are_seen(name: str) -> None:
+    """The tolerance bites: another seed, first sample or call; one more key."""
+    *given, seed, mask = given_of(name, torch.bfloat16)
+    others = []
+    if seed is not None:
+        others += [(seed + torch.tensor(more), mask) for more in ([1, 0], [0, 1])]
+    if mask is not None:
+        others.append((seed, ~mask))
+        one = mask.clone()
+        one[0, 0] = True
+        others.append((seed, one))
+    for other in others:
+        with pytest.raises(AssertionError, match="relative error"):
+            judged(forward((*given, *other)), (*given, seed, mask))
+    if seed is not None:  # the second call draws as the first of a run that begins with it
+        late = forward((*given, seed, mask), 1)
+        schedule = Schedule(CALLS.steps[:1])
+        assert not torch.allclose(forward((schedule, *given[1:], seed, mask)), late, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("isa", "name"), RUNS)
+def test_gradients(isa, name, dtype, monkeypatch) -> None:
+    """Whatever is kept, with the same bits; errors as in test_cpu_variant_window.py."""
+    monkeypatch.setenv("RECURX_CPU_ISA", isa)
+    both = []
+    for seed in range(1, 13):
+        given = given_of(name, dtype, seed)
+        got = on_engine(cpu.BACKEND, given)
+        both.append(errors(got, truth(given)))
+        right = math.prod(a / b for a, b in both) <= ERROR_RATIO ** len(both)
+        if right and len(both) >= (3 if dtype is torch.float32 else 1):
+            break
+    else:
+        raise AssertionError(both)
+    schedule, nets, x, *rest = given
+    for save, threads in zip((*SAVE, "all"), (1, 2, 3, 3), strict=True):
+        torch.set_num_threads(threads)
+        on_engine(cpu.BACKEND, (schedule, nets, x * torch.nan, *rest), save)
+        other = on_engine(cpu.BACKEND, given, save)
+        assert all(torch.equal(a, b) for a, b in zip(got, other, strict=True)), (save, threads)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_gradients_of_other_draws_are_seen(name: str) -> None:
+    *given, seed, mask = given_of(name, torch.bfloat16)
+    truths = truth((*given, seed, mask))
+    others = [] if seed is None else [(seed + torch.tensor([0, 1]), mask)]
+    others += [] if mask is None else [(seed, ~mask)]
+    for other in others:
+        ours, theirs = errors(on_engine(cpu.BACKEND, (*given, *other)), truths)
+        assert ours > 2 * theirs, (ours, theirs)
+
+
+def test_slices_of_a_large_batch_draw_by_their_samples() -> None:
+    """A window goes slice by slice: 150 samples of 13 tokens are three of them."""
+    for name in ("dropout", "over T"):
+        given = given_of(name, torch.float32, batch=150)
+        ours, theirs = errors(on_engine(cpu.BACKEND, given), truth(given))
+        assert ours < max(2 * theirs, 1e-5)
+
+
+# ---- learned factors -----------------------------------------------------------------------------
+
+LEARNED = Schedule(
+    (
+        Step("L", "z", ("z",), ("x",), damping="alpha", scale="beta"),
+        Step("L", "y", ("z", "y"), damping="alpha", noise=0.1),
+        Step("L", "z", ("z", "y"), scale="beta", damping=0.5),
+    ),
+    grad_from=1,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", ["a number", "a channel"])
+def test_learned_factors(kind: str, isa: str, dtype: torch.dtype, monkeypatch) -> None:
+    """Read at every call; the window, which wants their gradient, is PyTorch's."""
+    monkeypatch.setenv("RECURX_CPU_ISA", isa)
+    net = rounded(net_of(BlockSpec(**_ATTENTION), seed=1), dtype, torch.float32)
+    x, carry = make_inputs(LEARNED, batch=3, tokens=13, hidden=WIDTH, dtype=dtype)
+    rope, seed = recurx.rope_tables(13, 16), torch.tensor([5, 2])
+    shape = () if kind == "a number" else (WIDTH,)
+    alpha, beta = (a + 0.2 * torch.rand(shape) for a in (0.6, 1.2))
+    factors = {"alpha": alpha, "beta": beta}
+
+    def both(**changed: Any) -> dict[str, torch.Tensor]:
+        given = {"L": net, **factors, **changed}
+        how = dict(cos_sin=rope, seed=seed, backend="cpu")
+        with torch.no_grad():
+            return recurx.recurse(LEARNED, given, x, carry, **how)
+
+    def said(to: torch.dtype) -> dict[str, torch.Tensor]:
+        held = {"L": Net(net.spec, [w.to(to) for w in net.weights]), **factors}
+        inputs = x.to(to), {name: state.to(to) for name, state in carry.items()}
+        how = dict(cos_sin=rope, seed=seed, backend="eager")
+        with torch.no_grad():
+            return recurx.recurse(LEARNED, held, *inputs, **how)
+
+    exact, plain, got = said(torch.float64), said(dtype), both()
+    for state in carry:
+        assert_as_exact(got[state], plain[state], exact[state])
+    alpha.add_(0.1)  # in place: nothing of it was kept
+    for state in carry:
+        with pytest.raises(AssertionError, match="relative error"):
+            assert_as_exact(both()[state], plain[state], exact[state])
+    exact, plain = said(torch.float64), said(dtype)
+    leaves = [t.clone().requires_grad_() for t in factors.values()]
+    out = recurx.recurse(
+        LEARNED, {"L": net, **dict(zip(factors, leaves, strict=True))}, x, carry, cos_sin=rope,
+        seed=seed, backend="cpu",
+    )  # fmt: skip
+    for state in carry:
+        assert_as_exact(out[state].detach(), plain[state], exact[state])
+    grads = torch.autograd.grad(sum(s.float().square().sum() for s in out.values()), leaves)
+    assert all(grad.isfinite().all() and grad.any() for grad in grads)
+
+
+def test_what_the_engine_refuses() -> None:
+    given = given_of("padding", torch.float32)
+    with pytest.raises(ValueError, match="a mask of the keys"):
+        forward((*given[:-1], None))
+    module, net = cpu._load()[0], NetSpec((BlockSpec(**_ATTENTION),))
+    problem = Problem(LEARNED, (("L", net),), 1, 13, WIDTH, torch.float32, "cpu")
+    assert cpu.BACKEND.window(problem) is None
+    for share in ({"dropout": 1.0}, {"drop_path": -0.5}):
+        block = cpu.numbers_of(BlockSpec(**_ATTENTION))
+        with pytest.raises(ValueError, match="a share that is dropped"):
+            module.cpu_window_kept(block, share, 13, 0)
+
+
+def test_a_solve_leaves_them_to_the_loop() -> None:
+    """Its queue moves samples between slots, and it is given no mask."""
+    spec = BlockSpec(**_ATTENTION, dropout=0.1)
+    problem = problem_for(CALLS, {"L": net_of(spec)}, torch.zeros(2, 13, WIDTH))
+    assert backends.why_not("cpu", problem) is None and not on_cpu._engine_runs(problem, "cpu")
