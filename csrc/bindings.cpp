@@ -297,8 +297,10 @@ PYBIND11_MODULE(RX_MODULE_NAME, m) {
   m.def("cpu_window_kept", &kept_of, py::arg("block"), py::arg("fields"), py::arg("tokens"),
         py::arg("save"), "Values and floats that a window keeps of a sample for a block's call.");
   m.def(
-      "cpu_on_huge_pages", [](uintptr_t data, size_t bytes) { on_huge_pages((void*)data, bytes); },
-      py::arg("data"), py::arg("bytes"), "Ask for huge pages inside fresh memory.");
+      "cpu_on_huge_pages",
+      [](uintptr_t data, size_t bytes) { return on_huge_pages((void*)data, bytes); },
+      py::arg("data"), py::arg("bytes"),
+      "Ask for huge pages inside fresh memory; seconds that the first touch took.");
   m.def("cpu_solve", &solve_queue, py::arg("nets"), py::arg("program"), py::arg("shape"),
         py::arg("start"), py::arg("cos"), py::arg("sin"), py::arg("threads"), py::arg("how"),
         py::arg("progress"),

@@ -257,12 +257,10 @@ def _traced_way(call: Call, grad: bool) -> _Way:
                 "PyTorch, as they run any callable."
             )
         raise bad_argument(
-            "recurse",
-            f"nets[{call.opaque[0]!r}]",
+            "recurse", f"nets[{call.opaque[0]!r}]",
             f"a net of TRM/HRM blocks for backend={call.backend!r}, save={call.save!r}",
-            "a plain callable",
-            'Use backend="eager" and save="all": recurx cannot look inside.',
-        )
+            "a plain callable", 'Use backend="eager" and save="all": recurx cannot look inside.',
+        )  # fmt: skip
     schedule, device = call.schedule, call.x.device.type
     plain = bool(call.opaque) or call.backend == EAGER
     plain = plain or (call.backend == "auto" and not routes.has_fused(device))

@@ -267,12 +267,11 @@ def _check_states(schedule: Schedule, x: Tensor, carry: Mapping[str, Tensor]) ->
             raise bad_argument("recurse", f"carry[{name!r}]", "a tensor", type(state).__name__)
         if state.shape != x.shape or state.dtype != x.dtype or state.device != x.device:
             raise bad_argument(
-                "recurse",
-                f"carry[{name!r}]",
+                "recurse", f"carry[{name!r}]",
                 f"shape, dtype and device of x: {list(x.shape)} {x.dtype} on {x.device}",
                 f"{list(state.shape)} {state.dtype} on {state.device}",
                 "Nothing is cast or moved silently; use .to(x) yourself.",
-            )
+            )  # fmt: skip
 
 
 def _check_tables(cos_sin: Any) -> None:

@@ -28,6 +28,10 @@ from recurx.specs import (
     NetSpec,
 )
 
+# MKL finds the processor at its first vector function. Two threads that called it at once computed
+# half of a table by other code, 7e-5 off, so one seed made two nets: one number alone comes first.
+torch.erfinv(torch.zeros(1))
+
 __all__ = ["ATTENTION", "KINDS", "TOKEN_MLP", "WEIGHT_NAMES", "BlockSpec", "Net", "NetSpec"]
 
 
@@ -52,11 +56,10 @@ class Net:
             if tuple(weight.shape) != shape or not weight.is_floating_point():
                 what = "[out, in] = " if len(shape) == 2 else ""
                 raise bad_argument(
-                    "Net",
-                    f"weights[{index}] (block {number}, {name})",
+                    "Net", f"weights[{index}] (block {number}, {name})",
                     f"a floating {what}{list(shape)} tensor",
                     f"{weight.dtype} {list(weight.shape)}",
-                )
+                )  # fmt: skip
 
     @classmethod
     def trusted(cls, spec: NetSpec, weights: Sequence[Tensor]) -> Net:

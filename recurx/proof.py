@@ -86,11 +86,10 @@ def proved(module: Any, where: str = "?", cos_sin: CosSin | bool | None = None) 
         if callable(module):
             return module
         raise bad_argument(
-            "recurse",
-            f"nets[{where!r}]",
+            "recurse", f"nets[{where!r}]",
             "a recurx.Net, a stack of TRM/HRM blocks, or a callable [B, T, D] -> [B, T, D]",
             type(module).__name__,
-        )
+        )  # fmt: skip
     if not torch.compiler.is_compiling():
         proof = examine(module, where, rope)
         return proof.difference if proof.net is None else proof.net

@@ -161,20 +161,15 @@ class Schedule:
             raise bad_argument("Schedule", "grad_from", "an int", repr(self.grad_from))
         if not 0 <= self.grad_from < len(steps):
             raise bad_argument(
-                "Schedule",
-                "grad_from",
-                f"0 <= grad_from < {len(steps)} (the number of steps)",
-                self.grad_from,
-                "Run under torch.no_grad() when no call shall have gradient.",
-            )
+                "Schedule", "grad_from", f"0 <= grad_from < {len(steps)} (the number of steps)",
+                self.grad_from, "Run under torch.no_grad() when no call shall have gradient.",
+            )  # fmt: skip
         if not self.detach_carry and self.grad_from != 0:
             raise bad_argument(
-                "Schedule",
-                "detach_carry",
-                "True when grad_from > 0",
+                "Schedule", "detach_carry", "True when grad_from > 0",
                 f"False with grad_from={self.grad_from}",
                 "No gradient can pass the calls before the window; set grad_from=0.",
-            )
+            )  # fmt: skip
         calls = [_key(step) for step in steps]
         head = f"{self.name}/{self.grad_from}/{int(self.detach_carry)}"
         object.__setattr__(self, "key", "/".join([head, *calls]))

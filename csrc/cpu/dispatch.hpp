@@ -117,8 +117,8 @@ bool run_window(const Engine& engine, const Window& window, bool backward, int t
 KeptSize kept_of_block(const BlockShape& shape, int tokens, Save save);
 
 // Asks for huge pages inside memory that somebody else allocated and nobody touched yet: the first
-// touch of small ones took a quarter of a window's forward.
-void on_huge_pages(void* data, size_t bytes);
+// touch of small ones took a quarter of a window's forward. Seconds that the first byte took.
+double on_huge_pages(void* data, size_t bytes);
 
 void* allocate(size_t bytes);  // zeroed, aligned; release with std::free
 

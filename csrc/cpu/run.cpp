@@ -29,11 +29,17 @@ void* allocate(size_t bytes) {
   return p;
 }
 
-void on_huge_pages(void* data, size_t bytes) {
+double on_huge_pages(void* data, size_t bytes) {
 #if defined(MADV_HUGEPAGE)
   const uintptr_t begin = ((uintptr_t)data + kHugePage - 1) / kHugePage * kHugePage;
   const uintptr_t end = ((uintptr_t)data + bytes) / kHugePage * kHugePage;
-  if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+  if (begin >= end) return 0;
+  madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+  const auto before = std::chrono::steady_clock::now();
+  *(volatile char*)begin = 0;
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - before).count();
+#else
+  return 0;
 #endif
 }
 

@@ -8,6 +8,8 @@ hidden; one published attention block of inner width 3 D, B * T rows):
     save="block"    h: 1; the block is computed again up to its last product
     save="states"   nothing; the window runs once more in the backward, a slice of samples at a time
 
+In a window numbers below 2^-126 count as zeros, which in bf16 they always do.
+
 To each comes the result of each call, and a few fp32 numbers a row. csrc/cpu/backward/kept.hpp says
 what a block keeps, also of one whose fields are not TRM's, and where it lies.
 """
@@ -32,8 +34,11 @@ from recurx.problem import Problem
 from recurx.program import lower
 
 SAVES = ("all", "block", "states")  # numbered as the engine does
-# Bytes of memory to use again (less would add to the optimiser's peak), and of all that waits.
-LEAST_SPARE, MOST_SPARE = 1 << 27, 1 << 29
+# Bytes of memory to use again (less would add to the optimiser's peak), also where pages are slow,
+# and of all that waits.
+LEAST_SPARE, LEAST_SLOW, MOST_SPARE = 1 << 27, 1 << 22, 1 << 29
+SLOW_TOUCH = 2e-3  # seconds of a page of 2 MB; others take 0.1 to 0.4 ms
+_slow: list[float] = []  # those first touches
 _spare: list[mmap.mmap] = []  # oldest first
 _taking = fork_lock()
 
@@ -130,7 +135,15 @@ def _kept_of(module: Any, block: BlockSpec, tokens: int, save: str) -> tuple[int
 
 def _fresh(module: Any, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     made = torch.empty(shape, dtype=dtype)
-    module.cpu_on_huge_pages(made.data_ptr(), made.nbytes)
+    return made if _slow else _on_huge_pages(module, made)
+
+
+def _on_huge_pages(module: Any, made: Tensor) -> Tensor:
+    """Where a virtual machine's host takes free memory back, a fresh page of 2 MB took 10 ms: there
+    gradients stay on small pages, and even little memory is used again."""
+    seconds = module.cpu_on_huge_pages(made.data_ptr(), made.nbytes)
+    if seconds > SLOW_TOUCH:
+        _slow[:] = [seconds]
     return made
 
 
@@ -138,14 +151,14 @@ def _used_again(module: Any, shape: Sequence[int], dtype: torch.dtype) -> Tensor
     """Memory that an earlier call gave back, if it fits: the first touch of new pages took a sixth
     of a window (B=8, bf16 with AMX, one thread)."""
     nbytes = math.prod(shape) * dtype.itemsize
-    if not LEAST_SPARE <= nbytes <= MOST_SPARE:
+    if not (LEAST_SLOW if _slow else LEAST_SPARE) <= nbytes <= MOST_SPARE:
         return _fresh(module, shape, dtype)
     with _taking:
         fits = [each for each in _spare if nbytes <= len(each) <= nbytes * 5 // 4]
         memory = fits[0] if fits else mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         _spare[:] = [each for each in _spare if each is not memory]
     made = torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(*shape)
-    module.cpu_on_huge_pages(made.data_ptr(), made.nbytes)
+    made = made if fits else _on_huge_pages(module, made)
     weakref.finalize(made.untyped_storage(), _give_back, memory).atexit = False
     return made
 

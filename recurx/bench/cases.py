@@ -120,6 +120,10 @@ CASES: dict[str, Case] = {
         "HRM-Text's block: pre-norm, gated attention, prefix mask",
         _trm("sudoku_att", block="placement:pre,attn_gate:true,mask:prefix,prefix:16"),
     ),
+    "drops": Case(
+        "TRM-att with dropout and stochastic depth, in training",
+        _trm("sudoku_att", block="dropout:0.1,drop_path:0.1"),
+    ),
     "sudoku-6x6": _solver(
         "6x6 Sudoku, 12 clues, shipped net, D=64", "sudoku-6x6:clues=12", NETS / "sudoku-6x6"
     ),

@@ -60,7 +60,7 @@ SUITES: dict[str, tuple[Group, ...]] = {
         ),
         *(
             Group(case, "train", 1, FAIR, FP32, seconds=8)
-            for case in ("eqr", "urm", "sotaku", "sic", "hrm-text")
+            for case in ("eqr", "urm", "sotaku", "sic", "hrm-text", "drops")
         ),
         Group("eqr", "train", 8, FAIR, seconds=12),
     ),

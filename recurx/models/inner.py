@@ -212,14 +212,9 @@ def problem_of_model(model: nn.Module, batch_size: int = 1) -> Problem:
         )  # fmt: skip
     bound = {name: as_net(net, name) for name, net in inner.nets(inner.training).items()}
     specs = {name: net.spec for name, net in bound.items() if isinstance(net, Net)}
+    config, device_type = inner.config, inner.lm_head.weight.device.type
     return Problem(
-        inner.schedule,
-        tuple((name, specs[name]) for name in inner.schedule.nets),
-        batch_size,
-        inner.config.tokens,
-        inner.config.hidden_size,
-        inner.config.dtype,
-        inner.lm_head.weight.device.type,
-        rope=inner.cos_sin() is not None,
-        needs_grad=inner.training,
-    )
+        inner.schedule, tuple((name, specs[name]) for name in inner.schedule.nets), batch_size,
+        config.tokens, config.hidden_size, config.dtype, device_type,
+        rope=inner.cos_sin() is not None, needs_grad=inner.training,
+    )  # fmt: skip

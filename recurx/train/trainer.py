@@ -90,16 +90,11 @@ class Trainer:
         if config.tries > 1 or config.step_loss != "all":
             head.weigh = recipe.weigh
         self.one_step = CapturedStep(
-            head,
-            optimizers,
-            self.queue,
-            accumulate=config.accumulate,
-            clip_grad_norm=config.clip_grad_norm,
-            average=self.average,
+            head, optimizers, self.queue, accumulate=config.accumulate,
+            clip_grad_norm=config.clip_grad_norm, average=self.average,
             begin=recipe.begin if config.random_starts or config.burn_in else None,
-            schedule=config.rate_factor,
-            capture=captured,
-        )
+            schedule=config.rate_factor, capture=captured,
+        )  # fmt: skip
 
     @property
     def task(self) -> Judge:

@@ -333,6 +333,34 @@ def test_what_was_kept_is_used_again(native, monkeypatch) -> None:
     assert sum(map(len, cpu_window._spare)) <= most
 
 
+def test_little_is_used_again_where_pages_are_slow(native, monkeypatch) -> None:
+    for name, value in (("LEAST_SLOW", 1), ("_spare", []), ("_slow", []), ("SLOW_TOUCH", -1.0)):
+        monkeypatch.setattr(cpu_window, name, value)
+    given = case(Schedule.trm(1, 1))
+    problem, operands, span, _ = window_of(*given)
+    window = cpu.BACKEND.window(problem)
+    window.forward(problem, operands, span, "all")
+    assert cpu_window._slow and not cpu_window._spare, "the first touch was slow"
+    _, kept = window.forward(problem, operands, span, "all")
+    place = kept[0].data_ptr()
+    del kept
+    assert cpu_window._spare
+    _, kept = window.forward(problem, operands, span, "all")
+    assert kept[0].data_ptr() == place
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_numbers_that_products_are_slow_with_are_zeros(engine, dtype) -> None:
+    """In the window alone: who called it has them afterwards, on all threads."""
+    problem, operands, span, d_outs = window_of(*case(Schedule.trm(1, 1), dtype=dtype))
+    tiny = [None if d is None else d.float().sign().to(dtype) * 2.0**-130 for d in d_outs]
+    assert any(d is not None and d.any() for d in tiny)
+    for grad in comparing.gradients(engine, problem, operands, span, "all", tiny):
+        assert not grad.any()
+    many = torch.full((1 << 20,), 2.0**-130)
+    assert (many * 0.5 != 0).all()
+
+
 def test_only_what_is_asked_for_is_computed(native) -> None:
     problem, operands, span, d_outs = window_of(*case(Schedule.trm(1, 1)))
     window = cpu.BACKEND.window(problem)

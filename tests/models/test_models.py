@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -252,6 +254,17 @@ def test_evaluation_takes_all_the_steps_whatever_q_says() -> None:
     carries = run(model, 4)
     assert [c.steps.unique().tolist() for c in carries] == [[1], [2], [3], [1]]
     assert [c.halted.all().item() for c in carries] == [False, False, True, False]
+
+
+def test_mkl_has_found_the_processor_before_anything_is_drawn() -> None:
+    """Two threads that made its first call of a vector function at once drew other weights."""
+    code = (
+        "import torch; own, sizes = torch.erfinv, []; "
+        "torch.erfinv = lambda x: (sizes.append(x.numel()), own(x))[1]; import recurx; "
+        "assert sizes == [1], sizes"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_halted_slots_take_a_fresh_sample_and_start_again() -> None:

@@ -305,6 +305,7 @@ struct WindowRun {
 
 template <class Core, bool kBackward>
 void run_window(const Window& job, const Team& team, void* scratch) {
+  const NoDenormals here;
   WindowRun<Core> run{job, team};
   WindowSpace<Core>::carve(job, team.size, team.tid, kBackward, (char*)scratch, run.ws);
   team.sync();
