@@ -170,9 +170,9 @@ RX_INLINE float reduce_max(V v) {
 }
 
 // 2^x for x from -100 to 125 (clamped there: a weight of a softmax times a value is no denormal
-// then, which costs a product a hundred times its time). Adding 1.5 * 2^23 leaves round(x) in the low bits of the
-// mantissa; the polynomial gives 2^f on [-0.5, 0.5]. Relative error 2e-9 (degree 6) before
-// rounding, or 7.5e-5 (degree 3), which is 1/50 of a bf16 rounding.
+// then, which costs a product a hundred times its time). Adding 1.5 * 2^23 leaves round(x) in the
+// low bits of the mantissa; the polynomial gives 2^f on [-0.5, 0.5]. Relative error 2e-9 (degree 6)
+// before rounding, or 7.5e-5 (degree 3), which is 1/50 of a bf16 rounding.
 template <bool kCoarse>
 RX_INLINE V exp2(V x) {
   x = at_most(splat(125.f), at_least(splat(-100.f), x));

@@ -260,7 +260,7 @@ def test_mkl_has_found_the_processor_before_anything_is_drawn() -> None:
     """Two threads that made its first call of a vector function at once drew other weights."""
     code = (
         "import torch; own, sizes = torch.erfinv, []; "
-        "torch.erfinv = lambda x: (sizes.append(x.numel()), own(x))[1]; import recurx; "
+        "torch.erfinv = lambda x: (sizes.append(x.numel()), own(x))[1]; import recurx.models; "
         "assert sizes == [1], sizes"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
