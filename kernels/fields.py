@@ -15,10 +15,10 @@ from recurx.schedule import FACTORS
 FIELDS: dict[str, frozenset[str]] = {
     "library": frozenset((
         "kind", "norm", "norm_weight", "norm_bias", "placement", "token_norm", "residual_scale",
-        "learned_scale", "biases", "kv_heads", "head_size", "mask", "prefix", "window", "qk_norm",
-        "qk_norm_weight", "attn_gate", "attn_norm", "attn_norm_weight", "activation", "gated",
-        "inner_norm", "inner_norm_weight", "inner_norm_tokens", "inner_norm_of", "conv", "conv_of",
-        "conv_dtype",
+        "learned_scale", "skip_scale", "learned_skip", "biases", "kv_heads", "head_size", "mask",
+        "prefix", "window", "qk_norm", "qk_norm_weight", "attn_gate", "attn_norm",
+        "attn_norm_weight", "activation", "gated", "inner_norm", "inner_norm_weight",
+        "inner_norm_tokens", "inner_norm_of", "conv", "conv_of", "conv_dtype",
     )),
 }  # fmt: skip
 # Values of a row, over D or F and over T, that a program holds: 64 a thread, 3 operands.

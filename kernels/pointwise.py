@@ -1,6 +1,6 @@
 """What is left of a block beside its products, one launch each: for the plan "library".
 
-    add_norm           sum = residual + branch, out = norm(sum)         over D or over T
+    add_norm           sum = skip * residual + branch, out = norm(sum)  over D or over T
     add_rms            out = rms(residual + product), what add_norm is in TRM and HRM
     add_rms_backward   d_x = scale * (d - y * mean(d * y)),  d = d_out + product
     swiglu             gate <- act(gate) * up, or act(gate) alone; silu in TRM and HRM
@@ -70,12 +70,25 @@ def affine(x, weight, bias, N: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
+def times(x, CONSTANT: tl.constexpr, learned, ONE: tl.constexpr, N: tl.constexpr,
+          COLS: tl.constexpr):  # fmt: skip
+    """x times a constant, and times a learned factor, ONE for all or one a column."""
+    if CONSTANT != 1.0:
+        x *= CONSTANT
+    if learned is not None and ONE:
+        x *= tl.load(learned).to(tl.float32)
+    elif learned is not None:
+        x = affine(x, learned, None, N, COLS)
+    return x
+
+
+@triton.jit
 def add_norm_kernel(
     residual, product, out, scale, M, weight, shift, total, bias, before_weight, before_shift,
-    learned, KIND: tl.constexpr, EPS: tl.constexpr, KEEP: tl.constexpr, R: tl.constexpr,
+    learned, skip, KIND: tl.constexpr, EPS: tl.constexpr, KEEP: tl.constexpr, R: tl.constexpr,
     N: tl.constexpr, OVER_T: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     BIAS_OF_ROW: tl.constexpr, BEFORE: tl.constexpr, BEFORE_EPS: tl.constexpr,
-    FACTOR: tl.constexpr, ONE_LEARNED: tl.constexpr,
+    FACTOR: tl.constexpr, ONE_LEARNED: tl.constexpr, SKIP: tl.constexpr, ONE_SKIP: tl.constexpr,
 ):  # fmt: skip
     """Pointers that are None are no part of the compiled kernel."""
     rows, at, inside = _tile(M, R, N, OVER_T, ROWS, COLS)
@@ -90,13 +103,8 @@ def add_norm_kernel(
             branch = centred(branch, inside, N, BEFORE)
             branch *= tl.rsqrt(tl.sum(branch * branch, 1) / N + BEFORE_EPS)[:, None]
             branch = affine(branch, before_weight, before_shift, N, COLS)
-        if FACTOR != 1.0:
-            branch *= FACTOR
-        if learned is not None and ONE_LEARNED:
-            branch *= tl.load(learned).to(tl.float32)
-        elif learned is not None:
-            branch = affine(branch, learned, None, N, COLS)
-        x += branch
+        x = times(x, SKIP, skip, ONE_SKIP, N, COLS)
+        x += times(branch, FACTOR, learned, ONE_LEARNED, N, COLS)
     if total is not None:
         tl.store(total + at, x.to(total.dtype.element_ty), mask=inside)
     if KIND != "":
@@ -202,9 +210,9 @@ class Norm(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """What becomes of a product before it is added, see `add_norm`.
+    """What becomes of a product before it is added, and of the residual; see `add_norm`.
 
-    `bias` is [N], or [T] if `bias_of_token` says so (rows over D); `learned` [1] or [N].
+    `bias` is [N], or [T] if `bias_of_token` says so (rows over D); learned factors [1] or [N].
     """
 
     bias: Tensor | None = None
@@ -212,6 +220,8 @@ class Branch(NamedTuple):
     norm: Norm | None = None
     scale: float = 1.0
     learned: Tensor | None = None
+    skip: float = 1.0
+    learned_skip: Tensor | None = None
 
 
 PLAIN = Branch()
@@ -242,10 +252,11 @@ def add_norm(
         args = residual, product, out, out if scale is None else scale, m
         vectors = wanted.weight, wanted.bias, total, branch.bias, before.weight, before.bias
         add_norm_kernel[grid](
-            *args, *vectors, branch.learned, KIND=wanted.kind, EPS=wanted.eps,
+            *args, *vectors, branch.learned, branch.learned_skip, KIND=wanted.kind, EPS=wanted.eps,
             KEEP=scale is not None, BIAS_OF_ROW=branch.bias_of_token, BEFORE=before.kind,
             BEFORE_EPS=before.eps, FACTOR=float(branch.scale),
-            ONE_LEARNED=_single(branch.learned), **sizes,
+            ONE_LEARNED=_single(branch.learned), SKIP=float(branch.skip),
+            ONE_SKIP=_single(branch.learned_skip), **sizes,
         )  # fmt: skip
 
 
@@ -255,10 +266,11 @@ def _single(vector: Tensor | None) -> bool:
 
 def _check_vectors(sizes: dict[str, Any], norm: Norm, before: Norm, branch: Branch) -> None:
     """A kernel reads as many values of a vector as its rows are long."""
-    of_token, learned = branch.bias_of_token, branch.learned
+    of_token = branch.bias_of_token
     vectors = [(v, sizes["N"]) for v in (norm.weight, norm.bias, before.weight, before.bias)]
     vectors.append((branch.bias, sizes["R"] if of_token else sizes["N"]))
-    vectors.append((learned, 1 if _single(learned) else sizes["N"]))
+    factors = branch.learned, branch.learned_skip
+    vectors += [(factor, 1 if _single(factor) else sizes["N"]) for factor in factors]
     for vector, length in vectors:
         if vector is not None and (vector.shape != (length,) or not vector.is_contiguous()):
             got = f"{tuple(vector.shape)}, strides {vector.stride()}"

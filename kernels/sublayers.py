@@ -94,6 +94,8 @@ def _branch(half: Half) -> Branch:
         norm=half.norm(f"out_norm{half.number}") if spec.placement == "sandwich" else None,
         scale=spec.residual_scale,
         learned=w.get(f"scale{half.number}"),
+        skip=spec.skip_scale,
+        learned_skip=w.get(f"skip{half.number}"),
     )
 
 

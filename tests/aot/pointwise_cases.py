@@ -62,7 +62,9 @@ def _variants(dtype: torch.dtype) -> dict[str, Callable]:
         from recurx.kernels.pointwise import Branch, Norm, add_norm
 
         norm = Norm("layer", 1e-5, vector(512), vector(512))
-        branch = Branch(vector(97, dtype), True, norm, 0.5, vector(512, dtype))
+        branch = Branch(
+            vector(97, dtype), True, norm, 0.5, vector(512, dtype), 0.8, vector(512, dtype)
+        )
         return add_norm(row(), row(), row(), norm, branch=branch, total=row())
 
     def activation() -> object:

@@ -39,7 +39,7 @@ MORE: dict[str, dict[str, Any]] = {
         residual_scale=0.5, learned_scale="scalar",
     ),
 }  # fmt: skip
-NAMES = [name for name in VARIANTS if not name.startswith("axial") and "skips" not in name]
+NAMES = [name for name in VARIANTS if not name.startswith("axial")]
 NAMES += MORE
 
 
@@ -102,7 +102,6 @@ def test_replays_have_the_bits_of_plain_launches() -> None:
 @pytest.mark.parametrize("change, said", [
     ({"axial": (3, 4, 0)}, "axial"), ({"dropout": 0.1}, "dropout"), ({"drop_path": 0.1}, "drop_p"),
     ({"key_padding": True}, "key_padding"), ({"conv": 2, "conv_dtype": "float32"}, "conv_dtype"),
-    ({"skip_scale": 0.5}, "skip_scale"), ({"learned_skip": "channel"}, "learned_skip"),
     ({"head_size": 48}, "head_dim"), ({"inner_norm": "rms", "inner": 4100}, "inner_norm"),
 ])  # fmt: skip
 def test_other_fields_and_values_are_refused_by_name(change: dict, said: str) -> None:
@@ -139,9 +138,12 @@ BUGS = {
                          "token MLP over D, biases"),
     "biases of products": ("sublayers", 'bias=w.get("qkv_bias")', "bias=None",
                            "post-LayerNorm, GELU"),
-    "residual_scale": ("pointwise", "branch *= FACTOR", "branch *= 1.0", "scalar scales"),
-    "learned_scale": ("pointwise", "affine(branch, learned, None", "affine(branch, None, None",
-                      "channel scales"),
+    "residual_scale": ("pointwise", "(branch, FACTOR,", "(branch, 1.0,", "scalar scales"),
+    "learned_scale": ("pointwise", "FACTOR, learned,", "FACTOR, None,", "channel scales"),
+    "skip_scale": ("pointwise", "(x, SKIP,", "(x, 1.0,", "constant skips"),
+    "learned_skip": ("pointwise", "SKIP, skip,", "SKIP, None,", "channel skips"),
+    "a scalar": ("pointwise", "x *= tl.load(learned)", "x *= 1.0 + 0.0 * tl.load(learned)",
+                 "scalar skips"),
     "kv_heads": ("attention", "head // (H // KV)", "head % KV", "grouped heads, gate, prefix"),
     "mask": ("attention", "(j <= i)", "(j < i)", "causal window, QK-norm"),
     "prefix": ("attention", "| (j < PREFIX)", "| (j < 0)", "grouped heads, gate, prefix"),
