@@ -8,6 +8,7 @@
 #endif
 
 #include <atomic>
+#include <cfenv>
 #include <cstdint>
 #include <memory>
 #include <stdexcept>
@@ -33,12 +34,26 @@ namespace {
 
 using RowsTuple = std::tuple<uintptr_t, size_t, size_t, size_t>;
 
+// How the caller of this thread's work computes: a window changes it, and handlers must not see
+// that.
+thread_local std::fenv_t outside;
+
+struct Outside {
+  std::fenv_t inside;
+  Outside() {
+    std::fegetenv(&inside);
+    std::fesetenv(&outside);
+  }
+  ~Outside() { std::fesetenv(&inside); }
+};
+
 // Runs Python's handlers of pending signals; true if one raised, as that of Ctrl-C does. Python
 // calls them on the main thread alone, so no other takes its lock for that.
 bool interrupted() {
 #if defined(__linux__)
   if (syscall(SYS_gettid) != getpid()) return false;
 #endif
+  const Outside own;
   py::gil_scoped_acquire gil;
   return PyErr_CheckSignals() != 0;
 }
@@ -75,7 +90,7 @@ struct Given {
     const auto& [seed, first, key_mask, learned] = beside;
     recursion.seed = seed;
     recursion.first = first;
-    recursion.key_mask = (const bool*)key_mask;
+    recursion.key_mask = (const uint8_t*)key_mask;
     if (learned.empty()) return;
     steps = program.steps;
     for (const auto& [step, of_scale, each] : learned)
@@ -88,10 +103,13 @@ struct Given {
 template <class Work>
 void interruptible(Work work) {
   bool done;
+  const std::fenv_t before = outside;  // a handler may call the engine
   {
     py::gil_scoped_release release;
+    std::fegetenv(&outside);
     done = work();
   }
+  outside = before;
   if (!done) throw py::error_already_set();
 }
 
@@ -161,6 +179,7 @@ thread_local const py::object* rows_told = nullptr;
 
 bool told_or_interrupted() {
   if (interrupted()) return true;
+  const Outside own;
   py::gil_scoped_acquire gil;
   try {
     (*rows_told)(rows_done->load());

@@ -223,13 +223,9 @@ def measured_best(
 
 
 def _choose(
-    half: str,
-    problem: Problem,
-    device: Where,
-    fused: list[str],
-    times: dict[str, float],
+    half: str, problem: Problem, device: Where, fused: list[str], times: dict[str, float],
     proven: bool,
-) -> Choice:
+) -> Choice:  # fmt: skip
     """Among fused backends (best prediction first) and PyTorch, by all that is known."""
     right: dict[str, bool | None] = dict.fromkeys(fused)
     if not isinstance(device, Device):

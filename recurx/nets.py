@@ -30,7 +30,7 @@ from recurx.specs import (
 
 # MKL finds the processor at its first vector function. Two threads that called it at once computed
 # half of a table by other code, 7e-5 off, so one seed made two nets: one number alone comes first.
-torch.erfinv(torch.zeros(1))
+torch.erfinv(torch.zeros(1, dtype=torch.float32, device="cpu"))
 
 __all__ = ["ATTENTION", "KINDS", "TOKEN_MLP", "WEIGHT_NAMES", "BlockSpec", "Net", "NetSpec"]
 

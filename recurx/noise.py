@@ -16,6 +16,7 @@ from torch import Tensor
 # Last word of the counter: what the numbers are for; DROPS and a multiple of 4: which branch.
 STEPS, STARTS, CALLS, DROPS = 0, 1, 2, 3
 DRAWN = ("dropout", "drop_path")  # fields of blocks that draw, in training alone
+MOST = 1 - 2.0**-24  # that may be dropped: `chances` are multiples of that
 TOGETHER = 1 << 16  # numbers drawn at once on a CPU: what is between stays in its cache
 LOW = 0xFFFFFFFF  # words are kept in int64: products of two may wrap, their 64 bits are right
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -68,7 +69,7 @@ def words(
 ) -> tuple[Tensor, ...]:
     """Four random words [N, quads] for every four elements of `shape`."""
     quads = torch.arange(-(-math.prod(shape) // 4), device=entries.device)
-    entry = entries.long()[:, None].expand(-1, len(quads))
+    entry = (entries.long() & LOW)[:, None].expand(-1, len(quads))
     last = torch.full_like(entry, use)
     return philox([quads.expand_as(entry), entry, torch.full_like(entry, third), last], seed)
 

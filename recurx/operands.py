@@ -92,21 +92,22 @@ class Operands(NamedTuple):
         Raises:
             InvalidArgument: naming the first tensor whose memory is gone.
         """
-        everything = (self.x, *self.states, *self.weights, *(self.rope or ()))
-        for index, tensor in enumerate(everything):
-            if not _in_storage(tensor):
+        beside = *(self.rope or (None, None)), self.seed, self.key_mask
+        for index, tensor in enumerate((self.x, *self.states, *self.weights, *beside)):
+            if tensor is not None and not _in_storage(tensor):
                 names = ["x", *(f"carry[{name!r}]" for name in states)]
                 names += [f"nets[{n!r}] weight {i}" for n, s in nets for i in range(s.num_weights)]
+                names += ["cos_sin (cos)", "cos_sin (sin)", "seed", "key_mask"]
                 raise bad_argument(
-                    "recurse", [*names, "cos_sin (cos)", "cos_sin (sin)"][index],
-                    f"a tensor with its memory, {tensor.nbytes} bytes",
+                    "recurse", names[index], f"a tensor with its memory, {tensor.nbytes} bytes",
                     f"a storage of {tensor.untyped_storage().nbytes()} bytes",
                     "It was freed or cut: gather or load it before the call.",
                 )  # fmt: skip
 
     def numbers(self) -> tuple[int, ...]:
-        """The seed and the number of the first sample; zeros without."""
-        return (0, 0) if self.seed is None else tuple(self.seed.tolist())
+        """The seed, as 64 bits, and the number of the first sample; zeros without."""
+        seed, first = (0, 0) if self.seed is None else self.seed.tolist()
+        return seed & (1 << 64) - 1, first
 
     def float_rope(self) -> CosSin | None:
         """cos and sin as kernels read them: fp32, contiguous, without gradient."""

@@ -18,7 +18,7 @@ import torch
 
 from recurx.errors import bad_argument
 from recurx.hashing import hash_once
-from recurx.noise import DRAWN
+from recurx.noise import DRAWN, MOST
 
 ATTENTION = "attention"
 TOKEN_MLP = "token_mlp"
@@ -184,7 +184,7 @@ class BlockSpec:
             elif name in ("residual_scale", "skip_scale"):
                 good, expected = type(value) in (int, float) and math.isfinite(value), "a number"
             elif name in DRAWN:
-                good, expected = type(value) in (int, float) and 0 <= value < 1, "0 to below 1"
+                good, expected = type(value) in (int, float) and 0 <= value <= MOST, "0 to below 1"
             elif name == "biases":
                 names = WEIGHT_NAMES[self.kind] + ("attn_gate",) * self.attn_gate
                 good, expected = type(value) is tuple and {*value} <= {*names}, f"names of {names}"

@@ -140,13 +140,9 @@ class Survey:
         return found
 
     def module(
-        self,
-        path: str,
-        module: Any,
-        children: tuple[str, ...],
-        parameters: tuple[str, ...] = (),
+        self, path: str, module: Any, children: tuple[str, ...], parameters: tuple[str, ...] = (),
         buffers: tuple[str, ...] = (),
-    ) -> bool:
+    ) -> bool:  # fmt: skip
         """One module: it may hold what is named, and plain attributes. False: it is none."""
         if not isinstance(module, nn.Module):
             self.differs(path, "is no torch module")

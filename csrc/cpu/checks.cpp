@@ -95,7 +95,8 @@ void check(const Engine& engine, const Recursion& r, int threads) {
       const BlockShape& s = r.nets[n].blocks[i].shape;
       require(s.hidden == r.hidden, "nets of the states' D");
       require(!s.token_mlp || s.tokens == r.tokens, "token MLPs of the states' T");
-      require(!s.variant.key_padding || r.key_mask, "a mask of the keys that are padding");
+      require(!s.variant.key_padding || r.key_mask || !r.batch,
+              "a mask of the keys that are padding");
       const int* grid = s.variant.axial;
       require(!grid[0] || (long long)grid[0] * grid[1] == r.tokens, "a grid of the states' T");
       widest = std::max({widest, (long long)s.inner, (long long)(s.token_mlp ? s.token_inner : 0),

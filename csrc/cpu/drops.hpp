@@ -83,7 +83,7 @@ RX_INLINE const int32_t* seen_keys(const Recursion& rec, const Variant& v, const
   if (!v.key_padding) return nullptr;
   const int line = v.line(rec.tokens), within = (int)(row % rec.tokens);
   const bool columns = v.axial[0] && v.axial[2] == 0;
-  const bool* const unseen = rec.key_mask + (beside.sample + row / rec.tokens) * rec.tokens;
+  const uint8_t* const unseen = rec.key_mask + (beside.sample + row / rec.tokens) * rec.tokens;
   for (int i = 0; i < line; ++i)
     to[i] = unseen[columns ? within / line + i * v.axial[1] : within + i] ? 0 : -1;
   for (int i = line; i < line + kSpareKeys; ++i) to[i] = 0;

@@ -79,7 +79,7 @@ struct Recursion {
   const float* sin;
   uint64_t seed = 0;  // of noise and dropout, which sample i of the batch has as entry first + i
   long first = 0;
-  const bool* key_mask = nullptr;  // [B, T]: keys that blocks with key_padding do not see
+  const uint8_t* key_mask = nullptr;  // [B, T]: not 0 for keys that key_padding blocks do not see
 };
 
 // What a window keeps for its backward, see backward/kept.hpp.

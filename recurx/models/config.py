@@ -158,7 +158,10 @@ class ModelConfig:
             mixer = {"num_heads": self.num_heads}
         kind, inner = (TOKEN_MLP if self.mlp_t else ATTENTION), self.inner_width(width)
         plain = BlockSpec(kind, width, inner, **mixer, eps=self.rms_norm_eps)
-        return plain.with_fields(self.block) if self.block else plain
+        spec = plain.with_fields(self.block) if self.block else plain
+        if spec.key_padding:
+            raise self._bad("block", "no key_padding: a model has no mask of keys", self.block)
+        return spec
 
     def inner_width(self, width: int) -> int:
         """Inner width F of a SwiGLU over `width`."""

@@ -151,7 +151,7 @@ struct Case {
   std::vector<const void*> in;
   int states;
   const float *cos = nullptr, *sin = nullptr;
-  const bool *key_mask = nullptr, *no_mask = nullptr;  // [B, T]
+  const uint8_t *key_mask = nullptr, *no_mask = nullptr;  // [B, T]
   bool drops = false;
   std::string text;
 
@@ -184,8 +184,9 @@ struct Case {
     }
     const Bytes mask = bytes(B * T), none = bytes(B * T);
     Random apart{number};
-    for (int i = 0; i < B * T; ++i) mask.get()[i] = apart.one_in(3), none.get()[i] = 0;
-    key_mask = (const bool*)hold(mask), no_mask = (const bool*)hold(none);
+    for (int i = 0; i < B * T; ++i)
+      mask.get()[i] = apart.one_in(3) ? i % 255 + 1 : 0, none.get()[i] = 0;
+    key_mask = (const uint8_t*)hold(mask), no_mask = (const uint8_t*)hold(none);
     states = r.from(2, 4);
     for (int s = 0; s < states; ++s) in.push_back(hold(values(r, elements() * B, size, 1.f)));
     add_steps();

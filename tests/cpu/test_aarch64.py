@@ -122,7 +122,8 @@ def test_calls_solves_and_windows_of_random_shapes(programs: Path, engine: str, 
     assert status == 0 and "ok" in said.splitlines(), said
     for kind in ("run", "solve", "window"):
         found = [float(d) for d in re.findall(rf": {kind} (\S+)$", said, re.MULTILINE)]
-        assert len(found) == count
+        # No solve where samples draw what they drop: a queue moves them.
+        assert found and (kind == "solve" or len(found) == count)
         assert engine != "bfmmla_bf16" or not any(found)
 
 

@@ -4,6 +4,8 @@ factors of steps. Each instruction set, forward and gradients, against fp64 unde
 from __future__ import annotations
 
 import math
+import signal
+import time
 from typing import Any
 
 import pytest
@@ -250,3 +252,67 @@ def test_a_solve_leaves_them_to_the_loop() -> None:
     spec = BlockSpec(**_ATTENTION, dropout=0.1)
     problem = problem_for(CALLS, {"L": net_of(spec)}, torch.zeros(2, 13, WIDTH))
     assert backends.why_not("cpu", problem) is None and not on_cpu._engine_runs(problem, "cpu")
+
+
+# ---- what is odd about what is given -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [2, 128, 255])
+def test_a_key_is_unseen_whatever_its_byte_says(value: int) -> None:
+    *given, mask = given_of("padding", torch.float32)
+    odd = (mask.to(torch.uint8) * value).view(torch.bool)
+    assert torch.equal(forward((*given, odd)), forward((*given, mask)))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_an_empty_batch_of_padded_samples(grad: bool) -> None:
+    schedule, nets, x, carry, rope, _, mask = given_of("padding", torch.float32)
+    x, z = x[:0].requires_grad_(grad), carry["z"][:0]
+    how = dict(cos_sin=rope, key_mask=mask[:0], backend="cpu")
+    assert recurx.recurse(schedule, nets, x, {"z": z}, **how)["z"].shape == z.shape
+
+
+@pytest.mark.parametrize("first", [-5, 2**32 - 3, 2**32 + 1, 2**63 - 1])
+@pytest.mark.parametrize("seed", [-1, 7])
+def test_streams_count_modulo_their_words(first: int, seed: int) -> None:
+    """Of noise too: the reference draws what the engine draws."""
+    schedule, nets, x, carry, rope, *_ = given_of("dropout", torch.float32)
+    schedule = schedule.with_factors(noise=0.1)
+    how = dict(cos_sin=rope, seed=torch.tensor([seed, first]))
+    with torch.no_grad():
+        got, want = (
+            recurx.recurse(schedule, nets, x, carry, backend=backend, **how)["z"]
+            for backend in ("cpu", "eager")
+        )
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_mask_without_its_memory_is_refused() -> None:
+    *given, mask = given_of("padding", torch.float32)
+    schedule, nets, x, carry, rope, _ = given
+    x = x.requires_grad_()  # through an op, which looks
+    mask.untyped_storage().resize_(1)
+    with pytest.raises(recurx.InvalidArgument, match="key_mask"):
+        recurx.recurse(schedule, nets, x, carry, cos_sin=rope, key_mask=mask, backend="cpu")
+
+
+def test_handlers_of_signals_compute_as_their_own_code() -> None:
+    """Though the window that they interrupt knows no numbers below 2^-126."""
+    got: list[bool] = []
+    tiny = torch.full((64,), 2.0**-130)
+    before = signal.signal(signal.SIGALRM, lambda *_: got.append(bool((tiny * 0.5 != 0).all())))
+    _, nets, x, _, rope, seed, _ = given_of("dropout", torch.float32)
+    steps = Schedule(CALLS.steps * 20)
+    signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+    try:
+        until = time.monotonic() + 20
+        while len(got) < 5 and time.monotonic() < until:
+            z = x.repeat(40, 1, 1).requires_grad_()
+            out = recurx.recurse(
+                steps, nets, z, {"z": z.detach()}, cos_sin=rope, seed=seed, backend="cpu"
+            )["z"]
+            out.sum().backward()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert len(got) >= 5 and all(got)

@@ -256,6 +256,11 @@ def test_evaluation_takes_all_the_steps_whatever_q_says() -> None:
     assert [c.halted.all().item() for c in carries] == [False, False, True, False]
 
 
+def test_a_model_has_no_mask_of_keys() -> None:
+    with pytest.raises(InvalidArgument, match="key_padding"):
+        TRMConfig.tiny(VOCAB, LENGTH, block="key_padding:true")
+
+
 def test_mkl_has_found_the_processor_before_anything_is_drawn() -> None:
     """Two threads that made its first call of a vector function at once drew other weights."""
     code = (
