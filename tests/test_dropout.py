@@ -224,7 +224,9 @@ def test_engines_refuse_by_name() -> None:
     assert backends.unknown_fields(backends.get("triton/tiled"), problem) is not None
 
 
-@pytest.mark.parametrize("wrong", [dict(dropout=1.0), dict(drop_path=-0.1), dict(dropout="0.1")])
+@pytest.mark.parametrize(
+    "wrong", [dict(dropout=1.0), dict(dropout=1 - 1e-9), dict(drop_path=-0.1), dict(dropout="0.1")]
+)
 def test_impossible_shares_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(InvalidArgument, match=next(iter(wrong))):
         BlockSpec(NO_MIXER, WIDTH, 8, **wrong)
