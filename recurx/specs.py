@@ -184,7 +184,7 @@ class BlockSpec:
             elif name in ("residual_scale", "skip_scale"):
                 good, expected = type(value) in (int, float) and math.isfinite(value), "a number"
             elif name in DRAWN:
-                good, expected = type(value) in (int, float) and 0 <= value <= MOST, "0 to below 1"
+                good, expected = type(value) in (int, float) and 0 <= value <= MOST, "0 to 1-2^-24"
             elif name == "biases":
                 names = WEIGHT_NAMES[self.kind] + ("attn_gate",) * self.attn_gate
                 good, expected = type(value) is tuple and {*value} <= {*names}, f"names of {names}"

@@ -70,10 +70,9 @@ def refiner(
 
 def _engine_runs(problem: Problem, backend: str) -> bool:
     """Whether the loop would run all calls on the CPU engine."""
+    # Draws go by a sample's place in the batch, which changes; masks and factors belong to a call.
     if {"noise", *DRAWN, "key_padding", LEARNED} & {*problem.changed}:
-        return (
-            False  # draws go by a sample's place in the batch, which changes; the rest is a call's
-        )
+        return False
     if backend == "cpu":
         return backends.why_not("cpu", problem) is None  # else the loop says why it cannot
     calls = route(problem).calls

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +25,7 @@ from recurx import Schedule
 from recurx.backends import cpu
 from recurx.plan import cpu as plan
 from tests.cpu import build
+from tests.cpu.test_cpu_beside import CALLS, given_of
 from tests.cpu.test_cpu_engine import run
 from tests.factories import make_inputs, make_net, rope
 
@@ -176,3 +178,25 @@ except KeyboardInterrupt:
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=60)
     assert out == "16\n" and "KeyboardInterrupt" in err and child.returncode == -signal.SIGINT
+
+
+def test_handlers_of_signals_compute_as_their_own_code() -> None:
+    """Though the window that they interrupt knows no numbers below 2^-126."""
+    got: list[bool] = []
+    tiny = torch.full((64,), 2.0**-130)
+    before = signal.signal(signal.SIGALRM, lambda *_: got.append(bool((tiny * 0.5 != 0).all())))
+    _, nets, x, _, rope, seed, _ = given_of("dropout", torch.float32)
+    steps = Schedule(CALLS.steps * 20)
+    signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+    try:
+        until = time.monotonic() + 20
+        while len(got) < 5 and time.monotonic() < until:
+            z = x.repeat(40, 1, 1).requires_grad_()
+            out = recurx.recurse(
+                steps, nets, z, {"z": z.detach()}, cos_sin=rope, seed=seed, backend="cpu"
+            )["z"]
+            out.sum().backward()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert len(got) >= 5 and all(got)
