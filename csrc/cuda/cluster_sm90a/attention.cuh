@@ -27,9 +27,8 @@ RX_DEVICE void rope_rotate(const Consumer<P>& me, float (&d)[R]) {
       const float2 cos0 = pair(r.cos, 8 * j), cos1 = pair(r.cos, 8 * j + 32);
       const float2 sin0 = pair(r.sin, 8 * j), sin1 = pair(r.sin, 8 * j + 32);
       float *lo = d + 4 * j + 2 * e, *hi = lo + 16;
-      const float lo0 = lo[0], lo1 = lo[1];
-      lo[0] = lo0 * cos0.x - hi[0] * sin0.x, lo[1] = lo1 * cos0.y - hi[1] * sin0.y;
-      hi[0] = hi[0] * cos1.x + lo0 * sin1.x, hi[1] = hi[1] * cos1.y + lo1 * sin1.y;
+      rx::rotate(lo[0], hi[0], cos0.x, sin0.x, cos1.x, sin1.x);
+      rx::rotate(lo[1], hi[1], cos0.y, sin0.y, cos1.y, sin1.y);
     }
   }
 }

@@ -61,14 +61,6 @@ struct FinishWide {
     }
   }
 
-  // lo and hi are the columns j and j + head_dim/2 of a row.
-  RX_DEVICE static void rotate(float& lo, float& hi, float cos_lo, float sin_lo, float cos_hi,
-                               float sin_hi) {
-    const float x = lo, y = hi;
-    lo = x * cos_lo - y * sin_lo;
-    hi = y * cos_hi + x * sin_hi;
-  }
-
   RX_DEVICE void qkv(int tile, int unit, float (&acc)[2][4], const float (&scale)[2],
                      const Early& early, int u) const {
     const int part = part_of(unit), index = unit - part * z.width;
@@ -81,8 +73,8 @@ struct FinishWide {
 #pragma unroll
       for (int row = 0; row < 2; row++) {
         const float2(&c)[2] = early.cos[u][row], (&s)[2] = early.sin[u][row];
-        rotate(acc[0][row * 2], acc[1][row * 2], c[0].x, s[0].x, c[1].x, s[1].x);
-        rotate(acc[0][row * 2 + 1], acc[1][row * 2 + 1], c[0].y, s[0].y, c[1].y, s[1].y);
+        rx::rotate(acc[0][row * 2], acc[1][row * 2], c[0].x, s[0].x, c[1].x, s[1].x);
+        rx::rotate(acc[0][row * 2 + 1], acc[1][row * 2 + 1], c[0].y, s[0].y, c[1].y, s[1].y);
       }
     }
     uint4 x = make_uint4(rx::pack_bf16(acc[0][0], acc[0][1]), rx::pack_bf16(acc[0][2], acc[0][3]),

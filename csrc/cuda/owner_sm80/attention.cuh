@@ -50,9 +50,8 @@ RX_DEVICE void store_rotated(Owner<P>& o, const float (&acc_lo)[4], const float 
       const float2 sin_lo = *reinterpret_cast<const float2*>(r.sin + at);
       const float2 cos_hi = *reinterpret_cast<const float2*>(r.cos + at + head_dim / 2);
       const float2 sin_hi = *reinterpret_cast<const float2*>(r.sin + at + head_dim / 2);
-      const float x[2] = {lo[0], lo[1]};
-      lo[0] = lo[0] * cos_lo.x - hi[0] * sin_lo.x, lo[1] = lo[1] * cos_lo.y - hi[1] * sin_lo.y;
-      hi[0] = hi[0] * cos_hi.x + x[0] * sin_hi.x, hi[1] = hi[1] * cos_hi.y + x[1] * sin_hi.y;
+      rx::rotate(lo[0], hi[0], cos_lo.x, sin_lo.x, cos_hi.x, sin_hi.x);
+      rx::rotate(lo[1], hi[1], cos_lo.y, sin_lo.y, cos_hi.y, sin_hi.y);
     }
     const uint32_t lo_word = rx::pack_bf16(lo[0], lo[1]), hi_word = rx::pack_bf16(hi[0], hi[1]);
     if (part == Part::kKey) {

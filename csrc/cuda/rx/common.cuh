@@ -54,6 +54,15 @@ RX_DEVICE uint32_t add_bf16(uint32_t a, uint32_t b) {
   return pack_bf16(x.x + y.x, x.y + y.y);
 }
 
+// lo and hi are the columns j and j + head_dim / 2 of a row of q or k, with the table's values
+// there.
+RX_DEVICE void rotate(float& lo, float& hi, float cos_lo, float sin_lo, float cos_hi,
+                      float sin_hi) {
+  const float x = lo, y = hi;
+  lo = x * cos_lo - y * sin_lo;
+  hi = y * cos_hi + x * sin_hi;
+}
+
 // x * sigmoid(y)
 RX_DEVICE float gated(float x, float y) { return __fdividef(x, 1.f + __expf(-y)); }
 RX_DEVICE float swiglu(float gate, float up) { return gated(gate, gate) * up; }
