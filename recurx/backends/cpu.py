@@ -24,8 +24,9 @@ from recurx.backends.cpu_window import CpuWindow, addresses, beside_of, fields_o
 from recurx.backends.weight_cache import WeightCache
 from recurx.errors import no_compiled_module
 from recurx.forking import lazy
-from recurx.nets import ATTENTION, Net, NetSpec, numbers_of
+from recurx.nets import Net, NetSpec, numbers_of
 from recurx.operands import Operands, Span
+from recurx.plan.count import SIXTEENS, blocks_of, why_not_heads
 from recurx.plan.cpu import engine_threads
 from recurx.problem import Problem
 from recurx.program import PLAIN, lower
@@ -33,7 +34,6 @@ from recurx.schedule import LEARNED
 
 MAX_PACKED = 16  # nets kept packed; a full-size TRM net is 14 MB in bf16, 27 MB in fp32
 MAX_TOKENS = 4096
-MAX_HEAD_DIM = 128
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -141,17 +141,10 @@ class Cpu(Backend):
             return f"needs D to be a multiple of 32, got D={problem.hidden}"
         if problem.tokens > MAX_TOKENS:
             return f"runs up to T={MAX_TOKENS} tokens, got T={problem.tokens}"
-        for name, spec in problem.nets:
-            for block in spec.blocks:
-                dim = block.head_dim
-                if block.kind == ATTENTION and (dim % 16 or dim > MAX_HEAD_DIM):
-                    return (
-                        f"needs head_dim to be a multiple of 16 up to {MAX_HEAD_DIM}, "
-                        f"net {name!r} has {dim}"
-                    )
-                if block.conv_dtype and getattr(torch, block.conv_dtype) is not problem.dtype:
-                    return f"computes convolutions in the states' dtype, not {block.conv_dtype}"
-        return None
+        for block in blocks_of(problem):
+            if block.conv_dtype and getattr(torch, block.conv_dtype) is not problem.dtype:
+                return f"computes convolutions in the states' dtype, not {block.conv_dtype}"
+        return why_not_heads(problem, *SIXTEENS)
 
     def why_not_int8(self) -> str | None:
         """Why products of int8 are not faster than those of bf16 here, or None if they are."""

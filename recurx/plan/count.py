@@ -9,13 +9,26 @@ Rows below are M = B * T. A product of [M, K] with [N, K] counts 2 M N K.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import NamedTuple
 
 from recurx.nets import ATTENTION, BlockSpec, NetSpec
 from recurx.problem import Problem
 
 PRODUCTS = ("qkv", "attention", "o", "gate_up", "down", "t_gate_up", "t_down")
+
+
+# Head dims of kernels whose tiles are 16 wide, and how to say so.
+SIXTEENS = range(16, 129, 16), "to be a multiple of 16 up to 128"
+
+
+def why_not_heads(problem: Problem, fits: Container[int], said: str) -> str | None:
+    """One sentence, where some head_dim does not fit."""
+    for name, spec in problem.nets:
+        for block in spec.blocks:
+            if block.kind == ATTENTION and block.head_dim not in fits:
+                return f"needs head_dim {said}, net {name!r} has {block.head_dim}"
+    return None
 
 
 class Stage(NamedTuple):

@@ -8,7 +8,7 @@ reads less from L2; but its CTAs must sit on one GPC, and a device has fewer pla
 from __future__ import annotations
 
 from recurx.nets import ATTENTION, BlockSpec
-from recurx.plan.count import ceil_div, flops
+from recurx.plan.count import ceil_div, flops, why_not_heads
 from recurx.plan.device import Device
 from recurx.plan.launch import LaunchPlan, Work
 from recurx.problem import Problem
@@ -40,11 +40,7 @@ def why_not_cluster(problem: Problem, device: Device) -> str | None:
         return f"keeps up to T={MAX_TOKENS} tokens in two CTAs, got T={problem.tokens}"
     if len(problem.schedule.steps) > MAX_CALLS:
         return f"runs up to {MAX_CALLS} calls, got {len(problem.schedule.steps)}"
-    for name, spec in problem.nets:
-        for block in spec.blocks:
-            if block.kind == ATTENTION and block.head_dim != HEAD_DIM:
-                return f"needs head_dim {HEAD_DIM}, net {name!r} has {block.head_dim}"
-    return None
+    return why_not_heads(problem, (HEAD_DIM,), f"{HEAD_DIM}")
 
 
 def cluster_plans(problem: Problem, device: Device) -> list[LaunchPlan]:

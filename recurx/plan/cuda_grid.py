@@ -15,12 +15,12 @@ import itertools
 from dataclasses import dataclass
 
 from recurx.nets import ATTENTION, BlockSpec
-from recurx.plan.count import ceil_div, flops
+from recurx.plan.count import SIXTEENS, blocks_of, ceil_div, flops, why_not_heads
 from recurx.plan.device import Device
 from recurx.plan.launch import LaunchPlan, Work
 from recurx.problem import Problem
 
-MAX_TOKENS, MAX_HIDDEN, MAX_HEAD_DIM = 128, 512, 128
+MAX_TOKENS, MAX_HIDDEN = 128, 512
 # Beyond, other kernels are predicted faster on every device: this one moves each row to many CTAs.
 MAX_SAMPLES = 16
 WARPS = 8
@@ -138,15 +138,7 @@ def why_not_grid(problem: Problem, device: Device) -> str | None:
         return f"runs up to T={MAX_TOKENS} tokens, got T={problem.tokens}"
     if problem.hidden % 32 or problem.hidden > MAX_HIDDEN:
         return f"needs D to be a multiple of 32 up to {MAX_HIDDEN}, got D={problem.hidden}"
-    for name, spec in problem.nets:
-        for block in spec.blocks:
-            dim = block.head_dim
-            if block.kind == ATTENTION and (dim % 16 or dim > MAX_HEAD_DIM):
-                return (
-                    f"needs head_dim to be a multiple of 16 up to {MAX_HEAD_DIM}, "
-                    f"net {name!r} has {dim}"
-                )
-    return None
+    return why_not_heads(problem, *SIXTEENS)
 
 
 @functools.lru_cache(maxsize=256)
@@ -158,11 +150,7 @@ def grid_plans(problem: Problem, device: Device, fp8: bool = False) -> tuple[Lau
     """
     if why_not_grid(problem, device) is not None or problem.batch == 0:
         return ()
-    blocks = [
-        products_of(block, problem.batch, problem.tokens, fp8)
-        for _, spec in problem.nets
-        for block in spec.blocks
-    ]
+    blocks = [products_of(b, problem.batch, problem.tokens, fp8) for b in blocks_of(problem)]
     ctas = device.units
     rate = device.flops(2) * device.mma_sync * EFFICIENCY / ctas
     seconds_a_byte = ctas / (device.l2_gbs * 1e9)

@@ -9,7 +9,7 @@ csrc/cuda/owner_sm80/layout.cuh; a test compares them with the compiled ones.
 from __future__ import annotations
 
 from recurx.nets import ATTENTION, BlockSpec, NetSpec
-from recurx.plan.count import ceil_div, flops
+from recurx.plan.count import ceil_div, flops, why_not_heads
 from recurx.plan.device import Device
 from recurx.plan.launch import LaunchPlan, Work
 from recurx.problem import Problem
@@ -37,10 +37,8 @@ def why_not_owner(problem: Problem, device: Device, compiled: Shapes = OWNER_PLA
     widths = sorted({hidden for hidden, *_ in compiled})
     if problem.hidden not in widths:
         return f"is compiled for D in {widths}, got D={problem.hidden}"
-    for name, spec in problem.nets:
-        for block in spec.blocks:
-            if block.kind == ATTENTION and block.head_dim not in HEAD_DIMS:
-                return f"needs head_dim in {HEAD_DIMS}, net {name!r} has {block.head_dim}"
+    if (why := why_not_heads(problem, HEAD_DIMS, f"in {HEAD_DIMS}")) is not None:
+        return why
     each = ceil_div(problem.tokens, 16)
     tiles = _tiles(compiled, problem.hidden, each) or _tiles(compiled, problem.hidden, each, 1)
     if tiles is None:

@@ -23,7 +23,7 @@ from recurx.kernels.arena import rows_of, slots_of
 from recurx.nets import ATTENTION, BlockSpec
 from recurx.operands import Span
 from recurx.plan import eager
-from recurx.plan.count import blocks_of, flops, round_up, weight_values
+from recurx.plan.count import blocks_of, flops, round_up, weight_values, why_not_heads
 from recurx.plan.device import Device
 from recurx.plan.launch import LaunchPlan, Work
 from recurx.plan.triton_library import library
@@ -95,11 +95,7 @@ def why_no_kernel(problem: Problem) -> str | None:
         return f"runs up to T={most} tokens, got T={problem.tokens}"
     if problem.hidden > fields.MAX_ROW:
         return f"runs up to D={fields.MAX_ROW}, got D={problem.hidden}"
-    for name, spec in problem.nets:
-        for block in spec.blocks:
-            if block.kind == ATTENTION and block.head_dim not in HEAD_DIMS:
-                return f"needs head_dim in {HEAD_DIMS}, net {name!r} has {block.head_dim}"
-    return None
+    return why_not_heads(problem, HEAD_DIMS, f"in {HEAD_DIMS}")
 
 
 # ---- tiled -----------------------------------------------------------------------------------
