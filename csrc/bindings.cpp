@@ -17,8 +17,8 @@
 #include <vector>
 
 #include "cpu/dispatch.hpp"
-#include "cpu/hash.hpp"
 #include "packing.hpp"
+#include "tensors.hpp"
 #ifdef RX_CUDA
 #include "cuda/bindings.hpp"
 #endif
@@ -31,8 +31,6 @@ namespace py = pybind11;
 using namespace rx::cpu;
 
 namespace {
-
-using RowsTuple = std::tuple<uintptr_t, size_t, size_t, size_t>;
 
 // How the caller of this thread's work computes: a window changes it, and handlers must not see
 // that.
@@ -243,14 +241,6 @@ void solve_queue(const std::vector<const Packed*>& nets, const Program& program,
   });
 }
 
-uint64_t digest_of(const std::vector<RowsTuple>& tensors, int threads) {
-  std::vector<Rows> all;
-  for (const auto& [data, rows, bytes, stride] : tensors)
-    all.push_back({(const void*)data, rows, bytes, stride});
-  py::gil_scoped_release release;
-  return digest(all, threads);
-}
-
 // Without Python's lock: whoever has the engine's may be waiting for it.
 template <class Result, class... Given>
 auto unlocked(Result (*call)(Given...)) {
@@ -328,6 +318,10 @@ PYBIND11_MODULE(RX_MODULE_NAME, m) {
         "csrc/cpu/dispatch.hpp; `progress` is called with the rows that ended, or is None.");
   m.def("cpu_digest", &digest_of, py::arg("tensors"), py::arg("threads"),
         "Hash of every byte of tensors (pointer, rows, bytes of a row, bytes from row to row).");
+  m.def("cpu_adam_atan2", &step_weights, py::arg("isa"), py::arg("tensors"), py::arg("rates"),
+        py::arg("threads"),
+        "One step on fp32 tensors (pointers to weight, gradient and both means, count, 1 - "
+        "beta^steps of either mean); `rates` the fields of AdamRates in csrc/cpu/types.hpp.");
   m.def("cpu_profile", unlocked(set_profiling), py::arg("on"),
         "Switch the phase clock; resets it.");
   m.def("cpu_phase_times", &phase_times,

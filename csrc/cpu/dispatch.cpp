@@ -207,6 +207,8 @@ std::vector<RawBlock> in_blocks(const std::vector<RawWeight>& weights) {
 
 }  // namespace
 
+const Engine& fp32_engine(const std::string& isa) { return *isa_of(isa).f32; }
+
 bool has_int8(const std::string& name) { return int8_of(isa_of(name)).f32 != emulated.f32; }
 
 std::vector<std::string> usable_isas() {

@@ -36,6 +36,14 @@ const std::vector<double>& dot_gains();
 // else by plain code, slower than those of bf16.
 bool has_int8(const std::string& isa);
 
+// The engine of fp32 of that name.
+const Engine& fp32_engine(const std::string& isa);
+
+// One step of AdamATan2 on many tensors, by up to `threads` threads where there is enough to do;
+// bits do not depend on their number. Weights that share memory move one after the other.
+void adam_atan2(const Engine& engine, const AdamRates& by, const std::vector<AdamTensor>& tensors,
+                int threads);
+
 // A net packed for one instruction set and one state type; with weights of int8, for products of
 // int8.
 class Packed {

@@ -8,6 +8,7 @@
 #include "backward/window.hpp"
 #include "block.hpp"
 #include "factors.hpp"
+#include "optim.hpp"
 #include "sample_product.hpp"
 #include "variant_block.hpp"
 
@@ -179,9 +180,17 @@ void pack(const BlockShape& shape, const RawWeight* weights, void* out, PackedBl
 template <class Core, void (*kPackLinear)(const Linear&, const RawWeight&, void*)>
 constexpr Engine engine_with(WindowEngine window) {
   using State = typename Core::State;
-  return {RX_GROUP_ROWS,        sizeof(State),   packed_bytes<Core>, pack<Core, kPackLinear>,
-          scratch_bytes<Core>,  run_group<Core>, head<State>,        add_noise<State>,
-          sample_product<Core>, window};
+  return {RX_GROUP_ROWS,
+          sizeof(State),
+          packed_bytes<Core>,
+          pack<Core, kPackLinear>,
+          scratch_bytes<Core>,
+          run_group<Core>,
+          head<State>,
+          add_noise<State>,
+          adam_atan2,
+          sample_product<Core>,
+          window};
 }
 
 template <class Core>

@@ -113,6 +113,21 @@ struct WindowEngine {
   void (*backward)(const Window&, const Team&, void* scratch);
 };
 
+// A tensor of an AdamATan2 step: its gradient, its means, and 1 - beta^steps of either.
+struct AdamTensor {
+  float* weight;
+  const float* gradient;
+  float *mean, *square;
+  long count;
+  float mean_by, square_by;
+};
+
+// w <- keep w - lr atan2(m / mean_by, sqrt(v / square_by)), after m moved to the gradient by
+// mean_share, and v <- square_keep v + square_share g^2.
+struct AdamRates {
+  float lr, keep, mean_share, square_keep, square_share;
+};
+
 // One instruction set and one state type. The functions live in engine_<isa>.cpp.
 struct Engine {
   int group_rows;   // rows (samples x T) that one thread takes at once, if it can have so many
@@ -126,6 +141,7 @@ struct Engine {
   float (*head)(const void* row, const void* weight, int width, float bias);
   // state <- state + (sigma * noise), both rounded to the state's type.
   void (*add_noise)(void* state, const float* noise, float sigma, long count);
+  void (*adam_atan2)(const AdamRates&, const AdamTensor&, long begin, long end);
   // A small product, to compare engines by; `scratch` of kSampleBytes, aligned and zero.
   void (*sample_product)(void* scratch);
   WindowEngine window;  // null for int8

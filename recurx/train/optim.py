@@ -1,8 +1,9 @@
 """Optimisers of TRM and HRM training that never wait for the device.
 
-Each is one launch of a Triton kernel on a GPU (`kernels/adam_atan2.py`, `kernels/sign_sgd.py`) and
-the same formula in plain PyTorch elsewhere. Step counts are tensors beside the weights and `lr` may
-be one, so a step can be captured in a CUDA graph and still follow a schedule.
+Each is one launch of a Triton kernel on a GPU (`kernels/adam_atan2.py`, `kernels/sign_sgd.py`), one
+pass of the CPU engine (AdamATan2 in fp32), and the same formula in plain PyTorch elsewhere. Step
+counts are tensors beside the weights and `lr` may be one, so a step can be captured in a CUDA graph
+and still follow a schedule.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recurx import small_ops
+from recurx import measure, small_ops
 from recurx.errors import bad_argument
 from recurx.models import RecursiveModel
 from recurx.models.puzzle_embedding import sign_sgd_
@@ -142,12 +143,13 @@ def adam_atan2_(optimizer: torch.optim.Optimizer) -> None:
 def _step_group(
     optimizer: torch.optim.Optimizer, index: int, group: dict[str, Any], params: list[Tensor]
 ) -> None:
-    """The kernel for those that it takes, one launch for each pair of dtypes; the formula else."""
+    """A kernel for those that it takes, one launch for each pair of dtypes; the formula else."""
     kinds: dict[tuple[Any, ...], list[Tensor]] = {}
     for p in params:
         step, *means = (optimizer.state[p][key] for key in ("step", "exp_avg", "exp_avg_sq"))
         wide = all(t.dtype == torch.float32 for t in (step, *means))
-        fits = wide and small_ops.takes(p, p.grad, *means)
+        all_of = (p, p.grad, *means)
+        fits = wide and (small_ops.takes(*all_of) or _engine_takes(*all_of))
         kinds.setdefault((p.device, p.dtype, p.grad.dtype) if fits else (), []).append(p)
     settings = {key: group[key] for key in ("lr", "betas", "weight_decay")}
     for kind, some in kinds.items():
@@ -157,13 +159,41 @@ def _step_group(
         if not kind:
             _adam_atan2(some, grads, *lists, **settings)
             continue
-        from recurx.kernels.adam_atan2 import adam_atan2
-        from recurx.kernels.multi_tensor import Tables
+        if kind[0].type == "cpu":
+            _on_engine(some, grads, *lists, **settings)
+        else:
+            from recurx.kernels.adam_atan2 import adam_atan2
+            from recurx.kernels.multi_tensor import Tables
 
-        # Address tables are kept outside the state, so they are never saved.
-        tables = vars(optimizer).setdefault("_recurx_tables", Tables())
-        adam_atan2(some, grads, *lists, **settings, tables=tables, name=(index, *kind))
+            # Address tables are kept outside the state, so they are never saved.
+            tables = vars(optimizer).setdefault("_recurx_tables", Tables())
+            adam_atan2(some, grads, *lists, **settings, tables=tables, name=(index, *kind))
         small_ops.wrote([*some, *lists[0], *lists[1]])
+
+
+def _engine_takes(*tensors: Tensor) -> bool:
+    """Whether the CPU engine is there, and these are plain fp32 tensors whose operations nobody
+    watches (transforms, modes such as those that count or record, `torch.compile`)."""
+    plain = all(
+        type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" and t.is_contiguous()
+        and t.dtype == torch.float32 and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+        for t in tensors
+    )  # fmt: skip
+    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    return plain and not watched and bool(measure.engine_isa())
+
+
+def _on_engine(
+    *lists: Sequence[Tensor], lr: float | Tensor, betas: tuple[float, float], weight_decay: float
+) -> None:
+    from recurx import _C
+
+    rows = [
+        (*(t.data_ptr() for t in four), four[0].numel(), *(1 - b ** float(step) for b in betas))
+        for *four, step in zip(*lists, strict=True)
+    ]
+    rates = [float(lr), 1 - float(lr) * weight_decay, 1 - betas[0], betas[1], 1 - betas[1]]
+    _C.cpu_adam_atan2(measure.engine_isa(), rows, rates, torch.get_num_threads())
 
 
 def _adam_atan2(

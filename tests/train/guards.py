@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -56,6 +57,11 @@ def no_host_sync() -> Iterator[None]:
     patches = {name: refuse(name) for name in names}
     with mock.patch.multiple(Tensor, **patches), NoHostSync():
         yield
+
+
+def formula_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamATan2 as where no engine is: a tape sees PyTorch's operations only, as other bits."""
+    monkeypatch.setattr("recurx.train.optim._engine_takes", lambda *_: False)
 
 
 class Tape:

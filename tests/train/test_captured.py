@@ -12,7 +12,7 @@ from recurx.errors import InvalidArgument, RecurxError
 from recurx.models import ACTLossHead
 from recurx.train import Average, CapturedStep, CudaGraphs, SampleQueue, Trainer
 from recurx.train.captured import tensors_of
-from tests.train.guards import HostSync, Tape, no_host_sync
+from tests.train.guards import HostSync, Tape, formula_alone, no_host_sync
 from tests.train.test_train import tiny
 
 VARIANTS = {
@@ -38,8 +38,9 @@ def differing(a: Trainer, b: Trainer) -> list[int]:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_replayed_step_is_the_uncaptured_one_to_the_bit(name: str) -> None:
+def test_a_replayed_step_is_the_uncaptured_one_to_the_bit(name: str, monkeypatch) -> None:
     """Ten steps, of which the last seven are replays that repeat no Python."""
+    formula_alone(monkeypatch)
     tape = Tape()
     plain, replayed = trainer(name), captured(name, tape)
     losses = []

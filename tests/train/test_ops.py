@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from recurx.errors import InvalidArgument
 from recurx.models import PuzzleEmbedding, fused_stablemax_cross_entropy, stablemax_cross_entropy
 from recurx.models.puzzle_embedding import sign_sgd_
 from recurx.train import AdamATan2, Average, SparseSignSGD
-from tests.train import cases
+from tests.cpu import build
+from tests.train import cases, guards
 
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
@@ -105,10 +107,107 @@ def run_adam(weights, grads, lr=cases.ADAM["lr"]) -> list[torch.Tensor]:
     return [p.detach() for p in params]
 
 
+@pytest.fixture
+def engine_steps(monkeypatch) -> list[int]:
+    """The number of tensors in each call of the CPU engine's step."""
+    native = pytest.importorskip("recurx._C", reason="recurx._C is not built")
+    seen, real = [], native.cpu_adam_atan2
+
+    def spy(isa, tensors, rates, threads):
+        seen.append(len(tensors))
+        real(isa, tensors, rates, threads)
+
+    monkeypatch.setattr(native, "cpu_adam_atan2", spy)
+    return seen
+
+
 @pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["float", "tensor"])
-def test_adam_atan2_against_fp64(lr) -> None:
+def test_adam_atan2_against_fp64(lr, monkeypatch) -> None:
+    guards.formula_alone(monkeypatch)
     weights, grads = cases.weights_and_grads(steps=5)
     cases.assert_weights(run_adam(weights, grads, lr), cases.adam_atan2_fp64(weights, grads), 5)
+
+
+@pytest.mark.parametrize("isa", build.usable() or [None])
+def test_the_engine_steps_fp32_weights(isa, engine_steps, monkeypatch) -> None:
+    """One call a step, by every instruction set; the same bits for any number of threads."""
+    monkeypatch.setenv("RECURX_CPU_ISA", isa)
+    weights, grads = cases.weights_and_grads(steps=5)
+    weights.append(torch.randn(300, 700))
+    for now in grads:
+        now.append(torch.randn(300, 700))
+    lr = torch.tensor(0.1)
+    got = run_adam(weights, grads, lr)
+    cases.assert_weights(got, cases.adam_atan2_fp64(weights, grads), 5)
+    assert engine_steps == [len(weights)] * 5
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        again = run_adam(weights, grads)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-30, -1e-22, 3e19, math.inf, -math.inf, math.nan])
+def test_the_engine_steps_as_the_formula_on_any_gradient(value, engine_steps, monkeypatch) -> None:
+    """Of zero, of squares beyond fp32 at either end, and of what is no number."""
+    weights = [torch.tensor([1.0, -2.0, 0.5])]
+    grads = [[torch.tensor([value, 1.0, value])]] * 3
+    got = run_adam(weights, grads)
+    assert engine_steps == [1] * 3
+    guards.formula_alone(monkeypatch)
+    torch.testing.assert_close(got, run_adam(weights, grads), rtol=1e-6, atol=0, equal_nan=True)
+
+
+def test_the_engine_steps_views_and_counts_their_versions(engine_steps) -> None:
+    """Weights that begin anywhere; what lies between them stays, and autograd knows of writes."""
+    weights, grads = cases.weights_and_grads(steps=1)
+    room = torch.full((sum(w.numel() + 1 for w in weights) + 1,), 7.0)
+    params, at = [], 1
+    for w in weights:
+        params.append(torch.nn.Parameter(room[at : at + w.numel()].view(w.shape).copy_(w)))
+        at += w.numel() + 1
+    for param, grad in zip(params, grads[0], strict=True):
+        param.grad = grad
+    versions = [p._version for p in params]
+    AdamATan2(params, **cases.ADAM).step()
+    cases.assert_weights([p.detach() for p in params], cases.adam_atan2_fp64(weights, grads), 1)
+    gaps = torch.tensor([0, *(w.numel() + 1 for w in weights)]).cumsum(0)
+    assert engine_steps and (room[gaps] == 7).all()
+    assert all(p._version > before for p, before in zip(params, versions, strict=True))
+
+
+def test_weights_that_share_memory_move_one_after_the_other(engine_steps) -> None:
+    """The same bits for any number of threads: each of two views moves the whole buffer."""
+    found, threads = [], torch.get_num_threads()
+    for count in (1, 4):
+        torch.set_num_threads(count)
+        room = torch.ones(4_000_000)
+        params = [torch.nn.Parameter(room[:-3_000_000]), torch.nn.Parameter(room[500_000:])]
+        for param, grad in zip(params, (1.0, -3.0), strict=True):
+            param.grad = torch.full_like(param, grad)
+        AdamATan2(params, **cases.ADAM).step()
+        found.append(room)
+    torch.set_num_threads(threads)
+    assert engine_steps == [2, 2] and torch.equal(*found)
+
+
+def test_the_engine_leaves_what_it_does_not_know_to_the_formula(engine_steps) -> None:
+    """Strided gradients, other dtypes, and operations that a mode watches."""
+    weights = [torch.randn(6, 4), torch.randn(6, 4).double()]
+    grads = [[torch.randn(4, 6).t(), torch.randn(6, 4).double()]]
+    params = [torch.nn.Parameter(w.clone()) for w in weights]
+    for param, grad in zip(params, grads[0], strict=True):
+        param.grad = grad
+    AdamATan2(params, **cases.ADAM).step()
+    cases.assert_weights([p.detach().float() for p in params],
+                         cases.adam_atan2_fp64(weights, grads), 1)  # fmt: skip
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    with guards.NoHostSync():
+        AdamATan2([param], **cases.ADAM).step()
+    assert engine_steps == []
 
 
 def test_bf16_weights_have_fp32_means_also_after_loading() -> None:

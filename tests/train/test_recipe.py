@@ -17,7 +17,7 @@ from recurx.models import softmax_cross_entropy, stablemax_cross_entropy
 from recurx.solving.noise import truncated_normals
 from recurx.train import TrainConfig, Trainer, recipe
 from recurx.train.nested import mapped
-from tests.train.guards import Tape, no_host_sync
+from tests.train.guards import Tape, formula_alone, no_host_sync
 from tests.train.test_ranks import assert_same_run, config, in_threads, made, steps_and_state
 from tests.train.test_train import TASK, differing, tiny
 
@@ -64,7 +64,8 @@ def differing_or_shapes(one: Trainer, other: Trainer) -> list[str]:
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name != "burn-in"])
-def test_a_replayed_step_is_the_uncaptured_one_to_the_bit(name: str) -> None:
+def test_a_replayed_step_is_the_uncaptured_one_to_the_bit(name: str, monkeypatch) -> None:
+    formula_alone(monkeypatch)
     settings = tiny(**OPTIONS[name], loss="fused_stablemax_cross_entropy")
     plain, replayed = made(settings), made(settings)
     replayed.one_step.capturer = Tape()

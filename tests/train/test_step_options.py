@@ -28,7 +28,7 @@ from recurx.train import (
 )  # fmt: skip
 from recurx.train.captured import tensors_of
 from recurx.train.ranks import Ranks
-from tests.train.guards import HostSync, Tape, no_host_sync
+from tests.train.guards import HostSync, Tape, formula_alone, no_host_sync
 from tests.train.test_ranks import (
     ROOT,
     assert_same_run,
@@ -289,7 +289,8 @@ def test_sharded_weights_are_clipped_and_looked_at_too() -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_replayed_step_is_the_uncaptured_one_to_the_bit(name: str) -> None:
+def test_a_replayed_step_is_the_uncaptured_one_to_the_bit(name: str, monkeypatch) -> None:
+    formula_alone(monkeypatch)
     settings = {**OPTIONS[name], "model": {"puzzle_emb_ndim": 16}}
     settings |= {"loss": "fused_stablemax_cross_entropy"}
     plain, replayed = Trainer(tiny(**settings)), Trainer(tiny(**settings))
