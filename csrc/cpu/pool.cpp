@@ -199,8 +199,9 @@ void Barrier::wait(int size, const Stop& stop) {
 
 void Team::sync() const {
   if (size == 1) return;
+  const int64_t came = clock->on ? now() : 0;
   barrier->wait(size, *stop);
-  clock->lap(Phase::barrier);
+  if (clock->on) clock->waited(now() - came);
 }
 
 bool Team::stopped() const {
@@ -213,6 +214,11 @@ const char* const kPhaseNames[] = {"inject",  "qkv",  "attention", "o",
 
 void Clock::start() {
   if (on) last = now();
+}
+
+void Clock::waited(int64_t time) {
+  nanoseconds[(int)Phase::barrier] += time;
+  last += time;
 }
 
 void Clock::lap_now(Phase phase) {

@@ -42,9 +42,11 @@ struct Clock {
   int64_t last = 0;
   int64_t nanoseconds[(int)Phase::count] = {};
   void start();
+  // The time since the lap before, without what was waited at barriers, was that of `phase`.
   void lap(Phase phase) {
     if (__builtin_expect(on, 0)) lap_now(phase);
   }
+  void waited(int64_t time);
 
  private:
   void lap_now(Phase phase);
