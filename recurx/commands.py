@@ -23,10 +23,7 @@ from recurx.errors import RecurxError
 # which returns the exit code; or, with commands of its own, `add_arguments(parser)`.
 COMMANDS = {
     "env": ("recurx.bench.env", "what this machine and this installation can do"),
-    "demo": (
-        "recurx.experiments.demo.command",
-        "three minutes: a tiny model learns, engines race",
-    ),
+    "demo": ("recurx.experiments.demo.command", "three minutes: a tiny model learns, engines race"),
     "train": ("recurx.experiments.answering.train", "train a model on a task, or resume"),
     "eval": (
         "recurx.experiments.answering.evaluate",

@@ -18,15 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from recurx.errors import bad_argument
-from recurx.specs import (
-    ATTENTION,
-    KINDS,
-    TOKEN_MLP,
-    VARIANT,
-    WEIGHT_NAMES,
-    BlockSpec,
-    NetSpec,
-)
+from recurx.specs import ATTENTION, KINDS, TOKEN_MLP, VARIANT, WEIGHT_NAMES, BlockSpec, NetSpec
 
 # MKL finds the processor at its first vector function. Two threads that called it at once computed
 # half of a table by other code, 7e-5 off, so one seed made two nets: one number alone comes first.

@@ -13,10 +13,7 @@ from recurx.errors import InvalidArgument
 
 PACKAGE = Path(__file__).parent
 # Task -> file in the package. The small one is also what the benchmark times.
-NETS = {
-    "sudoku": "data/sudoku-9x9.safetensors",
-    "sudoku-6x6": "bench/nets/sudoku-6x6.safetensors",
-}
+NETS = {"sudoku": "data/sudoku-9x9.safetensors", "sudoku-6x6": "bench/nets/sudoku-6x6.safetensors"}
 
 
 def shipped(task: str = "sudoku") -> Checkpoint:

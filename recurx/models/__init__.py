@@ -1,12 +1,7 @@
 """TRM and HRM with the official parameter names, built on `recurx.recurse`."""
 
 from recurx.models.act import HRM, TRM, Carry, RecursiveModel, build_model
-from recurx.models.config import (
-    HRMConfig,
-    ModelConfig,
-    TRMConfig,
-    config_class,
-)
+from recurx.models.config import HRMConfig, ModelConfig, TRMConfig, config_class
 from recurx.models.exploration import Exploration
 from recurx.models.inner import Inner, problem_of_model
 from recurx.models.losses import ACTLossHead, softmax_cross_entropy, stablemax_cross_entropy

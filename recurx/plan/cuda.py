@@ -63,10 +63,7 @@ def slots(plan: LaunchPlan) -> int:
 
 
 def refusals(
-    problem: Problem,
-    device: Device,
-    compiled: Shapes = OWNER_PLANS,
-    kinds: tuple[str, ...] = KINDS,
+    problem: Problem, device: Device, compiled: Shapes = OWNER_PLANS, kinds: tuple[str, ...] = KINDS
 ) -> list[str]:
     """Why each kind does not run it; one sentence for all if none ever could."""
     general = why_not_recursion(problem, device)

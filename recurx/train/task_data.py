@@ -27,11 +27,7 @@ class TaskData:
     """
 
     def __init__(
-        self,
-        config: TrainConfig,
-        task: Task,
-        sampler: Stream,
-        split: Split | None = None,
+        self, config: TrainConfig, task: Task, sampler: Stream, split: Split | None = None
     ) -> None:
         self.config, self.task, self.sampler, self.split = config, task, sampler, split
         self.vocab_size, self.seq_len = task.vocab_size, task.seq_len
