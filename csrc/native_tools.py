@@ -35,6 +35,7 @@ ISA_FLAGS = {
     "avx512_vnni": (_VNNI, ("__AVX512VNNI__",)),
     "avx512_bf16": (_DOT, ("__AVX512BF16__",)),
     "amx": (_AMX, ("__AMX_BF16__", "__AMXBF16__")),  # the second: clang before 16
+    "amx_split": (_AMX, ("__AMX_BF16__", "__AMXBF16__")),
     "neon": ((), ("__aarch64__",)),
     "neon_bf16": (_BF16, ("__ARM_FEATURE_BF16_VECTOR_ARITHMETIC",)),
     "neon_bfmmla": (_BF16, ("__ARM_FEATURE_BF16_VECTOR_ARITHMETIC",)),

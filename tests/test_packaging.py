@@ -176,6 +176,7 @@ def test_instruction_sets_come_from_the_file_name(tmp_path):
     """Each file sees its own flags, all see which were compiled, the lowest is linked first."""
     checkout = copy_checkout(tmp_path / "checkout")
     macros = {
+        "amx_split": "__AMX_BF16__",
         "amx": "__AMX_BF16__",
         "avx512_bf16": "__AVX512BF16__",
         "avx512": "__AVX512BW__",
@@ -197,6 +198,7 @@ def test_instruction_sets_come_from_the_file_name(tmp_path):
         "gemm_avx512.cpp",
         "gemm_avx512_bf16.cpp",
         "gemm_amx.cpp",
+        "gemm_amx_split.cpp",
     ]
 
 

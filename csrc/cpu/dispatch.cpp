@@ -137,6 +137,9 @@ const std::vector<Isa>& all_isas() {
 #if defined(RX_HAVE_AMX)
       {"amx", has_amx, &avx512_f32, &amx_bf16, on_amx},
 #endif
+#if defined(RX_HAVE_AMX_SPLIT)
+      {"amx_split", has_amx, &amx_f32, &amx_bf16, on_amx},
+#endif
 #if defined(RX_HAVE_NEON)
       {"neon", always, &neon_f32, &neon_bf16, emulated},
 #endif
@@ -163,10 +166,14 @@ const std::vector<const Isa*>& usable() {
 // At load: a fork while another thread asks would leave the answer half made in the child.
 [[maybe_unused]] const bool asked = !usable().empty();
 
-// Whether it only adds products of pairs of bf16 to the one before.
-bool is_dot(const std::string& name) {
-  return name == "avx512_bf16" || name == "neon_bf16" || name == "neon_bfmmla";
+// What it adds to the one before, if that is no gain everywhere: products of pairs of bf16, or fp32
+// products by AMX.
+const Engine* Isa::* added(const std::string& name) {
+  if (name == "amx_split") return &Isa::f32;
+  const bool dot = name == "avx512_bf16" || name == "neon_bf16" || name == "neon_bfmmla";
+  return dot ? &Isa::bf16 : nullptr;
 }
+constexpr int kSampleColumns[] = {64, 256};  // of a dot core; of AMX, which cuts its rows first
 
 const Isa& isa_of(const std::string& name) {
   for (const Isa* isa : usable())
@@ -221,24 +228,26 @@ std::string best_isa(const std::vector<std::string>& names, const std::vector<do
   size_t best = names.size() - gains.size() - 1;
   double gain = 1.0;
   for (size_t i = 0; i < gains.size(); ++i)
-    if (gains[i] >= kLeastDotGain * gain) best = names.size() - gains.size() + i, gain = gains[i];
+    if (gains[i] >= kLeastGain * gain) best = names.size() - gains.size() + i, gain = gains[i];
   return names[best];
 }
 
-const std::vector<double>& dot_gains() {
+const std::vector<double>& isa_gains() {
   static const std::vector<double> gains = [] {
-    std::vector<const Engine*> cores;  // last first, down to the first that is no such core
+    const auto core = added(usable().back()->name);
+    if (!core) return std::vector<double>();
+    std::vector<const Engine*> cores;  // last first, down to the first that needs no measurement
     for (size_t i = usable().size(); i-- > 0;) {
-      cores.push_back(usable()[i]->bf16);
-      if (!is_dot(usable()[i]->name)) break;
+      cores.push_back(usable()[i]->*core);
+      if (added(usable()[i]->name) != core) break;
     }
+    const int columns = kSampleColumns[core == &Isa::f32];
     std::vector<double> best(cores.size(), 1.0);
-    if (cores.size() == 1) return std::vector<double>();
     const std::unique_ptr<void, void (*)(void*)> scratch(allocate(kSampleBytes), std::free);
     const auto seconds = [&](const Engine* engine) {
-      engine->sample_product(scratch.get());  // warms the clock, the caches and the branches
+      engine->sample_product(scratch.get(), columns);  // warms clock, caches and branches
       const auto start = std::chrono::steady_clock::now();
-      engine->sample_product(scratch.get());
+      engine->sample_product(scratch.get(), columns);
       return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     };
     for (int round = 0; round < 12; ++round)
@@ -257,7 +266,7 @@ std::string chosen_isa() {
                              threads + "'. Unset it to use PyTorch's threads where there are any.");
   const std::vector<std::string> names = usable_isas();
   const char* wanted = std::getenv("RECURX_CPU_ISA");
-  if (!wanted || !*wanted) return best_isa(names, dot_gains());
+  if (!wanted || !*wanted) return best_isa(names, isa_gains());
   for (const std::string& name : names)
     if (name == wanted) return name;
   throw std::runtime_error("RECURX_CPU_ISA: expected one of " + joined(names) +

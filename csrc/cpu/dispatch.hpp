@@ -13,7 +13,7 @@
 namespace rx::cpu {
 
 // What this processor, its operating system and this build have, slowest first:
-// portable, avx2, avx512, avx512_bf16, amx; on aarch64 portable, neon, neon_bf16,
+// portable, avx2, avx512, avx512_bf16, amx, amx_split; on aarch64 portable, neon, neon_bf16,
 // neon_bfmmla.
 std::vector<std::string> usable_isas();
 
@@ -21,16 +21,17 @@ std::vector<std::string> usable_isas();
 // unknown or cannot run here.
 std::string chosen_isa();
 
-// The best of `names`, slowest first, whose last ones, one for each of `gains`, are cores of pairs
-// of bf16 (AVX512_BF16, BFDOT, BFMMLA) with products so many times as fast as those by FMA. Each
-// has an instruction of twice the work of the one before: processors that start as many of them are
-// at 2, those with half as many ports for them at 1. The limit is half way, beyond the reach of a
-// noisy measurement, since the same machine must always answer the same.
-constexpr double kLeastDotGain = 1.4;
+// The best of `names`, slowest first, whose last ones, one for each of `gains`, are measured: cores
+// of pairs of bf16 (AVX512_BF16, BFDOT, BFMMLA), or amx_split's fp32, with products so many times
+// as fast as those by FMA. Each core of pairs has an instruction of twice the work of the one
+// before: processors that start as many of them are at 2, those with half as many ports for them at
+// 1. The limit is half way, beyond the reach of a noisy measurement, since the same machine must
+// always answer the same.
+constexpr double kLeastGain = 1.4;
 std::string best_isa(const std::vector<std::string>& names, const std::vector<double>& gains);
 
-// Those gains, measured once in a process (a millisecond); none where the best one is no such core.
-const std::vector<double>& dot_gains();
+// Those gains, measured once in a process (a millisecond); none where the best one is none of them.
+const std::vector<double>& isa_gains();
 
 // Whether products of int8 run by an instruction (vpdpbusd, tdpbusd) with the engine of that name;
 // else by plain code, slower than those of bf16.

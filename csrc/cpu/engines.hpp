@@ -9,7 +9,8 @@ extern const Engine portable_f32, portable_bf16;
 extern const Engine avx2_f32, avx2_bf16;
 extern const Engine avx512_f32, avx512_bf16;
 extern const Engine dot_bf16;                       // AVX512_BF16; fp32 states run on avx512 there
-extern const Engine amx_bf16;                       // as well
+extern const Engine amx_bf16;                       // as well, or:
+extern const Engine amx_f32;                        // AMX, by three parts of each fp32
 extern const Engine vnni_int8_f32, vnni_int8_bf16;  // AVX512_VNNI
 extern const Engine dot_int8;                       // and AVX512_BF16
 extern const Engine amx_int8;                       // AMX-INT8

@@ -23,8 +23,17 @@ struct Pending {
   bool finish = false;  // whether this was the last K chunk
 };
 
+// A product whose operands have one part each: a step multiplies one tile of a row by one of B.
+struct OnePart {
+  static constexpr int kParts = 1;
+  static constexpr int row_part(int) { return 0; }
+  static constexpr int panel_part(int) { return 0; }
+  static constexpr long kRowStep = 64, kStep = kPanelStep;  // bytes of a row and a panel a step
+  static constexpr int kChunkSteps = kDepth / kTileDepth;   // whose row tiles stay in L1
+};
+
 // What a tile of B is, of kPanelStep bytes of a panel, and how it is multiplied.
-struct Bf16Tiles {  // [16 pairs of k][16 columns][2], one side after the other
+struct Bf16Tiles : OnePart {  // [16 pairs of k][16 columns][2], one side after the other
   static constexpr long kLine = 64, kOtherSide = kTileBytes;
   static constexpr int kRowsAStep = 1;  // of the pending block, finished meanwhile
   template <int kC, int kA, int kB>
@@ -42,13 +51,33 @@ struct Block2x2 {
   int rows;             // of a tile
 };
 
-template <class Tiles, bool kTwo>
+// Operands of a part of a step; those of the part before stay where they are.
+template <class Tiles, bool kTwo, int kPart>
 RX_INLINE void load_operands(const Block2x2& block, int step) {
-  const char* b = block.b + (long)step * kPanelStep;
-  tile_stream<6>(b, Tiles::kLine);
-  tile_load<4>(block.a0 + step * 64, block.lda);
-  if (kTwo) tile_load<5>(block.a1 + step * 64, block.lda);
-  tile_stream<7>(b + Tiles::kOtherSide, Tiles::kLine);
+  constexpr int kRow = Tiles::row_part(kPart), kPanelPart = Tiles::panel_part(kPart);
+  constexpr bool kNewA = kPart == 0 || kRow != Tiles::row_part(kPart - 1);
+  constexpr bool kNewB = kPart == 0 || kPanelPart != Tiles::panel_part(kPart - 1);
+  const char* const b = block.b + step * Tiles::kStep + kPanelPart * kPanelStep;
+  const long a = step * Tiles::kRowStep + kRow * 64;
+  if (kNewB) tile_stream<6>(b, Tiles::kLine);
+  if (kNewA) tile_load<4>(block.a0 + a, block.lda);
+  if (kNewA && kTwo) tile_load<5>(block.a1 + a, block.lda);
+  if (kNewB) tile_stream<7>(b + Tiles::kOtherSide, Tiles::kLine);
+}
+
+// Tiles 0-3 += the parts of a step from kPart on.
+template <class Tiles, bool kTwo, int kPart>
+RX_INLINE void multiply_parts(const Block2x2& block, int step) {
+  if constexpr (kPart < Tiles::kParts) {
+    load_operands<Tiles, kTwo, kPart>(block, step);
+    Tiles::template dot<0, 4, 6>();
+    Tiles::template dot<1, 4, 7>();
+    if (kTwo) {
+      Tiles::template dot<2, 5, 6>();
+      Tiles::template dot<3, 5, 7>();
+    }
+    multiply_parts<Tiles, kTwo, kPart + 1>(block, step);
+  }
 }
 
 // Store what the pending block left in tile kC, then start the new sum there.
@@ -78,25 +107,20 @@ RX_INLINE void finish_row(const Pending& pending, int rows, int r, Finish& finis
 template <class Tiles, bool kTwo, class Finish>
 RX_INLINE void multiply_block(const Block2x2& block, const Pending& pending, Prefetcher& prefetch,
                               Finish finish) {
-  load_operands<Tiles, kTwo>(block, 0);
+  load_operands<Tiles, kTwo, 0>(block, 0);
   turn_over<Tiles, 0, 4, 6>(block, pending);
   turn_over<Tiles, 1, 4, 7>(block, pending);
   turn_over<Tiles, 2, kTwo ? 5 : 0, 6>(block, pending);
   turn_over<Tiles, 3, kTwo ? 5 : 0, 7>(block, pending);
+  multiply_parts<Tiles, kTwo, 1>(block, 0);
   prefetch.step();
   int row = 0;
   for (int step = 1; step < block.steps; ++step) {
-    load_operands<Tiles, kTwo>(block, step);
-    Tiles::template dot<0, 4, 6>();
-    Tiles::template dot<1, 4, 7>();
-    if (kTwo) {
-      Tiles::template dot<2, 5, 6>();
-      Tiles::template dot<3, 5, 7>();
-    }
+    multiply_parts<Tiles, kTwo, 0>(block, step);
     prefetch.step();
-    // From the second step on, when the stores above have landed.
+    // From the second product on, when the stores above have landed.
     for (int i = 0; i < Tiles::kRowsAStep; ++i)
-      if (pending.finish && step > 1 && row < block.rows)
+      if (pending.finish && step * Tiles::kParts > 1 && row < block.rows)
         finish_row(pending, block.rows, row++, finish);
   }
   if (pending.finish)
@@ -155,9 +179,9 @@ struct AmxCore : PairPanels {
     if (rows.begin >= rows.end || panels.begin >= panels.end) return;
     const char* const w = (const char*)weight;
     const int R = tile_rows(rows.end - rows.begin), tiles = ceil_div(rows.end - rows.begin, R);
-    constexpr int kChunkSteps = kDepth / kTileDepth;
+    constexpr int kChunkSteps = Tiles::kChunkSteps;
     const int per_chunk = imax(1, imin(kMaxChunk, (int)(RX_L2_CHUNK_BYTES / panel_size)));
-    const int prefetch_lines = ceil_div(kPanelStep / 64, ceil_div(tiles, 2));
+    const int prefetch_lines = ceil_div((int)Tiles::kStep / 64, ceil_div(tiles, 2));
     configure(scratch, R);
 
     Pending pending;
@@ -177,7 +201,7 @@ struct AmxCore : PairPanels {
             char* const sums = whole ? scratch.turn + (turn ^= 1) * kBlockBytes
                                      : scratch.partial + (panel - first) * kBlockBytes;
             const Block2x2 block{a0,    a0 + R * lda,
-                                 lda,   w + panel * panel_size + (long)step * kPanelStep,
+                                 lda,   w + panel * panel_size + step * Tiles::kStep,
                                  depth, step > 0 ? sums : nullptr,
                                  R};
             if (two) {

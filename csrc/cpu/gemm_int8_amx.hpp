@@ -7,7 +7,7 @@
 
 namespace rx::cpu::RX_ISA {
 
-struct Int8Tiles {  // [16 quads of k][2 sides][16 columns][4]
+struct Int8Tiles : OnePart {  // [16 quads of k][2 sides][16 columns][4]
   static constexpr long kLine = 128, kOtherSide = 64;
   static constexpr int kRowsAStep = 2;  // for there are half as many steps
   template <int kC, int kA, int kB>

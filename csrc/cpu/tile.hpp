@@ -50,19 +50,22 @@ RX_INLINE void tile_store(void* p, long stride) {
   for (int r = 0; r < tiles.rows[kTile]; ++r)
     memcpy((char*)p + r * stride, tiles.data[kTile][r], 64);
 }
+// Even and odd k are summed by themselves, from zero, and both then added (Intel's SDM, TDPBF16PS).
 template <int kC, int kA, int kB>
 RX_INLINE void tile_dot() {
   for (int m = 0; m < tiles.rows[kC]; ++m) {
-    float c[16];
+    float c[16], even[16] = {}, odd[16] = {};
     bf16 a[32], b[32];
     memcpy(c, tiles.data[kC][m], 64);
     memcpy(a, tiles.data[kA][m], 64);
     for (int pair = 0; pair < 16; ++pair) {
       memcpy(b, tiles.data[kB][pair], 64);
-      for (int n = 0; n < 16; ++n)
-        c[n] += to_float(a[2 * pair]) * to_float(b[2 * n]) +
-                to_float(a[2 * pair + 1]) * to_float(b[2 * n + 1]);
+      for (int n = 0; n < 16; ++n) {
+        even[n] += to_float(a[2 * pair]) * to_float(b[2 * n]);
+        odd[n] += to_float(a[2 * pair + 1]) * to_float(b[2 * n + 1]);
+      }
     }
+    for (int n = 0; n < 16; ++n) c[n] += even[n] + odd[n];
     memcpy(tiles.data[kC][m], c, 64);
   }
 }

@@ -143,7 +143,7 @@ struct Engine {
   void (*add_noise)(void* state, const float* noise, float sigma, long count);
   void (*adam_atan2)(const AdamRates&, const AdamTensor&, long begin, long end);
   // A small product, to compare engines by; `scratch` of kSampleBytes, aligned and zero.
-  void (*sample_product)(void* scratch);
+  void (*sample_product)(void* scratch, int columns);
   WindowEngine window;  // null for int8
 };
 
@@ -152,6 +152,6 @@ struct Engine {
 // saturates.)
 constexpr int kMostInt8Depth = 0x7fffffff / (127 * 127);
 
-constexpr size_t kSampleBytes = 1 << 20;
+constexpr size_t kSampleBytes = 2 << 20;  // for 256 columns
 
 }  // namespace rx::cpu

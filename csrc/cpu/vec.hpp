@@ -68,15 +68,19 @@ RX_INLINE VU bf16_bits(V v) {
   return (VU)(v == v ? (VI)rounded : (VI)(VU{} + 0x7fc0));
 }
 
-RX_INLINE void store(bf16* p, V v) {
+RX_INLINE VH narrow(V v) {
 #if defined(__AVX512BF16__) && RX_VECTOR_WIDTH == 16
-  __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+  return (VH)_mm512_cvtneps_pbh((__m512)v);
 #elif defined(__AVX2__) && RX_VECTOR_WIDTH == 8
   __m256i u = (__m256i)bf16_bits(v);
-  __m128i h = _mm_packus_epi32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1));
+  return (VH)_mm_packus_epi32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1));
 #else
-  VH h = __builtin_convertvector(bf16_bits(v), VH);
+  return __builtin_convertvector(bf16_bits(v), VH);
 #endif
+}
+
+RX_INLINE void store(bf16* p, V v) {
+  const VH h = narrow(v);
   memcpy(p, &h, sizeof h);
 }
 

@@ -26,7 +26,7 @@ import math
 from recurx.measure import BARRIERS
 from recurx.nets import ATTENTION, BlockSpec
 from recurx.plan.count import called_blocks, round_up, step_stages, weight_values
-from recurx.plan.device import WIDE, Device
+from recurx.plan.device import AMX, WIDE, Device
 from recurx.plan.launch import LaunchPlan, Work
 from recurx.problem import Problem
 
@@ -56,6 +56,8 @@ ROW = 1440
 MATRIX = 16  # tile products: times the rate of fp32
 # Share of it without epilogues and stores: 6.9 to 7.5 ns a tile product, 5.1 from registers alone.
 TILES = 0.7
+# amx_split: six tile products for one of fp32, 14 loads of tiles where 24 are. Reckoned.
+SPLIT = MATRIX / 6 * TILES
 # FLOPs of a value that leaves the tiles and is stored and loaded again, 0.22 to 0.26 ns (qkv, o,
 # gate-up); its vector instructions run beside the tiles. Further chunks of the depth are only
 # stored and loaded.
@@ -109,11 +111,13 @@ def candidates(problem: Problem, device: Device) -> list[LaunchPlan]:
     # Packed weights stream through once a net call and group: from the last cache while products
     # run, from memory at its price (on a Zen 5 HRM's 54 MB cost nothing beside the products).
     # Activations stay in L2.
-    amx = itemsize == 2 and device.isa == "amx"
+    amx = itemsize == 2 and device.isa in AMX
     products = sum(products for products, _ in found)
     # The rate of multiply-adds as a multiple of PyTorch's fp32 products.
     fma = max(1.0, device.flops(2) / device.flops(4) / 2) if device.isa == DOT else 1.0
     efficiency = MATRIX * TILES if amx else fma * (2 if itemsize == 2 and device.isa == DOT else 1)
+    if itemsize == 4 and device.isa == "amx_split":
+        efficiency = SPLIT
     busy = min(1.0, threads / device.units)
     streamed, share = itemsize * weights * passes, 1.0
     cached = itemsize * weight_values(problem) <= device.l2_bytes
@@ -150,7 +154,7 @@ def _block(block: BlockSpec, problem: Problem, itemsize: int, isa: str) -> tuple
     """(FLOPs of the padded products, FLOPs of all else) of one block."""
     batch, tokens, width = problem.batch, problem.tokens, block.hidden
     depth = SUM_DEPTH[itemsize]
-    amx, dot = itemsize == 2 and isa == "amx", itemsize == 2 and isa == DOT
+    amx, dot = itemsize == 2 and isa in AMX, itemsize == 2 and isa == DOT
     # Rows are cut into tiles of R or R - 1: those of a group, and the queries of a sample.
     tile = 1 if amx else ROW_TILE.get(isa, 4)
     samples = max(1, min(batch, _group_samples(isa, tokens)))

@@ -195,7 +195,8 @@ def gpu_device(
 # with AVX-512 8 beside 13 on one thread (229 ms of products in a TRM step that take 160 warm), 5 of
 # two (same step).
 PACKING, PACKING_WIDE = 0.2, 0.45
-WIDE = ("avx512", "avx512_bf16", "amx")
+AMX = ("amx", "amx_split")
+WIDE = ("avx512", "avx512_bf16", *AMX)
 # `recurx.recurse` checks, encodes and dispatches as long as 60 operators of the tiny block run: 0.2
 # to 0.3 ms to 4.4 us (Xeon), 0.7 ms on a Zen 3.
 CALL_OPERATORS = 60
@@ -255,7 +256,7 @@ def _cpu(threads: int) -> Device:
             measure.product_tflops(*square, dtype, "cpu")
             for dtype in (torch.float32, torch.bfloat16)
         )
-        if isa == "amx":
+        if isa in AMX:
             bf16 = max(bf16, measure.product_tflops(*MATRIX_PRODUCT, torch.bfloat16, "cpu"))
         return cpu_device(
             threads, measure.copy_gbs("cpu"), fp32, bf16, measure.operator_us(),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from recurx.nets import ATTENTION, TOKEN_MLP
 from recurx.plan.count import PRODUCTS, Stage, blocks_of, called_blocks, step_stages
-from recurx.plan.device import Device
+from recurx.plan.device import AMX, Device
 from recurx.plan.launch import LaunchPlan, Work
 from recurx.problem import Problem
 
@@ -85,7 +85,7 @@ def candidates(problem: Problem, device: Device) -> list[LaunchPlan]:
 def _on_cpu(problem: Problem, found: list[Stage], itemsize: int, device: Device) -> Work:
     blocks = blocks_of(problem)
     heads = max([b.num_heads for b in blocks], default=0)
-    matrix = itemsize == 2 and device.isa == "amx"
+    matrix = itemsize == 2 and device.isa in AMX
     values = problem.batch * problem.tokens * problem.hidden
     widest = max([2 * b.inner / b.hidden for b in blocks], default=1.0)
     cache = min(device.l2_bytes, LARGEST_CACHE)

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT / "csrc"))
 
 import native_tools  # noqa: E402 (beside setup.py, no package)
 
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx", "amx_split")
 MODULE = "_cpu_emulated"
 INT8 = ("avx2_vnni", "avx512_vnni")  # engines of nothing else
 # The driver neither trains nor quantizes, and the window is most of an engine's code.

@@ -278,6 +278,8 @@ int main(int argc, char** argv) {
   const std::vector<std::string> names{"avx2", "avx512", "avx512_bf16"};
   failures += best_isa(names, {2.0}) != "avx512_bf16" || best_isa(names, {1.0}) != "avx512" ||
               best_isa({"avx512", "avx512_bf16", "amx"}, {}) != "amx";
+  const std::vector<std::string> tiles{"avx512", "avx512_bf16", "amx", "amx_split"};
+  failures += best_isa(tiles, {2.0}) != "amx_split" || best_isa(tiles, {1.1}) != "amx";
   const std::vector<std::string> arms{"neon", "neon_bf16", "neon_bfmmla"};
   failures += best_isa(arms, {2.0, 4.0}) != "neon_bfmmla" ||
               best_isa(arms, {2.0, 2.1}) != arms[1] ||

@@ -32,8 +32,8 @@ namespace rx::cpu {
 #define RX_WEAK extern const Engine __attribute__((weak))
 RX_WEAK portable_f32, portable_bf16, portable_int8_f32, portable_int8_bf16;
 RX_WEAK avx2_f32, avx2_bf16, avx2_vnni_int8_f32, avx2_vnni_int8_bf16;
-RX_WEAK avx512_f32, avx512_bf16, vnni_int8_f32, vnni_int8_bf16, dot_bf16, dot_int8, amx_bf16,
-    amx_int8;
+RX_WEAK avx512_f32, avx512_bf16, vnni_int8_f32, vnni_int8_bf16, dot_bf16, dot_int8, amx_f32,
+    amx_bf16, amx_int8;
 RX_WEAK neon_f32, neon_bf16, bfdot_bf16, bfmmla_bf16;
 }  // namespace rx::cpu
 
@@ -46,16 +46,27 @@ const struct {
   const Engine* engine;
 } kEngines[] = {
 #define RX_NAMED(engine) {#engine, &engine}
-    RX_NAMED(portable_f32),       RX_NAMED(portable_bf16),
-    RX_NAMED(portable_int8_f32),  RX_NAMED(portable_int8_bf16),
-    RX_NAMED(avx2_f32),           RX_NAMED(avx2_bf16),
-    RX_NAMED(avx2_vnni_int8_f32), RX_NAMED(avx2_vnni_int8_bf16),
-    RX_NAMED(avx512_f32),         RX_NAMED(avx512_bf16),
-    RX_NAMED(vnni_int8_f32),      RX_NAMED(vnni_int8_bf16),
-    RX_NAMED(dot_bf16),           RX_NAMED(dot_int8),
-    RX_NAMED(amx_bf16),           RX_NAMED(amx_int8),
-    RX_NAMED(neon_f32),           RX_NAMED(neon_bf16),
-    RX_NAMED(bfdot_bf16),         RX_NAMED(bfmmla_bf16),
+    RX_NAMED(portable_f32),
+    RX_NAMED(portable_bf16),
+    RX_NAMED(portable_int8_f32),
+    RX_NAMED(portable_int8_bf16),
+    RX_NAMED(avx2_f32),
+    RX_NAMED(avx2_bf16),
+    RX_NAMED(avx2_vnni_int8_f32),
+    RX_NAMED(avx2_vnni_int8_bf16),
+    RX_NAMED(avx512_f32),
+    RX_NAMED(avx512_bf16),
+    RX_NAMED(vnni_int8_f32),
+    RX_NAMED(vnni_int8_bf16),
+    RX_NAMED(dot_bf16),
+    RX_NAMED(dot_int8),
+    RX_NAMED(amx_f32),
+    RX_NAMED(amx_bf16),
+    RX_NAMED(amx_int8),
+    RX_NAMED(neon_f32),
+    RX_NAMED(neon_bf16),
+    RX_NAMED(bfdot_bf16),
+    RX_NAMED(bfmmla_bf16),
 };
 
 // The same numbers with every standard library.

@@ -56,7 +56,7 @@ BUGS = {
     ),
 }  # fmt: skip
 SOURCES = ("run", "run_window", "solve", "noise", "variant_pack", "pool", "checks")
-X86 = ("avx2", "avx512", "avx512_bf16", "amx")
+X86 = ("avx2", "avx512", "avx512_bf16", "amx", "amx_split")
 ENGINES = ("portable", *X86, "neon", "neon_bf16", "neon_bfmmla")
 
 

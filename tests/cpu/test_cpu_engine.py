@@ -1,7 +1,7 @@
 """The compiled CPU engine on every instruction set: numerics, schedules, threads, weight cache.
 
-The instruction sets of this machine run in recurx._C; all four, emulated where the processor lacks
-them, in a second build of the same sources (tests/cpu/build.py).
+The instruction sets of this machine run in recurx._C; all of them, emulated where the processor
+lacks them, in a second build of the same sources (tests/cpu/build.py).
 """
 
 from __future__ import annotations

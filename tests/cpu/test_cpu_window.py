@@ -134,16 +134,16 @@ def assert_right(got, given, ratio=ERROR_RATIO):
     assert ours <= ratio * theirs, f"gradients: error {ours:.3g}, PyTorch's {theirs:.3g}"
 
 
-def assert_right_on_average(engine, schedule, kind=ATTENTION, **shape):
+def assert_right_on_average(engine, schedule, kind=ATTENTION, dtype=FP32, **shape):
     """Of gradients so badly conditioned that the ratio of one draw says nothing."""
-    drawn = draws(schedule, kind, tuple(shape.items()))
+    drawn = draws(schedule, kind, dtype, tuple(shape.items()))
     both = [errors(on_engine(engine, given), truths) for given, truths in drawn]
     assert math.prod(ours / theirs for ours, theirs in both) <= ERROR_RATIO ** len(drawn), both
 
 
 @functools.lru_cache(maxsize=4)  # shared by the instruction sets: fp64 takes most of the time
-def draws(schedule, kind, shape):
-    cases = [case(schedule, kind, seed=seed, **dict(shape)) for seed in range(1, 25)]
+def draws(schedule, kind, dtype, shape):
+    cases = [case(schedule, kind, dtype, seed=seed, **dict(shape)) for seed in range(1, 25)]
     return [(given, truth(given)) for given in cases]
 
 
@@ -156,10 +156,10 @@ def draws(schedule, kind, shape):
 def test_gradients_of_every_system_however_kept(engine, system, kind, dtype) -> None:
     given = case(SYSTEMS[system], kind, dtype)
     first = on_engine(engine, given)
-    if (system, kind, dtype) == ("hier", ATTENTION, FP32):
-        # Of 24 draws the ratios of the errors are 0.4 to 2.8, their mean 0.93 to 1.07 (of "trm" 0.7
-        # to 1.3, and 0.97).
-        assert_right_on_average(engine, SYSTEMS[system])
+    if (system, kind) == ("hier", ATTENTION):
+        # Of 24 draws the ratios of the errors are 0.4 to 4.9, their mean 0.93 to 1.03 in bf16, and
+        # 0.9 to 1.07 in fp32, with amx_split 0.67 (of "trm" 0.5 to 1.3, and 0.83 to 0.97).
+        assert_right_on_average(engine, SYSTEMS[system], dtype=dtype)
     else:
         assert_right(first, given)
     for save in SAVE[1:]:
@@ -171,8 +171,9 @@ def test_gradients_of_every_system_however_kept(engine, system, kind, dtype) -> 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_shapes(engine, shape, kind, dtype) -> None:
-    if shape == SHAPES["one token"] and (kind, dtype) == (TOKEN_MLP, FP32):
-        # Norms over one number: of 24 draws the ratios are 0.05 to 4.2, their mean 0.4 to 0.65.
+    if shape == SHAPES["one token"] and dtype == FP32:
+        # Norms over one number: of 24 draws the ratios are 0.05 to 4.2, their mean 0.4 to 0.65. Of
+        # attention, whose softmax is one, 0.5 to 1.6 and 0.81 to 1.18.
         return assert_right_on_average(engine, ONE, kind, batch=2, **{"blocks": 1, **shape})
     given = case(ONE, kind, dtype, batch=2, **{"blocks": 1, **shape})
     assert_right(on_engine(engine, given), given)

@@ -35,6 +35,7 @@ DEEP = dict(schedule=Schedule.trm(1, 1), hidden=32, inner=530, blocks=1, tokens=
 PAIRS = dict(schedule=Schedule.trm(1, 1), isa="avx512_bf16", dtype=torch.bfloat16)
 LONG_PAIRS = dict(**PAIRS, tokens=150, hidden=32, inner=32, heads=1, blocks=1, batch=1)
 TILES = {**PAIRS, "isa": "amx"}
+SPLIT = dict(schedule=Schedule.trm(1, 1), isa="amx_split")
 TWO_SLICES = dict(schedule=Schedule.trm(1, 1), batch=90, hidden=32, inner=32)
 
 
@@ -102,6 +103,13 @@ BUGS = {
     "tiles: sums of the softmax lost": (
         "../attention_amx.hpp", "lse[(long)row * heads] = top",
         "lse[(long)row * heads] = (bug ? 1 : 0) + top", TILES,
+    ),
+    "split: the third part of a weight's rows lost": (
+        "pack_rows.hpp", "parts[i] = __builtin_convertvector(part, VU);",
+        "parts[i] = bug && i == 2 ? VU{} : __builtin_convertvector(part, VU);", SPLIT,
+    ),
+    "split: panels that are packed at use overwrite each other": (
+        "block_backward.hpp", "ws.panels, i);", "ws.panels, bug ? 0 : i);", SPLIT
     ),
     "softmax without its sum": (
         "heads.hpp", "(load(d_s + i) - delta)", "(load(d_s + i) - (bug ? 0.f : delta))", TRM
@@ -357,8 +365,10 @@ BUGS = {
 }  # fmt: skip
 
 
-PAIR_CORES = ("avx512_bf16", "amx")
-PRETEND = ("-DRX_HAVE_AVX512_BF16=1", "-DRX_HAVE_AMX=1", "-DRX_PRETEND_ISA", "-DRX_EMULATE_AMX")
+PAIR_CORES = ("avx512_bf16", "amx", "amx_split")
+PRETEND = (
+    *(f"-DRX_HAVE_{isa.upper()}=1" for isa in PAIR_CORES), "-DRX_PRETEND_ISA", "-DRX_EMULATE_AMX",
+)  # fmt: skip
 # Of an engine that their table names and no bug needs.
 STUBS = """#include "cpu/engines.hpp"
 int rx_planted = 0;

@@ -34,9 +34,8 @@ PLANTED = {
         "dot_kernel.hpp", "a + r * lda + 2 * k", "a + r * lda + 2 * k + BUG",
     ),
     "weights of a pair exchanged": (
-        "backward/pack_rows.hpp", "bits | bits_of(x, r + 1, col + side * W, 0) << 16",
-        "BUG ? bits_of(x, r + 1, col + side * W, 0) | bits << 16\n"
-        "               : bits | bits_of(x, r + 1, col + side * W, 0) << 16",
+        "backward/pack_rows.hpp", "both = one[i] | other[i] << 16;",
+        "both = BUG ? other[i] | one[i] << 16 : one[i] | other[i] << 16;",
     ),
     "the last pair dropped": ("dot_kernel.hpp", "k < pairs; ++k", "k + BUG < pairs; ++k"),
     "the tail of the depth dropped": ("dot_kernel.hpp", " < pairs; ++k", " < pairs && !BUG; ++k"),

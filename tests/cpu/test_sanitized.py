@@ -16,12 +16,14 @@ import pytest
 from tests.cpu import build, sanitized
 
 ASKED = int(os.environ.get("RECURX_SANITIZED_CASES", "0"))
-OTHERS = {"avx2": "avx2_", "avx512_bf16": "dot_", "amx": "amx_"}  # their engines in the driver
+# Their engines in the driver.
+OTHERS = {"avx2": "avx2_", "avx512_bf16": "dot_", "amx": "amx_", "amx_split": "amx_f32"}
+TILES = ("amx", "amx_split")
 # A bug that shows in its window or its products.
 SEEN_BY = {
     "avx2": "a panel too many",
     "avx512_bf16": "a row too few in a window's scratch",
-    "amx": "a row too few in a window's scratch",
+    **dict.fromkeys(TILES, "a row too few in a window's scratch"),
 }
 CASES = {sanitized.ADDRESS: 32, sanitized.THREAD: 12}
 # Of a block's forward and of its backward, and of those of later systems.
@@ -36,7 +38,7 @@ def names(sanitizer: str) -> list[str]:
     """The engines of a driver."""
     if ASKED:
         return sanitized.engines()
-    here = [name for name in OTHERS if name in build.usable() and name != "amx"]
+    here = [name for name in OTHERS if name in build.usable() and name not in TILES]
     return ["portable", *(here if sanitizer == sanitized.ADDRESS else ())]
 
 
@@ -60,7 +62,7 @@ def test_random_shapes_of_other_cores(name: str) -> None:
     """Calls, solves and windows; a panel too many is found here too."""
     if name not in build.usable():
         pytest.skip(f"this processor (or this build) has no {name}")
-    if name == "amx" and not ASKED:
+    if name in TILES and not ASKED:
         pytest.skip("with RECURX_SANITIZED_CASES=N alone: its tiles cost the compiler minutes")
     check, _ = built(sanitized.ADDRESS)
     status, said = sanitized.run(check, 0, 16, OTHERS[name])

@@ -69,8 +69,7 @@ RX_INLINE void store_pair(bf16* p, V v0, V v1) {
 
 template <class Weight>
 struct FlatPanels {
-  // Packing is a copy, so that it is done anew wherever a weight is read.
-  static constexpr bool kCopies = true;
+  static constexpr bool kAtUse = true;
   static Weight* row(const Linear& l, void* weight, int panel, int k) {
     return (Weight*)weight + ((long)panel * l.in + k) * kPanel;
   }
@@ -96,7 +95,7 @@ struct FlatPanels {
   static void finish(const Linear&, void*, int) {}
 };
 
-// ---- panels of cores of bf16 instructions: [32 k][side][pair of k][column][k of the pair]
+// ---- panels of cores of bf16 instructions: [32 k][part][side][pair of k][column][k of the pair]
 // --------
 
 // Sources that know their bits need no rounding.
@@ -109,12 +108,30 @@ RX_INLINE VU bits_of(const Source& x, long row, int col, long) {
   return bf16_bits(x(row, col));
 }
 
-struct PairedPanels {
-  static constexpr bool kCopies = false;
+// The bits of kParts bf16 values whose sum is an element, the largest first.
+template <int kParts, class Source>
+RX_INLINE void parts_of(const Source& x, long row, int col, VU (&parts)[kParts]) {
+  if constexpr (kParts == 1) {
+    parts[0] = bits_of(x, row, col, 0);
+  } else {
+    V rest = x(row, col);
+#pragma GCC unroll 4
+    for (int i = 0; i < kParts; ++i) {
+      const VH part = narrow(rest);
+      parts[i] = __builtin_convertvector(part, VU);
+      rest = rest - widen(part);
+    }
+  }
+}
+
+template <int kParts>
+struct PartPanels {
+  static constexpr bool kAtUse = kParts > 1;  // three parts are larger than what they are made of
   static constexpr int kStep = 32;
+  static constexpr long kPart = 2 * kStep * W;  // elements from one part to the next
   static bf16* pairs(const Linear& l, void* weight, int panel, int side, int k) {
     const long step = (long)panel * ceil_div(l.in, kStep) + k / kStep;
-    return (bf16*)weight + ((step * 2 + side) * (kStep / 2) + k % kStep / 2) * 2 * W;
+    return (bf16*)weight + step * kParts * kPart + (side * (kStep / 2) + k % kStep / 2) * 2 * W;
   }
   template <class Source>
   static void run(const Linear& l, void* weight, int panel, int first, int count, Source x) {
@@ -123,16 +140,20 @@ struct PairedPanels {
       const int k = first + r;
       const bool whole = k % 2 == 0 && r + 1 < count;
       for (int side = 0; side < 2; ++side) {
-        bf16* const p = pairs(l, weight, panel, side, k);
-        const VU bits = bits_of(x, r, col + side * W, 0);
-        VU both;
-        if (whole) {
-          both = bits | bits_of(x, r + 1, col + side * W, 0) << 16;
-        } else {  // the other half of the pair came or comes with another stretch of rows
-          memcpy(&both, p, sizeof both);
-          both = k % 2 ? (both & 0xffffu) | bits << 16 : (both & 0xffff0000u) | bits;
+        VU one[kParts], other[kParts];
+        parts_of(x, r, col + side * W, one);
+        if (whole) parts_of(x, r + 1, col + side * W, other);
+        for (int i = 0; i < kParts; ++i) {
+          bf16* const p = pairs(l, weight, panel, side, k) + i * kPart;
+          VU both;
+          if (whole) {
+            both = one[i] | other[i] << 16;
+          } else {  // the other half of the pair came or comes with another stretch of rows
+            memcpy(&both, p, sizeof both);
+            both = k % 2 ? (both & 0xffffu) | one[i] << 16 : (both & 0xffff0000u) | one[i];
+          }
+          memcpy(p, &both, sizeof both);
         }
-        memcpy(p, &both, sizeof both);
       }
       r += whole ? 2 : 1;
     }
@@ -156,6 +177,8 @@ struct PairedPanels {
         }
   }
 };
+
+using PairedPanels = PartPanels<1>;
 
 // to [cols, depth] <- from [count, cols]^T, zero beyond `count` up to a multiple of 2 W. In pairs
 // of rows, which are lanes of 32 bits.

@@ -65,11 +65,11 @@ void pack_panel(const Product& p, int begin, const RawWeight& raw, int panel, vo
   }
 }
 
-// Whether panels are packed where a product reads them, a few at a time, since that is a copy. What
-// is rounded to pairs of bf16 is packed once.
+// Whether panels are packed where a product reads them, a few at a time: what would need as much
+// memory as the weights. What is rounded to pairs of bf16 is packed once.
 template <class Core>
 constexpr bool packs_at_use() {
-  return RowPacker<Core>::kCopies;
+  return RowPacker<Core>::kAtUse;
 }
 
 // Panels of one product that are packed at once.

@@ -103,7 +103,7 @@ struct WindowSpace {
     for (int t = 0; t < team_size; ++t) {
       WindowSpace skipped;
       WindowSpace& own = t == tid ? w : skipped;
-      own.gemm = Core::carve_scratch(c, 0, 0);  // sizes that int8 alone asks for
+      own.gemm = Core::carve_scratch(c, 0, deepest(z, job.rec.tokens));
       own.fresh = c.take<bool>(z.all_blocks * slots_per_block);
       own.filled = c.take<int>(job.rec.num_nets);
       own.group = c.take<int>(job.rec.num_nets);
@@ -118,6 +118,13 @@ struct WindowSpace {
   }
 
  private:
+  // At least the depth of any product: with a weight, or a sum over rows.
+  static int deepest(const WindowSizes& z, int tokens) {
+    const int wide = imax(imax(z.inner, z.token_inner), imax(z.mixed, z.hidden));
+    const int rows = imax(imax(z.rows, tokens), imax(kSumRows, token_samples(z) * z.hidden));
+    return imax(wide, rows);
+  }
+
   static size_t most_panels(const Recursion& rec) {
     size_t most = 0;
     for (int n = 0; n < rec.num_nets; ++n)
