@@ -279,8 +279,7 @@ PYBIND11_MODULE(RX_MODULE_NAME, m) {
   m.def("cpu_isas", &usable_isas, "Instruction sets usable here, slowest first.");
   m.def("cpu_isa", &chosen_isa, "The one in use: the best, or what RECURX_CPU_ISA names.");
   m.def("cpu_isa_gains", &isa_gains,
-        "Times that products of the last instruction sets (of bf16 pairs, or amx_split's of fp32) "
-        "are "
+        "Times that products of the last instruction sets (bf16 pairs, or fp32 of amx_split) are "
         "faster than by FMA here; empty where that is no choice.");
   m.def("cpu_pack", &pack, py::arg("blocks"), py::arg("weights"), py::arg("bf16_states"),
         py::arg("isa"), py::arg("scales") = std::vector<uintptr_t>(),
