@@ -338,8 +338,8 @@ def test_what_was_kept_is_used_again(native, monkeypatch) -> None:
 def test_gradients_stay_on_small_pages_where_large_ones_are_slow(native, monkeypatch) -> None:
     for name, value in (("LEAST_SPARE", 1), ("_spare", []), ("_slow", []), ("SLOW_TOUCH", -1.0)):
         monkeypatch.setattr(cpu_window, name, value)
-    asked, real = [], native.cpu_on_huge_pages
-    monkeypatch.setattr(native, "cpu_on_huge_pages", lambda *at: asked.append(at) or real(*at))
+    asked, real = [], cpu_window._on_huge_pages
+    monkeypatch.setattr(cpu_window, "_on_huge_pages", lambda *of: asked.append(of) or real(*of))
     first = on_engine(cpu.BACKEND, case(Schedule.trm(1, 1)))
     assert cpu_window._slow and asked, "the first touch was slow"
     asked.clear()
