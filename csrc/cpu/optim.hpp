@@ -1,5 +1,4 @@
-// Weights after a training step: AdamATan2, and a running average of them, one pass over memory
-// each. Formula and polynomial are those of kernels/adam_atan2.py.
+// AdamATan2 in one pass over memory: formula and polynomial are those of kernels/adam_atan2.py.
 #pragma once
 
 #include "vec.hpp"
