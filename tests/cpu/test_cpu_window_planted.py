@@ -392,8 +392,8 @@ def _compile() -> Path:
         return module
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(build.ROOT / "csrc" / "cpu", folder / "cpu")
-    for name in ("bindings.cpp", "packing.hpp"):
-        shutil.copy(build.ROOT / "csrc" / name, folder)
+    for file in (build.ROOT / "csrc").glob("*.?pp"):
+        shutil.copy(file, folder)
     for number, (name, text, planted, _) in enumerate(BUGS.values(), 1):
         file = folder / "cpu" / "backward" / name
         before = file.read_text()
