@@ -22,6 +22,7 @@ from recurx.models.puzzle_embedding import sign_sgd_
 from recurx.train.config import TrainConfig
 from recurx.train.ranks import all_gather
 
+ENGINE = ("the CPU engine",)  # beside kinds of a Triton kernel's tensors
 TORCH_MUON: Any = getattr(torch.optim, "Muon", None)  # torch 2.9 brought it
 
 
@@ -149,8 +150,12 @@ def _step_group(
         step, *means = (optimizer.state[p][key] for key in ("step", "exp_avg", "exp_avg_sq"))
         wide = all(t.dtype == torch.float32 for t in (step, *means))
         all_of = (p, p.grad, *means)
-        fits = wide and (small_ops.takes(*all_of) or _engine_takes(*all_of))
-        kinds.setdefault((p.device, p.dtype, p.grad.dtype) if fits else (), []).append(p)
+        kind: tuple[Any, ...] = ()
+        if wide and small_ops.takes(*all_of):
+            kind = p.device, p.dtype, p.grad.dtype
+        elif wide and _engine_takes(*all_of):
+            kind = ENGINE
+        kinds.setdefault(kind, []).append(p)
     settings = {key: group[key] for key in ("lr", "betas", "weight_decay")}
     for kind, some in kinds.items():
         states = [optimizer.state[p] for p in some]
@@ -159,7 +164,7 @@ def _step_group(
         if not kind:
             _adam_atan2(some, grads, *lists, **settings)
             continue
-        if kind[0].type == "cpu":
+        if kind is ENGINE:
             _on_engine(some, grads, *lists, **settings)
         else:
             from recurx.kernels.adam_atan2 import adam_atan2
