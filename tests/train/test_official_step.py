@@ -15,7 +15,7 @@ from recurx.models.puzzle_embedding import sign_sgd_
 from recurx.train import AdamATan2, CapturedStep, SampleQueue, SparseSignSGD, swap
 from tests import official
 from tests.train import cases
-from tests.train.guards import HostSync, Tape, no_host_sync
+from tests.train.guards import HostSync, Tape, formula_alone, no_host_sync
 
 SYSTEMS = ["trm", "hrm"]
 
@@ -70,8 +70,9 @@ def captured_loop(system: str, tape: Tape | None) -> CapturedStep:
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_the_official_step_is_captured_after_a_swap(system: str) -> None:
+def test_the_official_step_is_captured_after_a_swap(system: str, monkeypatch) -> None:
     """Replays of the recorded operations give the bits of running the official code."""
+    formula_alone(monkeypatch)
     traces: list[list[Tensor]] = []
     for tape in (None, Tape()):
         step = captured_loop(system, tape)
