@@ -90,12 +90,10 @@ struct SplitCore : VectorCore<float> {
         char* const to = parts + (long)(k / kChunk) * count * kChunkRow +
                          k % kChunk / kTileDepth * SplitTiles::kRowStep +
                          k % kTileDepth * sizeof(bf16);
-        V rest = k + W <= depth ? load(a.at(row, k)) : load_part(a.at(row, k), depth - k);
-#pragma GCC unroll 3
-        for (int i = 0; i < kSplitParts; ++i) {
-          store((bf16*)(to + i * 64), rest);
-          rest = rest - widen(narrow(rest));
-        }
+        VH of[kSplitParts];
+        cut(k + W <= depth ? load(a.at(row, k)) : load_part(a.at(row, k), depth - k), of);
+#pragma GCC unroll 4
+        for (int i = 0; i < kSplitParts; ++i) memcpy(to + i * 64, &of[i], sizeof of[i]);
       }
     }
   }

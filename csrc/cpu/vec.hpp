@@ -84,6 +84,16 @@ RX_INLINE void store(bf16* p, V v) {
   memcpy(p, &h, sizeof h);
 }
 
+// x as bf16 values that sum to it, the largest first: three hold the 24 bits of fp32.
+template <int kParts>
+RX_INLINE void cut(V x, VH (&parts)[kParts]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kParts; ++i) {
+    parts[i] = narrow(x);
+    x = x - widen(parts[i]);
+  }
+}
+
 RX_INLINE float to_float(bf16 x) {
   uint32_t u = (uint32_t)x.bits << 16;
   float f;

@@ -105,8 +105,8 @@ BUGS = {
         "lse[(long)row * heads] = (bug ? 1 : 0) + top", TILES,
     ),
     "split: the third part of a weight's rows lost": (
-        "pack_rows.hpp", "parts[i] = __builtin_convertvector(part, VU);",
-        "parts[i] = bug && i == 2 ? VU{} : __builtin_convertvector(part, VU);", SPLIT,
+        "pack_rows.hpp", "parts[i] = __builtin_convertvector(of[i], VU);",
+        "parts[i] = bug && i == 2 ? VU{} : __builtin_convertvector(of[i], VU);", SPLIT,
     ),
     "split: panels that are packed at use overwrite each other": (
         "block_backward.hpp", "ws.panels, i);", "ws.panels, bug ? 0 : i);", SPLIT

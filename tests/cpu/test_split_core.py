@@ -59,11 +59,12 @@ PLANTED = {
         "(BUG && kPart == 4 ? 1 : kPanelPart) * kPanelStep",
     ),
     "the third part of A not cut": (
-        "gemm_split.hpp", "(to + i * 64), rest)", "(to + i * 64), BUG && i == 2 ? V{} : rest)",
+        "gemm_split.hpp", "memcpy(to + i * 64, &of[i],",
+        "if (BUG && i == 2) memset(to + i * 64, 0, 32); else memcpy(to + i * 64, &of[i],",
     ),
     "the third part of B not cut": (
-        "backward/pack_rows.hpp", "parts[i] = __builtin_convertvector(part, VU);",
-        "parts[i] = BUG && i == 2 ? VU{} : __builtin_convertvector(part, VU);",
+        "backward/pack_rows.hpp", "parts[i] = __builtin_convertvector(of[i], VU);",
+        "parts[i] = BUG && i == 2 ? VU{} : __builtin_convertvector(of[i], VU);",
     ),
     "rows of the chunk before": (
         "gemm_split.hpp", "(long)step / SplitTiles::kChunkSteps * count",

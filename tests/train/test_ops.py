@@ -13,6 +13,7 @@ from recurx.models import PuzzleEmbedding, fused_stablemax_cross_entropy, stable
 from recurx.models.puzzle_embedding import sign_sgd_
 from recurx.train import AdamATan2, Average, SparseSignSGD
 from tests.cpu import build
+from tests.cpu.test_cpu_engine import threads  # noqa: F401
 from tests.train import cases, guards
 
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -113,9 +114,9 @@ def engine_steps(monkeypatch) -> list[int]:
     native = pytest.importorskip("recurx._C", reason="recurx._C is not built")
     seen, real = [], native.cpu_adam_atan2
 
-    def spy(isa, tensors, rates, threads):
+    def spy(isa, tensors, *more):
         seen.append(len(tensors))
-        real(isa, tensors, rates, threads)
+        real(isa, tensors, *more)
 
     monkeypatch.setattr(native, "cpu_adam_atan2", spy)
     return seen
@@ -128,6 +129,7 @@ def test_adam_atan2_against_fp64(lr, monkeypatch) -> None:
     cases.assert_weights(run_adam(weights, grads, lr), cases.adam_atan2_fp64(weights, grads), 5)
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("isa", build.usable() or [None])
 def test_the_engine_steps_fp32_weights(isa, engine_steps, monkeypatch) -> None:
     """One call a step, by every instruction set; the same bits for any number of threads."""
@@ -140,12 +142,8 @@ def test_the_engine_steps_fp32_weights(isa, engine_steps, monkeypatch) -> None:
     got = run_adam(weights, grads, lr)
     cases.assert_weights(got, cases.adam_atan2_fp64(weights, grads), 5)
     assert engine_steps == [len(weights)] * 5
-    threads = torch.get_num_threads()
     torch.set_num_threads(3)
-    try:
-        again = run_adam(weights, grads)
-    finally:
-        torch.set_num_threads(threads)
+    again = run_adam(weights, grads)
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 
@@ -178,9 +176,10 @@ def test_the_engine_steps_views_and_counts_their_versions(engine_steps) -> None:
     assert all(p._version > before for p, before in zip(params, versions, strict=True))
 
 
+@pytest.mark.usefixtures("threads")
 def test_weights_that_share_memory_move_one_after_the_other(engine_steps) -> None:
     """The same bits for any number of threads: each of two views moves the whole buffer."""
-    found, threads = [], torch.get_num_threads()
+    found = []
     for count in (1, 4):
         torch.set_num_threads(count)
         room = torch.ones(4_000_000)
@@ -189,7 +188,6 @@ def test_weights_that_share_memory_move_one_after_the_other(engine_steps) -> Non
             param.grad = torch.full_like(param, grad)
         AdamATan2(params, **cases.ADAM).step()
         found.append(room)
-    torch.set_num_threads(threads)
     assert engine_steps == [2, 2] and torch.equal(*found)
 
 

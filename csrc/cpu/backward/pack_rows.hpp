@@ -114,13 +114,10 @@ RX_INLINE void parts_of(const Source& x, long row, int col, VU (&parts)[kParts])
   if constexpr (kParts == 1) {
     parts[0] = bits_of(x, row, col, 0);
   } else {
-    V rest = x(row, col);
+    VH of[kParts];
+    cut(x(row, col), of);
 #pragma GCC unroll 4
-    for (int i = 0; i < kParts; ++i) {
-      const VH part = narrow(rest);
-      parts[i] = __builtin_convertvector(part, VU);
-      rest = rest - widen(part);
-    }
+    for (int i = 0; i < kParts; ++i) parts[i] = __builtin_convertvector(of[i], VU);
   }
 }
 
