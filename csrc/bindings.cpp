@@ -91,8 +91,11 @@ struct Given {
     recursion.key_mask = (const uint8_t*)key_mask;
     if (learned.empty()) return;
     steps = program.steps;
-    for (const auto& [step, of_scale, each] : learned)
-      (of_scale ? steps.at(step).scale_each : steps.at(step).share_each) = (const float*)each;
+    for (const auto& [number, of_scale, each, d_each] : learned) {
+      Step& step = steps.at(number);
+      (of_scale ? step.scale_each : step.share_each) = (const float*)each;
+      (of_scale ? step.d_scale : step.d_share) = (float*)d_each;
+    }
     recursion.steps = steps.data();
   }
 };

@@ -269,7 +269,8 @@ struct Program {
 
 // What is read beside the states: the seed of noise and dropout and the number of the first sample,
 // a mask of keys [B, T] or 0, learned factors.
-using LearnedTuple = std::tuple<int, bool, uintptr_t>;  // step, whether its scale, [D] floats
+// The step, whether its scale, [D] floats, and [D] more that a window adds the gradient to, or 0.
+using LearnedTuple = std::tuple<int, bool, uintptr_t, uintptr_t>;
 using BesideTuple = std::tuple<uint64_t, long, uintptr_t, std::vector<LearnedTuple>>;
 
 }  // namespace rx::cpu

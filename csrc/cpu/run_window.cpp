@@ -1,6 +1,4 @@
 // Runs a window on one team of threads, forward or backward.
-#include <stdexcept>
-
 #include "engines.hpp"
 #include "machine.hpp"
 
@@ -40,9 +38,6 @@ KeptSize kept_of_block(const BlockShape& shape, int tokens, Save save) {
 bool run_window(const Engine& engine, const Window& window, bool backward, int threads,
                 bool (*wanted)()) {
   check(engine, window.rec, threads);
-  for (int i = 0; i < window.rec.num_steps; ++i)
-    if (window.rec.steps[i].share_each || window.rec.steps[i].scale_each)
-      throw std::invalid_argument("recurx cpu engine: a window has no gradient of learned factors");
   const auto run = backward ? engine.window.backward : engine.window.forward;
   return on_machine(wanted, threads, [&](Machine& owner, Stop& stop, int count) {
     const size_t bytes = engine.window.scratch_bytes(window, count, backward);

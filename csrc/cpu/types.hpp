@@ -64,6 +64,7 @@ struct Step {
   float keep = 0.f, share = 1.f, scale = 1.f, noise = 0.f;
   int number = 0;  // of the call in the whole schedule, which noise and dropout count
   const float *share_each = nullptr, *scale_each = nullptr;  // [D] instead, where it is learned
+  float *d_share = nullptr, *d_scale = nullptr;  // [D]: what a window adds their gradients to
 };
 
 struct Recursion {

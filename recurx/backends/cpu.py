@@ -20,7 +20,14 @@ from torch import Tensor
 
 from recurx import fp8
 from recurx.backends import EVERY_FIELD, Backend
-from recurx.backends.cpu_window import CpuWindow, addresses, beside_of, fields_of, plain_weight
+from recurx.backends.cpu_window import (  # fmt: skip
+    CpuWindow,
+    Learned,
+    addresses,
+    beside_of,
+    fields_of,
+    plain_weight,
+)
 from recurx.backends.weight_cache import WeightCache
 from recurx.errors import no_compiled_module
 from recurx.forking import lazy
@@ -30,7 +37,6 @@ from recurx.plan.count import SIXTEENS, blocks_of, why_not_heads
 from recurx.plan.cpu import engine_threads
 from recurx.problem import Problem
 from recurx.program import PLAIN, lower
-from recurx.schedule import LEARNED
 
 MAX_PACKED = 16  # nets kept packed; a full-size TRM net is 14 MB in bf16, 27 MB in fp32
 MAX_TOKENS = 4096
@@ -153,34 +159,31 @@ class Cpu(Backend):
         return None if self._engine().cpu_has_int8(isa) else no
 
     def run(self, problem: Problem, operands: Operands, span: Span) -> list[Tensor]:
-        module, head, threads = self._begin(problem, operands, span)
+        module, head, threads, learned = self._begin(problem, operands, span)
         inputs = [state.contiguous() for state in (operands.x, *operands.states)]
-        learned: Sequence[Any] = ()
-        if LEARNED in problem.schedule.changed:
-            learned = self._ready(problem, span, torch.get_num_threads()).learned
-        each = [operands.weights[at].detach().float().contiguous() for *_, at in learned]
         outputs = [torch.empty_like(state) for state in inputs[1:]]
         rope = operands.float_rope() or (None, None)
-        factors = [(*of[:2], f.data_ptr()) for of, f in zip(learned, each, strict=True)]
         module.cpu_run(
             *head, addresses(inputs), [0, *addresses(outputs)], *addresses(rope), threads,
-            beside_of(operands, factors),
+            beside_of(operands, learned),
         )  # fmt: skip
         return outputs
 
-    def window(self, problem: Problem) -> CpuWindow | None:
-        return None if LEARNED in problem.schedule.changed else self._window
+    def window(self, problem: Problem) -> CpuWindow:
+        return self._window
 
     def _begin(
         self, problem: Problem, operands: Operands, span: Span, int8: bool = True
-    ) -> tuple[ModuleType, tuple[Any, ...], int]:
-        """The module, the first arguments of its calls, and how many threads they take; with `int8`
-        nets of `recurx.quantize` run as such."""
+    ) -> tuple[ModuleType, tuple[Any, ...], int, list[Learned]]:
+        """The module, the first arguments of its calls, how many threads they take, and learned
+        factors; with `int8` nets of `recurx.quantize` run as such."""
         module = self._engine()
         ready = self._ready(problem, span, torch.get_num_threads())
         nets = self._nets(problem, operands, ready, int8)
         threads = engine_threads(ready.rows, ready.weights, ready.threads)
-        return module, (nets, ready.program, ready.shape), threads
+        values = [operands.weights[at].detach().float().contiguous() for *_, at in ready.learned]
+        learned = [(*of, each) for of, each in zip(ready.learned, values, strict=True)]
+        return module, (nets, ready.program, ready.shape), threads, learned
 
     def solve(
         self, problem: Problem, operands: Operands, how: dict[str, Any], progress: Any = None

@@ -10,7 +10,8 @@ hidden; one published attention block of inner width 3 D, B * T rows):
 
 In a window numbers below 2^-126 count as zeros, which in bf16 they always do.
 
-To each comes the result of each call, and a few fp32 numbers a row. csrc/cpu/backward/kept.hpp says
+To each comes the result of each call, what learned factors multiply, and a few fp32 numbers a row.
+csrc/cpu/backward/kept.hpp says
 what a block keeps, also of one whose fields are not TRM's, and where it lies.
 """
 
@@ -40,8 +41,10 @@ _slow: list[float] = []  # those first touches
 _spare: list[mmap.mmap] = []  # oldest first
 _taking = fork_lock()
 
+# Of a factor: the step, whether its scale, which weight, and the values, [D] in fp32.
+Learned = tuple[int, bool, int, Tensor]
 # Of (problem, operands, span): the module, the first arguments of its window calls, the threads.
-Begin = Callable[[Problem, Operands, Span], tuple[Any, tuple[Any, ...], int]]
+Begin = Callable[[Problem, Operands, Span], tuple[Any, tuple[Any, ...], int, list[Learned]]]
 
 
 class CpuWindow(Window):
@@ -59,8 +62,9 @@ class CpuWindow(Window):
             return []
         tokens, specs = int(problem.tokens), dict(problem.nets)  # T may be a symbol, while traced
         module, values, floats = self._module(), 0, 0
-        for call in lower(problem.schedule, span).calls:
-            values += tokens * problem.hidden
+        steps = problem.schedule.steps[span.start : span.stop]
+        for call, step in zip(lower(problem.schedule, span).calls, steps, strict=True):
+            values += tokens * problem.hidden * (1 + len(step.learned))
             for block in specs[call.net].blocks:
                 more = _kept_of(module, block, tokens, save)
                 values, floats = values + more[0], floats + more[1]
@@ -70,13 +74,13 @@ class CpuWindow(Window):
     def forward(
         self, problem: Problem, operands: Operands, span: Span, save: str
     ) -> tuple[list[Tensor], list[Tensor]]:
-        module, head, threads = self._begin(problem, operands, span)
+        module, head, threads, learned = self._begin(problem, operands, span)
         kept = [_used_again(module, *each) for each in self.kept(problem, span, save)]
         outs = [torch.empty_like(state) for state in operands.states]
         inputs, rope = [operands.x, *operands.states], operands.float_rope()
         module.cpu_window_forward(
             *head, addresses(inputs), [0, *addresses(outs)], *addresses(rope or (None, None)),
-            SAVES.index(save), _places(kept), threads, beside_of(operands),
+            SAVES.index(save), _places(kept), threads, beside_of(operands, learned),
         )  # fmt: skip
         return outs, kept
 
@@ -84,22 +88,26 @@ class CpuWindow(Window):
         self, problem: Problem, operands: Operands, span: Span, save: str, outs: Sequence[Tensor],
         kept: Sequence[Tensor], d_outs: Sequence[Tensor | None], wants: Sequence[bool],
     ) -> list[Tensor | None]:  # fmt: skip
-        module, head, threads = self._begin(problem, operands, span)
+        module, head, threads, learned = self._begin(problem, operands, span)
         entered, rope = [operands.x, *operands.states], operands.float_rope() or (None, None)
         d_in = [
             torch.empty_like(t) if want else None for t, want in zip(entered, wants, strict=False)
         ]
         d_outs = [None if d is None else d.contiguous() for d in d_outs]
-        masters = operands.weights
+        masters, own = operands.weights, problem.cuts[len(head[0]) - 1].stop  # then factors
         d_weights = [
             _fresh(module, w.shape, torch.float32) if want else None
             for w, want in zip(masters, wants[len(entered) :], strict=True)
         ]
-        plain = [plain_weight(w) for w in masters]
+        for d in d_weights[own:]:
+            if d is not None:
+                d.zero_()
+        plain = [plain_weight(w) for w in masters[:own]]
         module.cpu_window_backward(
             *head, addresses(entered), *addresses(rope), SAVES.index(save), _places(kept),
             [(w.data_ptr(), w.dtype == torch.bfloat16) for w in plain], [0, *addresses(d_outs)],
-            addresses(d_in), addresses(d_weights), threads, beside_of(operands),
+            addresses(d_in), addresses(d_weights[:own]), threads,
+            beside_of(operands, learned, d_weights),
         )  # fmt: skip
         return [
             *d_in,
@@ -107,10 +115,13 @@ class CpuWindow(Window):
         ]
 
 
-def beside_of(operands: Operands, learned: Sequence[Any] = ()) -> tuple[Any, ...]:
-    """What a call reads beside states and weights; `learned` are factors of its steps."""
-    mask = operands.key_mask
-    return *operands.numbers(), 0 if mask is None else mask.data_ptr(), list(learned)
+def beside_of(
+    operands: Operands, learned: Sequence[Learned], d_weights: Sequence[Tensor | None] | None = None
+) -> tuple[Any, ...]:
+    """What a call reads beside states and weights, and where gradients of factors are added."""
+    mask, into = operands.key_mask, d_weights or [None] * len(operands.weights)
+    factors = [(*which, *addresses((each, into[at]))) for *which, at, each in learned]
+    return *operands.numbers(), *addresses((mask,)), factors
 
 
 def plain_weight(weight: Tensor) -> Tensor:

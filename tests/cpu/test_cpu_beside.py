@@ -10,16 +10,16 @@ import pytest
 import torch
 
 import recurx
-from recurx import BlockSpec, Net, NetSpec, Problem, Schedule, Step, backends, reference
+from recurx import BlockSpec, Net, NetSpec, Schedule, Step, backends, reference
 from recurx.backends import cpu
 from recurx.operands import Operands, Span
 from recurx.solving import on_cpu
-from recurx.specs import ATTENTION, NO_MIXER, TOKEN_MLP
+from recurx.specs import ATTENTION, NO_MIXER, NORM, TOKEN_MLP
 from tests.cpu.test_cpu_variants import EVERYTHING, ISAS
 from tests.cpu.test_cpu_window import DTYPES, SAVE, errors, on_engine, truth
 from tests.cpu.test_cpu_window import small_work_is_split_too as small_work_is_split_too
 from tests.factories import make_inputs, problem_for, rounded, wide
-from tests.kernels.compare import ERROR_RATIO, assert_as_exact
+from tests.kernels.compare import ERROR_RATIO, assert_as_exact, relative_error
 from tests.variants import net_of
 
 WIDTH = 64
@@ -190,7 +190,7 @@ LEARNED = Schedule(
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kind", ["a number", "a channel"])
 def test_learned_factors(kind: str, isa: str, dtype: torch.dtype, monkeypatch) -> None:
-    """Read at every call; the window, which wants their gradient, is PyTorch's."""
+    """Read at every call."""
     monkeypatch.setenv("RECURX_CPU_ISA", isa)
     net = rounded(net_of(BlockSpec(**_ATTENTION), seed=1), dtype, torch.float32)
     x, carry = make_inputs(LEARNED, batch=3, tokens=13, hidden=WIDTH, dtype=dtype)
@@ -213,25 +213,64 @@ def test_learned_factors(kind: str, isa: str, dtype: torch.dtype, monkeypatch) -
     for state in carry:
         with pytest.raises(AssertionError, match="relative error"):
             assert_as_exact(said(dtype, "cpu")[state], plain[state], exact[state])
-    exact, plain = said(torch.float64), said(dtype)
-    leaves = [t.clone().requires_grad_() for t in factors.values()]
-    out = recurx.recurse(
-        LEARNED, {"L": net, **dict(zip(factors, leaves, strict=True))}, x, carry, cos_sin=rope,
-        seed=seed, backend="cpu",
-    )  # fmt: skip
-    for state in carry:
-        assert_as_exact(out[state].detach(), plain[state], exact[state])
-    grads = torch.autograd.grad(sum(s.float().square().sum() for s in out.values()), leaves)
-    assert all(grad.isfinite().all() and grad.any() for grad in grads)
+
+
+def learned_given(dtype: torch.dtype, seed: int = 1, batch: int = 3) -> tuple[Any, ...]:
+    """As `given_of`: three calls of which two have learned factors, one by one and both at once."""
+    generator = torch.Generator().manual_seed(seed)
+    spec = NetSpec((BlockSpec(NORM, WIDTH, 0, norm_weight=True),))
+    values = [a + 0.2 * torch.rand(WIDTH, generator=generator) for a in (0.6, 1.2)]
+    alpha, beta = (Net(spec, [value]) for value in values)
+    net = rounded(net_of(BlockSpec(**_ATTENTION), seed=seed), dtype, torch.float32)
+    given = make_inputs(LEARNED, batch=batch, tokens=13, hidden=WIDTH, dtype=dtype, seed=seed)
+    nets = {"L": net, "alpha": alpha, "beta": beta}
+    return LEARNED, nets, *given, recurx.rope_tables(13, 16), torch.tensor([seed, 2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+def test_gradients_of_learned_factors(isa: str, dtype: torch.dtype, monkeypatch) -> None:
+    """Of each factor by itself too; over several slices, whatever is kept, with the same bits."""
+    monkeypatch.setenv("RECURX_CPU_ISA", isa)
+    both = []
+    for seed, batch in ((1, 3), (2, 3), (3, 150)):
+        given = learned_given(dtype, seed, batch)
+        got, truths = on_engine(cpu.BACKEND, given), truth(given)
+        both.append(errors(got, truths))
+        for own, plain, exact in zip(got[-2:], *(part[-2:] for part in truths), strict=True):
+            assert relative_error(own, exact) <= 2 * relative_error(plain, exact) + 1e-6
+    assert math.prod(a / b for a, b in both) <= ERROR_RATIO ** len(both), both
+    for save, threads in zip((*SAVE, "all"), (1, 2, 3, 3), strict=True):
+        torch.set_num_threads(threads)
+        other = on_engine(cpu.BACKEND, given, save)
+        assert all(torch.equal(a, b) for a, b in zip(got, other, strict=True)), (save, threads)
+
+
+def test_factors_alone_may_want_a_gradient() -> None:
+    """Through `recurse`, where neither weights nor states want one; and one factor of two."""
+    schedule, nets, x, carry, rope, seed = learned_given(torch.float32)
+    net = nets["L"]
+
+    def grads(backend: str, *wanted: str) -> list[torch.Tensor]:
+        leaves = {
+            n: nets[n].weights[0].clone().requires_grad_(n in wanted) for n in nets if n != "L"
+        }
+        out = recurx.recurse(
+            schedule, {"L": net, **leaves}, x, carry, cos_sin=rope, seed=seed, backend=backend
+        )
+        loss = sum(state.square().sum() for state in out.values())
+        return list(torch.autograd.grad(loss, [leaves[name] for name in wanted]))
+
+    for wanted in (("alpha", "beta"), ("alpha",), ("beta",)):
+        for got, want in zip(grads("cpu", *wanted), grads("eager", *wanted), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
 
 
 def test_what_the_engine_refuses() -> None:
     given = given_of("padding", torch.float32)
     with pytest.raises(ValueError, match="a mask of the keys"):
         forward((*given[:-1], None))
-    module, net = cpu._load()[0], NetSpec((BlockSpec(**_ATTENTION),))
-    problem = Problem(LEARNED, (("L", net),), 1, 13, WIDTH, torch.float32, "cpu")
-    assert cpu.BACKEND.window(problem) is None
+    module = cpu._load()[0]
     for share in ({"dropout": 1.0}, {"drop_path": -0.5}):
         block = cpu.numbers_of(BlockSpec(**_ATTENTION))
         with pytest.raises(ValueError, match="a share that is dropped"):

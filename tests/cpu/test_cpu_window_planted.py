@@ -22,6 +22,7 @@ from recurx.backends import cpu
 from recurx.nets import ATTENTION, TOKEN_MLP
 from tests.cpu import build
 from tests.cpu.test_cpu_beside import given_of as beside_given
+from tests.cpu.test_cpu_beside import learned_given
 from tests.cpu.test_cpu_variant_window import given_of
 from tests.cpu.test_cpu_variants import spec_of
 from tests.cpu.test_cpu_window import assert_right, case, on_engine
@@ -157,22 +158,22 @@ BUGS = {
         "place{(bug ? ws.group[net] - 1 : filled) * rows(),", TRM,
     ),
     "window off by one": (
-        "window.hpp", "if (!ws.active[call]) continue;\n      take_gradient",
-        "if (!ws.active[call] || (bug && call == 0)) continue;\n      take_gradient", WINDOW,
+        "window.hpp", "if (!ws.active[call]) continue;\n      find(",
+        "if (!ws.active[call] || (bug && call == 0)) continue;\n      find(", WINDOW,
     ),
     "gradient of an overwritten state survives": (
-        "window.hpp", "    if (ws.given[step.write]) each_own(",
-        "    if (bug)\n      ws.given[step.write] = true;\n"
-        "    else if (ws.given[step.write])\n      each_own(",
+        "window.hpp", "    if (!ws.given[step.write]) return;",
+        "    if (bug) ws.given[step.write] = true;\n"
+        "    if (bug || !ws.given[step.write]) return;",
         dict(schedule=Schedule.hrm(1, 2, window="full")),
     ),
     "stale z_H": (
-        "window.hpp", "write(step, ws.blocks[net.num_blocks - 1].out);",
+        "window_forward.hpp", "write(step, ws.blocks[net.num_blocks - 1].out);",
         "if (!bug || call > 0) write(step, ws.blocks[net.num_blocks - 1].out);",
         dict(schedule=Schedule.trm(2, 1, window="full")),
     ),
     "the last sample of a slice lost": (
-        "window.hpp", "{ return slice.end - slice.begin; }",
+        "window_forward.hpp", "{ return slice.end - slice.begin; }",
         "{ return slice.end - slice.begin - (bug && slice.begin > 0); }", TWO_SLICES,
     ),
     "another block's weight": (
@@ -319,7 +320,7 @@ BUGS = {
         dict(beside="dropout"),
     ),
     "the draws of another block": (
-        "window.hpp", "{slice.begin, rec.steps[call].number, block}",
+        "window_forward.hpp", "{slice.begin, rec.steps[call].number, block}",
         "{slice.begin, rec.steps[call].number, bug ? 0 : block}", dict(beside="no mixer"),
     ),
     "the draws of another branch": (
@@ -357,6 +358,40 @@ BUGS = {
     "keys of a row for a column": (
         "../drops.hpp", "columns = v.axial[0]", "columns = !bug && v.axial[0]",
         dict(beside="everything, columns"),
+    ),
+    # ---- learned factors of steps
+    "what is damped has no part in the gradient": (
+        "window.hpp", "less ? load(x", "less && !bug ? load(x", dict(factors=3),
+    ),
+    "a learned scale multiplies the factor's gradient": (
+        "window_forward.hpp", "store(scaled + at, total);",
+        "store(scaled + at, bug ? total * scale_of(step, at) : total);", dict(factors=3),
+    ),
+    "a learned scale is lost on the way back": (
+        "window.hpp", "if (enters && scales(step))", "if (!bug && enters && scales(step))",
+        dict(factors=3),
+    ),
+    "an injected state gets the scale": (
+        "window.hpp", "for (int i = 0; enters && i < step.num_inject; ++i)",
+        "if (bug && enters && scales(step)) each_own([&](size_t at) {\n"
+        "  store(ws.sum + at, load(ws.sum + at) * scale_of(step, at)); });\n"
+        "      for (int i = 0; enters && i < step.num_inject; ++i)",
+        dict(factors=3),
+    ),
+    "a learned share takes all": (
+        "window.hpp", "step.share_each ? 1.f - share_of(step, at)",
+        "step.share_each && !bug ? 1.f - share_of(step, at)", dict(factors=3),
+    ),
+    "what was damped is the value of another call": (
+        "window_forward.hpp", "store(ws.blocks[0].before + at, entered);",
+        "store(ws.blocks[0].before + at, bug ? load(out + at) : entered);", dict(factors=3),
+    ),
+    "the factors of another column": (
+        "window.hpp", "load(step.share_each + at % rec.hidden)",
+        "load(step.share_each + (bug ? 0 : at % rec.hidden))", dict(factors=3),
+    ),
+    "a factor's gradient of the last slice alone": (
+        "window.hpp", "{to, false}", "{to, bug}", dict(factors=150),
     ),
     "padding has a gradient": (
         "../softmax.hpp", "if (keys) sees &= key", "if (keys && !bug) sees &= key",
@@ -434,6 +469,8 @@ def planted():
 
 
 def given_by(shown: dict):
+    if "factors" in shown:
+        return learned_given(torch.float32, batch=shown["factors"])
     if "beside" in shown:
         return beside_given(shown["beside"], torch.float32)
     if "variant" in shown:
@@ -449,7 +486,7 @@ def test_planted_bugs_are_rejected(planted, name, monkeypatch) -> None:
     shown = BUGS[name][-1]
     monkeypatch.setenv("RECURX_CPU_ISA", shown.get("isa", "portable"))
     engine, number = planted
-    ratio = 2 if {"variant", "beside"} & {*shown} else ERROR_RATIO  # of one draw
+    ratio = 2 if {"variant", "beside", "factors"} & {*shown} else ERROR_RATIO  # of one draw
     given = given_by(shown)
     assert_right(on_engine(engine, given), given, ratio)
     number.value = list(BUGS).index(name) + 1

@@ -10,6 +10,9 @@
 //           token MLP: gate and up over T [samples x D, 2G], scale_mid [samples x D]
 //   states  nothing
 //
+// A step of learned factors keeps what they multiply too, behind the call's out: the sum of its
+// states, and the value that it damps, [R, D] each.
+//
 // A variant keeps no scales (norms go back from what they read), and with `all` mid, what its
 // products made (up alone if there is no gate), with their biases: y1 and y2, the results of its
 // sublayers before norms, scales and sums, [R, D] or [samples x D, T]; of attention the gate, mixed
@@ -41,6 +44,7 @@ struct Kept {
   T *h, *out, *mid, *gate_up;
   T *qkv, *mixed, *token_gate_up;
   T *y1, *y2, *heads, *gate;  // of a variant
+  T *scaled, *before;         // of a step, in the first of its call's blocks
   float *scale_out, *scale_mid, *lse;
 };
 
@@ -123,15 +127,20 @@ KeptSize kept_of_call(const Recursion& rec, Save save, int samples, T* values, f
   const int last = number < 0 ? rec.num_steps : number + 1;
   for (int call = 0; call < last; ++call) {
     const PackedNet& net = rec.nets[rec.steps[call].net];
-    Kept<T> skipped, before{};
+    Kept<T> skipped;
     for (int i = 0; i < net.num_blocks; ++i) {
       Kept<T>& k = call == number ? blocks[i] : skipped;
       carver.block(k, net.blocks[i].shape, samples, rec.tokens);
       if (save == Save::all) carver.rest(k, net.blocks[i].shape, samples, rec.tokens);
       if (call == number && i > 0) blocks[i - 1].out = k.h;
     }
-    T* const out = carver.take((size_t)samples * rec.tokens * rec.hidden);
-    if (call == number) blocks[net.num_blocks - 1].out = out;
+    const size_t count = (size_t)samples * rec.tokens * rec.hidden;
+    T* const out = carver.take(count);
+    T* const scaled = rec.steps[call].scale_each ? carver.take(count) : nullptr;
+    T* const before = rec.steps[call].share_each ? carver.take(count) : nullptr;
+    if (call != number) continue;
+    blocks[net.num_blocks - 1].out = out;
+    blocks[0].scaled = scaled, blocks[0].before = before;
   }
   return carver.used;
 }

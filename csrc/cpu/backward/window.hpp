@@ -1,136 +1,22 @@
-// The window of a recursion: its calls forward, keeping what their backward reads, and backward.
+// The window of a recursion: its calls forward (window_forward.hpp) and backward.
 //
-// Both go slice by slice of the samples, all threads on one slice as one team. Gradients of the
-// states are summed in fp32 over a slice, those of the weights over all slices.
+// Gradients of the states are summed in fp32 over a slice of samples, those of the weights over all
+// slices.
 #pragma once
 
 #include "variant_backward.hpp"
+#include "window_forward.hpp"
 
 namespace rx::cpu::RX_ISA {
 
 template <class Core>
-struct WindowRun {
-  using State = typename Core::State;
-
-  const Window& job;
-  const Team& team;
-  const Recursion& rec = job.rec;
-  WindowSpace<Core> ws{};
-  const Slices slices{rec};
-  Range slice{};  // samples
-  State* kept = nullptr;
-  float* kept_floats = nullptr;
-  Save save = Save::all;
-
-  int samples() const { return slice.end - slice.begin; }
-  int rows() const { return samples() * rec.tokens; }
-  size_t first() const { return (size_t)slice.begin * rec.tokens * rec.hidden; }
-  Range own() const { return share(rows(), team.tid, team.size); }
-  size_t values_of(Range r) const { return (size_t)(r.end - r.begin) * rec.hidden; }
-  const State* input(int s) const { return (const State*)rec.in[s] + first(); }
-
-  void forward() {
-    for (int i = 0; i < slices.count && !team.stopped(); ++i) {
-      slice = slices.of(i);
-      take_kept();
-      run_calls(true);
-    }
-  }
-
-  // Save::states keeps in scratch, for one slice at a time, what Save::block does.
-  void take_kept() {
-    const bool scratch = job.save == Save::states;
-    save = scratch ? Save::block : job.save;
-    const KeptSize size = kept_size<State>(rec, save);
-    const size_t sample = scratch ? 0 : slice.begin;
-    kept = (scratch ? ws.window : (State*)job.kept) + size.values * sample;
-    kept_floats = (scratch ? ws.window_floats : job.kept_floats) + size.floats * sample;
-  }
-
-  // The places of a call's blocks; what is not kept lies in scratch, one block at a time.
-  void find(int call) {
-    team.sync();  // with the call before
-    const PackedNet& net = rec.nets[rec.steps[call].net];
-    if (team.tid == 0) kept_of_call(rec, save, samples(), kept, kept_floats, call, ws.blocks);
-    if (team.tid == 0 && save != Save::all) {
-      for (int i = 0; i < net.num_blocks; ++i) {
-        KeptCarver<State> again{ws.again, ws.again_floats};
-        again.rest(ws.blocks[i], net.blocks[i].shape, samples(), rec.tokens);
-      }
-    }
-    team.sync();
-  }
-
-  // All calls, keeping what `save` says. The last value of a state goes to rec.out if `leave`.
-  void run_calls(bool leave) {
-    const State** const now = ws.now;
-    for (int s = 0; s < rec.num_states; ++s) now[s] = input(s);
-    for (int call = 0; call < rec.num_steps && !team.stopped(); ++call) {
-      const Step& step = rec.steps[call];
-      const PackedNet& net = rec.nets[step.net];
-      find(call);
-      form_input(step, now, ws.blocks[0].h);
-      team.sync();
-      for (int i = 0; i < net.num_blocks; ++i) forward_block(call, i, ws.sum);
-      write(step, ws.blocks[net.num_blocks - 1].out);
-    }
-    if (!leave) return;
-    for (int s = 1; s < rec.num_states; ++s) {
-      const size_t at = (size_t)own().begin * rec.hidden;
-      memcpy((State*)rec.out[s] + first() + at, now[s] + at, values_of(own()) * sizeof(State));
-    }
-    team.sync();
-  }
-
-  // What a call's result makes of the state that it is written to.
-  void write(const Step& step, const State* out) {
-    const State*& now = ws.now[step.write];
-    const State* const before = now;
-    now = out;
-    if (is_plain(step)) return;
-    State* const to = ws.values + (size_t)step.write * slices.largest() * rec.tokens * rec.hidden;
-    each_own(
-        [&](size_t at) { store(to + at, damped(out, step, load(before + at), load(out + at))); });
-    for (long row = own().begin; step.noise != 0.f && row < own().end; ++row)
-      add_call_noise(step, rec.seed, rec.first + slice.begin + row / rec.tokens,
-                     row % rec.tokens * rec.hidden, to + row * rec.hidden, rec.hidden);
-    now = to;
-  }
-
-  Beside beside(int call, int block) const { return {slice.begin, rec.steps[call].number, block}; }
-
-  void forward_block(int call, int i, float* sum, bool again = false) {
-    const PackedBlock& packed = rec.nets[rec.steps[call].net].blocks[i];
-    const Kept<State>& k = ws.blocks[i];
-    if (packed.shape.variant.on) {
-      VariantForward<Core>{rec, team, ws, packed, samples(), beside(call, i)}.forward(k, again);
-    } else {
-      WindowBlock<Core>{rec, team, ws, packed, samples(), sum}.forward(k, again);
-    }
-  }
-
-  V sum(const int* slots, int count, const State* const* now, size_t at) const {
-    const State* type = nullptr;
-    V total = load(now[slots[0]] + at);
-    for (int i = 1; i < count; ++i) total = round_as(type, total + load(now[slots[i]] + at));
-    return total;
-  }
-
-  // h <- scale * sum(state) + (sum(inject))
-  void form_input(const Step& step, const State* const* now, State* h) const {
-    const State* type = nullptr;
-    const size_t begin = (size_t)own().begin * rec.hidden, end = (size_t)own().end * rec.hidden;
-    for (size_t at = begin; at < end; at += W) {
-      V total = sum(step.state, step.num_state, now, at);
-      if (step.scale != 1.f) total = round_as(type, total * step.scale);
-      if (step.num_inject)
-        total = round_as(type, total + sum(step.inject, step.num_inject, now, at));
-      store(h + at, total);
-    }
-    team.clock->lap(Phase::inject);
-  }
-
-  // ---- backward -------------------------------------------------------------------------------
+struct WindowRun : WindowForward<Core> {
+  using Forward = WindowForward<Core>;
+  using Forward::beside, Forward::each_own, Forward::find, Forward::first, Forward::forward_block;
+  using Forward::job, Forward::rec, Forward::rows, Forward::run_calls, Forward::samples;
+  using Forward::save, Forward::scale_of, Forward::scales, Forward::slice, Forward::slices;
+  using Forward::take_kept, Forward::team, Forward::ws;
+  using typename Forward::State;
 
   void backward() {
     pack_weights();
@@ -196,12 +82,15 @@ struct WindowRun {
     for (int call = rec.num_steps - 1; call >= 0 && !team.stopped(); --call) {
       const Step& step = rec.steps[call];
       if (!ws.active[call]) continue;
+      find(call);
       take_gradient(step, call);
-      const bool enters = flows(step, call);
+      const bool enters = step.d_scale || flows(step, call);
       through_call(call, enters);
-      if (!enters) continue;
-      for (int i = 0; i < step.num_state; ++i) add_to(step.state[i], call, step.scale);
-      for (int i = 0; i < step.num_inject; ++i) add_to(step.inject[i], call, 1.f);
+      add_products(step.d_scale, ws.sum, ws.blocks[0].scaled, nullptr);
+      for (int i = 0; enters && i < step.num_inject; ++i) add_to(step.inject[i], call);
+      if (enters && scales(step))
+        each_own([&](size_t at) { store(ws.sum + at, load(ws.sum + at) * scale_of(step, at)); });
+      for (int i = 0; enters && i < step.num_state; ++i) add_to(step.state[i], call);
     }
     for (int s = 0; s < rec.num_states; ++s)
       if (job.d_in[s]) write_gradient(s);
@@ -215,7 +104,7 @@ struct WindowRun {
       const Step& step = rec.steps[call];
       ws.active[call] = ws.given[step.write];
       if (!ws.active[call]) continue;
-      ws.given[step.write] = step.keep != 0.f && wanted(step.write, call);
+      ws.given[step.write] = keeps(step) && wanted(step.write, call);
       for (int i = 0; i < step.num_state; ++i)
         ws.given[step.state[i]] |= wanted(step.state[i], call);
       for (int i = 0; i < step.num_inject; ++i)
@@ -223,12 +112,37 @@ struct WindowRun {
     }
   }
 
+  V share_of(const Step& step, size_t at) const {
+    return step.share_each ? load(step.share_each + at % rec.hidden) : splat(step.share);
+  }
+
+  // Whether a step leaves something of what was there before.
+  static bool keeps(const Step& step) { return step.share_each || step.keep != 0.f; }
+
   // sum <- share of the gradient of what a step wrote; what was there before gets the rest.
   void take_gradient(const Step& step, int call) {
     float* const d = ws.d_values[step.write];
-    each_own([&](size_t at) { store(ws.sum + at, load(d + at) * step.share); });
-    ws.given[step.write] = step.keep != 0.f && wanted(step.write, call);
-    if (ws.given[step.write]) each_own([&](size_t at) { store(d + at, load(d + at) * step.keep); });
+    const Kept<State>* const k = ws.blocks;
+    add_products(step.d_share, d, k[rec.nets[step.net].num_blocks - 1].out, k->before);
+    each_own([&](size_t at) { store(ws.sum + at, load(d + at) * share_of(step, at)); });
+    ws.given[step.write] = keeps(step) && wanted(step.write, call);
+    if (!ws.given[step.write]) return;
+    each_own([&](size_t at) {
+      const V keep = step.share_each ? 1.f - share_of(step, at) : splat(step.keep);
+      store(d + at, load(d + at) * keep);
+    });
+  }
+
+  // The gradient of a learned factor: that of the product times what it multiplies, x less `less`.
+  void add_products(float* to, const float* d, const State* x, const State* less) const {
+    if (!to) return;
+    team.sync();
+    const long ld = rec.hidden;
+    sum_columns(team, rows(), rec.hidden, {to, false}, 1.f, [=](int row, int col) {
+      const long at = row * ld + col;
+      return load(d + at) * (less ? load(x + at) - load(less + at) : load(x + at));
+    });
+    team.sync();
   }
 
   // Whether anything has use for the gradient of a value as call `call` read it.
@@ -249,7 +163,6 @@ struct WindowRun {
   void through_call(int call, bool enters) {
     const int net_number = rec.steps[call].net;
     const PackedNet& net = rec.nets[net_number];
-    find(call);
     const Range place = gather(net_number, call);
     const int before = blocks_before(net_number);
     for (int i = net.num_blocks - 1; i >= 0; --i) {
@@ -286,27 +199,22 @@ struct WindowRun {
     State* const to = (State*)job.d_in[s] + first();
     each_own([&](size_t at) { store(to + at, ws.given[s] ? load(ws.d_values[s] + at) : V{}); });
   }
-  void add_to(int slot, int call, float by) {
+  void add_to(int slot, int call) {
     if (!wanted(slot, call)) return;
     float* const total = ws.d_values[slot];
     const bool fresh = !ws.given[slot];
     each_own([&](size_t at) {
-      const V more = load(ws.sum + at) * by;
+      const V more = load(ws.sum + at);
       store(total + at, fresh ? more : load(total + at) + more);
     });
     ws.given[slot] = true;
-  }
-  template <class Work>
-  void each_own(Work work) const {
-    const size_t begin = (size_t)own().begin * rec.hidden, end = (size_t)own().end * rec.hidden;
-    for (size_t at = begin; at < end; at += W) work(at);
   }
 };
 
 template <class Core, bool kBackward>
 void run_window(const Window& job, const Team& team, void* scratch) {
   const NoDenormals here;
-  WindowRun<Core> run{job, team};
+  WindowRun<Core> run{{job, team}};
   WindowSpace<Core>::carve(job, team.size, team.tid, kBackward, (char*)scratch, run.ws);
   team.sync();
   Core::enter(run.ws.gemm);
