@@ -23,21 +23,8 @@ from typing import Any
 
 import torch
 
-from recurx import backends
-from recurx.choices import (
-    CALLS,
-    COMPARED,
-    EAGER,
-    Choice,
-    Where,
-    choose_calls,
-    choose_window,
-    known,
-    plan_of,
-    predicted,
-    refusal,
-    window_half,
-)
+from recurx import backends, choices
+from recurx.choices import EAGER, Choice, Where
 from recurx.plan import Device, LaunchPlan
 from recurx.problem import Problem, decode
 from recurx.verdicts import VERDICTS, Verdict, subject_of
@@ -106,7 +93,7 @@ class Route:
     @property
     def plan(self) -> LaunchPlan:
         """How that backend runs all calls of the schedule."""
-        return plan_of(self.backend, self.problem, self.device)
+        return choices.plan_of(self.backend, self.problem, self.device)
 
     @property
     def settled(self) -> bool:
@@ -118,9 +105,9 @@ class Route:
         """What is relied on: {half, as verdicts name it: choice}."""
         found = {}
         if self.window is not None:
-            found[window_half(self.request.save)] = self.window
+            found[choices.window_half(self.request.save)] = self.window
         if not found or self.split > self.request.start or self.request.save == "states":
-            found[CALLS] = self.calls
+            found[choices.CALLS] = self.calls
         return found
 
     @property
@@ -171,7 +158,7 @@ class Route:
         if entry.predicted is not None:
             parts.append(f"predicted {_time(entry.predicted)}")
         if entry.measured is not None:
-            verdict = known(CALLS, self.problem, self.device)
+            verdict = choices.known(choices.CALLS, self.problem, self.device)
             calls = verdict.calls if verdict else 0
             parts.append(f"measured {_time(entry.measured)} for {calls} calls")
         return f"{entry.backend}: {', '.join(parts)}"
@@ -219,12 +206,12 @@ def decide(problem: Problem, device: Where | None, request: Request, proven: boo
     grad = request.grad or problem.needs_grad
     kind = where.kind if isinstance(where, Device) else problem.device_type
     problem = dataclasses.replace(problem, needs_grad=False, device_type=kind)
-    calls = choose_calls(problem, where, request.backend, proven)
+    calls = choices.choose_calls(problem, where, request.backend, proven)
     stop = len(problem.schedule) if request.stop is None else request.stop
     split = min(max(request.start, problem.schedule.grad_from), stop) if grad else stop
     if split == stop:
         return Route(problem, where, request, calls, None, split)
-    window = choose_window(problem, where, request.backend, request.save, proven)
+    window = choices.choose_window(problem, where, request.backend, request.save, proven)
     pytorch = {"all": "autograd", "block": "recompute", "states": "reference"}
     backward = pytorch[request.save] if window.backend == EAGER else window.backend
     forward = window.backend
@@ -241,7 +228,7 @@ def stored(problem: Problem, device: torch.device, request: Request) -> dict[str
         return {}
     kept = {}
     for half, choice in found.halves.items():
-        verdict = known(half, problem, device) or Verdict(choice.backend, (), 0)
+        verdict = choices.known(half, problem, device) or Verdict(choice.backend, (), 0)
         kept[subject_of(half, problem)] = verdict.json()
     return kept
 
@@ -250,32 +237,32 @@ def forget() -> None:
     """Decide everything anew."""
     _route.cache_clear()
     _considered.cache_clear()
-    predicted.cache_clear()
-    plan_of.cache_clear()
+    choices.predicted.cache_clear()
+    choices.plan_of.cache_clear()
 
 
 def stamp() -> Stamp:
     """Changes whenever another route may come out: a backend, a comparison, a verdict, threads,
     RECURX_AUTOTUNE."""
-    versions = backends.version(), VERDICTS.version, COMPARED.version
+    versions = backends.version(), VERDICTS.version, choices.COMPARED.version
     # Asked at every call: not through a function.
     return *versions, torch.get_num_threads(), os.environ.get("RECURX_AUTOTUNE") != "0"
 
 
 @functools.lru_cache(maxsize=256)
 def _considered(problem: Problem, device: Where, now: Stamp) -> tuple[Considered, ...]:
-    verdict = None if problem.opaque else known(CALLS, problem, device)
+    verdict = None if problem.opaque else choices.known(choices.CALLS, problem, device)
     measured = dict(verdict.seconds) if verdict else {}
     here = isinstance(device, Device) or device.type == "cpu" or torch.cuda.is_available()
     found = []
     for name in backends.ORDER:
-        reason = refusal(name, problem, device)
+        reason = choices.refusal(name, problem, device)
         if reason is not None:
             found.append(Considered(name, reason, None, None))
             continue
-        kinds = [n for n in backends.entrants(name) if refusal(n, problem, device) is None]
+        kinds = [n for n in backends.entrants(name) if choices.refusal(n, problem, device) is None]
         planned = here and not problem.opaque
-        times = {n: predicted(n, problem, device) if planned else math.inf for n in kinds}
+        times = {n: choices.predicted(n, problem, device) if planned else math.inf for n in kinds}
         for n in sorted(times, key=lambda n: times[n]):
             seconds = times[n] if times[n] < math.inf else None
             found.append(Considered(n, None, seconds, measured.get(n)))
@@ -305,7 +292,7 @@ def window_backend(
     schedule, nets = decode(key)
     tokens = tokens or max([block.tokens for _, spec in nets for block in spec.blocks] + [1])
     problem = Problem(schedule, nets, 1, tokens, nets[0][1].hidden, dtype, device_type, rope)
-    found = choose_window(problem, torch.device(device_type), name, save)
+    found = choices.choose_window(problem, torch.device(device_type), name, save)
     return None if found.backend == EAGER else found.backend
 
 

@@ -28,21 +28,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from recurx import backends, recompute, reference, reference_backward
+from recurx import backends, choices, recompute, reference, reference_backward
 from recurx import route as routes
 from recurx.backends.graphs import captured_outside
-from recurx.choices import (
-    CALLS,
-    COMPARED,
-    EAGER,
-    MARGIN,
-    autotune,
-    fused_for,
-    known,
-    predicted,
-    window_half,
-    windows_for,
-)
+from recurx.choices import EAGER
 from recurx.comparing import UntrustedKernel, gradients, gradients_by_autograd, only, right
 from recurx.measure import seconds_of
 from recurx.operands import Operands, Span
@@ -108,7 +97,7 @@ def settled(problem: Problem, request: Request, operands: Operands) -> Route:
 
 def forget() -> None:
     """Compare and time everything anew (what lies on disk stays there)."""
-    COMPARED.forget()
+    choices.COMPARED.forget()
     VERDICTS.forget()
     routes.forget()
 
@@ -117,18 +106,20 @@ def _try(found: Route, operands: Operands) -> Route:
     """Compare and time until the route is settled or memory does not suffice."""
     problem, device, request = found.problem, operands.x.device, found.request
     if not found.calls.settled:
-        fused = fused_for(problem, device)
-        fused = [n for n in fused if COMPARED.get(CALLS, n, problem, device) is not False]
-        times = {name: predicted(name, problem, device) for name in fused}
+        fused = choices.fused_for(problem, device)
+        fused = [
+            n for n in fused if choices.COMPARED.get(choices.CALLS, n, problem, device) is not False
+        ]
+        times = {name: choices.predicted(name, problem, device) for name in fused}
         most = PRUNE * min(times.values(), default=0.0)
         fused = [name for name in fused if times[name] <= most or name == SAFE]
-        _settle(CALLS, fused, problem, operands, _run_calls)
+        _settle(choices.CALLS, fused, problem, operands, _run_calls)
         found = routes.route(problem, device, request)
     if found.window is not None and not found.window.settled:
-        fused = windows_for(problem, device, "auto")
+        fused = choices.windows_for(problem, device, "auto")
         run = functools.partial(_run_window, save=request.save, forward=found.backend)
         training = dataclasses.replace(problem, needs_grad=True)
-        _settle(window_half(request.save), fused, training, operands, run)
+        _settle(choices.window_half(request.save), fused, training, operands, run)
     return routes.route(problem, device, request)
 
 
@@ -141,18 +132,18 @@ def _settle(
         run: what is timed, of (backend, problem, operands, number of calls).
     """
     device = operands.x.device
-    before = known(half, problem, device)
-    timing = autotune() and (before is None or before.chosen not in (*fused, EAGER))
+    before = choices.known(half, problem, device)
+    timing = choices.autotune() and (before is None or before.chosen not in (*fused, EAGER))
     if before is not None:
         fused = sorted(fused, key=lambda name: name != before.chosen)  # all that is left to compare
     trusted = []
     for name in fused:
-        verdict = COMPARED.get(half, name, problem, device)
+        verdict = choices.COMPARED.get(half, name, problem, device)
         if verdict is None:
             verdict = right(half, backends.get(name), problem, operands)
             if verdict is None:
                 return  # asked again the next time
-            COMPARED.keep(half, name, problem, device, verdict)
+            choices.COMPARED.keep(half, name, problem, device, verdict)
         if verdict:
             trusted.append(name)
             if not timing:
@@ -210,7 +201,7 @@ def _race(names: list[str], run: Run, most: int, device: torch.device) -> Verdic
                 best[name] = min(best[name], _seconds(run, name, calls, device))
     if not best:
         return None
-    chosen = min(best, key=lambda name: best[name] / (MARGIN if name == EAGER else 1.0))
+    chosen = min(best, key=lambda name: best[name] / (choices.MARGIN if name == EAGER else 1.0))
     return Verdict(chosen, tuple(best.items()), calls)
 
 

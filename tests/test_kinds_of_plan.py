@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import warnings
 
@@ -127,8 +128,7 @@ def test_a_verdict_for_what_is_no_plan_today_is_ignored(
 def test_the_model_only_prunes_and_never_the_library(monkeypatch, inputs, measuring, clock):
     """However badly it is predicted."""
     times = {"double/slow": 9.0, "double/library": 99.0, "double/fused": 1.0, "eager": 2.0}
-    monkeypatch.setattr(choices, "predicted", lambda name, *_: times[name])
-    monkeypatch.setattr(trials, "predicted", lambda name, *_: times[name])
+    monkeypatch.setattr(choices, "predicted", functools.cache(lambda name, *_: times[name]))
     monkeypatch.setattr(trials, "SAFE", "double/library")
     choose = use(monkeypatch, Kinds(slow=Windowed(), library=Windowed(), fused=Windowed()))
     assert choose(*inputs).name == "double/library"

@@ -7,19 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from recurx.backends import cuda_abi as abi
 from recurx.backends import cuda_grid
-from recurx.backends.cuda_abi import (
-    FAMILIES,
-    SUM_FORMED,
-    SUM_KEPT,
-    SUM_OWN,
-    Library,
-    RxBlock,
-    RxCall,
-    RxClusterPlan,
-    RxOwnerPlan,
-    RxRecursion,
-)
 from recurx.errors import bad_argument
 from recurx.nets import ATTENTION, WEIGHT_NAMES, NetSpec
 from recurx.operands import Operands, Span
@@ -38,9 +27,11 @@ class Launch(NamedTuple):
     scratch_bytes: int
 
     @classmethod
-    def of(cls, library: Library, plan: LaunchPlan, p: RxRecursion, what: str = "run") -> Launch:
+    def of(
+        cls, library: abi.Library, plan: LaunchPlan, p: abi.RxRecursion, what: str = "run"
+    ) -> Launch:
         """How `library` runs `plan`; of `p` only the sizes count."""
-        family, settings = FAMILIES[plan.kind], _settings(plan)
+        family, settings = abi.FAMILIES[plan.kind], _settings(plan)
         size = library.bytes_of(f"rx_{family}_scratch_bytes", p, settings)
         return cls(f"rx_{family}_{what}", settings, size)
 
@@ -49,8 +40,8 @@ def _settings(plan: LaunchPlan) -> ctypes.Structure:
     if plan.kind == "grid":
         return cuda_grid.settings(plan)
     if plan.kind == "cluster":
-        return RxClusterPlan(plan["cluster"])
-    return RxOwnerPlan(*(plan[name] for name, _ in RxOwnerPlan._fields_))
+        return abi.RxClusterPlan(plan["cluster"])
+    return abi.RxOwnerPlan(*(plan[name] for name, _ in abi.RxOwnerPlan._fields_))
 
 
 def check_inputs(problem: Problem, operands: Operands) -> None:
@@ -74,9 +65,9 @@ def check_inputs(problem: Problem, operands: Operands) -> None:
             raise bad_argument("recurse", name, f"a tensor on {device}", got)
 
 
-def describe(problem: Problem, span: Span) -> RxRecursion:
+def describe(problem: Problem, span: Span) -> abi.RxRecursion:
     """The RxRecursion of the calls of `span` without any address."""
-    p = RxRecursion(
+    p = abi.RxRecursion(
         problem.batch, problem.tokens, problem.hidden, len(problem.schedule.states),
         len(problem.nets), span.stop - span.start,
     )  # fmt: skip
@@ -86,10 +77,10 @@ def describe(problem: Problem, span: Span) -> RxRecursion:
     return p
 
 
-def blocks(spec: NetSpec) -> list[RxBlock]:
+def blocks(spec: NetSpec) -> list[abi.RxBlock]:
     """The blocks of a net as structs."""
     return [
-        RxBlock(
+        abi.RxBlock(
             block.kind != ATTENTION, block.inner, block.num_heads, block.token_inner, block.eps,
             block.residual_scale, list(ACTIVATIONS).index(block.activation), block.kv_heads,
             sum(1 << k for k, n in enumerate(WEIGHT_NAMES[block.kind]) if n in block.biases),
@@ -108,10 +99,10 @@ def call_words(problem: Problem, span: Span) -> tuple[int, ...]:
         write, *reads = (
             (slot - 1) % (program.states + 1) for slot in (call.write, *call.state, *call.inject)
         )
-        shared = SUM_FORMED if call.forms else SUM_KEPT
-        c = RxCall(
+        shared = abi.SUM_FORMED if call.forms else abi.SUM_KEPT
+        c = abi.RxCall(
             order.index(call.net), write, len(call.state), len(call.inject),
-            SUM_OWN if call.shared is None else shared, call.stays,
+            abi.SUM_OWN if call.shared is None else shared, call.stays,
         )  # fmt: skip
         c.state[: c.num_state] = reads[: c.num_state]
         c.inject[: c.num_inject] = reads[c.num_state :]

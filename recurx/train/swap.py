@@ -27,18 +27,8 @@ from recurx.models.losses import stablemax_cross_entropy
 from recurx.models.stablemax import fused_stablemax_cross_entropy
 from recurx.patching.handle import Entry, PatchHandle
 from recurx.probing import random_state
+from recurx.train import optim
 from recurx.train.ema import move_
-from recurx.train.optim import (
-    AdamATan2,
-    Muon,
-    SparseSignSGD,
-    adam_atan2_,
-    embedding_buffers,
-    muon_,
-    reads_the_rate,
-    sparse_sign_sgd_,
-    stepping,
-)
 
 _KNOWN = "a loss head with a stablemax `loss_fn`, AdamATan2, Muon, sparse sign SGD, an EMA helper"
 Change = tuple[Any, str, Any]  # owner, attribute, its new value
@@ -86,7 +76,7 @@ def provide_adam_atan2() -> None:
     if "adam_atan2" in sys.modules or importlib.util.find_spec("adam_atan2") is not None:
         return
     module = ModuleType("adam_atan2", "recurx's AdamATan2 under the name official code imports.")
-    module.AdamATan2 = AdamATan2  # type: ignore[attr-defined]
+    module.AdamATan2 = optim.AdamATan2  # type: ignore[attr-defined]
     sys.modules["adam_atan2"] = module
 
 
@@ -137,26 +127,26 @@ def _not_stablemax(loss: Callable[..., Tensor]) -> str | None:
 
 
 def _optimizer(optimizer: torch.optim.Optimizer) -> Verdict:
-    if isinstance(optimizer, (AdamATan2, SparseSignSGD, Muon)):
+    if isinstance(optimizer, (optim.AdamATan2, optim.SparseSignSGD, optim.Muon)):
         return "it is recurx's already", None
     settings = [set(group) - {"params", "initial_lr"} for group in optimizer.param_groups]
-    if reads_the_rate(optimizer):
-        rule, what = muon_, "Muon, which never reads the device"
+    if optim.reads_the_rate(optimizer):
+        rule, what = optim.muon_, "Muon, which never reads the device"
     elif all(keys == _SIGN_SGD for keys in settings):
         try:
             for group in optimizer.param_groups:
-                embedding_buffers(group["params"])
+                optim.embedding_buffers(group["params"])
         except ValueError as error:
             return str(error), None
-        rule, what = sparse_sign_sgd_, "sparse sign SGD"
+        rule, what = optim.sparse_sign_sgd_, "sparse sign SGD"
     elif all(keys == _ADAM for keys in settings):
         difference = _not_adam_atan2(optimizer)
         if difference is not None:
             return difference, None
-        rule, what = adam_atan2_, "AdamATan2, one launch"
+        rule, what = optim.adam_atan2_, "AdamATan2, one launch"
     else:
         return f"has the settings {sorted(set().union(*settings))}", None
-    return f"step: {what}", ("step", MethodType(stepping(rule), optimizer))
+    return f"step: {what}", ("step", MethodType(optim.stepping(rule), optimizer))
 
 
 def _not_adam_atan2(optimizer: torch.optim.Optimizer) -> str | None:
@@ -166,7 +156,7 @@ def _not_adam_atan2(optimizer: torch.optim.Optimizer) -> str | None:
         return f"keeps {sorted(keys)} of a weight"
     device = optimizer.param_groups[0]["params"][0].device
     weights = []
-    for cls in (type(optimizer), AdamATan2):
+    for cls in (type(optimizer), optim.AdamATan2):
         weight = nn.Parameter(torch.linspace(-1, 1, 64, device=device))
         try:
             new = cls([weight], lr=0.1, betas=(0.8, 0.9), weight_decay=0.3)
