@@ -17,14 +17,14 @@ from recurx.bench.step_cost import solve_seconds, step_seconds, train_seconds
 from recurx.bench.variants import Variant
 from recurx.errors import BackendUnavailable
 from recurx.plan import Device, LaunchPlan
-from recurx.plan.device import WIDE, cpu_device, gpu_device
+from recurx.plan.device import AMX, WIDE, cpu_device, gpu_device
 from recurx.problem import Problem
 
 # For files of before these were measured: of a Zen 3.
 OPERATOR_US, CACHE_BYTES = 12.6, 32 << 20
 # A thread's, of a Xeon with AVX-512 (Granite Rapids: 25 to 29 at 4 to 56 MB); a Zen 3's is unseen.
 STREAM_GBS = 28.0
-# Flag -> the engine's name.
+# Flag -> the engine's name, of files that do not say it.
 ISAS = {"amx_bf16": "amx", "avx512_bf16": "avx512_bf16", "avx512f": "avx512", "avx2": "avx2"}
 
 
@@ -42,7 +42,8 @@ def device_of(document: dict[str, Any]) -> Device | None:
     rates = {f"{d}_tflops": _median(f"large_{d}_tflops", found) for d in DTYPES}
     flags = facts["cpu"]["flags"]
     isa = next((isa for flag, isa in ISAS.items() if flag in flags), "portable")
-    if isa == "amx":  # a square product is not where matrix units are fastest
+    isa = facts["cpu"].get("engine") or isa
+    if isa in AMX:  # a square product is not where matrix units are fastest
         rates["bf16_tflops"] = max(
             ceilings[f"{kind}_bf16_tflops"] for ceilings in found for kind in ("case", "large")
         )

@@ -34,6 +34,8 @@ def _output(*command: str) -> str:
 
 
 def _cpu() -> dict[str, Any]:
+    from recurx import measure
+
     fields: dict[str, str] = {}
     cpuinfo = Path("/proc/cpuinfo")
     for line in cpuinfo.read_text().split("\n\n")[0].splitlines() if cpuinfo.exists() else []:
@@ -45,6 +47,7 @@ def _cpu() -> dict[str, Any]:
         "family_model": f"{fields.get('cpu family', '?')}/{fields.get('model', '?')}",
         "cores": os.cpu_count(),
         "flags": [flag for flag in FLAGS if flag in flags],
+        "engine": measure.engine_isa(),  # RECURX_CPU_ISA or a sample product chooses among them
     }
 
 

@@ -90,6 +90,8 @@ def markdown(results: Sequence[Result]) -> str:
 def _heading(device: str, sources: list[Result]) -> str:
     facts = sources[-1].facts
     flags = ", ".join(facts["cpu"]["flags"])
+    if engine := facts["cpu"].get("engine"):
+        flags += f"; engine {engine}"
     versions = [f"{n} {facts[n]}" for n in ("torch", "triton") if facts.get(n)]
     lines = [f"**{device}** ({flags}); {', '.join(versions)}."]
     if any(result.facts.get("gpu") for result in sources):

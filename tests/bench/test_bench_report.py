@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import sys
 
+import documents
 import pytest
 from documents import document, row, untimed, write
 
 from recurx import atomic
 from recurx.atomic import write_json
-from recurx.bench import plots, ratios, report, results
+from recurx.bench import plots, predict, ratios, report, results
 from recurx.bench.provenance import ROOT
 from recurx.commands import main
 from recurx.errors import InvalidArgument, RecurxError
@@ -47,6 +48,17 @@ def test_the_table_shows_every_row_lost_ones_included(result):
     assert "Some CPU" in text and "2026-01-02" in text and "0123456" in text
     assert "`python -m recurx bench run`" in text
     assert "| trm-att step, cpu bf16 | 1 | 10-12 | 100 | 50% | – | – | 1 | 9.5 |" in text
+
+
+def test_the_engine_that_ran_is_said_and_judged_by_its_own_model(tmp_path):
+    """Flags do not tell whether fp32 ran by AMX; files of before say flags alone."""
+    cpu = dict(documents.CPU, flags=["avx2", "avx512f", "amx_bf16"])
+    said = document(ROWS, cpu=dict(cpu, engine="amx_split"))
+    assert "amx_bf16; engine amx_split" in report.markdown([write(tmp_path / "a.json", said)])
+    rates = dict(copy_gbs=9.0, large_fp32_tflops=0.2, large_bf16_tflops=0.4, case_bf16_tflops=0.1)
+    for made, isa in ((said, "amx_split"), (document(ROWS, cpu=cpu), "amx")):
+        made["groups"][0]["ceilings"] = rates
+        assert predict.device_of(made).isa == isa
 
 
 def test_solving_shows_accuracy_beside_speed(tmp_path):
