@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from recurx.nets import ATTENTION, BlockSpec, NetSpec
-from recurx.operands import CosSin
+from recurx.operands import Beside, CosSin, Operands, Span
+from recurx.packed import PackedNets
+from recurx.problem import Problem
 
 from . import block_training
 from .attention import attention
@@ -45,18 +47,27 @@ def _trimmed(spec: BlockSpec, weights: Matrices) -> Matrices:
 class LibrarySlice(TiledSlice):
     """A slice whose intermediates are allocated as it goes: in a capture, from the graph's pool."""
 
+    def __init__(
+        self, problem: Problem, span: Span, packed: PackedNets, size: int, like: Operands
+    ) -> None:
+        super().__init__(problem, span, packed, size, like)
+        self._first = span.start
+
     def _new_scratch(self, size: int, tokens: int) -> None:
         return None
 
     def launch(self) -> None:
         """Every row of the program, launch by launch."""
+        call = self._first
         for number, row in enumerate(self._rows):
             if not row.is_identity:
                 scaled = row.factors is not None
                 form_call_input(self._arena, self._words, number, scaled=scaled)
             if row.net is not None:
                 halves = halves_of(self._packed, row.net)
-                run_call(self._arena[row.place], halves, self._cos_sin)
+                beside = Beside(self._stream, call=call)
+                run_call(self._arena[row.place], halves, self._cos_sin, beside)
+                call += 1
             if row.finishes:
                 self._finish(number, row, None, 0.0)
 

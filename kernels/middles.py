@@ -16,8 +16,9 @@ from torch import Tensor
 from recurx.errors import bad_argument
 
 from . import checks
+from .branch import Norm
 from .fields import MAX_ROW, MAX_ROW_OVER_T
-from .pointwise import BLOCK, OPTIONS, Norm, _load, activated, affine, centred, row_tile
+from .pointwise import BLOCK, OPTIONS, _load, activated, affine, centred, row_tile
 
 
 @triton.jit

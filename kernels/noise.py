@@ -1,10 +1,14 @@
-"""Normal noise from a counter inside a kernel: recurx/noise.py says what it is and why.
+"""Noise and dropout from a counter inside a kernel: recurx/noise.py says what they are and why.
 
-Philox 4x32 with 10 rounds, then Box-Muller. A word of four gives four elements; here each element
-draws its own four words and uses two, because elements of a quad may lie in several threads.
+Philox 4x32 with 10 rounds, then Box-Muller or a comparison. A counter of four words gives four
+elements; here each element draws its own four words and uses two of them, or one, because elements
+of a quad may lie in several threads.
 """
 
 from __future__ import annotations
+
+import math
+import struct
 
 import triton
 import triton.language as tl
@@ -30,13 +34,37 @@ def philox(a, b, c, d, seed):
 
 
 @triton.jit
+def _words_of_quad(seed, entry, number, element, use):
+    zero = (element ^ element).to(tl.uint32)
+    quad = (element >> 2).to(tl.uint32)
+    counter = zero + entry.to(tl.uint32), zero + number.to(tl.uint32), zero + use
+    return philox(quad, counter[0], counter[1], counter[2], seed)
+
+
+@triton.jit
+def kept(seed, entry, number, element, use, LEAST: tl.constexpr):
+    """Whether each `element` of samples `entry` is not dropped; the arguments as below, `LEAST` of
+    `kept_of`."""
+    a, b, c, d = _words_of_quad(seed, entry, number, element, use)
+    odd, second = (element & 1) != 0, (element & 2) != 0
+    word = tl.where(second, tl.where(odd, d, c), tl.where(odd, b, a))
+    return (word >> 8).to(tl.int32) >= LEAST
+
+
+def kept_of(elements: float, samples: float) -> dict[str, float]:
+    """Of shares that are dropped: the least 24 bits of a word that keep an element, or a sample,
+    and by what factor all grows."""
+    shares = struct.unpack("2f", struct.pack("2f", elements, samples))  # as PyTorch compares fp32
+    least = [math.ceil(share * 2**24) for share in shares]
+    grown = 1 / (1 - elements) * (1 / (1 - samples))
+    return {"ELEMENTS": least[0], "SAMPLES": least[1], "GROWN": grown}
+
+
+@triton.jit
 def normal_numbers(seed, entry, number, element):
     """Standard normals in fp32: for each `element` of a sample, `entry` its number (they broadcast
     to int32), at call `number`."""
-    zero = (element ^ element).to(tl.uint32)
-    quad = (element >> 2).to(tl.uint32)
-    a, b, c, d = philox(quad, zero + entry.to(tl.uint32), zero + number.to(tl.uint32), zero + USE,
-                        seed)  # fmt: skip
+    a, b, c, d = _words_of_quad(seed, entry, number, element, USE)
     second = (element & 2) != 0
     return _box_muller(tl.where(second, c, a), tl.where(second, d, b), element & 1)
 

@@ -6,7 +6,8 @@
     swiglu             gate <- act(gate) * up, or act(gate) alone; silu in TRM and HRM
     swiglu_backward    gate, up, d_middle <- d_gate, d_up, silu(gate) * up
 
-The branch is learned * scale * norm(product + bias), each part where a block has it.
+The branch is learned * scale * norm(product + bias), less what is dropped (kernels/noise.py), each
+part where a block has it.
 
 bf16 or fp32 storage, fp32 arithmetic: products come rounded to the storage dtype, as PyTorch's do,
 and are added in fp32. A program holds whole rows; over T a row is a column of [T, D], and
@@ -15,7 +16,7 @@ neighbours are read together. A result may lie in the place of an operand.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -25,7 +26,9 @@ from torch import Tensor
 from recurx.errors import bad_argument
 
 from . import checks
+from .branch import PLAIN, PLAIN_NORM, Branch, Norm, check_vectors, single
 from .fields import MAX_ROW, MAX_ROW_OVER_T
+from .noise import kept, kept_of
 
 BLOCK = 1024  # elements a program of the SwiGLU's: 8 a thread, one 16-byte access of bf16
 TILE = 2048  # elements of an rms's program, unless its least rows have more
@@ -82,13 +85,14 @@ def times(x, CONSTANT: tl.constexpr, learned, ONE: tl.constexpr, N: tl.constexpr
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["call", "use"])
 def add_norm_kernel(
     residual, product, out, scale, M, weight, shift, total, bias, before_weight, before_shift,
-    learned, skip, KIND: tl.constexpr, EPS: tl.constexpr, KEEP: tl.constexpr, R: tl.constexpr,
-    N: tl.constexpr, OVER_T: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    learned, skip, stream, call, use, KIND: tl.constexpr, EPS: tl.constexpr, KEEP: tl.constexpr,
+    R: tl.constexpr, N: tl.constexpr, OVER_T: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     BIAS_OF_ROW: tl.constexpr, BEFORE: tl.constexpr, BEFORE_EPS: tl.constexpr,
     FACTOR: tl.constexpr, ONE_LEARNED: tl.constexpr, SKIP: tl.constexpr, ONE_SKIP: tl.constexpr,
+    ELEMENTS: tl.constexpr, SAMPLES: tl.constexpr, GROWN: tl.constexpr,
 ):  # fmt: skip
     """Pointers that are None are no part of the compiled kernel."""
     rows, at, inside = _tile(M, R, N, OVER_T, ROWS, COLS)
@@ -104,7 +108,17 @@ def add_norm_kernel(
             branch *= tl.rsqrt(tl.sum(branch * branch, 1) / N + BEFORE_EPS)[:, None]
             branch = affine(branch, before_weight, before_shift, N, COLS)
         x = times(x, SKIP, skip, ONE_SKIP, N, COLS)
-        x += times(branch, FACTOR, learned, ONE_LEARNED, N, COLS)
+        branch = times(branch, FACTOR, learned, ONE_LEARNED, N, COLS)
+        if stream is not None:
+            seed, entry = tl.load(stream), (rows // R)[:, None] + tl.load(stream + 1).to(tl.int32)
+            element = (rows % R)[:, None] * N + tl.arange(0, COLS)[None, :]
+            branch *= GROWN
+            if ELEMENTS > 0:
+                branch = tl.where(kept(seed, entry, call, element, use, ELEMENTS), branch, 0.0)
+            if SAMPLES > 0:
+                path = kept(seed, entry, call, 0 * entry, use + 4, SAMPLES)
+                branch = tl.where(path, branch, 0.0)
+        x += branch
     if total is not None:
         tl.store(total + at, x.to(total.dtype.element_ty), mask=inside)
     if KIND != "":
@@ -200,33 +214,6 @@ def swiglu_backward_kernel(
 # ---- launches: contiguous bfloat16 or float32 of one device, else InvalidArgument ----------------
 
 
-class Norm(NamedTuple):
-    """A norm "rms" or "layer", and its vectors [N] if it has any."""
-
-    kind: str
-    eps: float
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-
-
-class Branch(NamedTuple):
-    """What becomes of a product before it is added, and of the residual; see `add_norm`.
-
-    `bias` is [N], or [T] if `bias_of_token` says so (rows over D); learned factors [1] or [N].
-    """
-
-    bias: Tensor | None = None
-    bias_of_token: bool = False
-    norm: Norm | None = None
-    scale: float = 1.0
-    learned: Tensor | None = None
-    skip: float = 1.0
-    learned_skip: Tensor | None = None
-
-
-PLAIN = Branch()
-
-
 def add_rms(
     residual: Tensor, product: Tensor, out: Tensor, eps: float, *, over_tokens: bool = False,
     scale: Tensor | None = None,
@@ -246,35 +233,19 @@ def add_norm(
     product the norm of `residual`. `out` has no part without a norm."""
     tensors = residual, product, out, total
     grid, m, sizes = _rows("add_norm", over_tokens, scale, *tensors)
-    wanted, before = norm or Norm("", 1.0), branch.norm or Norm("", 1.0)
-    _check_vectors(sizes, wanted, before, branch)
+    wanted, before = norm or PLAIN_NORM, branch.norm or PLAIN_NORM
+    check_vectors("add_norm", sizes["N"], sizes["R"], wanted, branch)
+    *shares, stream, call, use = branch.drops
     if m:
         args = residual, product, out, out if scale is None else scale, m
         vectors = wanted.weight, wanted.bias, total, branch.bias, before.weight, before.bias
         add_norm_kernel[grid](
-            *args, *vectors, branch.learned, branch.learned_skip, KIND=wanted.kind, EPS=wanted.eps,
-            KEEP=scale is not None, BIAS_OF_ROW=branch.bias_of_token, BEFORE=before.kind,
-            BEFORE_EPS=before.eps, FACTOR=float(branch.scale),
-            ONE_LEARNED=_single(branch.learned), SKIP=float(branch.skip),
-            ONE_SKIP=_single(branch.learned_skip), **sizes,
+            *args, *vectors, branch.learned, branch.learned_skip, stream, call, use,
+            KIND=wanted.kind, EPS=wanted.eps, KEEP=scale is not None,
+            BIAS_OF_ROW=branch.bias_of_token, BEFORE=before.kind, BEFORE_EPS=before.eps,
+            FACTOR=float(branch.scale), ONE_LEARNED=single(branch.learned), SKIP=float(branch.skip),
+            ONE_SKIP=single(branch.learned_skip), **kept_of(*shares), **sizes,
         )  # fmt: skip
-
-
-def _single(vector: Tensor | None) -> bool:
-    return vector is not None and vector.numel() == 1
-
-
-def _check_vectors(sizes: dict[str, Any], norm: Norm, before: Norm, branch: Branch) -> None:
-    """A kernel reads as many values of a vector as its rows are long."""
-    of_token = branch.bias_of_token
-    vectors = [(v, sizes["N"]) for v in (norm.weight, norm.bias, before.weight, before.bias)]
-    vectors.append((branch.bias, sizes["R"] if of_token else sizes["N"]))
-    factors = branch.learned, branch.learned_skip
-    vectors += [(factor, 1 if _single(factor) else sizes["N"]) for factor in factors]
-    for vector, length in vectors:
-        if vector is not None and (vector.shape != (length,) or not vector.is_contiguous()):
-            got = f"{tuple(vector.shape)}, strides {vector.stride()}"
-            raise bad_argument("add_norm", "a vector", f"contiguous [{length}]", got)
 
 
 def add_rms_backward(

@@ -15,22 +15,26 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from recurx.operands import CosSin
+from recurx.noise import DROPS
+from recurx.operands import ALONE, Beside, CosSin
 from recurx.packed import PackedNets
 from recurx.specs import ATTENTION, NO_MIXER, NORM, TOKEN_MLP, BlockSpec
 
 from .attention import Heads, attention
+from .branch import Branch, Drops, Norm
 from .middles import depthwise, gated_norm
-from .pointwise import Branch, Norm, add_norm, swiglu
+from .pointwise import add_norm, swiglu
 from .vendor import exact_products, multiply
 
 
 class Half(NamedTuple):
-    """The mixer ("1") or the MLP ("2") of a block, or a block "norm"; its weights by name."""
+    """The mixer ("1") or the MLP ("2") of a block, or a block "norm"; its weights by name, and the
+    number of the block in its net."""
 
     spec: BlockSpec
     number: str
     weights: Mapping[str, Tensor]
+    block: int
 
     @property
     def over_tokens(self) -> bool:
@@ -51,18 +55,21 @@ class Half(NamedTuple):
 def halves_of(packed: PackedNets, net: str) -> list[Half]:
     """The halves of a net's blocks, in order."""
     halves = []
-    for index in range(*packed.of_net[net]):
+    for block, index in enumerate(range(*packed.of_net[net])):
         spec, matrices = packed.specs[index], packed.blocks[index]
         named = zip(spec.products, matrices, strict=True)
         weights = {name: matrix[:, :columns] for (name, _, columns), matrix in named}
         numbers = {NORM: "1", NO_MIXER: "2"}.get(spec.kind, "12")
-        halves += [Half(spec, number, {**weights, **packed.vectors[index]}) for number in numbers]
+        weights |= packed.vectors[index]
+        halves += [Half(spec, number, weights, block) for number in numbers]
     return halves
 
 
 @exact_products()
-def run_call(h: Tensor, halves: Sequence[Half], cos_sin: CosSin | None) -> None:
-    """One net call on h [B, T, D], in place."""
+def run_call(
+    h: Tensor, halves: Sequence[Half], cos_sin: CosSin | None, beside: Beside = ALONE
+) -> None:
+    """One net call on h [B, T, D], in place; `beside` as the reference's, without the block."""
     made = None  # norm(h) for the next half, if the one before has made it
     for half, after in zip(halves, [*halves[1:], None], strict=True):
         x, over = made, half.over_tokens
@@ -81,12 +88,16 @@ def run_call(h: Tensor, halves: Sequence[Half], cos_sin: CosSin | None) -> None:
             # A block "norm" leaves its norm alone; of others h itself is needed, too.
             out = made = h if last else h.new_empty(h.shape)
             total = None if last else h
-        branch = _branch(half)
+        branch = _branch(half, beside)
         add_norm(h, product, out, norm, branch=branch, total=total, over_tokens=over)
 
 
-def _branch(half: Half) -> Branch:
+def _branch(half: Half, beside: Beside) -> Branch:
     spec, w, mixes = half.spec, half.weights, half.number == "1"
+    drops = Drops()
+    if spec.dropout or spec.drop_path:
+        use = DROPS + 4 * (4 * half.block + 2 * int(half.number))
+        drops = Drops(spec.dropout, spec.drop_path, beside.seed, beside.call, use)
     last = {ATTENTION: "o", TOKEN_MLP: "t_down"}[spec.kind] if mixes else "down"
     return Branch(
         bias=w.get(f"{last}_bias"),
@@ -96,6 +107,7 @@ def _branch(half: Half) -> Branch:
         learned=w.get(f"scale{half.number}"),
         skip=spec.skip_scale,
         learned_skip=w.get(f"skip{half.number}"),
+        drops=drops,
     )
 
 

@@ -44,8 +44,7 @@ class TiledSlice:
         self._packed = packed
         self._scratch = self._new_scratch(size, problem.tokens)
         self._cos_sin = None if cos_sin is None else tuple(torch.empty_like(t) for t in cos_sin)
-        noisy = any(row.factors is not None and row.factors.noise for row in rows_of(program))
-        self._stream = torch.zeros(2, dtype=torch.int64, device=device) if noisy else None
+        self._stream = None if like.seed is None else torch.zeros_like(like.seed)
 
     def _new_scratch(self, size: int, tokens: int) -> Any:
         elements = max(Scratch.elements(spec, size, tokens) for spec in self._packed.specs)
@@ -53,7 +52,7 @@ class TiledSlice:
 
     def enter(self, operands: Operands, live: slice) -> None:
         """Copy x and the states of some samples in, and with the first ones the rotary tables:
-        graphs hold the addresses of their own copy. The noise counts on from those samples."""
+        graphs hold the addresses of their own copy. What is drawn counts on from those samples."""
         if operands.rope is not None and live.start == 0:
             torch._foreach_copy_(list(self._cos_sin), list(operands.rope))
         if self._stream is not None:

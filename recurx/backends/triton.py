@@ -159,7 +159,7 @@ class Triton(Backend):
         rope = operands.rope
         key = (
             plan.kind, problem.nets, calls, size, problem.tokens, problem.dtype, device, id(packed),
-            rope and rope[0].shape, operands.seed is None, stream_of(device),
+            rope and rope[0].shape, operands.seed is None or span, stream_of(device),
         )  # fmt: skip
         outputs = [torch.empty_like(state) for state in operands.states]
         with self.recordings.lock:

@@ -59,11 +59,13 @@ def _variants(dtype: torch.dtype) -> dict[str, Callable]:
         return _meta(64, tokens, width, dtype=dtype)
 
     def norms() -> object:
-        from recurx.kernels.pointwise import Branch, Norm, add_norm
+        from recurx.kernels.branch import Branch, Drops, Norm
+        from recurx.kernels.pointwise import add_norm
 
         norm = Norm("layer", 1e-5, vector(512), vector(512))
+        drops = Drops(0.1, 0.1, vector(2, torch.int64), 1, 11)
         branch = Branch(
-            vector(97, dtype), True, norm, 0.5, vector(512, dtype), 0.8, vector(512, dtype)
+            vector(97, dtype), True, norm, 0.5, vector(512, dtype), 0.8, vector(512, dtype), drops
         )
         return add_norm(row(), row(), row(), norm, branch=branch, total=row())
 
@@ -74,8 +76,8 @@ def _variants(dtype: torch.dtype) -> dict[str, Callable]:
         return swiglu(row(2 * 512), 64, activation="gelu", bias=bias)
 
     def inner_norm() -> object:
+        from recurx.kernels.branch import Norm
         from recurx.kernels.middles import gated_norm
-        from recurx.kernels.pointwise import Norm
 
         how = dict(activation="silu", gated=True, of_product=True, bias=vector(2 * 1536, dtype))
         return gated_norm(row(97, 2 * 1536), Norm("layer", 1e-5, vector(1536)), **how)

@@ -21,7 +21,9 @@ from tests.kernels.compare import assert_as_exact
 from tests.variants import TOKENS, VARIANTS, net_of, tables_of
 
 ONE = Schedule((Step("L", "z", ("z",), ("x",)),))
+TWICE = Schedule(ONE.steps * 2)
 WIDTH = 64
+_DROPS = dict(dropout=0.3, drop_path=0.4)
 MORE: dict[str, dict[str, Any]] = {
     "token MLP over D, biases": dict(
         VARIANTS["token MLP normed over D"], biases=("t_gate_up", "t_down"), gated=False
@@ -38,6 +40,10 @@ MORE: dict[str, dict[str, Any]] = {
         VARIANTS["convolution before the gate"], biases=("gate_up",), inner_norm="rms",
         residual_scale=0.5, learned_scale="scalar",
     ),
+    "dropout, sandwich": dict(VARIANTS["sandwich"], dropout=0.3, learned_scale="channel"),
+    "paths, pre-norm": dict(VARIANTS["channel scales"], drop_path=0.4),
+    "token MLP, dropping": dict(VARIANTS["constant skips"], **_DROPS),
+    "token MLP over D, dropping": dict(VARIANTS["token MLP normed over D"], **_DROPS),
 }  # fmt: skip
 NAMES = [name for name in VARIANTS if not name.startswith("axial")]
 NAMES += MORE
@@ -52,17 +58,29 @@ def spec_of(name: str) -> BlockSpec:
     return BlockSpec(**fields)
 
 
-def library(net: Net, x: torch.Tensor, carry: dict, cos_sin: Any) -> torch.Tensor:
-    return recurx.recurse(ONE, {"L": net}, x, carry, backend="triton/library", cos_sin=cos_sin)["z"]
+def library(
+    net: Net, x: torch.Tensor, carry: dict, cos_sin: Any, schedule: Schedule = ONE, **beside: Any
+) -> torch.Tensor:
+    how = dict(backend="triton/library", cos_sin=cos_sin, **beside)
+    return recurx.recurse(schedule, {"L": net}, x, carry, **how)["z"]
 
 
-def judged(net: Net, cos_sin: Any, dtype: torch.dtype) -> None:
-    """One call against fp64."""
-    x, carry = make_inputs(ONE, batch=2, tokens=TOKENS, hidden=WIDTH, dtype=dtype)
+def beside_of(net: Net) -> dict[str, Any]:
+    """What its blocks read beside weights."""
+    drops = {"dropout", "drop_path"} & {*net.spec.changed}
+    return {"seed": torch.tensor([2**40 + 1, 3])} if drops else {}
+
+
+def judged(net: Net, cos_sin: Any, dtype: torch.dtype, batch: int = 2) -> None:
+    """The second of two calls against fp64; with draws, which count calls, the third too."""
+    beside = beside_of(net)
+    calls = Schedule(ONE.steps * (3 if beside else 2))
+    x, carry = make_inputs(calls, batch=batch, tokens=TOKENS, hidden=WIDTH, dtype=dtype)
     exact_net, net = (rounded(net, dtype, to) for to in (torch.float64, torch.float32))
-    exact = reference.run(ONE, {"L": exact_net}, x.double(), wide(carry), cos_sin)["z"]
-    plain = reference.run(ONE, {"L": net}, x, carry, cos_sin)["z"]
-    assert_as_exact(library(net, x, carry, cos_sin), plain, exact)
+    exact = reference.run(calls, {"L": exact_net}, x.double(), wide(carry), cos_sin, 1, **beside)
+    plain = reference.run(calls, {"L": net}, x, carry, cos_sin, 1, **beside)
+    got = library(net, x, carry, cos_sin, calls, start_from=1, **beside)
+    assert_as_exact(got, plain["z"], exact["z"])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -85,6 +103,34 @@ def test_a_stack_that_ends_in_a_norm() -> None:
         judged(*stack(), torch.bfloat16)
 
 
+DRAWN = [name for name in NAMES if {"dropout", "drop_path"} & {*spec_of(name).changed}]
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_draws_in_fp32_and_of_many_samples(name: str) -> None:
+    spec = spec_of(name)
+    with triton_on_cpu("library", slice=3):
+        judged(net_of(spec, spec, seed=1), tables_of(spec), torch.float32, batch=7)
+
+
+@pytest.mark.parametrize("name", DRAWN[1:3])
+def test_slices_and_replays_draw_by_seed_sample_and_call(name: str) -> None:
+    """Three samples in slices of two; each of two calls alone is a graph of its own."""
+    spec = spec_of(name)
+    net, cos_sin, graphs = net_of(spec), tables_of(spec), FakeGraphs(allocates=True)
+    x, carry = make_inputs(TWICE, batch=3, tokens=TOKENS, hidden=WIDTH, dtype=torch.float32)
+    with triton_on_cpu("library", slice=2, capture=graphs):
+        for seed in (0, 1, 0):
+            for start in (0, 1):
+                beside = {"seed": torch.tensor([seed, 0])}
+                how = dict(start_from=start, stop_after=start + 1, **beside)
+                got = library(net, x, carry, cos_sin, TWICE, **how)
+                span = cos_sin, start, start + 1
+                want = reference.run(TWICE, {"L": net}, x, carry, *span, **beside)["z"]
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert graphs.captures == 2
+
+
 def test_replays_have_the_bits_of_plain_launches() -> None:
     """The last norm is no launch of its own, and of two norms of a block one is none, too."""
     net, cos_sin = stack()
@@ -100,7 +146,7 @@ def test_replays_have_the_bits_of_plain_launches() -> None:
 
 
 @pytest.mark.parametrize("change, said", [
-    ({"axial": (3, 4, 0)}, "axial"), ({"dropout": 0.1}, "dropout"), ({"drop_path": 0.1}, "drop_p"),
+    ({"axial": (3, 4, 0)}, "axial"),
     ({"key_padding": True}, "key_padding"), ({"conv": 2, "conv_dtype": "float32"}, "conv_dtype"),
     ({"head_size": 48}, "head_dim"), ({"inner_norm": "rms", "inner": 4100}, "inner_norm"),
 ])  # fmt: skip
@@ -169,6 +215,19 @@ BUGS = {
                       "norm of the product"),
     "inner_norm_tokens": ("middles", "+ wide % R + cols * R", "+ wide % R * N + cols",
                           "token MLP, inner norms"),
+    "dropout": ("pointwise", "element, use, ELEMENTS)", "element, use + 4, ELEMENTS)",
+                "dropout, sandwich"),
+    "drop_path": ("pointwise", "0 * entry, use + 4", "element, use + 4", "paths, pre-norm"),
+    "what stays grows": ("pointwise", "branch *= GROWN", "branch *= 1.0", "dropout, sandwich"),
+    "draws of a sample": ("pointwise", "+ tl.load(stream + 1)", "+ 0 * tl.load(stream + 1)",
+                          "paths, pre-norm"),
+    "draws of an element": ("pointwise", "(rows % R)[:, None] * N +", "(rows % R)[:, None] +",
+                            "token MLP, dropping"),
+    "draws of a call": ("library", "call += 1", "call += 0", "paths, pre-norm"),
+    "draws of a span": ("library", "self._first = span.start", "self._first = 0",
+                        "paths, pre-norm"),
+    "draws of a block": ("sublayers", "2 * int(half.number)", "2", "token MLP over D, dropping"),
+    "words of a quad": ("noise", "tl.where(odd, d, c)", "tl.where(odd, c, d)", "dropout, sandwich"),
     "conv": ("middles", "(k - K // 2)", "(k - (K - 1) // 2)", "ConvSwiGLU"),
     "conv_of": ("sublayers", "inside and spec.conv and not early", "False", "ConvSwiGLU"),
 }  # fmt: skip
@@ -177,12 +236,13 @@ BUGS = {
 @pytest.mark.parametrize("field", BUGS)
 def test_planted_bugs_are_rejected(field: str, monkeypatch, tmp_path) -> None:
     from recurx.kernels import library as way
-    from recurx.kernels import sublayers
+    from recurx.kernels import pointwise, sublayers
 
     module, old, new, name = BUGS[field]
     mutant = planted(module, old, new, tmp_path)
-    place = way if module == "sublayers" else sublayers
-    for each in ("run_call", "add_norm", "swiglu", "attention", "gated_norm", "depthwise"):
+    place = {"sublayers": way, "library": way, "noise": pointwise}.get(module, sublayers)
+    names = "run_call", "add_norm", "swiglu", "attention", "gated_norm", "depthwise"
+    for each in (*names, "kept", "LibrarySlice"):
         if getattr(getattr(mutant, each, None), "__module__", "") == mutant.__name__:
             monkeypatch.setattr(place, each, getattr(mutant, each))
     with triton_on_cpu("library"), pytest.raises(AssertionError, match="relative error"):

@@ -6,6 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from recurx import BlockSpec, reference
+from recurx.noise import DROPS
+from recurx.operands import Beside
+from recurx.specs import NO_MIXER
+
 from .. import build
 from .test_backward_kernels import d_rms, normed
 from .test_kernels import randn
@@ -61,7 +66,27 @@ def swiglu(backward: bool):
     return lambda: swiglu(wide, 5, d_middle), [wide, d_middle], [want, middle.detach()]
 
 
-CASES = [(make, flag) for make in (add_rms, add_rms_backward, swiglu) for flag in (False, True)]
+def drops(over_tokens: bool):
+    """The very elements and samples that the reference drops; rows of 14
+    (9 over T), not of whole quads."""
+    from recurx.kernels.branch import Branch, Drops
+    from recurx.kernels.pointwise import add_norm
+
+    h, product = torch.zeros(5, 9, 14).bfloat16(), torch.ones(5, 9, 14).bfloat16()
+    if over_tokens:
+        h, product = h.mT.contiguous(), product.mT.contiguous()
+    spec = BlockSpec(NO_MIXER, 14, 1, dropout=0.25, drop_path=0.5)
+    beside = Beside(torch.tensor([2**40 + 1, 3]), call=16, block=1)
+    want = reference.dropped(torch.ones(5, 9, 14).double(), spec, "2", beside)
+    branch = Branch(drops=Drops(0.25, 0.5, beside.seed, 16, DROPS + 4 * (4 + 4)))
+    call = lambda: add_norm(  # noqa: E731
+        h, product, None, None, branch=branch, total=h, over_tokens=over_tokens
+    )
+    return call, [h], [want.mT if over_tokens else want]
+
+
+MADE = add_rms, add_rms_backward, swiglu, drops
+CASES = [(make, flag) for make in MADE for flag in (False, True)]
 
 
 @pytest.mark.parametrize("arch", ["80", "90"])
