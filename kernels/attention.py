@@ -14,7 +14,8 @@ log2 of a row's sum of exp: p = exp2(score - lse). The halves of a head of Q and
 so that the pair (j, j + half) of the rotation is in one thread.
 
 Blocks that differ from TRM's (`Heads`) have fewer heads of K and V, a mask by places, a norm of
-each head of Q and K before the rotation, a gate: out = sigmoid(gate) * mixed.
+each head of Q and K before the rotation, keys that nobody sees (a row that sees none is 0), and a
+gate: out = sigmoid(gate) * mixed.
 """
 
 from __future__ import annotations
@@ -100,11 +101,11 @@ def seen(rows, keys, CAUSAL: tl.constexpr, PREFIX: tl.constexpr, WINDOW: tl.cons
 
 @triton.jit
 def attention_kernel(
-    qkv, cos, sin, out, lse, q_norm, k_norm, gate, SCALE: tl.constexpr, ROTATE: tl.constexpr,
-    KEEP_LSE: tl.constexpr, PEEL: tl.constexpr, T: tl.constexpr, H: tl.constexpr,
-    HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.constexpr,
-    KV: tl.constexpr, CAUSAL: tl.constexpr, PREFIX: tl.constexpr, WINDOW: tl.constexpr,
-    NORM: tl.constexpr, EPS: tl.constexpr,
+    qkv, cos, sin, out, lse, q_norm, k_norm, gate, unseen,
+    SCALE: tl.constexpr, ROTATE: tl.constexpr, KEEP_LSE: tl.constexpr, PEEL: tl.constexpr,
+    T: tl.constexpr, H: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr, PRECISION: tl.constexpr, KV: tl.constexpr, CAUSAL: tl.constexpr,
+    PREFIX: tl.constexpr, WINDOW: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     """Pointers that are None are no part of the compiled kernel."""
     # One axis: the others of a grid end at 65535, which B * H may pass.
@@ -127,6 +128,9 @@ def attention_kernel(
     highest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, HEAD_DIM), tl.float32)
+    # Finite: a row that sees none of a step has NaN of infinities, but of these only a sum that the
+    # first key which it sees rescales to 0. There is one, but where keys are padding.
+    OUT: tl.constexpr = -1e30 if unseen is None else float("-inf")
     REST: tl.constexpr = T % COLS if PEEL else T
     for part in tl.static_range(2):  # steps of COLS keys, then the rest, which needs a mask
         for start in range(part * (T - REST), T - REST + part * REST, COLS):
@@ -136,11 +140,12 @@ def attention_kernel(
             )
             scores = tl.dot(q_low, tl.trans(k_low), input_precision=PRECISION)
             scores = tl.dot(q_high, tl.trans(k_high), scores, input_precision=PRECISION)
-            if CAUSAL or WINDOW:
-                # Finite: a row that sees none of a step has NaN of infinities, but of these only a
-                # sum that the first key which it sees rescales to 0.
+            if CAUSAL or WINDOW or unseen is not None:
                 sees = seen(rows, keys, CAUSAL, PREFIX, WINDOW)
-                scores = tl.where(sees, scores, -1e30)
+                if unseen is not None:
+                    padding = tl.load(unseen + batch * T + keys, mask=keys < T, other=1)
+                    sees = sees & (padding[None, :] == 0)
+                scores = tl.where(sees, scores, OUT)
             if part == 1:
                 scores = tl.where(keys[None, :] < T, scores, float("-inf"))
             # Maximum and sum are of scores times log2(e), so that exp2 serves; SCALE has it in it,
@@ -148,6 +153,8 @@ def attention_kernel(
             higher = tl.max(scores, 1) * SCALE
             if COLS < T:
                 higher = tl.maximum(highest, higher)
+            if unseen is not None:
+                higher = tl.maximum(higher, -3e38)
             p = tl.exp2(scores * SCALE - higher[:, None])
             value = load_rows(v_g, keys, e, STRIDE, T, part == 0)
             if COLS < T:
@@ -160,6 +167,8 @@ def attention_kernel(
             highest = higher
 
     mixed = acc / total[:, None]
+    if unseen is not None:
+        mixed = tl.where(total[:, None] == 0.0, 0.0, mixed)
     if gate is not None:
         gate_g = gate + batch * T * H * HEAD_DIM + head * HEAD_DIM
         logits = load_rows(gate_g, rows, e, H * HEAD_DIM, T, False)
@@ -198,9 +207,11 @@ def attention(
     lse: torch.Tensor | None = None,
     heads: Heads = PLAIN,
     gate: torch.Tensor | None = None,
+    unseen: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[B, T, H, head_dim] from qkv [B, T, 3H, head_dim] (contiguous, bfloat16 or float32), or
     [B, T, H + 2 kv_heads, head_dim]; multiplied by the sigmoid of `gate` [B, T, H * head_dim].
+    Keys of `unseen`, contiguous bool [B, T], are seen by no query.
 
     With `cos_sin` (contiguous float32 [T, head_dim] each) Q and K are rotated as they are loaded,
     in fp32, and rounded to the dtype of qkv; without it qkv is taken as it is. Writes `lse`
@@ -217,6 +228,10 @@ def attention(
     if gate is not None:
         checks.shape(op, "gate", gate, (batch, tokens, num_heads * head_dim))
         checks.contiguous_matrix(op, "gate", gate.flatten(0, 1))
+    if unseen is not None:
+        checks.shape(op, "unseen", unseen, (batch, tokens))
+        if unseen.dtype != torch.bool or not unseen.is_contiguous() or lse is not None:
+            raise bad_argument(op, "unseen", "contiguous bool, without lse", unseen.dtype)
     if out is None:
         out = torch.empty(expected, dtype=qkv.dtype, device=qkv.device)
     checks.shape(op, "out", out, expected)
@@ -225,7 +240,7 @@ def attention(
     if out.numel() == 0:
         return out
     shared = tiles.shared_bytes(qkv.device)
-    args, constants, options = launch_arguments(qkv, out, shared, lse, cos_sin, heads, gate)
+    args, constants, options = launch_arguments(qkv, out, shared, lse, cos_sin, heads, gate, unseen)
     grid = (triton.cdiv(tokens, constants["ROWS"]) * batch * num_heads,)
     attention_kernel[grid](*args, **constants, **options)
     return out
@@ -258,6 +273,7 @@ def launch_arguments(
     cos_sin: CosSin | None = None,
     heads: Heads = PLAIN,
     gate: torch.Tensor | None = None,
+    unseen: torch.Tensor | None = None,
 ) -> tuple[tuple, dict, dict]:
     """(runtime arguments, compile-time arguments, compiler options) of one launch."""
     _, tokens, all_heads, head_dim = qkv.shape
@@ -275,5 +291,6 @@ def launch_arguments(
         "EPS": heads.eps,
     }  # fmt: skip
     kept = out if lse is None else lse
-    args = qkv, cos, sin, out, kept, heads.q_norm, heads.k_norm, gate
+    hidden = None if unseen is None else unseen.view(torch.uint8)
+    args = qkv, cos, sin, out, kept, heads.q_norm, heads.k_norm, gate, hidden
     return args, constants, tiles.options(tile)

@@ -51,7 +51,13 @@ class LibrarySlice(TiledSlice):
         self, problem: Problem, span: Span, packed: PackedNets, size: int, like: Operands
     ) -> None:
         super().__init__(problem, span, packed, size, like)
-        self._first = span.start
+        self._first, mask = span.start, like.key_mask
+        self._mask = None if mask is None else mask.new_zeros(size, problem.tokens)
+
+    def enter(self, operands: Operands, live: slice) -> None:
+        super().enter(operands, live)
+        if self._mask is not None:
+            self._mask[: live.stop - live.start].copy_(operands.key_mask[live])
 
     def _new_scratch(self, size: int, tokens: int) -> None:
         return None
@@ -65,7 +71,7 @@ class LibrarySlice(TiledSlice):
                 form_call_input(self._arena, self._words, number, scaled=scaled)
             if row.net is not None:
                 halves = halves_of(self._packed, row.net)
-                beside = Beside(self._stream, call=call)
+                beside = Beside(self._stream, self._mask, call)
                 run_call(self._arena[row.place], halves, self._cos_sin, beside)
                 call += 1
             if row.finishes:

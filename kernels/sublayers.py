@@ -79,7 +79,7 @@ def run_call(
         made = None
         if half.spec.kind == NORM:
             continue
-        product = _mixed(h if x is None else x, half, cos_sin)
+        product = _mixed(h if x is None else x, half, cos_sin, beside)
         norm, out, total = None, None, h
         if half.spec.placement == "post":
             norm, out, total = half.norm(f"norm{half.number}"), h, None
@@ -111,14 +111,14 @@ def _branch(half: Half, beside: Beside) -> Branch:
     )
 
 
-def _mixed(x: Tensor, half: Half, cos_sin: CosSin | None) -> Tensor:
+def _mixed(x: Tensor, half: Half, cos_sin: CosSin | None, beside: Beside) -> Tensor:
     """The product that ends attention or an MLP, without its bias."""
-    if half.number == "2":
-        return _mlp(x, half, "")
-    return _attended(x, half, cos_sin) if half.spec.kind == ATTENTION else _mlp(x, half, "t_")
+    if half.number == "1" and half.spec.kind == ATTENTION:
+        return _attended(x, half, cos_sin, beside.key_mask if half.spec.key_padding else None)
+    return _mlp(x, half, "" if half.number == "2" else "t_")
 
 
-def _attended(x: Tensor, half: Half, cos_sin: CosSin | None) -> Tensor:
+def _attended(x: Tensor, half: Half, cos_sin: CosSin | None, unseen: Tensor | None) -> Tensor:
     spec, w = half.spec, half.weights
     qkv = multiply(x, w["qkv"], bias=w.get("qkv_bias"))
     heads = Heads(
@@ -130,7 +130,7 @@ def _attended(x: Tensor, half: Half, cos_sin: CosSin | None) -> Tensor:
     if spec.attn_gate:
         gate = multiply(x, w["attn_gate"], bias=w.get("attn_gate_bias"))
     by_head = qkv.unflatten(2, (qkv.shape[2] // spec.head_dim, spec.head_dim))
-    mixed = attention(by_head, cos_sin=cos_sin, heads=heads, gate=gate).flatten(2)
+    mixed = attention(by_head, cos_sin=cos_sin, heads=heads, gate=gate, unseen=unseen).flatten(2)
     if spec.attn_norm:
         add_norm(mixed, None, mixed, half.norm("attn_norm", spec.attn_norm))
     return multiply(mixed, w["o"])

@@ -93,7 +93,8 @@ def _variants(dtype: torch.dtype) -> dict[str, Callable]:
 
         qkv, table = _meta(64, 97, 8 + 2 * 2, 64, dtype=dtype), _meta(97, 64, dtype=torch.float32)
         how = Heads(2, True, 16, 40, "layer", 1e-5, vector(64), vector(64))
-        return attention(qkv, cos_sin=(table, table), heads=how, gate=row())
+        unseen = _meta(64, 97, dtype=torch.bool)
+        return attention(qkv, cos_sin=(table, table), heads=how, gate=row(), unseen=unseen)
 
     made = norms, activation, inner_norm, convolution, heads
     return {f"variant {call.__name__}": call for call in made}

@@ -70,6 +70,29 @@ def test_rotation_on_load(triton_device, shape, dtype):
     torch.testing.assert_close(lse.double().cpu(), want, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [0, 40])
+def test_keys_that_nobody_sees(triton_device, window, dtype):
+    """In steps: none of the first keys, all, none at all; with a window rows see none of some."""
+    from recurx.kernels.attention import Heads, attention
+
+    qkv = randn(3, 200, 3, 64, seed=0).to(dtype)
+    unseen = torch.arange(200) < torch.tensor([150, 0, 200])[:, None]
+    heads = Heads(kv_heads=1, window=window)
+    got = attention(qkv.to(triton_device), heads=heads, unseen=unseen.to(triton_device)).cpu()
+    places = torch.arange(200)
+    near = (places[:, None] - places).abs() < (window or 200)
+    sees = (near & ~unseen[:, None])[:, None]
+    exact, plain = (
+        F.scaled_dot_product_attention(*parts.transpose(1, 2).chunk(3, dim=1), attn_mask=sees)
+        for parts in (qkv.double(), qkv)
+    )
+    some = sees.any(-1, keepdim=True)
+    assert not got[~some[:, 0, :, 0]].any() and some.any() and not some.all()
+    exact, plain = (torch.where(some, t, 0).transpose(1, 2) for t in (exact, plain))
+    assert_as_exact(got, plain, exact)
+
+
 @pytest.mark.parametrize("tokens", [97, 130])
 def test_large_scores(triton_device, tokens):
     """Scores far beyond what exp can take."""

@@ -127,9 +127,22 @@ def rotating_attention_of_many():
     return rotating_attention(200)
 
 
+def attention_of_padded_keys():
+    """Of two samples one sees no key."""
+    from recurx.kernels.attention import attention
+
+    qkv, unseen = randn(2, 97, 3, 64, seed=0), torch.arange(97).expand(2, 97) < 70
+    unseen = unseen.clone().logical_or_(torch.tensor([[False], [True]]))
+    q, k, v = qkv.double().transpose(1, 2).chunk(3, dim=1)
+    sees = ~unseen[:1, None, None]
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=sees)
+    want[1] = 0
+    return lambda: attention(qkv, unseen=unseen), want.transpose(1, 2)
+
+
 TRITON = [
     linear, linear_residual, linear_residual_rms_over_tokens, gate_up_swiglu, attention,
-    rotating_attention_of_one_step, rotating_attention_of_many,
+    rotating_attention_of_one_step, rotating_attention_of_many, attention_of_padded_keys,
 ]  # fmt: skip
 
 
