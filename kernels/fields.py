@@ -32,8 +32,8 @@ def why_not(problem: Problem) -> str | None:
     if (unknown := problem.unknown(FIELDS["library"].union(FACTORS))) is not None:
         return f"{unknown}, but by kind graph"
     for block in (block for _, spec in problem.nets for block in spec.blocks):
-        if block.conv_dtype and getattr(torch, block.conv_dtype) != problem.dtype:
-            return f"runs convolutions in the states' dtype, not conv_dtype={block.conv_dtype}"
+        if block.conv_dtype == "float32" and problem.dtype != torch.float32:
+            return f"runs no convolution wider than the states, conv_dtype={block.conv_dtype}"
         rows = {
             "attn_norm": block.num_heads * block.head_dim if block.attn_norm else 0,
             "inner_norm": block.inner if block.inner_norm else 0,

@@ -9,6 +9,7 @@ no up. bf16 or fp32 storage, fp32 arithmetic. A program of the first holds whole
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -52,6 +53,11 @@ def gated_norm_kernel(
 
 
 @triton.jit
+def _rounded(x, at, inside, dtype: tl.constexpr):
+    return tl.load(x + at, mask=inside, other=0.0).to(dtype).to(tl.float32)
+
+
+@triton.jit
 def depthwise_kernel(
     x, weight, bias, out, M, T: tl.constexpr, C: tl.constexpr, STRIDE: tl.constexpr,
     K: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -60,16 +66,17 @@ def depthwise_kernel(
     rows = (tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     cols = (tl.program_id(0) % across * COLS + tl.arange(0, COLS))[None, :]
     inside, token = (rows < M) & (cols < C), rows % T
+    dtype: tl.constexpr = out.dtype.element_ty
     sums = tl.zeros((ROWS, COLS), tl.float32)
     for k in tl.static_range(K):
         near = token + (k - K // 2)
         there = inside & (near >= 0) & (near < T)
-        value = _load(x, (rows + (k - K // 2)) * STRIDE + cols, there)
-        sums += value * _load(weight, cols * K + k, cols < C)
-    sums += _load(bias, cols, cols < C)
+        value = _rounded(x, (rows + (k - K // 2)) * STRIDE + cols, there, dtype)
+        sums += value * _rounded(weight, cols * K + k, cols < C, dtype)
+    sums += _rounded(bias, cols, cols < C, dtype)
     if ACT != "":
         sums = activated(sums, ACT)
-    tl.store(out + rows * C + cols, sums.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + rows * C + cols, sums.to(dtype), mask=inside)
 
 
 # ---- launches ------------------------------------------------------------------------------------
@@ -99,16 +106,19 @@ def gated_norm(
         )  # fmt: skip
 
 
-def depthwise(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "") -> Tensor:
+def depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor, activation: str = "", dtype: torch.dtype | None = None
+) -> Tensor:
     """Each channel of x [B, T, C] convolved over the tokens, K // 2 zeros before the first; rows
-    of x may lie apart. weight [C, 1, K], bias [C]; the result is contiguous."""
+    of x may lie apart. weight [C, 1, K], bias [C]; the result is contiguous, in `dtype` (bfloat16
+    or float32, that of x unless given), to which the operands are rounded first."""
     op, (samples, tokens, channels) = "kernels.depthwise", x.shape
     checks.same_dtype_and_device(op, x=x, weight=weight, bias=bias)
     checks.shape(op, "bias", bias, (channels,))
     checks.shape(op, "weight", weight, (channels, 1, weight.shape[-1]))
     if x.stride(2) != 1 or x.stride(0) != tokens * x.stride(1) or not weight.is_contiguous():
         raise bad_argument(op, "x", "equal steps between its rows", x.stride())
-    out = x.new_empty(x.shape)
+    out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
     cols = min(BLOCK // 4, triton.next_power_of_2(channels))
     sizes = {"T": tokens, "C": channels, "STRIDE": x.stride(1), "K": weight.shape[-1]}
     sizes |= {"ACT": activation, "ROWS": BLOCK // cols, "COLS": cols, **OPTIONS}

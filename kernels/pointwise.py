@@ -231,8 +231,8 @@ def add_norm(
 ) -> None:  # fmt: skip
     """total = residual + branch of the product, out = norm(total), each if it is given; without a
     product the norm of `residual`. `out` has no part without a norm."""
-    tensors = residual, product, out, total
-    grid, m, sizes = _rows("add_norm", over_tokens, scale, *tensors)
+    tensors = residual, out, total
+    grid, m, sizes = _rows("add_norm", over_tokens, scale, *tensors, product=product)
     wanted, before = norm or PLAIN_NORM, branch.norm or PLAIN_NORM
     check_vectors("add_norm", sizes["N"], sizes["R"], wanted, branch)
     *shares, stream, call, use = branch.drops
@@ -261,10 +261,17 @@ def add_rms_backward(
     return d_x
 
 
-def _rows(op: str, over_tokens: bool, scale: Tensor | None, *tensors: Tensor | None) -> Any:
-    """(grid, rows, compile-time arguments and options) of a launch over rows."""
+def _rows(
+    op: str, over_tokens: bool, scale: Tensor | None, *tensors: Tensor | None,
+    product: Tensor | None = None,
+) -> Any:  # fmt: skip
+    """(grid, rows, compile-time arguments and options) of a launch over rows; `product` may be in
+    another dtype than the tensors."""
     given = {f"tensor {n}": t for n, t in enumerate(tensors) if t is not None}
     checks.same_dtype_and_device(f"kernels.{op}", **given)
+    if product is not None:
+        checks.same_dtype_and_device(f"kernels.{op}", product=product)
+        given["product"] = product
     first = given["tensor 0"]
     for name, tensor in given.items():
         checks.shape(op, name, tensor, tuple(first.shape))

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from recurx.noise import DROPS
@@ -137,12 +138,14 @@ def _attended(x: Tensor, half: Half, cos_sin: CosSin | None, unseen: Tensor | No
 
 
 def _mlp(x: Tensor, half: Half, over: str) -> Tensor:
-    """The MLP over D (`over` is ""), or over T ("t_"), where hidden values are [B, F, D]."""
+    """The MLP over D (`over` is ""), or over T ("t_"), where hidden values are [B, F, D]. From a
+    convolution on all is in its dtype."""
     spec, w, inside = half.spec, half.weights, not over
     bias, early = w.get(f"{over}gate_up_bias"), inside and spec.conv and spec.conv_of == "gate_up"
+    dtype = getattr(torch, spec.conv_dtype) if spec.conv_dtype else None
     wide = multiply(x, w[f"{over}gate_up"], not inside, bias=bias if early else None)
     if early:  # the zeros before the first token stand beside sums with their bias
-        wide, bias = depthwise(wide, w["conv"], w["conv_bias"]), None
+        wide, bias = depthwise(wide, w["conv"], w["conv_bias"], dtype=dtype), None
     if spec.inner_norm and (inside or spec.inner_norm_tokens):
         gated_norm(
             wide, half.norm(f"{over}inner_norm", spec.inner_norm), activation=spec.activation,
@@ -154,5 +157,5 @@ def _mlp(x: Tensor, half: Half, over: str) -> Tensor:
         swiglu(wide, rows, activation=spec.activation, gated=spec.gated, bias=bias)
     middle = wide.narrow(*((2, 0, spec.inner) if inside else (1, 0, spec.token_inner)))
     if inside and spec.conv and not early:
-        middle = depthwise(middle, w["conv"], w["conv_bias"], spec.activation)
-    return multiply(middle, w[f"{over}down"], not inside)
+        middle = depthwise(middle, w["conv"], w["conv_bias"], spec.activation, dtype)
+    return multiply(middle, w[f"{over}down"].to(middle.dtype), not inside)
