@@ -7,7 +7,7 @@
 
 `place` is the slot in which the input is formed and the net runs (recurx/program.py); where it is
 not the one that is written, the call is damped. Factors start at 0 where no row has any; else every
-row has some.
+row has some. What is learned is not among them: kernels read it where it lies, [D].
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def call_table(program: Program, blocks: Mapping[str, tuple[int, int]]) -> tuple
         words += [ends + len(factors) if has_factors else 0, row.write]
         reads += [*row.state, *row.inject]
         if has_factors:
-            *values, number = row.factors or PLAIN
+            *values, number, _ = row.factors or PLAIN
             factors += [*struct.unpack("4i", struct.pack("4f", *values)), number]
     return tuple(words + reads + factors)
 
@@ -49,6 +49,13 @@ def call_table(program: Program, blocks: Mapping[str, tuple[int, int]]) -> tuple
 def load_factor(table, row, number: tl.constexpr):
     """Factor `number` (0 scale, 1 keep, 2 damping, 3 noise) of the row at `row`, a scalar."""
     return tl.load(table + tl.load(row + 6) + number).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def learned(factor, D: tl.constexpr, COLS: tl.constexpr):
+    """The values of a learned factor, float32 [D], beside rows."""
+    cols = tl.arange(0, COLS)[None, :]
+    return tl.load(factor + cols, mask=cols < D, other=0.0)
 
 
 @triton.jit

@@ -1,4 +1,5 @@
-"""Which fields of blocks, beside TRM's and HRM's, each plan of backend "triton" has kernels for.
+"""Which fields of blocks, beside TRM's and HRM's, and whether learned factors of steps each plan of
+backend "triton" has kernels for.
 
 Plans read this, so nothing here imports triton. What is not here runs by kind "graph", which
 replays the reference as one CUDA graph.
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from recurx.problem import Problem
-from recurx.schedule import FACTORS
+from recurx.schedule import FACTORS, LEARNED
 
 # By the plan's kind; a kind that is not here has kernels for none.
 FIELDS: dict[str, frozenset[str]] = {
@@ -19,7 +20,7 @@ FIELDS: dict[str, frozenset[str]] = {
         "prefix", "window", "qk_norm", "qk_norm_weight", "attn_gate", "attn_norm",
         "attn_norm_weight", "activation", "gated", "inner_norm", "inner_norm_weight",
         "inner_norm_tokens", "inner_norm_of", "conv", "conv_of", "conv_dtype",
-        "dropout", "drop_path", "key_padding",
+        "dropout", "drop_path", "key_padding", LEARNED,
     )),
 }  # fmt: skip
 # Values of a row, over D or F and over T, that a program holds: 64 a thread, 3 operands.

@@ -20,7 +20,7 @@ import triton.language as tl
 from recurx.errors import bad_argument
 
 from . import checks, tiles
-from .call_table import ROW, load_factor
+from .call_table import ROW, learned, load_factor
 from .rms import row_scale, whole_rows
 
 
@@ -47,13 +47,17 @@ def read_sum(arena, table, at, count, slot_stride, offset, mask, raw=None, facto
 
 @triton.jit
 def call_input(
-    arena, table, row, slot_stride, offset, mask, SCALED: tl.constexpr, raw=None, factor=None
+    arena, table, row, slot_stride, offset, mask, SCALED: tl.constexpr, raw=None, factor=None,
+    each=None,
 ):  # fmt: skip
-    """scale * sum(state) + (sum(inject)) of the call whose row starts at `row`."""
+    """scale * sum(state) + (sum(inject)) of the call whose row starts at `row`; `each`: a learned
+    scale's values of the columns."""
     at, states, injects = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
     h = read_sum(arena, table, at, states, slot_stride, offset, mask, raw, factor)
     if SCALED:
         h = (load_factor(table, row, 0) * h.to(tl.float32)).to(arena.dtype.element_ty)
+    if each is not None:
+        h = (each * h.to(tl.float32)).to(arena.dtype.element_ty)
     if injects > 0:
         at += states
         inject = read_sum(arena, table, at, injects, slot_stride, offset, mask, raw, factor)
@@ -64,21 +68,22 @@ def call_input(
 @triton.jit
 def call_input_kernel(
     arena, table, row, before, squares,
-    M, slot_stride,
+    M, slot_stride, scale,
     D: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr, SCALED: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     rows, live, offset, mask = whole_rows(M, D, ROWS, COLS)
     write = tl.load(row + 2).to(tl.int64)
+    each = None if scale is None else learned(scale, D, COLS)
     if PARTS > 0:
         raw = tl.load(before + 2)
         factor = row_scale(squares, rows, live, M, PARTS, D, EPS)[:, None]
-        h = call_input(arena, table, row, slot_stride, offset, mask, SCALED, raw, factor)
+        h = call_input(arena, table, row, slot_stride, offset, mask, SCALED, raw, factor, each)
         if raw != write:
             left = read_slot(arena, before, 2, slot_stride, offset, mask, raw, factor)
             tl.store(arena + raw.to(tl.int64) * slot_stride + offset, left, mask=mask)
     else:
-        h = call_input(arena, table, row, slot_stride, offset, mask, SCALED)
+        h = call_input(arena, table, row, slot_stride, offset, mask, SCALED, each=each)
     tl.store(arena + write * slot_stride + offset, h, mask=mask)
 
 
@@ -91,11 +96,13 @@ def form_call_input(
     squares: torch.Tensor | None = None,
     eps: float = 0.0,
     scaled: bool = False,
+    scale: torch.Tensor | None = None,
 ) -> None:
     """Write the input of call number `call` of the table into the slot that the call runs in.
 
     arena contiguous [slots, ..., D], bfloat16 or float32; table int32 as `call_table` makes it, on
-    the same device; `scaled`: the row has factors, and of them its scale counts. If call number
+    the same device; `scaled`: the row has factors, and of them its scale counts, or instead of
+    it the learned `scale`, float32 [D]. If call number
     `before` has left raw rows in the slot it wrote, `squares` [tiles, rows] are theirs; afterwards
     the slot is normalised. Raises InvalidArgument on anything else.
     """
@@ -109,9 +116,11 @@ def form_call_input(
     if squares is not None:
         rows = arena[0].numel() // max(1, arena.shape[-1])
         checks.float32(op, "squares", squares, (squares.shape[0], rows))
+    if scale is not None:
+        checks.float32(op, "scale", scale, arena.shape[-1:])
     if arena[0].numel():
         args, constants, options = launch_arguments(
-            arena, table, call, before, squares, eps, scaled
+            arena, table, call, before, squares, eps, scaled, scale
         )
         grid = (triton.cdiv(args[5], constants["ROWS"]),)
         call_input_kernel[grid](*args, **constants, **options)
@@ -125,14 +134,16 @@ def launch_arguments(
     squares: torch.Tensor | None = None,
     eps: float = 0.0,
     scaled: bool = False,
+    scale: torch.Tensor | None = None,
 ) -> tuple[tuple, dict, dict]:
     """(runtime arguments, compile-time arguments, compiler options) of one launch."""
     d = arena.shape[-1]
     rows, cols = tiles.pass_tile(d)
     args = (arena, table, table[call * ROW :], table[(before or 0) * ROW :])
-    args += (table if squares is None else squares, arena[0].numel() // d, arena.stride(0))
+    args += (table if squares is None else squares, arena[0].numel() // d, arena.stride(0), scale)
     parts = 0 if squares is None else squares.shape[0]
     constants = {
-        "D": d, "PARTS": parts, "EPS": eps, "SCALED": scaled, "ROWS": rows, "COLS": cols,
+        "D": d, "PARTS": parts, "EPS": eps, "SCALED": scaled and scale is None, "ROWS": rows,
+        "COLS": cols,
     }  # fmt: skip
     return args, constants, {"num_warps": 4}

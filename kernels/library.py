@@ -24,6 +24,7 @@ from recurx.nets import ATTENTION, BlockSpec, NetSpec
 from recurx.operands import Beside, CosSin, Operands, Span
 from recurx.packed import PackedNets
 from recurx.problem import Problem
+from recurx.program import Factors
 
 from . import block_training
 from .attention import attention
@@ -62,20 +63,31 @@ class LibrarySlice(TiledSlice):
     def _new_scratch(self, size: int, tokens: int) -> None:
         return None
 
+    def _learned(self, factors: Factors) -> dict[str, Tensor]:
+        """Learned factors [D] of a call, by field: each the weight of a norm among the nets."""
+        packed = self._packed
+        return {
+            field: packed.vectors[packed.of_net[name][0]]["norm1"]
+            for field, name in factors.learned
+        }
+
     def launch(self) -> None:
         """Every row of the program, launch by launch."""
         call = self._first
         for number, row in enumerate(self._rows):
+            learned = {} if row.factors is None else self._learned(row.factors)
             if not row.is_identity:
-                scaled = row.factors is not None
-                form_call_input(self._arena, self._words, number, scaled=scaled)
+                form_call_input(
+                    self._arena, self._words, number, scaled=row.factors is not None,
+                    scale=learned.get("scale"),
+                )  # fmt: skip
             if row.net is not None:
                 halves = halves_of(self._packed, row.net)
                 beside = Beside(self._stream, self._mask, call)
                 run_call(self._arena[row.place], halves, self._cos_sin, beside)
                 call += 1
             if row.finishes:
-                self._finish(number, row, None, 0.0)
+                self._finish(number, row, None, 0.0, learned.get("damping"))
 
 
 @exact_products()

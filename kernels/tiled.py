@@ -94,9 +94,11 @@ class TiledSlice:
         if squares is not None:
             normalise(self._arena[self._rows[before].write], squares, eps=eps)
 
-    def _finish(self, number: int, row: Row, squares: Tensor | None, eps: float) -> None:
+    def _finish(
+        self, number: int, row: Row, squares: Tensor | None, eps: float, share: Tensor | None = None
+    ) -> None:
         stream = self._stream if row.factors is not None and row.factors.noise else None
         finish_call(
             self._arena[row.place], self._arena[row.write], self._words, number, stream=stream,
-            squares=squares, eps=eps,
+            squares=squares, eps=eps, share=share,
         )  # fmt: skip

@@ -18,13 +18,14 @@ from recurx.schedule import INPUT, Schedule, Step
 
 
 class Factors(NamedTuple):
-    """Those of a `Step`, `keep` being 1 - damping; `number`: of the call, if it has noise."""
+    """Of a `Step`; `keep` is 1 - damping, `number` a noisy call's, 0.5 whatever is `learned`."""
 
     scale: float
     keep: float
     damping: float
     noise: float
     number: int
+    learned: tuple[tuple[str, str], ...] = ()
 
 
 PLAIN = Factors(1.0, 0.0, 1.0, 0.0, 0)
@@ -79,10 +80,9 @@ def lower(schedule: Schedule, span: Span) -> Program:
             held, sums = step.inject, sums + 1
         shared = sums if len(step.inject) > 1 and held == step.inject else None
         state, inject = ([slot[name] for name in names] for names in (step.state, step.inject))
-        called = span.start + number if step.noise else 0
-        # What is learned an engine reads at each call.
-        scale, damping = (1.0 if isinstance(f, str) else f for f in (step.scale, step.damping))
-        factors = Factors(scale, 1 - damping, damping, step.noise, called)
+        called, learned = span.start + number if step.noise else 0, tuple(step.learned.items())
+        scale, damping = (0.5 if isinstance(f, str) else f for f in (step.scale, step.damping))
+        factors = Factors(scale, 1 - damping, damping, step.noise, called, learned)
         calls.append(
             Call(
                 step.net, slot[step.write], tuple(state), tuple(inject), shared, forms,

@@ -106,6 +106,6 @@ def call_words(problem: Problem, span: Span) -> tuple[int, ...]:
         )  # fmt: skip
         c.state[: c.num_state] = reads[: c.num_state]
         c.inject[: c.num_inject] = reads[c.num_state :]
-        c.scale, c.keep, c.damping, c.noise, c.number = call.factors or PLAIN
+        c.scale, c.keep, c.damping, c.noise, c.number = (call.factors or PLAIN)[:5]
         words += (ctypes.c_int32 * (ctypes.sizeof(c) // 4)).from_buffer(c)
     return tuple(words)

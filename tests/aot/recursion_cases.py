@@ -51,7 +51,7 @@ def _recursion(
     return TritonCase(label, dtype, archs, kernel, launch, spills)
 
 
-def _call_input(dtype: torch.dtype, archs: tuple[str, ...]) -> TritonCase:
+def _call_input(dtype: torch.dtype, archs: tuple[str, ...], learned: bool = False) -> TritonCase:
     def kernel():
         from recurx.kernels.inject import call_input_kernel
 
@@ -62,12 +62,16 @@ def _call_input(dtype: torch.dtype, archs: tuple[str, ...]) -> TritonCase:
 
         arena = _meta(5, 64, 97, 512, dtype=dtype)
         squares = _meta(2, 64 * 97, dtype=torch.float32)
-        return launch_arguments(arena, _meta(256, dtype=torch.int32), 3, 2, squares, 1e-5)
+        scale = _meta(512, dtype=torch.float32) if learned else None
+        return launch_arguments(
+            arena, _meta(256, dtype=torch.int32), 3, 2, squares, 1e-5, scale=scale
+        )
 
-    return TritonCase(f"call_input {_short(dtype)}", dtype, archs, kernel, launch, products=False)
+    label = f"call_input {'learned ' * learned}{_short(dtype)}"
+    return TritonCase(label, dtype, archs, kernel, launch, products=False)
 
 
-def _finish(dtype: torch.dtype, archs: tuple[str, ...]) -> TritonCase:
+def _finish(dtype: torch.dtype, archs: tuple[str, ...], learned: bool = False) -> TritonCase:
     def kernel():
         from recurx.kernels.finish import finish_kernel
 
@@ -78,9 +82,11 @@ def _finish(dtype: torch.dtype, archs: tuple[str, ...]) -> TritonCase:
 
         x, squares = _meta(64, 97, 512, dtype=dtype), _meta(2, 64 * 97, dtype=torch.float32)
         words, stream = _meta(256, dtype=torch.int32), _meta(2, dtype=torch.int64)
-        return launch_arguments(x, x, words, 3, stream, squares, 1e-5)
+        share = _meta(512, dtype=torch.float32) if learned else None
+        return launch_arguments(x, x, words, 3, stream, squares, 1e-5, share)
 
-    return TritonCase(f"finish {_short(dtype)}", dtype, archs, kernel, launch, products=False)
+    label = f"finish {'learned ' * learned}{_short(dtype)}"
+    return TritonCase(label, dtype, archs, kernel, launch, products=False)
 
 
 def _attention(hidden: int, heads: int) -> BlockSpec:
@@ -99,8 +105,9 @@ def cases(thorough: bool = False) -> Iterator[TritonCase]:
     """
     bf16, fp32 = torch.bfloat16, torch.float32
     some = ARCHS if thorough else GENERATIONS
-    yield _call_input(bf16, some)
-    yield _finish(bf16, some)
+    for learned in (False, True):
+        yield _call_input(bf16, some, learned)
+        yield _finish(bf16, some, learned)
     yield _recursion(_attention(64, 2), 17, bf16, ARCHS)
     yield _recursion(_attention(64, 2), 17, bf16, some, schedule=EQR)
     yield _recursion(_attention(128, 2), 97, bf16, some, spills=100)

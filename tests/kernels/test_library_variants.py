@@ -213,15 +213,84 @@ def test_other_fields_and_values_are_refused_by_name(change: dict, said: str) ->
             assert "of block 0 of net 'L'" in str(backends.why_not(f"triton/{kind}", problem))
 
 
-def test_learned_factors_run_by_kind_graph() -> None:
-    """They lie among the nets as norms, which this kind has."""
-    steps = Schedule((dataclasses.replace(ONE.steps[0], damping="alpha"),))
-    x, _ = make_inputs(ONE, batch=2, tokens=TOKENS, hidden=WIDTH, dtype=torch.bfloat16)
-    alpha = net_of(BlockSpec(NORM, WIDTH, 0, norm_weight=True))
-    problem = problem_for(steps, {"L": net_of(spec_of("ConvSwiGLU")), "alpha": alpha}, x)
-    with triton_on_cpu():
-        assert backends.get("triton").plan(problem, x.device).kind == "graph"
-        assert "learned factors" in str(backends.why_not("triton/library", problem))
+LEARNED = Schedule((
+    Step("L", "z", ("z",), ("x",), damping="alpha", scale="beta"),
+    Step("L", "y", ("z", "y"), damping="alpha", noise=0.1),
+    Step("L", "z", ("z", "y"), scale="beta", damping=0.5),
+))  # fmt: skip
+
+
+def learned(kind: str, dtype: torch.dtype) -> None:
+    """Each call against fp64, from the states of the one before; then with other factors: nothing
+    of the first ones was kept."""
+    x, start = make_inputs(LEARNED, batch=3, tokens=TOKENS, hidden=WIDTH, dtype=dtype)
+    net = rounded(net_of(spec_of("no mixer, ReLU²")), dtype, torch.float32)
+    draw = torch.Generator().manual_seed(0)
+    shape = () if kind == "a number" else (WIDTH,)
+    factors = {
+        "alpha": torch.rand(shape, generator=draw), "beta": 1 + torch.rand(shape, generator=draw)
+    }  # fmt: skip
+
+    def said(to: torch.dtype, carry: dict, call: int, backend: str = "eager") -> dict:
+        held = {"L": Net(net.spec, [w.to(to) for w in net.weights]), **factors}
+        inputs = x.to(to), {name: state.to(to) for name, state in carry.items()}
+        how = dict(seed=5, backend=backend)
+        return recurx.recurse(LEARNED, held, *inputs, start_from=call, stop_after=call + 1, **how)
+
+    for carry in (start, start):
+        for call, step in enumerate(LEARNED.steps):
+            exact, plain, got = (
+                said(*how)
+                for how in ((torch.float64, carry, call), (dtype, carry, call),
+                            (dtype, carry, call, "triton/library"))
+            )  # fmt: skip
+            assert_as_exact(got[step.write], plain[step.write], exact[step.write])
+            carry = plain
+        for factor in factors.values():
+            factor.add_(0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", ["a number", "a channel"])
+def test_learned_factors(kind: str, dtype: torch.dtype) -> None:
+    with triton_on_cpu("library", slice=2):
+        learned(kind, dtype)
+
+
+LEARNED_BUGS = {
+    "a damping that is not read": ("finish", "if share is not None:", "if False:"),
+    "the damping of the first channel": ("finish", "learned(share, D, COLS)", "tl.load(share)"),
+    "old and new change places": ("finish", "(1.0 - new) * old", "new * old"),
+    "a scale that is not read": ("inject", "if each is not None:", "if False:"),
+    "the scale of the first channel": ("inject", "learned(scale, D, COLS)", "tl.load(scale)"),
+}
+
+
+@pytest.mark.parametrize("bug", LEARNED_BUGS)
+def test_planted_bugs_of_learned_factors_are_rejected(bug: str, monkeypatch, tmp_path) -> None:
+    from recurx.kernels import library, tiled
+
+    mutant = planted(*LEARNED_BUGS[bug], tmp_path)
+    for place, name in ((tiled, "finish_call"), (library, "form_call_input")):
+        if getattr(getattr(mutant, name, None), "__module__", "") == mutant.__name__:
+            monkeypatch.setattr(place, name, getattr(mutant, name))
+    with triton_on_cpu("library"), pytest.raises(AssertionError, match="relative error"):
+        learned("a channel", torch.bfloat16)
+
+
+def test_a_learned_factor_is_no_constant_of_a_recording() -> None:
+    """Nor of a program: the same steps with the number that stands for it are other calls."""
+    step = ONE.steps[0]
+    x, carry = make_inputs(ONE, batch=1, tokens=TOKENS, hidden=WIDTH, dtype=torch.float32)
+    held = {"L": net_of(spec_of("sigmoid")), "alpha": torch.tensor(0.7)}
+    with triton_on_cpu("library", capture=FakeGraphs(allocates=True)):
+        for factors in ({"damping": "alpha", "scale": 0.5}, {"damping": 0.5, "scale": "alpha"}) * 2:
+            schedule = Schedule((dataclasses.replace(step, **factors),))
+            got, want = (
+                recurx.recurse(schedule, held, x, carry, backend=backend)["z"]
+                for backend in ("triton/library", "eager")
+            )
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 # module of kernels/, what a bug is put in the place of, the bug, a variant that must show it
@@ -309,4 +378,4 @@ def test_planted_bugs_are_rejected(field: str, monkeypatch, tmp_path) -> None:
 
 def test_every_field_has_a_variant_that_has_it() -> None:
     seen = {field for name in NAMES for field in spec_of(name).changed}
-    assert seen == FIELDS["library"]
+    assert seen | {"learned factors"} == FIELDS["library"]
