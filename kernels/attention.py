@@ -14,8 +14,8 @@ log2 of a row's sum of exp: p = exp2(score - lse). The halves of a head of Q and
 so that the pair (j, j + half) of the rotation is in one thread.
 
 Blocks that differ from TRM's (`Heads`) have fewer heads of K and V, a mask by places, a norm of
-each head of Q and K before the rotation, keys that nobody sees (a row that sees none is 0), and a
-gate: out = sigmoid(gate) * mixed.
+each head of Q and K before the rotation, keys that nobody sees (a row that sees none is 0), a gate
+(out = sigmoid(gate) * mixed), or attend along the lines of a grid.
 """
 
 from __future__ import annotations
@@ -106,17 +106,23 @@ def attention_kernel(
     T: tl.constexpr, H: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr,
     COLS: tl.constexpr, PRECISION: tl.constexpr, KV: tl.constexpr, CAUSAL: tl.constexpr,
     PREFIX: tl.constexpr, WINDOW: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
+    LINES: tl.constexpr,
 ):  # fmt: skip
-    """Pointers that are None are no part of the compiled kernel."""
+    """Pointers that are None are no part of the compiled kernel. A sequence of T tokens is one of
+    LINES whose tokens alternate in memory."""
     # One axis: the others of a grid end at 65535, which B * H may pass.
     row_tiles = tl.cdiv(T, ROWS)
     sequence = tl.program_id(0) // row_tiles
     batch, head = (sequence // H).to(tl.int64), sequence % H
     rows = tl.program_id(0) % row_tiles * ROWS + tl.arange(0, ROWS)
     HALF: tl.constexpr = HEAD_DIM // 2
-    STRIDE: tl.constexpr = (H + 2 * KV) * HEAD_DIM  # elements from token to token
+    ALL: tl.constexpr = (H + 2 * KV) * HEAD_DIM
+    # Elements from token to token of qkv, and of what has a head for each of Q.
+    STRIDE: tl.constexpr = LINES * ALL
+    OUT_STRIDE: tl.constexpr = LINES * H * HEAD_DIM
+    first = batch // LINES * (LINES * T) + batch % LINES
     e = tl.arange(0, HEAD_DIM)
-    q_g = qkv + batch * T * STRIDE + head * HEAD_DIM
+    q_g = qkv + first * ALL + head * HEAD_DIM
     k_g, v_g = q_g + H * HEAD_DIM, q_g + (H + KV) * HEAD_DIM
     if KV != H:  # several heads of Q for one of K and V
         k_g += (head // (H // KV) - head) * HEAD_DIM
@@ -143,7 +149,7 @@ def attention_kernel(
             if CAUSAL or WINDOW or unseen is not None:
                 sees = seen(rows, keys, CAUSAL, PREFIX, WINDOW)
                 if unseen is not None:
-                    padding = tl.load(unseen + batch * T + keys, mask=keys < T, other=1)
+                    padding = tl.load(unseen + first + LINES * keys, mask=keys < T, other=1)
                     sees = sees & (padding[None, :] == 0)
                 scores = tl.where(sees, scores, OUT)
             if part == 1:
@@ -170,12 +176,12 @@ def attention_kernel(
     if unseen is not None:
         mixed = tl.where(total[:, None] == 0.0, 0.0, mixed)
     if gate is not None:
-        gate_g = gate + batch * T * H * HEAD_DIM + head * HEAD_DIM
-        logits = load_rows(gate_g, rows, e, H * HEAD_DIM, T, False)
+        gate_g = gate + (first * H + head) * HEAD_DIM
+        logits = load_rows(gate_g, rows, e, OUT_STRIDE, T, False)
         mixed *= tl.sigmoid(logits.to(tl.float32))
     mixed = mixed.to(out.dtype.element_ty)
-    o_g = out + batch * T * H * HEAD_DIM + head * HEAD_DIM
-    tl.store(o_g + rows[:, None] * (H * HEAD_DIM) + e[None, :], mixed, mask=rows[:, None] < T)
+    o_g = out + (first * H + head) * HEAD_DIM
+    tl.store(o_g + rows[:, None] * OUT_STRIDE + e[None, :], mixed, mask=rows[:, None] < T)
     if KEEP_LSE:
         tl.store(lse + (batch * H + head) * T + rows, highest + tl.log2(total), mask=rows < T)
 
@@ -194,6 +200,11 @@ class Heads(NamedTuple):
     eps: float = 0.0
     q_norm: torch.Tensor | None = None
     k_norm: torch.Tensor | None = None
+    axial: tuple[int, ...] = ()
+
+    def line(self, tokens: int) -> int:
+        """How many tokens attend to each other."""
+        return self.axial[self.axial[2]] if self.axial else tokens
 
 
 PLAIN = Heads()
@@ -213,6 +224,7 @@ def attention(
     [B, T, H + 2 kv_heads, head_dim]; multiplied by the sigmoid of `gate` [B, T, H * head_dim].
     Keys of `unseen`, contiguous bool [B, T], are seen by no query.
 
+    With `heads.axial` lines of a grid attend each by itself, and T below is that of a line.
     With `cos_sin` (contiguous float32 [T, head_dim] each) Q and K are rotated as they are loaded,
     in fp32, and rounded to the dtype of qkv; without it qkv is taken as it is. Writes `lse`
     [B, H, T] (contiguous float32), if given, for the backward.
@@ -220,7 +232,9 @@ def attention(
     """
     op = "kernels.attention"
     checks.same_dtype_and_device(op, qkv=qkv, out=out, gate=gate)
-    batch, tokens, num_heads, head_dim = check_qkv(op, qkv, cos_sin, heads.kv_heads)
+    batch, tokens, num_heads, head_dim = check_qkv(op, qkv, cos_sin, heads)
+    if heads.axial and (math.prod(heads.axial[:2]) != tokens or lse is not None):
+        raise bad_argument(op, "heads.axial", f"a grid of {tokens} tokens, no lse", heads.axial)
     expected = (batch, tokens, num_heads, head_dim)
     for name, norm in (("q_norm", heads.q_norm), ("k_norm", heads.k_norm)):
         if norm is not None:
@@ -241,15 +255,17 @@ def attention(
         return out
     shared = tiles.shared_bytes(qkv.device)
     args, constants, options = launch_arguments(qkv, out, shared, lse, cos_sin, heads, gate, unseen)
-    grid = (triton.cdiv(tokens, constants["ROWS"]) * batch * num_heads,)
+    line = heads.line(tokens)
+    grid = (triton.cdiv(line, constants["ROWS"]) * (batch * tokens // line) * num_heads,)
     attention_kernel[grid](*args, **constants, **options)
     return out
 
 
 def check_qkv(
-    op: str, qkv: torch.Tensor, cos_sin: CosSin | None, kv_heads: int = 0
+    op: str, qkv: torch.Tensor, cos_sin: CosSin | None, like: Heads = PLAIN
 ) -> tuple[int, int, int, int]:
     """(B, T, H, head_dim) of a qkv that the kernels take; raises InvalidArgument on another."""
+    kv_heads = like.kv_heads
     if qkv.ndim != 4 or not qkv.is_contiguous() or (qkv.shape[2] % 3 and not kv_heads):
         raise bad_argument(op, "qkv", "a contiguous [B, T, 3H, head_dim]", tuple(qkv.shape))
     batch, tokens, all_heads, head_dim = qkv.shape
@@ -261,7 +277,7 @@ def check_qkv(
     if tokens > MAX_TOKENS:
         raise bad_argument(op, "qkv", f"at most {MAX_TOKENS} tokens", tokens)
     for name, table in zip(("cos", "sin"), cos_sin or (), strict=False):
-        checks.float32(op, name, table, (tokens, head_dim))
+        checks.float32(op, name, table, (like.line(tokens), head_dim))
     return batch, tokens, heads, head_dim
 
 
@@ -276,7 +292,7 @@ def launch_arguments(
     unseen: torch.Tensor | None = None,
 ) -> tuple[tuple, dict, dict]:
     """(runtime arguments, compile-time arguments, compiler options) of one launch."""
-    _, tokens, all_heads, head_dim = qkv.shape
+    all_heads, head_dim, tokens = *qkv.shape[2:], heads.line(qkv.shape[1])
     kv = heads.kv_heads or all_heads // 3
     rotate = cos_sin is not None
     tile = tiles.attention_tile(tokens, head_dim, qkv.element_size(), shared, rotate)
@@ -288,7 +304,7 @@ def launch_arguments(
         "PEEL": qkv.element_size() == 2, "T": tokens, "H": all_heads - 2 * kv, "HEAD_DIM": head_dim,
         "ROWS": tile.rows, "COLS": tile.cols, "PRECISION": "ieee", "KV": kv,
         "CAUSAL": heads.causal, "PREFIX": heads.prefix, "WINDOW": heads.window, "NORM": heads.norm,
-        "EPS": heads.eps,
+        "EPS": heads.eps, "LINES": heads.axial[1] if heads.axial and not heads.axial[2] else 1,
     }  # fmt: skip
     kept = out if lse is None else lse
     hidden = None if unseen is None else unseen.view(torch.uint8)

@@ -20,7 +20,7 @@ FIELDS: dict[str, frozenset[str]] = {
         "prefix", "window", "qk_norm", "qk_norm_weight", "attn_gate", "attn_norm",
         "attn_norm_weight", "activation", "gated", "inner_norm", "inner_norm_weight",
         "inner_norm_tokens", "inner_norm_of", "conv", "conv_of", "conv_dtype",
-        "dropout", "drop_path", "key_padding", LEARNED,
+        "dropout", "drop_path", "key_padding", "axial", LEARNED,
     )),
 }  # fmt: skip
 # Values of a row, over D or F and over T, that a program holds: 64 a thread, 3 operands.

@@ -126,6 +126,7 @@ def _attended(x: Tensor, half: Half, cos_sin: CosSin | None, unseen: Tensor | No
         kv_heads=spec.kv_heads, causal=spec.mask != "", window=spec.window,
         prefix=spec.prefix if spec.mask == "prefix" else 0,
         norm=spec.qk_norm, eps=spec.eps, q_norm=w.get("q_norm"), k_norm=w.get("k_norm"),
+        axial=spec.axial,
     )  # fmt: skip
     gate = None
     if spec.attn_gate:

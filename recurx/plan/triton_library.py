@@ -62,7 +62,7 @@ def _products(block: BlockSpec, batch: int, tokens: int, device: Device) -> floa
     d, m, rows_of_t = block.hidden, batch * tokens, {"t_gate_up": batch * block.hidden}
     sizes = [(rows_of_t.get(s, m), d if s == "t_down" else n, k) for s, n, k in block.products]
     width = block.num_heads * block.head_dim if block.kind == ATTENTION else 0
-    attention = 4 * m * round_up(tokens, 64) * width
+    attention = 4 * m * round_up(block.line(tokens), 64) * width
     return attention * EFFICIENCY / ATTENTION_SHARE + sum(
         min(
             round_up(ceil_div(m, rows) * ceil_div(n, cols), device.units)

@@ -96,7 +96,13 @@ def _variants(dtype: torch.dtype) -> dict[str, Callable]:
         unseen = _meta(64, 97, dtype=torch.bool)
         return attention(qkv, cos_sin=(table, table), heads=how, gate=row(), unseen=unseen)
 
-    made = norms, activation, inner_norm, convolution, heads
+    def columns() -> object:
+        from recurx.kernels.attention import Heads, attention
+
+        qkv, table = _meta(64, 99, 3 * 8, 64, dtype=dtype), _meta(11, 64, dtype=torch.float32)
+        return attention(qkv, cos_sin=(table, table), heads=Heads(axial=(11, 9, 0)))
+
+    made = norms, activation, inner_norm, convolution, heads, columns
     return {f"variant {call.__name__}": call for call in made}
 
 

@@ -52,10 +52,15 @@ MORE: dict[str, dict[str, Any]] = {
     "padding, masks, gate": dict(
         VARIANTS["grouped heads, gate, prefix"], key_padding=True, window=5
     ),
+    "columns, padding, gate": dict(
+        VARIANTS["grouped heads, gate, prefix"], key_padding=True, axial=(4, 3, 0), prefix=2
+    ),
+    "rows, padding, gate": dict(
+        VARIANTS["plain QK-norm, window"], key_padding=True, axial=(3, 4, 1), attn_gate=True
+    ),
     "token MLP over D, dropping": dict(VARIANTS["token MLP normed over D"], **_DROPS),
 }  # fmt: skip
-NAMES = [name for name in VARIANTS if not name.startswith("axial")]
-NAMES += MORE
+NAMES = [*VARIANTS, *MORE]
 
 
 def spec_of(name: str) -> BlockSpec:
@@ -199,7 +204,7 @@ def test_what_follows_a_convolution_is_in_its_dtype(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("change, said", [
-    ({"axial": (3, 4, 0)}, "axial"), ({"conv": 2, "conv_dtype": "float32"}, "conv_dtype"),
+    ({"conv": 2, "conv_dtype": "float32"}, "conv_dtype"),
     ({"head_size": 48}, "head_dim"), ({"inner_norm": "rms", "inner": 4100}, "inner_norm"),
 ])  # fmt: skip
 def test_other_fields_and_values_are_refused_by_name(change: dict, said: str) -> None:
@@ -353,6 +358,12 @@ BUGS = {
                            "padding, masks, gate"),
     "padding and masks": ("attention", 'else float("-inf")', "else -1e30", "padding, masks, gate"),
     "masks of slices": ("library", "operands.key_mask[live]", "operands.key_mask[:1]", "padding"),
+    "axial": ("attention", "heads.axial and not heads.axial[2]", "False", "axial, columns"),
+    "lines of a sample": ("attention", "+ batch % LINES", "", "axial, columns"),
+    "lines of padding": ("attention", "unseen + first + LINES * keys", "unseen + first + keys",
+                         "columns, padding, gate"),
+    "lines of a gate": ("attention", "rows, e, OUT_STRIDE", "rows, e, H * HEAD_DIM",
+                        "columns, padding, gate"),
     "words of a quad": ("noise", "tl.where(odd, d, c)", "tl.where(odd, c, d)", "dropout, sandwich"),
     "conv": ("middles", "(k - K // 2)", "(k - (K - 1) // 2)", "ConvSwiGLU"),
     "conv_of": ("sublayers", "inside and spec.conv and not early", "False", "ConvSwiGLU"),

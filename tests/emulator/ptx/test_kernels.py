@@ -140,9 +140,22 @@ def attention_of_padded_keys():
     return lambda: attention(qkv, unseen=unseen), want.transpose(1, 2)
 
 
+def attention_along_columns():
+    """A grid of 97 rows and 2 columns, whose tokens alternate in memory."""
+    from recurx.kernels.attention import Heads, attention
+
+    qkv = randn(1, 194, 3, 64, seed=0)
+    lines = qkv.double().unflatten(1, (97, 2)).transpose(1, 2)  # sample, column, row
+    q, k, v = lines.transpose(2, 3).chunk(3, dim=2)
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(2, 3)
+    heads = Heads(axial=(97, 2, 0))
+    return lambda: attention(qkv, heads=heads), want.transpose(1, 2).flatten(1, 2)
+
+
 TRITON = [
     linear, linear_residual, linear_residual_rms_over_tokens, gate_up_swiglu, attention,
     rotating_attention_of_one_step, rotating_attention_of_many, attention_of_padded_keys,
+    attention_along_columns,
 ]  # fmt: skip
 
 
