@@ -12,6 +12,10 @@ that p and d_s are the left operands as they stand in registers). Where a progra
 its head (T up to 128 in bf16 on sm_90) it has all of d_q too, and one launch does; else a second
 kernel, launched first, goes over the keys for `cols` queries and leaves delta. The halves of a head
 are kept apart, so that the pair (j, j + half) of the rotation is in one thread.
+
+Of `Heads` (kernels/attention.py): what is masked has p = 0; heads that share one of K and V leave
+their d_k and d_v side by side, added up afterwards; d_q and d_k are those of what a norm of q and k
+gave. With a gate d_out is multiplied by its sigmoid first, and delta is of what the gate let out.
 Source: Dao et al. 2022 (FlashAttention), algorithm 4, without its recomputed statistics.
 """
 
@@ -27,7 +31,7 @@ from recurx.errors import bad_argument
 from recurx.operands import CosSin
 
 from . import backward_tiles, checks, tiles
-from .attention import check_qkv, load_head, load_rows
+from .attention import PLAIN, Heads, check_qkv, load_head, load_rows, seen
 
 
 @triton.jit
@@ -53,25 +57,38 @@ def _store_rotated_back(
 
 
 @triton.jit
+def _through_gate(d, gate, rows, columns, STRIDE: tl.constexpr, T: tl.constexpr):
+    """The gradient of what sigmoid(gate) multiplies, from that of the product."""
+    logits = load_rows(gate, rows, columns, STRIDE, T, False).to(tl.float32)
+    return (d.to(tl.float32) * tl.sigmoid(logits)).to(d.dtype)
+
+
+@triton.jit
 def attention_backward_keys_kernel(
-    qkv, out, d_out, lse, delta, cos, sin, d_qkv, SCALE: tl.constexpr,
+    qkv, out, d_out, lse, delta, cos, sin, d_qkv, q_norm, k_norm, gate, SCALE: tl.constexpr,
     T: tl.constexpr, H: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr,
     TURN: tl.constexpr, WHOLE: tl.constexpr, PEEL: tl.constexpr, ROWS: tl.constexpr,
-    COLS: tl.constexpr, PRECISION: tl.constexpr,
+    COLS: tl.constexpr, PRECISION: tl.constexpr, KV: tl.constexpr, CAUSAL: tl.constexpr,
+    PREFIX: tl.constexpr, WINDOW: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(T, COLS)
     number = tl.program_id(0) // across  # of the head, over the batch
     batch, head = (number // H).to(tl.int64), number % H
     keys = (tl.program_id(0) % across) * COLS + tl.arange(0, COLS)
     e = tl.arange(0, 2 * HALF)
-    stride = 6 * H * HALF  # elements from token to token in qkv
+    stride = (2 * H + 4 * KV) * HALF  # elements from token to token in qkv
+    d_stride = 6 * H * HALF  # and in its gradient, where each head has K and V of its own
     o_stride = 2 * H * HALF
-    at = batch * T * stride + head * (2 * HALF)
-    q_g, k_g, v_g = qkv + at, qkv + at + 2 * H * HALF, qkv + at + 4 * H * HALF
+    q_g = qkv + batch * T * stride + head * (2 * HALF)
+    k_g = qkv + batch * T * stride + (H + head // (H // KV)) * (2 * HALF)
+    v_g = k_g + 2 * KV * HALF
+    at = batch * T * d_stride + head * (2 * HALF)
     o_at = batch * T * o_stride + head * (2 * HALF)
     row_at = (batch * H + head) * T
 
-    k_low, k_high = load_head(k_g, cos, sin, keys, stride, T, HALF, TURN, T % COLS == 0)
+    k_low, k_high = load_head(
+        k_g, cos, sin, keys, stride, T, HALF, TURN, T % COLS == 0, NORM, EPS, k_norm
+    )
     value = load_rows(v_g, keys, e, stride, T, T % COLS == 0)
     dtype = value.dtype
     d_k_low = tl.zeros((COLS, HALF), tl.float32)
@@ -81,21 +98,28 @@ def attention_backward_keys_kernel(
     for part in tl.static_range(2):  # steps of ROWS queries, then the rest, under a mask
         for start in range(part * (T - REST), T - REST + part * REST, ROWS):
             rows = start + tl.arange(0, ROWS)
-            q_low, q_high = load_head(q_g, cos, sin, rows, stride, T, HALF, TURN, part == 0)
-            d_mixed = load_rows(d_out + o_at, rows, e, o_stride, T, part == 0)
+            q_low, q_high = load_head(
+                q_g, cos, sin, rows, stride, T, HALF, TURN, part == 0, NORM, EPS, q_norm
+            )
+            d_given = load_rows(d_out + o_at, rows, e, o_stride, T, part == 0)
+            d_mixed = d_given
+            if gate is not None:
+                d_mixed = _through_gate(d_given, gate + o_at, rows, e, o_stride, T)
             # Transposed: [keys, rows]. A row beyond T has d_mixed = 0 and so adds nothing.
             scores = tl.dot(k_low, tl.trans(q_low), input_precision=PRECISION)
             scores = tl.dot(k_high, tl.trans(q_high), scores, input_precision=PRECISION)
             live = (rows < T) | (part == 0)
             shift = tl.load(lse + row_at + rows, mask=live, other=0.0)
             p = tl.exp2(scores * (SCALE * 1.4426950408889634) - shift[None, :])
+            if CAUSAL or WINDOW:
+                p = tl.where(tl.trans(seen(rows, keys, CAUSAL, PREFIX, WINDOW)), p, 0.0)
             if WHOLE and T % COLS != 0:  # else a key beyond T adds to its own, unstored, row alone
                 p = tl.where(keys[:, None] < T, p, 0.0)
             d_v = tl.dot(p.to(dtype), d_mixed, d_v, input_precision=PRECISION)
             d_p = tl.dot(value, tl.trans(d_mixed), input_precision=PRECISION)
             if WHOLE:
                 mixed = load_rows(out + o_at, rows, e, o_stride, T, part == 0)
-                along = tl.sum(mixed.to(tl.float32) * d_mixed.to(tl.float32), 1)
+                along = tl.sum(mixed.to(tl.float32) * d_given.to(tl.float32), 1)
             else:
                 along = tl.load(delta + row_at + rows, mask=live, other=0.0)
             d_s = (p * (d_p - along[None, :])).to(dtype)
@@ -106,42 +130,48 @@ def attention_backward_keys_kernel(
                 d_q_low = tl.dot(turned, k_low, input_precision=PRECISION) * SCALE
                 d_q_high = tl.dot(turned, k_high, input_precision=PRECISION) * SCALE
                 _store_rotated_back(
-                    d_qkv + at, d_q_low, d_q_high, cos, sin, rows, stride, T, HALF, ROTATE
+                    d_qkv + at, d_q_low, d_q_high, cos, sin, rows, d_stride, T, HALF, ROTATE
                 )
 
     to = d_qkv + at + 2 * H * HALF
     _store_rotated_back(
-        to, d_k_low * SCALE, d_k_high * SCALE, cos, sin, keys, stride, T, HALF, ROTATE
+        to, d_k_low * SCALE, d_k_high * SCALE, cos, sin, keys, d_stride, T, HALF, ROTATE
     )
-    v_to = to + 2 * H * HALF + keys[:, None] * stride + e[None, :]
+    v_to = to + 2 * H * HALF + keys[:, None] * d_stride + e[None, :]
     tl.store(v_to, d_v.to(dtype), mask=keys[:, None] < T)
 
 
 @triton.jit
 def attention_backward_queries_kernel(
-    qkv, out, d_out, lse, delta, cos, sin, d_qkv, SCALE: tl.constexpr,
+    qkv, out, d_out, lse, delta, cos, sin, d_qkv, q_norm, k_norm, gate, SCALE: tl.constexpr,
     T: tl.constexpr, H: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr,
     TURN: tl.constexpr, PEEL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, KV: tl.constexpr, CAUSAL: tl.constexpr, PREFIX: tl.constexpr,
+    WINDOW: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(T, ROWS)
     number = tl.program_id(0) // across
     batch, head = (number // H).to(tl.int64), number % H
     rows = (tl.program_id(0) % across) * ROWS + tl.arange(0, ROWS)
     e = tl.arange(0, 2 * HALF)
-    stride = 6 * H * HALF
-    o_stride = 2 * H * HALF
-    at = batch * T * stride + head * (2 * HALF)
-    k_g, v_g = qkv + at + 2 * H * HALF, qkv + at + 4 * H * HALF
+    stride, d_stride, o_stride = (2 * H + 4 * KV) * HALF, 6 * H * HALF, 2 * H * HALF
+    q_g = qkv + batch * T * stride + head * (2 * HALF)
+    k_g = qkv + batch * T * stride + (H + head // (H // KV)) * (2 * HALF)
+    v_g = k_g + 2 * KV * HALF
+    at = batch * T * d_stride + head * (2 * HALF)
     o_at = batch * T * o_stride + head * (2 * HALF)
     row_at = (batch * H + head) * T
 
-    q_low, q_high = load_head(qkv + at, cos, sin, rows, stride, T, HALF, TURN, T % ROWS == 0)
+    q_low, q_high = load_head(
+        q_g, cos, sin, rows, stride, T, HALF, TURN, T % ROWS == 0, NORM, EPS, q_norm
+    )
     d_mixed = load_rows(d_out + o_at, rows, e, o_stride, T, T % ROWS == 0)
     mixed = load_rows(out + o_at, rows, e, o_stride, T, T % ROWS == 0)
     dtype = mixed.dtype
     along = tl.sum(mixed.to(tl.float32) * d_mixed.to(tl.float32), 1)
     tl.store(delta + row_at + rows, along, mask=rows < T)
+    if gate is not None:
+        d_mixed = _through_gate(d_mixed, gate + o_at, rows, e, o_stride, T)
     shift = tl.load(lse + row_at + rows, mask=rows < T, other=0.0)
     d_q_low = tl.zeros((ROWS, HALF), tl.float32)
     d_q_high = tl.zeros((ROWS, HALF), tl.float32)
@@ -149,11 +179,15 @@ def attention_backward_queries_kernel(
     for part in tl.static_range(2):  # as above, over keys
         for start in range(part * (T - REST), T - REST + part * REST, COLS):
             keys = start + tl.arange(0, COLS)
-            k_low, k_high = load_head(k_g, cos, sin, keys, stride, T, HALF, TURN, part == 0)
+            k_low, k_high = load_head(
+                k_g, cos, sin, keys, stride, T, HALF, TURN, part == 0, NORM, EPS, k_norm
+            )
             value = load_rows(v_g, keys, e, stride, T, part == 0)
             scores = tl.dot(q_low, tl.trans(k_low), input_precision=PRECISION)
             scores = tl.dot(q_high, tl.trans(k_high), scores, input_precision=PRECISION)
             p = tl.exp2(scores * (SCALE * 1.4426950408889634) - shift[:, None])
+            if CAUSAL or WINDOW:
+                p = tl.where(seen(rows, keys, CAUSAL, PREFIX, WINDOW), p, 0.0)
             if part == 1:
                 p = tl.where(keys[None, :] < T, p, 0.0)
             d_p = tl.dot(d_mixed, tl.trans(value), input_precision=PRECISION)
@@ -161,7 +195,7 @@ def attention_backward_queries_kernel(
             d_q_low = tl.dot(d_s, k_low, d_q_low, input_precision=PRECISION)
             d_q_high = tl.dot(d_s, k_high, d_q_high, input_precision=PRECISION)
     _store_rotated_back(
-        d_qkv + at, d_q_low * SCALE, d_q_high * SCALE, cos, sin, rows, stride, T, HALF, ROTATE
+        d_qkv + at, d_q_low * SCALE, d_q_high * SCALE, cos, sin, rows, d_stride, T, HALF, ROTATE
     )
 
 
@@ -173,6 +207,8 @@ def attention_backward(
     cos_sin: CosSin | None,
     *,
     rotated: bool = True,
+    heads: Heads = PLAIN,
+    gate: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """d_qkv, like qkv [B, T, 3H, head_dim]: the gradient of X @ W^T, before the rotation.
 
@@ -180,30 +216,38 @@ def attention_backward(
     same cos_sin: then they are rotated as they are loaded. Where cos_sin is None there is no
     rotation at all. out and d_out [B, T, H, head_dim], lse [B, H, T] float32 of
     `attention`, cos and sin float32 [T, head_dim] or None; all contiguous, head_dim 32, 64 or 128,
-    T at most 1024. Raises InvalidArgument on anything else.
+    T at most 1024. `heads` and `gate` [B, T, H * head_dim] as `attention` took them; where q and k
+    have a norm, d_qkv has the gradients of its results. Raises InvalidArgument on anything else.
     """
     op = "kernels.attention_backward"
-    checks.same_dtype_and_device(op, qkv=qkv, out=out, d_out=d_out)
-    batch, tokens, heads, head_dim = check_qkv(op, qkv, cos_sin)
-    for name, tensor in (("out", out), ("d_out", d_out)):
-        checks.shape(op, name, tensor, (batch, tokens, heads, head_dim))
+    checks.same_dtype_and_device(op, qkv=qkv, out=out, d_out=d_out, gate=gate)
+    batch, tokens, count, head_dim = check_qkv(op, qkv, cos_sin, heads)
+    gate = None if gate is None else gate.view(batch, tokens, count, head_dim)
+    for name, tensor in (("out", out), ("d_out", d_out), ("gate", gate)):
+        if tensor is None:
+            continue
+        checks.shape(op, name, tensor, (batch, tokens, count, head_dim))
         if not tensor.is_contiguous():
             raise bad_argument(op, name, "a contiguous tensor", f"strides {tensor.stride()}")
-    checks.float32(op, "lse", lse, (batch, heads, tokens))
-    d_qkv = torch.empty_like(qkv)
+    checks.float32(op, "lse", lse, (batch, count, tokens))
     if qkv.numel() == 0:
-        return d_qkv
+        return torch.empty_like(qkv)
+    d_qkv = qkv.new_empty(batch, tokens, 3 * count, head_dim)
     delta = torch.empty_like(lse)
     shared = tiles.shared_bytes(qkv.device)
     args, constants, options = launch_arguments(
-        qkv, out, lse, delta, d_out, cos_sin, d_qkv, shared, rotated
+        qkv, out, lse, delta, d_out, cos_sin, d_qkv, shared, rotated, heads, gate
     )
     # One axis: the others of a grid end at 65535, which B * H may pass.
-    grid = (triton.cdiv(tokens, constants["COLS"]) * batch * heads,)
+    grid = (triton.cdiv(tokens, constants["COLS"]) * batch * count,)
     if not constants["WHOLE"]:
         attention_backward_queries_kernel[grid](*args, **over_queries(constants), **options)
     attention_backward_keys_kernel[grid](*args, **constants, **options)
-    return d_qkv
+    if constants["KV"] == count:
+        return d_qkv
+    d_q, *rest = d_qkv.split(count, dim=2)
+    groups = constants["KV"], count // constants["KV"]
+    return torch.cat([d_q, *(d.unflatten(2, groups).sum(3) for d in rest)], dim=2)
 
 
 def launch_arguments(
@@ -216,9 +260,11 @@ def launch_arguments(
     d_qkv: torch.Tensor,
     shared: int,
     rotated: bool = True,
+    heads: Heads = PLAIN,
+    gate: torch.Tensor | None = None,
 ) -> tuple[tuple, dict, dict]:
     """(runtime arguments, compile-time arguments, compiler options) of the launch over keys."""
-    _, tokens, heads, head_dim = qkv.shape
+    _, tokens, count, head_dim = out.shape
     turn = cos_sin is not None and not rotated
     tile, whole = backward_tiles.attention_backward_tile(
         tokens, head_dim, qkv.element_size(), shared, turn
@@ -228,11 +274,13 @@ def launch_arguments(
     peel = qkv.element_size() == 2 and shared >= backward_tiles.WGMMA_SHARED and head_dim < 128
     constants = {
         "SCALE": 1.0 / math.sqrt(head_dim),
-        "T": tokens, "H": heads // 3, "HALF": head_dim // 2, "ROTATE": cos_sin is not None,
+        "T": tokens, "H": count, "HALF": head_dim // 2, "ROTATE": cos_sin is not None,
         "TURN": turn, "WHOLE": whole, "PEEL": peel,
-        "ROWS": tile.rows, "COLS": tile.cols, "PRECISION": "ieee",
+        "ROWS": tile.rows, "COLS": tile.cols, "PRECISION": "ieee", "KV": heads.kv_heads or count,
+        "CAUSAL": heads.causal, "PREFIX": heads.prefix, "WINDOW": heads.window, "NORM": heads.norm,
+        "EPS": heads.eps,
     }  # fmt: skip
-    args = (qkv, out, d_out, lse, delta, cos, sin, d_qkv)
+    args = qkv, out, d_out, lse, delta, cos, sin, d_qkv, heads.q_norm, heads.k_norm, gate
     return args, constants, tiles.options(tile)
 
 

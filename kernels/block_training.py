@@ -23,17 +23,21 @@ SwiGLU's derivatives ride in the products' epilogues.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from recurx.nets import ATTENTION, BlockSpec, NetSpec
 from recurx.operands import CosSin
+from recurx.packed import PackedNets
 
 from .attention import attention
 from .attention_backward import attention_backward
+from .kept_layout import Saved
+from .kept_layout import kept_shapes as kept_shapes
+from .kept_layout import saved_in as saved_in
+from .kept_layout import unsaved as unsaved
 from .linear import (
     dgrad,
     gate_up_swiglu,
@@ -49,25 +53,6 @@ from .wgrad import new_partial, wgrad, wgrad_sum
 
 # The four weights of a block in the states' dtype, rows padded (recurx/packed.py).
 Matrices = tuple[Tensor, ...]
-
-
-@dataclass
-class Saved:
-    """What the backward of one block reads. h [B, T, D] is the block's input.
-
-    out = rms(pre_out) and mid = rms(pre_mix) with the factors of their rows; qkv, not rotated,
-    [B, T, 3D], mixed [B, T, D] and lse [B, H, T] of an attention block. What is None is computed
-    again.
-    """
-
-    h: Tensor
-    out: Tensor | None = None
-    scale_out: Tensor | None = None
-    mid: Tensor | None = None
-    scale_mix: Tensor | None = None  # [B, T], of a token-MLP [B, D]
-    qkv: Tensor | None = None
-    mixed: Tensor | None = None
-    lse: Tensor | None = None
 
 
 class WeightGrads:
@@ -138,6 +123,34 @@ def _to_rms(a: Tensor, weight: Tensor, x: Tensor, eps: float, out: Tensor, scale
     squares = new_squares(scale.numel(), x)
     linear_residual(a, weight, x, squares, out=out)
     normalise(out, squares, eps=eps, scale=scale)
+
+
+def weights_of(packed: PackedNets, net: str) -> list[Matrices]:
+    """What a window hands on to the functions below: of each block its matrices."""
+    return packed.blocks[slice(*packed.of_net[net])]
+
+
+Half = Callable[..., None]
+
+
+def run_net(
+    saved: list[Saved], spec: NetSpec, matrices: Sequence[Matrices], cos_sin: CosSin | None,
+    keep: bool, again: bool = False, halves: tuple[Half, Half] = (mix, feed_forward),
+) -> Tensor:  # fmt: skip
+    """The net on saved[0].h; without `keep` what `mix` makes is not saved.
+
+    `again`: the last block's out is there already, so its feed-forward is not run.
+    """
+    first, second = halves
+    for number, (own, block, weights) in enumerate(zip(saved, spec.blocks, matrices, strict=True)):
+        full = own if keep else Saved(own.h, own.out, own.scale_out)
+        first(full, block, weights, cos_sin)
+        if not (again and number == len(saved) - 1):
+            second(full, block, weights)
+            own.out, own.scale_out = full.out, full.scale_out
+    out = saved[-1].out
+    assert out is not None
+    return out
 
 
 def net_backward(

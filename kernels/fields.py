@@ -23,8 +23,19 @@ FIELDS: dict[str, frozenset[str]] = {
         "dropout", "drop_path", "key_padding", "axial", LEARNED,
     )),
 }  # fmt: skip
+# Fields in which blocks of a gradient window may differ, and factors of its steps: all but these.
+UNTRAINED = frozenset(("axial", "dropout", "drop_path", "key_padding", LEARNED))
+TRAINED: frozenset[str] = FIELDS["library"].union(FACTORS) - UNTRAINED
 # Values of a row, over D or F and over T, that a program holds: 64 a thread, 3 operands.
 MAX_ROW, MAX_ROW_OVER_T = 4096, 2048
+
+
+def why_not_trained(problem: Problem) -> str | None:
+    """One sentence: which field of a block or step, or which value, has no backward in kernels."""
+    for block in (block for _, spec in problem.nets for block in spec.blocks):
+        if block.conv_dtype and getattr(torch, block.conv_dtype) != problem.dtype:
+            return f"trains convolutions in the states' dtype, not conv_dtype={block.conv_dtype}"
+    return problem.unknown(TRAINED)
 
 
 def why_not(problem: Problem) -> str | None:

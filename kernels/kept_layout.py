@@ -18,7 +18,24 @@ from recurx.problem import Problem
 from recurx.program import lower
 from recurx.schedule import Schedule
 
-from .block_training import Saved
+
+@dataclass
+class Saved:
+    """What the backward of one block reads. h [B, T, D] is the block's input.
+
+    out = rms(pre_out) and mid = rms(pre_mix) with the factors of their rows; qkv, not rotated,
+    [B, T, 3D], mixed [B, T, D] and lse [B, H, T] of an attention block. What is None is computed
+    again.
+    """
+
+    h: Tensor
+    out: Tensor | None = None
+    scale_out: Tensor | None = None
+    mid: Tensor | None = None
+    scale_mix: Tensor | None = None  # [B, T], of a token-MLP [B, D]
+    qkv: Tensor | None = None
+    mixed: Tensor | None = None
+    lse: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +74,7 @@ def layout(schedule: Schedule, nets: tuple[tuple[str, NetSpec], ...], span: Span
                 at.heads + block.num_heads,
             )  # fmt: skip
         calls.append(tuple(places))
-        leaves = last[call.write] == k
+        leaves = last[call.write] == k and call.factors is None
         outs.append(None if leaves else count)
         count += not leaves
     return Layout(tuple(calls), tuple(outs), at, count)
@@ -122,3 +139,9 @@ def saved_in(
     place = lay.outs[k]
     saved[-1].out = final if place is None else outs[place]
     return saved
+
+
+def unsaved(x: Tensor, spec: NetSpec) -> list[Saved]:
+    """One for each block, allocated as it goes; a block's input is the out of the one before."""
+    hs = [torch.empty_like(x) for _ in spec.blocks]
+    return [Saved(h, out) for h, out in zip(hs, [*hs[1:], None], strict=True)]

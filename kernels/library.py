@@ -4,7 +4,7 @@ A block is eight launches: of an attention block four products, attention, which
 it loads them, and three of kernels/pointwise.py; a token MLP in attention's place makes it eight,
 too. It is the first plan for a device that nobody has tested, and what a fused kernel must beat.
 Without gradient kernels/sublayers.py runs it, other blocks too; with gradient `mix` and
-`feed_forward`, TRM's and HRM's alone.
+`feed_forward` TRM's and HRM's, kernels/sublayers_training.py the others.
 Names, and what is kept for the backward, are those of kernels/block_training.py.
 
 Backward: gate and up are computed again; data gradients are products rounded to the storage dtype;
@@ -30,7 +30,12 @@ from . import block_training
 from .attention import attention
 from .attention_backward import attention_backward
 from .block_training import Matrices, Saved
+from .block_training import kept_shapes as kept_shapes
+from .block_training import saved_in as saved_in
+from .block_training import unsaved as unsaved
+from .block_training import weights_of as weights_of
 from .inject import form_call_input
+from .middles_backward import middle_backward
 from .pointwise import add_rms, add_rms_backward, swiglu
 from .sublayers import halves_of, run_call
 from .tiled import TiledSlice
@@ -131,6 +136,9 @@ def _feed(
     add_rms(h, multiply(middle, down, over_tokens), out, eps, over_tokens=over_tokens, scale=scale)
 
 
+run_net = functools.partial(block_training.run_net, halves=(mix, feed_forward))
+
+
 def _by_head(x: Tensor, spec: BlockSpec) -> Tensor:
     return x.unflatten(2, (x.shape[2] // spec.head_dim, spec.head_dim))
 
@@ -216,7 +224,7 @@ def _feed_backward(
     """The gradient of x through swiglu(x), from that of its result."""
     wide = multiply(x, gate_up, over_tokens)
     middle = multiply(d_out, down.t(), over_tokens)  # its gradient, until the next line
-    swiglu(wide, len(x) if over_tokens else x.shape[0] * x.shape[1], d_middle=middle)
+    middle_backward(wide, len(x) if over_tokens else x.shape[0] * x.shape[1], middle)
     rows = [t.transpose(1, 2) if over_tokens else t for t in (d_out, middle, wide, x)]
     grads.add(index + 1, *rows[:2])
     grads.add(index, *rows[2:])

@@ -4,7 +4,6 @@
     add_rms            out = rms(residual + product), what add_norm is in TRM and HRM
     add_rms_backward   d_x = scale * (d - y * mean(d * y)),  d = d_out + product
     swiglu             gate <- act(gate) * up, or act(gate) alone; silu in TRM and HRM
-    swiglu_backward    gate, up, d_middle <- d_gate, d_up, silu(gate) * up
 
 The branch is learned * scale * norm(product + bias), less what is dropped (kernels/noise.py), each
 part where a block has it.
@@ -196,21 +195,6 @@ def swiglu_kernel(
     tl.store(gate_up + at, middle.to(gate_up.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def swiglu_backward_kernel(
-    gate_up, d_middle, R, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
-):
-    _, at, place, inside = _half(R, WIDTH, ROWS, COLS)
-    gate, up = _load(gate_up, at, inside), _load(gate_up, at + WIDTH, inside)
-    d = _load(d_middle, place, inside)
-    sigmoid = tl.sigmoid(gate)
-    d_gate = d * up * (sigmoid * (1.0 + gate * (1.0 - sigmoid)))
-    dtype = gate_up.dtype.element_ty
-    tl.store(gate_up + at, d_gate.to(dtype), mask=inside)
-    tl.store(gate_up + at + WIDTH, (d * gate * sigmoid).to(dtype), mask=inside)
-    tl.store(d_middle + place, (gate * sigmoid * up).to(dtype), mask=inside)
-
-
 # ---- launches: contiguous bfloat16 or float32 of one device, else InvalidArgument ----------------
 
 
@@ -295,34 +279,33 @@ def row_tile(n: int, over_tokens: bool) -> dict[str, Any]:
 
 
 def swiglu(
-    gate_up: Tensor, rows: int, d_middle: Tensor | None = None, *, activation: str = "silu",
-    gated: bool = True, bias: Tensor | None = None,
+    gate_up: Tensor, rows: int, *, activation: str = "silu", gated: bool = True,
+    bias: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Of `rows` equal rows, replace gate, the first half of each, by act(gate) * up; if not
     `gated` all of it, by act(gate). First comes the bias, of as many neighbours each as it takes.
-
-    With `d_middle`, half as large, backward: gate, up and d_middle become their gradients and that
-    product.
     """
     op, parts = "kernels.swiglu", 2 if gated else 1
-    count = gate_up.numel() // parts
-    checks.same_dtype_and_device(op, gate_up=gate_up, d_middle=d_middle)
-    half = gate_up[:0] if d_middle is None else d_middle
-    fits = gate_up.is_contiguous() and half.is_contiguous() and half.numel() in (0, count)
-    if not fits or gate_up.numel() % (parts * max(1, rows)):
-        got = f"{tuple(gate_up.shape)}, {tuple(half.shape)}"
-        raise bad_argument(op, "gate_up", f"contiguous, {rows} rows, d_middle half of it", got)
-    if count:
-        width = count // rows
-        if bias is not None and (bias.ndim != 1 or parts * width % bias.numel()):
-            raise bad_argument(op, "bias", f"a divisor of {parts * width} values", bias.shape)
-        even = min(width & -width, BLOCK)  # columns that no edge cuts, where those are enough
-        cols = even if even >= BLOCK // 8 else min(BLOCK, triton.next_power_of_2(width))
-        sizes = {"WIDTH": width, "ROWS": BLOCK // cols, "COLS": cols, **OPTIONS}
-        grid = (triton.cdiv(rows, BLOCK // cols) * triton.cdiv(width, cols),)
-        if d_middle is None:
-            each = 1 if bias is None else parts * width // bias.numel()
-            named = {"ACT": activation, "GATED": gated, "EACH": each}
-            swiglu_kernel[grid](gate_up, rows, bias, **sizes, **named)
-        else:
-            swiglu_backward_kernel[grid](gate_up, d_middle, rows, **sizes)
+    checks.same_dtype_and_device(op, gate_up=gate_up)
+    if not gate_up.is_contiguous() or gate_up.numel() % (parts * max(1, rows)):
+        raise bad_argument(op, "gate_up", f"contiguous, {rows} rows", tuple(gate_up.shape))
+    if gate_up.numel():
+        grid, sizes = gates_tile(
+            op, gate_up.numel() // (rows * parts), rows, bias, activation, gated
+        )
+        swiglu_kernel[grid](gate_up, rows, bias, **sizes)
+
+
+def gates_tile(
+    op: str, width: int, rows: int, bias: Tensor | None, activation: str, gated: bool
+) -> tuple[tuple[int], dict[str, Any]]:
+    """(grid, compile-time arguments and options) of a launch over `rows` rows of `width` values, or
+    twice as many."""
+    values = (2 if gated else 1) * width
+    if bias is not None and (bias.ndim != 1 or values % bias.numel()):
+        raise bad_argument(op, "bias", f"a divisor of {values} values", bias.shape)
+    even = min(width & -width, BLOCK)  # columns that no edge cuts, where those are enough
+    cols = even if even >= BLOCK // 8 else min(BLOCK, triton.next_power_of_2(width))
+    sizes = {"WIDTH": width, "ROWS": BLOCK // cols, "COLS": cols, "ACT": activation, **OPTIONS}
+    sizes |= {"GATED": gated, "EACH": 1 if bias is None else values // bias.numel()}
+    return (triton.cdiv(rows, BLOCK // cols) * triton.cdiv(width, cols),), sizes

@@ -11,7 +11,7 @@ What each field computes is said by recurx/reference.py. A block of TRM or HRM i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ from .branch import Branch, Drops, Norm
 from .middles import depthwise, gated_norm
 from .pointwise import add_norm, swiglu
 from .vendor import exact_products, multiply
+
+Kept = dict[str, Any]  # by the names of `_attended` and `_mlp`
 
 
 class Half(NamedTuple):
@@ -80,7 +82,7 @@ def run_call(
         made = None
         if half.spec.kind == NORM:
             continue
-        product = _mixed(h if x is None else x, half, cos_sin, beside)
+        product = mixed(h if x is None else x, half, cos_sin, beside)
         norm, out, total = None, None, h
         if half.spec.placement == "post":
             norm, out, total = half.norm(f"norm{half.number}"), h, None
@@ -89,11 +91,11 @@ def run_call(
             # A block "norm" leaves its norm alone; of others h itself is needed, too.
             out = made = h if last else h.new_empty(h.shape)
             total = None if last else h
-        branch = _branch(half, beside)
+        branch = branch_of(half, beside)
         add_norm(h, product, out, norm, branch=branch, total=total, over_tokens=over)
 
 
-def _branch(half: Half, beside: Beside) -> Branch:
+def branch_of(half: Half, beside: Beside = ALONE) -> Branch:
     spec, w, mixes = half.spec, half.weights, half.number == "1"
     drops = Drops()
     if spec.dropout or spec.drop_path:
@@ -112,14 +114,20 @@ def _branch(half: Half, beside: Beside) -> Branch:
     )
 
 
-def _mixed(x: Tensor, half: Half, cos_sin: CosSin | None, beside: Beside) -> Tensor:
-    """The product that ends attention or an MLP, without its bias."""
+def mixed(
+    x: Tensor, half: Half, cos_sin: CosSin | None, beside: Beside = ALONE, kept: Kept | None = None
+) -> Tensor:
+    """The product that ends attention or an MLP, without its bias; into `kept`, if it is given,
+    what a backward reads (kernels/sublayers_training.py)."""
     if half.number == "1" and half.spec.kind == ATTENTION:
-        return _attended(x, half, cos_sin, beside.key_mask if half.spec.key_padding else None)
-    return _mlp(x, half, "" if half.number == "2" else "t_")
+        unseen = beside.key_mask if half.spec.key_padding else None
+        return _attended(x, half, cos_sin, unseen, kept)
+    return _mlp(x, half, "" if half.number == "2" else "t_", kept)
 
 
-def _attended(x: Tensor, half: Half, cos_sin: CosSin | None, unseen: Tensor | None) -> Tensor:
+def _attended(
+    x: Tensor, half: Half, cos_sin: CosSin | None, unseen: Tensor | None, kept: Kept | None
+) -> Tensor:
     spec, w = half.spec, half.weights
     qkv = multiply(x, w["qkv"], bias=w.get("qkv_bias"))
     heads = Heads(
@@ -132,13 +140,20 @@ def _attended(x: Tensor, half: Half, cos_sin: CosSin | None, unseen: Tensor | No
     if spec.attn_gate:
         gate = multiply(x, w["attn_gate"], bias=w.get("attn_gate_bias"))
     by_head = qkv.unflatten(2, (qkv.shape[2] // spec.head_dim, spec.head_dim))
-    mixed = attention(by_head, cos_sin=cos_sin, heads=heads, gate=gate, unseen=unseen).flatten(2)
+    lse = None
+    if kept is not None:
+        lse = x.new_empty(len(x), spec.num_heads, x.shape[1], dtype=torch.float32)
+    out = attention(by_head, cos_sin=cos_sin, heads=heads, gate=gate, lse=lse, unseen=unseen)
+    normed = out.flatten(2)
     if spec.attn_norm:
-        add_norm(mixed, None, mixed, half.norm("attn_norm", spec.attn_norm))
-    return multiply(mixed, w["o"])
+        normed = normed if kept is None else torch.empty_like(normed)
+        add_norm(out.flatten(2), None, normed, half.norm("attn_norm", spec.attn_norm))
+    if kept is not None:
+        kept |= dict(heads=heads, qkv=by_head, gate=gate, lse=lse, out=out, normed=normed)
+    return multiply(normed, w["o"])
 
 
-def _mlp(x: Tensor, half: Half, over: str) -> Tensor:
+def _mlp(x: Tensor, half: Half, over: str, kept: Kept | None) -> Tensor:
     """The MLP over D (`over` is ""), or over T ("t_"), where hidden values are [B, F, D]. From a
     convolution on all is in its dtype."""
     spec, w, inside = half.spec, half.weights, not over
@@ -146,7 +161,11 @@ def _mlp(x: Tensor, half: Half, over: str) -> Tensor:
     dtype = getattr(torch, spec.conv_dtype) if spec.conv_dtype else None
     wide = multiply(x, w[f"{over}gate_up"], not inside, bias=bias if early else None)
     if early:  # the zeros before the first token stand beside sums with their bias
+        if kept is not None:
+            kept["convolved"] = wide
         wide, bias = depthwise(wide, w["conv"], w["conv_bias"], dtype=dtype), None
+    if kept is not None:
+        kept["wide"] = wide.clone()
     if spec.inner_norm and (inside or spec.inner_norm_tokens):
         gated_norm(
             wide, half.norm(f"{over}inner_norm", spec.inner_norm), activation=spec.activation,
@@ -158,5 +177,8 @@ def _mlp(x: Tensor, half: Half, over: str) -> Tensor:
         swiglu(wide, rows, activation=spec.activation, gated=spec.gated, bias=bias)
     middle = wide.narrow(*((2, 0, spec.inner) if inside else (1, 0, spec.token_inner)))
     if inside and spec.conv and not early:
-        middle = depthwise(middle, w["conv"], w["conv_bias"], spec.activation, dtype)
+        source = middle
+        middle = depthwise(source, w["conv"], w["conv_bias"], spec.activation, dtype)
+        if kept is not None:
+            kept |= dict(convolved=source, middle=middle)
     return multiply(middle, w[f"{over}down"].to(middle.dtype), not inside)

@@ -39,7 +39,7 @@ from recurx.backends.graphs import (
 )
 from recurx.backends.weight_cache import WeightCache, frozen
 from recurx.kernels.arena import slots_of
-from recurx.kernels.fields import FIELDS
+from recurx.kernels.fields import FIELDS, why_not_trained
 from recurx.operands import Operands, Span
 from recurx.packed import PackedNets
 from recurx.plan.device import Device
@@ -111,10 +111,13 @@ class Triton(Backend):
     def window(self, problem: Problem) -> Window | None:
         from recurx.backends.triton_window import TritonWindow
 
-        if self.kind in ("persistent", "graph") or problem.changed:
+        changed = bool(problem.changed_blocks)
+        if self.kind in ("persistent", "graph") or (changed and self.kind == "tiled"):
+            return None
+        if problem.changed and (why_not_trained(problem) or why_no_kernel(problem)) is not None:
             return None
         library = self.kind == "library" or why_not_tiled(problem) is not None
-        return TritonWindow(self.packed_nets, library)
+        return TritonWindow(self.packed_nets, library, changed)
 
     def free(self) -> None:
         self.tapes.clear()

@@ -11,8 +11,9 @@ numbers a row, call and block (D = hidden; one published attention block, T * B 
                     and then each call but the last once more when its turn comes
 
 Factors of the norms and row sums of exp are a few fp32 numbers a row. A call costs one rms launch,
-its blocks (kernels/block_training.py) and an addition for each gradient that is already
-there; weight gradients cost one launch a weight and call, and one more a window.
+its blocks (kernels/block_training.py) and an addition for each gradient that is already there;
+weight gradients cost one launch a weight and call, and one more a window. Of other blocks than
+TRM's "all" and "block" keep the input of each call alone (kernels/sublayers_training.py).
 """
 
 from __future__ import annotations
@@ -25,18 +26,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recurx import reference
 from recurx.backends import Window
-from recurx.kernels import block_training
-from recurx.kernels import library as by_library
-from recurx.kernels.block_training import Matrices, Saved
-from recurx.kernels.kept_layout import kept_shapes, saved_in
+from recurx.kernels import block_training, library, sublayers_training
+from recurx.kernels.kept_layout import Saved
 from recurx.nets import NetSpec
-from recurx.operands import CosSin, Operands, Span
+from recurx.operands import Beside, CosSin, Operands, Span
 from recurx.packed import PackedNets
 from recurx.problem import Problem
-from recurx.program import Call, lower
+from recurx.program import PLAIN, Call, lower
 
-Nets = dict[str, tuple[NetSpec, list[Matrices]]]  # a net's blocks and their matrices
+Nets = dict[str, tuple[NetSpec, list[Any]]]  # a net's blocks and, as the way has them, its weights
 
 
 def _on_its_device(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,39 +51,43 @@ def _on_its_device(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class TritonWindow(Window):
-    """`rounded` makes the matrices in the states' dtype out of the master weights; `library` says
-    that PyTorch multiplies them."""
+    """`rounded` makes the weights in the states' dtype out of the masters; with `products` PyTorch
+    multiplies them, which it does for blocks that are not TRM's."""
 
     # A run without gradient normalises rows in the next product, this forward where it leaves them.
     own_forward = True
 
     def __init__(
-        self, rounded: Callable[[Problem, Sequence[Tensor]], PackedNets], library: bool = False
-    ) -> None:
+        self, rounded: Callable[[Problem, Sequence[Tensor]], PackedNets], products: bool = False,
+        changed: bool = False,
+    ) -> None:  # fmt: skip
         self._rounded = rounded
-        self._way: ModuleType = by_library if library else block_training
+        self._way: ModuleType = library if products else block_training
+        if changed:
+            self._way = sublayers_training
 
     def kept(
         self, problem: Problem, span: Span, save: str
     ) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        return kept_shapes(problem, span, save)
+        return self._way.kept_shapes(problem, span, save)
 
     @_on_its_device
     def forward(
         self, problem: Problem, operands: Operands, span: Span, save: str
     ) -> tuple[list[Tensor], list[Tensor]]:
-        x = operands.x
+        x, way = operands.x, self._way
         nets, cos_sin = self._nets(problem, operands.weights), operands.float_rope()
         kept = [
             torch.empty(shape, dtype=dtype, device=x.device)
-            for shape, dtype in kept_shapes(problem, span, save)
+            for shape, dtype in way.kept_shapes(problem, span, save)
         ]
         inputs, values = CallInputs(), [x, *operands.states]
+        write = _Writes(problem, operands, span)
         for k, call in enumerate(lower(problem.schedule, span).calls):
             spec, own = nets[call.net]
-            saved = saved_in(kept, problem, span, k) if kept else _unsaved(x, spec)
+            saved = way.saved_in(kept, problem, span, k) if kept else way.unsaved(x, spec)
             inputs(call, values, saved[0].h)
-            values[call.write] = _run_net(self._way, saved, spec, own, cos_sin, save == "all")
+            write(k, call, values, way.run_net(saved, spec, own, cos_sin, save == "all"))
         return [
             value.clone() if value is state else value
             for value, state in zip(values[1:], operands.states, strict=True)
@@ -104,9 +108,10 @@ class TritonWindow(Window):
         if kept:
 
             def saved_of(k: int) -> list[Saved]:
-                return saved_in(kept, problem, span, k, outs[calls[k].write - 1])
+                return way.saved_in(kept, problem, span, k, outs[calls[k].write - 1])
         else:
-            saved_of = _Recomputed(way, calls, nets, cos_sin, list(entered))
+            write = _Writes(problem, operands, span)
+            saved_of = _Recomputed(way, calls, nets, cos_sin, list(entered), write)
 
         d_values = _Gradients([None, *d_outs])
         needed = _needed(calls, wants[: len(entered)])
@@ -115,11 +120,18 @@ class TritonWindow(Window):
             d_out = d_values.take(call.write)
             if d_out is None:
                 continue
+            factors = call.factors or PLAIN
+            if call.damped:
+                if call.write in needed[k]:
+                    d_values.add(call.write, factors.keep * d_out)
+                d_out = factors.damping * d_out
             spec, own = nets[call.net]
             d_h = way.net_backward(saved_of(k), spec, own, cos_sin, d_out, grads, first[call.net])
-            for slot in (*call.state, *call.inject):
+            d_first = d_h if factors.scale == 1 else factors.scale * d_h
+            reads = [(s, d_first) for s in call.state] + [(s, d_h) for s in call.inject]
+            for slot, d in reads:
                 if slot in needed[k]:
-                    d_values.add(slot, d_h)
+                    d_values.add(slot, d)
 
         entering = [
             d_values.leave(slot, like) if want else None
@@ -129,9 +141,20 @@ class TritonWindow(Window):
 
     def _nets(self, problem: Problem, weights: Sequence[Tensor]) -> Nets:
         packed = self._rounded(problem, weights)
-        return {
-            name: (spec, packed.blocks[slice(*packed.of_net[name])]) for name, spec in problem.nets
-        }
+        return {name: (spec, self._way.weights_of(packed, name)) for name, spec in problem.nets}
+
+
+class _Writes:
+    """`reference.written`: what a call leaves of its net's result, by the factors of its step."""
+
+    def __init__(self, problem: Problem, operands: Operands, span: Span) -> None:
+        self._steps, self._first, self._seed = problem.schedule.steps, span.start, operands.seed
+
+    def __call__(self, k: int, call: Call, values: list[Tensor], out: Tensor) -> None:
+        if call.factors is not None:
+            step, beside = self._steps[self._first + k], Beside(self._seed, call=self._first + k)
+            out = reference.written(step, values[call.write], out, beside, {})
+        values[call.write] = out
 
 
 class _Gradients:
@@ -173,7 +196,7 @@ class _Recomputed:
 
     def __init__(
         self, way: ModuleType, calls: Sequence[Call], nets: Nets, cos_sin: CosSin | None,
-        values: list[Tensor],
+        values: list[Tensor], write: _Writes,
     ) -> None:  # fmt: skip
         self._way = way
         self._calls, self._nets, self._cos_sin = calls, nets, cos_sin
@@ -181,12 +204,12 @@ class _Recomputed:
         self._before: list[list[Tensor]] = []
         self._last: list[tuple[Tensor | None, Tensor | None]] = []
         self._saved: list[Saved] = []  # by the call that ran last
-        for call in calls:
+        for k, call in enumerate(calls):
             spec, own = nets[call.net]
             self._before.append(list(values))
-            self._saved = _unsaved(values[0], spec)
+            self._saved = way.unsaved(values[0], spec)
             self._inputs(call, values, self._saved[0].h)
-            values[call.write] = _run_net(way, self._saved, spec, own, cos_sin, True)
+            write(k, call, values, way.run_net(self._saved, spec, own, cos_sin, True))
             self._last.append((self._saved[-1].out, self._saved[-1].scale_out))
 
     def __call__(self, k: int) -> list[Saved]:
@@ -195,34 +218,15 @@ class _Recomputed:
             return saved
         call, values = self._calls[k], self._before[k]
         spec, own = self._nets[call.net]
-        saved = _unsaved(values[0], spec)
+        saved: list[Saved] = self._way.unsaved(values[0], spec)
         saved[-1].out, saved[-1].scale_out = self._last[k]
         self._inputs(call, values, saved[0].h)
-        _run_net(self._way, saved, spec, own, self._cos_sin, True, again=True)
+        self._way.run_net(saved, spec, own, self._cos_sin, True, again=True)
         return saved
 
 
-def _run_net(
-    way: ModuleType, saved: list[Saved], spec: NetSpec, matrices: Sequence[Matrices],
-    cos_sin: CosSin | None, keep: bool, again: bool = False,
-) -> Tensor:  # fmt: skip
-    """The net on saved[0].h; without `keep` what `mix` makes is not saved.
-
-    `again`: the last block's out is there already, so its feed-forward is not run.
-    """
-    for number, (own, block, weights) in enumerate(zip(saved, spec.blocks, matrices, strict=True)):
-        full = own if keep else Saved(own.h, own.out, own.scale_out)
-        way.mix(full, block, weights, cos_sin)
-        if not (again and number == len(saved) - 1):
-            way.feed_forward(full, block, weights)
-            own.out, own.scale_out = full.out, full.scale_out
-    out = saved[-1].out
-    assert out is not None
-    return out
-
-
 class CallInputs:
-    """sum(state) + (sum(inject)) of one call after the other, with `reference.call_input`'s bits.
+    """`reference.call_input` of one call after the other, with its bits.
 
     A sum that calls share (recurx/program.py) is formed once, whichever of them comes first.
     """
@@ -234,6 +238,8 @@ class CallInputs:
     def __call__(self, call: Call, values: Sequence[Tensor], out: Tensor) -> None:
         """Into `out`: left to right, rounded after each addition; `values` by slot."""
         total = functools.reduce(torch.add, [values[slot] for slot in call.state])
+        if call.factors is not None and call.factors.scale != 1:
+            total = total * call.factors.scale
         if not call.inject:
             out.copy_(total)
             return
@@ -243,12 +249,6 @@ class CallInputs:
         if call.shared is not None:
             self._shared, self._sum = call.shared, inject
         torch.add(total, inject, out=out)
-
-
-def _unsaved(x: Tensor, spec: NetSpec) -> list[Saved]:
-    """One for each block, allocated as it goes; a block's input is the out of the one before."""
-    hs = [torch.empty_like(x) for _ in spec.blocks]
-    return [Saved(h, out) for h, out in zip(hs, [*hs[1:], None], strict=True)]
 
 
 def _needed(calls: Sequence[Call], wanted: Sequence[bool]) -> list[set[int]]:

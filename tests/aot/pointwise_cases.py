@@ -11,7 +11,7 @@ from aot.triton_cases import ARCHS, Launch, TritonCase, _meta, _short
 
 
 def _launched(call: Callable[[], object]) -> tuple[object, Launch]:
-    """The kernel that `call` launches, and its arguments; nothing runs."""
+    """The kernel that `call` launches first, and its arguments; nothing runs."""
     from triton.runtime.jit import JITFunction
 
     found = []
@@ -22,8 +22,7 @@ def _launched(call: Callable[[], object]) -> tuple[object, Launch]:
 
     with mock.patch.object(JITFunction, "run", note):
         call()
-    ((kernel, launch),) = found
-    return kernel, launch
+    return found[0]
 
 
 def _rms(shape: tuple[int, ...], dtype: torch.dtype, over_tokens: bool, backward: bool) -> Callable:
@@ -41,10 +40,13 @@ def _rms(shape: tuple[int, ...], dtype: torch.dtype, over_tokens: bool, backward
 
 def _swiglu(rows: int, width: int, dtype: torch.dtype, backward: bool) -> Callable:
     def call() -> object:
+        from recurx.kernels.middles_backward import middle_backward
         from recurx.kernels.pointwise import swiglu
 
-        d_middle = _meta(rows, width, dtype=dtype) if backward else None
-        return swiglu(_meta(rows, 2 * width, dtype=dtype), rows, d_middle)
+        gate_up = _meta(rows, 2 * width, dtype=dtype)
+        if backward:
+            return middle_backward(gate_up, rows, _meta(rows, width, dtype=dtype))
+        return swiglu(gate_up, rows)
 
     return call
 
@@ -102,7 +104,75 @@ def _variants(dtype: torch.dtype) -> dict[str, Callable]:
         qkv, table = _meta(64, 99, 3 * 8, 64, dtype=dtype), _meta(11, 64, dtype=torch.float32)
         return attention(qkv, cos_sin=(table, table), heads=Heads(axial=(11, 9, 0)))
 
-    made = norms, activation, inner_norm, convolution, heads, columns
+    def norms_backward() -> object:
+        from recurx.kernels.pointwise import Branch, Norm
+        from recurx.kernels.pointwise_backward import add_norm_backward
+
+        norm = Norm("layer", 1e-5, vector(512), vector(512))
+        branch = Branch(
+            vector(97, dtype), True, norm, 0.5, vector(512, dtype), 0.8, vector(512, dtype)
+        )
+        wanted = "weight", "bias", "before_weight", "before_bias", "learned", "skip"
+        how = dict(branch=branch, d_out=row(), d_total=row(), wanted=wanted)
+        return add_norm_backward(row(), row(), norm, **how)
+
+    def norms_backward_t() -> object:
+        from recurx.kernels.pointwise import Norm
+        from recurx.kernels.pointwise_backward import add_norm_backward
+
+        x, norm = row(1024), Norm("layer", 1e-5, vector(1024), vector(1024))
+        how = dict(d_out=x, d_total=x, over_tokens=True, wanted=("weight", "bias"))
+        return add_norm_backward(x, x, norm, **how)
+
+    def activation_backward() -> object:
+        from recurx.kernels.middles_backward import middle_backward
+
+        bias = vector(2 * 512, dtype)
+        how = dict(activation="gelu", gated=True, bias=bias)
+        return middle_backward(row(2 * 512), 64, row(512), **how)
+
+    def inner_norm_backward() -> object:
+        from recurx.kernels.middles_backward import gated_norm_backward
+        from recurx.kernels.pointwise import Norm
+
+        how = dict(activation="silu", gated=True, of_product=True, bias=vector(2 * 1536, dtype))
+        norm = Norm("layer", 1e-5, vector(1536))
+        return gated_norm_backward(row(97, 2 * 1536), row(97, 1536), norm, **how)
+
+    def convolution_backward(activation: str = "gelu_tanh") -> object:
+        from recurx.kernels.middles_backward import depthwise_backward
+
+        x, d = row(97, 2 * 1536).narrow(2, 0, 1536), row(97, 1536)
+        given = _meta(1536, 1, 2, dtype=dtype), vector(1536, dtype), d, activation
+        return depthwise_backward(x, *given, wanted=activation != "")
+
+    def convolution_spread() -> object:
+        return convolution_backward("")
+
+    def gate_backward() -> object:
+        from recurx.kernels.pointwise_backward import gate_backward
+
+        return gate_backward(row(), row(), row())
+
+    def heads_backward(tokens: int = 97) -> object:
+        from recurx.kernels.attention import Heads
+        from recurx.kernels.attention_backward import attention_backward
+
+        qkv = _meta(64, tokens, 8 + 2 * 2, 64, dtype=dtype)
+        out, table = _meta(64, tokens, 8, 64, dtype=dtype), vector(tokens * 64).view(tokens, 64)
+        how = Heads(2, True, 16, 40, "layer", 1e-5, vector(64), vector(64))
+        lse = _meta(64, 8, tokens, dtype=torch.float32)
+        given = qkv, out, lse, out, (table, table)
+        return attention_backward(*given, rotated=False, heads=how, gate=row(tokens))
+
+    def queries_backward() -> object:
+        return heads_backward(300)
+
+    made = (
+        norms, activation, inner_norm, convolution, heads, columns, norms_backward,
+        norms_backward_t, activation_backward, inner_norm_backward, convolution_backward,
+        convolution_spread, gate_backward, heads_backward, queries_backward,
+    )  # fmt: skip
     return {f"variant {call.__name__}": call for call in made}
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -12,13 +15,15 @@ from mutants import planted
 from recurx.kernels.noise import normal_numbers
 from simulate import KINDS as ALL_KINDS
 from simulate import FakeGraphs, triton_on_cpu
+from window_gradients import assert_close, gradients_of, on_triton
 
 import recurx
 from recurx import Schedule, Step, backends, noise, reference
 from recurx.nets import KINDS as BLOCKS
-from recurx.specs import ATTENTION, BlockSpec, NetSpec
-from tests.factories import make_inputs, make_net, problem_for, rope
+from recurx.specs import ATTENTION, NORM, BlockSpec, NetSpec
+from tests.factories import make_inputs, make_net, problem_for, rope, rounded
 from tests.test_numerics import teacher_forced
+from tests.variants import net_of
 
 KINDS = [kind for kind in ALL_KINDS if kind != "graph"]  # that is the reference
 BF16 = torch.bfloat16
@@ -212,14 +217,55 @@ def test_each_kind_says_what_it_does_not_run():
         assert backends.get("triton").plan(long, torch.device("cpu")).kind == "graph"
 
 
-def test_the_window_is_pytorchs():
-    """It says so by having none; gradients are those of the reference."""
-    nets = {"L": make_net(requires_grad=True, **SMALL_NET)}
-    x, carry = make_inputs(EQR, batch=2, **SMALL)
-    want = recurx.recurse(EQR, nets, x, carry, backend="eager", cos_sin=TABLES, seed=1)
-    with triton_on_cpu("tiled"):
-        assert backends.get("triton/tiled").window(problem_for(EQR, nets, x)) is None
-        got = run(EQR, nets, x, carry, cos_sin=TABLES, seed=1)
-    for a, b in zip(*(torch.autograd.grad(o["z_H"].square().sum(), nets["L"].weights)
-                      for o in (got, want)), strict=True):  # fmt: skip
-        assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.9999
+@pytest.mark.parametrize("way", ["tiled", "library"])
+@pytest.mark.parametrize("save", ["all", "states"])
+@pytest.mark.parametrize("system, dtype", [("eqr", BF16), ("mixed", torch.float32)], ids=str)
+def test_gradients_through_factors(system, dtype, save, way):
+    steps = SYSTEMS[system].steps if system == "mixed" else SHORT.steps
+    schedule = Schedule(steps, detach_carry=False)
+    nets = {
+        n: rounded(net, dtype, torch.float32) for n, net in nets_of(schedule, **SMALL_NET).items()
+    }
+    given = schedule, nets, *make_inputs(schedule, batch=4, dtype=dtype, **SMALL)
+    with triton_on_cpu():
+        problem = problem_for(*given[:3])
+        assert backends.get(f"triton/{way}").window(problem) is not None
+        run = on_triton(TABLES, save, f"triton/{way}", seed=3)
+        got = gradients_of(run, *given, into_carry=True)
+    assert_close(got, *given, TABLES, into_carry=True, seed=3)
+
+
+FACTOR_BUGS = {
+    "damping": ("factors.damping * d_out", "1.0 * d_out"),
+    "what was before": ("factors.keep * d_out", "0.0 * d_out"),
+    "scale": ("else factors.scale * d_h", "else d_h"),
+    "scale, forward": ("total * call.factors.scale", "total * 1.0"),
+}
+
+
+@pytest.mark.parametrize("bug", FACTOR_BUGS)
+def test_gradients_through_wrong_factors_are_rejected(bug, monkeypatch, tmp_path):
+    from recurx.backends import triton_window
+
+    monkeypatch.setattr(triton_window, "TritonWindow", changed(triton_window, *FACTOR_BUGS[bug]))
+    with pytest.raises(AssertionError, match="gradient"):
+        test_gradients_through_factors("mixed", torch.float32, "states", "library")
+
+
+def changed(module: ModuleType, old: str, new: str) -> type:
+    """The window of that module with a bug in it."""
+    source = Path(module.__file__).read_text()
+    assert source.count(old) == 1, f"{old!r}: adapt the planted bug"
+    mutant = ModuleType(module.__name__)
+    exec(compile(source.replace(old, new), module.__file__, "exec"), mutant.__dict__)
+    return mutant.TritonWindow
+
+
+def test_learned_factors_have_no_window():
+    """Then PyTorch runs it."""
+    schedule = Schedule((Step("L", "z", ("z",), ("x",), damping="alpha"),))
+    nets = {"L": make_net(**SMALL_NET), "alpha": net_of(BlockSpec(NORM, 32, 0, norm_weight=True))}
+    problem = problem_for(schedule, nets, make_inputs(schedule, batch=2, **SMALL)[0])
+    with triton_on_cpu():
+        for name in ("triton", "triton/tiled", "triton/library"):
+            assert backends.get(name).window(problem) is None

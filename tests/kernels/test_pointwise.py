@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from importlib import import_module
 
 import pytest
 import torch
@@ -100,7 +101,7 @@ def check_swiglu_backward(module, device, dtype, rows, width) -> None:
     (want,) = torch.autograd.grad(middle(leaf := wide.double().requires_grad_()), leaf, d.double())
     (plain,) = torch.autograd.grad(middle(leaf := wide.clone().requires_grad_()), leaf, d)
     gate_up, d_middle = wide.clone().to(device), d.clone().to(device)
-    module.swiglu(gate_up, rows, d_middle)
+    module.middle_backward(gate_up, rows, d_middle)
     judge(gate_up, plain, want)
     judge(d_middle, middle(wide), middle(wide.double()))
 
@@ -117,11 +118,11 @@ def test_rms(triton_device, check, shape, over_tokens, dtype):
 
 @dtypes
 @pytest.mark.parametrize("rows, width", [(7, 96), (3, 1025), (1, 4), (5, 384), (2, 2048), (0, 8)])
-@pytest.mark.parametrize("check", [check_swiglu, check_swiglu_backward])
-def test_swiglu(triton_device, check, rows, width, dtype):
-    from recurx.kernels import pointwise
+def test_swiglu(triton_device, rows, width, dtype):
+    from recurx.kernels import middles_backward, pointwise
 
-    check(pointwise, triton_device, dtype, rows, width)
+    check_swiglu(pointwise, triton_device, dtype, rows, width)
+    check_swiglu_backward(middles_backward, triton_device, dtype, rows, width)
 
 
 ROWS, HALVES = ((2, 13, 64), False), (3, 1025)
@@ -140,9 +141,8 @@ BUGS = {
                             check_swiglu, HALVES),
     "rows of gates run together": ("rows * (2 * WIDTH) + cols", "rows * WIDTH + cols",
                                    check_swiglu, HALVES),
-    "slope of silu is sigmoid": ("(sigmoid * (1.0 + gate * (1.0 - sigmoid)))", "sigmoid",
-                                 check_swiglu_backward, HALVES),
-    "d_up of the middle": ("(d * gate * sigmoid)", "(d * gate)", check_swiglu_backward, HALVES),
+    "slope of silu is sigmoid": ("s * (1.0 + x * (1.0 - s))", "s", check_swiglu_backward, HALVES),
+    "d_up of the middle": ("(d * middle)", "(d * gate)", check_swiglu_backward, HALVES),
 }  # fmt: skip
 
 
@@ -156,17 +156,17 @@ def check_eps(module, device, dtype, shape, over_tokens) -> None:
 @dtypes
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bugs_are_rejected(triton_device, bug, dtype, tmp_path):
-    from recurx.kernels import pointwise
-
     old, new, check, sizes = BUGS[bug]
+    module = "middles_backward" if check is check_swiglu_backward else "pointwise"
     check = check or check_eps
-    check(pointwise, triton_device, dtype, *sizes)
-    mutant = planted("pointwise", old, new, tmp_path)
+    check(import_module(f"recurx.kernels.{module}"), triton_device, dtype, *sizes)
+    mutant = planted(module, old, new, tmp_path)
     with pytest.raises(AssertionError):
         check(mutant, triton_device, dtype, *sizes)
 
 
 def test_what_does_not_fit_is_refused(triton_device):
+    from recurx.kernels.middles_backward import middle_backward
     from recurx.kernels.pointwise import add_rms, add_rms_backward, swiglu
 
     x = torch.zeros(2, 3, 4, device=triton_device)
@@ -180,9 +180,11 @@ def test_what_does_not_fit_is_refused(triton_device):
     long = torch.zeros(1, 3000, 1, device=triton_device)
     with pytest.raises(InvalidArgument, match="3000"):
         add_rms(long, long, long, 1e-5, over_tokens=True)
-    for rows, d_middle in ((5, None), (6, x), (6, x.bfloat16()[..., :2])):
+    with pytest.raises(InvalidArgument):
+        swiglu(x, 5)
+    for d_middle in (x, x.bfloat16()[..., :2]):
         with pytest.raises(InvalidArgument):
-            swiglu(x, rows, d_middle)
+            middle_backward(x, 6, d_middle)
 
 
 # ---- products ------------------------------------------------------------------------------------

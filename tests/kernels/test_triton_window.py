@@ -285,12 +285,11 @@ def without_product(real):
 
 
 def swap_halves(real):
-    def swiglu(gate_up, rows, d_middle=None):
+    def middle_backward(gate_up, rows, d_middle):
         real(gate_up, rows, d_middle)
-        if d_middle is not None:
-            gate_up.copy_(torch.roll(gate_up, gate_up.shape[2] // 2, 2))
+        gate_up.copy_(torch.roll(gate_up, gate_up.shape[2] // 2, 2))
 
-    return swiglu
+    return middle_backward
 
 
 def keep_the_last(real):
@@ -310,7 +309,7 @@ PLANTED = {
     "gate and up swapped": ("swiglu_backward", swap_gate_and_up),
     "rope backward missing": ("attention_backward", without_rotation),
     "library: what came through the SwiGLU is lost": ("add_rms_backward", without_product),
-    "library: gate and up swapped": ("swiglu", swap_halves),
+    "library: gate and up swapped": ("middle_backward", swap_halves),
     "library: calls overwrite each other's weight gradient": ("WeightGrads", keep_the_last),
     "library: rope backward missing": ("attention_backward", without_rotation),
 }

@@ -120,6 +120,23 @@ def rotating_attention_backward_of_two_kernels():
     return attention_backward(150, rotated=False)
 
 
+def attention_backward_of_fields(name: str, tokens: int):
+    from recurx.kernels.attention_backward import attention_backward
+
+    from tests.kernels.attention_cases import case
+
+    run, gradient = case(name, torch.bfloat16, tokens)
+    return lambda: [run(attention_backward)], [gradient(torch.float64)]
+
+
+def attention_backward_of_fields_of_one_block():
+    return attention_backward_of_fields("norm, prefix, gate", 97)
+
+
+def attention_backward_of_fields_of_two_kernels():
+    return attention_backward_of_fields("grouped, causal window", 150)
+
+
 # All on an sm_90 (wgmma), and on an sm_80 (mma.sync) those whose code differs most.
 CASES = [
     ("90", forward_that_keeps_the_factors), ("80", rms_backward_over_tokens),
@@ -130,6 +147,8 @@ CASES = [
     ("90", rotating_attention_backward_of_one_block),
     ("90", rotating_attention_backward_of_two_kernels),
     ("80", rotating_attention_backward_of_two_kernels),
+    ("90", attention_backward_of_fields_of_one_block),
+    ("80", attention_backward_of_fields_of_two_kernels),
 ]  # fmt: skip
 
 

@@ -54,6 +54,7 @@ def add_rms_backward(over_tokens: bool):
 
 def swiglu(backward: bool):
     """700 columns: the last program's are cut."""
+    from recurx.kernels.middles_backward import middle_backward
     from recurx.kernels.pointwise import swiglu
 
     wide, d_middle = randn(5, 1400, seed=0), randn(5, 700, seed=1)
@@ -63,7 +64,7 @@ def swiglu(backward: bool):
     if not backward:
         return lambda: swiglu(wide, 5), [wide], [torch.cat([middle, up], 1).detach()]
     (want,) = torch.autograd.grad(middle, leaf, d_middle.double())
-    return lambda: swiglu(wide, 5, d_middle), [wide, d_middle], [want, middle.detach()]
+    return lambda: middle_backward(wide, 5, d_middle), [wide, d_middle], [want, middle.detach()]
 
 
 def drops(over_tokens: bool):
@@ -85,8 +86,95 @@ def drops(over_tokens: bool):
     return call, [h], [want.mT if over_tokens else want]
 
 
-MADE = add_rms, add_rms_backward, swiglu, drops
-CASES = [(make, flag) for make in MADE for flag in (False, True)]
+def gradients(f, d_out: torch.Tensor, *operands: torch.Tensor) -> list[torch.Tensor]:
+    leaves = [operand.double().requires_grad_() for operand in operands]
+    return list(torch.autograd.grad(f(*leaves), leaves, d_out.double()))
+
+
+def add_norm_backward(over_tokens: bool):
+    """Layer norms of the branch and of the sum; weights; sums of 25 programs over D, or 40."""
+    from recurx.kernels.pointwise import Branch, Norm
+    from recurx.kernels.pointwise_backward import add_norm_backward
+
+    h, product, d_out = (randn(2, 97, 80, seed=s) for s in range(3))
+    n = 97 if over_tokens else 80
+    weight, before, scale = (1 + randn(n, seed=s).float() / 4 for s in range(3, 6))
+    scale = scale.to(h.dtype)
+
+    def f(h, product, weight, before, scale):
+        rows = [t.mT if over_tokens else t for t in (h, product)]
+        branch = F.layer_norm(rows[1], (n,), before)
+        out = F.layer_norm(rows[0] * 0.5 + branch * scale, (n,), weight)
+        return out.mT if over_tokens else out
+
+    wants = gradients(f, d_out, h, product, weight, before, scale)
+    got = [torch.empty_like(t) for t in (h, product, weight, before)] + [torch.empty(n)]
+
+    def call() -> None:
+        branch = Branch(norm=Norm("layer", 1e-5, before), learned=scale, skip=0.5)
+        d_h, d_product, sums = add_norm_backward(
+            h, product, Norm("layer", 1e-5, weight), branch=branch, d_out=d_out,
+            over_tokens=over_tokens, wanted=("weight", "before_weight", "learned"),
+        )  # fmt: skip
+        vectors = (sums[name].sum(0) for name in ("weight", "before_weight", "learned"))
+        for to, made in zip(got, (d_h, d_product, *vectors), strict=True):
+            to.copy_(made)
+
+    return call, got, wants
+
+
+def gated_norm_backward(over_tokens: bool):
+    from recurx.kernels.middles_backward import gated_norm_backward
+    from recurx.kernels.pointwise import Norm
+
+    wide = randn(2, 48, 80, seed=0) if over_tokens else randn(2, 97, 80, seed=0)
+    d = randn(*((2, 24, 80) if over_tokens else (2, 97, 40)), seed=1)
+    n = 24 if over_tokens else 40
+    weight = 1 + randn(n, seed=2).float() / 4
+
+    def f(wide, weight):
+        gate, up = (wide.mT if over_tokens else wide).chunk(2, dim=2)
+        out = torch.sigmoid(gate) * F.rms_norm(gate * up, (n,), weight, 1e-5)
+        return out.mT if over_tokens else out
+
+    wants = [*gradients(f, d, wide, weight), f(wide.double(), weight.double())]
+    d_weight = torch.empty(n)
+
+    def call() -> None:
+        how = dict(activation="silu", gated=True, of_product=True, over_tokens=over_tokens)
+        sums = gated_norm_backward(wide, d, Norm("rms", 1e-5, weight), **how)
+        d_weight.copy_(sums.sum(0))
+
+    return call, [wide, d_weight, d], wants
+
+
+def depthwise_backward(activates: bool):
+    from recurx.kernels.middles_backward import depthwise_backward
+
+    x, d_out = (randn(2, 37, 80, seed=s) for s in range(2))
+    weight, bias = randn(80, 1, 3, seed=2), randn(80, seed=3)
+
+    def f(x, weight, bias):
+        out = F.conv1d(x.mT, weight, bias, padding=1, groups=80).mT
+        return F.gelu(out) if activates else out
+
+    wants = gradients(f, d_out, x, weight, bias)
+    got = [torch.empty_like(x), torch.empty(80, 1, 3), torch.empty(80)]
+
+    def call() -> None:
+        d_x, sums = depthwise_backward(x, weight, bias, d_out, "gelu" if activates else "")
+        got[0].copy_(d_x)
+        got[1].copy_(sums[:, :3].sum(0).t()[:, None])
+        got[2].copy_(sums[:, 3].sum(0))
+
+    return call, got, wants
+
+
+MAKERS = (
+    add_rms, add_rms_backward, swiglu, drops, add_norm_backward, gated_norm_backward,
+    depthwise_backward,
+)  # fmt: skip
+CASES = [(make, flag) for make in MAKERS for flag in (False, True)]
 
 
 @pytest.mark.parametrize("arch", ["80", "90"])
