@@ -204,6 +204,7 @@ def add_rms(
 ) -> None:  # fmt: skip
     """out = rms(residual + product) over D or over T, all [B, T, D]; the factors of the rows,
     [B, T] or [B, D] float32, go into `scale` if that is given."""
+    checks.same_dtype_and_device("kernels.add_rms", residual=residual, product=product)
     norm = Norm("rms", eps)
     add_norm(residual, product, out, norm, over_tokens=over_tokens, scale=scale)
 
@@ -255,6 +256,8 @@ def _rows(
     checks.same_dtype_and_device(f"kernels.{op}", **given)
     if product is not None:
         checks.same_dtype_and_device(f"kernels.{op}", product=product)
+        if product.device != given["tensor 0"].device:
+            raise bad_argument(op, "product", "the device of the residual", product.device)
         given["product"] = product
     first = given["tensor 0"]
     for name, tensor in given.items():

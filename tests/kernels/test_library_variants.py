@@ -350,7 +350,7 @@ BUGS = {
     "draws of an element": ("pointwise", "(rows % R)[:, None] * N +", "(rows % R)[:, None] +",
                             "token MLP, dropping"),
     "draws of a call": ("library", "call += 1", "call += 0", "paths, pre-norm"),
-    "draws of a span": ("library", "self._first = span.start", "self._first = 0",
+    "draws of a span": ("library", "span.start, like", "0, like",
                         "paths, pre-norm"),
     "draws of a block": ("sublayers", "2 * int(half.number)", "2", "token MLP over D, dropping"),
     "key_padding": ("attention", "sees & (padding[None, :] == 0)", "sees", "padding"),
