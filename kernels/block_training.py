@@ -34,7 +34,7 @@ from recurx.packed import PackedNets
 
 from .attention import attention
 from .attention_backward import attention_backward
-from .kept_layout import Saved
+from .kept_layout import Saved  # with the next three: what a window asks of a way
 from .kept_layout import kept_shapes as kept_shapes
 from .kept_layout import saved_in as saved_in
 from .kept_layout import unsaved as unsaved
@@ -51,6 +51,7 @@ from .rms_backward import rms_backward
 from .swiglu_backward import swiglu_backward
 from .wgrad import new_partial, wgrad, wgrad_sum
 
+Half = Callable[..., None]  # `mix` or `feed_forward`
 # The four weights of a block in the states' dtype, rows padded (recurx/packed.py).
 Matrices = tuple[Tensor, ...]
 
@@ -128,9 +129,6 @@ def _to_rms(a: Tensor, weight: Tensor, x: Tensor, eps: float, out: Tensor, scale
 def weights_of(packed: PackedNets, net: str) -> list[Matrices]:
     """What a window hands on to the functions below: of each block its matrices."""
     return packed.blocks[slice(*packed.of_net[net])]
-
-
-Half = Callable[..., None]
 
 
 def run_net(

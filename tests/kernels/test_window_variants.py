@@ -16,8 +16,9 @@ from test_library_variants import NAMES, ONE, TOKENS, WIDTH, spec_of, stack
 from window_gradients import assert_close, gradients_of, loss_of, on_triton
 
 import recurx
-from recurx import Net, Schedule, backends
+from recurx import Net, Schedule, backends, ops
 from recurx.backends import triton_window
+from recurx.problem import encode
 from tests.factories import make_inputs, problem_for, rounded
 from tests.variants import net_of, tables_of
 
@@ -35,7 +36,7 @@ def given(*names: str, schedule=ONE, dtype=FP32, batch=2, seed=1) -> tuple:
 
 def problem(net: Net, cos_sin, schedule=ONE, dtype=FP32, batch=2) -> tuple:
     nets = {name: rounded(net, dtype, FP32) for name in schedule.nets}
-    sizes = dict(batch=batch, tokens=TOKENS, hidden=WIDTH, dtype=dtype)
+    sizes = dict(batch=batch, tokens=TOKENS, hidden=net.spec.hidden, dtype=dtype)
     return schedule, nets, *make_inputs(schedule, **sizes), cos_sin
 
 
@@ -62,6 +63,17 @@ def test_gradients_of_a_stack_that_ends_in_a_norm():
     judge(problem(*stack()))
 
 
+@pytest.mark.parametrize("name, change, batch", [
+    ("post-LayerNorm, GELU", dict(hidden=96, num_heads=3, inner=20), 3),
+    ("inner norm, GEGLU", dict(hidden=96, num_heads=3, inner=20), 3),
+    ("token MLP over D, biases", {}, 0), ("grouped heads, gate, prefix", {}, 0),
+    ("ConvSwiGLU", {}, 0),
+])  # fmt: skip
+def test_rows_that_fill_no_tile_and_an_empty_batch(name, change, batch):
+    spec = dataclasses.replace(spec_of(name), **change)
+    judge(problem(net_of(spec, seed=1), tables_of(spec), batch=batch))
+
+
 def test_gradients_through_the_calls_of_a_window():
     judge(given("norm weights", schedule=TWO), "states")
 
@@ -84,6 +96,17 @@ def test_a_call_keeps_its_input_alone():
         span = triton_window.Span(0, 2)
         all_of, block, states = (window.kept(asked, span, save) for save in SAVE)
     assert all_of == block == [((2, *x.shape), FP32)] and states == []
+
+
+@pytest.mark.parametrize("save", ["block", "states"])
+def test_opcheck(save):
+    schedule, nets, x, carry, cos_sin = given("sandwich")
+    weights = [w.requires_grad_() for w in nets["L"].weights]
+    how = None, None, encode(schedule, [("L", nets["L"].spec)]), WAY, WAY, 0, 1, save
+    inputs = x.requires_grad_(), list(carry.values()), weights, *cos_sin, *how
+    tests = "test_schema", "test_autograd_registration", "test_faketensor"
+    with triton_on_cpu():
+        torch.library.opcheck(ops.window_op, inputs, test_utils=tests)
 
 
 def test_only_what_is_asked_for_is_computed():
