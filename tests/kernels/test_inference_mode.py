@@ -10,7 +10,6 @@ import dataclasses
 import gc
 
 import pytest
-import test_never_stale as never_stale
 import torch
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from recurx.plan import DEVICES
 from recurx.plan.cuda import KINDS
 from tests.backends.test_second_call import StubLibrary, recursion
 from tests.factories import quantize_net
+from tests.kernels.writes import ENGINES, Stack, answer
 
 
 def made_in_inference_mode() -> list[tuple[int, ...]]:
@@ -39,11 +39,11 @@ def test_the_search_finds_what_is_kept() -> None:
     assert made_in_inference_mode() == []
 
 
-@pytest.mark.parametrize("engine", never_stale.ENGINES)
+@pytest.mark.parametrize("engine", ENGINES)
 def test_engines(engine: str) -> None:
     packed.device_words.cache_clear()
-    with never_stale.ENGINES[engine]() as backend:
-        never_stale.answer(never_stale.Stack(), backend, "inference")
+    with ENGINES[engine]() as backend:
+        answer(Stack(), backend, "inference")
         assert made_in_inference_mode() == []
 
 
