@@ -10,13 +10,18 @@ static_assert it.
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from aot.resources import SHARED_LIMIT, Need
 from aot.toolchain import CUDA_FOLDER
 
-ARCHS = ("80", "86", "89", "90", "100", "120")
+sys.path.insert(0, str(CUDA_FOLDER.parent))
+
+from native_tools import ALL_CUDA_ARCHS as ARCHS
+from native_tools import WHEEL_CUDA_ARCHS
+
 # Recursion kernels: they read the states and the scratch that they write.
 _NEEDS = {
     "80": Need(tensor=("HMMA",), constant_loads=False),
@@ -60,10 +65,17 @@ _OWNERS = {
 
 
 def owner_places(arch: str) -> tuple[str, ...]:
-    """Where h of D = 512 may lie on a generation: test_resources.py holds plans against this."""
+    """Where h of D = 512 may lie on a generation; test_cuda_resources.py holds plans against it."""
     if SHARED_LIMIT[arch] <= 101376:
         return ("scratch",)
     return ("shared",) if SHARED_LIMIT[arch] >= 232448 else ("shared", "scratch")
+
+
+def few_archs(case: CudaCase) -> tuple[str, ...]:
+    """Where a file takes ptxas a quarter of a minute or more, the generations that ship with code
+    of their own: 86 and 89 run that of 80. report.py compiles all."""
+    heavy = case.label in ("owner_sm80/launch", "grid_sm80/launch")
+    return WHEEL_CUDA_ARCHS if heavy else case.archs
 
 
 def few(case: CudaCase, arch: str) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from unittest import mock
 
 import torch
 
-from aot.triton_cases import ARCHS, Launch, TritonCase, _meta, _short
+from aot.triton_cases import ARCHS, GENERATIONS, Launch, TritonCase, _meta, _short
 
 
 def _launched(call: Callable[[], object]) -> tuple[object, Launch]:
@@ -194,12 +194,13 @@ def cases(thorough: bool = False) -> Iterator[TritonCase]:
             for name, call in made.items():
                 label = f"pointwise {name}{' backward' if backward else ''} {_short(dtype)}"
                 yield TritonCase(
-                    label, dtype, ARCHS, lambda call=call: _launched(call)[0],
+                    label, dtype, ARCHS if thorough else GENERATIONS,
+                    lambda call=call: _launched(call)[0],
                     lambda _, __, call=call: _launched(call)[1], products=False,
                 )  # fmt: skip
     for name, call in _variants(torch.bfloat16).items():
         yield TritonCase(
-            f"{name} bf16", torch.bfloat16, ARCHS if thorough else ("80", "90"),
+            f"{name} bf16", torch.bfloat16, ARCHS if thorough else GENERATIONS,
             lambda call=call: _launched(call)[0], lambda _, __, call=call: _launched(call)[1],
             products=False,
         )  # fmt: skip

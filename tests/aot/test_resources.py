@@ -1,7 +1,7 @@
-"""Registers, spills, shared memory and tensor-core instructions of every kernel, without a GPU.
+"""What the Triton kernels use without a GPU: registers, spills, memory, tensor-core instructions.
 
-The first half compiles the real kernels. The second shows that each check bites: small CUDA and
-PTX sources that spill, ask for too much, miss their tensor-core instruction or their wgmma fence.
+The first test compiles the real kernels. The others show that each check bites, also on those of
+CUDA: small sources that spill, ask for too much, miss their tensor-core instruction or their fence.
 `python tests/aot/report.py` prints the whole table.
 """
 
@@ -10,14 +10,9 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-import torch
 
 from aot import cuda_cases, report, resources, toolchain, triton_cases
 from aot.resources import Need, Usage
-from recurx import Problem, Schedule, Step
-from recurx.nets import ATTENTION, TOKEN_MLP, BlockSpec, NetSpec
-from recurx.plan import DEVICES
-from recurx.plan import cuda as plan
 
 needs_cuobjdump = pytest.mark.skipif(
     toolchain.triton_tools() is None, reason="cuobjdump of the triton wheel is not here"
@@ -29,11 +24,6 @@ TRITON = [
     for case in triton_cases.cases()
     for arch in case.archs
 ]
-CUDA = [
-    pytest.param(case, arch, id=f"{case.label}-sm_{arch}")
-    for case in cuda_cases.cases()
-    for arch in case.archs
-]
 
 
 @needs_cuobjdump
@@ -41,46 +31,6 @@ CUDA = [
 def test_triton_kernel(case, arch):
     row = report.triton_row(case, arch)
     assert not row[2], resources.table([row])
-
-
-@needs_cuobjdump
-@needs_nvcc
-@pytest.mark.parametrize("case, arch", CUDA)
-def test_cuda_kernel(case, arch):
-    rows = report.cuda_rows(case, arch, flags=cuda_cases.few(case, arch))
-    assert rows, f"{case.source} holds no kernel for sm_{arch}"
-    assert not any(faults for _, _, faults in rows), resources.table(rows)
-
-
-@needs_cuobjdump
-@needs_nvcc
-@pytest.mark.parametrize("arch", ["80", "86", "89", "120"])
-def test_the_owner_kernel_of_six_row_tiles_with_h_in_scratch(tmp_path, arch):
-    """Of T = 81 to 96 where a block has 99 KB, that is on these (86 and 89 may run the code of 80).
-    The larger ones with h in scratch are compiled above."""
-    case = cuda_cases.owner_alone(tmp_path, "X(512, 6, kScratch)")
-    (row,) = report.cuda_rows(case, arch)
-    assert row[0].endswith(" 512,6,1") and not row[2], resources.table([row])
-
-
-@pytest.mark.parametrize("name", DEVICES)
-def test_the_owners_that_a_generation_launches_are_compiled_for_it(name):
-    device, found = DEVICES[name], set()
-    (places,) = {
-        cuda_cases.owner_places(arch)
-        for arch in cuda_cases.ARCHS
-        if resources.SHARED_LIMIT[arch] == device.shared_bytes
-    }
-    step = Schedule((Step("L", "z", ("z",), ("x",)),))
-    for tokens in (81, 97, 112, 113, 128):
-        attention = BlockSpec(ATTENTION, 512, 1536, num_heads=8)
-        mixing = BlockSpec(TOKEN_MLP, 512, 1536, tokens=tokens, token_inner=512)
-        for block in (attention, mixing):
-            nets = (("L", NetSpec((block,))),)
-            problem = Problem(step, nets, 128, tokens, 512, torch.bfloat16, "cuda", True)
-            plans = plan.candidates(problem, device, kinds=("owner",))
-            found |= {"scratch" if chosen["in_scratch"] else "shared" for chosen in plans}
-    assert found == set(places)
 
 
 SPILLS = """
@@ -96,6 +46,8 @@ __global__ void __launch_bounds__(1024) spills(float* p) {
 CONSTANT = "__global__ void constant(float* p, const float* q) { *p = __ldg(q + threadIdx.x); }"
 DIVIDES = "__global__ void divides(int* p, int d) { p[threadIdx.x] /= d; }"
 PLAIN = "__global__ void plain(float* p) { p[threadIdx.x] *= 2; }"
+
+
 # wgmma whose accumulators are touched between the product and its wait.
 UNWAITED = """
 __global__ void unwaited(float* p, unsigned long long a, unsigned long long b) {

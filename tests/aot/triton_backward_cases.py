@@ -6,7 +6,17 @@ from collections.abc import Iterator
 
 import torch
 
-from aot.triton_cases import ARCHS, GENERATIONS, UNITS, Maker, TritonCase, _case, _linear, _meta
+from aot.triton_cases import (
+    ARCHS,
+    GENERATIONS,
+    UNITS,
+    Maker,
+    TritonCase,
+    _case,
+    _each,
+    _linear,
+    _meta,
+)
 
 
 def _rms_backward(batch: int, tokens: int, d: int, over_tokens: bool = False) -> Maker:
@@ -97,7 +107,7 @@ def _attention_backward(
     return f"{name} t={tokens} head={head_dim}", kernel, launch
 
 
-# What the window of TRM-att and TRM-mlp Sudoku launches; compiled for every architecture.
+# What the window of TRM-att and TRM-mlp Sudoku launches; compiled for every generation.
 MAIN = (
     _rms_backward(64, 97, 512),
     _linear("dgrad", 97 * 64, 3072, 512),
@@ -130,9 +140,9 @@ THOROUGH = (
 
 
 def cases(thorough: bool = False) -> Iterator[TritonCase]:
-    """bf16 on every architecture; fp32, and the small shapes, only if `thorough`."""
-    for maker in MAIN:
-        yield _case(maker, torch.bfloat16, ARCHS)
+    """bf16 on every generation; fp32, and the small shapes, only if `thorough`."""
+    for number, maker in enumerate(MAIN):
+        yield _case(maker, torch.bfloat16, ARCHS if thorough else _each(number))
     for maker in MORE:
         yield _case(maker, torch.bfloat16, ARCHS if thorough else GENERATIONS)
     for maker in (*MAIN, *MORE, *THOROUGH) if thorough else ():

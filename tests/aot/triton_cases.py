@@ -132,7 +132,7 @@ def _attention(batch: int, tokens: int, heads: int, head_dim: int, rotate: bool 
     return f"{name} t={tokens} head={head_dim}", kernel, launch
 
 
-# What TRM-att and TRM-mlp Sudoku launch; compiled for every architecture.
+# What TRM-att and TRM-mlp Sudoku launch; compiled for every generation (`_each`).
 MAIN = (
     _linear("linear", 97 * 64, 512, 1536),
     _linear("residual", 97 * 64, 1536, 512),
@@ -162,11 +162,16 @@ MORE = (
 GENERATIONS = ("80", "90")  # mma.sync and wgmma: they stand for the others
 
 
+def _each(number: int) -> tuple[str, ...]:
+    """Both, tcgen05, and in turn one of the two that have mma.sync and 99 KB of shared memory."""
+    return (*GENERATIONS, "100", ("89", "120")[number % 2])
+
+
 def cases(thorough: bool = False) -> Iterator[TritonCase]:
-    """bf16 for every architecture and fp32 for one; `thorough` leaves nothing out."""
+    """bf16 for every generation and fp32 for one; `thorough` leaves nothing out."""
     bf16, fp32 = torch.bfloat16, torch.float32
-    for maker in MAIN:
-        yield _case(maker, bf16, ARCHS)
+    for number, maker in enumerate(MAIN):
+        yield _case(maker, bf16, ARCHS if thorough else _each(number))
         yield _case(maker, fp32, ARCHS if thorough else GENERATIONS[:1])
     for maker in MORE:
         yield _case(maker, bf16, ARCHS if thorough else GENERATIONS)
