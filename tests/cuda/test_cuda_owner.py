@@ -56,6 +56,13 @@ CASES = {
     "tokens": (TOKEN_MLP, 17, 64, 0, 96, 40, 2),
     "more tokens": (TOKEN_MLP, 33, 128, 0, 96, 32, 1),
 }
+# Races show in the order of accesses, which the checker sees under any seed: the planted ones are
+# found under each of three. Ten for one case of each kind.
+TEN_SEEDS = (CASES["last rows not stored"], CASES["tokens"])
+
+
+def seeds_of(case: tuple) -> range:
+    return range(1, 11 if case in TEN_SEEDS else 4)
 
 
 def sizes(case: tuple) -> dict[str, int]:
@@ -67,7 +74,7 @@ def sizes(case: tuple) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_one_call_is_right_and_clean_under_ten_seeds(checked: EmulatedCuda, case: tuple) -> None:
+def test_one_call_is_right_and_clean_under_all_seeds(checked: EmulatedCuda, case: tuple) -> None:
     size = sizes(case)
     nets = {"L": make_net(case[0], **size, **dict(*case[7:]))}
     teacher_forced(checked, ONE_CALL, nets, BF16, **size)
@@ -75,7 +82,7 @@ def test_one_call_is_right_and_clean_under_ten_seeds(checked: EmulatedCuda, case
         ONE_CALL, batch=2, tokens=size["tokens"], hidden=size["hidden"], dtype=BF16
     )
     outs = []
-    for seed in range(1, 11):
+    for seed in seeds_of(case):
         checked.emulated.configure(seed=seed)
         cos_sin = rope(size["tokens"], size["hidden"], size["heads"])
         outs.append(checked(ONE_CALL, nets, x, carry, cos_sin)["z_L"])

@@ -17,7 +17,7 @@ from recurx.errors import CudaError
 from recurx.nets import ATTENTION, KINDS, TOKEN_MLP
 from recurx.plan import DEVICES, cuda_owner
 from recurx.plan import cuda as plan
-from tests.cuda.test_cuda_owner import CASES, ONE_CALL, sizes
+from tests.cuda.test_cuda_owner import CASES, ONE_CALL, seeds_of, sizes
 from tests.factories import make_inputs, make_net, problem_for, rope, rounded, wide
 from tests.kernels.compare import assert_as_exact
 from tests.solving.test_on_cuda import assert_same, both, make, puzzles
@@ -47,7 +47,7 @@ def scratch(places: tuple[EmulatedCuda, EmulatedCuda]) -> EmulatedCuda:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_the_bits_of_shared_memory_under_ten_seeds(places, case) -> None:
+def test_the_bits_of_shared_memory_under_all_seeds(places, case) -> None:
     shared, scratch = places
     size = sizes(case)
     nets = {"L": make_net(case[0], **size)}
@@ -56,7 +56,7 @@ def test_the_bits_of_shared_memory_under_ten_seeds(places, case) -> None:
     )
     cos_sin = rope(size["tokens"], size["hidden"], size["heads"])
     want = shared(ONE_CALL, nets, x, carry, cos_sin)["z_L"]
-    for seed in range(1, 11):
+    for seed in seeds_of(case):
         scratch.emulated.configure(seed=seed)
         assert torch.equal(scratch(ONE_CALL, nets, x, carry, cos_sin)["z_L"], want), seed
 
