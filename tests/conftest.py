@@ -71,3 +71,11 @@ def native():
     if reason is not None:
         pytest.skip(f"backend cpu {reason}")
     return cpu.BACKEND
+
+
+@pytest.fixture
+def threads():
+    """Gives back the number of threads that a test sets."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import types
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -32,31 +31,6 @@ from tests.kernels.compare import assert_as_exact
 
 DTYPES = [torch.float32, torch.bfloat16]
 ONE = Schedule((Step("L", "z", ("z",), ("x",)),))
-
-
-@pytest.fixture(scope="module")
-def emulated() -> cpu.Cpu:
-    """The backend over the emulated build."""
-    try:
-        return cpu.Cpu(build.load(build.module()))
-    except build.native_tools.NotFound as missing:
-        pytest.skip(f"cannot build the emulated engines: {missing}")
-
-
-@pytest.fixture(params=build.ISAS)
-def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> cpu.Cpu:
-    """The backend with one instruction set: the real one if this machine has it, else emulated."""
-    monkeypatch.setenv("RECURX_CPU_ISA", request.param)
-    if cpu.BACKEND.why_unavailable() is None:
-        return cpu.BACKEND
-    return request.getfixturevalue("emulated")
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

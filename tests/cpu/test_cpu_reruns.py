@@ -20,7 +20,7 @@ from recurx.nets import ATTENTION, KINDS
 from recurx.plan import cpu as plan
 from tests.cpu import build
 from tests.cpu.test_cpu_engine import run
-from tests.cpu.test_cpu_window import case, on_engine
+from tests.cpu.windows import case, on_engine
 from tests.small_solvers import SMALL, TOKENS, VOCAB
 
 RERUNS = int(os.environ.get("RECURX_RERUNS", "100"))

@@ -1,6 +1,6 @@
 """The gradient window of blocks with the fields of later systems: every field, against fp64.
 
-Judged as in test_cpu_window.py, in fp32 on the mean of three draws, since the ratio of one has
+Judged as windows.py says, in fp32 on the mean of three draws, since the ratio of one has
 been 0.85 to 1.27 around 1.05. test_cpu_window_planted.py plants a bug in each stage.
 """
 
@@ -18,8 +18,8 @@ from recurx import Schedule
 from recurx.backends import cpu
 from recurx.nets import ATTENTION, BlockSpec
 from tests.cpu.test_cpu_variants import EVERYTHING, ISAS, TOKENS, VARIANTS, WIDTH, spec_of
-from tests.cpu.test_cpu_window import DTYPES, ONE, SAVE, errors, on_engine, truth, window_of
-from tests.cpu.test_cpu_window import small_work_is_split_too as small_work_is_split_too
+from tests.cpu.windows import DTYPES, ONE, SAVE, errors, on_engine, truth, window_of
+from tests.cpu.windows import small_work_is_split_too as small_work_is_split_too
 from tests.factories import make_inputs, rounded
 from tests.kernels.compare import ERROR_RATIO
 from tests.variants import net_of, tables_of

@@ -25,7 +25,7 @@ from tests.cpu.test_cpu_beside import given_of as beside_given
 from tests.cpu.test_cpu_beside import learned_given
 from tests.cpu.test_cpu_variant_window import given_of
 from tests.cpu.test_cpu_variants import spec_of
-from tests.cpu.test_cpu_window import assert_right, case, on_engine
+from tests.cpu.windows import assert_right, case, on_engine
 from tests.kernels.compare import ERROR_RATIO
 
 TRM = dict(schedule=Schedule.trm(1, 1))

@@ -20,7 +20,7 @@ from recurx.nets import KINDS
 from recurx.operands import Operands
 from recurx.plan import cpu as plan
 from tests.cpu import build
-from tests.cpu.test_cpu_engine import emulated, engine, run, threads  # noqa: F401 (fixtures)
+from tests.cpu.test_cpu_engine import run
 from tests.factories import make_inputs, make_net, problem_for, quantize_net, rope
 
 MOST_DEPTH = 133144  # csrc/cpu/types.hpp: 127 * 127 of them fit an int32
@@ -204,7 +204,7 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_call_is_w8a8_in_fp64(engine, kind: str, dtype, monkeypatch) -> None:  # noqa: F811
+def test_a_call_is_w8a8_in_fp64(engine, kind: str, dtype, monkeypatch) -> None:
     """The error against fp64 is that of the format, 1.1e-2 here, whose products in fp64 have it.
     Their codes are the engine's, but for the few that fp32 rounds the other way, and those that
     follow: 3e-3 in fp32 states."""
@@ -228,7 +228,7 @@ def test_a_call_is_w8a8_in_fp64(engine, kind: str, dtype, monkeypatch) -> None: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_threads_and_reruns_have_the_same_bits(engine, kind, threads, monkeypatch) -> None:  # noqa: F811
+def test_threads_and_reruns_have_the_same_bits(engine, kind, threads, monkeypatch) -> None:
     monkeypatch.setattr(plan, "LEAST_SPLIT", 0)
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     schedule, shape = Schedule.trm(1, 1), dict(tokens=27, hidden=160, heads=2)

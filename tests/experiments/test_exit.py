@@ -4,19 +4,8 @@ from __future__ import annotations
 
 import json
 
-import pytest
-import torch
-
 from recurx.commands import main
 from recurx.experiments import exit as early
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    """The command sets the number of threads; later tests get theirs back."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def net(*rules: tuple[str, float, float]) -> dict:

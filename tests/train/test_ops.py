@@ -13,7 +13,6 @@ from recurx.models import PuzzleEmbedding, fused_stablemax_cross_entropy, stable
 from recurx.models.puzzle_embedding import sign_sgd_
 from recurx.train import AdamATan2, Average, SparseSignSGD
 from tests.cpu import build
-from tests.cpu.test_cpu_engine import threads  # noqa: F401
 from tests.train import cases, guards
 
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
