@@ -1,8 +1,8 @@
-"""Builds the CPU engine a second time, with every instruction set emulated.
+"""Builds the CPU engine a second time, so that every instruction set runs on any processor.
 
-The sources are the same; AVX-512 vectors are lowered by the compiler and AMX tiles have a plain
-body (csrc/cpu/tile.hpp), so all engines run on any processor. Objects are cached under build/ by
-the hash of their sources.
+The sources are the same. An engine is compiled with the instructions of its own that are here;
+wider vectors are lowered by the compiler, and AMX tiles have a plain body (csrc/cpu/tile.hpp).
+Objects are cached under build/ by the hash of their sources.
 """
 
 from __future__ import annotations
@@ -32,19 +32,39 @@ MODULE = "_cpu_emulated"
 INT8 = ("avx2_vnni", "avx512_vnni")  # engines of nothing else
 # The driver neither trains nor quantizes, and the window is most of an engine's code.
 DOES_NOT_TRAIN = ("-DRX_WITHOUT_WINDOW",)
-OF_DRIVER = (*DOES_NOT_TRAIN, *(f"-URX_HAVE_{isa.upper()}" for isa in INT8))
-DEFINES = (
-    *(f"-DRX_HAVE_{isa.upper()}=1" for isa in (*ISAS[1:], *INT8)),
-    "-DRX_PRETEND_ISA",
-    "-DRX_EMULATE_AMX",
-    f"-DRX_MODULE_NAME={MODULE}",
-)
+DEFINES = ("-DRX_PRETEND_ISA", "-DRX_EMULATE_AMX", f"-DRX_MODULE_NAME={MODULE}")
 
 
-def sources(without: Sequence[str] = ()) -> list[Path]:
-    """The engines, those of other processors than x86 left out."""
-    neon = [isa for isa in native_tools.ISA_FLAGS if isa.startswith("neon")]
-    others = tuple(f"engine_{isa}" for isa in (*neon, *without))
+def have(isas: Sequence[str]) -> list[str]:
+    return [f"-DRX_HAVE_{isa.upper()}=1" for isa in isas]
+
+
+def emulated() -> list[str]:
+    """What the module has beside portable code: what this processor lacks, and AVX-512 for the
+    fp32 states of AMX. The engines of recurx._C are the rest."""
+    lacked = [isa for isa in ISAS[1:] if isa not in usable()]
+    if "amx" in lacked and "avx512" not in lacked:
+        lacked.insert(0, "avx512")
+    return [*lacked, *(isa for isa in INT8 if isa.partition("_")[0] in lacked)]
+
+
+def own_flags(isa: str) -> list[str]:
+    """The instructions of an engine that this processor has: in doubt those of AVX2, which the
+    compiler lowers wider vectors to."""
+    level = ISAS.index({"avx2_vnni": "avx2", "avx512_vnni": "avx512"}.get(isa, isa))
+    known = native_tools.find_compiler().isas
+    found = [i for i in ISAS[1 : level + 1] if i in usable()] or [i for i in ISAS[1:2] if level]
+    return [flag for i in found[-1:] if i in known for flag in native_tools.ISA_FLAGS[i][0]]
+
+
+def _isa_of(source: Path) -> str:
+    """The instruction set of an engine's file, "" of any other."""
+    return source.stem.removeprefix("engine_") if source.stem.startswith("engine_") else ""
+
+
+def sources(isas: Sequence[str]) -> list[Path]:
+    """What all engines share, and portable code and those of `isas`."""
+    others = tuple(f"engine_{isa}" for isa in native_tools.ISA_FLAGS if isa not in isas)
     found = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
     return [file for file in found if not file.stem.endswith(others)]
 
@@ -71,8 +91,9 @@ def module() -> Path:
     """The extension module; raises native_tools.NotFound without a compiler."""
     undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
     name = f"{MODULE}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    files = [ROOT / "csrc" / "bindings.cpp", *sources()]
-    return _linked(files, name, (), ("-shared", *undefined))
+    isas = emulated()
+    files = [ROOT / "csrc" / "bindings.cpp", *sources(isas)]
+    return _linked(files, name, have(isas), ("-shared", *undefined))
 
 
 def driver() -> Path:
@@ -80,30 +101,32 @@ def driver() -> Path:
 
     Raises native_tools.NotFound without a compiler.
     """
-    files = [Path(__file__).with_name("engines_check.cpp"), *sources(INT8)]
-    return _linked(files, "engines_check", OF_DRIVER)
+    files = [Path(__file__).with_name("engines_check.cpp"), *sources(ISAS)]
+    return _linked(files, "engines_check", [*have(ISAS[1:]), *DOES_NOT_TRAIN])
 
 
 def _linked(files: list[Path], name: str, more: Sequence[str], link: Sequence[str] = ()) -> Path:
     compiler, flags = settings(ROOT / "csrc")
     flags = [*flags, *more]
-    digest = hashlib.sha256(repr((compiler, flags)).encode())
+    own = [own_flags(isa) for isa in map(_isa_of, files) if isa]
+    digest = hashlib.sha256(repr((compiler, flags, own)).encode())
     for file in [*files, *sorted((ROOT / "csrc" / "cpu").rglob("*.hpp"))]:
         digest.update(file.read_bytes())
     folder = ROOT / "build" / "cpu_emulated" / digest.hexdigest()[:16]
     with locked(folder / "lock"):
         if not (folder / name).exists():
-            _compile(compiler, flags, files, folder, name, link)
+            compile_all(compiler, flags, files, folder, name, link)
     return folder / name
 
 
-def _compile(
+def compile_all(
     compiler: native_tools.Compiler, flags: list[str], files: list[Path], folder: Path, name: str,
     link: Sequence[str],
 ) -> None:  # fmt: skip
     def compile_one(source: Path) -> str:
         target = str(folder / f"{source.stem}.o")
-        run(*compiler.command, *flags, "-c", str(source), "-o", target)
+        own = own_flags(isa) if (isa := _isa_of(source)) else ()
+        run(*compiler.command, *flags, *own, "-c", str(source), "-o", target)
         return target
 
     with ThreadPoolExecutor(2) as pool:
@@ -153,12 +176,11 @@ def with_bugs(
     )
     compiler, flags = settings(folder / "csrc")
     engine = folder / f"engine_{name}.o"
-    own = native_tools.ISA_FLAGS[name][0] if name in usable() else ()
     watched = ["-fsanitize=address,undefined"] if sanitized else []
-    part = [*own, *watched, *DOES_NOT_TRAIN]
+    part = [*own_flags(name), *watched, *DOES_NOT_TRAIN]
     source = cpu / f"engine_{name}.cpp"
     run(*compiler.command, *flags, *part, "-c", str(source), "-o", str(engine))
-    others = [beside / f"{s}.o" for s in ("engines_check", *(f.stem for f in sources(INT8)))]
+    others = [beside / f"{s}.o" for s in ("engines_check", *(f.stem for f in sources(ISAS)))]
     objects = [str(o) for o in others if o.name != engine.name]
     link = [*compiler.command, "-pthread", *watched]
     run(*link, *objects, str(engine), str(stub), "-o", str(folder / "check"))

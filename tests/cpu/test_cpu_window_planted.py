@@ -11,7 +11,6 @@ import ctypes
 import hashlib
 import shutil
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -401,9 +400,8 @@ BUGS = {
 
 
 PAIR_CORES = ("avx512_bf16", "amx", "amx_split")
-PRETEND = (
-    *(f"-DRX_HAVE_{isa.upper()}=1" for isa in PAIR_CORES), "-DRX_PRETEND_ISA", "-DRX_EMULATE_AMX",
-)  # fmt: skip
+PRETEND = [*build.have(PAIR_CORES), "-DRX_PRETEND_ISA"]
+PRETEND += [] if "amx" in build.usable() else ["-DRX_EMULATE_AMX"]
 # Of an engine that their table names and no bug needs.
 STUBS = """#include "cpu/engines.hpp"
 int rx_planted = 0;
@@ -443,17 +441,8 @@ def _compile() -> Path:
     others = tuple(f"_{isa}" for isa in build.native_tools.ISA_FLAGS if isa not in PAIR_CORES)
     files += [f for f in sorted((folder / "cpu").glob("*.cpp")) if not f.stem.endswith(others)]
 
-    def compile_one(file: Path) -> str:
-        isa = file.stem.removeprefix("engine_")
-        real = isa in PAIR_CORES and isa in build.usable()
-        own = build.native_tools.ISA_FLAGS[isa][0] if real else PRETEND
-        target = str(folder / f"{file.stem}.o")
-        build.run(*compiler.command, *flags, *own, f"-I{folder}", "-c", str(file), "-o", target)
-        return target
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, files))
-    build.run(*compiler.command, "-shared", "-pthread", *objects, "-o", str(module))
+    flags = [*flags, *PRETEND, f"-I{folder}"]
+    build.compile_all(compiler, flags, files, folder, module.name, ["-shared"])
     return module
 
 
