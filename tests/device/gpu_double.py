@@ -315,7 +315,9 @@ def install() -> None:
 def wait_for_the_device() -> None:
     """As a kernel that never ends: signals meet C code that keeps the interpreter's lock."""
     pause = ctypes.PyDLL(None).usleep
-    journal.emit("hangs", pid=os.getpid())
+    with contextlib.suppress(KeyboardInterrupt):  # who reads the line may send one at once
+        journal.emit("hangs", pid=os.getpid())
+        pause(999_999)
     while True:
         with contextlib.suppress(KeyboardInterrupt):
             pause(999_999)
