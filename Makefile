@@ -52,10 +52,13 @@ help:
 
 setup: $(BUILT)
 
-# One process a core, a file of tests in one of them (they share built kernels). One thread each:
+# One process a core, a file of tests in one of them (they share built kernels), the longest files
+# first (tests/conftest.py; xdist would sort them by their number of tests). One thread each:
 # OpenMP teams of several processes would fight for the cores. One that dies is not replaced: xdist
 # can wait for ever on the one that replaces it (pytest-xdist issue 1378).
-PYTEST = OMP_NUM_THREADS=1 "$(PY)" -m pytest -q -n $(WORKERS) --dist loadfile --max-worker-restart=0
+DIST   = loadfile
+PYTEST = OMP_NUM_THREADS=1 "$(PY)" -m pytest -q -n $(WORKERS) --dist $(DIST) --no-loadscope-reorder \
+  --max-worker-restart=0
 
 test: $(BUILT) $(DEV)
 	$(PYTEST)
@@ -64,6 +67,7 @@ test-fast: $(BUILT) $(DEV)
 	$(PYTEST) -m 'not slow'
 
 # `make test` runs the best one. The yardstick is PyTorch, so one file says it all.
+test-isas: DIST = load
 test-isas: $(BUILT) $(DEV)
 	isas=$$("$(PY)" -c 'import recurx._C as engine; print(*engine.cpu_isas())') && \
 	for isa in $$isas; do \

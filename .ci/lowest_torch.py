@@ -23,7 +23,9 @@ DOWNLOAD_SECONDS, TEST_SECONDS = 180, 480
 # What depends on torch's version. The Triton kernels need the triton that their torch came with.
 TESTS = ["tests/train", "tests/patching", "tests/models", "tests/solving", "tests/backends"]
 TESTS += [str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_*.py")]
-ELSEWHERE = ("test_packaging.py", "test_native_build.py")  # of the build, without torch
+# Of the build, of texts and of imports: what they find is the same with any torch.
+ELSEWHERE = ("test_packaging.py", "test_native_build.py")
+ELSEWHERE += ("test_document_names.py", "test_import_graph.py")
 
 
 def lowest() -> str:

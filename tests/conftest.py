@@ -3,6 +3,7 @@ backends that neither clocks nor other runs decide."""
 
 import os
 import signal
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -40,7 +41,21 @@ def pytest_testnodedown(node, error):
         print(f"\n{node.gateway.id} ended by itself, exit code {code}: {error}", flush=True)
 
 
+# Files that take a minute and more of processor time, from an empty cache. They come first, so that
+# the processes of a run end together; two that wait for one build are not neighbours.
+LONGEST = (
+    "aot/test_cuda_resources.py", "device/test_gpu_check.py", "aot/test_resources.py",
+    "cpu/test_cpu_window_planted.py", "cpu/test_cpu_window.py", "cuda/test_cluster_recursion.py",
+    "cpu/test_sanitized.py", "cuda/test_cuda_owner_scratch.py", "cpu/test_aarch64.py",
+    "cpu/test_cpu_variant_window.py", "hostile/test_corpus.py", "cpu/test_dot_core.py",
+    "test_documents.py", "cpu/test_cpu_engine.py",
+)  # fmt: skip
+FIRST = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+assert all(path.exists() for path in FIRST), "a file of LONGEST is gone"
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: FIRST.get(item.path, len(FIRST)))  # the others stay as they are
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, torch sees none")
