@@ -164,6 +164,7 @@ typedef struct {
   int32_t k_splits[4];   /* warps that share the depth of a row tile: 1, 2, 4 or 8 */
   int32_t shared_bytes;  /* of a CTA; weights that do not fit are read from L2 in each call */
   int32_t fp8;           /* 1: tapes hold e4m3 with a scale for each output channel */
+  int32_t cluster;       /* CTAs that get their rows at once: 1, or on Hopper 2, 4 or 8 */
 } RxGridPlan;
 
 int rx_grid_sm80_run(const RxRecursion* r, const RxGridPlan* plan, void* stream);

@@ -123,8 +123,7 @@ class RxGridPlan(Structure):
         ("ctas", c_int32),
         ("row_groups", c_int32 * 4),
         ("k_splits", c_int32 * 4),
-        ("shared_bytes", c_int32),
-        ("fp8", c_int32),
+        *((name, c_int32) for name in ("shared_bytes", "fp8", "cluster")),
     ]
 
 

@@ -26,7 +26,7 @@ from recurx.plan.launch import LaunchPlan
 
 def settings(plan: LaunchPlan) -> RxGridPlan:
     """The C struct of a plan of kind "grid"."""
-    made = RxGridPlan(ctas=plan["ctas"], shared_bytes=plan["shared_bytes"])
+    made = RxGridPlan(**{name: plan[name] for name in ("ctas", "shared_bytes", "cluster")})
     made.row_groups[:] = [plan[f"groups_{slot}"] for slot in SLOTS]
     made.k_splits[:] = [plan[f"splits_{slot}"] for slot in SLOTS]
     made.fp8 = plan["weights"] == "fp8"

@@ -101,7 +101,7 @@ def _block_work(block: BlockSpec, samples: int) -> tuple[float, float]:
     return flops, sum(f * (ROWS + n) / (ROWS * n) for f, n in products)
 
 
-def _places(device: Device, hidden: int, cluster: int) -> int:
+def places(device: Device, hidden: int, cluster: int) -> int:
     """Clusters that run at once."""
     asked = {(width, size): count for width, size, count in device.clusters}
     assumed = device.units // 2 if cluster == 2 else device.units // GPC * (GPC // cluster) - 1
@@ -111,7 +111,7 @@ def _places(device: Device, hidden: int, cluster: int) -> int:
 def _plan(problem: Problem, device: Device, cluster: int) -> LaunchPlan:
     samples = samples_together(problem)
     clusters = max(1, ceil_div(2 * ceil_div(problem.batch, samples), cluster))
-    busy = min(clusters, _places(device, problem.hidden, cluster))
+    busy = min(clusters, places(device, problem.hidden, cluster))
     rounds = ceil_div(clusters, busy)
     specs = dict(problem.nets)
     nets = [specs[step.net] for step in problem.schedule.steps]

@@ -151,7 +151,7 @@ BUGS = [
     Bug(
         "no proxy fence before a bulk load of global scratch",
         "sm90.cu bulk_scratch",
-        (("i] = 7 * i;\n  rx::fence_proxy_async();", "i] = 7 * i;"),),
+        (("i] = 7 * i;\n  rx::fence_proxy_async_global();", "i] = 7 * i;"),),
         "missing fence.proxy.async after a generic write at global memory",
     ),
     # ---- scopes

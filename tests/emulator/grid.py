@@ -39,18 +39,20 @@ class Plan:
     k_splits: tuple[int, ...] = (1, 2, 4, 8)
     shared_bytes: int = 100 * 1024
     fp8: bool = False
+    cluster: int = 1
 
     @staticmethod
     def of(plan: LaunchPlan) -> Plan:
         """The settings that recurx picked."""
         made = cuda_grid.settings(plan)
         groups, splits = tuple(made.row_groups), tuple(made.k_splits)
-        return Plan(made.ctas, groups, splits, made.shared_bytes, bool(made.fp8))
+        return Plan(made.ctas, groups, splits, made.shared_bytes, bool(made.fp8), made.cluster)
 
     def struct(self) -> RxGridPlan:
         four = ctypes.c_int32 * 4
         groups, splits = four(*self.row_groups), four(*self.k_splits)
-        return RxGridPlan(self.ctas, groups, splits, self.shared_bytes, self.fp8)
+        shared = self.shared_bytes
+        return RxGridPlan(self.ctas, groups, splits, shared, self.fp8, self.cluster)
 
 
 class Guarded:
@@ -114,6 +116,9 @@ class GridKernel:
         scratch = Guarded(need, x.device)
         p.scratch, p.scratch_bytes = scratch.address, need
         self.library.unwatch_all()
+        if self.library.checked:
+            # Of rows that a cluster gets by copies, whoever sends for them fences the proxies.
+            self.library.configure(reader_may_fence=self.plan.cluster > 1)
         if self.library.checked:  # writes of one CTA and reads of another, under the race checker
             self.library.watch(scratch.address, need, "scratch")
             for name, out in zip(schedule.states, outs, strict=True):

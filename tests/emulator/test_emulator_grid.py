@@ -196,7 +196,8 @@ def test_the_picked_plan_is_what_runs(plain, kind):
     (plan,) = cuda_grid.grid_plans(problem, device)
     kernel = GridKernel(plain, Plan.of(plan))
     blocks = [cuda_grid.products_of(block, 2, 33) for block in nets["L"].spec.blocks]
-    fixed = cuda_grid.fixed_shared_bytes(blocks, kernel.plan.ctas, kernel.plan.row_groups)
+    cut = kernel.plan.ctas, kernel.plan.cluster
+    fixed = cuda_grid.fixed_shared_bytes(blocks, cut, kernel.plan.row_groups)
     assert kernel.fixed_shared_bytes(2, 33, nets) == fixed
     kernel.run(schedule, nets, x, carry, rotary)
     calls = len(schedule)

@@ -50,16 +50,32 @@ RX_DEVICE void copy_slice(unsigned char* to, const unsigned char* from_g, int64_
     rx::cp_async<16>(rx::smem_u32(to + i), from_g + i);
 }
 
+RX_DEVICE Rings* rings_of(unsigned char* smem, const Shared& at) {
+  return reinterpret_cast<Rings*>(smem + at.weights - sizeof(Rings));
+}
+
+// Units of the CTA that has most of them in the cluster of `cta`.
+RX_DEVICE int most_units(const RxGridPlan& plan, int slot, int units, int cta) {
+  int most = 0;
+#pragma unroll 1
+  for (int i = 0; i < plan.cluster; i++) {
+    const Slice s = slice_of<true>(plan, slot, units, cta / plan.cluster * plan.cluster + i);
+    most = max(most, s.last - s.first);
+  }
+  return most;
+}
+
 // Fills shared memory with this CTA's slices, and the table of its shares.
+template <bool kRing>
 RX_DEVICE void keep_weights(const RxRecursion& r, const RxGridPlan& plan, unsigned char* smem) {
   Header& header = *reinterpret_cast<Header*>(smem);
-  const Shared at = shared_of(r, plan, blockIdx.x);
+  const Shared at = shared_of<kRing>(r, plan, blockIdx.x);
   BlockShare* table = reinterpret_cast<BlockShare*>(smem + at.table);
   const Sizes z = sizes_of(r);
   if (threadIdx.x == 0) header = {z, at};
   int32_t* next = nullptr;  // where the number of the next staged product belongs
   int net = -1;
-  for_each_slice(
+  for_each_slice<kRing>(
       r, plan, blockIdx.x,
       [&](int n, int b, int slot, const Weight& w, const Slice& mine, int64_t tape, int64_t bytes,
           int offset, bool stage) {
@@ -87,6 +103,9 @@ RX_DEVICE void keep_weights(const RxRecursion& r, const RxGridPlan& plan, unsign
             share.by_heads = divisor(block.token_mlp ? 1 : block.heads);
             share.by_head_tiles = divisor(share.head_tiles);
           }
+          if constexpr (kRing)
+            rings_of(smem, at)->units[(n * kRxMaxBlocks + b) * kSlots + slot] =
+                most_units(plan, slot, w.units, blockIdx.x);
           if (n != net) net = n, next = header.shared.staged + n, *next = -1;
           if (staged) {
             *next = (n * kRxMaxBlocks + b) * kSlots + slot;
@@ -100,8 +119,8 @@ RX_DEVICE void keep_weights(const RxRecursion& r, const RxGridPlan& plan, unsign
   __syncthreads();
 }
 
-// kFp8: tapes hold e4m3 codes and scales.
-template <bool kFp8>
+// kFp8: tapes hold e4m3 codes and scales. kRing: CTAs come in clusters.
+template <bool kFp8, bool kRing>
 struct Grid {
   const RxRecursion& r;
   const RxGridPlan& plan;
@@ -145,11 +164,23 @@ struct Grid {
     if (s.staged) send_for(s.next < 0 ? upcoming : s.next);
   }
 
-  RX_DEVICE Product describe(const Share& share, int slot, int64_t rows, const Needs& needs,
-                             uint32_t ready, uint32_t* done_g, bool normalise, float eps) const {
-    return {tiles_g(rows),       share, at.group[slot], plan.row_groups[slot],
-            at.split_bits[slot], needs, ready,          done_g,
-            normalise,           eps};
+  RX_DEVICE Product describe(const Share& share, int block, int slot, int64_t rows,
+                             const Needs& needs, uint32_t ready, uint32_t* done_g, bool normalise,
+                             float eps) const {
+    Rings* rings = kRing ? rings_of(smem, at) : nullptr;
+    return {tiles_g(rows),
+            share,
+            at.group[slot],
+            plan.row_groups[slot],
+            at.split_bits[slot],
+            needs,
+            ready,
+            done_g,
+            normalise,
+            eps,
+            rings,
+            plan.cluster,
+            kRing ? rings->units[block * kSlots + slot] : 0};
   }
 
   RX_DEVICE void attention(const BlockShare& share, int kv, uint32_t ready) {
@@ -180,6 +211,7 @@ struct Grid {
   RX_DEVICE void block_call(int n, int b, bool normalise, float before) {
     const RxBlock& block = r.nets[n].blocks[b];
     const BlockShare& share = share_of(n, b);
+    const int block_number = n * kRxMaxBlocks + b;
 #pragma unroll 1
     for (int pair = 0; pair < 2; pair++) {
       const bool mixer = pair == 0, turned = mixer && block.token_mlp;
@@ -198,8 +230,9 @@ struct Grid {
       // Whoever adds to a row tile's flag has waited for all of that tile of h.
       const uint32_t ready = done + 1;
       wait_for_stage(in);
-      product<2, kFp8>(
-          describe(in, pair * 2, rows, needs, 0, done_g, scaled, mixer ? before : block.eps),
+      product<2, kFp8, kRing>(
+          describe(in, block_number, pair * 2, rows, needs, 0, done_g, scaled,
+                   mixer ? before : block.eps),
           smem + at.scratch,
           FinishWide{r, z, share, z.k[kv], z.v[kv], middle, out.depth, attends, !block.token_mlp});
       done += in.all_units;
@@ -210,11 +243,12 @@ struct Grid {
         next_stage();
       }
       wait_for_stage(out);
-      product<1, kFp8>(describe(out, pair * 2 + 1, attends ? z.mixed : middle,
-                                {done_g, done, 1, kOne}, ready, done_g, false, 0.f),
-                       smem + at.scratch,
-                       FinishResidual{scratch_g + rows, block.token_mlp ? nullptr : scale_g(),
-                                      turned ? z.token_tiles : z.width});
+      product<1, kFp8, kRing>(
+          describe(out, block_number, pair * 2 + 1, attends ? z.mixed : middle,
+                   {done_g, done, 1, kOne}, ready, done_g, false, 0.f),
+          smem + at.scratch,
+          FinishResidual{scratch_g + rows, block.token_mlp ? nullptr : scale_g(),
+                         turned ? z.token_tiles : z.width});
       done += out.all_units;
       next_stage(out);
       if (turned) {
@@ -247,14 +281,14 @@ struct Grid {
   }
 };
 
-template <bool kFp8>
-__global__ void __launch_bounds__(kThreads, 1)
-    kernel(const __grid_constant__ RxRecursion r, const __grid_constant__ RxGridPlan plan) {
+template <bool kFp8, bool kRing>
+RX_DEVICE void recur(const RxRecursion& r, const RxGridPlan& plan) {
   RX_DYN_SMEM(smem);
   unsigned char* scratch_g = static_cast<unsigned char*>(r.scratch);
-  keep_weights(r, plan, smem);
+  keep_weights<kRing>(r, plan, smem);
   const Header& header = *reinterpret_cast<const Header*>(smem);
-  Grid<kFp8> grid{r, plan, header.sizes, header.shared, smem, scratch_g, {}, 0, -1};
+  Grid<kFp8, kRing> grid{r, plan, header.sizes, header.shared, smem, scratch_g, {}, 0, -1};
+  if constexpr (kRing) open_rings(*rings_of(smem, grid.at), plan.cluster);
   grid.send_for(grid.staged_from(0));
   uint32_t written = 0;  // bit i: state i is in states_out
   float eps = 0.f;       // of the last call's last rms
@@ -273,6 +307,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     eps = r.nets[call->net].blocks[r.nets[call->net].num_blocks - 1].eps;
   }
   copy_unwritten(r, written);
+  if constexpr (kRing) close_rings();
+}
+
+template <bool kFp8, bool kRing>
+__global__ void __launch_bounds__(kThreads, 1)
+    kernel(const __grid_constant__ RxRecursion r, const __grid_constant__ RxGridPlan plan) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+  if constexpr (kRing)  // no plan asks for it there
+    asm volatile("trap;");
+  else
+#endif
+    recur<kFp8, kRing>(r, plan);
 }
 
 }  // namespace grid_sm80

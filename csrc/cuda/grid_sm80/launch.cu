@@ -21,15 +21,19 @@ static std::string why_not(const RxRecursion& r) {
 }
 
 static std::string why_not(const RxGridPlan& plan, const RxRecursion& r) {
-  if (plan.ctas < 1) return "the plan has " + std::to_string(plan.ctas) + " CTAs";
+  if (plan.cluster != 1 && plan.cluster != 2 && plan.cluster != 4 && plan.cluster != 8)
+    return "cluster is " + std::to_string(plan.cluster) + "; 1, 2, 4 and 8 are supported";
+  if (plan.ctas < 1 || plan.ctas % plan.cluster)
+    return "the plan has " + std::to_string(plan.ctas) + " CTAs" +
+           (plan.cluster > 1 ? " in clusters of " + std::to_string(plan.cluster) : "");
   for (int slot = 0; slot < kSlots; slot++) {
     const int groups = plan.row_groups[slot], splits = plan.k_splits[slot];
-    if (groups < 1 || groups > plan.ctas)
+    if (groups < 1 || groups > plan.ctas / plan.cluster)
       return std::to_string(groups) + " row groups for " + std::to_string(plan.ctas) + " CTAs";
     if (splits != 1 && splits != 2 && splits != 4 && splits != 8)
       return "k_splits is " + std::to_string(splits) + "; 1, 2, 4 and 8 are supported";
   }
-  const uint32_t least = shared_of(r, plan, 0).weights;
+  const uint32_t least = shared_of<true>(r, plan, 0).weights;
   if (plan.shared_bytes < int(least) || plan.shared_bytes > int(rx::kMaxSharedSm90))
     return "the plan has " + std::to_string(plan.shared_bytes) + " bytes of shared memory; " +
            std::to_string(least) + " to " + std::to_string(rx::kMaxSharedSm90) + " are possible";
@@ -43,7 +47,7 @@ extern "C" int64_t rx_grid_sm80_scratch_bytes(const RxRecursion* r, const RxGrid
 }
 
 extern "C" int64_t rx_grid_sm80_fixed_shared_bytes(const RxRecursion* r, const RxGridPlan* plan) {
-  return grid_sm80::shared_of(*r, *plan, 0).weights;
+  return grid_sm80::shared_of<true>(*r, *plan, 0).weights;
 }
 
 extern "C" int rx_grid_sm80_run(const RxRecursion* r, const RxGridPlan* plan, void* stream) {
@@ -57,15 +61,16 @@ extern "C" int rx_grid_sm80_run(const RxRecursion* r, const RxGridPlan* plan, vo
   if (int e = rx::clear(r->scratch, size_t(sizes.flags()) * g::kFlagStride * 4, stream)) return e;
   rx::LaunchShape s{"grid_sm80", dim3(unsigned(plan->ctas)), dim3(g::kThreads),
                     uint32_t(plan->shared_bytes)};
-  s.cooperative = true;
+  s.cooperative = true, s.cluster = unsigned(plan->cluster);
   // A build that is only looked at (RX_LARGEST) holds the FP8 kernel, which has all that the other
   // has; the build of planted bugs (RX_NO_FP8) holds the other.
+  auto run = [&](auto kernel) { return rx::launch(s, stream, kernel, *r, *plan); };
 #ifndef RX_LARGEST
-  if (!plan->fp8) return rx::launch(s, stream, g::kernel<false>, *r, *plan);
+  if (!plan->fp8) return run(plan->cluster > 1 ? g::kernel<false, true> : g::kernel<false, false>);
 #endif
 #ifdef RX_NO_FP8
   return g::refuse("this build has no FP8 kernel");
 #else
-  return rx::launch(s, stream, g::kernel<true>, *r, *plan);
+  return run(plan->cluster > 1 ? g::kernel<true, true> : g::kernel<true, false>);
 #endif
 }

@@ -28,6 +28,8 @@ constexpr int kRowWarpTiles = 4;  // tiles of a row that one warp normalises: D 
 constexpr int kMaxKeyTiles = 8;   // attention has a warp for every 16 keys: T <= 128
 constexpr int kMaxHeadDim = 128;  // 16 columns of n8, two for each warp
 constexpr uint32_t kTileBytes = 512;
+// A warp's ring of rows (ring.cuh), which is in shared memory where CTAs come in clusters.
+constexpr int kRingChunks = 4, kChunkTiles = 4;
 constexpr int kFlagStride = 32;  // words from one flag to the next: a line of L2 each
 
 enum Slot { kMixerIn, kMixerOut, kGateUp, kDown, kSlots };
@@ -145,14 +147,26 @@ struct Shared {
   int32_t staged[kRxMaxNets];  // number of the first product whose slice is staged, or -1
 };
 
+// Behind the scratch of a CTA in a cluster: what ring.cuh is about.
+struct alignas(128) Rings {
+  uint64_t full[kWarps][kRingChunks], empty[kWarps][kRingChunks];
+  uint32_t chunks[kWarps];                            // so far
+  int32_t units[kRxMaxNets * kRxMaxBlocks * kSlots];  // the most that a CTA of the cluster has
+  unsigned char rows[kWarps][kRingChunks][kChunkTiles * kTileBytes];
+};
+
 // The row group and the units of output channels that are this CTA's in one product.
 struct Slice {
   int group, groups, first, last;
 };
 
+// kRing: CTAs may come in clusters, whose row group is the same.
+template <bool kRing>
 RX_BOTH Slice slice_of(const RxGridPlan& plan, int slot, int units, int cta) {
-  const int groups = plan.row_groups[slot], columns = plan.ctas / groups, mine = cta / groups;
-  Slice s{cta % groups, groups, 0, 0};
+  const int groups = plan.row_groups[slot], each = kRing ? plan.cluster : 1;
+  const int columns = plan.ctas / each / groups * each;
+  const int mine = cta / each / groups * each + cta % each;
+  Slice s{cta / each % groups, groups, 0, 0};
   if (mine >= columns) return s;              // ctas is no multiple of groups: the last ones rest
   s.first = ceil_div(units * mine, columns);  // rounded up, so that column group 0 is never empty
   s.last = ceil_div(units * (mine + 1), columns);  // nor has another more units
@@ -169,6 +183,7 @@ RX_BOTH int handover_bytes(const Weight& w, const Slice& s) {
 
 static_assert(sizeof(Sizes) + sizeof(Shared) <= 256, "they lie in front of the table");
 
+template <bool kRing>
 RX_BOTH Shared shared_of(const RxRecursion& r, const RxGridPlan& plan, int cta) {
   int scratch = kMaxKeyTiles * int(kTileBytes);  // probabilities
   for (int n = 0; n < r.num_nets; n++)
@@ -176,14 +191,14 @@ RX_BOTH Shared shared_of(const RxRecursion& r, const RxGridPlan& plan, int cta) 
 #pragma unroll 1
       for (int slot = 0; slot < kSlots; slot++) {
         const Weight w = weight_of(r, r.nets[n].blocks[b], slot);
-        const Slice widest = slice_of(plan, slot, w.units, 0);
+        const Slice widest = slice_of<kRing>(plan, slot, w.units, 0);
         const int waiting = kWarps - kWarps / plan.k_splits[slot];
         const int need = waiting * handover_bytes(w, widest);
         scratch = need > scratch ? need : scratch;
       }
   Shared s{};
   for (int slot = 0; slot < kSlots; slot++) {
-    s.group[slot] = cta % plan.row_groups[slot];
+    s.group[slot] = cta / (kRing ? plan.cluster : 1) % plan.row_groups[slot];
     while (2 << s.split_bits[slot] <= plan.k_splits[slot]) s.split_bits[slot]++;
   }
   s.table = 256;
@@ -191,6 +206,7 @@ RX_BOTH Shared shared_of(const RxRecursion& r, const RxGridPlan& plan, int cta) 
   s.maxima = s.rows + kWarps * 16 * 4;
   s.scratch = s.maxima + kWarps * 16 * 4;
   s.weights = s.scratch + uint32_t(scratch);
+  if (kRing && plan.cluster > 1) s.weights += uint32_t(sizeof(Rings));
   return s;
 }
 
@@ -200,9 +216,9 @@ RX_BOTH Shared shared_of(const RxRecursion& r, const RxGridPlan& plan, int cta) 
 // If not all fit in shared memory, place for the largest is set aside: the stage. Those for which
 // no place is left then come to the stage while other stages are at work (-1); or are read from L2
 // where they are used, if the stage alone does not fit.
-template <class Visit>
+template <bool kRing, class Visit>
 RX_BOTH void for_each_slice(const RxRecursion& r, const RxGridPlan& plan, int cta, Visit visit) {
-  const int64_t first = shared_of(r, plan, cta).weights;
+  const int64_t first = shared_of<kRing>(r, plan, cta).weights;
   int64_t all = 0, largest = 0, at = first;
   bool stage = false;
 #pragma unroll 1
@@ -213,7 +229,7 @@ RX_BOTH void for_each_slice(const RxRecursion& r, const RxGridPlan& plan, int ct
 #pragma unroll 1
         for (int slot = 0; slot < kSlots; slot++) {
           const Weight w = weight_of(r, r.nets[n].blocks[b], slot, plan.fp8);
-          const Slice slice = slice_of(plan, slot, w.units, cta);
+          const Slice slice = slice_of<kRing>(plan, slot, w.units, cta);
           const int64_t bytes = (slice.last - slice.first) * w.unit_bytes();
           if (pass == 0) {
             all += bytes, largest = bytes > largest ? bytes : largest;

@@ -3,11 +3,12 @@
 //
 // A warp takes a row tile (or a part of its depth, `k_splits` of them) and some units of
 // output channels. Operands of the rows come from L2 straight into registers, two batches of eight
-// tiles in flight; operands of the weights from shared memory, or from L2 where they did not fit.
+// tiles in flight, or on Hopper through a ring that a cluster shares (ring.cuh); operands of the
+// weights from shared memory, or from L2 where they did not fit.
 // "No norm pass": rows are stored before their rms; whoever multiplies a row has all of it at hand,
 // forms its scale on the way and applies that to the sums.
 #pragma once
-#include "flags.cuh"
+#include "ring.cuh"
 
 namespace grid_sm80 {
 
@@ -21,6 +22,9 @@ struct Product {
   uint32_t* done_g;   // flags of the row tiles that it writes
   bool normalise;     // rows are not normalised yet
   float eps;
+  Rings* rings;  // null without clusters
+  int cluster;
+  int most;  // units of the CTA of the cluster that has most of them
 };
 
 // n8 tiles a unit: 2 wide, 1 narrow.
@@ -78,14 +82,14 @@ RX_DEVICE void scale_channels(float (&acc)[kTiles][4], const unsigned char* unit
 }
 
 // acc[u][n] += one batch times unit u.
-template <int kTiles, bool kFp8>
+template <int kTiles, bool kFp8, int kCount>
 RX_DEVICE void multiply_batch(Accumulators<kTiles>& acc, float (&squares)[2],
-                              const uint4 (&a)[kBatch], const Product& p, const unsigned char* w,
+                              const uint4 (&a)[kCount], const Product& p, const unsigned char* w,
                               int k, int end, int units) {
   constexpr int kStep = 3 - kTiles;  // tiles of A that one 16-byte operand of W meets
   const int lane = lane_id();
 #pragma unroll
-  for (int i = 0; i < kBatch; i += kStep) {
+  for (int i = 0; i < kCount; i += kStep) {
     if (k + i >= end) break;
     if (p.normalise) {
 #pragma unroll
@@ -107,6 +111,41 @@ RX_DEVICE void multiply_batch(Accumulators<kTiles>& acc, float (&squares)[2],
         rx::mma_m16n8k16(acc[u][0], a0, b.x, b.y);
         rx::mma_m16n8k16(acc[u][0], a1, b.z, b.w);
       }
+    }
+  }
+}
+
+// acc += the tiles begin..end of a row times the units, in the same order either way.
+template <bool kRing, int kTiles, bool kFp8>
+RX_DEVICE void multiply_row(Accumulators<kTiles>& acc, float (&squares)[2], const uint4* a_g,
+                            const Product& p, const unsigned char* w, int begin, int end,
+                            int units) {
+  if constexpr (kRing) {
+    Ring ring(*p.rings, p.cluster);
+    uint4 a[kChunkTiles];
+    int ahead = begin;  // what is sent next
+    auto send = [&] {
+      if (ahead < end) ring.send(a_g + ahead * 32, min(kChunkTiles, end - ahead));
+      ahead += kChunkTiles;
+    };
+#pragma unroll 1
+    for (int i = 0; i < kRingChunks; i++) send();
+#pragma unroll 1
+    for (int k = begin; k < end; k += kChunkTiles) {
+      ring.take(a, end - k);
+      if (k > begin) send();  // in place of the chunk before: peers have had time to leave that
+      multiply_batch<kTiles, kFp8>(acc, squares, a, p, w, k, end, units);
+    }
+    ring.close();
+  } else {
+    uint4 now[kBatch], next[kBatch];
+    load_batch(now, a_g, begin, end);
+#pragma unroll 1
+    for (int k = begin; k < end; k += 2 * kBatch) {
+      load_batch(next, a_g, k + kBatch, end);
+      multiply_batch<kTiles, kFp8>(acc, squares, now, p, w, k, end, units);
+      load_batch(now, a_g, k + 2 * kBatch, end);
+      multiply_batch<kTiles, kFp8>(acc, squares, next, p, w, k + kBatch, end, units);
     }
   }
 }
@@ -161,7 +200,7 @@ RX_DEVICE void row_scales(float (&scale)[2], const float (&squares)[2], int leng
 //   finish.scales(early, tile)                       what is there from `needs.epoch` on
 //   finish.tables(early, ..)                         what was always there, before parts are added
 //   finish(tile, unit, sums of the unit, scales of the two rows, early, number of the unit)
-template <int kTiles, bool kFp8, class Finish>
+template <int kTiles, bool kFp8, bool kRing, class Finish>
 RX_DEVICE void product(const Product& p, unsigned char* handover, const Finish& finish) {
   constexpr int kStep = 3 - kTiles;
   const Share& s = p.share;
@@ -170,35 +209,28 @@ RX_DEVICE void product(const Product& p, unsigned char* handover, const Finish& 
   const int begin = (steps * part >> p.split_bits) * kStep;
   const int end = (steps * (part + 1) >> p.split_bits) * kStep;
 #pragma unroll 1
-  for (int first = s.first; first < s.last; first += kUnits<kTiles>) {
-    const int units = min(kUnits<kTiles>, s.last - first);
+  for (int first = s.first; first < (kRing ? s.first + p.most : s.last); first += kUnits<kTiles>) {
+    const int left = s.last - first, units = min(kUnits<kTiles>, kRing ? max(left, 0) : left);
     const unsigned char* w = s.weights + int64_t(first - s.first) * s.unit_bytes;
 #pragma unroll 1
     for (int mine = row; mine < s.tiles; mine += kWarps >> p.split_bits) {
       const int tile = mine * p.groups + p.group;
+      const bool finishes = part == 0 && (!kRing || units > 0);
       Accumulators<kTiles> acc = {};
       float squares[2] = {0.f, 0.f}, scale[2] = {1.f, 1.f};
       typename Finish::Early early = {};
       uint32_t seen = p.needs.epoch;  // after the first units the rows are there
       if (first == s.first) seen = p.needs.wait(tile, Finish::kResidual ? p.ready : p.needs.epoch);
       if constexpr (Finish::kResidual) {
-        if (part == 0) finish.residual(early, tile, first, units);
+        if (finishes) finish.residual(early, tile, first, units);
         if (__shfl_sync(rx::kFullWarp, seen, 0) < p.needs.epoch) p.needs.wait(tile);
-        if (part == 0) finish.scales(early, tile);
+        if (finishes) finish.scales(early, tile);
       }
       const uint4* a_g = p.a_g + int64_t(tile) * s.depth * 32;
-      uint4 now[kBatch], next[kBatch];
-      load_batch(now, a_g, begin, end);
-#pragma unroll 1
-      for (int k = begin; k < end; k += 2 * kBatch) {
-        load_batch(next, a_g, k + kBatch, end);
-        multiply_batch<kTiles, kFp8>(acc, squares, now, p, w, k, end, units);
-        load_batch(now, a_g, k + 2 * kBatch, end);
-        multiply_batch<kTiles, kFp8>(acc, squares, next, p, w, k + kBatch, end, units);
-      }
-      if (part == 0) finish.tables(early, tile, first, units);
+      multiply_row<kRing, kTiles, kFp8>(acc, squares, a_g, p, w, begin, end, units);
+      if (finishes) finish.tables(early, tile, first, units);
       if (splits > 1) combine(acc, squares, handover, s.slot_bytes, row, part, splits, units);
-      if (part == 0) {
+      if (finishes) {
         if (p.normalise) row_scales(scale, squares, s.depth * 16, p.eps);
 #pragma unroll
         for (int u = 0; u < kUnits<kTiles>; u++) {

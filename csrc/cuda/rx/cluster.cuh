@@ -86,6 +86,11 @@ RX_DEVICE void mbar_wait_copies(uint32_t bar, uint32_t parity) {
 RX_DEVICE void fence_proxy_async_shared() {
   RX_EITHER(emu::proxy_fence(), asm volatile("fence.proxy.async.shared::cta;" :: : "memory"));
 }
+// Generic writes to global memory that this thread made, or has acquired, become visible to bulk
+// copies that it issues.
+RX_DEVICE void fence_proxy_async_global() {
+  RX_EITHER(emu::proxy_fence(), asm volatile("fence.proxy.async.global;" :: : "memory"));
+}
 // Initialised mbarriers become visible to the cluster, bulk copies included; then synchronise.
 RX_DEVICE void fence_mbarrier_init() {
   RX_EITHER(emu::mbar_init_fence(),

@@ -79,10 +79,11 @@ void finish_copies(Thread* t) {
 
 // ---- bulk and tensor loads
 // Writes `bytes` at `dst` and completes them on `bar`, in the CTAs of the mask at the same offsets,
-// or just at the addresses given (mask 0).
+// or just at the addresses given (mask 0). Whoever knows that bytes came knows that `source`, the
+// one read for all of them, is over.
 template <class Fill>
 static void load(const char* what, uint32_t dst, uint32_t bytes, uint32_t bar, uint32_t mask,
-                 Fill fill) {
+                 Event source, Fill fill) {
   Thread* me = self();
   Cluster& cluster = *me->cta->cluster;
   RaceChecker& race = gang->race;
@@ -100,6 +101,7 @@ static void load(const char* what, uint32_t dst, uint32_t bytes, uint32_t bar, u
     memset(data, 0xff, bytes);
     later([=, &m] {
       fill(data);
+      gang->race.completed(m.clocks, source);
       mbarrier_complete_tx(m, bytes, e);
     });
   };
@@ -117,8 +119,9 @@ static void check_bulk(const char* what, uint64_t a, uint64_t b, uint32_t bytes)
 void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar, uint32_t cta_mask) {
   check_bulk("cp.async.bulk", dst, uintptr_t(src), bytes);
   RaceChecker& race = gang->race;
-  race.touch(src, bytes, false, race.bulk_event(self(), "cp.async.bulk"), race.view(self()));
-  load("cp.async.bulk", dst, bytes, bar, cta_mask, [=](uint8_t* d) { memcpy(d, src, bytes); });
+  const Event e = race.bulk_event(self(), "cp.async.bulk");
+  race.touch(src, bytes, false, e, race.view(self()));
+  load("cp.async.bulk", dst, bytes, bar, cta_mask, e, [=](uint8_t* d) { memcpy(d, src, bytes); });
 }
 
 // Swizzled addresses: the 16-byte chunk number within the row is exchanged with bits of the row.
@@ -162,7 +165,7 @@ static void fill_box(uint8_t* window, uint32_t at, const TensorMap& m, int x, in
 }
 
 // The race checker's view of the part of the box that is inside the tensor.
-static void check_source(const TensorMap& m, int x, int y, int z) {
+static Event check_source(const TensorMap& m, int x, int y, int z) {
   RaceChecker& race = gang->race;
   Event e = race.bulk_event(self(), "cp.async.bulk.tensor");
   auto range = [&](int d, int first) {
@@ -172,13 +175,14 @@ static void check_source(const TensorMap& m, int x, int y, int z) {
   auto [x0, x1] = range(0, x);
   auto [y0, y1] = range(1, y);
   auto [z0, z1] = range(2, z);
-  if (!race.on || !watching() || x0 >= x1) return;
+  if (!race.on || !watching() || x0 >= x1) return e;
   for (int64_t k = z0; k < z1; k++)
     for (int64_t j = y0; j < y1; j++) {
       const uint8_t* row = m.base + k * int64_t(m.stride[2]) + j * int64_t(m.stride[1]);
       race.touch(row + x0 * m.elem_bytes, size_t(x1 - x0) * m.elem_bytes, false, e,
                  race.view(self()));
     }
+  return e;
 }
 
 void tensor_load(uint32_t dst, const TensorMap* map, int x, int y, int z, uint32_t bar,
@@ -191,9 +195,9 @@ void tensor_load(uint32_t dst, const TensorMap* map, int x, int y, int z, uint32
   if (span && row > span)
     die("tensor copy: a box row of %u bytes exceeds the swizzle span %u", row, span);
   if (row % 16) die("tensor copy: a box row of %u bytes is no multiple of 16", row);
-  check_source(m, x, y, z);
+  const Event source = check_source(m, x, y, z);
   uint32_t at = dst & 0xffffff;
-  load("cp.async.bulk.tensor", dst, row * m.box[1] * m.box[2], bar, cta_mask,
+  load("cp.async.bulk.tensor", dst, row * m.box[1] * m.box[2], bar, cta_mask, source,
        [=](uint8_t* d) { fill_box(d - at, at, m, x, y, z); });
 }
 

@@ -164,7 +164,7 @@ __global__ void bulk_scratch_kernel(uint32_t* out_g) {
   RX_DYN_SMEM(smem);
   const uint32_t data = rx::smem_u32(smem), bar = data + kWords * 4;
   for (int i = threadIdx.x; i < kWords; i += 32) out_g[i] = 7 * i;
-  rx::fence_proxy_async();
+  rx::fence_proxy_async_global();
   init_barrier(bar, kWords * 4);  // also a barrier for the CTA
   if (threadIdx.x == 0) rx::bulk_load(data, out_g, kWords * 4, bar);
   rx::mbar_wait(bar, 0);
