@@ -267,11 +267,14 @@ def test_right_and_clean_under_seeds_whatever_stays_in_shared_memory(kind):
     schedule, nets = Schedule.single_z(1, 1), {"L": quantize_net(make_net(kind))}
     x, carry = make_inputs(schedule, batch=1, dtype=BF16)
     outs = []
-    for seed, shared in ((1, 100), (2, 100), (3, 40)):
-        kernel = kernel_of(True, ctas=2, row_groups=(1, 2, 1, 1), shared_bytes=shared * 1024)
+    for seed, shared, cluster in ((1, 100, 1), (2, 100, 1), (3, 40, 1), (4, 100, 2)):
+        groups = (1, 2 // cluster, 1, 1)
+        kernel = kernel_of(
+            True, ctas=2, row_groups=groups, shared_bytes=shared * 1024, cluster=cluster
+        )
         kernel.library.configure(seed=seed)
         outs.append(kernel.run(schedule, nets, x, carry, rope())["z"])
-    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+    assert all(torch.equal(outs[0], out) for out in outs)
 
 
 @needs_emulator

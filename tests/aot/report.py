@@ -26,10 +26,12 @@ def triton_row(case: triton_cases.TritonCase, arch: str) -> Row:
 
 
 def cuda_rows(case: cuda_cases.CudaCase, arch: str, flags: tuple[str, ...] = ()) -> list[Row]:
+    """Without kernels that are nothing but a trap, since other generations run them."""
     built = toolchain.nvcc_compile(case.source, arch, to="cubin", flags=flags)
     return [
         (f"{case.label} {short_name(usage.kernel)}", usage, usage.faults(case.need))
         for usage in resources.read(built, arch)
+        if usage.counts.keys() != {"TRAP"}
     ]
 
 

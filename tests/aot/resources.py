@@ -28,6 +28,7 @@ KINDS = {
     # Loads through the cache of constants, which no acquire empties: what a launch writes must not
     # be read so, and nvcc decides by itself what it takes for constant.
     "LDG.CONSTANT": r"LDG\S*\.CONSTANT",
+    "TRAP": r"BPT\.TRAP",  # of a kernel that another generation runs
     "RECIPROCAL": r"MUFU\.RCP",  # of a division: of integers, too, and then with twenty more
 }
 TENSOR_KINDS = ("HMMA", "HGMMA", "UTCMMA")

@@ -62,3 +62,17 @@ def test_the_owners_that_a_generation_launches_are_compiled_for_it(name):
             plans = plan.candidates(problem, device, kinds=("owner",))
             found |= {"scratch" if chosen["in_scratch"] else "shared" for chosen in plans}
     assert found == set(places)
+
+
+@needs_tools
+def test_rows_of_a_cluster_cost_no_fence_of_the_whole_gpu():
+    """Of the grid kernel on Hopper: the ring has bulk copies, and no MEMBAR.ALL.GPU beside those of
+    the two cluster barriers."""
+    source = cuda_cases.CUDA_FOLDER / "grid_sm80" / "launch.cu"
+    built = toolchain.nvcc_compile(source, "90", to="cubin", flags=("-DRX_LARGEST",))
+    listing = toolchain.run([toolchain.cuobjdump(), "-sass", built.cubin])
+    alone, ring = sorted(listing.split("Function : ")[1:], key=lambda part: part.split()[0])
+    fences = [part.count("MEMBAR.ALL.GPU") for part in (alone, ring)]
+    assert fences[1] == fences[0] + 2
+    assert "UBLKCP" not in alone and "UBLKCP.S.G.MULTICAST" in ring
+    assert ring.count("FENCE.VIEW.ASYNC.G") == 2  # of the two products

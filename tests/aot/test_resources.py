@@ -119,6 +119,15 @@ def test_a_wgmma_that_the_assembler_serialises_is_found(tmp_path):
     assert any("C75" in fault for fault in usage.faults(Need(tensor=("HGMMA",))))
 
 
+@needs_cuobjdump
+@needs_nvcc
+def test_a_kernel_that_is_a_trap_alone_is_left_out(tmp_path):
+    source = tmp_path / "kernel.cu"
+    source.write_text(PLAIN + '__global__ void traps() { asm volatile("trap;"); }')
+    case = cuda_cases.CudaCase(source, ("80",), Need(tensor=()))
+    assert [usage.kernel for _, usage, _ in report.cuda_rows(case, "80")] == ["_Z5plainPf"]
+
+
 def test_too_much_shared_memory_is_found():
     usage = Usage("k", "89", 100, 0, 110592, Counter(HMMA=1))
     assert usage.faults(Need()) == ["110592 bytes of shared memory, sm_89 has 101376"]

@@ -15,6 +15,7 @@ from emulator.grid import FILES, GridKernel, Plan
 from recurx import Schedule, reference
 from recurx.nets import KINDS, Net
 from recurx.plan import Device, cuda_grid
+from recurx.plan.cuda_cluster import CLUSTERS, places
 from tests.factories import make_inputs, make_net, problem_for, quantize_net, rope
 from tests.kernels.compare import assert_as_exact
 from tests.test_numerics import teacher_forced
@@ -72,6 +73,31 @@ def test_reruns_are_bit_equal(kind, batch):
         again = kernel.run(schedule, nets, x, carry, tables)
         for name in first:
             assert torch.equal(first[name], again[name]), f"rerun {rerun}: {name} differs"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_clusters_give_the_bits_of_ctas_alone(kind):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("clusters are for compute capability 9.0")
+    schedule, net, device = Schedule.trm(1, 1), make_net(kind, **PUBLISHED), Device.of("cuda")
+    nets = {"L": Net(net.spec, [w.cuda() for w in net.weights])}
+    kernel = on_device(schedule, nets, 1, SHAPE)
+    x, carry = make_inputs(schedule, batch=1, dtype=torch.bfloat16, **SHAPE)
+    x, carry = x.cuda(), {name: state.cuda() for name, state in carry.items()}
+    tables = tuple(table.cuda() for table in rope(**TABLES))
+    first = None
+    for cluster in (1, *CLUSTERS):
+        count = device.units // cluster
+        if cluster > 1:
+            count = min(count, places(device, SHAPE["hidden"], cluster))
+        if not count:
+            continue
+        groups = tuple(min(count, g) for g in (4, 4, 2, 4))
+        kernel.plan = replace(kernel.plan, ctas=count * cluster, row_groups=groups, cluster=cluster)
+        out = kernel.run(schedule, nets, x, carry, tables)
+        first = first or out
+        for name in out:
+            assert torch.equal(first[name], out[name]), f"clusters of {cluster}: {name} differs"
 
 
 @pytest.mark.parametrize("kind", KINDS)

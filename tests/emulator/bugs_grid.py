@@ -19,17 +19,18 @@ WRONG = r"relative error"
 SPLIT = r"calls in one launch differ from calls one by one"
 PLAN = r"another plan gave other bits"
 
-GRID, SIZES, FLAGS, PRODUCT, FINISH, ATTEND, ROWS, TOKENS = (
+GRID, SIZES, FLAGS, RING, PRODUCT, FINISH, ATTEND, ROWS, TOKENS = (
     f"grid_sm80/{part}.cuh"
     for part in (
-        "kernel", "layout", "flags", "product", "finish", "attention", "states", "token_mlp"
+        "kernel", "layout", "flags", "ring", "product", "finish", "attention", "states", "token_mlp"
     )
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Bug:
-    """`net`: which net of the test shows it (`net_of` in tests/emulator/test_emulator_grid.py)."""
+    """`net`: which net of the test shows it (`net_of` in tests/emulator/test_emulator_grid.py);
+    `cluster`: of so many CTAs."""
 
     name: str
     file: str
@@ -37,6 +38,7 @@ class Bug:
     new: str
     found: str
     net: str = "attention"
+    cluster: int = 1
 
 
 BUGS = [
@@ -210,6 +212,112 @@ BUGS = [
         "ceil_div(rows - mine.group, mine.groups)",
         "(BUG ? rows / mine.groups : ceil_div(rows - mine.group, mine.groups))",
         "livelock",
+    ),
+    # ---- rows of a cluster
+    Bug(
+        "copies of what the proxy does not see",
+        RING,
+        "    if (lane_id() == 0) rx::fence_proxy_async_global();",
+        "    if (!BUG && lane_id() == 0) rx::fence_proxy_async_global();",
+        r"fence.proxy.async",
+        cluster=2,
+    ),
+    Bug(
+        "a chunk is sent before it was left",
+        RING,
+        "    rx::mbar_wait_copies(empty(chunk),",
+        "    if (!BUG) rx::mbar_wait_copies(empty(chunk),",
+        RACE,
+        cluster=2,
+    ),
+    Bug(
+        "a chunk is free when one CTA has left it",
+        RING,
+        "+ t), uint32_t(cluster));",
+        "+ t), BUG ? 1 : uint32_t(cluster));",
+        rf"{RACE}|deadlock|more arrivals",
+        cluster=2,
+    ),
+    Bug(
+        "a chunk is left before all lanes have it",
+        RING,
+        "    __syncwarp();\n    if (lane_id() == 0) rx::mbar_arrive_remote_reads",
+        "    if (!BUG) __syncwarp();\n    if (lane_id() == 0) rx::mbar_arrive_remote_reads",
+        RACE,
+        cluster=2,
+    ),
+    Bug(
+        "a chunk is handed back to oneself",
+        RING,
+        "rx::mapa(empty(taken), sender())",
+        "rx::mapa(empty(taken), BUG ? rx::cluster_rank() : sender())",
+        "deadlock|more arrivals",
+        cluster=2,
+    ),
+    Bug(
+        "rows for one CTA",
+        RING,
+        "uint16_t((1u << cluster) - 1)",
+        "uint16_t(BUG ? 1u << sender() : (1u << cluster) - 1)",
+        "deadlock",
+        cluster=2,
+    ),
+    Bug(
+        "parity of a send",
+        RING,
+        "~(chunk / kRingChunks) & 1",
+        "(BUG ^ ~(chunk / kRingChunks)) & 1",
+        "deadlock",
+        cluster=2,
+    ),
+    Bug(
+        "parity of what is taken",
+        RING,
+        "taken / kRingChunks & 1)",
+        "(taken / kRingChunks + BUG) & 1)",
+        rf"{UNSET}|deadlock",
+        cluster=2,
+    ),
+    Bug(
+        "chunks are counted anew in each product",
+        RING,
+        "    if (lane_id() == 0) rings.chunks[warp_id()] = taken;",
+        "    if (!BUG && lane_id() == 0) rings.chunks[warp_id()] = taken;",
+        rf"{UNSET}|deadlock",
+        cluster=2,
+    ),
+    Bug(
+        "barriers that copies do not know",
+        RING,
+        "    rx::fence_mbarrier_init();",
+        "    if (!BUG) rx::fence_mbarrier_init();",
+        "fence.mbarrier_init",
+        cluster=2,
+    ),
+    Bug(
+        "leaves while a peer hands back",
+        RING,
+        "close_rings() {\n  __syncwarp();",
+        "close_rings() {\n  __syncwarp();\n  if (BUG) return;",
+        "exit",
+        cluster=2,
+    ),
+    Bug(
+        "a CTA with fewer units sends for fewer rows",
+        PRODUCT,
+        "(kRing ? s.first + p.most : s.last)",
+        "(kRing && !BUG ? s.first + p.most : s.last)",
+        "deadlock|livelock",
+        "token_mlp",
+        cluster=2,
+    ),
+    Bug(
+        "a cluster over two row groups",
+        SIZES,
+        "s.group[slot] = cta / (kRing ? plan.cluster : 1)",
+        "s.group[slot] = cta / (kRing && !BUG ? plan.cluster : 1)",
+        rf"{RACE}|{UNSET}|{WRONG}|livelock|deadlock",
+        cluster=2,
     ),
     # ---- sums of parts
     Bug(

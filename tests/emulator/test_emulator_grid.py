@@ -26,6 +26,10 @@ BF16 = torch.bfloat16
 ONE_CALL = Schedule((Step("L", "z_L", ("z_L",), ("z_H", "x")),))
 SMALL = dict(tokens=17, hidden=64, inner=96, heads=2, token_inner=32)
 LARGER = dict(tokens=33, hidden=128, inner=192, heads=2, token_inner=64)
+# Down's depth is nine chunks of a ring that holds four; the tokens are nine units of a token-MLP,
+# which two CTAs do in two passes and in one.
+RINGS = dict(tokens=17, hidden=64, inner=544, heads=2, token_inner=32)
+PASSES = dict(tokens=65, hidden=64, inner=32, heads=2, token_inner=32)
 SPLIT = (1, 2, 4, 8)
 WARPS = cuda_grid.WARPS
 
@@ -125,6 +129,32 @@ def test_many_ctas_race_no_more_than_few(library, kind):
     assert torch.equal(got["z_L"], few["z_L"])
 
 
+CLUSTERS = [  # kind, shape, CTAs, row groups, a cluster, seeds
+    pytest.param(ATTENTION, RINGS, 2, (1, 1, 1, 1), 2, 4),
+    pytest.param("mixed", SMALL, 2, (1, 1, 1, 1), 2, 4),
+    pytest.param(TOKEN_MLP, PASSES, 2, (1, 1, 1, 1), 2, 1),
+    pytest.param(ATTENTION, RINGS, 4, (1, 1, 1, 1), 4, 1),
+    pytest.param(ATTENTION, RINGS, 4, (2, 1, 2, 1), 2, 3, marks=pytest.mark.slow),
+    pytest.param(TOKEN_MLP, SMALL, 4, (2, 1, 2, 1), 2, 3, marks=pytest.mark.slow),
+    pytest.param("mixed", SMALL, 4, (1, 1, 1, 1), 4, 3, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("kind, shape, ctas, groups, cluster, seeds", CLUSTERS, ids=str)
+def test_clusters_are_clean_and_change_no_bit(library, kind, shape, ctas, groups, cluster, seeds):
+    nets, splits = {"L": net_of(kind, **shape)}, (1, 2, 4, 1)
+    schedule = Schedule.single_z(1, 1)
+    x, carry, rotary = inputs_of(schedule, 1, shape)
+    alone = GridKernel(library, Plan(2, (1, 1, 1, 1), splits))
+    wanted = alone.run(schedule, nets, x, carry, rotary)
+    together = GridKernel(library, Plan(ctas, groups, splits, cluster=cluster))
+    for seed in range(1, seeds + 1):
+        library.configure(seed=seed)
+        got = together.run(schedule, nets, x, carry, rotary)
+        for name in got:
+            assert torch.equal(got[name], wanted[name]), f"a cluster gave other bits of {name}"
+
+
 @pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_call_of_every_system(plain, system, kind):
@@ -151,13 +181,16 @@ def test_the_plan_does_not_change_a_bit(plain, kind):
     schedule, nets = Schedule.trm(1, 2), {"L": net_of(kind, **SMALL)}
     x, carry, rotary = inputs_of(schedule, 2, SMALL)
     wanted = None
-    for ctas, groups, shared in [
-        (1, (1, 1, 1, 1), 227),
-        (2, (1, 1, 1, 1), 60),
-        (5, (2, 1, 5, 2), 99),
-        (7, (3, 7, 1, 4), 50),
+    for ctas, groups, shared, cluster in [
+        (1, (1, 1, 1, 1), 227, 1),
+        (2, (1, 1, 1, 1), 60, 1),
+        (5, (2, 1, 5, 2), 99, 1),
+        (7, (3, 7, 1, 4), 50, 1),
+        (4, (2, 1, 1, 2), 227, 2),
+        (12, (1, 2, 3, 2), 110, 4),  # two CTAs of some clusters have units of O, two have none
+        (8, (1, 1, 1, 1), 99, 8),
     ]:
-        kernel = GridKernel(plain, Plan(ctas, groups, SPLIT, shared * 1024))
+        kernel = GridKernel(plain, Plan(ctas, groups, SPLIT, shared * 1024, cluster=cluster))
         got = kernel.run(schedule, nets, x, carry, rotary)
         wanted = wanted or got
         for name in got:
@@ -184,16 +217,19 @@ def test_no_calls_hand_the_states_through(plain):
     assert all(torch.equal(got[name], carry[name]) for name in carry)
 
 
+@pytest.mark.parametrize("gpu, clusters", [("a100", {1}), ("h100", {2, 4})])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_picked_plan_is_what_runs(plain, kind):
+def test_the_picked_plan_is_what_runs(plain, kind, gpu, clusters):
     """Sizes that recurx/plan/cuda_grid.py reckons are those of the kernel, and the first row tile
     has seen every unit of every product once."""
     schedule = Schedule.trm(1, 2)
     nets = {"L": make_net(kind, **LARGER)}
-    device = replace(DEVICES["a100"], units=6)
+    device = DEVICES[gpu]
+    device = replace(device, units=6, l2_gbs=device.l2_gbs * 6 / device.units)
     x, carry, rotary = inputs_of(schedule, 2, LARGER)
     problem = replace(problem_for(schedule, nets, x), device_type="cuda")
     (plan,) = cuda_grid.grid_plans(problem, device)
+    assert plan["cluster"] in clusters
     kernel = GridKernel(plain, Plan.of(plan))
     blocks = [cuda_grid.products_of(block, 2, 33) for block in nets["L"].spec.blocks]
     cut = kernel.plan.ctas, kernel.plan.cluster
@@ -230,10 +266,16 @@ def test_through_recurse(plain, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_call_of_the_published_size(plain, kind):
-    """T=97, D=512 on eight CTAs."""
+    """T=97, D=512 on eight CTAs, alone and in clusters."""
     shape = dict(tokens=97, hidden=512, inner=1536, heads=8, token_inner=512)
-    kernel = GridKernel(plain, Plan(8, (1, 2, 4, 8), (1, 2, 4, 2)))
-    teacher_forced(kernel.run, ONE_CALL, {"L": make_net(kind, **shape)}, BF16, **shape)
+    splits, nets = (1, 2, 4, 2), {"L": make_net(kind, **shape)}
+    kernel = GridKernel(plain, Plan(8, (1, 2, 4, 8), splits))
+    teacher_forced(kernel.run, ONE_CALL, nets, BF16, **shape)
+    x, carry, rotary = inputs_of(ONE_CALL, 1, shape)
+    wanted = kernel.run(ONE_CALL, nets, x, carry, rotary)["z_L"]
+    for cluster, groups in ((2, (1, 2, 4, 4)), (4, (1, 2, 2, 1)), (8, (1, 1, 1, 1))):
+        together = GridKernel(plain, Plan(8, groups, splits, 200 * 1024, cluster=cluster))
+        assert torch.equal(together.run(ONE_CALL, nets, x, carry, rotary)["z_L"], wanted)
 
 
 @pytest.mark.parametrize(
@@ -256,6 +298,9 @@ def test_bad_shapes_are_refused(plain, change, message):
     [
         (Plan(ctas=0), "the plan has 0 CTAs"),
         (Plan(2, (1, 3, 1, 1)), "3 row groups for 2 CTAs"),
+        (Plan(4, (1, 4, 1, 1), cluster=2), "4 row groups for 4 CTAs"),
+        (Plan(3, cluster=2), "the plan has 3 CTAs in clusters of 2"),
+        (Plan(6, cluster=3), "cluster is 3; 1, 2, 4 and 8"),
         (Plan(k_splits=(1, 3, 1, 1)), "k_splits is 3; 1, 2, 4 and 8"),
         (
             Plan(shared_bytes=1000),
@@ -274,9 +319,11 @@ def test_bad_plans_are_refused(plain, settings, message):
 # ---- planted bugs ------------------------------------------------------------------------------
 
 
-def judge(library, kind: str, seed: int) -> str:
+def judge(library, kind: str, seed: int, cluster: int = 1) -> str:
     """What the checks of this file say of a library: "right", or what was found."""
     library.configure(seed=seed, max_switches=3e6)
+    if cluster > 1:
+        return judge_cluster(library, kind, cluster)
     schedule, nets = Schedule.trm(1, 2), {"L": net_of(kind, **SMALL)}
     x, carry, rotary = inputs_of(schedule, 2, SMALL)
     splits = (4, 8, 4, 4)
@@ -298,14 +345,33 @@ def judge(library, kind: str, seed: int) -> str:
     return "right"
 
 
+def judge_cluster(library, kind: str, cluster: int) -> str:
+    shape = PASSES if kind == TOKEN_MLP else RINGS
+    schedule, nets = Schedule.single_z(1, 1), {"L": net_of(kind, **shape)}
+    kernel = GridKernel(library, Plan(cluster, (1, 1, 1, 1), (1, 2, 4, 1), cluster=cluster))
+    # Two clusters with rows of their own.
+    other = replace(kernel.plan, ctas=2 * cluster, row_groups=(2, 2, 1, 2))
+    x, carry, rotary = inputs_of(schedule, 1, shape)
+    try:
+        whole = assert_one_launch_is_its_calls(kernel, schedule, nets, x, carry, rotary)
+        if kind != TOKEN_MLP:
+            kernel.plan = other
+            again = kernel.run(schedule, nets, x, carry, rotary)
+            assert torch.equal(whole["z"], again["z"]), "another plan gave other bits"
+    except (AssertionError, EmulatorFault) as found:
+        return str(found)
+    return "right"
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
 @pytest.mark.parametrize("kind", [*KINDS, "mixed", "cancelling"])
-def test_with_all_bugs_asleep_it_is_right(buggy, kind):
+def test_with_all_bugs_asleep_it_is_right(buggy, kind, cluster):
     bugs_grid.wake(buggy, None)
-    assert judge(buggy, kind, seed=1) == "right"
+    assert judge(buggy, kind, 1, cluster) == "right"
 
 
 @pytest.mark.parametrize("bug", bugs_grid.BUGS, ids=lambda bug: bug.name)
 def test_planted_bugs_are_found(buggy, bug):
     bugs_grid.wake(buggy, bug)
-    found = judge(buggy, bug.net, seed=1 + bugs_grid.BUGS.index(bug))
+    found = judge(buggy, bug.net, 1 + bugs_grid.BUGS.index(bug), bug.cluster)
     assert re.search(bug.found, found), found

@@ -98,6 +98,47 @@ def test_no_other_groups_are_predicted_faster(device, cuts):
     assert found.seconds(DEVICES[device]) <= best * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("device", GPUS)
+def test_clusters_are_hoppers_alone(device):
+    plan = plan_of(problem(batch=8), device)
+    assert (plan["cluster"] > 1) == (device in ("h100", "h200", "gh200"))
+
+
+def test_a_cluster_is_as_large_as_the_driver_has_place_for():
+    """With 32 clusters of 4 a product has no more units a CTA than without; with 31 one has."""
+    h100 = DEVICES["h100"]
+    found = [
+        cuda_grid.grid_plans(problem(), replace(h100, clusters=((512, 2, 66), (512, 4, four))))[0]
+        for four in (32, 31)
+    ]
+    assert [(plan["ctas"], plan["cluster"]) for plan in found] == [(128, 4), (132, 2)]
+    assert "4 CTAs get rows at once" in found[0].why
+    few = cuda_grid.grid_plans(problem(), replace(h100, name="few", units=1))
+    assert [plan["cluster"] for plan in few] == [1]
+
+
+@pytest.mark.parametrize("cluster, share", [(1, 1.0), (2, 1 / 2), (4, 0.356), (8, 0.356)])
+def test_a_multiprocessor_takes_in_64_bytes_a_clock(cluster, share):
+    (product, *_) = cuda_grid.products_of(ATT.blocks[0], 1, 97)
+    rows = cuda_grid.Share(product, 128, cluster, 1)
+    traffic = cuda_grid._row_traffic(rows, DEVICES["h100"])
+    assert traffic == pytest.approx(share * rows.row_bytes, rel=1e-3)
+
+
+def test_a_ring_takes_the_place_of_weights():
+    blocks = [cuda_grid.products_of(block, 1, 97) for block in ATT.blocks]
+    alone, two = (cuda_grid.fixed_shared_bytes(blocks, (132, c), (4, 4, 2, 4)) for c in (1, 2))
+    assert two - alone == cuda_grid.RINGS
+    kept = [
+        re.search(
+            r"keep (\d+) of their (\d+) KB",
+            cuda_grid._best(problem(), DEVICES["h100"], blocks, (132, c)).why,
+        ).groups()
+        for c in (1, 2)
+    ]
+    assert kept == [("128", "320"), ("80", "320")]
+
+
 def test_a_larger_shared_memory_never_costs_time():
     h100 = DEVICES["h100"]
     small = replace(h100, name="small", shared_bytes=64 * 1024)

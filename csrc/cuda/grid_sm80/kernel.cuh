@@ -26,7 +26,8 @@
 // Stages wait for each other by flags of row tiles (flags.cuh): TRM's 21 calls are 231 stages one
 // after another, and at none does the whole grid wait. A CTA sends for weights as soon as the stage
 // is free, for the residual as soon as that is complete, for injected states before the rows that
-// they are added to, and for rotary tables before the parts of a sum are added. A cluster a sample
+// they are added to, and for rotary tables before the parts of a sum are added. On Hopper the CTAs
+// of a cluster multiply the same rows and get them from L2 once (ring.cuh). But a cluster a sample
 // would wait less, but it has 1/8 of the paths to L2 and no room for the weights; and the grid runs
 // on any sm_80.
 //
