@@ -22,13 +22,14 @@ from ..grid import FILES, GridKernel, Plan  # noqa: E402
 
 # The FP8 kernel has all that the bf16 one has; add False here to translate that one too.
 @pytest.mark.slow
+@pytest.mark.parametrize("arch, cluster", [("80", 1), ("90", 2)])
 @pytest.mark.parametrize("fp8", [True], ids=["fp8"])
-def test_nvcc_ptx(fp8):
+def test_nvcc_ptx(fp8, arch, cluster):
     """One call of a net of both kinds of block, twice, and the bits of the C++."""
     source = KERNELS / FILES[0]
-    ptx = toolchain.nvcc_compile(source, "80", to="ptx").cubin.read_text()
-    library = load_ptx([ptx], FILES, wanted=f"kernelILb{int(fp8)}E")
-    plan = Plan(2, (1, 2, 1, 1), (2, 4, 1, 8), fp8=fp8)
+    ptx = toolchain.nvcc_compile(source, arch, to="ptx").cubin.read_text()
+    library = load_ptx([ptx], FILES, wanted=f"kernelILb{int(fp8)}ELb{int(cluster > 1)}E")
+    plan = Plan(2, (1, 2 // cluster, 1, 1), (2, 4, 1, 8), fp8=fp8, cluster=cluster)
     first, second = (make_net(kind, blocks=1) for kind in KINDS)
     net = Net(NetSpec(first.spec.blocks + second.spec.blocks), first.weights + second.weights)
     schedule, nets = Schedule.single_z(1, 1), {"L": quantize_net(net) if fp8 else net}
