@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--kind", default=ATTENTION)
     for name, default in (("tokens", 17), ("hidden", 64), ("inner", 96), ("heads", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    for name, default in (("batch", 2), ("ctas", 3), ("seeds", 3), ("h-cycles", 1)):
+    for name, default in (("batch", 2), ("ctas", 3), ("cluster", 1), ("seeds", 3), ("h-cycles", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--plain", action="store_true", help="no race checker")
     args = parser.parse_args()
@@ -177,7 +177,8 @@ def main() -> None:
     nets = {"L": make_net(args.kind, **shape, inner=args.inner, heads=args.heads)}
     x, carry = make_inputs(schedule, batch=args.batch, dtype=torch.bfloat16, **shape)
     library = load_kernels(FILES, checked=not args.plain)
-    kernel = GridKernel(library, Plan(ctas=args.ctas))
+    groups = (1, 1, 1, 1) if args.cluster > 1 else Plan.row_groups
+    kernel = GridKernel(library, Plan(args.ctas, groups, cluster=args.cluster))
     for seed in range(1, args.seeds + 1):
         library.configure(seed=seed)
         start = time.perf_counter()
