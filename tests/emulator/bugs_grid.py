@@ -312,6 +312,15 @@ BUGS = [
         cluster=2,
     ),
     Bug(
+        "a cluster reads rows for nothing",
+        GRID,
+        "most = max(most, s.last - s.first);",
+        "most = max(most, BUG ? slice_of<true>(plan, slot, units, 0).last : s.last - s.first);",
+        RACE,
+        "uneven",
+        cluster=2,
+    ),
+    Bug(
         "a cluster over two row groups",
         SIZES,
         "s.group[slot] = cta / (kRing ? plan.cluster : 1)",
