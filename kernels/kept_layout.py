@@ -74,7 +74,9 @@ def layout(schedule: Schedule, nets: tuple[tuple[str, NetSpec], ...], span: Span
                 at.heads + block.num_heads,
             )  # fmt: skip
         calls.append(tuple(places))
-        leaves = last[call.write] == k and call.factors is None
+        # What is damped or noisy leaves as another tensor than its call's out.
+        as_it_is = not call.damped and (call.factors is None or not call.factors.noise)
+        leaves = last[call.write] == k and as_it_is
         outs.append(None if leaves else count)
         count += not leaves
     return Layout(tuple(calls), tuple(outs), at, count)

@@ -20,6 +20,7 @@ from window_gradients import assert_close, gradients_of, on_triton
 import recurx
 from recurx import Schedule, Step, backends, noise, reference
 from recurx.nets import KINDS as BLOCKS
+from recurx.operands import Operands, Span
 from recurx.specs import ATTENTION, NORM, BlockSpec, NetSpec
 from tests.factories import make_inputs, make_net, problem_for, rope, rounded
 from tests.test_numerics import teacher_forced
@@ -233,6 +234,22 @@ def test_gradients_through_factors(system, dtype, save, way):
         run = on_triton(TABLES, save, f"triton/{way}", seed=3)
         got = gradients_of(run, *given, into_carry=True)
     assert_close(got, *given, TABLES, into_carry=True, seed=3)
+
+
+@pytest.mark.parametrize("factors", [{"scale": 0.5}, {"damping": 0.5}, {"noise": 0.5}], ids=str)
+def test_states_that_leave_share_no_memory_with_what_is_kept(factors):
+    schedule = Schedule((Step("L", "z", ("z",), ("x",), **factors),) * 2)
+    nets = nets_of(schedule, **SMALL_NET)
+    x, carry = make_inputs(schedule, batch=2, **SMALL)
+    weights = [w for net in nets.values() for w in net.weights]
+    seed = torch.tensor([3, 0]) if "noise" in factors else None
+    operands = Operands(x, tuple(carry.values()), tuple(weights), TABLES, seed)
+    with triton_on_cpu():
+        problem = problem_for(schedule, nets, x)
+        window = backends.get("triton").window(problem)
+        outs, kept = window.forward(problem, operands, Span(0, 2), "all")
+    memory = [t.untyped_storage().data_ptr() for t in (*outs, *kept, *operands.states, x)]
+    assert len(set(memory)) == len(memory)
 
 
 FACTOR_BUGS = {
