@@ -7,9 +7,10 @@ import torch
 from device_sizes import HEAD_DIM, PUBLISHED, SHAPE, waves
 
 from recurx import Schedule, rope_tables
-from recurx.nets import ATTENTION, KINDS, Net
+from recurx.nets import ATTENTION, KINDS, BlockSpec, Net
 from tests.factories import make_inputs, make_net, rounded
 from tests.kernels.window_gradients import assert_close, gradients_of, on_triton
+from tests.variants import net_of
 
 pytestmark = pytest.mark.gpu
 SAVE = ("all", "block", "states")
@@ -89,6 +90,39 @@ def test_forward_and_backward_in_one_graph():
 def test_gradients_with_products_of_the_library(kind, dtype):
     """Against autograd, and the same bits for every save."""
     given, cos_sin = problem(kind, dtype, batch=3)
+    first = gradients_of(on_triton(cos_sin, way="triton/library"), *given)
+    assert_close(first, *given, cos_sin)
+    for save in SAVE:
+        again = gradients_of(on_triton(cos_sin, save, "triton/library"), *given)
+        for name in first:
+            assert torch.equal(first[name], again[name]), f"save={save!r}: gradient of {name}"
+
+
+HEADS = PUBLISHED["heads"]
+FIELDS = {
+    "URM": dict(conv=2),
+    "Sotaku": dict(
+        norm="layer", norm_weight=True, norm_bias=True, placement="pre", activation="relu",
+        gated=False, biases=("qkv", "o", "gate_up", "down"),
+    ),
+    "SIC": dict(attn_norm="rms", inner_norm="rms", inner_norm_of="product"),
+    "HRM-Text": dict(
+        attn_gate=True, mask="prefix", prefix=16, placement="pre", kv_heads=HEADS // 2
+    ),
+    "FPRM": dict(placement="sandwich", learned_skip="channel", learned_scale="channel",
+                 qk_norm="rms", qk_norm_weight=True, norm_weight=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("system", FIELDS)
+def test_gradients_of_other_blocks(system, dtype):
+    """Against autograd, and the same bits for every save."""
+    spec = BlockSpec(ATTENTION, *(PUBLISHED[n] for n in ("hidden", "inner", "heads")),
+                     **FIELDS[system])  # fmt: skip
+    (schedule, _, x, carry), cos_sin = problem(ATTENTION, dtype, batch=3)
+    net = rounded(net_of(spec, spec), dtype, torch.float32)
+    given = schedule, {"L": Net(net.spec, [w.cuda() for w in net.weights])}, x, carry
     first = gradients_of(on_triton(cos_sin, way="triton/library"), *given)
     assert_close(first, *given, cos_sin)
     for save in SAVE:
