@@ -206,7 +206,7 @@ class Case:
             c.net, c.write, c.num_state, c.num_inject, c.stays = (
                 call.net, call.write, len(call.state), len(call.inject), stays,
             )  # fmt: skip
-            c.scale, c.keep, c.damping, c.noise, c.number = PLAIN
+            c.scale, c.keep, c.damping, c.noise, c.number = PLAIN[:5]
             c.state[: c.num_state], c.inject[: c.num_inject] = (
                 number[: c.num_state], number[c.num_state :],
             )  # fmt: skip
