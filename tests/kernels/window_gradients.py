@@ -86,7 +86,8 @@ def assert_close(got: dict, schedule, nets, x, carry, cos_sin, into_carry=False,
         autograd(cos_sin, seed), schedule, exact_nets, x.double(), wide(carry), **arguments
     )
     # All gradients together: alone, a small matrix's error of one draw scatters by more than that,
-    # and that of a single number, a sum whose terms cancel, by ten times; fp32 judges those.
+    # and that of a single number, a sum whose terms cancel, by ten times; fp32 judges those. Over 24
+    # draws of each variant theirs was 0.54 to 0.95 of PyTorch's.
     used = [name for name in exact if exact[name].any() and exact[name].numel() > 1]
     ours, theirs = (
         sum(relative_error(g[name], exact[name]) ** 2 for name in used) ** 0.5 for g in (got, plain)
