@@ -175,6 +175,8 @@ def attention_kernel(
     mixed = acc / total[:, None]
     if unseen is not None:
         mixed = tl.where(total[:, None] == 0.0, 0.0, mixed)
+        # Its lse is 0: it meets no key.
+        highest, total = tl.where(total == 0.0, 0.0, highest), tl.where(total == 0.0, 1.0, total)
     if gate is not None:
         gate_g = gate + (first * H + head) * HEAD_DIM
         logits = load_rows(gate_g, rows, e, OUT_STRIDE, T, False)
@@ -244,8 +246,8 @@ def attention(
         checks.contiguous_matrix(op, "gate", gate.flatten(0, 1))
     if unseen is not None:
         checks.shape(op, "unseen", unseen, (batch, tokens))
-        if unseen.dtype != torch.bool or not unseen.is_contiguous() or lse is not None:
-            raise bad_argument(op, "unseen", "contiguous bool, without lse", unseen.dtype)
+        if unseen.dtype != torch.bool or not unseen.is_contiguous():
+            raise bad_argument(op, "unseen", "contiguous bool", unseen.dtype)
     if out is None:
         out = torch.empty(expected, dtype=qkv.dtype, device=qkv.device)
     checks.shape(op, "out", out, expected)

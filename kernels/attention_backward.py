@@ -65,11 +65,12 @@ def _through_gate(d, gate, rows, columns, STRIDE: tl.constexpr, T: tl.constexpr)
 
 @triton.jit
 def attention_backward_keys_kernel(
-    qkv, out, d_out, lse, delta, cos, sin, d_qkv, q_norm, k_norm, gate, SCALE: tl.constexpr,
-    T: tl.constexpr, H: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr,
-    TURN: tl.constexpr, WHOLE: tl.constexpr, PEEL: tl.constexpr, ROWS: tl.constexpr,
-    COLS: tl.constexpr, PRECISION: tl.constexpr, KV: tl.constexpr, CAUSAL: tl.constexpr,
-    PREFIX: tl.constexpr, WINDOW: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
+    qkv, out, d_out, lse, delta, cos, sin, d_qkv, q_norm, k_norm, gate, unseen,
+    SCALE: tl.constexpr, T: tl.constexpr, H: tl.constexpr, HALF: tl.constexpr,
+    ROTATE: tl.constexpr, TURN: tl.constexpr, WHOLE: tl.constexpr, PEEL: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.constexpr, KV: tl.constexpr,
+    CAUSAL: tl.constexpr, PREFIX: tl.constexpr, WINDOW: tl.constexpr, NORM: tl.constexpr,
+    EPS: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(T, COLS)
     number = tl.program_id(0) // across  # of the head, over the batch
@@ -91,6 +92,8 @@ def attention_backward_keys_kernel(
     )
     value = load_rows(v_g, keys, e, stride, T, T % COLS == 0)
     dtype = value.dtype
+    if unseen is not None:
+        padding = tl.load(unseen + batch * T + keys, mask=keys < T, other=1)
     d_k_low = tl.zeros((COLS, HALF), tl.float32)
     d_k_high = tl.zeros((COLS, HALF), tl.float32)
     d_v = tl.zeros((COLS, 2 * HALF), tl.float32)
@@ -113,6 +116,8 @@ def attention_backward_keys_kernel(
             p = tl.exp2(scores * (SCALE * 1.4426950408889634) - shift[None, :])
             if CAUSAL or WINDOW:
                 p = tl.where(tl.trans(seen(rows, keys, CAUSAL, PREFIX, WINDOW)), p, 0.0)
+            if unseen is not None:
+                p = tl.where(padding[:, None] == 0, p, 0.0)
             if WHOLE and T % COLS != 0:  # else a key beyond T adds to its own, unstored, row alone
                 p = tl.where(keys[:, None] < T, p, 0.0)
             d_v = tl.dot(p.to(dtype), d_mixed, d_v, input_precision=PRECISION)
@@ -143,11 +148,11 @@ def attention_backward_keys_kernel(
 
 @triton.jit
 def attention_backward_queries_kernel(
-    qkv, out, d_out, lse, delta, cos, sin, d_qkv, q_norm, k_norm, gate, SCALE: tl.constexpr,
-    T: tl.constexpr, H: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr,
-    TURN: tl.constexpr, PEEL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    PRECISION: tl.constexpr, KV: tl.constexpr, CAUSAL: tl.constexpr, PREFIX: tl.constexpr,
-    WINDOW: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
+    qkv, out, d_out, lse, delta, cos, sin, d_qkv, q_norm, k_norm, gate, unseen,
+    SCALE: tl.constexpr, T: tl.constexpr, H: tl.constexpr, HALF: tl.constexpr,
+    ROTATE: tl.constexpr, TURN: tl.constexpr, PEEL: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr, PRECISION: tl.constexpr, KV: tl.constexpr, CAUSAL: tl.constexpr,
+    PREFIX: tl.constexpr, WINDOW: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(T, ROWS)
     number = tl.program_id(0) // across
@@ -188,6 +193,9 @@ def attention_backward_queries_kernel(
             p = tl.exp2(scores * (SCALE * 1.4426950408889634) - shift[:, None])
             if CAUSAL or WINDOW:
                 p = tl.where(seen(rows, keys, CAUSAL, PREFIX, WINDOW), p, 0.0)
+            if unseen is not None:
+                padding = tl.load(unseen + batch * T + keys, mask=keys < T, other=1)
+                p = tl.where(padding[None, :] == 0, p, 0.0)
             if part == 1:
                 p = tl.where(keys[None, :] < T, p, 0.0)
             d_p = tl.dot(d_mixed, tl.trans(value), input_precision=PRECISION)
@@ -209,6 +217,7 @@ def attention_backward(
     rotated: bool = True,
     heads: Heads = PLAIN,
     gate: torch.Tensor | None = None,
+    unseen: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """d_qkv, like qkv [B, T, 3H, head_dim]: the gradient of X @ W^T, before the rotation.
 
@@ -216,8 +225,8 @@ def attention_backward(
     same cos_sin: then they are rotated as they are loaded. Where cos_sin is None there is no
     rotation at all. out and d_out [B, T, H, head_dim], lse [B, H, T] float32 of
     `attention`, cos and sin float32 [T, head_dim] or None; all contiguous, head_dim 32, 64 or 128,
-    T at most 1024. `heads` and `gate` [B, T, H * head_dim] as `attention` took them; where q and k
-    have a norm, d_qkv has the gradients of its results. Raises InvalidArgument on anything else.
+    T at most 1024. `heads`, `gate` and `unseen` as `attention` took them; where q and k have a
+    norm, d_qkv has the gradients of its results. Raises InvalidArgument on anything else.
     """
     op = "kernels.attention_backward"
     checks.same_dtype_and_device(op, qkv=qkv, out=out, d_out=d_out, gate=gate)
@@ -236,7 +245,7 @@ def attention_backward(
     delta = torch.empty_like(lse)
     shared = tiles.shared_bytes(qkv.device)
     args, constants, options = launch_arguments(
-        qkv, out, lse, delta, d_out, cos_sin, d_qkv, shared, rotated, heads, gate
+        qkv, out, lse, delta, d_out, cos_sin, d_qkv, shared, rotated, heads, gate, unseen
     )
     # One axis: the others of a grid end at 65535, which B * H may pass.
     grid = (triton.cdiv(tokens, constants["COLS"]) * batch * count,)
@@ -262,6 +271,7 @@ def launch_arguments(
     rotated: bool = True,
     heads: Heads = PLAIN,
     gate: torch.Tensor | None = None,
+    unseen: torch.Tensor | None = None,
 ) -> tuple[tuple, dict, dict]:
     """(runtime arguments, compile-time arguments, compiler options) of the launch over keys."""
     _, tokens, count, head_dim = out.shape
@@ -280,7 +290,8 @@ def launch_arguments(
         "CAUSAL": heads.causal, "PREFIX": heads.prefix, "WINDOW": heads.window, "NORM": heads.norm,
         "EPS": heads.eps,
     }  # fmt: skip
-    args = qkv, out, d_out, lse, delta, cos, sin, d_qkv, heads.q_norm, heads.k_norm, gate
+    hidden = None if unseen is None else unseen.view(torch.uint8)
+    args = qkv, out, d_out, lse, delta, cos, sin, d_qkv, heads.q_norm, heads.k_norm, gate, hidden
     return args, constants, tiles.options(tile)
 
 

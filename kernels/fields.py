@@ -24,7 +24,7 @@ FIELDS: dict[str, frozenset[str]] = {
     )),
 }  # fmt: skip
 # Fields in which blocks of a gradient window may differ, and factors of its steps: all but these.
-UNTRAINED = frozenset(("axial", "dropout", "drop_path", "key_padding", LEARNED))
+UNTRAINED = frozenset(("axial", LEARNED))
 TRAINED: frozenset[str] = FIELDS["library"].union(FACTORS) - UNTRAINED
 # Values of a row, over D or F and over T, that a program holds: 64 a thread, 3 operands.
 MAX_ROW, MAX_ROW_OVER_T = 4096, 2048

@@ -87,9 +87,9 @@ class LibrarySlice(TiledSlice):
                     scale=learned.get("scale"),
                 )  # fmt: skip
             if row.net is not None:
-                halves = halves_of(self._packed, row.net)
                 beside = Beside(self._stream, self._mask, call)
-                run_call(self._arena[row.place], halves, self._cos_sin, beside)
+                halves = halves_of(self._packed, row.net, beside)
+                run_call(self._arena[row.place], halves, self._cos_sin)
                 call += 1
             if row.finishes:
                 self._finish(number, row, None, 0.0, learned.get("damping"))

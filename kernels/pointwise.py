@@ -84,6 +84,22 @@ def times(x, CONSTANT: tl.constexpr, learned, ONE: tl.constexpr, N: tl.constexpr
     return x
 
 
+@triton.jit
+def dropped(
+    x, stream, rows, call, use, R: tl.constexpr, N: tl.constexpr, COLS: tl.constexpr,
+    ELEMENTS: tl.constexpr, SAMPLES: tl.constexpr, GROWN: tl.constexpr,
+):  # fmt: skip
+    """Rows of N values, R of a sample, less what is dropped of them."""
+    seed, entry = tl.load(stream), (rows // R)[:, None] + tl.load(stream + 1).to(tl.int32)
+    element = (rows % R)[:, None] * N + tl.arange(0, COLS)[None, :]
+    x *= GROWN
+    if ELEMENTS > 0:
+        x = tl.where(kept(seed, entry, call, element, use, ELEMENTS), x, 0.0)
+    if SAMPLES > 0:
+        x = tl.where(kept(seed, entry, call, 0 * entry, use + 4, SAMPLES), x, 0.0)
+    return x
+
+
 @triton.jit(do_not_specialize=["call", "use"])
 def add_norm_kernel(
     residual, product, out, scale, M, weight, shift, total, bias, before_weight, before_shift,
@@ -109,14 +125,7 @@ def add_norm_kernel(
         x = times(x, SKIP, skip, ONE_SKIP, N, COLS)
         branch = times(branch, FACTOR, learned, ONE_LEARNED, N, COLS)
         if stream is not None:
-            seed, entry = tl.load(stream), (rows // R)[:, None] + tl.load(stream + 1).to(tl.int32)
-            element = (rows % R)[:, None] * N + tl.arange(0, COLS)[None, :]
-            branch *= GROWN
-            if ELEMENTS > 0:
-                branch = tl.where(kept(seed, entry, call, element, use, ELEMENTS), branch, 0.0)
-            if SAMPLES > 0:
-                path = kept(seed, entry, call, 0 * entry, use + 4, SAMPLES)
-                branch = tl.where(path, branch, 0.0)
+            branch = dropped(branch, stream, rows, call, use, R, N, COLS, ELEMENTS, SAMPLES, GROWN)
         x += branch
     if total is not None:
         tl.store(total + at, x.to(total.dtype.element_ty), mask=inside)

@@ -23,7 +23,8 @@ from recurx.errors import bad_argument
 
 from . import checks
 from .branch import PLAIN, PLAIN_NORM, Branch, Norm, check_vectors, single
-from .pointwise import BLOCK, OPTIONS, TILE, _load, _rows, _tile, affine, centred, times
+from .noise import kept_of
+from .pointwise import BLOCK, OPTIONS, TILE, _load, _rows, _tile, affine, centred, dropped, times
 
 LEAST_OVER_T = 4  # rows over T in a program: 8 bytes of bf16; more would not stay in registers
 SHARE = 16  # elements of each operand that a thread holds
@@ -47,14 +48,15 @@ def leave_sum(sums, x, N: tl.constexpr, COLS: tl.constexpr):
         tl.store(sums + tl.program_id(0).to(tl.int64) * N + cols, tl.sum(x, 0), mask=cols < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["call", "use"])
 def add_norm_backward_kernel(
     residual, product, d_out, d_total, d_residual, d_product, M, weight, bias, before_weight,
     before_shift, learned, skip, d_weight, d_shift, d_before_weight, d_before_shift, d_learned,
-    d_skip, KIND: tl.constexpr, EPS: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
-    OVER_T: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BIAS_OF_ROW: tl.constexpr,
-    BEFORE: tl.constexpr, BEFORE_EPS: tl.constexpr, FACTOR: tl.constexpr,
+    d_skip, stream, call, use, KIND: tl.constexpr, EPS: tl.constexpr, R: tl.constexpr,
+    N: tl.constexpr, OVER_T: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    BIAS_OF_ROW: tl.constexpr, BEFORE: tl.constexpr, BEFORE_EPS: tl.constexpr, FACTOR: tl.constexpr,
     ONE_LEARNED: tl.constexpr, SKIP: tl.constexpr, ONE_SKIP: tl.constexpr,
+    ELEMENTS: tl.constexpr, SAMPLES: tl.constexpr, GROWN: tl.constexpr,
 ):  # fmt: skip
     """Names and steps of `add_norm_kernel`, then back through them."""
     rows, at, inside = _tile(M, R, N, OVER_T, ROWS, COLS)
@@ -72,7 +74,10 @@ def add_norm_backward_kernel(
             hat *= before_factor[:, None]
             branch = affine(hat, before_weight, before_shift, N, COLS)
         x = times(x, SKIP, skip, ONE_SKIP, N, COLS)
-        x += times(branch, FACTOR, learned, ONE_LEARNED, N, COLS)
+        added = times(branch, FACTOR, learned, ONE_LEARNED, N, COLS)
+        if stream is not None:
+            added = dropped(added, stream, rows, call, use, R, N, COLS, ELEMENTS, SAMPLES, GROWN)
+        x += added
     if KIND != "":
         x = centred(x, inside, N, KIND)
         factor = tl.rsqrt(tl.sum(x * x, 1) / N + EPS)
@@ -89,6 +94,8 @@ def add_norm_backward_kernel(
     if product is not None:
         leave_sum(d_skip, d * entered * SKIP, N, COLS)
         d_entered = times(d, SKIP, skip, ONE_SKIP, N, COLS)
+        if stream is not None:
+            d = dropped(d, stream, rows, call, use, R, N, COLS, ELEMENTS, SAMPLES, GROWN)
         leave_sum(d_learned, d * branch * FACTOR, N, COLS)
         d = times(d, FACTOR, learned, ONE_LEARNED, N, COLS)
         if BEFORE != "":
@@ -132,6 +139,7 @@ def add_norm_backward(
     programs = triton.cdiv(m, sizes["ROWS"])
     after, before = norm or PLAIN_NORM, branch.norm or PLAIN_NORM
     check_vectors(op, sizes["N"], sizes["R"], after, branch)
+    *shares, stream, call, use = branch.drops
     d_residual = torch.empty_like(residual)
     d_product = None if product is None else torch.empty_like(product)
     names = ["weight", "bias"] * (norm is not None)
@@ -143,10 +151,11 @@ def add_norm_backward(
             residual, product, d_out, d_total, d_residual, d_product, m, after.weight, branch.bias,
             before.weight, before.bias, branch.learned, branch.learned_skip, sums.get("weight"),
             sums.get("bias"), sums.get("before_weight"), sums.get("before_bias"),
-            sums.get("learned"), sums.get("skip"), KIND=after.kind, EPS=after.eps,
-            BIAS_OF_ROW=branch.bias_of_token, BEFORE=before.kind, BEFORE_EPS=before.eps,
-            FACTOR=float(branch.scale), ONE_LEARNED=single(branch.learned),
-            SKIP=float(branch.skip), ONE_SKIP=single(branch.learned_skip), **sizes,
+            sums.get("learned"), sums.get("skip"), stream, call, use,
+            KIND=after.kind, EPS=after.eps, BIAS_OF_ROW=branch.bias_of_token, BEFORE=before.kind,
+            BEFORE_EPS=before.eps, FACTOR=float(branch.scale), ONE_LEARNED=single(branch.learned),
+            SKIP=float(branch.skip), ONE_SKIP=single(branch.learned_skip),
+            **kept_of(*shares), **sizes,
         )  # fmt: skip
     return d_residual, d_product, sums
 

@@ -31,13 +31,13 @@ Kept = dict[str, Any]  # by the names of `_attended` and `_mlp`
 
 
 class Half(NamedTuple):
-    """The mixer ("1") or the MLP ("2") of a block, or a block "norm"; its weights by name, and the
-    number of the block in its net."""
+    """The mixer ("1") or the MLP ("2") of a block, or a block "norm"; its weights by name, and
+    what it reads beside them and h in a call."""
 
     spec: BlockSpec
     number: str
     weights: Mapping[str, Tensor]
-    block: int
+    beside: Beside
 
     @property
     def over_tokens(self) -> bool:
@@ -55,8 +55,8 @@ class Half(NamedTuple):
         return Norm(kind or self.spec.norm, self.spec.eps, *found)
 
 
-def halves_of(packed: PackedNets, net: str) -> list[Half]:
-    """The halves of a net's blocks, in order."""
+def halves_of(packed: PackedNets, net: str, beside: Beside = ALONE) -> list[Half]:
+    """The halves of a net's blocks, in order; `beside` of the call, without the block."""
     halves = []
     for block, index in enumerate(range(*packed.of_net[net])):
         spec, matrices = packed.specs[index], packed.blocks[index]
@@ -64,15 +64,14 @@ def halves_of(packed: PackedNets, net: str) -> list[Half]:
         weights = {name: matrix[:, :columns] for (name, _, columns), matrix in named}
         numbers = {NORM: "1", NO_MIXER: "2"}.get(spec.kind, "12")
         weights |= packed.vectors[index]
-        halves += [Half(spec, number, weights, block) for number in numbers]
+        own = beside._replace(block=block)
+        halves += [Half(spec, number, weights, own) for number in numbers]
     return halves
 
 
 @exact_products()
-def run_call(
-    h: Tensor, halves: Sequence[Half], cos_sin: CosSin | None, beside: Beside = ALONE
-) -> None:
-    """One net call on h [B, T, D], in place; `beside` as the reference's, without the block."""
+def run_call(h: Tensor, halves: Sequence[Half], cos_sin: CosSin | None) -> None:
+    """One net call on h [B, T, D], in place."""
     made = None  # norm(h) for the next half, if the one before has made it
     for half, after in zip(halves, [*halves[1:], None], strict=True):
         x, over = made, half.over_tokens
@@ -82,7 +81,7 @@ def run_call(
         made = None
         if half.spec.kind == NORM:
             continue
-        product = mixed(h if x is None else x, half, cos_sin, beside)
+        product = mixed(h if x is None else x, half, cos_sin)
         norm, out, total = None, None, h
         if half.spec.placement == "post":
             norm, out, total = half.norm(f"norm{half.number}"), h, None
@@ -91,15 +90,15 @@ def run_call(
             # A block "norm" leaves its norm alone; of others h itself is needed, too.
             out = made = h if last else h.new_empty(h.shape)
             total = None if last else h
-        branch = branch_of(half, beside)
+        branch = branch_of(half)
         add_norm(h, product, out, norm, branch=branch, total=total, over_tokens=over)
 
 
-def branch_of(half: Half, beside: Beside = ALONE) -> Branch:
-    spec, w, mixes = half.spec, half.weights, half.number == "1"
+def branch_of(half: Half) -> Branch:
+    spec, w, mixes, beside = half.spec, half.weights, half.number == "1", half.beside
     drops = Drops()
     if spec.dropout or spec.drop_path:
-        use = DROPS + 4 * (4 * half.block + 2 * int(half.number))
+        use = DROPS + 4 * (4 * beside.block + 2 * int(half.number))
         drops = Drops(spec.dropout, spec.drop_path, beside.seed, beside.call, use)
     last = {ATTENTION: "o", TOKEN_MLP: "t_down"}[spec.kind] if mixes else "down"
     return Branch(
@@ -114,21 +113,17 @@ def branch_of(half: Half, beside: Beside = ALONE) -> Branch:
     )
 
 
-def mixed(
-    x: Tensor, half: Half, cos_sin: CosSin | None, beside: Beside = ALONE, kept: Kept | None = None
-) -> Tensor:
+def mixed(x: Tensor, half: Half, cos_sin: CosSin | None, kept: Kept | None = None) -> Tensor:
     """The product that ends attention or an MLP, without its bias; into `kept`, if it is given,
     what a backward reads (kernels/sublayers_training.py)."""
     if half.number == "1" and half.spec.kind == ATTENTION:
-        unseen = beside.key_mask if half.spec.key_padding else None
-        return _attended(x, half, cos_sin, unseen, kept)
+        return _attended(x, half, cos_sin, kept)
     return _mlp(x, half, "" if half.number == "2" else "t_", kept)
 
 
-def _attended(
-    x: Tensor, half: Half, cos_sin: CosSin | None, unseen: Tensor | None, kept: Kept | None
-) -> Tensor:
+def _attended(x: Tensor, half: Half, cos_sin: CosSin | None, kept: Kept | None) -> Tensor:
     spec, w = half.spec, half.weights
+    unseen = half.beside.key_mask if spec.key_padding else None
     qkv = multiply(x, w["qkv"], bias=w.get("qkv_bias"))
     heads = Heads(
         kv_heads=spec.kv_heads, causal=spec.mask != "", window=spec.window,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from recurx.nets import NetSpec
-from recurx.operands import CosSin, Span
+from recurx.operands import Beside, CosSin, Span
 from recurx.packed import PackedNets
 from recurx.problem import Problem
 from recurx.specs import ATTENTION, NO_MIXER, NORM
@@ -42,6 +42,11 @@ from .vendor import exact_products, multiply
 
 def weights_of(packed: PackedNets, net: str) -> list[Half]:
     return halves_of(packed, net)
+
+
+def of_call(halves: Sequence[Half], beside: Beside) -> list[Half]:
+    """The halves with what their blocks read beside h and weights in one call."""
+    return [h._replace(beside=beside._replace(block=h.beside.block)) for h in halves]
 
 
 def kept_shapes(
@@ -224,7 +229,7 @@ def _attended_backward(turn: _Turn, d_product: Tensor, cos_sin: CosSin | None) -
     qkv, out, gate = kept["qkv"], kept["out"], kept["gate"]
     d_qkv = attention_backward(
         qkv, out, kept["lse"], d_gated.view_as(out), cos_sin, rotated=False, heads=kept["heads"],
-        gate=gate,
+        gate=gate, unseen=turn.half.beside.key_mask if spec.key_padding else None,
     )  # fmt: skip
     if spec.qk_norm:
         kv = spec.kv_heads or spec.num_heads

@@ -287,7 +287,10 @@ def test_commands_and_options_in_the_text_exist(name):
             assert set(found) <= options, f"{name}: `{span}` is no option of recurx"
 
 
-OTHERS = ("--hypothesis-profile", "--nproc-per-node", "--figures", "--help")  # of other programs
+# Of other programs.
+OTHERS = (
+    "--hypothesis-profile", "--nproc-per-node", "--figures", "--help", "--no-loadscope-reorder"
+)  # fmt: skip
 
 
 def placeholder(word: str) -> str:

@@ -36,7 +36,8 @@ from recurx.packed import PackedNets
 from recurx.problem import Problem
 from recurx.program import PLAIN, Call, lower
 
-Nets = dict[str, tuple[NetSpec, list[Any]]]  # a net's blocks and, as the way has them, its weights
+# Of call k: its net's blocks and, as the way has them, its weights.
+Nets = Callable[[int, Call], tuple[NetSpec, list[Any]]]
 
 
 def _on_its_device(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,7 +77,7 @@ class TritonWindow(Window):
         self, problem: Problem, operands: Operands, span: Span, save: str
     ) -> tuple[list[Tensor], list[Tensor]]:
         x, way = operands.x, self._way
-        nets, cos_sin = self._nets(problem, operands.weights), operands.float_rope()
+        nets, cos_sin = self._nets(problem, operands, span), operands.float_rope()
         kept = [
             torch.empty(shape, dtype=dtype, device=x.device)
             for shape, dtype in way.kept_shapes(problem, span, save)
@@ -84,7 +85,7 @@ class TritonWindow(Window):
         inputs, values = CallInputs(), [x, *operands.states]
         write = _Writes(problem, operands, span)
         for k, call in enumerate(lower(problem.schedule, span).calls):
-            spec, own = nets[call.net]
+            spec, own = nets(k, call)
             saved = way.saved_in(kept, problem, span, k) if kept else way.unsaved(x, spec)
             inputs(call, values, saved[0].h)
             write(k, call, values, way.run_net(saved, spec, own, cos_sin, save == "all"))
@@ -100,7 +101,7 @@ class TritonWindow(Window):
     ) -> list[Tensor | None]:  # fmt: skip
         entered = (operands.x, *operands.states)
         calls = lower(problem.schedule, span).calls
-        nets, cos_sin = self._nets(problem, operands.weights), operands.float_rope()
+        nets, cos_sin = self._nets(problem, operands, span), operands.float_rope()
         wanted = wants[len(entered) :]
         way = self._way
         grads = way.WeightGrads(operands.weights, wanted)
@@ -125,7 +126,7 @@ class TritonWindow(Window):
                 if call.write in needed[k]:
                     d_values.add(call.write, factors.keep * d_out)
                 d_out = factors.damping * d_out
-            spec, own = nets[call.net]
+            spec, own = nets(k, call)
             d_h = way.net_backward(saved_of(k), spec, own, cos_sin, d_out, grads, first[call.net])
             d_first = d_h if factors.scale == 1 else factors.scale * d_h
             reads = [(s, d_first) for s in call.state] + [(s, d_h) for s in call.inject]
@@ -139,9 +140,18 @@ class TritonWindow(Window):
         ]
         return entering + [grads.take(i) if want else None for i, want in enumerate(wanted)]
 
-    def _nets(self, problem: Problem, weights: Sequence[Tensor]) -> Nets:
-        packed = self._rounded(problem, weights)
-        return {name: (spec, self._way.weights_of(packed, name)) for name, spec in problem.nets}
+    def _nets(self, problem: Problem, operands: Operands, span: Span) -> Nets:
+        packed, way = self._rounded(problem, operands.weights), self._way
+        found = {name: (spec, way.weights_of(packed, name)) for name, spec in problem.nets}
+
+        def of_call(k: int, call: Call) -> tuple[NetSpec, list[Any]]:
+            spec, own = found[call.net]
+            if way is not sublayers_training:
+                return spec, own
+            beside = Beside(operands.seed, operands.key_mask, span.start + k)
+            return spec, sublayers_training.of_call(own, beside)
+
+        return of_call
 
 
 class _Writes:
@@ -205,7 +215,7 @@ class _Recomputed:
         self._last: list[tuple[Tensor | None, Tensor | None]] = []
         self._saved: list[Saved] = []  # by the call that ran last
         for k, call in enumerate(calls):
-            spec, own = nets[call.net]
+            spec, own = nets(k, call)
             self._before.append(list(values))
             self._saved = way.unsaved(values[0], spec)
             self._inputs(call, values, self._saved[0].h)
@@ -217,7 +227,7 @@ class _Recomputed:
             saved, self._saved = self._saved, []
             return saved
         call, values = self._calls[k], self._before[k]
-        spec, own = self._nets[call.net]
+        spec, own = self._nets(k, call)
         saved: list[Saved] = self._way.unsaved(values[0], spec)
         saved[-1].out, saved[-1].scale_out = self._last[k]
         self._inputs(call, values, saved[0].h)

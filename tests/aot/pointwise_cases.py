@@ -105,12 +105,19 @@ def _variants(dtype: torch.dtype) -> dict[str, Callable]:
         return attention(qkv, cos_sin=(table, table), heads=Heads(axial=(11, 9, 0)))
 
     def norms_backward() -> object:
-        from recurx.kernels.pointwise import Branch, Norm
+        from recurx.kernels.branch import Branch, Drops, Norm
         from recurx.kernels.pointwise_backward import add_norm_backward
 
         norm = Norm("layer", 1e-5, vector(512), vector(512))
         branch = Branch(
-            vector(97, dtype), True, norm, 0.5, vector(512, dtype), 0.8, vector(512, dtype)
+            vector(97, dtype),
+            True,
+            norm,
+            0.5,
+            vector(512, dtype),
+            0.8,
+            vector(512, dtype),
+            Drops(0.1, 0.2, _meta(2, dtype=torch.int64), 3, 4),
         )
         wanted = "weight", "bias", "before_weight", "before_bias", "learned", "skip"
         how = dict(branch=branch, d_out=row(), d_total=row(), wanted=wanted)
@@ -162,8 +169,9 @@ def _variants(dtype: torch.dtype) -> dict[str, Callable]:
         out, table = _meta(64, tokens, 8, 64, dtype=dtype), vector(tokens * 64).view(tokens, 64)
         how = Heads(2, True, 16, 40, "layer", 1e-5, vector(64), vector(64))
         lse = _meta(64, 8, tokens, dtype=torch.float32)
-        given = qkv, out, lse, out, (table, table)
-        return attention_backward(*given, rotated=False, heads=how, gate=row(tokens))
+        given, unseen = (qkv, out, lse, out, (table, table)), _meta(64, tokens, dtype=torch.bool)
+        how = dict(heads=how, gate=row(tokens), unseen=unseen)
+        return attention_backward(*given, rotated=False, **how)
 
     def queries_backward() -> object:
         return heads_backward(300)

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="triton has no wheel for this platform")
 from mutants import planted
 from recurx.kernels.fields import FIELDS, UNTRAINED
 from simulate import triton_on_cpu
-from test_library_variants import NAMES, ONE, TOKENS, WIDTH, spec_of, stack
+from test_library_variants import NAMES, ONE, TOKENS, WIDTH, beside_of, spec_of, stack
 from window_gradients import assert_close, gradients_of, loss_of, on_triton
 
 import recurx
@@ -42,10 +42,11 @@ def problem(net: Net, cos_sin, schedule=ONE, dtype=FP32, batch=2) -> tuple:
 
 def judge(case: tuple, save: str = "all") -> None:
     *arguments, cos_sin = case
+    beside = beside_of(arguments[1]["L"], len(arguments[2]))
     with triton_on_cpu():
         assert backends.get(WAY).window(problem_for(*arguments[:3])) is not None
-        got = gradients_of(on_triton(cos_sin, save, WAY), *arguments)
-    assert_close(got, *arguments, cos_sin)
+        got = gradients_of(on_triton(cos_sin, save, WAY, **beside), *arguments)
+    assert_close(got, *arguments, cos_sin, **beside)
 
 
 @pytest.mark.parametrize("name", [name for name in TRAINED if not spec_of(name).conv_dtype])
@@ -74,8 +75,9 @@ def test_rows_that_fill_no_tile_and_an_empty_batch(name, change, batch):
     judge(problem(net_of(spec, seed=1), tables_of(spec), batch=batch))
 
 
-def test_gradients_through_the_calls_of_a_window():
-    judge(given("norm weights", schedule=TWO), "states")
+@pytest.mark.parametrize("name", ["norm weights", "dropout, sandwich"])
+def test_gradients_through_the_calls_of_a_window(name):
+    judge(given(name, schedule=TWO), "states")
 
 
 @pytest.mark.parametrize("name", ["ConvSwiGLU", "token MLP, pre-norm, biases"])
@@ -124,8 +126,7 @@ def test_only_what_is_asked_for_is_computed():
 
 
 @pytest.mark.parametrize("change", [
-    {"axial": (3, 4, 0)}, {"dropout": 0.1}, {"drop_path": 0.1}, {"key_padding": True},
-    {"conv": 2, "conv_dtype": "bfloat16"}, {"head_size": 48},
+    {"axial": (3, 4, 0)}, {"conv": 2, "conv_dtype": "bfloat16"}, {"head_size": 48},
 ], ids=str)  # fmt: skip
 def test_other_fields_have_no_window(change):
     """So PyTorch runs it; kind "tiled" has none for any field."""
@@ -214,6 +215,18 @@ BUGS = {
                                     "d_mixed.to(tl.float32)", "grouped heads, gate, prefix"),
     "norm of k": ("attention_backward", "NORM, EPS, k_norm", '"", EPS, k_norm',
                   "causal window, QK-norm"),
+    "key_padding": ("attention_backward", "padding[:, None] == 0", "padding[:, None] >= 0",
+                    "padding"),
+    "padding of another sample": ("attention_backward", "unseen + batch * T + keys",
+                                  "unseen + keys", "padding"),
+    "dropout, drop_path": ("pointwise_backward", "d = dropped(d,", "dropped(d,",
+                           "paths, pre-norm"),
+    "drops of the sum that has a norm": ("pointwise_backward", "added = dropped(added,",
+                                         "dropped(added,", "token MLP, dropping"),
+    "draws of another call": ("sublayers_training", "beside=beside._replace(",
+                              "beside=beside._replace(call=7, ", "dropout, sandwich"),
+    "draws of another block": ("sublayers_training", "block=h.beside.block", "block=0",
+                               "dropout, sandwich"),
     "qk_norm": ("sublayers_training", "if spec.qk_norm:", "if False:", "plain QK-norm, window"),
     "attn_norm": ("sublayers_training", "if spec.attn_norm:", "if False:", "norm of the product"),
     "the gate's product": ("sublayers_training", "d_x.add_(multiply(d_gate", "(multiply(d_gate",
@@ -239,7 +252,7 @@ def test_planted_bugs_are_rejected(bug, monkeypatch, tmp_path):
                 own = getattr(getattr(mutant, each), "__module__", "") == mutant.__name__
                 if own and hasattr(place, each):
                     monkeypatch.setattr(place, each, getattr(mutant, each))
-    names = [name] * (2 if bug == "weights of another block" else 1)
+    names = [name] * (2 if "another block" in bug else 1)
     schedule = TWO if bug == "calls overwrite each other" else ONE
     with pytest.raises(AssertionError, match="gradient"):
         judge(given(*names, schedule=schedule))

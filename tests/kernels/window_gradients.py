@@ -42,33 +42,35 @@ def gradients_of(run, schedule, nets, x, carry, into_carry=False):
     return dict(zip(leaves, grads, strict=True))
 
 
-def autograd(cos_sin, seed=None):
+def autograd(cos_sin, seed=None, key_mask=None):
     """Plain PyTorch with the window cut by hand."""
-    seed = None if seed is None else torch.tensor([seed, 0])
+    seed = torch.tensor([seed, 0]) if isinstance(seed, int) else seed
 
     def run(schedule, nets, x, carry):
         if schedule.detach_carry:
             carry = {name: state.detach() for name, state in carry.items()}
         with torch.no_grad():
-            before = reference.run(schedule, nets, x, carry, cos_sin, 0, schedule.grad_from, seed)
+            stop = schedule.grad_from
+            before = reference.run(schedule, nets, x, carry, cos_sin, 0, stop, seed, key_mask)
         before = before if schedule.grad_from else carry
-        return reference.run(schedule, nets, x, before, cos_sin, schedule.grad_from, seed=seed)
+        how = dict(start=schedule.grad_from, seed=seed, key_mask=key_mask)
+        return reference.run(schedule, nets, x, before, cos_sin, **how)
 
     return run
 
 
-def on_triton(cos_sin, save="all", way="triton", seed=None):
+def on_triton(cos_sin, save="all", way="triton", **beside):
     def run(schedule, nets, x, carry):
-        how = dict(backend=way, cos_sin=cos_sin, save=save, seed=seed)
+        how = dict(backend=way, cos_sin=cos_sin, save=save, **beside)
         return recurx.recurse(schedule, nets, x, carry, **how)
 
     return run
 
 
-def assert_close(got: dict, schedule, nets, x, carry, cos_sin, into_carry=False, seed=None) -> None:
+def assert_close(got: dict, schedule, nets, x, carry, cos_sin, into_carry=False, **beside) -> None:
     """`got` against autograd; with fp32 states by cosine and norm, with bf16 through fp64."""
     arguments = dict(into_carry=into_carry)
-    plain = gradients_of(autograd(cos_sin, seed), schedule, nets, x, carry, **arguments)
+    plain = gradients_of(autograd(cos_sin, **beside), schedule, nets, x, carry, **arguments)
     if x.dtype == torch.float32:
         for name, a in got.items():
             b = plain[name]
@@ -83,11 +85,11 @@ def assert_close(got: dict, schedule, nets, x, carry, cos_sin, into_carry=False,
         return
     exact_nets = {name: rounded(net, x.dtype, torch.float64) for name, net in nets.items()}
     exact = gradients_of(
-        autograd(cos_sin, seed), schedule, exact_nets, x.double(), wide(carry), **arguments
+        autograd(cos_sin, **beside), schedule, exact_nets, x.double(), wide(carry), **arguments
     )
     # All gradients together: alone, a small matrix's error of one draw scatters by more than that,
-    # and that of a single number, a sum whose terms cancel, by ten times; fp32 judges those. Over 24
-    # draws of each variant theirs was 0.54 to 0.95 of PyTorch's.
+    # and that of a single number, a sum whose terms cancel, by ten times; fp32 judges those. (Over
+    # 24 draws of each variant theirs was 0.54 to 0.95 of PyTorch's.)
     used = [name for name in exact if exact[name].any() and exact[name].numel() > 1]
     ours, theirs = (
         sum(relative_error(g[name], exact[name]) ** 2 for name in used) ** 0.5 for g in (got, plain)
