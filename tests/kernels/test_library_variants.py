@@ -165,15 +165,11 @@ def test_with_gradient_draws_and_masks_are_the_same() -> None:
     with triton_on_cpu("library"):
         window = backends.get("triton/library").window(problem_for(schedule, {"L": net}, x))
         assert window is not None
-        outs = [
-            recurx.recurse(
-                schedule, {"L": net}, x, carry, backend=name, cos_sin=cos_sin, **beside_of(net)
-            )["z"]
-            for name in ("triton/library", "eager")
-        ]
-    for pair in zip(
-        *(torch.autograd.grad(o.square().sum(), net.weights) for o in outs), strict=True
-    ):
+        how, grads = dict(cos_sin=cos_sin, **beside_of(net)), []
+        for name in ("triton/library", "eager"):
+            out = recurx.recurse(schedule, {"L": net}, x, carry, backend=name, **how)["z"]
+            grads.append(torch.autograd.grad(out.square().sum(), net.weights))
+    for pair in zip(*grads, strict=True):
         torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-3)
 
 
