@@ -362,7 +362,7 @@ BUGS = {
     "dropout": ("pointwise", "element, use, ELEMENTS)", "element, use + 4, ELEMENTS)",
                 "dropout, sandwich"),
     "drop_path": ("pointwise", "0 * entry, use + 4", "element, use + 4", "paths, pre-norm"),
-    "what stays grows": ("pointwise", "branch *= GROWN", "branch *= 1.0", "dropout, sandwich"),
+    "what stays grows": ("pointwise", "x *= GROWN", "x *= 1.0", "dropout, sandwich"),
     "draws of a sample": ("pointwise", "+ tl.load(stream + 1)", "+ 0 * tl.load(stream + 1)",
                           "paths, pre-norm"),
     "draws of an element": ("pointwise", "(rows % R)[:, None] * N +", "(rows % R)[:, None] +",
