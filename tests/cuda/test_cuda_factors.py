@@ -235,7 +235,7 @@ def test_planted_bugs_are_found(
     """By a launch of few calls against the reference in fp64."""
     family, bug = planted
     asleep.wake(buggy(family).emulated.library, FAMILIES[family], bug)
-    assert off(buggy(family)) > 0.05
+    assert not off(buggy(family)) <= 0.05  # NaN is found, too
 
 
 @pytest.mark.parametrize("family", FAMILIES)

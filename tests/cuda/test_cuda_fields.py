@@ -173,7 +173,7 @@ def buggy(tmp_path_factory: pytest.TempPathFactory) -> EmulatedCuda:
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
 def test_planted_bugs_are_found(buggy: EmulatedCuda, bug: Bug) -> None:
     asleep.wake(buggy.emulated.library, BUGS, bug)
-    assert off(buggy, bug.kind) > 0.05
+    assert not off(buggy, bug.kind) <= 0.05  # NaN is found, too
 
 
 @pytest.mark.parametrize("kind", [ATTENTION, TOKEN_MLP])
