@@ -1,6 +1,7 @@
 """What every test shares: a fixed seed, reproducible fuzzing, the meaning of `gpu`, and a choice of
 backends that neither clocks nor other runs decide."""
 
+import faulthandler
 import os
 import signal
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from _pytest.faulthandler import fault_handler_stderr_fd_key as STDERR
 
 # For the processes that tests start, too; tests of measuring switch both on.
 os.environ["RECURX_AUTOTUNE"] = "0"
@@ -86,6 +88,14 @@ def native():
     if reason is not None:
         pytest.skip(f"backend cpu {reason}")
     return cpu.BACKEND
+
+
+@pytest.fixture(autouse=True, scope="module")
+def crashes_have_tracebacks(pytestconfig):
+    """Triton's compiler leaves LLVM's handlers in a process, which say nothing of a crash: before
+    each file they are Python's again."""
+    faulthandler.disable()
+    faulthandler.enable(file=pytestconfig.stash[STDERR])
 
 
 @pytest.fixture
