@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import signal
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ import recurx.experiments.tasks
 from recurx import tasks
 from recurx.errors import CheckpointError, InvalidArgument
 from recurx.train import AdamATan2, Average, TrainConfig, Trainer, evaluate, preset
+from tests import alone
 
 TASK = "sort:length=5,values=4"
 
@@ -250,23 +250,8 @@ def test_only_halted_slots_take_fresh_samples() -> None:
         assert (before[halted] != after[halted]).any() or not halted.any()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_leaves_a_usable_checkpoint(tmp_path, number: signal.Signals) -> None:
-    def interrupt(progress) -> None:
-        if progress.step == 3:
-            os.kill(os.getpid(), number)
-
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    trainer = Trainer(tiny(), tmp_path)
-    assert trainer.run(steps=50, on_step=interrupt) == "interrupted"
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
-    assert 3 <= trainer.step < 50
-    assert differing(Trainer.resume(tmp_path), trainer) == []
-    checkpoint = recurx.load_checkpoint(tmp_path / "model.safetensors")
-    assert checkpoint.extra["task"] == TASK and checkpoint.extra["step"] == trainer.step
-    batch = {"inputs": torch.from_numpy(trainer.held_out(4).inputs)}
-    built = recurx.solve(checkpoint.build(), batch)
-    assert torch.equal(built.q, recurx.solve(trainer.averaged(), batch).q)
+def test_interrupts() -> None:
+    alone.passes("train/interrupted.py")
 
 
 def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch) -> None:
