@@ -58,22 +58,46 @@ def _rounded(x, at, inside, dtype: tl.constexpr):
 
 
 @triton.jit
+def channels(M, C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """A program's rows and channels, and which of them there are."""
+    across: tl.constexpr = (C + COLS - 1) // COLS
+    rows = (tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    cols = (tl.program_id(0) % across * COLS + tl.arange(0, COLS))[None, :]
+    return rows, cols, (rows < M) & (cols < C)
+
+
+@triton.jit
+def neighbour(
+    x, rows, cols, inside, k: tl.constexpr, K: tl.constexpr, T: tl.constexpr,
+    STRIDE: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """What weight k of K meets: x[t + k - K // 2], 0 beyond the tokens of a sample."""
+    near = rows % T + (k - K // 2)
+    there = inside & (near >= 0) & (near < T)
+    return _rounded(x, (rows + (k - K // 2)) * STRIDE + cols, there, dtype)
+
+
+@triton.jit
+def convolved(
+    x, weight, bias, rows, cols, inside, T: tl.constexpr, C: tl.constexpr, STRIDE: tl.constexpr,
+    K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """The sums of `depthwise` before its activation, of operands rounded to `dtype`."""
+    sums = tl.zeros((ROWS, COLS), tl.float32)
+    for k in tl.static_range(K):
+        value = neighbour(x, rows, cols, inside, k, K, T, STRIDE, dtype)
+        sums += value * _rounded(weight, cols * K + k, cols < C, dtype)
+    return sums + _rounded(bias, cols, cols < C, dtype)
+
+
+@triton.jit
 def depthwise_kernel(
     x, weight, bias, out, M, T: tl.constexpr, C: tl.constexpr, STRIDE: tl.constexpr,
     K: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    across: tl.constexpr = (C + COLS - 1) // COLS
-    rows = (tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    cols = (tl.program_id(0) % across * COLS + tl.arange(0, COLS))[None, :]
-    inside, token = (rows < M) & (cols < C), rows % T
+    rows, cols, inside = channels(M, C, ROWS, COLS)
     dtype: tl.constexpr = out.dtype.element_ty
-    sums = tl.zeros((ROWS, COLS), tl.float32)
-    for k in tl.static_range(K):
-        near = token + (k - K // 2)
-        there = inside & (near >= 0) & (near < T)
-        value = _rounded(x, (rows + (k - K // 2)) * STRIDE + cols, there, dtype)
-        sums += value * _rounded(weight, cols * K + k, cols < C, dtype)
-    sums += _rounded(bias, cols, cols < C, dtype)
+    sums = convolved(x, weight, bias, rows, cols, inside, T, C, STRIDE, K, ROWS, COLS, dtype)
     if ACT != "":
         sums = activated(sums, ACT)
     tl.store(out + rows * C + cols, sums.to(dtype), mask=inside)

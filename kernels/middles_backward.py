@@ -19,6 +19,7 @@ from recurx.errors import bad_argument
 from . import checks
 from .branch import Norm
 from .fields import MAX_ROW, MAX_ROW_OVER_T
+from .middles import channels, convolved, neighbour
 from .pointwise import BLOCK, OPTIONS, _half, _load, activated, affine, centred, gates_tile
 from .pointwise_backward import leave_sum, new_sums, norm_backward, tile_backward
 
@@ -116,15 +117,6 @@ def gated_norm_backward_kernel(
 
 
 @triton.jit
-def _channels(M, C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """A program's rows and channels, and which of them there are."""
-    across: tl.constexpr = (C + COLS - 1) // COLS
-    rows = (tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    cols = (tl.program_id(0) % across * COLS + tl.arange(0, COLS))[None, :]
-    return rows, cols, (rows < M) & (cols < C)
-
-
-@triton.jit
 def depthwise_sums_kernel(
     x, weight, bias, d_out, d_sum, sums, M, T: tl.constexpr, C: tl.constexpr,
     STRIDE: tl.constexpr, K: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr,
@@ -132,23 +124,17 @@ def depthwise_sums_kernel(
 ):  # fmt: skip
     """d_sum: the gradient before the activation. sums [row tiles, K + 1, C]: of weight and bias."""
     across: tl.constexpr = (C + COLS - 1) // COLS
-    rows, cols, inside = _channels(M, C, ROWS, COLS)
-    d, token = _load(d_out, rows * C + cols, inside), rows % T
+    rows, cols, inside = channels(M, C, ROWS, COLS)
+    dtype: tl.constexpr = d_out.dtype.element_ty
+    d = _load(d_out, rows * C + cols, inside)
     if ACT != "":
-        total = tl.zeros((ROWS, COLS), tl.float32)
-        for k in tl.static_range(K):
-            near = token + (k - K // 2)
-            there = inside & (near >= 0) & (near < T)
-            value = _load(x, (rows + (k - K // 2)) * STRIDE + cols, there)
-            total += value * _load(weight, cols * K + k, cols < C)
-        d *= slope(total + _load(bias, cols, cols < C), ACT)
+        total = convolved(x, weight, bias, rows, cols, inside, T, C, STRIDE, K, ROWS, COLS, dtype)
+        d *= slope(total, ACT)
         tl.store(d_sum + rows * C + cols, d.to(d_sum.dtype.element_ty), mask=inside)
     if sums is not None:
         to = sums + (tl.program_id(0) // across).to(tl.int64) * ((K + 1) * C) + cols
         for k in tl.static_range(K):
-            near = token + (k - K // 2)
-            there = inside & (near >= 0) & (near < T)
-            value = _load(x, (rows + (k - K // 2)) * STRIDE + cols, there)
+            value = neighbour(x, rows, cols, inside, k, K, T, STRIDE, dtype)
             tl.store(to + k * C, tl.sum(d * value, 0)[None, :], mask=cols < C)
         tl.store(to + K * C, tl.sum(d, 0)[None, :], mask=cols < C)
 
@@ -159,7 +145,7 @@ def depthwise_spread_kernel(
     COLS: tl.constexpr,
 ):  # fmt: skip
     """d_x[t, c] = sum of w[c, k] * d_sum[t - (k - K // 2), c]."""
-    rows, cols, inside = _channels(M, C, ROWS, COLS)
+    rows, cols, inside = channels(M, C, ROWS, COLS)
     token, d = rows % T, tl.zeros((ROWS, COLS), tl.float32)
     for k in tl.static_range(K):
         reader = token - (k - K // 2)
