@@ -14,7 +14,7 @@ from recurx.backends import cpu, cpu_window
 from recurx.nets import KINDS
 from tests.cpu.windows import BF16, ONE, SAVE, case, on_engine, window_of
 from tests.cpu.windows import small_work_is_split_too as small_work_is_split_too
-from tests.kernels.window_gradients import loss_of
+from tests.kernels.window_gradients import kept_by_autograd, loss_of
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -22,21 +22,14 @@ def test_a_window_keeps_what_its_knob_says(native, kind) -> None:
     """Bytes that autograd holds between forward and backward, beside x, carry and weights."""
     schedule, nets, x, carry, tables = case(Schedule.trm(2, 1), kind, BF16, blocks=1)
     x.requires_grad_()
-    ours = {t.data_ptr() for t in (x, *carry.values(), *tables)}
-    ours |= {w.data_ptr() for net in nets.values() for w in net.weights}
+    ours = x, *carry.values(), *tables, *(w for net in nets.values() for w in net.weights)
     held = {}
     for save in SAVE:
-        seen: dict[int, int] = {}
-
-        def pack(tensor, seen=seen):
-            seen[tensor.data_ptr()] = tensor.nbytes
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with kept_by_autograd(*ours) as seen:
             out = recurx.recurse(
                 schedule, nets, x, carry, backend="cpu", cos_sin=tables, save=save
             )  # fmt: skip
-        held[save] = sum(n for p, n in seen.items() if p not in ours)
+        held[save] = sum(seen.values())
         loss_of(out).backward()
     rows, entering = x.nbytes, 2 * x.nbytes
     assert held["states"] <= entering

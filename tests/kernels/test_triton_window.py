@@ -12,7 +12,14 @@ import torch
 
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 from simulate import triton_on_cpu
-from window_gradients import assert_close, autograd, gradients_of, loss_of, on_triton
+from window_gradients import (
+    assert_close,
+    autograd,
+    gradients_of,
+    kept_by_autograd,
+    loss_of,
+    on_triton,
+)
 
 import recurx
 from recurx import Schedule, Step, backends, ops, route
@@ -140,23 +147,15 @@ def test_a_window_keeps_what_its_knob_says(kind, way):
     """Bytes that autograd holds between forward and backward, beside x, carry and weights."""
     schedule, nets, x, carry, cos_sin = problem(kind=kind, dtype=BF16, **SMALL)
     x.requires_grad_()
-    ours = {t.data_ptr() for t in (x, *carry.values(), *cos_sin)}
-    ours |= {w.data_ptr() for net in nets.values() for w in net.weights}
+    ours = x, *carry.values(), *cos_sin, *(w for net in nets.values() for w in net.weights)
     held = {}
     with triton_on_cpu():
         for save in SAVE:
-            seen: dict[int, int] = {}
-
-            def pack(tensor, seen=seen):
-                seen[tensor.data_ptr()] = tensor.nbytes
-                return tensor
-
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            with kept_by_autograd(*ours) as seen:
                 out = recurx.recurse(
                     schedule, nets, x, carry, backend=way, cos_sin=cos_sin, save=save
                 )
-            mine = {p: n for p, n in seen.items() if p not in ours}
-            held[save] = sum(mine.values()), out
+            held[save] = sum(seen.values()), out
     rows = x.nbytes  # [B, T, D] once
     entering = 2 * rows  # the states as the calls before the window left them
     assert held["states"][0] <= entering

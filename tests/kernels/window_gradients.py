@@ -6,6 +6,8 @@ PyTorch's own bf16 as the measure.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 
@@ -25,6 +27,21 @@ def loss_of(carry: dict) -> torch.Tensor:
         ramp = torch.linspace(-1, 1, entries, device=state.device).view(state.shape[1:])
         total = total + (wide_state * torch.roll(ramp.to(wide_state.dtype), n, 0)).square().sum()
     return total
+
+
+@contextlib.contextmanager
+def kept_by_autograd(*beside):
+    """{address: bytes} of what autograd keeps of the calls inside, beside these tensors."""
+    seen: dict[int, int] = {}
+
+    def pack(tensor):
+        seen[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield seen
+    for tensor in beside:
+        seen.pop(tensor.data_ptr(), None)
 
 
 def gradients_of(run, schedule, nets, x, carry, into_carry=False):
